@@ -1,0 +1,45 @@
+// Package cryo speaks the Cryo protocol, release 1.4, at both ends: messages
+// and streams that the other end acknowledges, over WebSocket.
+//
+// # Usage
+//
+// [Dial] opens a session with a server; [Server] is an [net/http.Handler] that
+// accepts them. A [Session] sends with [Session.SendUTF8], [Session.SendBinary]
+// and [Session.SendBatch], which return when the peer has acknowledged, and
+// receives with [Session.Receive] and [Session.ReceiveBatch]. A received
+// message is acknowledged by [Message.Ack], when it has been delivered and not
+// before, or refused by [Message.Reject]; what is neither may be sent again by
+// the peer, on another connection.
+//
+// What is larger than a message, or has no end yet, travels as a stream.
+// [Session.SendStream] sends a reader, [Session.OpenStream] gives a writer; both
+// are done when the peer has acknowledged the whole. [Session.AcceptStream]
+// gives a reader, whose [IncomingStream.Ack] says that the whole has been
+// delivered. A stream that was cut off never reads as a whole one: Read returns
+// [io.EOF] only after the sender said that nothing is missing.
+//
+// A session is one connection. A client that lost its own dials again, with the
+// same [DialOptions.SessionID] if it wants to be the same session for the
+// server. Numbers of messages belong to their connection: a message's Ack goes
+// to the session that it came from, or nowhere.
+//
+// # Cancellation
+//
+// A context bounds the caller's wait, never the connection; that of a sent
+// stream bounds the stream. A session ends by [Session.Close], by the peer's BYE
+// or close, by the end of the network connection, by silence, or because the
+// peer broke the protocol. The first cause wins; whoever waits then gets it, see
+// [Session.Err].
+//
+// # Limits
+//
+// A message is at most [MaxPayload] bytes. What is received and not settled is
+// bounded by [SessionOptions.MaxBufferBytes]; beyond it the session stops
+// reading, and a dialling end lets the server know that it is alive.
+// A stream may have any length, or less than 2 GiB where the receiver pulls.
+// Unread bytes of received streams count as received and not settled; what was
+// read doesn't, so two streams that are both being read never stop each other.
+// A sent stream holds little more than a chunk in memory, but for one that is
+// pulled from a source that can't be read again.
+// Compression is never negotiated.
+package cryo
