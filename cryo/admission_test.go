@@ -1,0 +1,390 @@
+package cryo_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// knock asks a server for an upgrade, or for something else, and returns the
+// answer.
+func knock(t *testing.T, l *cryotest.Listener, query string, header http.Header) (status int, answer http.Header, body string) {
+	t.Helper()
+	transport := &http.Transport{DialContext: l.Dial, DisableKeepAlives: true}
+	defer transport.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://cryo.test/any/path?"+query, nil)
+	require.NoError(t, err)
+	req.Header = header
+	resp, err := transport.RoundTrip(req)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	b := []byte{}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		b, err = io.ReadAll(resp.Body)
+		require.NoError(t, err)
+	}
+	return resp.StatusCode, resp.Header, strings.TrimSpace(string(b))
+}
+
+func upgrade() http.Header {
+	return http.Header{
+		"Connection":            {"Upgrade"},
+		"Upgrade":               {"websocket"},
+		"Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key":     {"dGhlIHNhbXBsZSBub25jZQ=="},
+	}
+}
+
+func TestAServerJudgesRequestsOneAfterAnother(t *testing.T) {
+	good := "authorization=" + url.QueryEscape("Bearer "+token)
+	const (
+		missing = "The parameter authorization with a Bearer token is missing."
+		refused = "The token was refused."
+		badID   = "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."
+	)
+	for name, c := range map[string]struct {
+		query    string
+		header   http.Header
+		status   int
+		sentence string
+	}{
+		"no upgrade":                     {good, http.Header{}, 426, "This is a Cryo server: connect with a Cryo client, over WebSocket."},
+		"no token":                       {"x-cryo-sid=1", upgrade(), 401, missing},
+		"no Bearer":                      {"authorization=Basic+abc&x-cryo-sid=1", upgrade(), 401, missing},
+		"another token":                  {"authorization=Bearer+wrong&x-cryo-sid=1", upgrade(), 401, refused},
+		"an empty token":                 {"authorization=Bearer&x-cryo-sid=1", upgrade(), 401, refused},
+		"another token and no id":        {"authorization=Bearer+wrong", upgrade(), 401, refused},
+		"no id":                          {good, upgrade(), 401, badID},
+		"a negative id":                  {good + "&x-cryo-sid=-1", upgrade(), 401, badID},
+		"a signed id":                    {good + "&x-cryo-sid=%2B1", upgrade(), 401, badID},
+		"a hexadecimal id":               {good + "&x-cryo-sid=0x1", upgrade(), 401, badID},
+		"an id of 65 bits":               {good + "&x-cryo-sid=18446744073709551616", upgrade(), 401, badID},
+		"a query that can't be read":     {good + "&x-cryo-sid=1;a=b", upgrade(), 400, "The URL's query can't be read."},
+		"an origin that is not allowed":  {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 403, "This origin is not allowed."},
+		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 401, refused},
+		"an origin that is allowed":      {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://good.test"), 101, ""},
+		"the largest id, and compressed": {good + "&x-cryo-sid=18446744073709551615", with(upgrade(), "Sec-Websocket-Extensions", "permessage-deflate"), 101, ""},
+		"a token without the space":      {"authorization=" + url.QueryEscape("Bearer"+token) + "&x-cryo-sid=0&more=1", upgrade(), 101, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				_, l, _ := serve(t, cryo.ServerOptions{
+					CheckOrigin: func(r *http.Request) bool {
+						return r.Header.Get("Origin") != "https://evil.test"
+					},
+				})
+				status, header, body := knock(t, l, c.query, c.header)
+				require.Equal(t, c.status, status)
+				require.Equal(t, c.sentence, body)
+				require.Empty(t, header.Get("Sec-Websocket-Extensions"), "compression is never negotiated")
+				if status == 426 {
+					require.Equal(t, "websocket", header.Get("Upgrade"))
+				}
+			})
+		})
+	}
+}
+
+func with(h http.Header, name, value string) http.Header {
+	h.Set(name, value)
+	return h
+}
+
+func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
+		c, err := l.Dial(t.Context(), "", "")
+		require.NoError(t, err)
+		_, err = io.WriteString(c, "GET /?x-cryo-sid=1&authorization="+url.QueryEscape("Bearer "+token)+" HTTP/1.1\r\nHost: cryo.test\r\n"+
+			"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"+
+			"\x82\x80\x00\x00\x00\x00")
+		require.NoError(t, err)
+		reply, err := io.ReadAll(c)
+		require.NoError(t, err)
+		require.Empty(t, reply)
+		join(t, l, 2).ClientHandshake() // its place is free again
+		require.EqualValues(t, 2, next(t, sessions).ID())
+	})
+}
+
+func TestNobodyMayComeInByDefault(t *testing.T) {
+	for name, authorize := range map[string]func(*cryo.Upgrade) error{
+		"no Authorize": nil,
+		"no tokens":    cryo.Tokens(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := cryotest.Serve(t, cryo.NewServer(cryo.ServerOptions{Authorize: authorize}))
+				for _, token := range []string{"", "x"} {
+					status, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+"+token, upgrade())
+					require.Equal(t, 401, status)
+					require.Equal(t, "The token was refused.", body)
+				}
+			})
+		})
+	}
+}
+
+func TestAnyOfTheTokensMayComeIn(t *testing.T) {
+	authorize := cryo.Tokens("one", "two")
+	require.NoError(t, authorize(&cryo.Upgrade{Token: "one"}))
+	require.NoError(t, authorize(&cryo.Upgrade{Token: "two"}))
+	require.Error(t, authorize(&cryo.Upgrade{Token: "three"}))
+	require.Error(t, authorize(&cryo.Upgrade{Token: "on"}))
+	require.Error(t, authorize(&cryo.Upgrade{}))
+}
+
+func TestAuthorizeSeesTheRequestAndPassesAValueOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		type seen struct {
+			token, more, remote string
+			id                  uint64
+		}
+		values := make(chan any, 1)
+		_, l, _ := serve(t, cryo.ServerOptions{
+			Authorize: func(u *cryo.Upgrade) error {
+				u.Value = seen{u.Token, u.Request.URL.Query().Get("more"), u.Request.RemoteAddr, u.SessionID}
+				return nil
+			},
+			OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
+				values <- u.Value
+				if s.RemoteAddr().String() != u.Request.RemoteAddr {
+					t.Errorf("the session comes from %v, its request from %v", s.RemoteAddr(), u.Request.RemoteAddr)
+				}
+			},
+		})
+		s, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+			NetDial: l.Dial, SessionID: sid, Token: token, Query: url.Values{"more": {"a&b"}},
+		})
+		require.NoError(t, err)
+		defer cut(s)
+		require.Equal(t, seen{token, "a&b", "192.0.2.1:50000", sid}, next(t, values))
+	})
+}
+
+func TestWhyAuthorizeRefusesIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := &logged{}
+		_, l, _ := serve(t, cryo.ServerOptions{
+			SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
+			Authorize:      func(u *cryo.Upgrade) error { return errors.New("no such tenant for " + u.Token) },
+		})
+		for range 5 {
+			_, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
+			require.Equal(t, "The token was refused.", body)
+		}
+		require.Equal(t, 1, strings.Count(lines.text(), "no such tenant for [token]"), "told once a second: %s", lines.text())
+		require.NotContains(t, lines.text(), "s3cret")
+		time.Sleep(time.Second)
+		knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
+		require.Equal(t, 2, strings.Count(lines.text(), "no such tenant for [token]"))
+	})
+}
+
+func TestAFullServerRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 2})
+		first := join(t, l, 1)
+		first.ClientHandshake()
+		join(t, l, 2) // in its handshake, which counts
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 503 Service Unavailable: The server has as many sessions as it may.")
+		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
+
+		first.Conn().Cut()
+		wantEnded(t, next(t, sessions))
+		join(t, l, 3).ClientHandshake()
+	})
+}
+
+func TestAnIDBelongsToTheTokenThatItCameWith(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{Authorize: cryo.Tokens(token, "another")})
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "another", SessionID: sid})
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: The session already exists.")
+		require.ErrorIs(t, err, cryo.ErrSessionExists)
+		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
+		require.NoError(t, s.Err())
+		found, ok := server.Session(sid)
+		require.True(t, ok)
+		require.Same(t, s, found)
+	})
+}
+
+func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
+		old := join(t, l, sid)
+		old.ClientHandshake()
+		ghost := next(t, sessions)
+		waiting := start(func() error { return ghost.SendUTF8(t.Context(), "lost") })
+		old.WantType("the text", cryo.TypeUTF8)
+		old.Conn().StopReading() // its network is gone
+
+		peer := join(t, l, sid) // full or not, there is a place for it
+		require.ErrorIs(t, waiting.result(t), cryo.ErrTakenOver)
+		wantEnded(t, ghost)
+		require.ErrorIs(t, ghost.Err(), net.ErrClosed)
+		_, known := server.Session(sid)
+		require.False(t, known, "neither the ghost, nor one in its handshake")
+
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		require.NotSame(t, ghost, s)
+		found, known := server.Session(sid)
+		require.True(t, known)
+		require.Same(t, s, found)
+		require.Len(t, server.Sessions(), 1)
+	})
+}
+
+func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{})
+		old := join(t, l, sid)
+		peer := join(t, l, sid)
+		old.WantLost("the end of the first connection")
+		peer.ClientHandshake()
+		next(t, sessions)
+		require.Empty(t, sessions)
+		require.Len(t, server.Sessions(), 1)
+	})
+}
+
+func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{})
+		var peers []*cryotest.Peer
+		for i := range uint64(3) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			peers = append(peers, peer)
+		}
+		early := join(t, l, 9) // in its handshake
+		synctest.Wait()
+		shutdown := start(func() error { return server.Shutdown(t.Context()) })
+		for _, peer := range peers {
+			peer.WantFrame("BYE", cryotest.Bye(acceptedFrom+1, "server is shutting down"))
+			peer.WantClose("the end", 4000, "server is shutting down")
+		}
+		early.WantFrame("BYE", cryotest.Bye(acceptedFrom, "server is shutting down"))
+		shutdown.wantBlocked(t)
+
+		status, _, body := knock(t, l, "x-cryo-sid=5&authorization="+url.QueryEscape("Bearer "+token), upgrade())
+		require.Equal(t, 503, status)
+		require.Equal(t, "The server is shutting down.", body)
+
+		for _, peer := range append(peers, early) {
+			shutdown.wantBlocked(t)
+			require.NoError(t, peer.WS.Close())
+		}
+		shutdown.wantSuccess(t)
+		for range peers {
+			select {
+			case <-next(t, sessions).Done():
+			default:
+				require.FailNow(t, "Shutdown came back too early")
+			}
+		}
+		require.Empty(t, server.Sessions())
+		require.NoError(t, server.Shutdown(t.Context()), "again")
+	})
+}
+
+func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sessions := make(chan *cryo.Session, 2)
+		server := cryo.NewServer(cryo.ServerOptions{
+			Authorize: cryo.Tokens(token),
+			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
+		})
+		l := &slowListener{Listener: cryotest.Listen(), closing: make(chan struct{})}
+		defer l.release()
+		cryotest.ServeOn(t, l, server)
+		join(t, l.Listener, sid).ClientHandshake()
+		ghost := next(t, sessions)
+		peer := join(t, l.Listener, sid)
+		peer.ClientHandshake()
+		<-ghost.Ending()
+
+		shutdown := start(func() error { return server.Shutdown(t.Context()) })
+		peer.WantType("BYE", cryo.TypeBye)
+		peer.WriteClose(4000, "")
+		shutdown.wantBlocked(t)
+		l.release()
+		shutdown.wantSuccess(t)
+		wantEnded(t, ghost)
+	})
+}
+
+// slowListener has a first connection whose Close hangs, as that of TLS can.
+type slowListener struct {
+	*cryotest.Listener
+	closing  chan struct{}
+	accepted int
+	once     sync.Once
+}
+
+func (l *slowListener) release() { l.once.Do(func() { close(l.closing) }) }
+
+func (l *slowListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if l.accepted++; l.accepted == 1 {
+		c = &slowConn{c, l.closing}
+	}
+	return c, err
+}
+
+type slowConn struct {
+	net.Conn
+	closing chan struct{}
+}
+
+func (c *slowConn) Close() error {
+	<-c.closing
+	return c.Conn.Close()
+}
+
+func TestShutdownIsBoundedByItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{})
+		for i := range uint64(3) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		begin := time.Now()
+		require.Equal(t, context.DeadlineExceeded, server.Shutdown(ctx))
+		require.Equal(t, time.Second, time.Since(begin))
+		for range 3 {
+			select {
+			case <-next(t, sessions).Done():
+			default:
+				require.FailNow(t, "Shutdown came back too early")
+			}
+		}
+	})
+}
+
+func TestAServerWithoutSessionsShutsDownAtOnce(t *testing.T) {
+	require.NoError(t, cryo.NewServer(cryo.ServerOptions{}).Shutdown(t.Context()))
+}

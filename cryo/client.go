@@ -1,0 +1,303 @@
+package cryo
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// DefaultConnectTimeout is the default of [DialOptions].
+const DefaultConnectTimeout = 5 * time.Second
+
+// The parameters of the upgrade (protocol, "Transport and handshake").
+const (
+	paramAuthorization = "authorization"
+	paramSessionID     = "x-cryo-sid"
+	bearer             = "Bearer"
+)
+
+// DialOptions are what a client can set. A zero value means its default.
+type DialOptions struct {
+	SessionOptions
+
+	// Token is sent as "Bearer <token>" in the URL's query, as the protocol
+	// wants it. It appears in no error and no log line of this package.
+	Token string
+	// SessionID is the id to connect with. A client that reconnects uses the
+	// one it had. Default: a random one; see [NewSessionID].
+	SessionID uint64
+	// Query has further parameters for the URL.
+	Query url.Values
+	// Header has further headers for the upgrade.
+	Header http.Header
+	// TLS configures wss. Default: the system's certificates.
+	TLS *tls.Config
+	// Proxy gives the proxy for the upgrade request: http, https or socks5.
+	// http.ProxyFromEnvironment and http.ProxyURL are such functions. The
+	// request that it is asked about has the URL with http for ws, and without
+	// query. Default: none.
+	Proxy func(*http.Request) (*url.URL, error)
+	// ConnectTimeout bounds Dial: connecting, TLS, the upgrade and the
+	// handshake of Cryo. Default 5 s.
+	ConnectTimeout time.Duration
+	// NetDial opens the network connection. Default: net.Dialer's.
+	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// NewSessionID chooses a session id at random. It is never 0.
+func NewSessionID() uint64 {
+	for {
+		var b [8]byte
+		_, _ = rand.Read(b[:]) // never fails
+		if id := binary.BigEndian.Uint64(b[:]); id != 0 {
+			return id
+		}
+	}
+}
+
+// CheckURL tells why a URL can't be dialled: it has to be ws or wss with a
+// host, without user and password, and must not carry the parameters that Dial
+// sets. The error does not repeat the URL's query.
+func CheckURL(rawURL string) error {
+	_, err := parseURL(rawURL)
+	return err
+}
+
+func parseURL(rawURL string) (*url.URL, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		// url.Parse repeats its input, which may hold a secret.
+		if e := (*url.Error)(nil); errors.As(err, &e) {
+			err = e.Err
+		}
+		return nil, fmt.Errorf("not a URL: %w", err)
+	}
+	switch {
+	case u.Scheme != "ws" && u.Scheme != "wss":
+		return nil, fmt.Errorf("the scheme is %q, it has to be ws or wss", u.Scheme)
+	case u.Hostname() == "":
+		return nil, errors.New("the URL has no host")
+	case u.User != nil:
+		return nil, errors.New("a WebSocket URL has no user and password, Cryo's authorization is the token")
+	case u.Query().Has(paramAuthorization):
+		return nil, fmt.Errorf("the parameter %s is made from the token", paramAuthorization)
+	case u.Query().Has(paramSessionID):
+		return nil, fmt.Errorf("the parameter %s is made from the session's id", paramSessionID)
+	}
+	return u, nil
+}
+
+// Dial opens a session with a Cryo server. It returns when the server has
+// acknowledged our ENDPOINT_INFO, so everything may be sent then. The context
+// bounds Dial, not the session. A refusal by the server is a [*HandshakeError].
+func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, error) {
+	var opts DialOptions
+	if options != nil {
+		opts = *options
+	}
+	opts.SessionOptions = opts.withDefaults()
+	opts.token = newSecret(opts.Token)
+	if opts.ConnectTimeout <= 0 {
+		opts.ConnectTimeout = DefaultConnectTimeout
+	}
+	if opts.SessionID == 0 {
+		opts.SessionID = NewSessionID()
+	}
+	u, err := parseURL(rawURL)
+	if err != nil {
+		return nil, fmt.Errorf("dialling: %w", err)
+	}
+	target := (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+
+	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
+		fmt.Errorf("no session after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
+	defer cancel()
+	s, err := dial(ctx, u, &opts)
+	if err != nil {
+		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
+			<-ctx.Done() // the connection's deadline, which is the same, was faster
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("dialling %s: %w", target, err)
+	}
+	return s, nil
+}
+
+func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) {
+	ws, conn, err := upgrade(ctx, u, opts)
+	if err != nil {
+		return nil, err
+	}
+	s := newSession(opts.SessionID, true, ws, conn, newBudget(int64(opts.MaxBufferBytes)), opts.SessionOptions, nil)
+	errs, err := s.sendFrames(ctx, []outgoing{{Frame: s.endpointInfo()}})
+	if err == nil && errs != nil {
+		err = errs[0]
+	}
+	if err != nil {
+		s.fail(err)
+		<-s.done
+		return nil, fmt.Errorf("handshake of Cryo: %w", err)
+	}
+	return s, nil
+}
+
+// upgrade connects and opens the WebSocket.
+func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*websocket.Conn, *transport, error) {
+	query := u.Query()
+	maps.Copy(query, opts.Query)
+	query.Set(paramAuthorization, bearer+" "+opts.Token)
+	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
+	withQuery := *u
+	withQuery.RawQuery = query.Encode()
+	withQuery.Fragment = ""
+
+	netDial := opts.NetDial
+	if netDial == nil {
+		netDial = (&net.Dialer{}).DialContext
+	}
+	var (
+		conn *transport
+		stop = func() bool { return true }
+	)
+	wrap := func(c net.Conn, err error) (net.Conn, error) {
+		if err != nil {
+			return nil, err
+		}
+		conn = &transport{Conn: c}
+		// The library watches the context's deadline, but not its end.
+		stop = context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+		return conn, nil
+	}
+	dialer := newWebSocketDialer()
+	dialer.TLSClientConfig = opts.TLS
+	dialer.NetDialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return wrap(netDial(ctx, network, address))
+	}
+	proxy, err := proxyFor(u, opts.Proxy)
+	if err != nil {
+		return nil, nil, err
+	}
+	if proxy != nil {
+		dialer.Proxy = http.ProxyURL(proxy)
+	} else {
+		// Gathering above TLS makes few records of many frames. With a proxy
+		// the library itself puts TLS on top of the gathered connection.
+		dialer.NetDialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			return wrap(dialTLS(ctx, netDial, network, address, opts.TLS))
+		}
+	}
+
+	ws, resp, err := dialWebSocket(ctx, dialer, withQuery.String(), opts.Header) //nolint:bodyclose // the library leaves nothing to close
+	ended := !stop()
+	switch {
+	case err != nil && conn != nil:
+		_ = conn.Close() // unless the library did
+	case err != nil: // not even connected
+	case ended:
+		err = errors.Join(ctx.Err(), ws.Close())
+	case resp.Header.Get("Sec-WebSocket-Extensions") != "":
+		// The library would take it, and inflate messages without a bound.
+		err = errors.Join(errors.New("the server uses a WebSocket extension that was not asked for"), ws.Close())
+	}
+	if err != nil && proxy != nil && resp == nil {
+		err = fmt.Errorf("through the proxy %s: %w", proxy.Host, err)
+	}
+	if err != nil {
+		return nil, nil, handshakeError(err, resp, opts.token)
+	}
+	return ws, conn, nil
+}
+
+// dialWebSocket makes an error of the panic with which the library takes a
+// proxy's refusal that has no words behind its status.
+func dialWebSocket(ctx context.Context, d *websocket.Dialer, target string, header http.Header) (ws *websocket.Conn, resp *http.Response, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the answer is not understood: %v", p)
+		}
+	}()
+	return d.DialContext(ctx, target, header)
+}
+
+func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL, error) {
+	if proxy == nil {
+		return nil, nil
+	}
+	asked := &url.URL{Scheme: strings.Replace(u.Scheme, "ws", "http", 1), Host: u.Host, Path: u.Path}
+	p, err := proxy(&http.Request{Method: http.MethodGet, URL: asked, Host: u.Host})
+	if err != nil {
+		return nil, fmt.Errorf("choosing a proxy: %w", err)
+	}
+	return p, nil
+}
+
+type netDialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+func dialTLS(ctx context.Context, dial netDialFunc, network, address string, config *tls.Config) (net.Conn, error) {
+	c, err := dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if config == nil {
+		config = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
+	config = config.Clone()
+	if config.ServerName == "" {
+		if config.ServerName, _, err = net.SplitHostPort(address); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+	}
+	secured := tls.Client(c, config)
+	if err := secured.HandshakeContext(ctx); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return secured, nil
+}
+
+var (
+	sessionExistsPattern = regexp.MustCompile(`(?i)session already exists`)
+	markupPattern        = regexp.MustCompile(`<[^>]*>`)
+)
+
+const (
+	maxRefusal  = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
+	maxSentence = 200  // bytes of it that are repeated
+)
+
+// handshakeError makes an error of a failed upgrade in which the token does not
+// appear, whatever the server answered.
+func handshakeError(err error, resp *http.Response, token *secret) error {
+	switch {
+	case resp == nil:
+		return token.redact(err)
+	case resp.StatusCode == http.StatusSwitchingProtocols:
+		return token.redact(fmt.Errorf("upgrade: %w", err))
+	}
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // what there is of it
+	text := token.redactText(string(body))
+	if len(body) == maxRefusal {
+		text = token.redactEnd(text)
+	}
+	text = markupPattern.ReplaceAllString(text, " ")
+	text = token.redactText(strings.Join(strings.Fields(text), " ")) // again: it may have been broken into lines
+	return &HandshakeError{
+		StatusCode: resp.StatusCode,
+		Sentence:   cutText(strings.ToValidUTF8(text, ""), maxSentence),
+	}
+}

@@ -1,0 +1,273 @@
+package cryo_test
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+func TestCheckURL(t *testing.T) {
+	for rawURL, problem := range map[string]string{
+		"ws://example.com":                "",
+		"wss://example.com:8443/path?a=b": "",
+		"ws://[::1]:8080":                 "",
+		"":                                `the scheme is "", it has to be ws or wss`,
+		"example.com":                     `the scheme is "", it has to be ws or wss`,
+		"http://example.com":              `the scheme is "http", it has to be ws or wss`,
+		"ws:example.com":                  "the URL has no host",
+		"ws://":                           "the URL has no host",
+		"ws://:8080":                      "the URL has no host",
+		"ws://user:pass@example.com":      "a WebSocket URL has no user and password, Cryo's authorization is the token",
+		"ws://example.com?authorization=Bearer+x": "the parameter authorization is made from the token",
+		"ws://example.com?x-cryo-sid=1":           "the parameter x-cryo-sid is made from the session's id",
+		"ws://example.com:port?key=s3cret":        `not a URL: invalid port ":port" after host`,
+		"ws://exa mple.com?key=s3cret":            `not a URL: invalid character " " in host name`,
+		"ws://example.com/\x7f?key=s3cret":        "not a URL: net/url: invalid control character in URL",
+	} {
+		t.Run(rawURL, func(t *testing.T) {
+			err := cryo.CheckURL(rawURL)
+			if problem == "" {
+				require.NoError(t, err)
+				return
+			}
+			require.EqualError(t, err, problem)
+			_, err = cryo.Dial(t.Context(), rawURL, nil)
+			require.EqualError(t, err, "dialling: "+problem)
+		})
+	}
+}
+
+func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := cryotest.NewServer(t)
+		var (
+			s       *cryo.Session
+			address string
+		)
+		dial := start(func() (err error) {
+			s, err = cryo.Dial(t.Context(), "ws://example.com/some/path?x=1&y=#part", &cryo.DialOptions{
+				SessionID: sid,
+				Token:     token,
+				Query:     url.Values{"tenant": {"a b", "c&d"}, "x-cryo-sid": {"overruled"}},
+				Header:    http.Header{"X-Tenant": {"acme"}, "Host": {"other.example.com"}},
+				NetDial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+					address = network + " " + addr
+					return server.Dial(ctx, network, addr)
+				},
+			})
+			return err
+		})
+		peer := server.NextPeer()
+		peer.ServerHandshake()
+		dial.wantSuccess(t)
+		defer cut(s)
+		require.Equal(t, "tcp example.com:80", address)
+		r := peer.Request
+		require.Equal(t, "/some/path", r.URL.Path)
+		require.Equal(t, url.Values{
+			"x": {"1"}, "y": {""}, "tenant": {"a b", "c&d"},
+			"authorization": {"Bearer " + token},
+			"x-cryo-sid":    {"18446744073709551574"},
+		}, r.URL.Query())
+		require.Equal(t, "acme", r.Header.Get("X-Tenant"))
+		require.Equal(t, "other.example.com", r.Host)
+		require.Empty(t, r.Header.Get("Sec-Websocket-Extensions"))
+		require.Empty(t, r.Header.Get("Sec-Websocket-Protocol"))
+	})
+}
+
+func TestDialChoosesASessionID(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{})
+		ids := map[uint64]bool{0: true}
+		for range 10 {
+			s, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+			require.NoError(t, err)
+			require.Equal(t, s.ID(), next(t, sessions).ID())
+			require.False(t, ids[s.ID()])
+			ids[s.ID()] = true
+			cut(s)
+		}
+		require.False(t, ids[cryo.NewSessionID()])
+	})
+}
+
+// answer serves one answer, word for word, to every upgrade in memory.
+func answer(t *testing.T, answer func(*http.Request) string) *cryotest.Listener {
+	t.Helper()
+	return cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = io.WriteString(c, answer(r))
+		_ = c.Close()
+	}))
+}
+
+func dialAnswer(t *testing.T, reply string) error {
+	t.Helper()
+	l := answer(t, func(*http.Request) string { return reply })
+	_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+	require.Error(t, err)
+	return err
+}
+
+func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
+	const refused = "HTTP/1.1 401 Unauthorized\r\nContent-Type: text/html\r\n\r\n<html><body><h1>401 Unauthorized</h1><p>Upgrade request for 127.0.0.1:5000 was refused. "
+	synctest.Test(t, func(t *testing.T) {
+		err := dialAnswer(t, refused+"The session already exists.</p></body></html>")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: "+
+			"401 Unauthorized Upgrade request for 127.0.0.1:5000 was refused. The session already exists.")
+		require.ErrorIs(t, err, cryo.ErrSessionExists)
+		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
+
+		err = dialAnswer(t, refused+"The token is invalid.</p></body></html>")
+		require.ErrorIs(t, err, cryo.ErrUnauthorized)
+		require.NotErrorIs(t, err, cryo.ErrSessionExists)
+
+		err = dialAnswer(t, "HTTP/1.1 401 Unauthorized\r\n\r\n")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized")
+		require.ErrorIs(t, err, cryo.ErrUnauthorized)
+
+		err = dialAnswer(t, "HTTP/1.1 503 Service Unavailable\r\n\r\nThe session already exists, says who?")
+		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
+		require.NotErrorIs(t, err, cryo.ErrSessionExists)
+		refusal, ok := errors.AsType[*cryo.HandshakeError](err)
+		require.True(t, ok)
+		require.Equal(t, &cryo.HandshakeError{StatusCode: 503, Sentence: "The session already exists, says who?"}, refusal)
+	})
+}
+
+func TestARefusalIsRepeatedShortly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		err := dialAnswer(t, "HTTP/1.1 302 Found\r\nLocation: http://elsewhere.test\r\n\r\n"+strings.Repeat("€", 1000))
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 302 Found: "+strings.Repeat("€", 66))
+	})
+}
+
+func TestAnExtensionThatNobodyAskedForIsNotTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Connection", "Upgrade")
+			w.Header().Set("Upgrade", "websocket")
+			w.Header().Set("Sec-Websocket-Accept", acceptKey(r.Header.Get("Sec-Websocket-Key")))
+			w.Header().Set("Sec-Websocket-Extensions", "permessage-deflate; server_no_context_takeover; client_no_context_takeover")
+			w.WriteHeader(http.StatusSwitchingProtocols)
+		}))
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+		require.EqualError(t, err, "dialling ws://cryo.test: upgrade: the server uses a WebSocket extension that was not asked for")
+	})
+}
+
+func TestAServerThatIsNotThereFailsDial(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, l.Close())
+	_, err = cryo.Dial(t.Context(), "ws://"+l.Addr().String(), &cryo.DialOptions{Token: token})
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	require.NotContains(t, err.Error(), "authorization")
+}
+
+func TestDialIsBoundedWhereverItHangs(t *testing.T) {
+	hangs := map[string]func(ctx context.Context, network, address string) (net.Conn, error){
+		"connecting": func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+		"in the upgrade": func(context.Context, string, string) (net.Conn, error) {
+			c, _ := cryotest.Pipe()
+			return c, nil
+		},
+	}
+	for name, netDial := range hangs {
+		for _, scheme := range []string{"ws", "wss"} {
+			t.Run(scheme+" "+name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					begin := time.Now()
+					opts := &cryo.DialOptions{NetDial: netDial, Token: token}
+					_, err := cryo.Dial(t.Context(), scheme+"://cryo.test", opts)
+					require.EqualError(t, err, "dialling "+scheme+"://cryo.test: no session after 5s: context deadline exceeded")
+					require.Equal(t, cryo.DefaultConnectTimeout, time.Since(begin))
+
+					ctx, cancel := context.WithCancel(t.Context())
+					time.AfterFunc(time.Second, cancel)
+					_, err = cryo.Dial(ctx, scheme+"://cryo.test", opts)
+					require.ErrorIs(t, err, context.Canceled)
+					require.Equal(t, cryo.DefaultConnectTimeout+time.Second, time.Since(begin))
+				})
+			})
+		}
+	}
+}
+
+func TestDialWithTLS(t *testing.T) {
+	target, sessions, roots := serveTLS(t)
+	_, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token})
+	require.ErrorAs(t, err, new(*tls.CertificateVerificationError))
+
+	s, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token, TLS: &tls.Config{RootCAs: roots}})
+	require.NoError(t, err)
+	wantConversation(t, s, next(t, sessions))
+}
+
+func TestDialThroughProxies(t *testing.T) {
+	for name, proxy := range map[string]func(t *testing.T) *url.URL{
+		"http":   func(t *testing.T) *url.URL { return connectProxy(t, "HTTP/1.1 200 OK\r\n\r\n") },
+		"socks5": socksProxy,
+		"none":   func(*testing.T) *url.URL { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			via := proxy(t)
+			choose := func(r *http.Request) (*url.URL, error) {
+				if r.URL.RawQuery != "" {
+					t.Errorf("the proxy's chooser sees %s", r.URL.RawQuery)
+				}
+				return via, nil
+			}
+			t.Run("ws", func(t *testing.T) {
+				target, sessions := serveTCP(t)
+				s, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token, Proxy: choose})
+				require.NoError(t, err)
+				wantConversation(t, s, next(t, sessions))
+			})
+			t.Run("wss", func(t *testing.T) {
+				target, sessions, roots := serveTLS(t)
+				s, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token, Proxy: choose, TLS: &tls.Config{RootCAs: roots}})
+				require.NoError(t, err)
+				wantConversation(t, s, next(t, sessions))
+			})
+		})
+	}
+}
+
+func TestAProxyMayRefuse(t *testing.T) {
+	for reply, problem := range map[string]string{
+		"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n": "Proxy Authentication Required",
+		"HTTP/1.1 502\r\n\r\n":                               "the answer is not understood: runtime error: index out of range [1] with length 1",
+		"nonsense\r\n\r\n":                                   `malformed HTTP response "nonsense"`,
+	} {
+		via := connectProxy(t, reply)
+		_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: token, Proxy: http.ProxyURL(via)})
+		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy "+via.Host+": "+problem)
+	}
+	_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: token, Proxy: func(*http.Request) (*url.URL, error) {
+		return nil, errors.New("no idea")
+	}})
+	require.EqualError(t, err, "dialling ws://cryo.test: choosing a proxy: no idea")
+}

@@ -1,0 +1,262 @@
+package cryo_test
+
+import (
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+func TestAPingIsAnsweredWithItsNumberAndAPongNever(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(cryotest.Ping(77))
+		peer.WantFrame("the answer", cryotest.Pong(77))
+		peer.WriteFrames(cryotest.Pong(77), cryotest.Pong(78))
+		peer.WantIdle("no answer to a pong", 10*time.Second)
+	})
+}
+
+func TestAWebSocketPingIsAnsweredWithItsWords(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		pongs := make(chan string, 1)
+		peer.WS.SetPongHandler(func(words string) error { pongs <- words; return nil })
+		require.NoError(t, peer.WS.WriteMessage(websocket.PingMessage, []byte("are you there?")))
+		require.Equal(t, "are you there?", next(t, pongs))
+	})
+}
+
+func TestAFloodOfPingsIsAnsweredNowAndThen(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.Conn().StopReading()
+		stuck := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
+		stuck.wantBlocked(t) // so that answers queue up
+		for i := range uint32(10_000) {
+			peer.WriteFrames(cryotest.Ping(i))
+			require.NoError(t, peer.WS.WriteMessage(websocket.PingMessage, nil))
+		}
+		synctest.Wait()
+		peer.Conn().ReadOn()
+		peer.WantType("what was being written", cryo.TypeBinary)
+		for i := range uint32(16) {
+			peer.WantFrame("one of the first pongs", cryotest.Pong(i))
+		}
+		peer.WriteFrames(cryotest.Ping(1 << 20))
+		peer.WantFrame("the next pong", cryotest.Pong(1<<20))
+	})
+}
+
+func TestAServerPingsAndAClientDoesNot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, peer := accepted(t, cryo.ServerOptions{})
+		time.Sleep(15 * time.Second)
+		peer.WantFrame("a ping", cryotest.Ping(acceptedFrom+1))
+		time.Sleep(15 * time.Second)
+		peer.WantFrame("a ping", cryotest.Ping(acceptedFrom+2))
+	})
+	synctest.Test(t, func(t *testing.T) {
+		_, peer := dialled(t, cryo.DialOptions{})
+		peer.WantIdle("no ping", time.Minute)
+	})
+}
+
+func TestAnswersToWebSocketPingsKeepASessionAlive(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		// The peer answers those, and neither sends Cryo pings nor answers any.
+		peer.Read()
+		time.Sleep(24 * time.Hour)
+		require.NoError(t, s.Err())
+	})
+}
+
+func TestABlackHoleIsNoticedWithinThreeIntervals(t *testing.T) {
+	const interval = 10 * time.Second
+	for range 10 {
+		atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: interval}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+			peer.Read()
+			time.Sleep(time.Minute + rand.N(interval))
+			peer.Conn().Freeze()
+			begin := time.Now()
+			<-s.Done()
+			require.LessOrEqual(t, time.Since(begin), 3*interval)
+			require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+			require.EqualError(t, s.Err(), "session ended: no sign of life from the peer for 20s")
+		})
+	}
+}
+
+func TestABlackHoleIsNoticedByWhoeverSendsIntoIt(t *testing.T) {
+	const interval = 10 * time.Second
+	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: interval}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.Read()
+		time.Sleep(time.Minute + time.Second)
+		peer.Conn().Freeze()
+		begin := time.Now()
+		for s.Err() == nil { // now and then, and soon more than the network takes
+			start(func() error { return s.SendBinary(t.Context(), make([]byte, 5000)) })
+			time.Sleep(time.Second)
+		}
+		require.LessOrEqual(t, time.Since(begin), 3*interval+time.Second)
+		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		wantEnded(t, s)
+	})
+}
+
+func TestASlowLineIsNotSilence(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: 10 * time.Second}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		// Our pings wait behind the message, so the peer answers none for more
+		// than four minutes.
+		peer.Read()
+		peer.Conn().ReadSlowly(64 << 10)
+		begin := time.Now()
+		send := start(func() error { return s.SendBinary(t.Context(), make([]byte, 16<<20)) })
+		time.Sleep(257 * time.Second)
+		peer.Ack(peer.WantType("all of it", cryo.TypeBinary))
+		require.NoError(t, send.result(t))
+		require.Greater(t, time.Since(begin), 256*time.Second)
+		require.NoError(t, s.Err())
+	})
+}
+
+// fill makes a session stop reading: it has received a message that nobody
+// settles, and may not hold the one that waits.
+func fill(t *testing.T, s *cryo.Session, peer *cryotest.Peer) *cryo.Message {
+	t.Helper()
+	peer.WriteFrames(cryotest.Binary(1000, string(make([]byte, 2000))), cryotest.Text(1001, "what waits"))
+	m := receive(t, s)
+	synctest.Wait()
+	return m
+}
+
+var smallBuffer = cryo.SessionOptions{MaxBufferBytes: 1000}
+
+func TestSilenceIsNobodysFaultWhileNothingIsRead(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		m := fill(t, s, peer)
+		peer.Conn().StopReading() // not even answers to WebSocket pings
+		time.Sleep(time.Hour)
+		require.NoError(t, s.Err())
+
+		peer.Conn().ReadOn()
+		require.NoError(t, m.Ack())
+		synctest.Wait()
+		peer.Conn().Freeze()
+		begin := time.Now()
+		<-s.Done()
+		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		require.GreaterOrEqual(t, time.Since(begin), 2*15*time.Second, "the pause doesn't count")
+		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
+	})
+}
+
+func TestADiallingEndSaysThatItIsAliveWhileItDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
+		m := fill(t, s, peer)
+		begin := time.Now()
+		for i := range 3 {
+			peer.WantFrame("an unasked pong", cryotest.Pong(0))
+			require.Equal(t, time.Duration(1+i)*5*time.Second, time.Since(begin), "before any ping was seen")
+		}
+		require.NoError(t, m.Ack())
+		peer.WantFrame("the acknowledgement", cryotest.Acked(1000))
+		peer.WantIdle("no more of these", time.Minute)
+	})
+}
+
+func TestUnaskedPongsKeepToHalfTheShortestIntervalOfPings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
+		for i, pause := range []time.Duration{0, 12 * time.Second, 8 * time.Second, 9 * time.Second} {
+			time.Sleep(pause)
+			peer.WriteFrames(cryotest.Ping(uint32(i)))
+			peer.WantFrame("the answer", cryotest.Pong(uint32(i)))
+		}
+		m := fill(t, s, peer)
+		begin := time.Now()
+		for i := range 3 {
+			peer.WantFrame("an unasked pong with the last ping's number", cryotest.Pong(3))
+			require.Equal(t, time.Duration(1+i)*4*time.Second, time.Since(begin))
+		}
+
+		// Pings that pile up meanwhile come all at once, which says nothing.
+		for i := range uint32(4) {
+			peer.WriteFrames(cryotest.Ping(10 + i))
+		}
+		require.NoError(t, m.Ack())
+		peer.WantFrame("the acknowledgement", cryotest.Acked(1000))
+		for i := range uint32(4) {
+			peer.WantFrame("the answer", cryotest.Pong(10+i))
+		}
+		require.NoError(t, receive(t, s).Ack())
+		peer.WantFrame("the acknowledgement of what waited", cryotest.Acked(1001))
+		fill(t, s, peer)
+		begin = time.Now()
+		peer.WantFrame("an unasked pong", cryotest.Pong(13))
+		require.Equal(t, 4*time.Second, time.Since(begin))
+	})
+}
+
+// TestAStalledPipelineDoesNotCostTheSession plays cryo-server, which ends a
+// session that sent no pong between two of its ticks.
+func TestAStalledPipelineDoesNotCostTheSession(t *testing.T) {
+	for _, tick := range []time.Duration{5 * time.Second, 15 * time.Second, time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
+			serverTick := func() {
+				peer.WriteFrames(cryotest.Ping(0))
+				time.Sleep(tick)
+				require.Positive(t, peer.Skip(), "the server would have ended the session")
+			}
+			serverTick()
+			serverTick()
+			m := fill(t, s, peer)
+			for begin := time.Now(); time.Since(begin) < 10*time.Minute; {
+				serverTick()
+			}
+			require.NoError(t, s.Err())
+			require.NoError(t, m.Ack())
+			require.Equal(t, "what waits", string(receive(t, s).Payload))
+		})
+	}
+}
+
+func TestAListeningEndKeepsQuietWhileItDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: smallBuffer})
+		fill(t, s, peer)
+		for range 40 { // ten minutes
+			time.Sleep(15*time.Second + instant)
+			require.Equal(t, "ping", string(peer.WantType("the regular ping", cryo.TypePingPong).Payload))
+			peer.WriteFrames(cryotest.Pong(0)) // which the session doesn't get to see
+			peer.WantIdle("nothing else", instant)
+		}
+		require.NoError(t, s.Err())
+	})
+}
+
+func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
+	opts := cryo.SessionOptions{SendOnly: true}
+	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		// The refusals of all that would be without bound.
+		peer.Conn().StopReading()
+		flood := start(func() error {
+			frame, _ := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8})
+			for {
+				if err := peer.WS.WriteMessage(websocket.BinaryMessage, frame); err != nil {
+					return err
+				}
+			}
+		})
+		begin := time.Now()
+		<-s.Done()
+		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
+		require.Error(t, flood.result(t))
+	})
+}

@@ -1,0 +1,85 @@
+package cryo_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// A fetch is progress only when it goes further than the ones before.
+func TestAPeerThatFetchesTheSameForEverHoldsNoSender(t *testing.T) {
+	for _, end0 := range []uint32{0, 1} {
+		synctest.Test(t, func(t *testing.T) {
+			s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
+			setFlow(peer, cryo.FlowPull)
+			send := start(func() error {
+				return s.SendStream(context.Background(), strings.NewReader("abcdefghij"), &cryo.StreamOptions{ChunkBytes: 4, StepTimeout: time.Second})
+			})
+			f := peer.WantType("start", cryo.TypeTxStart)
+			peer.Ack(f)
+			for range 1000 {
+				time.Sleep(900 * time.Millisecond)
+				peer.WriteFrames(txFetch(50, f.Tx, 0, end0))
+				synctest.Wait()
+				peer.Skip()
+				select {
+				case <-send.done:
+					return
+				default:
+				}
+			}
+			cut(s)
+			<-send.done
+			t.Errorf("still sending after 900 s with a StepTimeout of 1 s (fetch [0,%d))", end0)
+		})
+	}
+}
+
+func TestAnOpenStreamIsBoundedThoughMessagesAreRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opts := bounded()
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
+		st := incoming(t, s, peer, 1, 0)
+		s.Refuse(true)
+		go func() {
+			for i := range uint32(1000) {
+				if peer.TryWriteFrames(txChunk(0, i+1, strings.Repeat("x", 10_000))) != nil {
+					return
+				}
+			}
+		}()
+		synctest.Wait()
+		got := st.Received()
+		cut(s)
+		require.Less(t, got, int64(200_000), "MaxBufferBytes is 90,000")
+	})
+}
+
+func TestAnErrorIsNotAnsweredWithAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
+		peer.WriteFrames(cryotest.Error(0, "app says"))
+		m := receive(t, s)
+		require.NoError(t, m.Reject("no"))
+		peer.WantIdle("an ERROR is not answered with an ERROR", time.Second)
+	})
+}
+
+func TestAMessageGivesBackWhatItCameWithWhateverBecameOfItsPayload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: bounded()})
+		peer.WriteFrames(cryotest.Text(0, strings.Repeat("x", 1000)))
+		m := receive(t, s)
+		m.Payload = nil
+		require.NoError(t, m.Ack())
+		peer.WantFrame("ack", cryotest.Acked(0))
+		wantFree(t, s, peer, 90_000, 0)
+	})
+}

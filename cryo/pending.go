@@ -1,0 +1,133 @@
+package cryo
+
+import "sync"
+
+// Our own numbers stay within one of two ranges of 2^30, so that they meet
+// neither each other's nor those of the published peers, which start at 0: an
+// ERROR that carries one of our numbers can then only be a refusal (protocol,
+// "ERROR").
+const (
+	dialingNumbers   uint32 = 0x40000000
+	listeningNumbers uint32 = 0xC0000000
+	numberMask       uint32 = 1<<30 - 1
+)
+
+// sendBatch is one wait for a batch of acknowledgements.
+type sendBatch struct {
+	done chan struct{} // closed when left is 0
+
+	// Guarded by the pending's mutex until done is closed.
+	left int     // frames not settled yet
+	errs []error // by index; nil until one fails
+}
+
+func (b *sendBatch) settle(i, size int, err error) {
+	if err != nil {
+		if b.errs == nil {
+			b.errs = make([]error, size)
+		}
+		b.errs[i] = err
+	}
+	if b.left--; b.left == 0 {
+		close(b.done)
+	}
+}
+
+// pending numbers this end's acknowledged frames and knows who waits for which.
+type pending struct {
+	mu      sync.Mutex
+	base    uint32
+	next    uint32 // offset of the next number within the range
+	wrapped bool   // all numbers of the range were used once
+	waiting map[uint32]waiter
+	ended   error // set at the end of the session: nobody can wait any more
+}
+
+type waiter struct {
+	batch       *sendBatch
+	index, size int
+}
+
+func newPending(base uint32) *pending {
+	return &pending{base: base, waiting: make(map[uint32]waiter)}
+}
+
+// number takes a number that nobody waits for.
+func (p *pending) number() uint32 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.numberLocked()
+}
+
+func (p *pending) numberLocked() uint32 {
+	for {
+		n := p.base | p.next
+		p.next = (p.next + 1) & numberMask
+		p.wrapped = p.wrapped || p.next == 0
+		if _, taken := p.waiting[n]; !taken {
+			return n
+		}
+	}
+}
+
+// register numbers the frames of a batch, calling assign for each, and makes
+// their acknowledgements awaited.
+func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBatch, error) {
+	b := &sendBatch{done: make(chan struct{}), left: size}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended != nil {
+		return nil, p.ended
+	}
+	for i := range size {
+		n := p.numberLocked()
+		p.waiting[n] = waiter{b, i, size}
+		assign(i, n)
+	}
+	return b, nil
+}
+
+// settle ends the wait for one number: nil is the peer's ACK. It reports
+// whether anybody waited.
+func (p *pending) settle(number uint32, err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	w, ok := p.waiting[number]
+	if ok {
+		delete(p.waiting, number)
+		w.batch.settle(w.index, w.size, err)
+	}
+	return ok
+}
+
+// issued tells whether a number is one of ours, awaited or not. It stays true
+// after a time-out, so a late ERROR is still known as a refusal.
+func (p *pending) issued(number uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return number&^numberMask == p.base && (p.wrapped || number&numberMask < p.next)
+}
+
+// abandon settles what is left of a batch with err.
+func (p *pending) abandon(b *sendBatch, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.settleAll(err, func(w waiter) bool { return w.batch == b })
+}
+
+// end settles all that is left with err, and all that comes later at once.
+func (p *pending) end(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended = err
+	p.settleAll(err, func(waiter) bool { return true })
+}
+
+func (p *pending) settleAll(err error, which func(waiter) bool) {
+	for n, w := range p.waiting {
+		if which(w) {
+			delete(p.waiting, n)
+			w.batch.settle(w.index, w.size, err)
+		}
+	}
+}

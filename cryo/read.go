@@ -1,0 +1,266 @@
+package cryo
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// unaskedPong is how often a dialling end that doesn't read says that it is
+// alive before it has seen pings; then at half the shortest interval seen.
+const unaskedPong = 5 * time.Second
+
+// minPingEvery is the shortest interval between pings that is believed.
+const minPingEvery = 100 * time.Millisecond
+
+// read is the reading goroutine. It never writes and never waits for the
+// writer.
+func (s *Session) read() {
+	defer s.finish()
+	for {
+		s.waitForWriter()
+		b, err := s.nextMessage()
+		if err != nil {
+			s.readFailed(err)
+			return
+		}
+		f, err := ParseFrame(b)
+		switch {
+		case err != nil:
+			s.protocolError(&ProtocolError{Err: err})
+		case f.SID != s.id:
+			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", f.Type, f.SID)})
+		default:
+			s.handle(&f)
+		}
+	}
+}
+
+func (s *Session) nextMessage() ([]byte, error) {
+	kind, r, err := s.ws.NextReader()
+	if err != nil {
+		return nil, err
+	}
+	if kind != websocket.BinaryMessage {
+		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
+	}
+	var head []byte
+	if s.budget.wait(&s.held) != nil {
+		// No room for data. Other frames are read on: they may be the
+		// handshake, or acknowledgements that our senders wait for.
+		head = make([]byte, headerSize)
+		n, _ := io.ReadFull(r, head) // an error comes again
+		head = head[:n]
+		if isData(head) {
+			s.waitForRoom(Type(head[headerSize-1]) == TypeTxChunk)
+		}
+	}
+	return s.blocks.readFrame(head, r, s.conn)
+}
+
+// readFailed tells why there is nothing more to read.
+func (s *Session) readFailed(err error) {
+	var closed *websocket.CloseError
+	switch {
+	case errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure:
+		// Queued acknowledgements and an answer to the close frame still go
+		// out. When this end is closing already, its own farewell stands.
+		code := closed.Code
+		if code == websocket.CloseNoStatusReceived {
+			code = websocket.CloseNormalClosure
+		}
+		s.goodbye(&PeerClosedError{Code: closed.Code, Reason: s.words(closed.Text)}, code, "", false)
+		s.out.wait()
+	case closed != nil, s.conn.ended != nil:
+		s.begin(fmt.Errorf("connection lost: %w", err))
+	default:
+		// Not WebSocket, or a message over the limit: said by the library in
+		// a close frame. Closing a socket with unread data would reset it and
+		// could take that frame and queued acknowledgements along.
+		s.protocolError(&ProtocolError{Problem: err.Error()})
+		_, _ = io.Copy(io.Discard, s.conn)
+		s.out.wait()
+	}
+}
+
+// protocolError ends the session with code 4001; reading goes on until the
+// peer has closed.
+func (s *Session) protocolError(err *ProtocolError) {
+	s.goodbye(err, closeClientError, err.Error(), false)
+}
+
+// isEnding tells whether data is only discarded by now.
+func (s *Session) isEnding() bool {
+	select {
+	case <-s.ending:
+		return true
+	default:
+		return false
+	}
+}
+
+// waitForWriter pauses reading while too many small frames are unwritten. That
+// is the peer's doing: it has to show a sign of life meanwhile.
+func (s *Session) waitForWriter() {
+	for {
+		crowded := s.out.crowded()
+		if crowded == nil || s.isEnding() {
+			return
+		}
+		select {
+		case <-crowded:
+		case <-s.ending:
+		}
+	}
+}
+
+// waitForRoom pauses reading while too much is received and not settled.
+func (s *Session) waitForRoom(chunk bool) {
+	room := s.full(chunk)
+	if room == nil {
+		return
+	}
+	s.paused.Store(true)
+	defer func() {
+		now := time.Now()
+		s.resumed.Store(&now)
+		s.conn.heard.Store(true) // the silence was ours
+		s.paused.Store(false)
+	}()
+
+	// Pings go unseen meanwhile, and cryo-server ends sessions without pongs.
+	// A listening end keeps quiet: cryo-client-node answers a pong with a ping.
+	var alive <-chan time.Time
+	if s.dialing {
+		every := unaskedPong
+		if s.pingEvery > 0 {
+			every = s.pingEvery / 2
+		}
+		ticker := time.NewTicker(every)
+		defer ticker.Stop()
+		alive = ticker.C
+	}
+	for ; room != nil; room = s.full(chunk) {
+		select {
+		case <-room:
+		case <-alive:
+			s.out.pong(s.pingAck)
+		case <-s.ending:
+			return
+		}
+	}
+}
+
+// full returns nil when a message may be read, else a channel to wait for.
+func (s *Session) full(chunk bool) <-chan struct{} {
+	room := s.budget.wait(&s.held)
+	if s.isEnding() || s.refusing.Load() && !(chunk && s.incoming.holds()) { // asked last, or Refuse could be missed
+		return nil
+	}
+	return room
+}
+
+// handle acts on one frame.
+func (s *Session) handle(f *Frame) {
+	switch f.Type {
+	case TypeAck:
+		s.pend.settle(f.Ack, nil)
+		return
+	case TypeError:
+		// A refusal of one of our frames is never acknowledged: the refuser
+		// may have a frame pending under the same number (protocol, "ERROR").
+		if s.pend.settle(f.Ack, &RejectedError{Text: s.words(f.Text())}) || s.pend.issued(f.Ack) {
+			return
+		}
+	}
+	if s.isEnding() {
+		return // discarded: nothing can be acknowledged any more
+	}
+
+	switch f.Type {
+	case TypeUTF8, TypeBinary, TypeError:
+		s.deliver(f)
+	case TypePingPong:
+		s.handlePing(f)
+	case TypeEndpointInfo:
+		s.handleEndpointInfo(f)
+	case TypeBye:
+		// Who says BYE closes, and most have by now. cryo-server doesn't after
+		// a long reason, so our close frame goes out at once.
+		s.out.acknowledge([]uint32{f.Ack})
+		s.goodbye(&PeerClosedError{Reason: s.words(f.Text())}, closeGraceful, "", false)
+	default:
+		s.handleStream(f)
+	}
+}
+
+// handleStream acts on one TX frame. cryo-server too knows none before the
+// client's ENDPOINT_INFO.
+func (s *Session) handleStream(f *Frame) {
+	if !s.dialing {
+		select {
+		case <-s.peerKnown:
+		default:
+			return
+		}
+	}
+	switch f.Type {
+	case TypeTxFlow:
+		s.outgoing.setFlow(f.Flow)
+		s.out.acknowledge([]uint32{f.Ack})
+	case TypeTxCancel:
+		// Stopped first: nothing of the stream follows the acknowledgement.
+		s.outgoing.cancelled(f.Tx)
+		s.out.acknowledge([]uint32{f.Ack})
+	case TypeTxFetch:
+		s.out.acknowledge([]uint32{f.Ack})
+		s.outgoing.fetched(f.Tx, f.Start, f.End)
+	case TypeTxStart:
+		s.incoming.start(f)
+	case TypeTxChunk:
+		s.incoming.chunk(f)
+	case TypeTxFinish:
+		s.incoming.finish(f)
+	}
+}
+
+func (s *Session) handlePing(f *Frame) {
+	if string(f.Payload) != pingText {
+		return // a pong is never answered
+	}
+	// Pings that piled up while we didn't read come all at once.
+	now := time.Now()
+	if every := now.Sub(s.lastPing); !s.lastPing.IsZero() && every >= minPingEvery && (s.pingEvery == 0 || every < s.pingEvery) {
+		s.pingEvery = every
+	}
+	s.lastPing, s.pingAck = now, f.Ack
+	s.out.pong(f.Ack)
+}
+
+func (s *Session) handleEndpointInfo(f *Frame) {
+	if f.Version != ProtocolVersion {
+		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("protocol version %d, only %d is known", f.Version, ProtocolVersion)})
+		return
+	}
+	s.out.acknowledge([]uint32{f.Ack})
+	select {
+	case <-s.peerKnown: // told before
+	default:
+		close(s.peerKnown)
+	}
+}
+
+// endpointInfo is what this end says of itself.
+func (s *Session) endpointInfo() Frame {
+	return Frame{SID: s.id, Type: TypeEndpointInfo, Version: ProtocolVersion, Features: FeatureTransactions}
+}
+
+// sayEndpointInfo sends it without insisting on an acknowledgement.
+func (s *Session) sayEndpointInfo() {
+	f := s.endpointInfo()
+	f.Ack = s.pend.number()
+	s.out.control(f)
+}

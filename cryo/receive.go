@@ -1,0 +1,355 @@
+package cryo
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unicode/utf8"
+)
+
+// messageOverhead is what a received message counts beside its payload, for
+// the memory of the message itself here and in the pipeline behind.
+const messageOverhead = 256
+
+// maxErrorText bounds the text of an ERROR that we send, and what is repeated of
+// the peer's words in errors and log lines.
+const maxErrorText = 1024
+
+// Message is a received UTF8DATA, BINARYDATA or ERROR frame. The peer learns
+// of its delivery by Ack, of its refusal by Reject, and nothing by neither. It
+// counts against MaxBufferBytes until one of them is called, on a server after
+// the session's end too; a second Ack or Reject does nothing. Its methods may be
+// called from any goroutine.
+type Message struct {
+	// Type is TypeUTF8, TypeBinary, or TypeError for a message that the peer's
+	// application sent as an error.
+	Type Type
+	// Payload is the receiver's to keep. UTF8DATA is passed on as it came,
+	// valid UTF-8 or not.
+	Payload []byte
+
+	session *Session
+	number  uint32
+	size    int64  // of the payload as it came: that is the receiver's to change
+	settled uint32 //nolint:modernize // an atomic.Uint32 could not be copied out of the queue
+}
+
+// Session is the session that the message came from. Its acknowledgement goes
+// there or nowhere: a number belongs to its connection.
+func (m *Message) Session() *Session { return m.session }
+
+// Number is the peer's number for this message (protocol, "Acknowledgements").
+func (m *Message) Number() uint32 { return m.number }
+
+// LogText is the payload as it may be logged: cut to 1 KiB, and without the token
+// that the session was dialled with.
+func (m *Message) LogText() string { return m.session.words(string(m.Payload)) }
+
+// Ack tells the peer that the message has been delivered. It does not wait for
+// the network. After the end of the session it does nothing, and says so with
+// the cause: the peer has to take the message for undelivered.
+func (m *Message) Ack() error {
+	if !m.settle() {
+		return nil
+	}
+	return m.session.acknowledge([]uint32{m.number}, m.weight())
+}
+
+// Reject tells the peer, by an ERROR with the message's number, that the
+// message will not be delivered. The text travels to the peer, cut to 1 KiB;
+// keep one's own secrets out of it. Otherwise like Ack.
+func (m *Message) Reject(text string) error {
+	if !m.settle() {
+		return nil
+	}
+	m.session.release(m.weight())
+	if m.Type == TypeError {
+		return nil // an ERROR is not answered with an ERROR
+	}
+	return m.session.reject(m.number, text)
+}
+
+// AckBatch acknowledges many messages, of one session or several, in as few
+// writes as it can. The error is that of the first session that has ended.
+func AckBatch(batch []*Message) error {
+	var first error
+	for len(batch) > 0 {
+		var (
+			session = batch[0].session
+			numbers []uint32
+			weight  int64
+			n       int
+		)
+		for n < len(batch) && batch[n].session == session {
+			if m := batch[n]; m.settle() {
+				numbers = append(numbers, m.number)
+				weight += m.weight()
+			}
+			n++
+		}
+		batch = batch[n:]
+		if len(numbers) == 0 {
+			continue
+		}
+		if err := session.acknowledge(numbers, weight); err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+func (m *Message) settle() bool { return atomic.CompareAndSwapUint32(&m.settled, 0, 1) }
+
+func (m *Message) weight() int64 { return m.size + messageOverhead }
+
+// Receive waits for the next message. Messages that came before the end of the
+// session are still handed out after it; then the session's cause is returned.
+// Whoever doesn't want these says Refuse.
+func (s *Session) Receive(ctx context.Context) (*Message, error) {
+	batch, err := s.ReceiveBatch(ctx, 1)
+	if err != nil {
+		return nil, err
+	}
+	return &batch[0], nil
+}
+
+// ReceiveBatch waits until a message is there, and takes all that wait, up to
+// limit, which is at least 1. Otherwise like Receive. The slice is the caller's.
+func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]Message, error) {
+	limit = max(limit, 1)
+	for {
+		batch, ended := s.inbox.take(limit)
+		if len(batch) > 0 {
+			return batch, nil
+		}
+		if ended {
+			return nil, s.Err()
+		}
+		select {
+		case <-s.inbox.ready:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// Refuse makes a session one that only sends, or one that receives again. While
+// it refuses, what waits in its queue and what comes is refused with an ERROR.
+func (s *Session) Refuse(on bool) {
+	s.refusing.Store(on)
+	if on {
+		s.refuseWaiting()
+		s.incoming.refuse()
+		s.budget.wake() // for what is refused, there is room
+	}
+}
+
+func (s *Session) refuseWaiting() {
+	for {
+		batch, _ := s.inbox.take(64)
+		if len(batch) == 0 {
+			return
+		}
+		for i := range batch {
+			s.refuse(&batch[i])
+		}
+	}
+}
+
+// deliver puts a received message into the queue. Reading goroutine.
+func (s *Session) deliver(f *Frame) {
+	m := Message{Type: f.Type, Payload: f.Payload, session: s, number: f.Ack}
+	if f.Type == TypeError {
+		m.Payload = []byte(f.Text())
+	}
+	m.size = int64(len(m.Payload))
+	s.budget.take(&s.held, m.weight())
+	if s.refusing.Load() {
+		s.refuse(&m)
+		return
+	}
+	s.inbox.put(m)
+	if s.refusing.Load() { // Refuse came between the check and the put
+		s.refuseWaiting()
+	}
+}
+
+// words are the peer's, as they may be repeated in errors and log lines.
+func (s *Session) words(text string) string {
+	return cutText(s.opts.token.redactText(text), maxErrorText)
+}
+
+func (s *Session) refuse(m *Message) {
+	if m.Type == TypeError {
+		// An ERROR is not answered with an ERROR, and not confirmed either.
+		if m.settle() {
+			s.release(m.weight())
+			s.reports.Do(func() {
+				s.log.Warn("The peer reports an error (at most one such line a second)", "session", s.id, "text", m.LogText())
+			})
+		}
+		return
+	}
+	_ = m.Reject("this session receives no messages") // after the end nobody hears it
+}
+
+func (s *Session) acknowledge(numbers []uint32, weight int64) error {
+	s.release(weight)
+	if !s.out.acknowledge(numbers) {
+		return s.Err()
+	}
+	return nil
+}
+
+func (s *Session) reject(number uint32, text string) error {
+	if !s.out.control(Frame{SID: s.id, Type: TypeError, Ack: number, Payload: []byte(cutText(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
+		return s.Err()
+	}
+	return nil
+}
+
+// Hold counts bytes that the caller keeps of what it received, such as what it
+// made of a stream, as received and not settled: see MaxBufferBytes. Release
+// takes them back.
+func (s *Session) Hold(n int) { s.budget.take(&s.held, int64(n)) }
+
+// Release takes back what Hold has counted.
+func (s *Session) Release(n int) { s.release(int64(n)) }
+
+func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
+
+// cutText shortens a text to at most limit bytes, on a rune's boundary.
+func cutText(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	for limit > 0 && !utf8.RuneStart(text[limit]) {
+		limit--
+	}
+	return text[:limit]
+}
+
+// inbox is a session's queue of received messages. Its bound is the budget's.
+type inbox struct {
+	ready chan struct{} // holds a token when there may be something to take
+
+	mu       sync.Mutex
+	messages []Message
+	start    []Message // where the room of messages starts
+	ended    bool
+}
+
+// maxIdleQueue bounds the room for messages that an empty queue keeps.
+const maxIdleQueue = 256
+
+func newInbox() *inbox { return &inbox{ready: make(chan struct{}, 1)} }
+
+func (q *inbox) put(m Message) {
+	q.mu.Lock()
+	moves := len(q.messages) == cap(q.messages)
+	q.messages = append(q.messages, m)
+	if moves {
+		q.start = q.messages[:0]
+	}
+	q.mu.Unlock()
+	q.signal()
+}
+
+// end lets take report the end once the queue is empty.
+func (q *inbox) end() {
+	q.mu.Lock()
+	q.ended = true
+	q.mu.Unlock()
+	q.signal()
+}
+
+// take hands out a copy of what waits first: a message that is kept long then
+// keeps its batch, but not the queue, with payloads that are settled by then.
+func (q *inbox) take(limit int) (batch []Message, ended bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if n := min(limit, len(q.messages)); n > 0 {
+		batch = slices.Clone(q.messages[:n])
+		clear(q.messages[:n])
+		q.messages = q.messages[n:]
+	}
+	if len(q.messages) > 0 || q.ended {
+		q.signal() // for whoever else waits
+	}
+	if len(q.messages) == 0 {
+		if cap(q.start) > maxIdleQueue {
+			q.start = nil
+		}
+		q.messages = q.start
+	}
+	return batch, q.ended
+}
+
+func (q *inbox) signal() {
+	select {
+	case q.ready <- struct{}{}:
+	default:
+	}
+}
+
+// budget bounds the bytes that are received and not yet settled. A listener's
+// sessions share one: each may hold up to eight times what is still free, so
+// that one busy session may use most of it and always leaves room for others.
+type budget struct {
+	mu    sync.Mutex
+	limit int64
+	used  int64
+	freed chan struct{} // closed at the next give; nil when nobody waits
+}
+
+func newBudget(limit int64) *budget { return &budget{limit: limit} }
+
+func (b *budget) take(held *int64, n int64) {
+	b.mu.Lock()
+	*held += n
+	b.used += n
+	b.mu.Unlock()
+}
+
+func (b *budget) give(held *int64, n int64) {
+	b.mu.Lock()
+	*held -= n
+	b.used -= n
+	if b.used < b.limit {
+		b.wakeLocked()
+	}
+	b.mu.Unlock()
+}
+
+// wake lets all who wait ask again.
+func (b *budget) wake() {
+	b.mu.Lock()
+	b.wakeLocked()
+	b.mu.Unlock()
+}
+
+func (b *budget) wakeLocked() {
+	if b.freed != nil {
+		close(b.freed)
+		b.freed = nil
+	}
+}
+
+// wait returns nil when a session that holds so much may go on reading, else a
+// channel that is closed when it is worth asking again.
+func (b *budget) wait(held *int64) <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.used < b.limit && *held <= 8*(b.limit-b.used) {
+		return nil
+	}
+	if b.freed == nil {
+		b.freed = make(chan struct{})
+	}
+	return b.freed
+}
+
+var errNotAMessage = fmt.Errorf("only %v and %v can be sent as messages", TypeUTF8, TypeBinary)

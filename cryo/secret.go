@@ -1,0 +1,77 @@
+package cryo
+
+import (
+	"encoding/json"
+	"errors"
+	"html"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// secret is a token that no error and no log line may repeat, in any of the
+// spellings in which a server or a library echoes it. The zero value is none.
+type secret struct {
+	spellings []string
+	replacer  *strings.Replacer
+}
+
+// redacted stands where the token was.
+const redacted = "[token]"
+
+// minWord is how long a part of a token is that gives it away.
+const minWord = 4
+
+func newSecret(token string) *secret {
+	if token == "" {
+		return &secret{}
+	}
+	plain := []string{token, url.QueryEscape(token), url.PathEscape(token), html.EscapeString(token)}
+	for word := range strings.FieldsSeq(token) { // into which an HTTP library cuts a line
+		if len(word) >= minWord {
+			plain = append(plain, word)
+		}
+	}
+	// Longer ones come first: the replacer takes the first that fits.
+	s := &secret{}
+	var pairs []string
+	for _, spelling := range plain {
+		inJSON, _ := json.Marshal(spelling) // a string never fails
+		for _, quoted := range []string{strconv.Quote(spelling), strconv.QuoteToASCII(spelling), string(inJSON)} {
+			spelling := quoted[1 : len(quoted)-1]
+			s.spellings = append(s.spellings, spelling)
+			pairs = append(pairs, spelling, redacted)
+		}
+		s.spellings = append(s.spellings, spelling)
+		pairs = append(pairs, spelling, redacted)
+	}
+	s.replacer = strings.NewReplacer(pairs...)
+	return s
+}
+
+// redact returns an error without the token, the very same where there is none.
+func (s *secret) redact(err error) error {
+	if text := s.redactText(err.Error()); text != err.Error() {
+		return errors.New(text)
+	}
+	return err
+}
+
+func (s *secret) redactText(text string) string {
+	if s == nil || s.replacer == nil {
+		return text
+	}
+	return s.replacer.Replace(text)
+}
+
+// redactEnd takes away what the token may begin with where a text was cut off.
+func (s *secret) redactEnd(text string) string {
+	for _, spelling := range s.spellings {
+		for n := len(spelling) - 1; n > 0; n-- {
+			if before, ok := strings.CutSuffix(text, spelling[:n]); ok {
+				return before + redacted
+			}
+		}
+	}
+	return text
+}

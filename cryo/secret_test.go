@@ -1,0 +1,179 @@
+package cryo_test
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"html"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+var secrets = []string{
+	"s3cret-0123456789",
+	`every "thing" that/needs+quoting & escaping: <b>%\ü</b>`,
+	"white   space",
+}
+
+// spellings are the ways in which a token is echoed.
+func spellings(secret string) []string {
+	return []string{
+		secret, url.QueryEscape(secret), url.PathEscape(secret), html.EscapeString(secret),
+		strings.Trim(fmt.Sprintf("%q", secret), `"`), strings.Trim(fmt.Sprintf("%+q", secret), `"`),
+	}
+}
+
+// wantNoSecret wants no part of a token in an error, however the server wrote it.
+func wantNoSecret(t *testing.T, err error, secret string) {
+	t.Helper()
+	require.Error(t, err)
+	for _, spelling := range spellings(secret) {
+		require.NotContains(t, err.Error(), spelling)
+		require.NotContains(t, err.Error(), spelling[:len(spelling)-2], "not even most of it")
+	}
+	for _, part := range []string{"s3cret", "quoting", "escaping", "white"} {
+		require.NotContains(t, err.Error(), part)
+	}
+}
+
+func TestNoErrorRepeatsTheToken(t *testing.T) {
+	const upgraded = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+	answers := map[string]string{
+		"in a refusal":           "HTTP/1.1 401 Unauthorized\r\n\r\n<p>The token «%s» is wrong.</p>",
+		"twice in a refusal":     "HTTP/1.1 403 Forbidden\r\n\r\n%[1]s and %[1]s",
+		"in the status":          "HTTP/1.1 401 %s\r\n\r\n",
+		"for the status":         "HTTP/1.1 %s\r\n\r\n",
+		"for the answer":         "%s\r\n\r\n",
+		"in a header":            "HTTP/1.1 200 OK\r\n%s\r\n\r\n",
+		"for a length":           "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n",
+		"for an encoding":        "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n",
+		"for the accepted key":   upgraded + "Sec-WebSocket-Accept: %s\r\n\r\n",
+		"for an extension":       upgraded + "Sec-WebSocket-Extensions: %s\r\n\r\n",
+		"in an HTML page":        "HTTP/1.1 401 Unauthorized\r\n\r\n" + strings.Repeat("<br>", 200) + "you sent %s",
+		"at the end of the page": "HTTP/1.1 401 Unauthorized\r\n\r\n" + strings.Repeat("<br>", 254) + "%s",
+		"cut off at the end":     "HTTP/1.1 401 Unauthorized\r\n\r\n" + strings.Repeat("<br>", 253) + "%s%[1]s",
+		"with markup in between": "HTTP/1.1 401 Unauthorized\r\n\r\n<!-- %s -->%[1]s<br>",
+	}
+	for name, format := range answers {
+		t.Run(name, func(t *testing.T) {
+			for _, secret := range secrets {
+				for _, spelling := range spellings(secret) {
+					if strings.ContainsAny(spelling, "\r\n") {
+						continue
+					}
+					synctest.Test(t, func(t *testing.T) {
+						l := answer(t, func(*http.Request) string { return fmt.Sprintf(format, spelling) })
+						_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: secret})
+						wantNoSecret(t, err, secret)
+					})
+				}
+			}
+		})
+	}
+}
+
+func TestNoErrorRepeatsTheRequest(t *testing.T) {
+	for _, secret := range secrets {
+		synctest.Test(t, func(t *testing.T) {
+			l := answer(t, func(r *http.Request) string { return "HTTP/1.1 404 Not Found\r\n\r\nnothing at " + r.RequestURI })
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: secret})
+			wantNoSecret(t, err, secret)
+			require.ErrorContains(t, err, "nothing at /?authorization=Bearer+[token]&x-cryo-sid=")
+
+			_, err = cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+				Token: secret,
+				NetDial: func(context.Context, string, string) (net.Conn, error) {
+					return nil, fmt.Errorf("no way to say %q there", secret)
+				},
+			})
+			wantNoSecret(t, err, secret)
+			require.ErrorContains(t, err, `no way to say "[token]" there`)
+
+			_, err = cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+				NetDial: l.Dial, Token: secret, Header: http.Header{"Upgrade": {secret}},
+			})
+			wantNoSecret(t, err, secret)
+		})
+	}
+}
+
+func TestNoErrorRepeatsATokenThatIsBrokenIntoLines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\nnot ab\n  cd ef" })
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "ab cd"})
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: not [token] ef")
+	})
+}
+
+func TestNoProxysErrorRepeatsTheToken(t *testing.T) {
+	for _, secret := range secrets {
+		via := connectProxy(t, "HTTP/1.1 403 no "+secret+" here\r\n\r\n")
+		_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: secret, Proxy: http.ProxyURL(via)})
+		wantNoSecret(t, err, secret)
+	}
+}
+
+func TestAnErrorWithoutTheTokenStaysWhatItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := cryotest.Listen()
+		require.NoError(t, l.Close())
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+		require.ErrorAs(t, err, new(*net.OpError))
+
+		// Without a token there is nothing to hide.
+		_, err = cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial})
+		require.ErrorAs(t, err, new(*net.OpError))
+	})
+}
+
+func TestARefusalCutWithinTheTokenSaysNothingOfIt(t *testing.T) {
+	secret := hex.EncodeToString([]byte("forty characters are to be cut"))
+	synctest.Test(t, func(t *testing.T) {
+		for kept := range len(secret) + 1 {
+			page := strings.Repeat("<", 1024-kept) + ">"
+			page = page[:1024-kept-1] + ">" + secret + "and more"
+			l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n" + page })
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: secret})
+			if kept > 0 {
+				require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: [token]", "%d", kept)
+			}
+		}
+	})
+}
+
+func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
+	words := "you said " + url.QueryEscape(token) + ", that is " + token
+	const redacted = "you said [token], that is [token]"
+	for name, end := range map[string]func(*cryotest.Peer){
+		"BYE":   func(peer *cryotest.Peer) { peer.WriteFrames(cryotest.Bye(9, words)) },
+		"close": func(peer *cryotest.Peer) { peer.WriteClose(4001, words) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, peer := dialled(t, cryo.DialOptions{})
+				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+				peer.WriteFrames(cryotest.Error(peer.WantType("the text", cryo.TypeUTF8).Ack, words))
+				require.Equal(t, &cryo.RejectedError{Text: redacted}, send.result(t))
+
+				peer.WriteFrames(cryotest.Error(5, words))
+				m := receive(t, s)
+				require.Equal(t, redacted, m.LogText())
+				require.Equal(t, words, string(m.Payload), "which is the application's")
+
+				end(peer)
+				<-s.Ending()
+				wantNoSecret(t, s.Err(), token)
+				require.ErrorContains(t, s.Err(), redacted)
+			})
+		})
+	}
+}

@@ -1,0 +1,379 @@
+package cryo
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"golang.org/x/time/rate"
+)
+
+// Defaults of [ServerOptions].
+const (
+	DefaultMaxSessions      = 10_000
+	DefaultHandshakeTimeout = 10 * time.Second
+)
+
+// infoPatience is how long a server waits for the client's ENDPOINT_INFO before
+// it sends its own. cryo-client-node often loses one that travels right behind
+// the upgrade's answer.
+const infoPatience = time.Second
+
+// Upgrade is a client's request to come in.
+type Upgrade struct {
+	Token     string // what followed "Bearer " in the query
+	SessionID uint64
+	Request   *http.Request // for query, headers and remote address; its URL has the token
+	// Value is Authorize's to set, and reaches OnSession.
+	Value any
+}
+
+// ServerOptions are what a server can set. A zero value means its default.
+type ServerOptions struct {
+	SessionOptions
+
+	// Authorize decides who may come in; its error is a refusal and goes to
+	// the log, not to the client. It runs on the request's goroutine. There is
+	// no default: without it everybody is refused. See [Tokens].
+	Authorize func(*Upgrade) error
+	// OnSession is called when a session is connected, on the goroutine of its
+	// request, which ends when it returns. The session goes on.
+	OnSession func(*Session, *Upgrade)
+	// MaxSessions bounds the sessions, those in handshake included; more are
+	// refused with 503. Default 10,000.
+	MaxSessions int
+	// HandshakeTimeout bounds the time from the upgrade to the client's
+	// ENDPOINT_INFO. Default 10 s. The HTTP server's own time-outs bound what
+	// comes before.
+	HandshakeTimeout time.Duration
+	// CheckOrigin decides about browsers by their Origin header. Default: all
+	// may come, because Cryo's token is nothing that a browser adds by itself.
+	CheckOrigin func(*http.Request) bool
+}
+
+// Tokens authorizes clients that have one of the tokens, compared in constant
+// time. Without tokens nobody may come in.
+func Tokens(tokens ...string) func(*Upgrade) error {
+	sums := make([][sha256.Size]byte, len(tokens))
+	for i, t := range tokens {
+		sums[i] = sha256.Sum256([]byte(t))
+	}
+	return func(u *Upgrade) error {
+		got, known := sha256.Sum256([]byte(u.Token)), 0
+		for i := range sums {
+			known |= subtle.ConstantTimeCompare(got[:], sums[i][:])
+		}
+		if known == 0 {
+			return errors.New("unknown token")
+		}
+		return nil
+	}
+}
+
+// Server accepts Cryo sessions. It is an [http.Handler] for any path of any
+// HTTP/1.1 server.
+type Server struct {
+	opts     ServerOptions
+	budget   *budget
+	upgrader *websocket.Upgrader
+	refusals rate.Sometimes // of log lines
+
+	mu      sync.Mutex
+	entries map[uint64]*entry
+	places  int // entries, and ghosts that were taken over and have not ended yet
+	closed  bool
+	idle    chan struct{} // closed when closed and without places
+}
+
+var _ http.Handler = (*Server)(nil)
+
+// entry is a session's place in the registry, taken before the upgrade.
+type entry struct {
+	token     [sha256.Size]byte // of the token; who has it may take the session over
+	session   *Session          // nil during the upgrade
+	connected bool              // the handshake is done
+}
+
+// NewServer makes a server. MaxBufferBytes is shared by all its sessions.
+func NewServer(options ServerOptions) *Server {
+	opts := options
+	opts.SessionOptions = opts.withDefaults()
+	if opts.MaxSessions <= 0 {
+		opts.MaxSessions = DefaultMaxSessions
+	}
+	if opts.HandshakeTimeout <= 0 {
+		opts.HandshakeTimeout = DefaultHandshakeTimeout
+	}
+	if opts.Authorize == nil {
+		opts.Authorize = Tokens()
+	}
+	if opts.CheckOrigin == nil {
+		opts.CheckOrigin = func(*http.Request) bool { return true }
+	}
+	upgrader := newUpgrader()
+	upgrader.CheckOrigin = func(*http.Request) bool { return true } // asked before, with a sentence of ours
+	return &Server{
+		opts:     opts,
+		budget:   newBudget(int64(opts.MaxBufferBytes)),
+		upgrader: upgrader,
+		refusals: rate.Sometimes{First: 1, Interval: time.Second},
+		entries:  make(map[uint64]*entry),
+		idle:     make(chan struct{}),
+	}
+}
+
+// refusal is an answer to an upgrade that is not let in.
+type refusal struct {
+	status   int
+	sentence string // for the client
+	cause    error  // for the log; nil if the sentence says it all
+}
+
+// ServeHTTP answers an upgrade: 426 to what is none, 401 without a valid token
+// or with the id of another's session, 503 when the server is full or closing.
+// Nothing but the token is judged before the token.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !websocket.IsWebSocketUpgrade(r) {
+		w.Header().Set("Upgrade", "websocket")
+		http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", http.StatusUpgradeRequired)
+		return
+	}
+	u, e, refused := s.admit(r)
+	if refused != nil {
+		s.refuse(w, r, refused)
+		return
+	}
+	session := s.open(w, r, u.SessionID, e)
+	if session == nil {
+		return
+	}
+	if !s.handshake(session) || !s.announce(e) {
+		session.Refuse(true) // nobody will take what it received
+		return
+	}
+	if s.opts.OnSession != nil {
+		s.opts.OnSession(session, u)
+	}
+}
+
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
+	s.refusals.Do(func() {
+		cause := refused.cause
+		if cause == nil {
+			cause = errors.New(refused.sentence)
+		}
+		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause)
+	})
+	http.Error(w, refused.sentence, refused.status)
+}
+
+// admit judges a request and takes a place for its session.
+func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, nil, &refusal{http.StatusBadRequest, "The URL's query can't be read.", nil}
+	}
+	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
+	if !ok {
+		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter authorization with a Bearer token is missing.", nil}
+	}
+	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
+	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
+	u.SessionID = id
+	if err := s.opts.Authorize(u); err != nil {
+		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", newSecret(u.Token).redact(fmt.Errorf("authorizing: %w", err))}
+	}
+	switch {
+	case idErr != nil:
+		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits.", nil}
+	case !s.opts.CheckOrigin(r):
+		return nil, nil, &refusal{http.StatusForbidden, "This origin is not allowed.", nil}
+	}
+	e, refused := s.reserve(u)
+	return u, e, refused
+}
+
+// reserve takes a place. A client that comes back with the id and the token of
+// a session that is still thought alive takes it over: the old one is its ghost.
+func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
+	e := &entry{token: sha256.Sum256([]byte(u.Token))}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.entries[u.SessionID]
+	switch {
+	case s.closed:
+		return nil, &refusal{http.StatusServiceUnavailable, "The server is shutting down.", nil}
+	case old == nil && len(s.entries) >= s.opts.MaxSessions:
+		return nil, &refusal{http.StatusServiceUnavailable, "The server has as many sessions as it may.", nil}
+	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.token[:], e.token[:]) == 0):
+		return nil, &refusal{http.StatusUnauthorized, "The session already exists.", nil}
+	case old != nil:
+		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
+	}
+	s.entries[u.SessionID] = e
+	s.places++
+	return e, nil
+}
+
+// open upgrades the request and starts the session.
+func (s *Server) open(w http.ResponseWriter, r *http.Request, id uint64, e *entry) *Session {
+	h := &hijacker{ResponseWriter: w}
+	ws, err := s.upgrader.Upgrade(h, r, nil)
+	if err != nil { // answered by the upgrader
+		s.remove(id, e)
+		return nil
+	}
+	s.mu.Lock()
+	e.session = newSession(id, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.remove(id, e) })
+	closed := s.closed
+	s.mu.Unlock()
+	if closed {
+		_ = e.session.Close(r.Context(), shutdownReason)
+		return nil
+	}
+	return e.session
+}
+
+// handshake exchanges ENDPOINT_INFO and reports whether the client's came.
+func (s *Server) handshake(session *Session) bool {
+	patience := time.NewTimer(infoPatience)
+	defer patience.Stop()
+	deadline := time.NewTimer(s.opts.HandshakeTimeout)
+	defer deadline.Stop()
+	told := false
+	for {
+		select {
+		case <-session.peerKnown:
+			if !told {
+				session.sayEndpointInfo()
+			}
+			return true
+		case <-patience.C:
+			session.sayEndpointInfo()
+			told = true
+		case <-deadline.C:
+			session.protocolError(&ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO within %v", s.opts.HandshakeTimeout)})
+			return false
+		case <-session.done:
+			return false
+		}
+	}
+}
+
+// announce makes a session known, unless it was taken over meanwhile.
+func (s *Server) announce(e *entry) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e.connected = s.entries[e.session.id] == e
+	return e.connected
+}
+
+func (s *Server) remove(id uint64, e *entry) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.entries[id] == e {
+		delete(s.entries, id)
+	}
+	s.places--
+	s.idleLocked()
+}
+
+func (s *Server) idleLocked() {
+	if !s.closed || s.places > 0 {
+		return
+	}
+	select {
+	case <-s.idle:
+	default:
+		close(s.idle)
+	}
+}
+
+// Session finds a connected session by its id.
+func (s *Server) Session(id uint64) (*Session, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.entries[id]; e != nil && e.connected {
+		return e.session, true
+	}
+	return nil, false
+}
+
+// Sessions lists the connected sessions, in no order.
+func (s *Server) Sessions() []*Session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := make([]*Session, 0, len(s.entries))
+	for _, e := range s.entries {
+		if e.connected {
+			list = append(list, e.session)
+		}
+	}
+	return list
+}
+
+const shutdownReason = "server is shutting down"
+
+// Shutdown refuses new clients, says BYE to all sessions and returns when they
+// have ended and their goroutines are gone; see [Session.Close]. The context's
+// end cuts their connections.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.mu.Lock()
+	s.closed = true
+	s.idleLocked()
+	var sessions []*Session
+	for _, e := range s.entries {
+		if e.session != nil {
+			sessions = append(sessions, e.session)
+		}
+	}
+	s.mu.Unlock()
+	ended := make(chan error, len(sessions))
+	for _, session := range sessions {
+		go func() { ended <- session.Close(ctx, shutdownReason) }()
+	}
+	var err error
+	for range sessions {
+		err = cmp.Or(err, <-ended)
+	}
+	if err != nil {
+		return err
+	}
+	select {
+	case <-s.idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// hijacker gives the upgrader a connection that can gather writes.
+type hijacker struct {
+	http.ResponseWriter
+	conn *transport
+}
+
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	c, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	if rw.Reader.Buffered() > 0 {
+		// No client sends before the answer; one that does is not let in.
+		return nil, nil, errors.Join(errors.New("data before the upgrade's answer"), c.Close())
+	}
+	h.conn = &transport{Conn: c}
+	return h.conn, rw, nil
+}

@@ -1,0 +1,278 @@
+package cryo
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"golang.org/x/time/rate"
+)
+
+// Defaults of [SessionOptions].
+const (
+	DefaultHeartbeatInterval = 15 * time.Second
+	DefaultMaxBufferBytes    = 32 << 20
+	DefaultCloseTimeout      = 5 * time.Second
+)
+
+// SessionOptions are what both ends of a session can set. A zero value means
+// its default.
+type SessionOptions struct {
+	// HeartbeatInterval is how often the peer is asked for a sign of life: by a
+	// WebSocket ping, and from a server by a Cryo ping too. A peer of which
+	// nothing at all arrived for two intervals, and that took nothing of what
+	// waits to be written, is taken for dead, so that is noticed within three.
+	// Time does not count while MaxBufferBytes keeps us from reading. Default
+	// 15 s.
+	HeartbeatInterval time.Duration
+	// MaxBufferBytes bounds what is received and not yet settled: payloads,
+	// and 256 bytes a message. Beyond it, at most one message late, reading
+	// pauses at the next message; what is no message is read on until then. A
+	// server's sessions share it: each may hold up to eight times what is left.
+	// Default 32 MiB.
+	MaxBufferBytes int
+	// CloseTimeout bounds the goodbye: how long the end of a session waits for
+	// queued acknowledgements to be written and for the peer to close. Default
+	// 5 s.
+	CloseTimeout time.Duration
+	// StreamLimits are those of received streams. A session's own can be changed
+	// by [Session.LimitStreams].
+	StreamLimits
+	// SendOnly refuses received messages with an ERROR and streams with
+	// TX_CANCEL, from the start.
+	SendOnly bool
+	// Logger gets the little that nobody else is told. Default: none.
+	Logger *slog.Logger
+
+	token *secret // that the peer's words are not repeated with; nil is none
+}
+
+func (o SessionOptions) withDefaults() SessionOptions {
+	if o.HeartbeatInterval <= 0 {
+		o.HeartbeatInterval = DefaultHeartbeatInterval
+	}
+	if o.MaxBufferBytes <= 0 {
+		o.MaxBufferBytes = DefaultMaxBufferBytes
+	}
+	if o.CloseTimeout <= 0 {
+		o.CloseTimeout = DefaultCloseTimeout
+	}
+	o.StreamLimits = o.StreamLimits.withDefaults()
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return o
+}
+
+// Session is one Cryo connection, from its handshake to its end; a client that
+// reconnects gets a new one, with the same id if it wants. All methods may be
+// called from any goroutine.
+//
+// A session has one goroutine that reads, and one that writes while there is
+// something to write. They never wait for each other.
+type Session struct {
+	id      uint64
+	dialing bool // this end dialled
+	opts    SessionOptions
+	log     *slog.Logger
+
+	ws       *websocket.Conn
+	conn     *transport
+	out      *outbox
+	pend     *pending
+	inbox    *inbox
+	budget   *budget
+	incoming *incomingStreams
+	outgoing *outgoingStreams
+	held     int64 // of the budget; guarded by its mutex
+
+	reports   rate.Sometimes            // of log lines
+	refusing  atomic.Bool               // received messages are refused
+	paused    atomic.Bool               // nothing is read until messages are settled
+	resumed   atomic.Pointer[time.Time] // when reading last went on after a pause
+	peerKnown chan struct{}             // closed when the peer's ENDPOINT_INFO has come
+	onEnd     func()                    // the server's; before done is closed
+	heartbeat *time.Timer
+	silent    int // heartbeats without a sign of life; owned by the heartbeat
+
+	mu      sync.Mutex
+	cause   error         // the first cause of the end; never changes then
+	ending  chan struct{} // closed with the first cause: nothing new starts
+	done    chan struct{} // closed when the goroutines are gone
+	stopped bool          // no timer must be set any more
+	cut     *time.Timer   // ends the goodbye; nil before it
+
+	// Owned by the reading goroutine.
+	blocks    blocks
+	lastPing  time.Time
+	pingEvery time.Duration // the shortest interval between pings seen
+	pingAck   uint32        // the last ping's number
+}
+
+// newSession starts a session over an upgraded connection.
+func newSession(id uint64, dialing bool, ws *websocket.Conn, conn *transport, b *budget, opts SessionOptions, onEnd func()) *Session {
+	base := listeningNumbers
+	if dialing {
+		base = dialingNumbers
+	}
+	s := &Session{
+		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
+		ws: ws, conn: conn, pend: newPending(base), inbox: newInbox(), budget: b,
+		reports:   rate.Sometimes{First: 1, Interval: time.Second},
+		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
+	}
+	s.out = newOutbox(s)
+	s.incoming = newIncomingStreams(s)
+	s.outgoing = newOutgoingStreams()
+	s.refusing.Store(opts.SendOnly)
+	conn.gather()
+
+	// gorilla's own handlers write from the reading goroutine.
+	ws.SetReadLimit(maxFrame)
+	ws.SetPingHandler(func(data string) error { s.out.answerWebSocketPing(data); return nil })
+	ws.SetPongHandler(func(string) error { return nil }) // any byte is a sign of life
+	ws.SetCloseHandler(func(int, string) error { return nil })
+
+	s.mu.Lock() // the timer's function may run before the assignment otherwise
+	s.heartbeat = time.AfterFunc(opts.HeartbeatInterval, s.beat)
+	s.mu.Unlock()
+	go s.read()
+	return s
+}
+
+// ID is the session's id, chosen by the client.
+func (s *Session) ID() uint64 { return s.id }
+
+// RemoteAddr is the peer's network address.
+func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
+
+// Done is closed when the session is over and its goroutines are gone.
+// Received messages can still be taken then.
+func (s *Session) Done() <-chan struct{} { return s.done }
+
+// Ending is closed as soon as the session has a reason to end: nothing can be
+// sent any more, and Err says why.
+func (s *Session) Ending() <-chan struct{} { return s.ending }
+
+// Err is nil while the session lives, and then says why it ended; see
+// [ErrClosed].
+func (s *Session) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause == nil {
+		return nil
+	}
+	return &endedError{s.cause}
+}
+
+// Close ends the session: queued acknowledgements are written, BYE tells the
+// reason (cut to 123 bytes), and the WebSocket is closed with code 4000. What
+// still arrives is discarded until the peer closes too, for at most
+// CloseTimeout or until the context is done; then the connection is cut.
+// Close returns when the session's goroutines are gone, and may be called more
+// than once. Its error is the context's.
+func (s *Session) Close(ctx context.Context, reason string) error {
+	s.goodbye(ErrClosed, closeGraceful, reason, true)
+	select {
+	case <-s.done:
+		return nil
+	case <-ctx.Done():
+		_ = s.conn.Close()
+		<-s.done
+		return ctx.Err()
+	}
+}
+
+// Close codes of the WebSocket (protocol, "Closing").
+const (
+	closeGraceful    = 4000
+	closeClientError = 4001
+)
+
+// begin records the first cause, and reports whether this is it.
+func (s *Session) begin(cause error) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cause != nil {
+		return false
+	}
+	s.cause = cause
+	close(s.ending)
+	return true
+}
+
+// goodbye ends the session in good order: the writer says what is queued, then
+// BYE if asked for, then the close frame, and half-closes; the reader discards
+// data until the peer closes. A timer bounds all of it.
+func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+	if !s.begin(cause) {
+		return
+	}
+	s.mu.Lock()
+	if !s.stopped {
+		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
+	}
+	s.mu.Unlock()
+	reason = cutText(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
+	last := farewell{code: code, reason: reason}
+	if bye {
+		last.bye = &Frame{SID: s.id, Type: TypeBye, Ack: s.pend.number(), Payload: []byte(reason)}
+	}
+	s.out.sayLast(last)
+}
+
+// fail ends the session at once.
+func (s *Session) fail(cause error) {
+	s.begin(cause)
+	_ = s.conn.Close()
+}
+
+// finish is the reading goroutine's last act, after the last frame was read.
+// Acknowledgements that arrived before the end have been counted by then; who
+// still waits learns the cause.
+func (s *Session) finish() {
+	s.mu.Lock()
+	s.stopped = true
+	s.heartbeat.Stop()
+	if s.cut != nil {
+		s.cut.Stop()
+	}
+	s.mu.Unlock()
+	s.out.close()
+	_ = s.conn.Close()
+	s.out.wait()
+	err := s.Err()
+	s.pend.end(err)
+	s.inbox.end()
+	if s.onEnd != nil {
+		s.onEnd()
+	}
+	close(s.done)
+}
+
+// beat asks the peer for a sign of life, and ends the session when none came
+// since the beat before last. Runs on the timer's goroutine, one at a time.
+func (s *Session) beat() {
+	if s.conn.alive() || s.paused.Load() {
+		s.silent = 0
+	} else {
+		s.silent++
+	}
+	if s.silent >= 2 {
+		s.fail(fmt.Errorf("%w for %v", ErrSilent, 2*s.opts.HeartbeatInterval))
+		return
+	}
+	s.out.ping(!s.dialing)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped {
+		s.heartbeat.Reset(s.opts.HeartbeatInterval)
+	}
+}

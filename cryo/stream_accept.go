@@ -1,0 +1,266 @@
+package cryo
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// maxAnnounced is how many streams wait to be accepted at most; more are
+	// cancelled. They hold no data: the sender waits too.
+	maxAnnounced = 256
+	// maxRemembered is how many settled streams are remembered, to acknowledge
+	// their TX_FINISH when it comes.
+	maxRemembered = 1024
+)
+
+// Defaults of [StreamLimits].
+const (
+	DefaultMaxOpenStreams    = 16
+	DefaultStreamIdleTimeout = 60 * time.Second
+)
+
+// StreamLimits bound what a session's received streams may cost. A zero value
+// means its default.
+type StreamLimits struct {
+	// MaxOpenStreams bounds the streams that are accepted and not settled.
+	// Default 16.
+	MaxOpenStreams int
+	// MaxStreamBytes cancels a stream that is longer. Default: any length is
+	// taken, for what has been read is no longer held here.
+	MaxStreamBytes int64
+	// StreamIdleTimeout cancels an open stream of which nothing came for so
+	// long, empty chunks aside. Time does not count while bytes of it wait to be
+	// read, or reading is paused. Default 60 s.
+	StreamIdleTimeout time.Duration
+}
+
+func (l StreamLimits) withDefaults() StreamLimits {
+	if l.MaxOpenStreams <= 0 {
+		l.MaxOpenStreams = DefaultMaxOpenStreams
+	}
+	if l.StreamIdleTimeout <= 0 {
+		l.StreamIdleTimeout = DefaultStreamIdleTimeout
+	}
+	return l
+}
+
+// LimitStreams sets other limits for the streams that are accepted from then on.
+func (s *Session) LimitStreams(limits StreamLimits) {
+	s.incoming.mu.Lock()
+	defer s.incoming.mu.Unlock()
+	s.incoming.limits = limits.withDefaults()
+	s.incoming.changedLocked()
+}
+
+// AcceptStream waits for the next stream that the peer announces, of one of the
+// names, or of any if there are none. The peer sends nothing of it before the
+// first Read. While [StreamLimits.MaxOpenStreams] are open, it waits. At most
+// 256 streams wait to be accepted; more are cancelled. After the end of the
+// session there are none: those that nobody has accepted hold no data.
+func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
+	for {
+		if err := s.Err(); err != nil {
+			return nil, err
+		}
+		st, changed := s.incoming.accept(names)
+		if st != nil {
+			return st, nil
+		}
+		select {
+		case <-changed:
+		case <-s.ending:
+			return nil, s.Err()
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// SetIncomingFlowControl tells the peer how to send the streams that it opens
+// from then on, and waits for its acknowledgement (TX_FLOW). With FlowPull the
+// peer announces each stream's size and sends a chunk only when it is wanted,
+// at the price of a round trip a chunk. The published Node client can't be
+// pulled from: it stops working.
+func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
+	switch flow {
+	case FlowPush:
+	case FlowPull:
+		s.incoming.pull()
+	default:
+		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
+	}
+	errs, err := s.sendFrames(ctx, []outgoing{{Frame: Frame{SID: s.id, Type: TypeTxFlow, Flow: flow}}})
+	if err == nil && errs != nil {
+		err = errs[0]
+	}
+	if err != nil {
+		return fmt.Errorf("setting the flow control: %w", err)
+	}
+	return nil
+}
+
+// incomingStreams are those that the peer sends on a session.
+type incomingStreams struct {
+	s *Session
+
+	mu         sync.Mutex
+	limits     StreamLimits
+	pulls      bool // this end has asked to pull
+	open       map[uint32]*IncomingStream
+	announced  []*IncomingStream // of those, nobody has accepted yet
+	places     int               // taken by streams that are accepted and not settled
+	changed    chan struct{}     // closed and replaced when a stream may be accepted
+	remembered []uint32          // settled streams whose TX_FINISH will be acknowledged
+}
+
+func newIncomingStreams(s *Session) *incomingStreams {
+	return &incomingStreams{s: s, limits: s.opts.StreamLimits, open: make(map[uint32]*IncomingStream), changed: make(chan struct{})}
+}
+
+// accept gives an announced stream of one of the names and takes a place for
+// it, or a channel that is closed when it is worth asking again.
+func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struct{}) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.places < in.limits.MaxOpenStreams {
+		for i, st := range in.announced {
+			if len(names) == 0 || slices.Contains(names, st.name) {
+				in.announced = slices.Delete(in.announced, i, i+1)
+				in.places++
+				st.limit(in.limits)
+				return st, nil
+			}
+		}
+	}
+	return nil, in.changed
+}
+
+func (in *incomingStreams) changedLocked() {
+	close(in.changed)
+	in.changed = make(chan struct{})
+}
+
+// pull is said before TX_FLOW is sent. From then on the streams that announce a
+// size are pulled, also those that meet a later TX_FLOW on their way: a pushed
+// one announces none.
+func (in *incomingStreams) pull() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.pulls = true
+}
+
+// start takes TX_START. Reading goroutine.
+func (in *incomingStreams) start(f *Frame) {
+	name := anonymous
+	if n := len(f.Payload); n > 0 && n <= maxStreamName {
+		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	switch {
+	case in.open[f.Tx] != nil:
+		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
+	case in.s.refusing.Load(), len(in.announced) >= maxAnnounced, max(len(f.Payload), len(name)) > maxStreamName:
+		in.s.cancel(f.Tx)
+	default:
+		in.remembered = slices.DeleteFunc(in.remembered, func(tx uint32) bool { return tx == f.Tx })
+		st := &IncomingStream{
+			s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
+			pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
+		}
+		in.open[f.Tx] = st
+		in.announced = append(in.announced, st)
+		in.changedLocked()
+	}
+}
+
+// chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
+// ignored. Reading goroutine.
+func (in *incomingStreams) chunk(f *Frame) {
+	if st := in.find(f.Tx); st != nil {
+		st.chunk(f)
+	}
+}
+
+// finish takes TX_FINISH. Reading goroutine.
+func (in *incomingStreams) finish(f *Frame) {
+	// In this order: a stream is remembered in the moment in which it is closed.
+	var delivered bool
+	if st := in.find(f.Tx); st != nil {
+		delivered = st.finished(f.Ack)
+	} else {
+		delivered = in.forget(f.Tx)
+	}
+	if delivered {
+		in.s.out.acknowledge([]uint32{f.Ack})
+	}
+}
+
+func (in *incomingStreams) find(tx uint32) *IncomingStream {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.open[tx]
+}
+
+// forget reports whether a stream was remembered.
+func (in *incomingStreams) forget(tx uint32) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	i := slices.Index(in.remembered, tx)
+	if i >= 0 {
+		in.remembered = slices.Delete(in.remembered, i, i+1)
+	}
+	return i >= 0
+}
+
+// settled frees the stream's place. A TX_FINISH that is still to be
+// acknowledged is remembered, of so many streams; of others it stays unanswered.
+func (in *incomingStreams) settled(st *IncomingStream, remember bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.open[st.tx] == st {
+		delete(in.open, st.tx)
+	}
+	if remember {
+		if len(in.remembered) == maxRemembered {
+			in.remembered = in.remembered[1:]
+		}
+		in.remembered = append(in.remembered, st.tx)
+	}
+	if i := slices.Index(in.announced, st); i >= 0 {
+		in.announced = slices.Delete(in.announced, i, i+1)
+	} else {
+		in.places--
+	}
+	in.changedLocked()
+	if in.s.refusing.Load() {
+		in.s.budget.wake() // what follows may be discarded now
+	}
+}
+
+// holds tells whether chunks may be kept: a stream is accepted and not settled.
+func (in *incomingStreams) holds() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.places > 0
+}
+
+// refuse rejects the streams that nobody has accepted.
+func (in *incomingStreams) refuse() {
+	in.mu.Lock()
+	waiting := slices.Clone(in.announced)
+	in.mu.Unlock()
+	for _, st := range waiting {
+		_ = st.Reject() // after the end of the session nobody hears it
+	}
+}
+
+// cancel says TX_CANCEL, which names the peer's transaction.
+func (s *Session) cancel(tx uint32) bool {
+	return s.out.control(Frame{SID: s.id, Type: TypeTxCancel, Ack: s.pend.number(), Tx: tx})
+}

@@ -1,0 +1,139 @@
+package cryo_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
+	"strings"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// receiver serves one session, and prints the streams that come.
+func receiver(setUp func(context.Context, *cryo.Session)) *httptest.Server {
+	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+		Authorize: cryo.Tokens("secret"),
+		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
+			ctx := u.Request.Context()
+			setUp(ctx, s)
+			for {
+				st, err := s.AcceptStream(ctx)
+				if err != nil {
+					return
+				}
+				data, err := io.ReadAll(st)
+				if err != nil {
+					log.Print(err) // cut off: not whole
+					_ = st.Reject()
+					continue
+				}
+				fmt.Printf("%s: %s\n", st.Name(), data)
+				_ = st.Ack()
+			}
+		},
+	}))
+}
+
+func must(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}
+
+func connectTo(server *httptest.Server) *cryo.Session {
+	s, err := cryo.Dial(context.Background(), strings.Replace(server.URL, "http", "ws", 1), &cryo.DialOptions{Token: "secret"})
+	must(err)
+	return s
+}
+
+// All that a source has, with the acknowledgement that it was delivered.
+func ExampleSession_SendStream() {
+	server := receiver(func(context.Context, *cryo.Session) {})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	file := strings.NewReader("a file, or anything else that can be read")
+	err := s.SendStream(ctx, file, &cryo.StreamOptions{Name: "report.txt"})
+	must(err)
+	fmt.Println("delivered")
+	// Output:
+	// report.txt: a file, or anything else that can be read
+	// delivered
+}
+
+// Data that comes bit by bit. Without Finish the receiver never takes it for
+// whole.
+func ExampleSession_OpenStream() {
+	server := receiver(func(context.Context, *cryo.Session) {})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	st, err := s.OpenStream(ctx, &cryo.StreamOptions{Name: "log"})
+	must(err)
+	defer st.Abandon() // does nothing after Finish
+	for _, part := range []string{"bit", " by", " bit"} {
+		_, err := io.WriteString(st, part)
+		must(err)
+	}
+	must(st.Finish())
+	fmt.Println("delivered")
+	// Output:
+	// log: bit by bit
+	// delivered
+}
+
+// A stream is acknowledged when it is safe, and not before.
+func ExampleSession_AcceptStream() {
+	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+		Authorize: cryo.Tokens("secret"),
+		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
+			err := s.SendStream(u.Request.Context(), strings.NewReader("1,2\n3,4\n"), &cryo.StreamOptions{Name: "table.csv"})
+			if err != nil {
+				log.Print(err)
+			}
+		},
+	}))
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	st, err := s.AcceptStream(ctx, "table.csv")
+	must(err)
+	var file strings.Builder
+	if _, err := io.Copy(&file, st); err != nil {
+		_ = st.Reject() // what came is not the whole
+		return
+	}
+	must(st.Ack())
+	fmt.Print(file.String())
+	// Output:
+	// 1,2
+	// 3,4
+}
+
+// A receiver that pulls knows each stream's size from the start, and gets a
+// chunk when it wants one.
+func ExampleSession_SetIncomingFlowControl() {
+	server := receiver(func(ctx context.Context, s *cryo.Session) {
+		must(s.SetIncomingFlowControl(ctx, cryo.FlowPull))
+		_ = s.SendUTF8(ctx, "I pull") // so that the client begins then
+	})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	m, err := s.Receive(ctx)
+	must(err)
+	_ = m.Ack()
+	must(s.SendStream(ctx, strings.NewReader("piece by piece"), &cryo.StreamOptions{Name: "slow", ChunkBytes: 5}))
+	// Output:
+	// slow: piece by piece
+}

@@ -1,0 +1,271 @@
+package cryo_test
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// setIncomingFlow has a session ask for a flow, of a raw peer.
+func setIncomingFlow(t *testing.T, s *cryo.Session, peer *cryotest.Peer, flow cryo.Flow) {
+	t.Helper()
+	set := start(func() error { return s.SetIncomingFlowControl(t.Context(), flow) })
+	f := peer.WantType("TX_FLOW", cryo.TypeTxFlow)
+	require.Equal(t, flow, f.Flow)
+	set.wantBlocked(t)
+	peer.Ack(f)
+	set.wantSuccess(t)
+}
+
+// pull is a raw peer's stream that our session pulls.
+type pull struct {
+	*cryotest.Peer
+	t      *testing.T
+	st     *cryo.IncomingStream
+	number uint32 // of our next TX_FETCH or TX_CANCEL
+}
+
+// pullFrom has the raw peer announce a stream of that size, as number 5.
+func pullFrom(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer, size int32) *pull {
+	t.Helper()
+	setIncomingFlow(t, s, peer, cryo.FlowPull)
+	peer.WriteFrames(txStart(1, 5, size, "n"))
+	p := &pull{Peer: peer, t: t, st: acceptStream(t, s), number: end.first + 1}
+	require.Equal(t, int64(size), p.st.Size())
+	peer.WantIdle("nothing is fetched before the first Read", time.Hour)
+	_, err := p.st.Read(nil)
+	require.NoError(t, err)
+	peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+	return p
+}
+
+// wantFetch wants TX_FETCH next, and acknowledges it.
+func (p *pull) wantFetch(start, end uint32) {
+	p.t.Helper()
+	p.WantFrame("TX_FETCH", txFetch(p.number, 5, start, end))
+	p.WriteFrames(cryotest.Acked(p.number))
+	p.number++
+}
+
+func (p *pull) wantCancel() {
+	p.t.Helper()
+	p.WantFrame("TX_CANCEL", txCancel(p.number, 5))
+	p.WriteFrames(cryotest.Acked(p.number))
+	p.number++
+}
+
+func TestPullingFetchesOneChunkAtATimeAndNeverPastTheEnd(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		p := pullFrom(t, end, s, peer, 10)
+		for i, chunk := range []string{"a", "bcdef", "", "gh", "ij"} { // of any size
+			p.wantFetch(uint32(i), uint32(i+1))
+			p.WantIdle("no second TX_FETCH meanwhile", time.Second)
+			p.WriteFrames(txChunk(5, uint32(i), chunk))
+		}
+		p.WantIdle("all 10 bytes are there", time.Hour)
+		require.NoError(t, wantRest(t, p.st, "abcdefghij"), "whole without TX_FINISH")
+		require.NoError(t, p.st.Ack())
+		p.WantIdle("TX_FINISH has not come", time.Hour)
+		p.WriteFrames(txFinish(2, 5))
+		p.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+		p.WriteFrames(txFinish(3, 5))
+		p.WantIdle("once", instant)
+	})
+}
+
+func TestAPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
+	for _, ending := range []string{"TX_FINISH, Ack", "TX_FINISH, Reject", "Reject, TX_FINISH"} {
+		t.Run(ending, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				p := pullFrom(t, end, s, peer, 3)
+				p.wantFetch(0, 1)
+				p.WriteFrames(txChunk(5, 0, "abc"))
+				require.NoError(t, wantRest(t, p.st, "abc"))
+				if strings.HasPrefix(ending, "TX_FINISH") {
+					p.WriteFrames(txFinish(2, 5))
+					p.WantIdle("not acknowledged by itself", instant)
+				}
+				if strings.HasSuffix(ending, "Ack") {
+					require.NoError(t, p.st.Ack())
+					p.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+					return
+				}
+				require.NoError(t, p.st.Reject())
+				p.wantCancel()
+				p.WriteFrames(txFinish(2, 5))
+				p.WantIdle("TX_FINISH is never acknowledged", time.Hour)
+			})
+		})
+	}
+}
+
+func TestAnEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		p := pullFrom(t, end, s, peer, 0)
+		p.wantFetch(0, 0)
+		read := start(func() error { return wantRest(t, p.st, "") })
+		read.wantBlocked(t)
+		p.WriteFrames(txFinish(2, 5))
+		read.wantSuccess(t)
+		require.NoError(t, p.st.Ack())
+		p.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+	})
+}
+
+func TestAPulledStreamOfAnotherSizeIsBroken(t *testing.T) {
+	for name, c := range map[string]struct {
+		size   int32
+		frames []cryo.Frame
+		came   string
+	}{
+		"short":             {4, []cryo.Frame{txChunk(5, 0, "abc"), txFinish(2, 5)}, "abc"},
+		"nothing of it":     {4, []cryo.Frame{txFinish(2, 5)}, ""},
+		"long":              {4, []cryo.Frame{txChunk(5, 0, "abcde")}, ""},
+		"long by a chunk":   {4, []cryo.Frame{txChunk(5, 0, "abcd"), txChunk(5, 1, "e")}, "abcd"},
+		"not empty":         {0, []cryo.Frame{txChunk(5, 0, "a")}, ""},
+		"another chunk":     {4, []cryo.Frame{txChunk(5, 1, "abcd")}, ""},
+		"more than fetched": {4, []cryo.Frame{txChunk(5, 0, "ab"), txChunk(5, 0, "ab")}, "ab"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				p := pullFrom(t, end, s, peer, c.size)
+				p.wantFetch(0, uint32(min(c.size, 1)))
+				p.WriteFrames(c.frames...)
+				f := p.Next("TX_CANCEL, or one TX_FETCH before it")
+				if f.Type == cryo.TypeTxFetch {
+					f = p.WantType("TX_CANCEL", cryo.TypeTxCancel)
+				}
+				require.Equal(t, cryo.TypeTxCancel, f.Type)
+				require.Equal(t, uint32(5), f.Tx)
+				require.ErrorIs(t, wantRest(t, p.st, c.came), cryo.ErrStreamBroken)
+				require.ErrorIs(t, p.st.Ack(), cryo.ErrStreamBroken)
+				p.WriteFrames(txFinish(3, 5))
+				p.WantIdle("nothing is acknowledged", time.Hour)
+				wantFree(t, s, peer, cryo.DefaultMaxBufferBytes, 0)
+			})
+		})
+	}
+}
+
+func TestPullingWaitsForTheReader(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		const chunk = 100 << 10
+		p := pullFrom(t, end, s, peer, 10*chunk)
+		for i := range uint32(3) {
+			p.wantFetch(i, i+1)
+			p.WriteFrames(txChunk(5, i, strings.Repeat("x", chunk)))
+		}
+		p.WantIdle("300 KiB are enough unread", time.Hour)
+		for i := uint32(3); i < 10; i++ {
+			wantBytes(t, p.st, strings.Repeat("x", chunk))
+			p.wantFetch(i, i+1)
+			p.WriteFrames(txChunk(5, i, strings.Repeat("x", chunk)))
+		}
+		require.NoError(t, wantRest(t, p.st, strings.Repeat("x", 3*chunk)))
+	})
+}
+
+func TestStreamsWithoutASizeAreNotPulled(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		before := incoming(t, s, peer, 1, 0) // started before the peer knows of the flow
+		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		peer.WriteFrames(txChunk(0, 1, "abc"), txFinish(2, 0))
+		require.NoError(t, wantRest(t, before, "abc"))
+		after := incoming(t, s, peer, 3, 1)
+		peer.WriteFrames(txChunk(1, 1, "abc"), txFinish(4, 1))
+		require.NoError(t, wantRest(t, after, "abc"))
+		peer.WantIdle("no TX_FETCH", time.Hour)
+	})
+}
+
+func TestASizeIsHeldAgainstAPushedStreamToo(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		for tx, chunk := range []string{"abc", "abcd", "abcde"} {
+			peer.WriteFrames(txStart(1, uint32(tx), 4, ""))
+			st := acceptStream(t, s)
+			require.Equal(t, int64(4), st.Size())
+			_, err := st.Read(nil)
+			require.NoError(t, err)
+			peer.WantFrame("TX_START acknowledged, and no TX_FETCH", cryotest.Acked(1))
+			peer.WriteFrames(txChunk(uint32(tx), 0, chunk))
+			read := start(func() error { _, err := io.ReadAll(st); return err })
+			if chunk != "abcde" {
+				read.wantBlocked(t) // only TX_FINISH makes it whole
+			}
+			peer.WriteFrames(txFinish(2, uint32(tx)))
+			if chunk == "abcd" {
+				read.wantSuccess(t)
+				continue
+			}
+			require.ErrorIs(t, read.result(t), cryo.ErrStreamBroken)
+			peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
+		}
+	})
+}
+
+func TestAStreamThatMeetsAnotherFlowOnItsWayIsPulledAllTheSame(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		set := start(func() error { return s.SetIncomingFlowControl(t.Context(), cryo.FlowPush) })
+		f := peer.WantType("TX_FLOW", cryo.TypeTxFlow)
+		peer.WriteFrames(txStart(1, 5, 3, ""), cryotest.Acked(f.Ack))
+		set.wantSuccess(t)
+		p := &pull{peer, t, acceptStream(t, s), end.first + 2}
+		read := start(func() error { return wantRest(t, p.st, "abc") })
+		p.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+		p.wantFetch(0, 1)
+		p.WriteFrames(txChunk(5, 0, "abc"))
+		read.wantSuccess(t)
+	})
+}
+
+func TestAFlowThatIsNoneIsNotSent(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		require.ErrorContains(t, s.SetIncomingFlowControl(t.Context(), cryo.Flow(2)), "neither push nor pull")
+		peer.WantIdle("nothing", instant)
+		serving(t, s, peer)
+	})
+}
+
+// Two sessions of ours, with a flow that changes while streams start.
+func TestTheFlowMayChangeWhileStreamsStart(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := connect(t, quiet, quiet)
+		const streams = 200
+		changing := start(func() error {
+			for i := range streams / 4 {
+				if err := p.server.SetIncomingFlowControl(t.Context(), cryo.Flow(i%2)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		sending := start(func() error {
+			for i := range streams {
+				name := fmt.Sprint(i)
+				err := p.client.SendStream(t.Context(), strings.NewReader(strings.Repeat(name, i)), &cryo.StreamOptions{Name: name, ChunkBytes: 100})
+				if err != nil {
+					return fmt.Errorf("stream %d: %w", i, err)
+				}
+			}
+			return nil
+		})
+		for i := range streams {
+			st := acceptStream(t, p.server)
+			require.Equal(t, fmt.Sprint(i), st.Name())
+			require.NoError(t, wantRest(t, st, strings.Repeat(st.Name(), i)))
+			require.NoError(t, st.Ack())
+		}
+		changing.wantSuccess(t)
+		sending.wantSuccess(t)
+		synctest.Wait()
+	})
+}

@@ -1,0 +1,351 @@
+package cryo
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+)
+
+const (
+	// chunkOverhead is what a chunk counts beside its payload.
+	chunkOverhead = 128
+	// pullAhead is how much of a stream is fetched before it is read.
+	pullAhead = 256 << 10
+)
+
+// Why an IncomingStream ended other than whole, or by the end of its session.
+var (
+	// ErrStreamIdle: nothing of the stream came for too long.
+	ErrStreamIdle = errors.New("the stream fell silent")
+	// ErrStreamTooLong: the stream has more bytes than are taken.
+	ErrStreamTooLong = errors.New("the stream is too long")
+	// ErrStreamBroken: chunks were missing, or the size was not as announced.
+	ErrStreamBroken = errors.New("the stream is broken")
+
+	errStreamSettled = errors.New("the stream was settled by this end before it was read to its end")
+)
+
+// IncomingStream is a stream that the peer sends. It is read as an [io.Reader],
+// by one goroutine at a time, and then settled by Ack or Reject, from any. Until
+// then it counts as open, and what of it is not read against MaxBufferBytes.
+type IncomingStream struct {
+	s     *Session
+	tx    uint32
+	name  string
+	size  int64  // -1: unknown
+	pull  bool   // chunks come only when fetched
+	start uint32 // TX_START's number
+
+	arrived chan struct{} // holds a token when there is something new for Read
+
+	mu       sync.Mutex
+	limits   StreamLimits // as they were when it was accepted
+	accepted bool         // TX_START is acknowledged
+	idle     *time.Timer  // set when accepted
+	active   time.Time    // when something last happened
+	chunks   [][]byte
+	buffered int   // bytes in chunks
+	received int64 // bytes that came
+	nextSeq  uint32
+	fetching bool    // a TX_FETCH is under way
+	finish   *uint32 // TX_FINISH's number, when it has come
+	failed   error   // why nothing more comes though the stream is not whole; the peer is told to stop
+	settled  settlement
+	readOut  bool // all of it was read before it was settled
+}
+
+var _ io.Reader = (*IncomingStream)(nil)
+
+// settlement is what the receiver has said of a stream.
+type settlement int
+
+const (
+	unsettled settlement = iota
+	acknowledged
+	rejected
+)
+
+// limit sets the limits that count for the stream, before it is accepted.
+func (st *IncomingStream) limit(limits StreamLimits) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.limits = limits
+}
+
+// Name is the stream's name, at most 1,024 bytes of UTF-8. It comes from the
+// peer: don't make a path of it as it is.
+func (st *IncomingStream) Name() string { return st.name }
+
+// LogName is the name as it may be logged: without the token that the session was
+// dialled with.
+func (st *IncomingStream) LogName() string { return st.s.words(st.name) }
+
+// Size is the number of bytes that the peer has announced, or -1.
+func (st *IncomingStream) Size() int64 { return st.size }
+
+// Tx is the peer's number for the stream.
+func (st *IncomingStream) Tx() uint32 { return st.tx }
+
+// Session is the session that the stream came on.
+func (st *IncomingStream) Session() *Session { return st.s }
+
+// Received is the number of bytes that have come so far.
+func (st *IncomingStream) Received() int64 {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.received
+}
+
+// Read reads what came, and waits for more. io.EOF means that the stream is
+// whole. A stream that was cut off by the end of its session gives
+// [io.ErrUnexpectedEOF], after all that came; others end with
+// [ErrStreamIdle], [ErrStreamTooLong] or [ErrStreamBroken].
+func (st *IncomingStream) Read(p []byte) (int, error) {
+	st.acceptOnce()
+	for {
+		n, err := st.take(p)
+		if n > 0 || err != nil || len(p) == 0 {
+			return n, err
+		}
+		select {
+		case <-st.arrived:
+		case <-st.s.done:
+			// Nothing more comes. What came before the end was queued before.
+			if n, err := st.take(p); n > 0 || err != nil {
+				return n, err
+			}
+			return 0, fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, st.Received(), st.s.Err())
+		}
+	}
+}
+
+func (st *IncomingStream) take(p []byte) (int, error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	n, freed := 0, int64(0)
+	for n < len(p) && len(st.chunks) > 0 {
+		k := copy(p[n:], st.chunks[0])
+		n += k
+		freed += int64(k)
+		if st.chunks[0] = st.chunks[0][k:]; len(st.chunks[0]) == 0 {
+			st.chunks[0] = nil
+			st.chunks = st.chunks[1:]
+			freed += chunkOverhead
+		}
+	}
+	if freed > 0 {
+		st.buffered -= n
+		st.active = time.Now()
+		st.s.release(freed)
+		st.fetchLocked()
+		return n, nil
+	}
+	switch {
+	case st.failed != nil:
+		return 0, st.failed
+	case st.settled != unsettled && !st.readOut:
+		return 0, errStreamSettled
+	case st.wholeLocked():
+		return 0, io.EOF
+	default:
+		return 0, nil
+	}
+}
+
+// wholeLocked tells whether all bytes have come: TX_FINISH has, or in pull mode
+// as many as were announced. An announced size of 0 is not believed without
+// TX_FINISH: the published Node client announces it whatever the source holds.
+func (st *IncomingStream) wholeLocked() bool {
+	return st.finish != nil || st.pull && st.size > 0 && st.received == st.size
+}
+
+// acceptOnce lets the peer send.
+func (st *IncomingStream) acceptOnce() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.accepted || st.failed != nil || st.settled != unsettled {
+		return
+	}
+	st.accepted = true
+	st.active = time.Now()
+	st.s.out.acknowledge([]uint32{st.start})
+	st.idle = time.AfterFunc(st.limits.StreamIdleTimeout, st.checkIdle)
+	st.fetchLocked()
+}
+
+// fetchLocked asks for the next chunk, if the stream is pulled. While fewer
+// bytes have come than were announced, one more chunk surely exists; asking past
+// the end breaks the published server.
+func (st *IncomingStream) fetchLocked() {
+	if !st.pull || !st.accepted || st.fetching || st.failed != nil || st.settled != unsettled || st.finish != nil {
+		return
+	}
+	from := st.nextSeq
+	to := from + 1
+	switch {
+	case st.size == 0:
+		to = from // an empty range makes the published server say TX_FINISH
+	case st.received == st.size, st.buffered >= pullAhead:
+		return
+	}
+	st.fetching = true
+	st.s.out.control(Frame{SID: st.s.id, Type: TypeTxFetch, Ack: st.s.pend.number(), Tx: st.tx, Start: from, End: to})
+}
+
+// Ack tells the peer that the whole stream has been delivered: TX_FINISH is
+// acknowledged, now or when it comes. Call it after Read has returned io.EOF
+// and all that was read is safe. It does nothing, and says so with the cause,
+// after the end of the session and for a stream that was cancelled already,
+// because it fell silent, was too long or broken. A stream is settled once: a
+// second Ack or Reject does nothing.
+func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
+
+// Reject tells the peer to stop (TX_CANCEL), and that the stream is not
+// delivered: its TX_FINISH is never acknowledged. After the end of the session
+// it does nothing, and says so with the cause.
+func (st *IncomingStream) Reject() error { return st.settle(rejected) }
+
+// settle says it to the peer, once.
+func (st *IncomingStream) settle(as settlement) error {
+	st.mu.Lock()
+	if st.settled != unsettled {
+		st.mu.Unlock()
+		return nil
+	}
+	st.settled = as
+	st.readOut = as == acknowledged && st.buffered == 0 && st.wholeLocked()
+	accepted, finish, failed := st.accepted, st.finish, st.failed
+	st.dropLocked()
+	st.mu.Unlock()
+	st.signal()
+	// Remembered before anything is said: TX_FINISH may come at any time.
+	st.s.incoming.settled(st, as == acknowledged && finish == nil && failed == nil)
+
+	heard := true
+	switch {
+	case failed != nil && as == acknowledged:
+		return failed
+	case failed != nil: // cancelled already
+	case as == rejected:
+		heard = st.s.cancel(st.tx)
+	case !accepted && finish == nil: // it was never read
+		heard = st.s.out.acknowledge([]uint32{st.start})
+	case !accepted:
+		heard = st.s.out.acknowledge([]uint32{st.start, *finish})
+	case finish != nil:
+		heard = st.s.out.acknowledge([]uint32{*finish})
+	default:
+		heard = !st.s.isEnding()
+	}
+	if !heard {
+		return st.s.Err()
+	}
+	return nil
+}
+
+// dropLocked gives up what was not read.
+func (st *IncomingStream) dropLocked() {
+	if st.idle != nil {
+		st.idle.Stop()
+	}
+	st.s.release(int64(st.buffered + len(st.chunks)*chunkOverhead))
+	st.chunks, st.buffered = nil, 0
+}
+
+// failLocked ends a stream of which no more is taken: what came can be read before
+// the error. The peer is told to stop.
+func (st *IncomingStream) failLocked(err error) {
+	if st.failed != nil || st.settled != unsettled {
+		return
+	}
+	st.failed = err
+	st.s.cancel(st.tx)
+	st.signal()
+}
+
+func (st *IncomingStream) signal() {
+	select {
+	case st.arrived <- struct{}{}:
+	default:
+	}
+}
+
+// checkIdle cancels a stream that is silent. Silence that is ours doesn't count:
+// unread bytes, and pauses of reading.
+func (st *IncomingStream) checkIdle() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.wholeLocked() || st.failed != nil || st.settled != unsettled || st.s.isEnding() {
+		return
+	}
+	active := st.active
+	if st.buffered > 0 || st.s.paused.Load() {
+		active = time.Now()
+	} else if t := st.s.resumed.Load(); t != nil && t.After(active) {
+		active = *t
+	}
+	left := st.limits.StreamIdleTimeout - time.Since(active)
+	if left > 0 {
+		st.idle.Reset(left)
+		return
+	}
+	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.limits.StreamIdleTimeout, st.received))
+}
+
+// chunk takes a chunk. Reading goroutine.
+func (st *IncomingStream) chunk(f *Frame) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.failed != nil || st.settled != unsettled {
+		return // cancelled; what was under way is discarded
+	}
+	if len(f.Payload) > 0 {
+		st.active = time.Now() // an empty chunk keeps no stream open
+	}
+	st.fetching = false
+	after := st.received + int64(len(f.Payload))
+	limit := st.limits.MaxStreamBytes
+	switch {
+	case !st.accepted:
+		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
+	case st.finish != nil:
+		st.failLocked(fmt.Errorf("%w: chunks after TX_FINISH", ErrStreamBroken))
+	case f.Seq != st.nextSeq:
+		st.failLocked(fmt.Errorf("%w: chunk %d where %d was due", ErrStreamBroken, f.Seq, st.nextSeq))
+	case st.size >= 0 && after > st.size:
+		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
+	case limit > 0 && after > limit:
+		st.failLocked(fmt.Errorf("%w: over %d bytes", ErrStreamTooLong, limit))
+	default:
+		st.nextSeq++
+		st.received = after
+		if len(f.Payload) > 0 {
+			st.chunks = append(st.chunks, f.Payload)
+			st.buffered += len(f.Payload)
+			st.s.budget.take(&st.s.held, int64(len(f.Payload))+chunkOverhead)
+		}
+		st.fetchLocked()
+		st.signal()
+	}
+}
+
+// finished takes TX_FINISH. It reports whether it can be acknowledged at once.
+// Reading goroutine.
+func (st *IncomingStream) finished(number uint32) (now bool) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	switch {
+	case st.failed != nil, st.finish != nil, st.settled == rejected:
+		return false // cancelled, or said before
+	case st.settled == acknowledged:
+		return true
+	case st.size >= 0 && st.received < st.size:
+		st.failLocked(fmt.Errorf("%w: finished after %d of %d bytes", ErrStreamBroken, st.received, st.size))
+		return false
+	}
+	st.finish = &number
+	st.signal()
+	return false
+}

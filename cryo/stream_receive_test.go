@@ -1,0 +1,352 @@
+package cryo_test
+
+import (
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+func TestAReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(7, 3, -1, "grüße"))
+		st := acceptStream(t, s)
+		require.Equal(t, "grüße", st.Name())
+		require.Equal(t, uint32(3), st.Tx())
+		require.Equal(t, int64(-1), st.Size())
+		require.Same(t, s, st.Session())
+		peer.WantIdle("TX_START waits for the first Read", time.Hour)
+
+		read := start(func() error { return wantRest(t, st, "abcdef") })
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(7))
+		peer.WriteFrames(txChunk(3, 0, "abc"), txChunk(3, 1, ""), txChunk(3, 2, "def"))
+		read.wantBlocked(t)
+		require.Equal(t, int64(6), st.Received())
+		peer.WriteFrames(txFinish(8, 3))
+		read.wantSuccess(t)
+		peer.WantIdle("TX_FINISH waits for Ack", time.Hour)
+		require.NoError(t, st.Ack())
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(8))
+		require.NoError(t, st.Ack())
+		require.NoError(t, st.Reject())
+		peer.WantIdle("a stream is settled once", time.Hour)
+		require.NoError(t, wantRest(t, st, ""), "and its end stays its end")
+	})
+}
+
+func TestAStreamMayBeReadInPieces(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 0)
+		peer.WriteFrames(txChunk(0, 1, "abcde"), txChunk(0, 2, "f"), txFinish(2, 0))
+		n, err := st.Read(nil)
+		require.Zero(t, n)
+		require.NoError(t, err)
+		wantBytes(t, st, "a")
+		wantBytes(t, st, "bcd")
+		wantBytes(t, st, "ef")
+		require.NoError(t, wantRest(t, st, ""))
+	})
+}
+
+func TestReadingNothingLetsThePeerSend(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(7, 3, -1, ""))
+		st := acceptStream(t, s)
+		for range 2 {
+			n, err := st.Read(nil)
+			require.Zero(t, n)
+			require.NoError(t, err)
+		}
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(7))
+		peer.WantIdle("once", instant)
+	})
+}
+
+func TestARejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(1, 7, -1, "unread"))
+		require.NoError(t, acceptStream(t, s).Reject())
+		peer.WantFrame("TX_CANCEL of the peer's number, and no ACK", txCancel(end.first, 7))
+
+		half := incoming(t, s, peer, 2, 8)
+		require.NoError(t, half.Reject())
+		peer.WantFrame("TX_CANCEL", txCancel(end.first+1, 8))
+		_, err := half.Read(make([]byte, 1))
+		require.ErrorContains(t, err, "settled")
+
+		whole := incoming(t, s, peer, 3, 9)
+		peer.WriteFrames(txFinish(4, 9))
+		require.NoError(t, wantRest(t, whole, ""))
+		require.NoError(t, whole.Reject())
+		require.NoError(t, whole.Ack())
+		peer.WantFrame("TX_CANCEL", txCancel(end.first+2, 9))
+
+		for tx := uint32(7); tx < 10; tx++ {
+			peer.WriteFrames(txChunk(tx, 1, "late"), txFinish(5, tx), cryotest.Acked(end.first+tx-7))
+		}
+		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)
+		serving(t, s, peer)
+	})
+}
+
+func TestAReaderLearnsThatItsStreamWasSettled(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		for tx, settle := range []func(*cryo.IncomingStream) error{(*cryo.IncomingStream).Ack, (*cryo.IncomingStream).Reject} {
+			st := incoming(t, s, peer, 1, uint32(tx))
+			read := start(func() error {
+				_, err := st.Read(make([]byte, 1))
+				return err
+			})
+			read.wantBlocked(t)
+			require.NoError(t, settle(st))
+			require.ErrorContains(t, read.result(t), "settled")
+		}
+		peer.WantFrame("of the second", txCancel(end.first, 1))
+
+		st := incoming(t, s, peer, 1, 2)
+		peer.WriteFrames(txChunk(2, 1, "unread"), txFinish(2, 2))
+		require.NoError(t, st.Ack())
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+		_, err := st.Read(make([]byte, 1))
+		require.ErrorContains(t, err, "settled", "what was thrown away is no end")
+	})
+}
+
+func TestAStreamMayBeAcknowledgedBeforeItsEnd(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(1, 7, -1, "unread"))
+		require.NoError(t, acceptStream(t, s).Ack())
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+		require.NoError(t, incoming(t, s, peer, 2, 8).Ack())
+		peer.WriteFrames(txStart(3, 9, -1, "all at once"), txFinish(4, 9))
+		require.NoError(t, acceptStream(t, s).Ack())
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(3))
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(4))
+
+		peer.WantIdle("TX_FINISH has not come", time.Hour)
+		peer.WriteFrames(txChunk(7, 0, "unread"), txFinish(5, 7), txChunk(8, 1, "unread"), txFinish(6, 8))
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(5))
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(6))
+		peer.WriteFrames(txFinish(7, 7), txFinish(8, 9))
+		peer.WantIdle("once", instant)
+	})
+}
+
+func TestTheEndOfTheSessionIsToldWhoeverSettlesLater(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		whole, half, fresh := incoming(t, s, peer, 1, 0), incoming(t, s, peer, 2, 1), incoming(t, s, peer, 3, 2)
+		peer.WriteFrames(txFinish(4, 0), txChunk(1, 1, "abc"), txStart(5, 3, -1, "never accepted"))
+		acceptStream(t, s)
+		peer.WriteFrames(txStart(6, 4, -1, "never accepted"))
+		serving(t, s, peer)
+		peer.Conn().Cut()
+		cause := wantEnded(t, s)
+
+		require.NoError(t, wantRest(t, whole, ""), "it is whole all the same")
+		require.Equal(t, cause, whole.Ack())
+		err := wantRest(t, half, "abc")
+		require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+		require.ErrorIs(t, err, net.ErrClosed)
+		require.ErrorContains(t, err, "after 4 bytes")
+		require.Equal(t, cause, half.Reject())
+		require.Equal(t, cause, fresh.Ack(), "TX_FINISH will never be acknowledged")
+		_, err = s.AcceptStream(t.Context())
+		require.Equal(t, cause, err)
+	})
+}
+
+func TestStreamsAreAcceptedByName(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		for tx, name := range []string{"a", "b", "c", "b", ""} {
+			peer.WriteFrames(txStart(1, uint32(tx), -1, name))
+		}
+		waiting := start(func() error {
+			require.Equal(t, uint32(5), acceptStream(t, s, "d").Tx())
+			return nil
+		})
+		require.Equal(t, uint32(1), acceptStream(t, s, "c", "b").Tx())
+		require.Equal(t, uint32(2), acceptStream(t, s, "c", "b").Tx())
+		require.Equal(t, uint32(0), acceptStream(t, s).Tx())
+		require.Equal(t, uint32(4), acceptStream(t, s, "anonymous").Tx())
+		wantNoStream(t, s, "c")
+		waiting.wantBlocked(t)
+		peer.WriteFrames(txStart(1, 5, -1, "d"))
+		waiting.wantSuccess(t)
+		require.Equal(t, uint32(3), acceptStream(t, s).Tx())
+		wantNoStream(t, s)
+	})
+}
+
+func TestEachStreamIsAcceptedOnce(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		const streams = 16
+		got := make(chan uint32, streams)
+		for range streams {
+			go func() {
+				if st, err := s.AcceptStream(t.Context()); err == nil {
+					got <- st.Tx()
+				}
+			}()
+		}
+		for tx := range uint32(streams) {
+			peer.WriteFrames(txStart(1, tx, -1, ""))
+		}
+		seen := make(map[uint32]bool)
+		for range streams {
+			seen[next(t, got)] = true
+		}
+		require.Len(t, seen, streams)
+	})
+}
+
+func TestNamesComeAsTextAndWithinABound(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(
+			txStart(1, 0, -1, "caf\xe9/\x00"),
+			txStart(1, 1, -1, ""),
+			txStart(1, 2, -1, strings.Repeat("n", 1024)),
+			txStart(1, 3, -1, strings.Repeat("n", 1025)),
+			txStart(1, 4, -1, strings.Repeat("n", 1<<20)),
+			txStart(1, 5, -1, strings.Repeat("\xff.", 400)), // three bytes each, and the dot
+		)
+		require.Equal(t, "caf\uFFFD/\x00", acceptStream(t, s).Name())
+		require.Equal(t, "anonymous", acceptStream(t, s).Name())
+		require.Equal(t, strings.Repeat("n", 1024), acceptStream(t, s).Name())
+		for tx := uint32(3); tx <= 5; tx++ {
+			peer.WantFrame("TX_CANCEL of a name that is too long", txCancel(end.first+tx-3, tx))
+		}
+		wantNoStream(t, s)
+	})
+}
+
+func TestWhatIsNoneOfAnOpenStreamIsIgnored(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 0)
+		require.NoError(t, st.Reject())
+		peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
+		for _, tx := range []uint32{0, 1, 1 << 31} {
+			peer.WriteFrames(txChunk(tx, 0, "?"), txChunk(tx, 1, "?"), txFinish(2, tx))
+		}
+		peer.WantIdle("nothing", time.Hour)
+		serving(t, s, peer)
+	})
+}
+
+func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		for range 3 {
+			require.NoError(t, incoming(t, s, peer, 1, 5).Ack()) // TX_FINISH would be acknowledged …
+			st := incoming(t, s, peer, 2, 5)
+			peer.WriteFrames(txFinish(3, 5))
+			peer.WantIdle("… but not that of the next one", instant)
+			require.NoError(t, wantRest(t, st, ""))
+			require.NoError(t, st.Ack())
+			peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(3))
+		}
+	})
+}
+
+func TestANumberThatIsOpenTwiceEndsTheSession(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 5)
+		peer.WriteFrames(txChunk(5, 1, "abc"), txStart(2, 5, -1, "again"))
+		peer.WantClose("the protocol is broken", 4001, "the peer broke the protocol: TX_START for the stream 5, which is open")
+		peer.WS.Close()
+		_, ok := errors.AsType[*cryo.ProtocolError](wantEnded(t, s))
+		require.True(t, ok)
+		require.ErrorIs(t, wantRest(t, st, "abc"), io.ErrUnexpectedEOF)
+	})
+}
+
+func TestABrokenStreamIsCancelledAfterWhatCame(t *testing.T) {
+	for name, frames := range map[string][]cryo.Frame{
+		"a chunk is missing":       {txChunk(5, 2, "x")},
+		"a chunk comes twice":      {txChunk(5, 0, "<")},
+		"a chunk from nowhere":     {txChunk(5, 1<<31, "x")},
+		"a chunk behind TX_FINISH": {txFinish(2, 5), txChunk(5, 1, "x")},
+		"… even an empty one":      {txFinish(2, 5), txChunk(5, 1, "")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				peer.WriteFrames(txStart(1, 5, -1, ""))
+				st := acceptStream(t, s)
+				_, err := st.Read(nil)
+				require.NoError(t, err)
+				peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+				peer.WriteFrames(txChunk(5, 0, "<"))
+				peer.WriteFrames(frames...)
+				peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
+				peer.WriteFrames(cryotest.Acked(end.first), txChunk(5, 1, "y"), txFinish(3, 5))
+				require.ErrorIs(t, wantRest(t, st, "<"), cryo.ErrStreamBroken)
+				require.ErrorIs(t, st.Ack(), cryo.ErrStreamBroken)
+				require.NoError(t, st.Reject())
+				peer.WantIdle("cancelled once, and never acknowledged", time.Hour)
+				serving(t, s, peer)
+			})
+		})
+	}
+}
+
+func TestChunksBeforeTheStartIsAcknowledgedBreakAStream(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(1, 5, -1, ""), txChunk(5, 0, "x"))
+		peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
+		st := acceptStream(t, s)
+		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamBroken)
+		require.NoError(t, st.Reject())
+		peer.WantIdle("TX_START stays unacknowledged", time.Hour)
+		wantFree(t, s, peer, cryo.DefaultMaxBufferBytes, 0)
+	})
+}
+
+func TestFramesOfStreamsBeforeTheClientsEndpointInfoAreIgnored(t *testing.T) {
+	for name, f := range map[string]cryo.Frame{
+		"TX_START":  txStart(1, 0, -1, "early"),
+		"TX_CHUNK":  txChunk(0, 0, "early"),
+		"TX_FINISH": txFinish(1, 0),
+		"TX_FLOW":   txFlow(1, cryo.FlowPull),
+		"TX_FETCH":  txFetch(1, 0, 0, 1),
+		"TX_CANCEL": txCancel(1, 0),
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+				peer := join(t, l, sid)
+				peer.WriteFrames(f)
+				peer.WantIdle("no answer", instant)
+				peer.ClientHandshake()
+				s := next(t, sessions)
+				wantNoStream(t, s)
+				_, _ = opening(t, s, peer, nil) // pushed
+			})
+		})
+	}
+}
+
+func TestASessionThatOnlySendsCancelsStreams(t *testing.T) {
+	only := quiet
+	only.SendOnly = true
+	atBothEnds(t, only, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(txStart(1, 5, -1, ""))
+		peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
+		s.Refuse(false)
+		peer.WriteFrames(txStart(1, 6, -1, ""), txStart(2, 7, -1, ""))
+		st := acceptStream(t, s)
+		_, err := st.Read(nil)
+		require.NoError(t, err)
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+		s.Refuse(true)
+		peer.WantFrame("TX_CANCEL of the one that nobody has accepted", txCancel(end.first+1, 7))
+		peer.WriteFrames(txChunk(6, 0, "x"), txFinish(3, 6))
+		require.NoError(t, wantRest(t, st, "x"), "the other goes on")
+		require.NoError(t, st.Ack())
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(3))
+	})
+}

@@ -1,0 +1,410 @@
+package cryo
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+// Defaults and bounds of [StreamOptions].
+const (
+	DefaultChunkBytes    = 64 << 10
+	DefaultMaxSpoolBytes = 64 << 20
+
+	maxStreamName = 1024 // bytes
+
+	// streamWindow is how much of one stream waits to be written at most, or
+	// one chunk if that is larger: four chunks of the default size. Messages
+	// wait behind no more of it.
+	streamWindow = 4 * (DefaultChunkBytes + chunkOverhead)
+	// maxEmptyReads is how often in a row a source may give nothing.
+	maxEmptyReads = 100
+)
+
+// ErrStreamCancelled is the end of a stream that its receiver has cancelled
+// (TX_CANCEL): it was not delivered.
+var ErrStreamCancelled = errors.New("the peer cancelled the stream")
+
+var errStreamAbandoned = errors.New("the stream was abandoned, or is finished")
+
+// StreamOptions are what the sender of a stream can set. A zero value means its
+// default.
+type StreamOptions struct {
+	// Name tells the receiver what the stream is: at most 1,024 bytes of
+	// UTF-8. Default "anonymous".
+	Name string
+	// ChunkBytes is how much travels in one frame, at most 16 MiB; published
+	// servers can't send, but do receive, chunks of 4 MiB and more. Default
+	// 64 KiB.
+	ChunkBytes int
+	// StepTimeout bounds each single step: TX_START's acknowledgement, room for
+	// the next chunk, the next TX_FETCH where the receiver pulls, and
+	// TX_FINISH's acknowledgement. Who waits for longer gets an error that is
+	// a [context.DeadlineExceeded]. Default: the context alone.
+	StepTimeout time.Duration
+	// MaxSpoolBytes bounds what is kept in memory when the receiver pulls and
+	// the source can't be read again; a longer one fails. Default 64 MiB.
+	MaxSpoolBytes int
+}
+
+func (o StreamOptions) withDefaults() (StreamOptions, error) {
+	if o.Name == "" {
+		o.Name = anonymous
+	}
+	if o.ChunkBytes == 0 {
+		o.ChunkBytes = DefaultChunkBytes
+	}
+	if o.MaxSpoolBytes == 0 {
+		o.MaxSpoolBytes = DefaultMaxSpoolBytes
+	}
+	if len(o.Name) > maxStreamName {
+		return o, fmt.Errorf("the stream's name has %d bytes, at most %d are possible", len(o.Name), maxStreamName)
+	}
+	if !utf8.ValidString(o.Name) {
+		return o, fmt.Errorf("the stream's name %q is not valid UTF-8", o.Name)
+	}
+	if o.ChunkBytes < 1 || o.ChunkBytes > MaxPayload {
+		return o, fmt.Errorf("chunks of %d bytes: they have 1 to %d", o.ChunkBytes, MaxPayload)
+	}
+	return o, nil
+}
+
+// OutgoingStream is a stream that this end sends. The protocol has no word for
+// a sender that gives up: a stream without Finish is never taken for a whole
+// one, and ends at the other side by its idle time-out or with the session.
+// One goroutine at a time may use it, but Abandon may be called from any.
+// Finish or Abandon has to be called.
+type OutgoingStream struct {
+	s       *Session
+	ctx     context.Context // the caller's, ended early when the peer cancels or this end abandons
+	cancel  context.CancelCauseFunc
+	unwatch func() bool // of the context's end
+	opts    StreamOptions
+	tx      uint32
+	pull    bool
+	fetches chan fetch    // the peer's wishes; not where pull is false
+	room    chan struct{} // holds a token when queued has fallen
+
+	// Owned by the sender.
+	seq uint32 // the next chunk's
+	// spool keeps what is written until Finish where the receiver pulls: the
+	// size comes first then, and chunks are asked for by index.
+	spool bytes.Buffer
+
+	mu       sync.Mutex
+	queued   int     // bytes of chunks that wait to be written, with their overhead
+	awaiting *uint32 // the number of TX_START or TX_FINISH while its acknowledgement is due
+}
+
+var _ interface {
+	io.Writer
+	io.ReaderFrom
+} = (*OutgoingStream)(nil)
+
+// OpenStream announces a stream and returns when the peer has taken it, so that
+// chunks may follow. The context bounds the whole stream, Finish included; when
+// it ends, the stream is abandoned.
+//
+// If the peer has asked to pull (TX_FLOW), nothing is announced before Finish:
+// what is written is kept in memory, up to MaxSpoolBytes.
+func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
+	st, err := s.newStream(ctx, options)
+	if err != nil || st.pull {
+		return st, err
+	}
+	if err := st.start(-1); err != nil {
+		st.Abandon()
+		return nil, err
+	}
+	return st, nil
+}
+
+// SendStream sends all that the source has as one stream, and returns when the
+// peer has acknowledged the whole. If the source fails, its error is returned
+// and the stream abandoned; a source that blocks is not interrupted. A source
+// that is an [io.ReaderAt] and an [io.Seeker], such as a file, is not kept in
+// memory when the peer pulls.
+func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
+	st, err := s.newStream(ctx, options)
+	if err != nil {
+		return err
+	}
+	defer st.Abandon()
+	if st.pull {
+		if indexed, ok := indexedSource(source); ok {
+			return st.serve(indexed)
+		}
+	} else if err := st.start(-1); err != nil {
+		return err
+	}
+	if _, err := st.ReadFrom(source); err != nil {
+		return err
+	}
+	return st.Finish()
+}
+
+func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
+	var opts StreamOptions
+	if options != nil {
+		opts = *options
+	}
+	opts, err := opts.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	st := &OutgoingStream{s: s, opts: opts, room: make(chan struct{}, 1)}
+	st.ctx, st.cancel = context.WithCancelCause(ctx)
+	s.outgoing.add(st)
+	return st, nil
+}
+
+// start announces the stream. The frame's number is awaited: a receiver may
+// lose chunks that come before it has answered.
+func (st *OutgoingStream) start(size int32) error {
+	err := st.await(Frame{SID: st.s.id, Type: TypeTxStart, Tx: st.tx, Size: size, Payload: []byte(st.opts.Name)})
+	if err != nil {
+		return fmt.Errorf("opening the stream %q: %w", st.opts.Name, err)
+	}
+	return nil
+}
+
+// Write sends p in chunks, without waiting for more to fill one: use a
+// [bufio.Writer] for many small writes. It returns when little enough is left to
+// be written to the network.
+func (st *OutgoingStream) Write(p []byte) (int, error) {
+	n := 0
+	for n < len(p) {
+		part := p[n:min(len(p), n+st.opts.ChunkBytes)]
+		if err := st.write(bytes.Clone(part)); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// ReadFrom sends all that the source has; each of its reads becomes a chunk.
+// Finish is still to be called. A source's own error is returned as it is.
+func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
+	var (
+		sent  int64
+		buf   []byte
+		empty int // reads in a row
+	)
+	for {
+		if buf == nil {
+			buf = make([]byte, st.opts.ChunkBytes)
+		}
+		n, err := source.Read(buf)
+		if n > 0 {
+			chunk := buf[:n]
+			switch {
+			case st.pull: // copied to the spool
+			case n < len(buf)/2:
+				chunk = bytes.Clone(chunk) // a small one must not keep much
+			default:
+				buf = nil
+			}
+			if err := st.write(chunk); err != nil {
+				return sent, err
+			}
+			sent += int64(n)
+			empty = 0
+		}
+		switch {
+		case err == io.EOF:
+			return sent, nil
+		case err != nil:
+			return sent, err
+		case n == 0:
+			if empty++; empty == maxEmptyReads {
+				return sent, io.ErrNoProgress
+			}
+		}
+	}
+}
+
+// write sends a chunk and keeps its memory, or copies it where the peer pulls.
+// What could not be written is missing, so the stream ends with that.
+func (st *OutgoingStream) write(chunk []byte) error {
+	var err error
+	if st.pull {
+		err = st.keep(chunk)
+	} else {
+		err = st.sendChunk(st.seq, chunk)
+		st.seq++
+	}
+	if err != nil {
+		st.stop(err)
+	}
+	return err
+}
+
+func (st *OutgoingStream) keep(chunk []byte) error {
+	if err := st.ended(); err != nil {
+		return st.failed(err)
+	}
+	if st.spool.Len()+len(chunk) > st.opts.MaxSpoolBytes {
+		return fmt.Errorf("the peer pulls the stream %q, and its source can't be read again: only %d bytes of it are kept", st.opts.Name, st.opts.MaxSpoolBytes)
+	}
+	st.spool.Write(chunk)
+	return nil
+}
+
+// sendChunk waits for room and queues a chunk.
+func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
+	cost := len(chunk) + chunkOverhead
+	if !st.reserve(cost) {
+		if err := st.waitForRoom(cost); err != nil {
+			return st.failed(err)
+		}
+	}
+	f := Frame{SID: st.s.id, Type: TypeTxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
+	if !st.s.out.sendOf(st, outgoing{Frame: f}) {
+		return st.failed(st.ended())
+	}
+	return nil
+}
+
+func (st *OutgoingStream) waitForRoom(cost int) error {
+	late, stop := st.clock()
+	defer stop()
+	for !st.reserve(cost) {
+		select {
+		case <-st.room:
+		case <-late:
+			return st.noProgress("room")
+		case <-st.s.ending:
+			return st.s.Err()
+		case <-st.ctx.Done():
+			return context.Cause(st.ctx)
+		}
+	}
+	return nil
+}
+
+// ended is why nothing more of the stream is sent; nil while it may be.
+func (st *OutgoingStream) ended() error {
+	if st.ctx.Err() != nil {
+		return context.Cause(st.ctx)
+	}
+	return st.s.Err()
+}
+
+func (st *OutgoingStream) failed(cause error) error {
+	return fmt.Errorf("sending the stream %q: %w", st.opts.Name, cause)
+}
+
+// reserve counts bytes as queued if there is room for them.
+func (st *OutgoingStream) reserve(cost int) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.queued > 0 && st.queued+cost > streamWindow {
+		return false
+	}
+	st.queued += cost
+	return true
+}
+
+// written makes room after a chunk; the writing goroutine calls it.
+func (st *OutgoingStream) written(chunk int) {
+	st.mu.Lock()
+	st.queued -= chunk + chunkOverhead
+	st.mu.Unlock()
+	select {
+	case st.room <- struct{}{}:
+	default:
+	}
+}
+
+// Finish says that the stream is whole and waits until the peer has
+// acknowledged it, which means that it was delivered. Without it a stream is
+// never whole. An [ErrStreamCancelled] is the peer's refusal.
+func (st *OutgoingStream) Finish() error {
+	defer st.Abandon()
+	if st.pull {
+		return st.serve(&indexed{bytes.NewReader(st.spool.Bytes()), 0, int64(st.spool.Len())})
+	}
+	return st.finish()
+}
+
+func (st *OutgoingStream) finish() error {
+	if err := st.await(Frame{SID: st.s.id, Type: TypeTxFinish, Tx: st.tx}); err != nil {
+		return fmt.Errorf("finishing the stream %q: %w", st.opts.Name, err)
+	}
+	return nil
+}
+
+// await sends TX_START or TX_FINISH and waits for its acknowledgement, or for
+// the end of the stream: a peer that cancels after TX_FINISH does not
+// acknowledge that.
+func (st *OutgoingStream) await(f Frame) error {
+	batch, err := st.s.pend.register(1, func(_ int, number uint32) { f.Ack = number })
+	if err != nil {
+		return err
+	}
+	st.setAwaiting(&f.Ack)
+	defer st.setAwaiting(nil)
+	late, stop := st.clock()
+	defer stop()
+	if !st.s.out.sendOf(st, outgoing{Frame: f, batch: batch}) {
+		st.s.pend.abandon(batch, st.ended())
+	}
+	select {
+	case <-batch.done:
+	case <-late:
+		st.s.pend.abandon(batch, st.noProgress("the acknowledgement"))
+	case <-st.ctx.Done():
+		st.s.pend.abandon(batch, context.Cause(st.ctx))
+	}
+	if batch.errs != nil {
+		return batch.errs[0]
+	}
+	return nil
+}
+
+func (st *OutgoingStream) setAwaiting(number *uint32) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.awaiting = number
+}
+
+// clock starts the time of one step.
+func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
+	if st.opts.StepTimeout <= 0 {
+		return nil, func() bool { return true }
+	}
+	t := time.NewTimer(st.opts.StepTimeout)
+	return t.C, t.Stop
+}
+
+func (st *OutgoingStream) noProgress(wanted string) error {
+	return fmt.Errorf("waiting for %s: no progress for %v: %w", wanted, st.opts.StepTimeout, context.DeadlineExceeded)
+}
+
+// Abandon gives the stream up, if it is not finished: nothing more of it is
+// sent. It may be called at any time, and after Finish does nothing. The end of
+// the stream's context abandons it too.
+func (st *OutgoingStream) Abandon() { st.stop(errStreamAbandoned) }
+
+// stop ends the stream for a reason; the first one counts. When it returns,
+// nothing of the stream is queued, and nothing will be. An acknowledgement that
+// comes later doesn't change the outcome any more.
+func (st *OutgoingStream) stop(cause error) {
+	st.s.outgoing.remove(st)
+	st.unwatch()
+	st.cancel(cause)
+	st.s.out.withdraw(func(f *outgoing) bool { return f.stream == st })
+
+	st.mu.Lock()
+	awaiting := st.awaiting
+	st.mu.Unlock()
+	if awaiting != nil {
+		st.s.pend.settle(*awaiting, context.Cause(st.ctx))
+	}
+}

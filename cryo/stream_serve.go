@@ -1,0 +1,178 @@
+package cryo
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"sync"
+	"time"
+)
+
+// maxFetches is how many TX_FETCH of one stream wait to be served; more are
+// forgotten.
+const maxFetches = 64
+
+// fetch asks for chunks by index, half open.
+type fetch struct{ start, end uint32 }
+
+// indexed is a source whose bytes can be read by index, again and again.
+type indexed struct {
+	source     io.ReaderAt
+	from, size int64
+}
+
+// indexedSource takes what a source has from where it stands to its end, if it
+// can be read by index. A pipe is a file too, and can't.
+func indexedSource(source io.Reader) (*indexed, bool) {
+	at, ok := source.(interface {
+		io.ReaderAt
+		io.Seeker
+	})
+	if !ok {
+		return nil, false
+	}
+	from, err := at.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, false
+	}
+	end, err := at.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, false
+	}
+	return &indexed{at, from, max(end-from, 0)}, true
+}
+
+// chunk reads one of the chunks of so many bytes; only the last is shorter.
+func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
+	start := int64(i) * chunkBytes
+	chunk := make([]byte, min(chunkBytes, x.size-start))
+	n, err := x.source.ReadAt(chunk, x.from+start)
+	switch {
+	case n == len(chunk):
+		return chunk, nil
+	case err == io.EOF:
+		return nil, fmt.Errorf("the source has shrunk: %w", io.ErrUnexpectedEOF)
+	default:
+		return nil, err
+	}
+}
+
+// serve announces the source's size and sends the chunks that the peer asks
+// for. The range that reaches the last chunk is followed by TX_FINISH.
+func (st *OutgoingStream) serve(x *indexed) error {
+	if x.size > math.MaxInt32 {
+		return fmt.Errorf("the peer pulls the stream %q, and only streams below 2 GiB can be pulled: it has %d bytes", st.opts.Name, x.size)
+	}
+	if err := st.start(int32(x.size)); err != nil {
+		return err
+	}
+	chunkBytes := int64(st.opts.ChunkBytes)
+	count := uint32((x.size + chunkBytes - 1) / chunkBytes)
+	late, stop := st.clock()
+	defer func() { stop() }()
+	reached := int64(-1) // a fetch that goes no further is served, but is no progress
+	for {
+		asked, err := st.nextFetch(late)
+		if err != nil {
+			return st.failed(err)
+		}
+		for i := asked.start; i < min(asked.end, count); i++ {
+			chunk, err := x.chunk(i, chunkBytes)
+			if err != nil {
+				return err
+			}
+			if err := st.sendChunk(i, chunk); err != nil {
+				return err
+			}
+		}
+		if asked.end >= count {
+			return st.finish()
+		}
+		if int64(asked.end) > reached {
+			reached = int64(asked.end)
+			stop()
+			late, stop = st.clock()
+		}
+	}
+}
+
+func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
+	select {
+	case f := <-st.fetches:
+		return f, nil
+	case <-late:
+		return fetch{}, st.noProgress("the peer to pull")
+	case <-st.s.ending:
+		return fetch{}, st.s.Err()
+	case <-st.ctx.Done():
+		return fetch{}, context.Cause(st.ctx)
+	}
+}
+
+// outgoingStreams are those that this end sends on a session.
+type outgoingStreams struct {
+	mu     sync.Mutex
+	nextTx uint32
+	flow   Flow // as the peer has asked for
+	open   map[uint32]*OutgoingStream
+}
+
+func newOutgoingStreams() *outgoingStreams {
+	return &outgoingStreams{open: make(map[uint32]*OutgoingStream)}
+}
+
+// add gives a stream its number, and how it has to be sent. It is complete when
+// it becomes known: the peer may name a number before it was told.
+func (o *outgoingStreams) add(st *OutgoingStream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for o.open[o.nextTx] != nil {
+		o.nextTx++
+	}
+	st.tx = o.nextTx
+	o.nextTx++
+	if st.pull = o.flow == FlowPull; st.pull {
+		st.fetches = make(chan fetch, maxFetches)
+	}
+	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)
+	o.open[st.tx] = st
+}
+
+func (o *outgoingStreams) remove(st *OutgoingStream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open[st.tx] == st {
+		delete(o.open, st.tx)
+	}
+}
+
+// setFlow counts for the streams that are opened from then on.
+func (o *outgoingStreams) setFlow(flow Flow) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.flow = flow
+}
+
+// cancelled is the peer's TX_CANCEL. Reading goroutine.
+func (o *outgoingStreams) cancelled(tx uint32) {
+	if st := o.find(tx); st != nil {
+		st.stop(ErrStreamCancelled)
+	}
+}
+
+// fetched is the peer's TX_FETCH. Reading goroutine.
+func (o *outgoingStreams) fetched(tx, start, end uint32) {
+	if st := o.find(tx); st != nil && st.pull {
+		select {
+		case st.fetches <- fetch{start, end}:
+		default:
+		}
+	}
+}
+
+func (o *outgoingStreams) find(tx uint32) *OutgoingStream {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.open[tx]
+}

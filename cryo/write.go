@@ -1,0 +1,362 @@
+package cryo
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/gorilla/websocket"
+)
+
+// maxUnwritten bounds the memory of acknowledgements and other small frames that
+// wait to be written. Beyond it nothing more is read, so that a peer that sends
+// and never reads can't make them grow.
+const (
+	maxUnwritten = 1 << 20
+	ackCost      = 4
+	controlCost  = 128 // and the payload
+)
+
+// maxPongs bounds the answers that a flood of pings can queue up.
+const maxPongs = 16
+
+// outbox is what waits to be written. Nobody waits for the network here: whoever
+// adds something starts the writing goroutine if none runs, and it ends when
+// nothing is left.
+type outbox struct {
+	s *Session
+
+	mu        sync.Mutex
+	queued    queued
+	unwritten int           // cost of acks and control frames, those being written included
+	drained   chan struct{} // closed when unwritten falls; nil when nobody waits
+	pongs     int           // of the queued control frames
+	last      *farewell     // to be said when all else is written
+	writing   bool          // the writing goroutine runs
+	stopped   *sync.Cond    // writing has become false
+	closed    bool          // nothing more is taken or written
+}
+
+// queued is taken and written as a whole, in this order.
+type queued struct {
+	wsPing  bool
+	wsPong  *string // the newest WebSocket ping's data; older ones need no answer
+	acks    []uint32
+	control []Frame // small frames of our own accord
+	data    []outgoing
+}
+
+// outgoing is a frame that somebody waits for, or a stream's chunk.
+type outgoing struct {
+	Frame
+	batch  *sendBatch
+	stream *OutgoingStream // whose frame it is; learns when a chunk is written
+}
+
+// farewell ends the WebSocket.
+type farewell struct {
+	bye    *Frame // nil: none
+	code   int
+	reason string
+}
+
+// cost is what the queue counts towards maxUnwritten.
+func (q *queued) cost() int {
+	cost := len(q.acks) * ackCost
+	for i := range q.control {
+		cost += controlCost + len(q.control[i].Payload)
+	}
+	return cost
+}
+
+func newOutbox(s *Session) *outbox {
+	o := &outbox{s: s}
+	o.stopped = sync.NewCond(&o.mu)
+	return o
+}
+
+// add runs a change of the queue and sees that it gets written. It reports
+// false when nothing is written any more.
+func (o *outbox) add(change func()) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed || o.last != nil {
+		return false
+	}
+	change()
+	o.startLocked()
+	return true
+}
+
+func (o *outbox) startLocked() {
+	if !o.writing {
+		o.writing = true
+		go o.write()
+	}
+}
+
+func (o *outbox) controlLocked(f Frame) {
+	o.queued.control = append(o.queued.control, f)
+	o.unwritten += controlCost + len(f.Payload)
+}
+
+func (o *outbox) acknowledge(numbers []uint32) bool {
+	return o.add(func() {
+		o.queued.acks = append(o.queued.acks, numbers...)
+		o.unwritten += ackCost * len(numbers)
+	})
+}
+
+func (o *outbox) control(f Frame) bool {
+	return o.add(func() { o.controlLocked(f) })
+}
+
+func (o *outbox) send(frames []outgoing) bool {
+	return o.add(func() { o.queued.data = append(o.queued.data, frames...) })
+}
+
+// sendOf queues a stream's frame, unless the stream was stopped. Stopping ends
+// the stream's context first and then withdraws, under the same lock: so nothing
+// of a stream is queued behind the acknowledgement of its TX_CANCEL.
+func (o *outbox) sendOf(st *OutgoingStream, f outgoing) (sent bool) {
+	f.stream = st
+	o.add(func() {
+		if st.ctx.Err() == nil {
+			o.queued.data = append(o.queued.data, f)
+			sent = true
+		}
+	})
+	return sent
+}
+
+// pong answers a ping, or says unasked that we are alive.
+func (o *outbox) pong(number uint32) {
+	o.add(func() {
+		if o.pongs == maxPongs {
+			return // as many answers are on their way
+		}
+		o.pongs++
+		o.controlLocked(Frame{SID: o.s.id, Type: TypePingPong, Ack: number, Payload: []byte(pongText)})
+	})
+}
+
+// ping asks for a sign of life, by WebSocket and, if wanted, by Cryo too.
+func (o *outbox) ping(cryo bool) {
+	number := o.s.pend.number()
+	o.add(func() {
+		if o.queued.wsPing {
+			return // the last one is still unwritten
+		}
+		o.queued.wsPing = true
+		if cryo {
+			o.controlLocked(Frame{SID: o.s.id, Type: TypePingPong, Ack: number, Payload: []byte(pingText)})
+		}
+	})
+}
+
+func (o *outbox) answerWebSocketPing(data string) {
+	o.add(func() { o.queued.wsPong = &data })
+}
+
+// sayLast queues the end behind everything else; nothing can be added then.
+func (o *outbox) sayLast(f farewell) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.closed && o.last == nil {
+		o.last = &f
+		o.startLocked()
+	}
+}
+
+// withdraw takes back frames that nobody waits for any more. One that is being
+// written may still arrive.
+func (o *outbox) withdraw(which func(*outgoing) bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	kept := o.queued.data[:0]
+	for i := range o.queued.data {
+		if !which(&o.queued.data[i]) {
+			kept = append(kept, o.queued.data[i])
+		}
+	}
+	clear(o.queued.data[len(kept):])
+	o.queued.data = kept
+}
+
+// crowded returns nil when few enough small frames are unwritten, else a channel
+// that is closed when it is worth asking again.
+func (o *outbox) crowded() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.unwritten <= maxUnwritten || o.closed {
+		return nil
+	}
+	if o.drained == nil {
+		o.drained = make(chan struct{})
+	}
+	return o.drained
+}
+
+// close drops what is queued, at the end of the session.
+func (o *outbox) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closed = true
+	o.queued = queued{}
+	o.wakeLocked()
+}
+
+// wait returns when nobody is writing.
+func (o *outbox) wait() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for o.writing {
+		o.stopped.Wait()
+	}
+}
+
+func (o *outbox) wakeLocked() {
+	if o.drained != nil {
+		close(o.drained)
+		o.drained = nil
+	}
+}
+
+// next takes what is queued, the farewell when nothing is. It reports false
+// when there is nothing to write.
+func (o *outbox) next() (q queued, last *farewell, ok bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	q, o.queued = o.queued, queued{}
+	q.data, o.queued.data = splitData(q.data)
+	o.pongs = 0
+	empty := !q.wsPing && q.wsPong == nil && len(q.acks)+len(q.control)+len(q.data) == 0
+	switch {
+	case !o.closed && !empty:
+		return q, nil, true
+	case !o.closed && o.last != nil:
+		o.closed = true
+		return q, o.last, true
+	default:
+		o.writing = false
+		o.stopped.Broadcast()
+		return q, nil, false
+	}
+}
+
+// splitData cuts off about as much data as is written at once. What is small
+// goes out in between: a pong that waited for a large batch could come too late
+// for the peer.
+func splitData(data []outgoing) (now, later []outgoing) {
+	size := 0
+	for i := range data {
+		if size += ackEnd + len(data[i].Payload); size >= gatherBytes {
+			return data[:i+1], data[i+1:]
+		}
+	}
+	return data, nil
+}
+
+func (o *outbox) written(q *queued) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.unwritten -= q.cost()
+	for i := range q.data {
+		if f := &q.data[i]; f.Type == TypeTxChunk {
+			f.stream.written(len(f.Payload))
+		}
+	}
+	clear(q.data) // its room may live on with what follows
+	o.wakeLocked()
+}
+
+// write is the writing goroutine.
+func (o *outbox) write() {
+	var scratch []byte
+	for {
+		q, last, ok := o.next()
+		if !ok {
+			return
+		}
+		var err error
+		if last != nil {
+			err = o.writeLast(last)
+		} else {
+			scratch, err = o.writeAll(&q, scratch)
+		}
+		if errors.Is(err, websocket.ErrCloseSent) {
+			// The reading goroutine's WebSocket library closed it for an error.
+			err = o.s.conn.flush()
+		}
+		if err != nil {
+			o.s.fail(fmt.Errorf("connection lost: writing: %w", err))
+			o.close()
+		}
+		o.written(&q)
+	}
+}
+
+func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
+	var err error
+	if q.wsPing {
+		err = o.s.ws.WriteMessage(websocket.PingMessage, nil)
+	}
+	if err == nil && q.wsPong != nil {
+		err = o.s.ws.WriteMessage(websocket.PongMessage, []byte(*q.wsPong))
+	}
+	ack := Frame{SID: o.s.id, Type: TypeAck}
+	for i := 0; i < len(q.acks) && err == nil; i++ {
+		ack.Ack = q.acks[i]
+		scratch, err = o.writeFrame(&ack, scratch)
+	}
+	for i := 0; i < len(q.control) && err == nil; i++ {
+		scratch, err = o.writeFrame(&q.control[i], scratch)
+	}
+	for i := 0; i < len(q.data) && err == nil; i++ {
+		scratch, err = o.writeFrame(&q.data[i].Frame, scratch)
+	}
+	if err != nil {
+		return scratch, err
+	}
+	return scratch, o.s.conn.flush()
+}
+
+// writeFrame puts one frame into one WebSocket message. The transport gathers
+// many of them into one write.
+func (o *outbox) writeFrame(f *Frame, scratch []byte) ([]byte, error) {
+	scratch, err := appendHeader(scratch[:0], f)
+	if err != nil {
+		return scratch, err
+	}
+	if len(f.Payload) == 0 {
+		return scratch, o.s.ws.WriteMessage(websocket.BinaryMessage, scratch)
+	}
+	w, err := o.s.ws.NextWriter(websocket.BinaryMessage)
+	if err != nil {
+		return scratch, err
+	}
+	if _, err = w.Write(scratch); err != nil {
+		return scratch, err
+	}
+	if _, err = w.Write(f.Payload); err != nil {
+		return scratch, err
+	}
+	return scratch, w.Close()
+}
+
+func (o *outbox) writeLast(last *farewell) error {
+	var err error
+	if last.bye != nil {
+		_, err = o.writeFrame(last.bye, nil)
+	}
+	if err == nil {
+		err = o.s.ws.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(last.code, last.reason))
+	}
+	if err != nil && !errors.Is(err, websocket.ErrCloseSent) {
+		return err
+	}
+	if err := o.s.conn.flush(); err != nil {
+		return err
+	}
+	return o.s.conn.closeWrite()
+}

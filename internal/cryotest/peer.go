@@ -1,0 +1,279 @@
+package cryotest
+
+import (
+	"errors"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Patience is how long a Peer waits for what it wants; virtual time under
+// testing/synctest.
+const Patience = 10 * time.Second
+
+// Peer is the other end of a Cryo connection. It says what the test says and
+// nothing else, but for answers to WebSocket pings, and fails the test when what
+// it wants doesn't come. Reading begins with the first Want, or with Read.
+type Peer struct {
+	WS *websocket.Conn
+	// SID is put into frames that are written without one, and expected in all
+	// that are read.
+	SID uint64
+	// Request is what opened the connection; nil for a client.
+	Request *http.Request
+
+	tb      testing.TB
+	reading sync.Once
+	writing chan struct{} // a lock; waiting for a mutex would stop synctest's clock
+
+	mu      sync.Mutex
+	pongs   bool // answer pings, and don't report them
+	events  []event
+	arrived chan struct{} // holds a token when there are events
+}
+
+// event is a frame, or the end of reading: err.
+type event struct {
+	frame cryo.Frame
+	err   error
+}
+
+func newPeer(tb testing.TB, ws *websocket.Conn, sid uint64, r *http.Request) *Peer {
+	p := &Peer{WS: ws, SID: sid, Request: r, tb: tb, writing: make(chan struct{}, 1), arrived: make(chan struct{}, 1)}
+	ws.SetCloseHandler(func(int, string) error { return nil }) // doesn't answer
+	tb.Cleanup(func() { _ = ws.Close() })
+	return p
+}
+
+// Conn is the peer's end of a connection in memory.
+func (p *Peer) Conn() *Conn {
+	p.tb.Helper()
+	c, ok := p.WS.NetConn().(*Conn)
+	require.True(p.tb, ok, "the peer's connection is not one in memory, but %T", p.WS.NetConn())
+	return c
+}
+
+// WriteFrames sends frames, each in one message.
+func (p *Peer) WriteFrames(frames ...cryo.Frame) {
+	p.tb.Helper()
+	require.NoError(p.tb, p.TryWriteFrames(frames...))
+}
+
+// TryWriteFrames is WriteFrames for when it may fail.
+func (p *Peer) TryWriteFrames(frames ...cryo.Frame) error {
+	for _, f := range frames {
+		if f.SID == 0 {
+			f.SID = p.SID
+		}
+		b, err := cryo.AppendFrame(nil, &f)
+		if err != nil {
+			return err
+		}
+		if err := p.write(websocket.BinaryMessage, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// WriteBytes sends a binary message.
+func (p *Peer) WriteBytes(b []byte) {
+	p.tb.Helper()
+	require.NoError(p.tb, p.write(websocket.BinaryMessage, b))
+}
+
+func (p *Peer) write(kind int, b []byte) error {
+	p.writing <- struct{}{}
+	defer func() { <-p.writing }()
+	return p.WS.WriteMessage(kind, b)
+}
+
+// Ack acknowledges frames.
+func (p *Peer) Ack(frames ...cryo.Frame) {
+	p.tb.Helper()
+	for _, f := range frames {
+		p.WriteFrames(cryo.Frame{Type: cryo.TypeAck, Ack: f.Ack})
+	}
+}
+
+// WriteClose sends a close frame.
+func (p *Peer) WriteClose(code int, reason string) {
+	p.tb.Helper()
+	require.NoError(p.tb, p.write(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason)))
+}
+
+// AnswerPings makes the peer answer pings by itself, as the published ones do.
+func (p *Peer) AnswerPings() {
+	p.mu.Lock()
+	p.pongs = true
+	p.mu.Unlock()
+	p.Read()
+}
+
+// Read makes the peer read all that comes from now on, until the end.
+func (p *Peer) Read() { p.reading.Do(func() { go p.read() }) }
+
+func (p *Peer) read() {
+	for {
+		kind, b, err := p.WS.ReadMessage()
+		if err == nil && kind != websocket.BinaryMessage {
+			err = errors.New("not a binary message")
+		}
+		var f cryo.Frame
+		if err == nil {
+			f, err = cryo.ParseFrame(b)
+		}
+		if len(f.Payload) == 0 {
+			f.Payload = nil // so that frames can be compared
+		}
+		p.add(event{f, err})
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (p *Peer) add(e event) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pongs && e.err == nil && e.frame.Type == cryo.TypePingPong && string(e.frame.Payload) == "ping" {
+		pong := e.frame
+		pong.Payload = []byte("pong")
+		b, _ := cryo.AppendFrame(nil, &pong)
+		go func() { _ = p.write(websocket.BinaryMessage, b) }()
+		return
+	}
+	p.events = append(p.events, e)
+	select {
+	case p.arrived <- struct{}{}:
+	default:
+	}
+}
+
+func (p *Peer) next(what string) event {
+	p.tb.Helper()
+	p.Read()
+	var patience <-chan time.Time
+	for {
+		if e, ok := p.take(); ok {
+			return e
+		}
+		if patience == nil {
+			patience = time.After(Patience)
+		}
+		select {
+		case <-p.arrived:
+		case <-patience:
+			require.FailNow(p.tb, "nothing came", "wanted: %s", what)
+		}
+	}
+}
+
+func (p *Peer) take() (e event, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.events) == 0 {
+		return e, false
+	}
+	e, p.events = p.events[0], p.events[1:]
+	return e, true
+}
+
+// WantType wants a frame of a type next, and returns it.
+func (p *Peer) WantType(what string, typ cryo.Type) cryo.Frame {
+	p.tb.Helper()
+	e := p.next(what)
+	require.NoError(p.tb, e.err, "wanted: %s", what)
+	if e.frame.Type != typ || e.frame.SID != p.SID {
+		require.FailNow(p.tb, "another frame came", "wanted: %s, a %v of session %d, got %v %+v", what, typ, p.SID, e.frame.Type, e.frame)
+	}
+	return e.frame
+}
+
+// WantFrame wants exactly this frame next.
+func (p *Peer) WantFrame(what string, want cryo.Frame) {
+	p.tb.Helper()
+	e := p.next(what)
+	require.NoError(p.tb, e.err, "wanted: %s", what)
+	if want.SID == 0 {
+		want.SID = p.SID
+	}
+	require.Equal(p.tb, want, e.frame, "wanted: %s", what)
+}
+
+// WantClose wants a close frame next.
+func (p *Peer) WantClose(what string, code int, reason string) {
+	p.tb.Helper()
+	e := p.next(what)
+	require.Error(p.tb, e.err, "wanted: %s, got %+v", what, e.frame)
+	var closed *websocket.CloseError
+	require.ErrorAs(p.tb, e.err, &closed, "wanted: %s", what)
+	require.Equal(p.tb, websocket.CloseError{Code: code, Text: reason}, *closed, "wanted: %s", what)
+}
+
+// WantLost wants the connection to end next, without a close frame.
+func (p *Peer) WantLost(what string) {
+	p.tb.Helper()
+	e := p.next(what)
+	require.Error(p.tb, e.err, "wanted: %s, got %+v", what, e.frame)
+	if closed, ok := errors.AsType[*websocket.CloseError](e.err); ok {
+		require.Equal(p.tb, websocket.CloseAbnormalClosure, closed.Code, "wanted: %s", what)
+	}
+}
+
+// WantIdle wants no frame for some time. Under synctest, an instant is enough
+// for all that happens without the passing of time.
+func (p *Peer) WantIdle(what string, during time.Duration) {
+	p.tb.Helper()
+	p.Read()
+	time.Sleep(during)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.events) > 0 {
+		e := p.events[0]
+		require.NoError(p.tb, e.err, "wanted: %s", what)
+		require.FailNow(p.tb, "a frame came", "wanted: %s, got %v %+v", what, e.frame.Type, e.frame)
+	}
+}
+
+// Skip drops what has come, and returns how many frames these were.
+func (p *Peer) Skip() (frames int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.events) > 0 && p.events[0].err == nil {
+		p.events = p.events[1:]
+		frames++
+	}
+	return frames
+}
+
+// ClientHandshake plays the client's part, as cryo-client-node does.
+func (p *Peer) ClientHandshake() {
+	p.tb.Helper()
+	p.WriteFrames(EndpointInfo(0))
+	p.WantFrame("the server acknowledges ENDPOINT_INFO", Acked(0))
+	p.WantFrame("the server's ENDPOINT_INFO", EndpointInfo(0xC0000000))
+	p.WriteFrames(Acked(0xC0000000))
+}
+
+// ServerHandshake plays the server's part, as cryo-server does.
+func (p *Peer) ServerHandshake() {
+	p.tb.Helper()
+	p.WantFrame("the client's ENDPOINT_INFO", EndpointInfo(0x40000000))
+	p.WriteFrames(EndpointInfo(0), Acked(0x40000000))
+	p.WantFrame("the client acknowledges ENDPOINT_INFO", Acked(0))
+}
+
+// Next wants any frame, and returns it.
+func (p *Peer) Next(what string) cryo.Frame {
+	p.tb.Helper()
+	e := p.next(what)
+	require.NoError(p.tb, e.err, "wanted: %s", what)
+	return e.frame
+}
