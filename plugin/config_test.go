@@ -1,0 +1,210 @@
+package plugin
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	_ "github.com/redpanda-data/benthos/v4/public/components/io"
+	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+var linter = sync.OnceValue(func() *service.ComponentConfigLinter {
+	return service.NewEnvironment().NewComponentConfigLinter().
+		SetEnvVarLookupFunc(func(_ context.Context, name string) (string, bool) {
+			return "secret-of-" + name, name == "CRYO_TOKEN" || name == "OTHER_TOKEN"
+		})
+})
+
+// lint gives the sentences of the engine's linter about one component.
+func lint(t *testing.T, kind, yaml string) []string {
+	t.Helper()
+	lints, err := linter().LintYAML(kind, []byte(yaml))
+	require.NoError(t, err)
+	var sentences []string
+	for _, l := range lints {
+		sentences = append(sentences, l.What)
+	}
+	return sentences
+}
+
+// specs are those of our components; making them takes time.
+var specs = sync.OnceValue(func() map[string]*service.ConfigSpec {
+	return map[string]*service.ConfigSpec{
+		"input cryo": inputSpec(), "output cryo": outputSpec(),
+		"input cryo_server": serverInputSpec(), "output cryo_server": serverOutputSpec(),
+	}
+})
+
+// construct makes a component as the engine does at start.
+func construct(t *testing.T, kind, name, fields string) error {
+	t.Helper()
+	conf, err := specs()[kind+" "+name].ParseYAML(fields, nil)
+	if err != nil {
+		return err
+	}
+	res := service.MockResources()
+	switch kind + " " + name {
+	case "input cryo":
+		_, err = newInput(conf, res)
+	case "output cryo":
+		_, _, _, err = newOutput(conf, res)
+	case "input cryo_server":
+		_, err = newServerInput(conf, res)
+	case "output cryo_server":
+		_, _, _, err = newServerOutput(conf, res)
+	}
+	return err
+}
+
+// component is a configuration by itself.
+func component(name, fields string) string { return name + ": " + fields }
+
+const (
+	dials   = `url: ws://localhost:8080`
+	listens = `address: 127.0.0.1:8080, tokens: [ a ]`
+)
+
+func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
+	for _, tt := range []struct {
+		kind, name, fields string
+		lint               string // all that lint says
+		start              string // contained in the error at start; like lint if empty
+	}{
+		// Where to dial.
+		{"input", "cryo", `{ url: "localhost:8080" }`, "field url has to begin with ws:// or wss://", `it has to be ws or wss`},
+		{"input", "cryo", `{ url: "" }`, "field url has to begin with ws:// or wss://", `it has to be ws or wss`},
+		{"output", "cryo", `{ url: "http://localhost:8080" }`, "field url has to begin with ws:// or wss://", `field url: the scheme is "http", it has to be ws or wss`},
+		{"input", "cryo", `{ url: "ws:///path" }`, "field url has no host", "field url: the URL has no host"},
+		{"input", "cryo", `{ url: "ws://:8080" }`, "field url has no host", "field url: the URL has no host"},
+		{"output", "cryo", `{ url: "wss://me:pass@localhost" }`, "field url has no place for user and password: Cryo's authorization is the token", "no user and password"},
+		{"input", "cryo", `{ url: "ws://localhost?authorization=Bearer%20x" }`, "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid", "the parameter authorization is made from the token"},
+		{"input", "cryo", `{ url: "ws://localhost?a=b&x-cryo-sid=1" }`, "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid", "the parameter x-cryo-sid is made from the session's id"},
+		{"input", "cryo", `{ ` + dials + `, query_parameters: { authorization: x } }`, "field query_parameters has one that is made from the token or the session: authorization or x-cryo-sid", "field query_parameters has one that is made from the token or the session: authorization"},
+		{"output", "cryo", `{ ` + dials + `, tls: { enabled: true } }`, "field tls is enabled, but the url is ws://: use wss://", ""},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "ftp://localhost" }`, "field proxy_url has to be http://, https:// or socks5:// and a host", ""},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://" }`, "field proxy_url has to be http://, https:// or socks5:// and a host", ""},
+		{"input", "cryo", `{}`, "field url is required", "'url'"},
+
+		// Numbers and durations.
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight has to be at least 1, got 0", ""},
+		{"input", "cryo", `{ ` + dials + `, max_batch_count: -1 }`, "field max_batch_count has to be at least 1, got -1", ""},
+		{"input", "cryo", `{ ` + dials + `, max_buffer_bytes: 0 }`, "field max_buffer_bytes has to be at least 1, got 0", ""},
+		{"output", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight has to be at least 1, got 0", ""},
+		{"output", "cryo", `{ ` + dials + `, ack_timeout: 0s }`, "field ack_timeout has to be above zero, got 0s", ""},
+		{"output", "cryo", `{ ` + dials + `, ack_timeout: soon }`, "field ack_timeout has to be a duration such as 5s, got soon", "field ack_timeout has to be a duration such as 5s"},
+		{"input", "cryo", `{ ` + dials + `, connect_timeout: -1s }`, "field connect_timeout has to be above zero, got -1s", ""},
+		{"input", "cryo", `{ ` + dials + `, heartbeat_interval: 0s }`, "field heartbeat_interval has to be above zero, got 0s", ""},
+		{"input", "cryo_server", `{ ` + listens + `, max_sessions: 0 }`, "field max_sessions has to be at least 1, got 0", ""},
+		{"input", "cryo_server", `{ ` + listens + `, max_buffer_bytes: -5 }`, "field max_buffer_bytes has to be at least 1, got -5", ""},
+		{"output", "cryo_server", `{ ` + listens + `, handshake_timeout: 0ms }`, "field handshake_timeout has to be above zero, got 0ms", "field handshake_timeout has to be above zero"},
+
+		// What to receive and to send.
+		{"input", "cryo", `{ ` + dials + `, message_types: [ utf8, text ] }`, "field message_types: unknown message type text, it has to be utf8, binary, stream or error", ""},
+		{"input", "cryo_server", `{ ` + listens + `, message_types: [] }`, "field message_types is empty: no message would ever be taken", ""},
+		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, "value never is not a valid option for this field", `field acknowledge: "never" is neither delivered nor received`},
+		{"output", "cryo", `{ ` + dials + `, message_type: text }`, "field message_type: unknown message type text, it has to be auto, utf8, binary or stream", ""},
+		{"output", "cryo_server", `{ ` + listens + `, message_type: "" }`, "field message_type: unknown message type , it has to be auto, utf8, binary or stream", ""},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: some }`, "value some is not a valid option for this field", `field send_to: "some" is neither all nor session`},
+		{"output", "cryo_server", `{ ` + listens + `, no_session: panic }`, "value panic is not a valid option for this field", `field no_session: "panic" is neither wait, drop nor reject`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: session }`, "send_to: session needs the field session_id", ""},
+		{"output", "cryo_server", `{ ` + listens + `, session_id: "7" }`, "the field session_id has no effect without send_to: session", ""},
+		{"output", "cryo_server", `{ ` + listens + `, session_id: "${! @cryo_session_id }" }`, "the field session_id has no effect without send_to: session", ""},
+
+		// Where to listen, and whom to let in.
+		{"input", "cryo_server", `{ address: localhost, tokens: [ a ] }`, "field address has to be host:port, got localhost", ""},
+		{"input", "cryo_server", `{ address: "localhost:http", tokens: [ a ] }`, "field address has to be host:port, got localhost:http", ""},
+		{"input", "cryo_server", `{ address: "localhost:70000", tokens: [ a ] }`, "field address has to be host:port, got localhost:70000", ""},
+		{"input", "cryo_server", `{ address: "::1:80", tokens: [ a ] }`, "field address has to be host:port, got ::1:80", ""},
+		{"input", "cryo_server", `{ ` + listens + `, path: feed }`, "field path has to start with a slash, got feed", ""},
+		{"input", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
+		{"output", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
+		{"output", "cryo_server", `{ address: ":8080", tokens: [], authorize: "" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
+		{"input", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
+		{"output", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ a, "" ] }`, "field tokens has an empty token: it would let everybody in", ""},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
+		{"output", "cryo_server", `{ ` + listens + `, tls: { key_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
+	} {
+		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
+			assert.Equal(t, []string{tt.lint}, lint(t, tt.kind, component(tt.name, tt.fields)))
+
+			if tt.start == "" {
+				tt.start = tt.lint
+			}
+			assert.ErrorContains(t, construct(t, tt.kind, tt.name, tt.fields), tt.start)
+		})
+	}
+}
+
+func TestAnAuthorizeMappingThatDoesNotParseFailsLintAndStart(t *testing.T) {
+	fields := `{ address: ":8080", authorize: "root = this.token ==" }`
+	sentences := lint(t, "input", component("cryo_server", fields))
+	require.Len(t, sentences, 1)
+	assert.Contains(t, sentences[0], "expected")
+	assert.ErrorContains(t, construct(t, "input", "cryo_server", fields), "field authorize: ")
+}
+
+func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
+	for _, tt := range []struct{ kind, name, fields string }{
+		{"input", "cryo", `{ ` + dials + ` }`},
+		{"input", "cryo", `{ url: "WSS://[::1]:8443/a/path?room=5", token: "${CRYO_TOKEN}", tls: { enabled: true } }`},
+		{"input", "cryo", `{ ` + dials + `, query_parameters: { room: "5" }, headers: { X-Room: "5" }, proxy_url: "socks5://u:p@localhost:1080" }`},
+		{"input", "cryo", `{ ` + dials + `, message_types: [ error ], acknowledge: received, auto_replay_nacks: false, max_in_flight: 1, max_batch_count: 1, max_buffer_bytes: 1 }`},
+		{"output", "cryo", `{ ` + dials + `, message_type: binary, ack_timeout: 1ms, max_in_flight: 1, batching: { count: 10, period: 1s } }`},
+		{"output", "cryo", `{ ` + dials + `, message_type: '${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }' }`},
+		{"input", "cryo_server", `{ ` + listens + ` }`},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ "${CRYO_TOKEN}", "${OTHER_TOKEN}" ], max_sessions: 1 }`},
+		{"input", "cryo_server", `{ address: "[::1]:8080", path: /feed, authorize: 'root = this.token == env("CRYO_TOKEN") && this.remote_address.has_prefix("127.")' }`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: all, no_session: drop }`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: session, session_id: "${! @cryo_session_id }", no_session: reject }`},
+		{"output", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem, key_file: b.pem } }`},
+	} {
+		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
+			assert.Empty(t, lint(t, tt.kind, component(tt.name, tt.fields)))
+			assert.NoError(t, construct(t, tt.kind, tt.name, tt.fields))
+		})
+	}
+}
+
+func TestTheExamplesOfTheDocumentationAreLintedClean(t *testing.T) {
+	env := service.NewEnvironment()
+	linter := env.FullConfigSchema("", "").NewStreamConfigLinter().
+		SetEnvVarLookupFunc(func(context.Context, string) (string, bool) { return "x", true })
+	for _, name := range []string{"cryo", "cryo_server"} {
+		in, _ := env.GetInputConfig(name)
+		out, _ := env.GetOutputConfig(name)
+		for _, view := range []*service.ConfigView{in, out} {
+			data, err := view.TemplateData()
+			require.NoError(t, err)
+			require.NotEmpty(t, data.Examples)
+			for _, example := range data.Examples {
+				// The input redpanda is not linked into this test.
+				config := strings.ReplaceAll(example.Config, "  redpanda:\n    seed_brokers: [ localhost:9092 ]\n    topics: [ orders ]\n    consumer_group: cryo", "  stdin: {}")
+				lints, err := linter.LintYAML([]byte(config))
+				require.NoError(t, err)
+				assert.Empty(t, lints, config)
+			}
+		}
+	}
+}
+
+func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
+	cert := filepath.Join(t.TempDir(), "cert.pem")
+	require.NoError(t, os.WriteFile(cert, []byte("no certificate"), 0o600))
+	conf, err := specs()["input cryo_server"].ParseYAML(`{ address: 127.0.0.1:0, tokens: [ a ], tls: { cert_file: `+cert+`, key_file: `+cert+` } }`, nil)
+	require.NoError(t, err)
+	in, err := newServerInput(conf, service.MockResources())
+	require.NoError(t, err)
+
+	err = in.Connect(t.Context())
+
+	require.ErrorContains(t, err, "field tls: ")
+	require.NoError(t, in.Close(t.Context()))
+}

@@ -1,0 +1,289 @@
+package plugin
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Having a session by dialling a Cryo server.
+
+const (
+	fieldURL               = "url"
+	fieldToken             = "token"
+	fieldQueryParameters   = "query_parameters"
+	fieldHeaders           = "headers"
+	fieldTLS               = "tls"
+	fieldProxyURL          = "proxy_url"
+	fieldConnectTimeout    = "connect_timeout"
+	fieldHeartbeatInterval = "heartbeat_interval"
+
+	// ghostWait is how soon a client whose lost session is still alive for the
+	// server tries again, and tokenWait one whose token was refused.
+	ghostWait = time.Second
+	tokenWait = 30 * time.Second
+	closeTime = 10 * time.Second // for the goodbye; the engine sets no limit
+)
+
+func dialFields() []*service.ConfigField {
+	return []*service.ConfigField{
+		service.NewStringField(fieldURL).
+			Description("The address of the Cryo server: `ws://` or `wss://`, host, port and path.").
+			Example("ws://localhost:8080").
+			Example("wss://cryo.example.com/feed").
+			LintRule(`
+let url = this.string().catch("")
+root = if !$url.re_match("(?i)^wss?://") {
+  "field url has to begin with ws:// or wss://"
+} else if $url.re_match("^[a-zA-Z]+://[^/?#]*@") {
+  "field url has no place for user and password: Cryo's authorization is the token"
+} else if !$url.re_match("^[a-zA-Z]+://[^/?#:]") {
+  "field url has no host"
+} else if $url.re_match("[?&](authorization|x-cryo-sid)([=&#]|$)") {
+  "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid"
+}`),
+		service.NewStringField(fieldToken).
+			Description("The token that the server wants, without `Bearer`. It travels in the URL's query, as Cryo has it, but appears in no log line, error or metric.").
+			Default("").
+			Secret(),
+		service.NewStringMapField(fieldQueryParameters).
+			Description("Further parameters for the URL, for servers that look at them.").
+			Default(map[string]any{}).
+			Advanced().
+			LintRule(`root = if this.type() == "object" && this.keys().any(k -> [ "authorization", "x-cryo-sid" ].contains(k)) { "field query_parameters has one that is made from the token or the session: authorization or x-cryo-sid" }`),
+		service.NewStringMapField(fieldHeaders).
+			Description("Further headers for the request that opens the WebSocket.").
+			Default(map[string]any{}).
+			Advanced(),
+		service.NewTLSToggledField(fieldTLS).
+			Description("Settings for `wss://`. Without them the system's certificates decide."),
+		service.NewURLField(fieldProxyURL).
+			Description("A proxy to connect through: `http://`, `https://` or `socks5://`. Without it, HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the environment decide.").
+			Default("").
+			Advanced().
+			LintRule(`root = if this.type() == "string" && this != "" && !this.re_match("(?i)^(http|https|socks5|socks5h)://[^/?#]") { "field proxy_url has to be http://, https:// or socks5:// and a host" }`),
+		positiveDuration(fieldConnectTimeout).
+			Description("How long one attempt to connect may take, the handshakes included.").
+			Default("5s").
+			Advanced(),
+		heartbeatField(),
+	}
+}
+
+func heartbeatField() *service.ConfigField {
+	return positiveDuration(fieldHeartbeatInterval).
+		Description("How often the peer is asked for a sign of life. One of which nothing at all was heard is given up within three intervals.").
+		Default("15s").
+		Advanced()
+}
+
+// dialLint finds TLS settings that would have no effect.
+const dialLint = `if this.tls.enabled.or(false) == true && this.url.string().catch("").re_match("(?i)^ws://") {
+  "field tls is enabled, but the url is ws://: use wss://"
+}`
+
+// dialer keeps one session with a server, and dials again when it has ended.
+type dialer struct {
+	url  string
+	name string // of the server, for people
+	opts cryo.DialOptions
+	log  *service.Logger
+
+	mu        sync.Mutex
+	session   *cryo.Session // the last one
+	reported  bool          // its end has been logged
+	connected bool          // there was one before
+}
+
+func dialerFromParsed(conf *service.ParsedConfig, log *service.Logger) (*dialer, error) {
+	d := &dialer{log: log}
+	d.opts.SessionID = cryo.NewSessionID() // the same on every connection
+	d.opts.Logger = libraryLogger(log)
+	var err error
+	if d.url, err = conf.FieldString(fieldURL); err != nil {
+		return nil, err
+	}
+	if err := cryo.CheckURL(d.url); err != nil {
+		return nil, fmt.Errorf("field %s: %w", fieldURL, err)
+	}
+	u, err := url.Parse(d.url)
+	if err != nil {
+		return nil, err
+	}
+	d.name = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+
+	if d.opts.Token, err = conf.FieldString(fieldToken); err != nil {
+		return nil, err
+	}
+	parameters, err := conf.FieldStringMap(fieldQueryParameters)
+	if err != nil {
+		return nil, err
+	}
+	d.opts.Query = make(url.Values)
+	for name, value := range parameters {
+		if name == "authorization" || name == "x-cryo-sid" {
+			return nil, fmt.Errorf("field %s has one that is made from the token or the session: %s", fieldQueryParameters, name)
+		}
+		d.opts.Query.Set(name, value)
+	}
+	headers, err := conf.FieldStringMap(fieldHeaders)
+	if err != nil {
+		return nil, err
+	}
+	d.opts.Header = make(http.Header)
+	for name, value := range headers {
+		d.opts.Header.Set(name, value)
+	}
+	if d.opts.TLS, err = tlsFromParsed(conf, u.Scheme); err != nil {
+		return nil, err
+	}
+	if d.opts.Proxy, err = proxyFromParsed(conf); err != nil {
+		return nil, err
+	}
+	if d.opts.ConnectTimeout, err = fieldPositiveDuration(conf, fieldConnectTimeout); err != nil {
+		return nil, err
+	}
+	d.opts.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval)
+	return d, err
+}
+
+func tlsFromParsed(conf *service.ParsedConfig, scheme string) (*tls.Config, error) {
+	settings, enabled, err := conf.FieldTLSToggled(fieldTLS)
+	switch {
+	case err != nil:
+		return nil, err
+	case !enabled:
+		return nil, nil
+	case scheme != "wss":
+		return nil, fmt.Errorf("field %s is enabled, but the url is %s://: use wss://", fieldTLS, scheme)
+	default:
+		return settings, nil
+	}
+}
+
+func proxyFromParsed(conf *service.ParsedConfig) (func(*http.Request) (*url.URL, error), error) {
+	raw, err := conf.FieldString(fieldProxyURL)
+	if err != nil {
+		return nil, err
+	}
+	if raw == "" {
+		return http.ProxyFromEnvironment, nil
+	}
+	proxy, err := url.Parse(raw) // its error would repeat a password
+	if err != nil || proxy.Host == "" || !slices.Contains([]string{"http", "https", "socks5", "socks5h"}, proxy.Scheme) {
+		return nil, fmt.Errorf("field %s has to be http://, https:// or socks5:// and a host", fieldProxyURL)
+	}
+	return http.ProxyURL(proxy), nil
+}
+
+// live is the session, if it lives. The first call after its end logs why.
+func (d *dialer) live() *cryo.Session {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.session == nil {
+		return nil
+	}
+	err := d.session.Err()
+	if err == nil {
+		return d.session
+	}
+	if !d.reported {
+		d.reported = true
+		report := d.log.Warnf
+		if closed := (*cryo.PeerClosedError)(nil); errors.As(err, &closed) {
+			report = d.log.Infof // a server that restarts is no fault
+		}
+		report("Disconnected from %s: %v", d.name, err)
+	}
+	return nil
+}
+
+// connect dials, unless the session lives: a late ErrNotConnected of another
+// write must not make us meet our own ghost. Nor must the last session, which is
+// given the time for its goodbye. The context has no deadline; the dial has.
+func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool, err error) {
+	if s := d.live(); s != nil {
+		return s, false, nil
+	}
+	if err := d.wait(ctx); err != nil {
+		return nil, false, err
+	}
+	s, err := cryo.Dial(ctx, d.url, &d.opts)
+	switch {
+	case errors.Is(err, cryo.ErrSessionExists):
+		return nil, false, service.NewErrBackOff(fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err), ghostWait)
+	case errors.Is(err, cryo.ErrUnauthorized):
+		return nil, false, service.NewErrBackOff(fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, tokenWait), tokenWait)
+	case err != nil:
+		return nil, false, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	verb := "Connected"
+	if d.connected {
+		verb = "Reconnected"
+	}
+	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
+	d.session, d.reported, d.connected = s, false, true
+	return s, true, nil
+}
+
+// wait waits until nothing is left of the last session.
+func (d *dialer) wait(ctx context.Context) error {
+	d.mu.Lock()
+	last := d.session
+	d.mu.Unlock()
+	if last == nil {
+		return nil
+	}
+	select {
+	case <-last.Done():
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// close says goodbye, with a bound of its own beside the engine's. A session
+// that is ending already is waited for: acknowledgements may be on their way.
+func (d *dialer) close(ctx context.Context) error {
+	lives := d.live() != nil
+	d.mu.Lock()
+	s := d.session
+	d.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, closeTime)
+	defer cancel()
+	err := s.Close(ctx, "")
+	if lives {
+		d.log.Infof("Closed the session with %s", d.name)
+	}
+	return err
+}
+
+// test dials as another session and hangs up.
+func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
+	opts := d.opts
+	opts.SessionID = cryo.NewSessionID()
+	opts.SendOnly = true // nothing may be taken from the server by a test
+	s, err := cryo.Dial(ctx, d.url, &opts)
+	if err != nil {
+		return service.ConnectionTestFailed(err).AsList()
+	}
+	if err := s.Close(ctx, "connection test"); err != nil {
+		return service.ConnectionTestFailed(err).AsList()
+	}
+	return service.ConnectionTestSucceeded().AsList()
+}

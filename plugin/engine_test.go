@@ -1,0 +1,346 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// checkLeaks is for tests without synctest, which looks for itself.
+func checkLeaks(t *testing.T) { t.Helper(); goleak.VerifyNone(t) }
+
+// engine runs pipelines with our components over a network in memory. Its tests
+// are synctest's: time is virtual, what is said to happen at once does, and a
+// test whose pipelines leave a goroutine behind fails.
+type engine struct {
+	t       *testing.T
+	env     *service.Environment
+	net     *memoryNet
+	log     *logBook
+	metrics *metricsBook
+	probe   *probe
+	feed    chan *fed
+	shared  *listeners // of all pipelines, as in streams mode
+	dialer  func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// inEngine runs a test in virtual time.
+func inEngine(t *testing.T, test func(t *testing.T, e *engine)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { test(t, newEngine(t)) })
+}
+
+func newEngine(t *testing.T) *engine {
+	e := &engine{
+		t: t, env: service.NewEnvironment(),
+		net: &memoryNet{listening: make(map[string]*memoryListener)}, log: &logBook{}, metrics: &metricsBook{values: make(map[string]int64)},
+		probe: &probe{arrivals: make(chan *arrival, 1000)}, feed: make(chan *fed, 100),
+	}
+	e.dialer = e.net.Dial
+	e.shared = &listeners{listen: e.net.Listen, byAddr: make(map[string]*listener)}
+	must := func(err error) { require.NoError(t, err) }
+	must(e.env.RegisterBatchInput("cryo", specs()["input cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		in, err := newInput(conf, res)
+		if err == nil {
+			in.opts.NetDial = e.dialer
+		}
+		return in, err
+	}))
+	must(e.env.RegisterBatchOutput("cryo", specs()["output cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+		out, policy, maxInFlight, err := newOutput(conf, res)
+		if err == nil {
+			out.opts.NetDial = e.dialer
+		}
+		return out, policy, maxInFlight, err
+	}))
+	must(e.env.RegisterBatchInput("cryo_server", specs()["input cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		res.GetOrSetGeneric(listenersKey{}, e.shared)
+		return newServerInput(conf, res)
+	}))
+	must(e.env.RegisterBatchOutput("cryo_server", specs()["output cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+		res.GetOrSetGeneric(listenersKey{}, e.shared)
+		return newServerOutput(conf, res)
+	}))
+	for name, maxInFlight := range map[string]int{"probe": 100, "serial": 1} {
+		spec := service.NewConfigSpec().Field(service.NewBatchPolicyField("batching"))
+		must(e.env.RegisterBatchOutput(name, spec, func(conf *service.ParsedConfig, _ *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+			policy, err := conf.FieldBatchPolicy("batching")
+			return e.probe, policy, maxInFlight, err
+		}))
+	}
+	must(e.env.RegisterBatchInput("feed", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+		return service.AutoRetryNacksBatched(&feed{e.feed}), nil
+	}))
+	must(e.env.RegisterBatchInput("once", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+		return &feed{e.feed}, nil
+	}))
+	must(e.env.RegisterMetricsExporter("book", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Logger) (service.MetricsExporter, error) {
+		return e.metrics, nil
+	}))
+	return e
+}
+
+// pipeline is one that runs.
+type pipeline struct {
+	e      *engine
+	stream *service.Stream
+	ended  chan struct{}
+}
+
+// run starts a pipeline from an input to an output, each in YAML. The test's end
+// stops it, if the test didn't.
+func (e *engine) run(input, output string, processors ...string) *pipeline {
+	e.t.Helper()
+	p := e.start(input, output, processors...)
+	e.t.Cleanup(p.kill)
+	synctest.Wait()
+	return p
+}
+
+// start is run without synctest, and without a stop at the end.
+func (e *engine) start(input, output string, processors ...string) *pipeline {
+	e.t.Helper()
+	b := e.env.NewStreamBuilder()
+	b.SetLogger(e.log.logger())
+	require.NoError(e.t, b.SetMetricsYAML(`book: {}`))
+	require.NoError(e.t, b.AddInputYAML(input))
+	for _, p := range processors {
+		require.NoError(e.t, b.AddProcessorYAML(p))
+	}
+	require.NoError(e.t, b.AddOutputYAML(output))
+	stream, err := b.Build()
+	require.NoError(e.t, err)
+	p := &pipeline{e: e, stream: stream, ended: make(chan struct{})}
+	go func() {
+		defer close(p.ended)
+		_ = stream.Run(context.Background())
+	}()
+	return p
+}
+
+// stop stops the pipeline gracefully.
+func (p *pipeline) stop() {
+	p.e.t.Helper()
+	require.NoError(p.e.t, p.stream.StopWithin(time.Hour))
+	<-p.ended
+}
+
+// kill stops the pipeline at once; acknowledgements are not waited for.
+func (p *pipeline) kill() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = p.stream.Stop(ctx)
+	<-p.ended
+}
+
+// probe is an output whose deliveries the test decides.
+type probe struct{ arrivals chan *arrival }
+
+// arrival is a batch that the pipeline wants to deliver.
+type arrival struct {
+	batch   service.MessageBatch
+	verdict chan error
+}
+
+func (p *probe) Connect(context.Context) error { return nil }
+func (p *probe) Close(context.Context) error   { return nil }
+
+func (p *probe) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
+	a := &arrival{batch: batch, verdict: make(chan error, 1)}
+	p.arrivals <- a
+	select {
+	case err := <-a.verdict:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// arrival waits for the next batch.
+func (e *engine) arrival() *arrival {
+	e.t.Helper()
+	return next(e.t, e.probe.arrivals)
+}
+
+// arrivalsOf waits for these messages, each in a batch of its own, in any order.
+func (e *engine) arrivalsOf(texts ...string) map[string]*arrival {
+	e.t.Helper()
+	arrivals := make(map[string]*arrival)
+	for range texts {
+		a := e.arrival()
+		require.Len(e.t, a.batch, 1)
+		arrivals[a.texts()[0]] = a
+	}
+	require.ElementsMatch(e.t, texts, slices.Collect(maps.Keys(arrivals)))
+	return arrivals
+}
+
+// wantNoArrival wants nothing to be delivered by now.
+func (e *engine) wantNoArrival(why string) {
+	e.t.Helper()
+	synctest.Wait()
+	require.Empty(e.t, e.probe.arrivals, why)
+}
+
+func (a *arrival) deliver()       { a.verdict <- nil }
+func (a *arrival) fail(err error) { a.verdict <- err }
+
+// failSome fails messages by their text.
+func (a *arrival) failSome(err error, texts ...string) {
+	batchErr := service.NewBatchError(a.batch, err)
+	for i, text := range a.texts() {
+		if slices.Contains(texts, text) {
+			batchErr.Failed(i, err)
+		}
+	}
+	a.verdict <- batchErr
+}
+
+func (a *arrival) texts() []string {
+	texts := make([]string, len(a.batch))
+	for i, m := range a.batch {
+		b, _ := m.AsBytes()
+		texts[i] = string(b)
+	}
+	return texts
+}
+
+// feed is an input that the test feeds with batches.
+type feed struct{ batches chan *fed }
+
+// fed is a batch for the pipeline, and what becomes of it.
+type fed struct {
+	batch   service.MessageBatch
+	verdict chan error
+}
+
+func (f *feed) Connect(context.Context) error { return nil }
+func (f *feed) Close(context.Context) error   { return nil }
+
+func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	select {
+	case b := <-f.batches:
+		return b.batch, func(_ context.Context, err error) error { b.verdict <- err; return nil }, nil
+	case <-ctx.Done():
+		return nil, nil, ctx.Err()
+	}
+}
+
+// give feeds a batch of texts to the pipeline.
+func (e *engine) give(texts ...string) *fed { return e.giveBatch(batchOf(texts...)) }
+
+func (e *engine) giveBatch(batch service.MessageBatch) *fed {
+	f := &fed{batch, make(chan error, 1)}
+	e.feed <- f
+	return f
+}
+
+func (f *fed) wantPending(t *testing.T, why string) {
+	t.Helper()
+	synctest.Wait()
+	require.Empty(t, f.verdict, why)
+}
+
+func (f *fed) wantDelivered(t *testing.T, why string) {
+	t.Helper()
+	require.NoError(t, next(t, f.verdict), why)
+}
+
+// wantFailed wants the messages with these indexes to have failed, so.
+func (f *fed) wantFailed(t *testing.T, index *service.Indexer, want map[int]string) {
+	t.Helper()
+	err := next(t, f.verdict)
+	var batchErr *service.BatchError
+	require.ErrorAs(t, err, &batchErr)
+	got := make(map[int]string)
+	batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
+		if err != nil {
+			got[i] = err.Error()
+		}
+		return true
+	})
+	require.Equal(t, want, got)
+}
+
+func batchOf(texts ...string) service.MessageBatch {
+	var batch service.MessageBatch
+	for _, text := range texts {
+		batch = append(batch, service.NewMessage([]byte(text)))
+	}
+	return batch
+}
+
+// next waits for a value.
+func next[T any](t *testing.T, values <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-values:
+		return v
+	case <-time.After(time.Hour):
+		require.FailNow(t, "nothing came")
+		panic("unreachable")
+	}
+}
+
+// sending is a message on its way through a session.
+type sending struct{ done chan error }
+
+func send(s *cryo.Session, text string) *sending {
+	return sendAny(func() error { return s.SendUTF8(context.Background(), text) })
+}
+
+func sendAny(f func() error) *sending {
+	g := &sending{make(chan error, 1)}
+	go func() { g.done <- f() }()
+	return g
+}
+
+// wantPending wants a message to be neither acknowledged nor refused by now.
+func (g *sending) wantPending(t *testing.T, why string) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-g.done:
+		require.FailNow(t, "settled", "%s: %v", why, err)
+	default:
+	}
+}
+
+func (g *sending) result(t *testing.T) error {
+	t.Helper()
+	return next(t, g.done)
+}
+
+func (g *sending) wantAcked(t *testing.T, why string) {
+	t.Helper()
+	require.NoError(t, g.result(t), why)
+}
+
+func (g *sending) wantRefused(t *testing.T, words string) {
+	t.Helper()
+	var rejected *cryo.RejectedError
+	require.ErrorAs(t, g.result(t), &rejected)
+	require.Equal(t, words, rejected.Text)
+}
+
+// words numbers texts.
+func words(format string, n int) []string {
+	list := make([]string, n)
+	for i := range list {
+		list[i] = fmt.Sprintf(format, i)
+	}
+	return list
+}

@@ -1,0 +1,92 @@
+package plugin
+
+import (
+	"context"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+func init() {
+	service.MustRegisterBatchInput("cryo", inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		return newInput(conf, res)
+	})
+}
+
+func inputSpec() *service.ConfigSpec {
+	return service.NewConfigSpec().
+		Beta().
+		Categories("Network").
+		Summary("Connects to a Cryo server and receives its messages.").
+		Description("Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This input is a Cryo client: it dials a server, such as the npm package `cryo-server`, and reconnects with the same session id when the connection is lost."+receiveGuarantee+receiveMetadata).
+		Fields(dialFields()...).
+		Fields(receiveFields()...).
+		Field(maxBufferField()).
+		LintRule(`root = `+dialLint).
+		Example("From a Cryo server to files", "Messages of a Cryo server are appended to a file; each is acknowledged when it is written.", `
+input:
+  cryo:
+    url: ws://localhost:8080
+    token: ${CRYO_TOKEN}
+output:
+  file:
+    path: messages.txt
+    codec: lines
+`)
+}
+
+type input struct {
+	*dialer
+	*receiver
+	lost <-chan struct{} // closed when the session has ended and its messages are taken; the engine's reading goroutine's
+}
+
+var (
+	_ service.BatchInput         = (*input)(nil)
+	_ service.ConnectionTestable = (*input)(nil)
+)
+
+func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error) {
+	d, err := dialerFromParsed(conf, res.Logger())
+	if err != nil {
+		return nil, err
+	}
+	rc, err := receiveConfigFromParsed(conf)
+	if err != nil {
+		return nil, err
+	}
+	if d.opts.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
+		return nil, err
+	}
+	return &input{dialer: d, receiver: newReceiver(rc, res)}, nil
+}
+
+// Connect dials once; the engine tries again.
+func (in *input) Connect(ctx context.Context) error {
+	s, fresh, err := in.connect(ctx)
+	if fresh {
+		in.lost = in.receiveFrom(s)
+	}
+	return err
+}
+
+// ReadBatch hands over what waits. All that a lost session had received comes
+// before ErrNotConnected.
+func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	batch, ack, err := in.read(ctx, in.lost)
+	if err != nil {
+		in.live() // logs the end
+	}
+	return batch, ack, err
+}
+
+// Close is called when all acknowledgements are in. They are written before the
+// socket closes.
+func (in *input) Close(ctx context.Context) error {
+	in.receiver.close()
+	return in.dialer.close(ctx)
+}
+
+// ConnectionTest dials, completes the handshake and hangs up.
+func (in *input) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
+	return in.test(ctx)
+}

@@ -1,0 +1,114 @@
+package plugin
+
+import (
+	"context"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func init() {
+	service.MustRegisterBatchInput("cryo_server", serverInputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		return newServerInput(conf, res)
+	})
+}
+
+func serverInputSpec() *service.ConfigSpec {
+	return service.NewConfigSpec().
+		Beta().
+		Categories("Network").
+		Summary("Listens for Cryo clients and receives their messages.").
+		Description("Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it."+receiveGuarantee+receiveMetadata+`- `+"`cryo_remote_address`"+`: the client's network address
+`).
+		Fields(listenFields()...).
+		Fields(receiveFields()...).
+		LintRule(`root = `+listenLint).
+		Example("Clients to a file", "What Cryo clients send is appended to a file; each message is acknowledged when it is written.", `
+input:
+  cryo_server:
+    address: 0.0.0.0:8080
+    tokens: [ "${CRYO_TOKEN}" ]
+output:
+  file:
+    path: messages.txt
+    codec: lines
+`)
+}
+
+type serverInput struct {
+	*receiver
+	*serverComponent
+}
+
+var _ service.BatchInput = (*serverInput)(nil)
+
+func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*serverInput, error) {
+	c, err := serverComponentFromParsed(conf, res, "the input")
+	if err != nil {
+		return nil, err
+	}
+	rc, err := receiveConfigFromParsed(conf)
+	if err != nil {
+		return nil, err
+	}
+	rc.remoteAddress = true
+	return &serverInput{receiver: newReceiver(rc, res), serverComponent: c}, nil
+}
+
+// Connect starts the listener, or joins that of another component.
+func (in *serverInput) Connect(ctx context.Context) error {
+	fresh, err := in.open(ctx)
+	if fresh {
+		in.listener.addInput(in.receiver)
+	}
+	return err
+}
+
+// ReadBatch hands over what waits, of any session.
+func (in *serverInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	return in.read(ctx, nil)
+}
+
+// Close is called when all acknowledgements are in. They are written before the
+// sessions close.
+func (in *serverInput) Close(ctx context.Context) error { return in.leave(ctx, in.receiver) }
+
+// serverComponent is an input's or output's part in a listener.
+type serverComponent struct {
+	name      string
+	log       *service.Logger
+	all       *listeners
+	settings  listenSettings
+	authorize func(*cryo.Upgrade) error
+	listener  *listener // nil before the first Connect and after Close
+}
+
+func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resources, kind string) (*serverComponent, error) {
+	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), all: listenersOf(res)}
+	if label := res.Label(); label != "" {
+		c.name += " " + label
+	}
+	var err error
+	c.settings, c.authorize, err = listenSettingsFromParsed(conf)
+	return c, err
+}
+
+// open joins the listener once, however often the engine connects.
+func (c *serverComponent) open(ctx context.Context) (fresh bool, err error) {
+	if c.listener != nil {
+		return false, nil
+	}
+	c.listener, err = c.all.open(ctx, c.settings, c.authorize, c.name, c.log)
+	return err == nil, err
+}
+
+// leave leaves the listener, if it was joined; in is nil for an output.
+func (c *serverComponent) leave(ctx context.Context, in *receiver) error {
+	joined := c.listener
+	if joined == nil {
+		return nil
+	}
+	c.listener = nil
+	return c.all.leave(ctx, joined, in)
+}

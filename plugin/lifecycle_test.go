@@ -1,0 +1,197 @@
+package plugin
+
+import (
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func TestAGracefulStopDeliversAndAcknowledgesWhatIsInThePipeline(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		inFlight := send(peer, "in flight")
+		a := e.arrival()
+		stopped := sendAny(func() error { p.stop(); return nil })
+		stopped.wantPending(t, "the pipeline finishes")
+		late := send(peer, "late")
+		e.wantNoArrival("nothing new is taken")
+
+		time.Sleep(time.Minute)
+		a.deliver()
+		inFlight.wantAcked(t, "delivered, before the session is closed")
+		stopped.wantAcked(t, "stopped")
+		require.ErrorIs(t, late.result(t), net.ErrClosed)
+		var closed *cryo.PeerClosedError
+		require.ErrorAs(t, peer.Err(), &closed)
+	})
+}
+
+func TestAFailureDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		m := send(peer, "poison")
+		a := e.arrival()
+		stopped := sendAny(func() error { p.stop(); return nil })
+		stopped.wantPending(t, "the pipeline finishes")
+		a.fail(errOutput)
+		require.ErrorIs(t, m.result(t), net.ErrClosed)
+		stopped.wantAcked(t, "stopped")
+	})
+}
+
+func TestAHardStopAcknowledgesNothing(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		first := send(peer, "first")
+		e.arrival()
+		second := send(peer, "second")
+		e.arrival()
+		p.kill()
+		require.ErrorIs(t, first.result(t), net.ErrClosed)
+		require.ErrorIs(t, second.result(t), net.ErrClosed)
+	})
+}
+
+func TestALostConnectionIsDialledAgainWithTheSameSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(dialInput, toProbe)
+		id := server.session().ID()
+		for range 3 {
+			synctest.Wait()
+			e.net.cut()
+			require.Equal(t, id, server.session().ID())
+		}
+		synctest.Wait()
+		require.Equal(t, 1, e.log.count("INFO Connected to ws://"+somewhere+" as session"))
+		require.Equal(t, 3, e.log.count("WARN Disconnected from ws://"+somewhere+": session ended: connection lost"))
+		require.Equal(t, 3, e.log.count("INFO Reconnected to ws://"+somewhere+" as session"))
+	})
+}
+
+func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(dialInput, toProbe)
+		s := server.session()
+		require.NoError(t, s.Close(t.Context(), "restarting"))
+		require.Equal(t, s.ID(), server.session().ID())
+		e.log.want(t, `Disconnected from ws://`+somewhere+`: session ended: closed by the peer: "restarting"`)
+	})
+}
+
+// refusals is a server that refuses clients for a while, and when they came.
+type refusals struct {
+	mu       sync.Mutex
+	left     int
+	sentence string
+	times    []time.Time
+	ids      map[string]bool
+	then     http.Handler
+}
+
+func (r *refusals) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	r.mu.Lock()
+	r.times = append(r.times, time.Now())
+	r.ids[req.URL.Query().Get("x-cryo-sid")] = true
+	refuse := r.left > 0
+	r.left--
+	r.mu.Unlock()
+	if refuse {
+		http.Error(w, "<html><body><p>"+r.sentence+"</p></body></html>", http.StatusUnauthorized)
+		return
+	}
+	r.then.ServeHTTP(w, req)
+}
+
+func (r *refusals) waits() []time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var waits []time.Duration
+	for i := 1; i < len(r.times); i++ {
+		waits = append(waits, r.times[i].Sub(r.times[i-1]))
+	}
+	return waits
+}
+
+// atBothDialling runs a test with a pipeline that dials a server with refusals.
+func atBothDialling(t *testing.T, sentence string, test func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session)) {
+	t.Helper()
+	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				sessions := make(chan *cryo.Session, 1)
+				server := cryo.NewServer(cryo.ServerOptions{
+					Authorize: cryo.Tokens(token),
+					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
+				})
+				r := &refusals{left: 4, sentence: sentence, ids: make(map[string]bool), then: server}
+				e.serveHTTP(somewhere, r)
+				p := e.run(ends[0], ends[1])
+				test(t, e, r, sessions)
+				p.stop()
+			})
+		})
+	}
+}
+
+func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
+	atBothDialling(t, "Session already exists", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
+		next(t, connected)
+		second := time.Second
+		require.Equal(t, []time.Duration{second, second, second, second}, r.waits())
+		require.Len(t, r.ids, 1, "always the same id")
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is our own lost connection, it passes within seconds)"))
+	})
+}
+
+func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
+	atBothDialling(t, "Invalid token", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
+		next(t, connected)
+		half := 30 * time.Second
+		require.Equal(t, []time.Duration{half, half, half, half}, r.waits())
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
+	})
+}
+
+func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		_, err := e.net.Listen("tcp", somewhere) // which never accepts
+		require.NoError(t, err)
+		p := e.run(with(dialInput, "connect_timeout: 3s"), toProbe)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		e.log.want(t, "Failed to connect to cryo: dialling ws://"+somewhere+": no session after 3s")
+		p.stop() // also while dialling
+	})
+}
+
+func TestAnInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		r := &refusals{left: 4, sentence: "Invalid token", ids: make(map[string]bool)}
+		e.serveHTTP(somewhere, r)
+		p := e.run(dialInput, toProbe)
+		e.log.want(t, "trying again in 30s")
+		begin := time.Now()
+		p.stop()
+		require.Less(t, time.Since(begin), time.Second)
+		require.Len(t, r.times, 1)
+	})
+}
+
+func TestNothingIsLoggedAboveDebugWhenAllIsWell(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		m := send(peer, "fine")
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+		p.stop()
+		for _, line := range e.log.all() {
+			require.False(t, strings.HasPrefix(line, "WARN") || strings.HasPrefix(line, "ERROR"), line)
+		}
+	})
+}

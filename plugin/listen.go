@@ -1,0 +1,304 @@
+package plugin
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Having sessions by listening. Components of one process that name the same
+// address share its listener and its sessions.
+
+const (
+	// noInputPatience is how long messages wait for an input of the same
+	// listener to start before they are refused.
+	noInputPatience = 5 * time.Second
+
+	maxHeaderBytes = 64 << 10 // of an upgrade request
+)
+
+// listener is one address with its server, for one or more components.
+type listener struct {
+	settings listenSettings
+	owner    string // the component that opened it
+	log      *service.Logger
+	http     *http.Server
+	server   *cryo.Server
+	served   chan struct{} // closed when the HTTP server has ended
+	patience *time.Timer
+
+	// Guarded by the registry's mutex.
+	users  int           // components; with none left it is closing
+	closed chan struct{} // closed when the address is free again
+
+	mu       sync.Mutex
+	inputs   []*receiver
+	next     int             // the input that gets the next session
+	early    []*cryo.Session // connected while there was no input
+	refusing bool            // there is no input: messages are refused
+	arrived  chan struct{}   // closed and replaced when a session is connected
+}
+
+// listeners are those of one engine, by address.
+type listeners struct {
+	listen func(network, address string) (net.Listener, error)
+
+	mu     sync.Mutex
+	byAddr map[string]*listener
+}
+
+// listenersKey finds them in the engine's resources, so that pipelines of one
+// process share them, and tests don't.
+type listenersKey struct{}
+
+func listenersOf(res *service.Resources) *listeners {
+	all, _ := res.GetOrSetGeneric(listenersKey{}, &listeners{listen: net.Listen, byAddr: make(map[string]*listener)})
+	return all.(*listeners)
+}
+
+// open gives the listener of an address, and starts it for the first component.
+// One that is closing is waited for.
+func (l *listeners) open(ctx context.Context, settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (*listener, error) {
+	for {
+		ln, closing, err := l.join(settings, authorize, name, log)
+		if closing == nil {
+			return ln, err
+		}
+		select {
+		case <-closing:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (l *listeners) join(settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (ln *listener, closing <-chan struct{}, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ln = l.byAddr[settings.Address]
+	switch {
+	case ln == nil:
+		if ln, err = l.start(settings, authorize, name, log); err != nil {
+			return nil, nil, err
+		}
+		l.byAddr[settings.Address] = ln
+	case ln.users == 0:
+		return nil, ln.closed, nil
+	case !reflect.DeepEqual(ln.settings, settings):
+		return nil, nil, fmt.Errorf("%s and %s share the address %s, but not all settings of its listener: make them equal, or give one another address", ln.owner, name, settings.Address)
+	}
+	ln.users++
+	return ln, nil, nil
+}
+
+// leave takes a component off its listener; in is its receiving half, if it has
+// one. Behind the last component the listener closes: new clients are refused,
+// the others get their acknowledgements and BYE.
+func (l *listeners) leave(ctx context.Context, ln *listener, in *receiver) error {
+	l.mu.Lock()
+	ln.users--
+	last := ln.users == 0
+	l.mu.Unlock()
+	if in != nil {
+		ln.removeInput(in, last)
+	}
+	if !last {
+		return nil
+	}
+	err := ln.close(ctx)
+	l.mu.Lock()
+	delete(l.byAddr, ln.settings.Address)
+	l.mu.Unlock()
+	close(ln.closed)
+	return err
+}
+
+func (l *listeners) start(settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (*listener, error) {
+	secure, err := tlsOf(settings)
+	if err != nil {
+		return nil, err
+	}
+	socket, err := l.listen("tcp", settings.Address)
+	if err != nil {
+		return nil, err
+	}
+	address := socket.Addr()
+	if secure != nil {
+		socket = tls.NewListener(socket, secure)
+	}
+	ln := &listener{
+		settings: settings, owner: name, log: log,
+		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
+	}
+	ln.server = cryo.NewServer(cryo.ServerOptions{
+		SessionOptions: cryo.SessionOptions{
+			HeartbeatInterval: settings.HeartbeatInterval,
+			MaxBufferBytes:    settings.MaxBufferBytes,
+			Logger:            libraryLogger(log),
+		},
+		Authorize:        authorize,
+		OnSession:        func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
+		MaxSessions:      settings.MaxSessions,
+		HandshakeTimeout: settings.HandshakeTimeout,
+	})
+	ln.http = &http.Server{
+		Handler:        ln,
+		ReadTimeout:    settings.HandshakeTimeout, // of requests; a session's connection is out of its hands
+		IdleTimeout:    settings.HandshakeTimeout,
+		MaxHeaderBytes: maxHeaderBytes,
+		ErrorLog:       slog.NewLogLogger(libraryLogger(log).Handler(), slog.LevelDebug),
+	}
+	ln.patience = time.AfterFunc(noInputPatience, ln.refuseWithoutInput)
+	go func() {
+		defer close(ln.served)
+		if err := ln.http.Serve(socket); !errors.Is(err, http.ErrServerClosed) {
+			log.Errorf("The listener on %s has ended: %v", address, err)
+		}
+	}()
+	log.Infof("Listening for Cryo clients on %s", address)
+	return ln, nil
+}
+
+// tlsOf gives nil for a listener without TLS.
+func tlsOf(settings listenSettings) (*tls.Config, error) {
+	if settings.CertFile == "" {
+		return nil, nil
+	}
+	cert, err := tls.LoadX509KeyPair(settings.CertFile, settings.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
+	}
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS12,
+		Certificates: []tls.Certificate{cert},
+		NextProtos:   []string{"http/1.1"}, // no upgrade to WebSocket in HTTP/2
+	}, nil
+}
+
+// ServeHTTP serves the one path.
+func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path != ln.settings.Path {
+		http.NotFound(w, r)
+		return
+	}
+	ln.server.ServeHTTP(w, r)
+}
+
+func (ln *listener) close(ctx context.Context) error {
+	ln.patience.Stop()
+	ctx, cancel := context.WithTimeout(ctx, closeTime)
+	defer cancel()
+	err := ln.server.Shutdown(ctx)
+	err = errors.Join(err, ln.http.Close()) // what is left are requests that are no sessions yet
+	<-ln.served
+	ln.log.Infof("Closed the listener on %s", ln.settings.Address)
+	return err
+}
+
+// connected hands a new session to an input, if there is one, and wakes outputs
+// that wait for one.
+func (ln *listener) connected(s *cryo.Session) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.log.Debugf("Session %d connected from %v", s.ID(), s.RemoteAddr())
+	switch {
+	case len(ln.inputs) > 0:
+		ln.inputs[ln.next%len(ln.inputs)].receiveFrom(s)
+		ln.next++
+	case ln.refusing:
+		s.Refuse(true)
+	default:
+		ln.early = append(ln.early, s)
+	}
+	close(ln.arrived)
+	ln.arrived = make(chan struct{})
+}
+
+// addInput lets an input receive: the first from all sessions that are there,
+// and what early ones left behind; later ones from their share of those to come.
+func (ln *listener) addInput(r *receiver) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.inputs = append(ln.inputs, r)
+	ln.refusing = false
+	if len(ln.inputs) > 1 {
+		return
+	}
+	for _, s := range append(ln.early, ln.server.Sessions()...) {
+		s.Refuse(false)
+		r.receiveFrom(s)
+	}
+	ln.early = nil
+}
+
+// removeInput closes an input and gives its sessions to another. Without one
+// they go on reading, which acknowledgements for an output need, but refuse
+// messages. At the end of the listener they are told nothing: a client may send
+// again, to another server, what it saw neither acknowledged nor refused.
+func (ln *listener) removeInput(r *receiver, last bool) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.inputs = slices.DeleteFunc(ln.inputs, func(in *receiver) bool { return in == r })
+	orphans := r.close()
+	switch {
+	case last:
+		return
+	case len(ln.inputs) == 0:
+		ln.refuseLocked(orphans)
+	default:
+		for _, s := range orphans {
+			ln.inputs[0].receiveFrom(s)
+		}
+	}
+	r.rejectRest()
+}
+
+func (ln *listener) refuseWithoutInput() {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	if len(ln.inputs) == 0 {
+		ln.refuseLocked(ln.early)
+		ln.early = nil
+	}
+}
+
+// refuseLocked refuses what sessions send from now on, and what those that may
+// have ended left behind.
+func (ln *listener) refuseLocked(left []*cryo.Session) {
+	ln.refusing = true
+	for _, s := range append(left, ln.server.Sessions()...) {
+		s.Refuse(true)
+	}
+}
+
+// sessions are those that can be sent to.
+func (ln *listener) sessions() []*cryo.Session {
+	return slices.DeleteFunc(ln.server.Sessions(), func(s *cryo.Session) bool { return s.Err() != nil })
+}
+
+// session finds one of them.
+func (ln *listener) session(id uint64) []*cryo.Session {
+	if s, ok := ln.server.Session(id); ok && s.Err() == nil {
+		return []*cryo.Session{s}
+	}
+	return nil
+}
+
+// arrival is closed when the next session connects. Ask for it before looking.
+func (ln *listener) arrival() <-chan struct{} {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	return ln.arrived
+}

@@ -1,0 +1,204 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/bloblang"
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// What can be set of a listener.
+
+const (
+	fieldAddress          = "address"
+	fieldPath             = "path"
+	fieldCertFile         = "cert_file"
+	fieldKeyFile          = "key_file"
+	fieldTokens           = "tokens"
+	fieldAuthorize        = "authorize"
+	fieldHandshakeTimeout = "handshake_timeout"
+	fieldMaxSessions      = "max_sessions"
+)
+
+func listenFields() []*service.ConfigField {
+	return []*service.ConfigField{
+		service.NewStringField(fieldAddress).
+			Description("Where to listen: host and port. Without a host it is every interface. Components with the same address share one listener and its sessions, and have to agree on all of its settings.").
+			Example("0.0.0.0:8080").
+			Example("127.0.0.1:8080").
+			LintRule(`
+let port = this.re_replace_all("^.*:", "").number().catch(-1)
+root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\\]]*):[0-9]+$") || $port > 65535) { "field address has to be host:port, got %v".format(this) }`),
+		service.NewStringField(fieldPath).
+			Description("The path that clients connect to. Others get 404.").
+			Default("/").
+			LintRule(`root = if this.type() == "string" && !this.has_prefix("/") { "field path has to start with a slash, got %v".format(this) }`),
+		service.NewObjectField(fieldTLS,
+			service.NewStringField(fieldCertFile).
+				Description("The file of the certificate, PEM, with its chain. Empty: no TLS.").
+				Default(""),
+			service.NewStringField(fieldKeyFile).
+				Description("The file of its private key, PEM.").
+				Default(""),
+		).
+			Description("Serves `wss://`."),
+		service.NewStringListField(fieldTokens).
+			Description("The tokens that let a client in. Either this or `authorize` is required: a server is never open by accident.").
+			Default([]any{}).
+			Secret().
+			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
+		service.NewBloblangField(fieldAuthorize).
+			Description("A mapping that decides whether a client may come in, by resulting in `true` or `false`. Of the client it sees `this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers` (both with the first value of each name; headers in lower case). `root = true` lets everybody in.").
+			Example(`root = this.token == env("CRYO_TOKEN")`).
+			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET")).aud == "cryo"`).
+			Optional(),
+		positiveInt(fieldMaxSessions).
+			Description("How many clients may be connected. More are refused with 503.").
+			Default(cryo.DefaultMaxSessions),
+		maxBufferField(),
+		positiveDuration(fieldHandshakeTimeout).
+			Description("How long a client may take for the HTTP request, and again for Cryo's handshake.").
+			Default("10s").
+			Advanced(),
+		heartbeatField(),
+	}
+}
+
+// listenLint finds a listener that would let nobody in, and half a certificate.
+// A component has one rule only, so others are made of it.
+const listenLint = `if this.tokens.or([]).length() == 0 && this.authorize.or("") == "" {
+  "either the field tokens or authorize is required: without them nobody could come in"
+} else if this.tokens.or([]).length() > 0 && this.authorize.or("") != "" {
+  "the fields tokens and authorize can't be used together"
+} else if (this.tls.cert_file.or("") == "") != (this.tls.key_file.or("") == "") {
+  "field tls needs both cert_file and key_file"
+}`
+
+// listenSettings are what the components of one listener have to agree on.
+type listenSettings struct {
+	Address, Path     string
+	CertFile, KeyFile string
+	Tokens            []string
+	Authorize         string // the mapping's text
+	MaxSessions       int
+	MaxBufferBytes    int
+	HandshakeTimeout  time.Duration
+	HeartbeatInterval time.Duration
+}
+
+func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
+	if s.Address, err = conf.FieldString(fieldAddress); err != nil {
+		return
+	}
+	if err = checkAddress(s.Address); err != nil {
+		return
+	}
+	if s.Path, err = conf.FieldString(fieldPath); err != nil {
+		return
+	}
+	if !strings.HasPrefix(s.Path, "/") {
+		return s, nil, fmt.Errorf("field %s has to start with a slash, got %s", fieldPath, s.Path)
+	}
+	if s.CertFile, err = conf.FieldString(fieldTLS, fieldCertFile); err != nil {
+		return
+	}
+	if s.KeyFile, err = conf.FieldString(fieldTLS, fieldKeyFile); err != nil {
+		return
+	}
+	if (s.CertFile == "") != (s.KeyFile == "") {
+		return s, nil, fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
+	}
+	if s.MaxSessions, err = fieldPositive(conf, fieldMaxSessions); err != nil {
+		return
+	}
+	if s.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
+		return
+	}
+	if s.HandshakeTimeout, err = fieldPositiveDuration(conf, fieldHandshakeTimeout); err != nil {
+		return
+	}
+	if s.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval); err != nil {
+		return
+	}
+	authorize, err = s.authorizeFromParsed(conf)
+	return
+}
+
+func checkAddress(address string) error {
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return fmt.Errorf("field %s has to be host:port, got %s", fieldAddress, address)
+	}
+	return nil
+}
+
+func (s *listenSettings) authorizeFromParsed(conf *service.ParsedConfig) (func(*cryo.Upgrade) error, error) {
+	var err error
+	if s.Tokens, err = conf.FieldStringList(fieldTokens); err != nil {
+		return nil, err
+	}
+	if slices.Contains(s.Tokens, "") {
+		return nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
+	}
+	if conf.Contains(fieldAuthorize) {
+		if s.Authorize, err = conf.FieldString(fieldAuthorize); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case len(s.Tokens) == 0 && s.Authorize == "":
+		return nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
+	case len(s.Tokens) > 0 && s.Authorize != "":
+		return nil, fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
+	case len(s.Tokens) > 0:
+		return cryo.Tokens(s.Tokens...), nil
+	}
+	mapping, err := conf.FieldBloblang(fieldAuthorize)
+	if err != nil {
+		return nil, fmt.Errorf("field %s: %w", fieldAuthorize, err)
+	}
+	return authorizeBy(mapping), nil
+}
+
+// authorizeBy asks a mapping.
+func authorizeBy(mapping *bloblang.Executor) func(*cryo.Upgrade) error {
+	return func(u *cryo.Upgrade) error {
+		headers := make(map[string]any, len(u.Request.Header))
+		for name := range u.Request.Header {
+			headers[strings.ToLower(name)] = u.Request.Header.Get(name)
+		}
+		query := make(map[string]any)
+		for name, values := range u.Request.URL.Query() {
+			query[name] = values[0]
+		}
+		result, err := mapping.Query(map[string]any{
+			"token":          u.Token,
+			"session_id":     fmt.Sprint(u.SessionID),
+			"remote_address": u.Request.RemoteAddr,
+			"query":          query,
+			"headers":        headers,
+		})
+		if err != nil {
+			return fmt.Errorf("the mapping failed: %w", err)
+		}
+		switch result {
+		case true:
+			return nil
+		case false:
+			return errors.New("the mapping says no")
+		default:
+			return fmt.Errorf("the mapping has to result in true or false, not in %T", result)
+		}
+	}
+}

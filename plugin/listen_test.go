@@ -1,0 +1,236 @@
+package plugin
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// get asks a listener over plain HTTP, and gives the answer's status.
+func (e *engine) get(t *testing.T, path string) int {
+	t.Helper()
+	c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+	require.NoError(t, err)
+	defer c.Close()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+somewhere+path, http.NoBody)
+	require.NoError(t, err)
+	require.NoError(t, req.Write(c))
+	resp, err := http.ReadResponse(bufio.NewReader(c), req)
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+	return resp.StatusCode
+}
+
+func TestOnlyThePathIsServed(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "path: /feed"), toProbe)
+		require.Equal(t, http.StatusNotFound, e.get(t, "/"))
+		require.Equal(t, http.StatusNotFound, e.get(t, "/feed/more"))
+		require.Equal(t, http.StatusUpgradeRequired, e.get(t, "/feed"))
+
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		var refused *cryo.HandshakeError
+		require.ErrorAs(t, err, &refused)
+		require.Equal(t, http.StatusNotFound, refused.StatusCode)
+		s, err := cryo.Dial(t.Context(), "ws://"+somewhere+"/feed", &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
+		require.NoError(t, err)
+		require.NoError(t, s.Close(t.Context(), ""))
+	})
+}
+
+func TestOnlyAsManyClientsAsMayComeIn(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_sessions: 2"), toProbe)
+		first := e.dial()
+		e.dial()
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		var refused *cryo.HandshakeError
+		require.ErrorAs(t, err, &refused)
+		require.Equal(t, http.StatusServiceUnavailable, refused.StatusCode)
+		end(first)
+		synctest.Wait()
+		e.dial()
+	})
+}
+
+func TestAClientThatSaysNothingIsSentAway(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
+		c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+		require.NoError(t, err)
+		_, err = c.Write([]byte("GET / HTTP/1.1\r\n"))
+		require.NoError(t, err)
+		begin := time.Now()
+		_, _ = bufio.NewReader(c).ReadString(0)
+		require.Equal(t, 2*time.Second, time.Since(begin))
+		require.NoError(t, c.Close())
+	})
+}
+
+func TestAConnectionThatStaysIdleAfterARefusalIsClosed(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
+		c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+		require.NoError(t, err)
+		_, err = c.Write([]byte("GET /else HTTP/1.1\r\nHost: x\r\n\r\n"))
+		require.NoError(t, err)
+		begin := time.Now()
+		_, _ = bufio.NewReader(c).ReadString(0)
+		require.Equal(t, 2*time.Second, time.Since(begin))
+		require.NoError(t, c.Close())
+	})
+}
+
+func TestASessionOutlivesTheTimeForItsHandshake(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
+		client := e.dial()
+		time.Sleep(time.Hour)
+		m := send(client, "hello")
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+	})
+}
+
+func TestOneOfSeveralTokensLetsAClientIn(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("cryo_server: { address: '"+somewhere+"', tokens: [ first, second ] }", toProbe)
+		for token, welcome := range map[string]bool{"first": true, "second": true, "third": false, "": false, "firstsecond": false} {
+			_, err := e.tryDial(cryo.DialOptions{Token: token})
+			if welcome {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, cryo.ErrUnauthorized)
+			}
+		}
+	})
+}
+
+func TestAMappingDecidesWhoMayComeIn(t *testing.T) {
+	for _, tt := range []struct {
+		name, mapping string
+		welcome       bool
+		log           string
+	}{
+		{"everybody", `root = true`, true, ""},
+		{"nobody", `root = false`, false, "authorizing: the mapping says no"},
+		{"by token", `root = this.token == "sesame & more"`, true, ""},
+		{"by session id, without loss", `root = this.session_id == "18446744073709551615"`, true, ""},
+		{"by address", `root = this.remote_address == "192.0.2.1:50000"`, true, ""},
+		{"by parameter", `root = this.query.room == "5"`, true, ""},
+		{"by header", `root = this.headers."x-room" == "6"`, true, ""},
+		{"by what is not there", `root = this.query.building == "7"`, false, "the mapping says no"},
+		{"a mapping that fails", `root = this.token.parse_json().admin`, false, "authorizing: the mapping failed: "},
+		{"a mapping that throws the token", `root = throw(this.token)`, false, "authorizing: the mapping failed: "},
+		{"a mapping without a verdict", `root.a = 5`, false, "authorizing: the mapping has to result in true or false, not in map[string]interface {}"},
+		{"a mapping that deletes", `root = deleted()`, false, "authorizing: the mapping"},
+		{"a word for yes", `root = "true"`, false, "the mapping has to result in true or false, not in string"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run("cryo_server:\n  address: '"+somewhere+"'\n  authorize: '"+tt.mapping+"'", toProbe)
+				_, err := e.tryDial(cryo.DialOptions{
+					Token: "sesame & more", SessionID: 1<<64 - 1,
+					Query: url.Values{"room": {"5", "8"}}, Header: http.Header{"X-Room": {"6"}},
+				})
+				if tt.welcome {
+					require.NoError(t, err)
+					return
+				}
+				require.ErrorIs(t, err, cryo.ErrUnauthorized)
+				e.log.want(t, tt.log)
+				for _, line := range e.log.all() {
+					require.NotContains(t, line, "sesame")
+				}
+			})
+		})
+	}
+}
+
+// certificate makes the files of a certificate for the addresses of the tests,
+// which is its own authority.
+func certificate(t *testing.T) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotBefore:    time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // synctest lives in 2000
+		NotAfter:     time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
+		IPAddresses:  []net.IP{net.IPv4(192, 0, 2, 2), net.IPv4(127, 0, 0, 1)},
+		IsCA:         true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	require.NoError(t, err)
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	require.NoError(t, err)
+	dir := t.TempDir()
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	require.NoError(t, os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}), 0o600))
+	return certFile, keyFile
+}
+
+func TestBothEndsOverTLS(t *testing.T) {
+	certFile, keyFile := certificate(t)
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
+		const url = "url: wss://" + somewhere + ", token: " + token
+		e.run(fromOnce, "cryo: { "+url+", tls: { enabled: true, root_cas_file: "+certFile+" } }")
+		f := e.give("over TLS")
+		a := e.arrival()
+		require.Equal(t, []string{"over TLS"}, a.texts())
+		a.deliver()
+		f.wantDelivered(t, "acknowledged")
+
+		e.run(fromOnce, "cryo: { "+url+" }")
+		e.log.want(t, "certificate signed by unknown authority")
+		_, err := cryo.Dial(context.Background(), "wss://"+somewhere, &cryo.DialOptions{
+			Token: token, NetDial: e.net.Dial,
+			TLS: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11},
+		})
+		require.ErrorContains(t, err, "protocol version")
+	})
+}
+
+func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {
+	defer checkLeaks(t)
+	e := newEngine(t)
+	e.shared.listen = net.Listen
+	in := e.start("cryo_server: { address: '127.0.0.1:0', tokens: [ a ] }", toProbe)
+	defer in.stop()
+	var address string
+	require.Eventually(t, func() bool {
+		_, line, found := strings.Cut(strings.Join(e.log.all(), "\n"), "Listening for Cryo clients on ")
+		address, _, _ = strings.Cut(line, " ")
+		return found
+	}, 10*time.Second, time.Millisecond)
+	s, err := cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: "a"})
+	require.NoError(t, err)
+	m := send(s, "hello")
+	a := e.arrival()
+	remote, _ := a.batch[0].MetaGet("cryo_remote_address")
+	require.Contains(t, remote, "127.0.0.1:")
+	a.deliver()
+	m.wantAcked(t, "delivered")
+	require.NoError(t, s.Close(t.Context(), ""))
+}

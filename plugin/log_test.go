@@ -1,0 +1,69 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+)
+
+// logBook keeps what is logged, at any level.
+type logBook struct {
+	mu    sync.Mutex
+	lines []string // "LEVEL message attributes"
+}
+
+func (b *logBook) logger() *slog.Logger { return slog.New(&bookHandler{book: b}) }
+
+// all gives what was logged so far.
+func (b *logBook) all() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]string(nil), b.lines...)
+}
+
+// count tells how many lines have the words.
+func (b *logBook) count(words string) int {
+	n := 0
+	for _, line := range b.all() {
+		if strings.Contains(line, words) {
+			n++
+		}
+	}
+	return n
+}
+
+func (b *logBook) want(t *testing.T, words string) {
+	t.Helper()
+	assert.Positive(t, b.count(words), "no log line with %q in:\n%s", words, strings.Join(b.all(), "\n"))
+}
+
+type bookHandler struct {
+	book  *logBook
+	attrs []slog.Attr
+}
+
+func (h *bookHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *bookHandler) Handle(_ context.Context, r slog.Record) error {
+	line := fmt.Sprintf("%v %s", r.Level, r.Message)
+	add := func(a slog.Attr) bool { line += " " + a.String(); return true }
+	for _, a := range h.attrs {
+		add(a)
+	}
+	r.Attrs(add)
+	h.book.mu.Lock()
+	defer h.book.mu.Unlock()
+	h.book.lines = append(h.book.lines, line)
+	return nil
+}
+
+func (h *bookHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return &bookHandler{h.book, append(append([]slog.Attr(nil), h.attrs...), attrs...)}
+}
+
+func (h *bookHandler) WithGroup(string) slog.Handler { return h }

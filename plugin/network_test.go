@@ -1,0 +1,67 @@
+package plugin
+
+import (
+	"context"
+	"net"
+	"sync"
+	"syscall"
+
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// memoryNet is a network of listeners in memory, by address.
+type memoryNet struct {
+	mu        sync.Mutex
+	listening map[string]*memoryListener
+	conns     []net.Conn // of all who dialled
+}
+
+type memoryListener struct {
+	*cryotest.Listener
+	net     *memoryNet
+	address string
+}
+
+func (n *memoryNet) Listen(_, address string) (net.Listener, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.listening[address] != nil {
+		return nil, &net.OpError{Op: "listen", Net: "tcp", Err: syscall.EADDRINUSE}
+	}
+	l := &memoryListener{cryotest.Listen(), n, address}
+	n.listening[address] = l
+	return l, nil
+}
+
+func (l *memoryListener) Close() error {
+	l.net.mu.Lock()
+	delete(l.net.listening, l.address)
+	l.net.mu.Unlock()
+	return l.Listener.Close()
+}
+
+func (n *memoryNet) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	n.mu.Lock()
+	l := n.listening[address]
+	n.mu.Unlock()
+	if l == nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+	}
+	c, err := l.Dial(ctx, network, address)
+	if err == nil {
+		n.mu.Lock()
+		n.conns = append(n.conns, c)
+		n.mu.Unlock()
+	}
+	return c, err
+}
+
+// cut breaks all connections there are.
+func (n *memoryNet) cut() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range n.conns {
+		c.(*cryotest.Conn).Cut()
+	}
+	n.conns = nil
+}

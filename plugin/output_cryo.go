@@ -1,0 +1,101 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+func init() {
+	service.MustRegisterBatchOutput("cryo", outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+		return newOutput(conf, res)
+	})
+}
+
+func outputSpec() *service.ConfigSpec {
+	return service.NewConfigSpec().
+		Beta().
+		Categories("Network").
+		Summary("Connects to a Cryo server and sends it messages.").
+		Description(`Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This output is a Cryo client: it dials a server, such as the npm package `+"`cryo-server`"+`, and reconnects with the same session id when the connection is lost.
+
+== Delivery
+
+A message counts as delivered when the server has acknowledged it. One that the server refuses, or does not acknowledge in time, is rejected to the input, alone; the others of its batch are not sent again.
+
+Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.`).
+		Fields(dialFields()...).
+		Fields(sendFields()...).
+		LintRule(`root = `+dialLint).
+		Example("From Kafka to a Cryo server", "Records of a topic go to a Cryo server; offsets are committed as the server acknowledges.", `
+input:
+  redpanda:
+    seed_brokers: [ localhost:9092 ]
+    topics: [ orders ]
+    consumer_group: cryo
+output:
+  cryo:
+    url: wss://cryo.example.com
+    token: ${CRYO_TOKEN}
+`)
+}
+
+type output struct {
+	*dialer
+	sender
+}
+
+var (
+	_ service.BatchOutput        = (*output)(nil)
+	_ service.ConnectionTestable = (*output)(nil)
+)
+
+func newOutput(conf *service.ParsedConfig, res *service.Resources) (*output, service.BatchPolicy, int, error) {
+	d, err := dialerFromParsed(conf, res.Logger())
+	if err != nil {
+		return nil, service.BatchPolicy{}, 0, err
+	}
+	d.opts.SendOnly = true
+	s, policy, maxInFlight, err := senderFromParsed(conf)
+	return &output{dialer: d, sender: s}, policy, maxInFlight, err
+}
+
+// Connect dials once, unless the session lives; the engine tries again.
+func (o *output) Connect(ctx context.Context) error {
+	_, _, err := o.connect(ctx)
+	return err
+}
+
+// WriteBatch returns when each message is acknowledged or has failed. On
+// ErrNotConnected the engine sends the whole batch again, so that is only
+// returned when the lost session is the reason for all of it. Else the engine is
+// told which messages have failed, and the next write reports ErrNotConnected.
+func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
+	session := o.live()
+	if session == nil {
+		return service.ErrNotConnected
+	}
+	messages, errs := o.prepare(batch)
+	o.send(ctx, session, messages, errs)
+	if allEnded(errs) {
+		o.live() // logs why
+		return service.ErrNotConnected
+	}
+	return batchError(batch, errs)
+}
+
+// allEnded tells whether no message was acknowledged or refused, because the
+// session ended first.
+func allEnded(errs []error) bool {
+	return !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, net.ErrClosed) })
+}
+
+func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }
+
+// ConnectionTest dials, completes the handshake and hangs up.
+func (o *output) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
+	return o.test(ctx)
+}

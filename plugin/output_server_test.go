@@ -1,0 +1,292 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// toAll runs a pipeline that sends to all of some clients.
+func toAll(t *testing.T, fields string, clients int, test func(t *testing.T, e *engine, clients []*cryo.Session)) {
+	t.Helper()
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, fields))
+		var sessions []*cryo.Session
+		for range clients {
+			sessions = append(sessions, e.dial())
+		}
+		synctest.Wait()
+		test(t, e, sessions)
+	})
+}
+
+func TestABroadcastIsDeliveredWhenAllHaveAcknowledged(t *testing.T) {
+	toAll(t, "", 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m0", "m1")
+		var got []*cryo.Message
+		for _, c := range clients {
+			got = append(got, receiveTexts(t, c, "m0", "m1")...)
+		}
+		for _, m := range got {
+			f.wantPending(t, "not all have acknowledged")
+			require.NoError(t, m.Ack())
+		}
+		f.wantDelivered(t, "all have")
+	})
+}
+
+func TestAClientThatLeavesHoldsUpNoBroadcast(t *testing.T) {
+	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m")
+		receiveTexts(t, clients[0], "m")
+		m := receiveTexts(t, clients[1], "m")[0]
+		end(clients[0])
+		f.wantPending(t, "one is left")
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "it has acknowledged")
+	})
+}
+
+func TestAClientThatComesDuringABroadcastGetsTheNext(t *testing.T) {
+	toAll(t, "", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("first")
+		m := receiveTexts(t, clients[0], "first")[0]
+		late := e.dial()
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "all who were there have acknowledged")
+		wantNothing(t, late)
+		f = e.give("second")
+		for _, c := range []*cryo.Session{clients[0], late} {
+			require.NoError(t, receiveTexts(t, c, "second")[0].Ack())
+		}
+		f.wantDelivered(t, "both have")
+	})
+}
+
+func TestAClientThatIsLateIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T) {
+	toAll(t, "ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m")
+		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
+		receiveTexts(t, clients[1], "m")
+		begin := time.Now()
+		f.wantDelivered(t, "one has acknowledged")
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		synctest.Wait()
+		require.NoError(t, clients[0].Err())
+		require.Error(t, clients[1].Err())
+		e.log.want(t, fmt.Sprintf("WARN Closing session %d: waiting for the acknowledgement: none within ack_timeout (3s)", clients[1].ID()))
+	})
+}
+
+func TestABroadcastThatSomeRefuseIsDelivered(t *testing.T) {
+	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m")
+		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Reject("no"))
+		require.NoError(t, receiveTexts(t, clients[1], "m")[0].Ack())
+		f.wantDelivered(t, "one has acknowledged")
+		require.NoError(t, clients[0].Err())
+	})
+}
+
+func TestWhatNobodyAcknowledgesFailsAlone(t *testing.T) {
+	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		batch := batchOf("good", "bad")
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		for i, c := range clients {
+			m := receiveTexts(t, c, "good", "bad")
+			require.NoError(t, m[0].Ack())
+			require.NoError(t, m[1].Reject("reason "+strconv.Itoa(i)))
+		}
+		err := <-f.verdict
+		var batchErr *service.BatchError
+		require.ErrorAs(t, err, &batchErr)
+		batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
+			if i == 0 {
+				require.NoError(t, err)
+			} else {
+				require.ErrorContains(t, err, `acknowledged by none of 2 sessions, the first says: rejected by the peer: "reason `)
+			}
+			return true
+		})
+	})
+}
+
+func TestWithoutAnyClient(t *testing.T) {
+	t.Run("a message waits for one", func(t *testing.T) {
+		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			f := e.give("m")
+			time.Sleep(29 * time.Second)
+			f.wantPending(t, "nobody is there")
+			require.NoError(t, receiveTexts(t, e.dial(), "m")[0].Ack())
+			f.wantDelivered(t, "somebody came")
+		})
+	})
+	t.Run("a message fails at ack_timeout", func(t *testing.T) {
+		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			begin := time.Now()
+			require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+			require.Equal(t, 30*time.Second, time.Since(begin))
+		})
+	})
+	t.Run("a message is dropped", func(t *testing.T) {
+		toAll(t, "no_session: drop", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			begin := time.Now()
+			e.give("m").wantDelivered(t, "as if")
+			require.Zero(t, time.Since(begin))
+		})
+	})
+	t.Run("a message is rejected", func(t *testing.T) {
+		toAll(t, "no_session: reject", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			begin := time.Now()
+			require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+			require.Zero(t, time.Since(begin))
+		})
+	})
+	t.Run("a message that can't be sent isn't counted as dropped", func(t *testing.T) {
+		toAll(t, "no_session: drop, message_type: '${! content() }'", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			require.ErrorContains(t, next(t, e.give("text").verdict), "unknown message type text")
+		})
+	})
+}
+
+// addressed makes a batch of messages for sessions: "id text".
+func addressed(ids ...any) service.MessageBatch {
+	var batch service.MessageBatch
+	for i, id := range ids {
+		m := service.NewMessage([]byte("m" + strconv.Itoa(i)))
+		m.MetaSetMut("to", id)
+		batch = append(batch, m)
+	}
+	return batch
+}
+
+const toOne = "send_to: session, session_id: '${! @to }'"
+
+func TestAMessageGoesToTheSessionThatItNames(t *testing.T) {
+	toAll(t, toOne, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
+		f := e.giveBatch(addressed(a, b, a, b, a))
+		for _, m := range receiveTexts(t, clients[0], "m0", "m2", "m4") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantPending(t, "the other has not acknowledged")
+		for _, m := range receiveTexts(t, clients[1], "m1", "m3") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantDelivered(t, "all are acknowledged")
+		wantNothing(t, clients[2])
+	})
+}
+
+func TestWhatTheNamedSessionRefusesFailsAlone(t *testing.T) {
+	toAll(t, toOne, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
+		batch := addressed(a, b, a)
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		m := receiveTexts(t, clients[0], "m0", "m2")
+		require.NoError(t, m[0].Ack())
+		require.NoError(t, m[1].Reject("no"))
+		require.NoError(t, receiveTexts(t, clients[1], "m1")[0].Ack())
+		f.wantFailed(t, index, map[int]string{2: `rejected by the peer: "no"`})
+	})
+}
+
+func TestAMessageForAnUnknownSession(t *testing.T) {
+	t.Run("waits for it", func(t *testing.T) {
+		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			f := e.giveBatch(addressed("4711"))
+			time.Sleep(10 * time.Second)
+			other := e.dial()
+			f.wantPending(t, "another came")
+			wantNothing(t, other)
+			s, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 4711})
+			require.NoError(t, err)
+			require.NoError(t, receiveTexts(t, s, "m0")[0].Ack())
+			f.wantDelivered(t, "it came")
+		})
+	})
+	t.Run("fails at ack_timeout, without holding up others", func(t *testing.T) {
+		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			batch := addressed("4711", fmt.Sprint(clients[0].ID()))
+			index := batch.Index()
+			begin := time.Now()
+			f := e.giveBatch(batch)
+			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
+			require.Zero(t, time.Since(begin))
+			f.wantFailed(t, index, map[int]string{0: "session 4711: that session is not connected"})
+			require.Equal(t, 30*time.Second, time.Since(begin))
+		})
+	})
+	t.Run("is dropped", func(t *testing.T) {
+		toAll(t, toOne+", no_session: drop", 1, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			e.giveBatch(addressed("4711")).wantDelivered(t, "as if")
+		})
+	})
+	t.Run("is rejected", func(t *testing.T) {
+		toAll(t, toOne+", no_session: reject", 1, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			err := next(t, e.giveBatch(addressed("4711")).verdict)
+			require.ErrorContains(t, err, "session 4711: that session is not connected")
+		})
+	})
+}
+
+func TestAMessageWithoutAUsableSessionIdFailsAlone(t *testing.T) {
+	toAll(t, "send_to: session, session_id: '${! @to.string() }'", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		batch := addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{})
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
+		f.wantFailed(t, index, map[int]string{
+			0: `field session_id: "someone" is not the id of a session`,
+			1: `field session_id: "-1" is not the id of a session`,
+			2: `field session_id: "" is not the id of a session`,
+			4: `field session_id: "{}" is not the id of a session`,
+		})
+	})
+}
+
+func TestASessionThatIsEndingCountsAsGone(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "no_session: reject"))
+		peer := e.rawClient()
+		peer.Read()
+		peer.WriteFrames(cryotest.Bye(1, "bye")) // and keeps the connection open
+		synctest.Wait()
+		begin := time.Now()
+		require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+		require.Zero(t, time.Since(begin))
+	})
+}
+
+func TestAStopSaysByeToTheClients(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := e.run(fromOnce, listenOutput)
+		s := e.dial()
+		p.stop()
+		var closed *cryo.PeerClosedError
+		require.ErrorAs(t, s.Err(), &closed)
+		require.Equal(t, "server is shutting down", closed.Reason)
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		require.ErrorContains(t, err, "connection refused")
+	})
+}
+
+func TestAWriteBeforeTheListenerIsOpenSaysSo(t *testing.T) {
+	conf, err := specs()["output cryo_server"].ParseYAML("{ address: 127.0.0.1:0, tokens: [ a ] }", nil)
+	require.NoError(t, err)
+	out, _, _, err := newServerOutput(conf, service.MockResources())
+	require.NoError(t, err)
+	require.ErrorIs(t, out.WriteBatch(context.Background(), batchOf("m")), service.ErrNotConnected)
+	require.NoError(t, out.Close(context.Background()))
+}

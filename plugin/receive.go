@@ -1,0 +1,420 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// The receiving half of the inputs: sessions → batches → acknowledgements.
+
+// source is a session that feeds the input, with what its messages' metadata
+// say of it.
+type source struct {
+	session *cryo.Session
+	id      string
+	remote  string
+	ended   chan struct{} // closed when all it received is taken
+}
+
+// item is a received message on its way to the pipeline, or in it: one frame, or
+// what a scanner has cut from a stream.
+type item struct {
+	source   *source
+	message  *cryo.Message    // nil of a stream
+	part     *service.Message // nil of a frame
+	scanned  *scanned         // the batch that part belongs to …
+	at       int              // … and its place there
+	failures int              // failed deliveries so far
+	due      time.Time        // when it may be tried again
+}
+
+// delivery is a batch in the pipeline.
+type delivery struct {
+	items []item
+	index *service.Indexer // tells which of them failed; nil for a single one
+}
+
+// receiver hands what its sessions receive to the pipeline, in batches, and
+// settles it.
+type receiver struct {
+	conf     receiveConfig
+	log      *service.Logger
+	filtered *service.MetricCounter
+
+	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
+	places   chan struct{} // a token for each open stream
+	wake     chan struct{} // holds a token when there is a new replay or a place is free
+	rest     []item        // arrived, not yet handed over; owned by ReadBatch
+
+	stopped context.Context
+	stop    context.CancelFunc
+	pumps   sync.WaitGroup
+
+	mu         sync.Mutex
+	sources    map[*cryo.Session]*source
+	deliveries map[*delivery]struct{} // not settled
+	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
+	replays    []item                 // failed messages, by the time when they are due
+	gone       bool                   // rejectRest was called: nothing is replayed any more
+	abandoned  []item                 // taken from a session, but too late to be handed over
+}
+
+func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
+	r := &receiver{
+		conf:       conf,
+		log:        res.Logger(),
+		filtered:   res.Metrics().NewCounter("cryo_filtered", "message_type"),
+		arrivals:   make(chan []item),
+		wake:       make(chan struct{}, 1),
+		places:     make(chan struct{}, conf.streams.maxOpen),
+		sources:    make(map[*cryo.Session]*source),
+		deliveries: make(map[*delivery]struct{}),
+	}
+	r.stopped, r.stop = context.WithCancel(context.Background())
+	return r
+}
+
+// receiveFrom starts to take a session's messages. The channel is closed when
+// all that the session had received is taken and no more will come.
+func (r *receiver) receiveFrom(s *cryo.Session) <-chan struct{} {
+	src := &source{session: s, id: strconv.FormatUint(s.ID(), 10), ended: make(chan struct{})}
+	if r.conf.remoteAddress {
+		src.remote = s.RemoteAddr().String()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known := r.sources[s]; known != nil {
+		return known.ended
+	}
+	r.sources[s] = src
+	r.pumps.Go(func() {
+		var streams sync.WaitGroup
+		streams.Go(func() { r.acceptStreams(src) })
+		r.pump(src)
+		streams.Wait() // what was complete of those that were cut off is taken too
+		if r.stopped.Err() == nil {
+			r.forget(src)
+		}
+	})
+	return src.ended
+}
+
+// pump takes a session's messages in order. What the session received before
+// its end still goes to the pipeline: nobody else has it.
+func (r *receiver) pump(src *source) {
+	for {
+		messages, err := src.session.ReceiveBatch(r.stopped, r.conf.maxBatchCount)
+		if err != nil {
+			return
+		}
+		items := r.wanted(src, messages)
+		if len(items) == 0 {
+			continue
+		}
+		select {
+		case r.arrivals <- items:
+		case <-r.stopped.Done():
+			r.mu.Lock()
+			r.abandoned = append(r.abandoned, items...)
+			r.mu.Unlock()
+			return
+		}
+	}
+}
+
+// forget ends a source whose session has ended.
+func (r *receiver) forget(src *source) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.sources, src.session)
+	close(src.ended)
+}
+
+// wanted acknowledges the messages of types that are not asked for, and gives
+// the others.
+func (r *receiver) wanted(src *source, messages []cryo.Message) []item {
+	items := make([]item, 0, len(messages))
+	for i := range messages {
+		m := &messages[i]
+		if r.conf.types[m.Type] {
+			items = append(items, item{message: m, source: src})
+			continue
+		}
+		if m.Type == cryo.TypeError {
+			r.log.Warnf("The application at the other end of session %s reports an error: %q", src.id, m.LogText())
+		}
+		r.filtered.Incr(1, messageTypeName(m.Type))
+		_ = m.Ack() // if the session has ended, nobody waits for it
+	}
+	return items
+}
+
+// read waits for messages and hands them over. lost tells that the only session
+// has ended; all its messages come before ErrNotConnected. It is nil where there
+// is no such session.
+func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
+	for {
+		it, due, ok := r.nextReplay()
+		if ok {
+			return r.handOver([]item{it})
+		}
+		arrivals, ended := r.arrivals, lost
+		if room := r.room(); room == 0 {
+			arrivals = nil
+		} else if len(r.rest) > 0 {
+			return r.handOver(r.take(room))
+		}
+		if len(r.rest) > 0 {
+			ended = nil // not yet
+		}
+		select {
+		case r.rest = <-arrivals:
+		case <-r.wake:
+		case <-due:
+		case <-ended:
+			return nil, nil, service.ErrNotConnected
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		}
+	}
+}
+
+// take counts up to room messages as in flight: what has arrived, and what else
+// waits already.
+func (r *receiver) take(room int) []item {
+	limit := min(room, r.conf.maxBatchCount)
+more:
+	for len(r.rest) < limit {
+		select {
+		case items := <-r.arrivals:
+			r.rest = append(r.rest, items...)
+		default:
+			break more
+		}
+	}
+	n := min(limit, len(r.rest))
+	taken := r.rest[:n:n]
+	r.rest = r.rest[n:]
+	r.mu.Lock()
+	r.inFlight += n
+	r.mu.Unlock()
+	return taken
+}
+
+func (r *receiver) room() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.conf.maxInFlight - r.inFlight
+}
+
+// nextReplay gives a failed message that may be tried again, or tells when the
+// next one may; nil is never.
+func (r *receiver) nextReplay() (it item, due <-chan time.Time, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.replays) == 0 {
+		return item{}, nil, false
+	}
+	it = r.replays[0]
+	if wait := time.Until(it.due); wait > 0 {
+		return item{}, time.After(wait), false
+	}
+	r.replays = slices.Delete(r.replays, 0, 1)
+	return it, nil, true
+}
+
+// handOver makes the pipeline's batch of the items.
+func (r *receiver) handOver(items []item) (service.MessageBatch, service.AckFunc, error) {
+	batch := make(service.MessageBatch, len(items))
+	for i := range items {
+		batch[i] = r.message(&items[i])
+	}
+	d := &delivery{items: items}
+	if len(batch) > 1 {
+		d.index = batch.Index()
+	}
+	r.mu.Lock()
+	r.deliveries[d] = struct{}{}
+	r.mu.Unlock()
+	if r.conf.onReceipt {
+		r.acknowledge(items)
+	}
+	return batch, func(_ context.Context, err error) error {
+		r.settle(d, err)
+		return nil
+	}, nil
+}
+
+func (r *receiver) message(it *item) *service.Message {
+	if it.part != nil {
+		return it.part.Copy() // it may have to be handed over again
+	}
+	m := service.NewMessage(it.message.Payload)
+	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Type))
+	m.MetaSetMut(metaSessionID, it.source.id)
+	m.MetaSetMut(metaAckID, int64(it.message.Number()))
+	if r.conf.remoteAddress {
+		m.MetaSetMut(metaRemoteAddress, it.source.remote)
+	}
+	return m
+}
+
+// settle acts on the pipeline's verdict over a batch, message by message: one
+// that fails holds up none of the others. Only the first verdict counts.
+func (r *receiver) settle(d *delivery, err error) {
+	r.mu.Lock()
+	_, first := r.deliveries[d]
+	delete(r.deliveries, d)
+	r.mu.Unlock()
+	if !first {
+		return
+	}
+	delivered, failed := d.split(err)
+	if !r.conf.onReceipt {
+		r.acknowledge(delivered)
+	}
+	gone := len(delivered)
+	switch {
+	case len(failed) == 0:
+	case r.conf.replay:
+		r.log.Debugf("Trying %d messages again that were not delivered: %v", len(failed), err)
+		r.replayLater(failed)
+	default:
+		gone += len(failed)
+		r.reject(failed, err)
+	}
+	r.mu.Lock()
+	r.inFlight -= gone
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// split tells the delivered messages from the failed ones. Delivered is only
+// what the error names as such: it says nothing of messages that were merged
+// into another, so they have failed with it. When it can't tell, all have.
+func (d *delivery) split(err error) (delivered, failed []item) {
+	if err == nil {
+		return d.items, nil
+	}
+	var batchErr *service.BatchError
+	if d.index == nil || !errors.As(err, &batchErr) {
+		return nil, d.items
+	}
+	named, bad := make([]bool, len(d.items)), make([]bool, len(d.items))
+	batchErr.WalkMessagesIndexedBy(d.index, func(i int, _ *service.Message, err error) bool {
+		named[i] = true
+		bad[i] = bad[i] || err != nil // a message may have become several
+		return true
+	})
+	for i, it := range d.items {
+		if named[i] && !bad[i] {
+			delivered = append(delivered, it)
+		} else {
+			failed = append(failed, it)
+		}
+	}
+	return delivered, failed
+}
+
+func (r *receiver) acknowledge(items []item) {
+	messages := make([]*cryo.Message, 0, len(items))
+	for i := range items {
+		if items[i].message != nil {
+			messages = append(messages, items[i].message)
+		} else {
+			items[i].scanned.done(items[i].at, nil)
+		}
+	}
+	if err := cryo.AckBatch(messages); err != nil {
+		r.log.Debugf("Delivered, but the sender can't be told and may send again: %v", err)
+	}
+}
+
+func (r *receiver) reject(items []item, cause error) {
+	if r.conf.onReceipt {
+		r.log.Errorf("Lost %d messages that were acknowledged when they were received: %v", len(items), cause)
+		return
+	}
+	r.log.Errorf("Rejected %d messages: %v", len(items), cause)
+	for _, it := range items {
+		it.reject()
+	}
+}
+
+// reject tells the sender. If its session has ended, it knows already, and this
+// frees the memory that the item counts.
+func (it *item) reject() {
+	if it.message != nil {
+		_ = it.message.Reject(rejection)
+	} else {
+		it.scanned.done(it.at, errNotDelivered)
+	}
+}
+
+var errNotDelivered = errors.New(rejection)
+
+// replayLater lets failed messages be handed over again, each alone, so that the
+// next failure is its own. The wait doubles from 10 ms to one second.
+func (r *receiver) replayLater(failed []item) {
+	now := time.Now()
+	r.mu.Lock()
+	if r.gone {
+		r.mu.Unlock()
+		for _, it := range failed {
+			it.reject()
+		}
+		return
+	}
+	defer r.mu.Unlock()
+	for _, it := range failed {
+		it.due = now.Add(min(10*time.Millisecond<<min(it.failures, 10), time.Second))
+		it.failures++
+		at, _ := slices.BinarySearchFunc(r.replays, it.due, func(other item, due time.Time) int {
+			if other.due.After(due) {
+				return 1
+			}
+			return -1 // behind those that are due at the same time
+		})
+		r.replays = slices.Insert(r.replays, at, it)
+	}
+}
+
+// close stops taking messages, and gives the sessions that were taken from.
+// What is not settled stays unacknowledged.
+func (r *receiver) close() []*cryo.Session {
+	r.stop()
+	r.pumps.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Collect(maps.Keys(r.sources))
+}
+
+// rejectRest rejects all that close left unsettled, for sessions that go on
+// without this input: their senders would wait for ever, and the messages would
+// count against max_buffer_bytes for ever.
+func (r *receiver) rejectRest() {
+	r.mu.Lock()
+	left := slices.Concat(r.rest, r.replays, r.abandoned)
+	for d := range r.deliveries {
+		left = append(left, d.items...)
+	}
+	r.rest, r.replays, r.abandoned = nil, nil, nil
+	clear(r.deliveries)
+	r.gone = true
+	r.mu.Unlock()
+	for _, it := range left {
+		it.reject()
+	}
+}

@@ -1,0 +1,301 @@
+package plugin
+
+import (
+	"context"
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Streams on their way in: each runs through a scanner of its own, which cuts
+// it into messages.
+
+// acceptStreams takes the streams of a session until it ends.
+func (r *receiver) acceptStreams(src *source) {
+	if r.conf.streams.pull && r.conf.types[cryo.TypeTxStart] {
+		ctx, cancel := context.WithTimeout(r.stopped, flowTime)
+		err := src.session.SetIncomingFlowControl(ctx, cryo.FlowPull)
+		cancel()
+		if err != nil && src.session.Err() == nil {
+			r.log.Warnf("Session %s does not let its streams be pulled, they are pushed: %v", src.id, err)
+		}
+	}
+	src.session.LimitStreams(cryo.StreamLimits{ // max_bytes is not for those that are discarded
+		MaxOpenStreams:    r.conf.streams.maxOpen,
+		StreamIdleTimeout: r.conf.streams.idleTimeout,
+	})
+	var taken sync.WaitGroup
+	defer taken.Wait()
+	for {
+		st, err := src.session.AcceptStream(r.stopped)
+		if err != nil {
+			return
+		}
+		taken.Go(func() {
+			if r.wantsStream(st.Name()) {
+				r.scan(src, st)
+			} else {
+				r.discard(st)
+			}
+		})
+	}
+}
+
+// flowTime bounds the wait for the acknowledgement of TX_FLOW.
+const flowTime = 10 * time.Second
+
+func (r *receiver) wantsStream(name string) bool {
+	return r.conf.types[cryo.TypeTxStart] && (len(r.conf.streams.names) == 0 || slices.Contains(r.conf.streams.names, name))
+}
+
+// discard takes a stream that nobody wants to its end, and acknowledges it.
+// Cancelling it would save its bytes, but to a sender that looks like a failure,
+// after which it may send the stream again, and again.
+func (r *receiver) discard(st *cryo.IncomingStream) {
+	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
+	if _, err := io.Copy(io.Discard, st); err != nil {
+		_ = st.Reject() // if the session has ended, the sender knows
+		return
+	}
+	r.filtered.Incr(1, messageTypeStream)
+	_ = st.Ack() // if the session has ended, nobody waits for it
+}
+
+// transfer is a stream that is being taken, until it is settled: TX_FINISH is
+// acknowledged when it was read to its end and each message cut from it is
+// delivered, and the stream cancelled as soon as one of these fails.
+type transfer struct {
+	r      *receiver
+	stream *cryo.IncomingStream
+
+	mu      sync.Mutex
+	pending int // batches not settled, and the scan itself
+	settled bool
+}
+
+// done settles one batch, or the scan.
+func (t *transfer) done(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.pending--
+	if t.settled || err == nil && t.pending > 0 {
+		return
+	}
+	t.settled = true
+	if err != nil {
+		_ = t.stream.Reject() // after the end of the session the sender knows
+	} else if err := t.stream.Ack(); err != nil {
+		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.LogName(), err)
+	}
+	<-t.r.places
+}
+
+// scan takes one stream, from its place among the open ones to its end.
+func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
+	select {
+	case r.places <- struct{}{}:
+	case <-r.stopped.Done():
+		_ = st.Reject() // the session may go on without this input
+		return
+	case <-src.session.Ending():
+		return
+	}
+	// Whoever waits in Read learns of the end of the input.
+	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
+
+	t := &transfer{r: r, stream: st, pending: 1}
+	err := r.scanAll(src, t)
+	if err != nil && r.stopped.Err() == nil {
+		r.log.Warnf("Lost the stream %q of session %s after %d bytes: %v", st.LogName(), src.id, st.Received(), err)
+	}
+	t.done(err)
+}
+
+// scanAll hands over what the scanner makes of the stream. It returns nil when
+// the stream was whole and was read to its end.
+func (r *receiver) scanAll(src *source, t *transfer) error {
+	reader := &wholeReader{stream: t.stream, limit: r.conf.streams.maxBytes}
+	details := service.NewScannerSourceDetails()
+	details.SetName(t.stream.Name())
+	// The transfer counts by itself: the scanner does not know whether the
+	// stream went on behind what it read.
+	scanner, err := r.conf.streams.scanner.Create(reader, func(context.Context, error) error { return nil }, details)
+	if err != nil {
+		_, failure := reader.state()
+		switch {
+		case failure != nil:
+			return failure
+		case errors.Is(err, io.EOF):
+			// An empty stream, where the scanner wants a header.
+			_, err = io.Copy(io.Discard, reader)
+			return err
+		default:
+			return fmt.Errorf("scanner: %w", err)
+		}
+	}
+	defer func() { _ = scanner.Close(r.stopped) }() // it has been read to its end, or given up
+	var held func() bool                            // hands over what the scanner made last
+	for {
+		batch, ack, err := scanner.NextBatch(r.stopped)
+		ended, failure := reader.state()
+		if failure != nil {
+			// Some scanners make a last message of what came before the
+			// reader failed. It may be a part of one: it goes no further.
+			return failure
+		}
+		if err == nil {
+			err = readerFailed(batch)
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("scanner: %w", err)
+		}
+		if held != nil && !held() {
+			return r.stopped.Err()
+		}
+		if err != nil {
+			_, err = io.Copy(io.Discard, reader) // the scanner may end before the stream does
+			return err
+		}
+		held = func() bool { return r.handOverScanned(src, t, batch, ack) }
+		if ended {
+			// What was compressed may be cut off though the stream is whole, and
+			// its last message be a part of one: the scanner's next word tells.
+			continue
+		}
+		if !held() {
+			return r.stopped.Err()
+		}
+		held = nil
+	}
+}
+
+// readerFailed finds what the scanner csv with continue_on_error takes for a
+// faulty row, and would for ever: that there is nothing more to be read.
+func readerFailed(batch service.MessageBatch) error {
+	for _, m := range batch {
+		var row *csv.ParseError
+		if err := m.GetError(); err != nil && !errors.As(err, &row) {
+			return err
+		}
+	}
+	return nil
+}
+
+// wholeReader remembers how a stream ended. Some scanners read ahead, on a
+// goroutine of their own.
+type wholeReader struct {
+	stream *cryo.IncomingStream
+	limit  int64 // of its bytes; 0 is none
+
+	reading sync.Mutex
+	read    int64
+
+	mu    sync.Mutex
+	ended bool
+	err   error // never io.EOF
+}
+
+func (w *wholeReader) Read(p []byte) (int, error) {
+	w.reading.Lock()
+	defer w.reading.Unlock()
+	n, err := w.stream.Read(p)
+	if w.read += int64(n); w.limit > 0 && w.read > w.limit {
+		n, err = 0, fmt.Errorf("%w: over %d bytes", cryo.ErrStreamTooLong, w.limit)
+	}
+	if err != nil {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.ended = true
+		if !errors.Is(err, io.EOF) {
+			w.err = err
+		}
+	}
+	return n, err
+}
+
+// state tells whether the stream was read to its end, and why that was not all.
+func (w *wholeReader) state() (ended bool, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ended, w.err
+}
+
+// Close leaves the stream to its transfer.
+func (w *wholeReader) Close() error { return nil }
+
+// scanned is a batch that a scanner has made.
+type scanned struct {
+	transfer *transfer
+	session  *cryo.Session
+	ack      service.AckFunc // the scanner's
+	bytes    int             // counted against the session's bound until settled
+
+	mu      sync.Mutex
+	settled []bool // by message
+	left    int    // messages not settled
+	err     error
+}
+
+// done settles one message of the batch, and with the last one the batch. Only
+// its first verdict counts: what is acknowledged on receipt can still fail.
+func (b *scanned) done(at int, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.settled[at] {
+		return
+	}
+	b.settled[at] = true
+	if err != nil {
+		b.err = err
+	}
+	if b.left--; b.left > 0 {
+		return
+	}
+	b.session.Release(b.bytes)
+	_ = b.ack(context.Background(), b.err) // the scanners keep nothing that could fail
+	b.transfer.done(b.err)
+}
+
+// handOverScanned hands a scanner's batch over, and reports false when the
+// input ends first.
+func (r *receiver) handOverScanned(src *source, t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
+	if len(batch) == 0 {
+		_ = ack(r.stopped, nil)
+		return true
+	}
+	b := &scanned{transfer: t, session: src.session, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
+	items := make([]item, len(batch))
+	for i, m := range batch {
+		if payload, err := m.AsBytes(); err == nil {
+			b.bytes += len(payload)
+		}
+		m.MetaSetMut(metaMessageType, messageTypeStream)
+		m.MetaSetMut(metaSessionID, src.id)
+		m.MetaSetMut(metaStreamName, t.stream.Name())
+		m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
+		m.MetaSetMut(metaStreamSize, t.stream.Size())
+		if r.conf.remoteAddress {
+			m.MetaSetMut(metaRemoteAddress, src.remote)
+		}
+		items[i] = item{source: src, scanned: b, at: i, part: m}
+	}
+	src.session.Hold(b.bytes)
+	t.mu.Lock()
+	t.pending++
+	t.mu.Unlock()
+	select {
+	case r.arrivals <- items:
+		return true
+	case <-r.stopped.Done():
+		src.session.Release(b.bytes)
+		return false
+	}
+}

@@ -1,0 +1,232 @@
+package plugin
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"html"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// secrets are tokens that are easy to leak in one disguise or another.
+var secrets = []string{
+	"eyJhbGciOi.JIUzI1NiJ9-c2Vj_cmV0",
+	`s3cr/et+&=%2F "q" 'a' <b>\é$1`,
+	"two  spaces",
+}
+
+// spellings are what a token must not be found as.
+func spellings(secret string) []string {
+	return []string{
+		secret, url.QueryEscape(secret), url.PathEscape(secret), html.EscapeString(secret),
+		strings.Trim(strconv.Quote(secret), `"`), strings.Trim(strconv.QuoteToASCII(secret), `"`),
+	}
+}
+
+func (e *engine) wantSecret(t *testing.T, secret string) {
+	t.Helper()
+	for _, text := range append(e.log.all(), e.metrics.names()...) {
+		for _, spelling := range spellings(secret) {
+			assert.NotContains(t, text, spelling)
+		}
+	}
+}
+
+// answer is a server that answers a request by hand, and hangs up.
+func (e *engine) answer(reply func(req *http.Request) string) {
+	socket, err := e.net.Listen("tcp", somewhere)
+	require.NoError(e.t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := socket.Accept()
+			if err != nil {
+				return
+			}
+			_ = c.SetDeadline(time.Now().Add(time.Minute))
+			if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+				_, _ = c.Write([]byte(reply(req)))
+			}
+			_ = c.Close()
+		}
+	}()
+	e.t.Cleanup(func() { _ = socket.Close(); <-done })
+}
+
+// echo is all that a server knows of a token, in all disguises.
+func echo(req *http.Request) string {
+	bearer := req.URL.Query().Get("authorization")
+	return strings.Join([]string{
+		"Token " + bearer, req.RequestURI, html.EscapeString(bearer), strconv.Quote(bearer), url.PathEscape(bearer),
+	}, " <br> ")
+}
+
+func response(status, body string) string {
+	return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
+}
+
+func TestATokenIsInNoLogLineAndNoMetricHoweverDiallingFails(t *testing.T) {
+	ws, wss := "url: ws://"+somewhere, "url: wss://"+somewhere
+	for _, tt := range []struct {
+		name, fields string
+		prepare      func(e *engine)
+		log          string // what is said of it
+	}{
+		{"nobody listens", ws, func(*engine) {}, "connection refused"},
+		{"the name is unknown", "url: ws://nowhere.invalid", func(e *engine) {
+			e.dialer = func(_ context.Context, _, address string) (net.Conn, error) {
+				return nil, &net.DNSError{Err: "no such host", Name: address, IsNotFound: true}
+			}
+		}, "no such host"},
+		{"nobody answers", ws, func(e *engine) {
+			_, err := e.net.Listen("tcp", somewhere)
+			require.NoError(e.t, err)
+		}, "no session after 5s"},
+		{"the token is refused", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string { return response("401 Unauthorized", echo(req)) })
+		}, "401 Unauthorized: Token Bearer [token]"},
+		{"the token is refused at length", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string {
+				return response("401 Unauthorized", strings.Repeat("<p>", 290)+echo(req)+strings.Repeat(echo(req), 100))
+			})
+		}, "401 Unauthorized"},
+		{"the session exists", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string {
+				return response("401 Unauthorized", "Session already exists "+echo(req))
+			})
+		}, "Session already exists Token Bearer [token]"},
+		{"the path is wrong", ws + "/wrong", func(e *engine) {
+			e.answer(func(req *http.Request) string { return response("404 Not Found", "No "+req.RequestURI) })
+		}, "404 Not Found: No /wrong?authorization=Bearer+[token]"},
+		{"the server sends elsewhere", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string {
+				return "HTTP/1.1 302 Found\r\nLocation: http://" + somewhere + req.RequestURI + "\r\nContent-Length: 0\r\n\r\n"
+			})
+		}, "302 Found"},
+		{"the answer is malformed", ws, func(e *engine) { e.answer(echo) }, "malformed HTTP"},
+		{"the answer's status is malformed", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string { return "HTTP/1.1 " + echo(req) + "\r\n\r\n" })
+		}, "malformed HTTP"},
+		{"the answer's header is malformed", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string { return "HTTP/1.1 101 Yes\r\n" + echo(req) + "\r\n\r\n" })
+		}, "malformed MIME header"},
+		{"the answer is no upgrade", ws, func(e *engine) {
+			e.answer(func(req *http.Request) string {
+				return "HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-Websocket-Accept: " + req.URL.RawQuery + "\r\n\r\n"
+			})
+		}, "bad handshake"},
+		{"the server knows no TLS", wss, func(e *engine) {
+			e.answer(func(req *http.Request) string { return "" })
+		}, "Failed to connect to cryo"},
+		{"the certificate is not trusted", wss, func(e *engine) {
+			certFile, keyFile := certificate(e.t)
+			cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+			require.NoError(e.t, err)
+			socket, err := e.net.Listen("tcp", somewhere)
+			require.NoError(e.t, err)
+			h := &http.Server{ReadHeaderTimeout: time.Minute, ErrorLog: quiet}
+			go func() {
+				_ = h.Serve(tls.NewListener(socket, &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}))
+			}()
+			e.t.Cleanup(func() { _ = h.Close() })
+		}, "certificate signed by unknown authority"},
+		{"the proxy refuses", wss + ", proxy_url: 'http://user:pr0xy-pass@" + somewhere + "'", func(e *engine) {
+			e.answer(func(req *http.Request) string { return response("407 Proxy Authentication Required", req.RequestURI) })
+		}, "through the proxy " + somewhere + ": "},
+		{"the proxy is gone", ws + ", proxy_url: 'socks5://user:pr0xy-pass@" + somewhere + "'", func(*engine) {}, "through the proxy " + somewhere + ": "},
+		{"the server says BYE", ws, func(e *engine) {
+			e.raw(func(peer *cryotest.Peer) {
+				peer.ServerHandshake()
+				peer.WriteFrames(cryotest.Bye(1, "go away, "+peer.Request.URL.Query().Get("authorization")))
+			})
+		}, "Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
+		{"the server closes", ws, func(e *engine) {
+			e.raw(func(peer *cryotest.Peer) {
+				peer.ServerHandshake()
+				peer.WriteClose(4001, "go away, "+peer.Request.URL.Query().Get("authorization"))
+			})
+		}, "Disconnected from ws://" + somewhere + ": session ended: closed by the peer with code 4001"},
+		{"the server reports an error", ws, func(e *engine) {
+			e.raw(func(peer *cryotest.Peer) {
+				peer.ServerHandshake()
+				peer.WriteFrames(cryotest.Error(1, "bad token "+peer.Request.URL.Query().Get("authorization")))
+			})
+		}, "reports an error"},
+	} {
+		for _, secret := range secrets {
+			for kind, ends := range map[string][2]string{"input": {"cryo", toProbe}, "output": {fromFeed, "cryo"}} {
+				t.Run(fmt.Sprintf("%s, %s, %q", kind, tt.name, secret), func(t *testing.T) {
+					inEngine(t, func(t *testing.T, e *engine) {
+						tt.prepare(e)
+						fields := fmt.Sprintf("cryo: { %s, token: '%s' }", tt.fields, strings.ReplaceAll(secret, "'", "''"))
+						for i := range ends {
+							if ends[i] == "cryo" {
+								ends[i] = fields
+							}
+						}
+						e.run(ends[0], ends[1])
+						e.give("an output may only notice when it writes")
+						time.Sleep(6 * time.Second)
+						synctest.Wait()
+						e.log.want(t, tt.log)
+						e.wantSecret(t, secret)
+						e.wantSecret(t, "pr0xy-pass")
+					})
+				})
+			}
+		}
+	}
+}
+
+func TestARefusalThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.raw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			f := peer.WantType("the message", cryo.TypeUTF8)
+			peer.WriteFrames(cryotest.Error(f.Ack, "not with "+peer.Request.URL.Query().Get("authorization")))
+		})
+		e.run(fromOnce, "cryo: { url: ws://"+somewhere+", token: '"+secrets[0]+"' }")
+		err := next(t, e.give("m").verdict)
+		require.ErrorContains(t, err, "rejected by the peer")
+		require.NotContains(t, err.Error(), secrets[0])
+		e.wantSecret(t, secrets[0])
+	})
+}
+
+func TestTheTokensOfAListenerAreInNoLogLine(t *testing.T) {
+	for _, secret := range secrets {
+		t.Run(fmt.Sprintf("%q", secret), func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run("cryo_server: { address: '"+somewhere+"', tokens: [ other, '"+strings.ReplaceAll(secret, "'", "''")+"' ] }", toProbe)
+				s, err := e.tryDial(cryo.DialOptions{Token: secret, SessionID: 5})
+				require.NoError(t, err)
+				_, err = e.tryDial(cryo.DialOptions{Token: "other", SessionID: 5})
+				require.ErrorIs(t, err, cryo.ErrSessionExists)
+				_, err = e.tryDial(cryo.DialOptions{Token: secret + "x"})
+				require.ErrorIs(t, err, cryo.ErrUnauthorized)
+				require.Equal(t, http.StatusNotFound, e.get(t, "/no?authorization=Bearer+"+url.QueryEscape(secret)))
+				require.Equal(t, http.StatusUpgradeRequired, e.get(t, "/?authorization=Bearer+"+url.QueryEscape(secret)))
+				m := send(s, "hello")
+				e.arrival().deliver()
+				m.wantAcked(t, "delivered")
+				e.log.want(t, "Refused a client")
+				e.wantSecret(t, secret)
+			})
+		})
+	}
+}

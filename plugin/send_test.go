@@ -1,0 +1,242 @@
+package plugin
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func TestAMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		p := e.run(fromOnce, dialOutput)
+		peer := server.session()
+		f := e.give("hello")
+		m := receive(t, peer)
+		f.wantPending(t, "not acknowledged yet")
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "acknowledged")
+
+		p.stop()
+		var closed *cryo.PeerClosedError
+		require.ErrorAs(t, peer.Err(), &closed, "it says BYE")
+	})
+}
+
+func TestOnlyWhatIsNotAcknowledgedFails(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
+		peer := server.session()
+		batch := batchOf(words("m%d", 4)...)
+		index := batch.Index()
+		begin := time.Now()
+		f := e.giveBatch(batch)
+		m := receiveTexts(t, peer, words("m%d", 4)...)
+		require.NoError(t, m[0].Ack())
+		require.NoError(t, m[1].Reject("not today"))
+		require.NoError(t, m[2].Ack())
+		f.wantFailed(t, index, map[int]string{
+			1: `rejected by the peer: "not today"`,
+			3: "waiting for the acknowledgement: none within ack_timeout (3s)",
+		})
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		require.NoError(t, peer.Err(), "the session goes on")
+
+		// Too late, and taken for no other message's.
+		require.NoError(t, m[3].Ack())
+		f = e.give("next")
+		m = receiveTexts(t, peer, "next")
+		f.wantPending(t, "not acknowledged yet")
+		require.NoError(t, m[0].Ack())
+		f.wantDelivered(t, "acknowledged")
+	})
+}
+
+func TestOnlyWhatFailedIsSentAgain(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, with(dialOutput, "ack_timeout: 3s"))
+		peer := server.session()
+		f := e.give(words("m%d", 4)...)
+		m := receiveTexts(t, peer, words("m%d", 4)...)
+		require.NoError(t, m[0].Ack())
+		require.NoError(t, m[1].Reject("not today"))
+		require.NoError(t, m[2].Ack())
+		for _, again := range receiveTexts(t, peer, "m1", "m3") {
+			require.NoError(t, again.Ack())
+		}
+		f.wantDelivered(t, "acknowledged in the end")
+		wantNothing(t, peer)
+	})
+}
+
+func TestOnlyWhatIsNotAcknowledgedIsSentAgainOnTheNextConnection(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, dialOutput)
+		peer := server.session()
+		f := e.give(words("m%d", 3)...)
+		m := receiveTexts(t, peer, words("m%d", 3)...)
+		require.NoError(t, m[1].Ack())
+		synctest.Wait()
+		e.net.cut()
+
+		again := server.session()
+		require.Equal(t, peer.ID(), again.ID())
+		for _, m := range receiveTexts(t, again, "m0", "m2") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantDelivered(t, "acknowledged in the end")
+		wantNothing(t, again)
+		require.Equal(t, 1, e.log.count("WARN Disconnected from"))
+	})
+}
+
+func TestAWholeBatchIsSentAgainOnTheNextConnection(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput) // the engine does it, not the input
+		peer := server.session()
+		f := e.give("m0", "m1")
+		receiveTexts(t, peer, "m0", "m1")
+		e.net.cut()
+		for _, m := range receiveTexts(t, server.session(), "m0", "m1") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantDelivered(t, "acknowledged in the end")
+		e.log.want(t, "Reconnected to")
+	})
+}
+
+func TestARefusedMessageIsNotSentAgainBecauseTheConnectionIsLost(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		peer := server.session()
+		batch := batchOf("m0", "m1")
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		m := receiveTexts(t, peer, "m0", "m1")
+		require.NoError(t, m[0].Reject("no"))
+		synctest.Wait()
+		e.net.cut()
+		f.wantFailed(t, index, map[int]string{
+			0: `rejected by the peer: "no"`,
+			1: "session ended: connection lost: read tcp 192.0.2.1:50000->192.0.2.2:80: connection reset by peer",
+		})
+	})
+}
+
+func TestTheTypeOfAMessage(t *testing.T) {
+	for _, tt := range []struct {
+		messageType, received, payload string
+		want                           cryo.Type
+	}{
+		{"auto", "", "text", cryo.TypeUTF8},
+		{"auto", "", "", cryo.TypeUTF8},
+		{"auto", "", "\xff\xfe", cryo.TypeBinary},
+		{"auto", "binary", "text", cryo.TypeBinary},
+		{"auto", "utf8", "text", cryo.TypeUTF8},
+		{"auto", "utf8", "\xff now compressed", cryo.TypeBinary},
+		{"auto", "error", "text", cryo.TypeUTF8},
+		{"utf8", "binary", "text", cryo.TypeUTF8},
+		{"binary", "utf8", "text", cryo.TypeBinary},
+		{"binary", "", "", cryo.TypeBinary},
+		{"${! @kind }", "", "text", cryo.TypeBinary},
+	} {
+		t.Run(fmt.Sprintf("%s, received as %q, %q", tt.messageType, tt.received, tt.payload), func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				e.run(fromOnce, with(dialOutput, `message_type: "`+tt.messageType+`"`))
+				batch := batchOf(tt.payload)
+				batch[0].MetaSet("kind", "binary")
+				if tt.received != "" {
+					batch[0].MetaSet("cryo_message_type", tt.received)
+				}
+				f := e.giveBatch(batch)
+				m := receive(t, server.session())
+				require.Equal(t, tt.want, m.Type)
+				require.Equal(t, tt.payload, string(m.Payload))
+				require.NoError(t, m.Ack())
+				f.wantDelivered(t, "acknowledged")
+			})
+		})
+	}
+}
+
+func TestAMessageThatCantBeSentFailsAlone(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, `message_type: '${! metadata("kind").or("utf8") }'`))
+		peer := server.session()
+		batch := batchOf("good", "\xff", "unknown", string(bytes.Repeat([]byte("x"), cryo.MaxPayload+1)), "good too", "")
+		batch[2].MetaSet("kind", "text")
+		batch[5].MetaSetMut("kind", nil)
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		for _, m := range receiveTexts(t, peer, "good", "good too", "") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantFailed(t, index, map[int]string{
+			1: "text of 1 bytes is not valid UTF-8: send it as binary",
+			2: "field message_type: unknown message type text, it has to be auto, utf8, binary or stream",
+			3: "message of 16777217 bytes: one frame carries at most 16 MiB, larger data travels as a stream",
+		})
+		wantNothing(t, peer)
+	})
+}
+
+func TestAMessageTypeThatCantBeToldFailsItsMessage(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, `message_type: '${! throw("who knows") }'`))
+		server.session()
+		err := next(t, e.give("m").verdict)
+		require.ErrorContains(t, err, "field message_type: ")
+		require.ErrorContains(t, err, "who knows")
+	})
+}
+
+func TestWhatAServerSendsToAnOutputIsRefused(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		send(server.session(), "for whom?").wantRefused(t, "this session receives no messages")
+	})
+}
+
+// alone makes an output without an engine around it.
+func (e *engine) alone(t *testing.T, fields string) *output {
+	t.Helper()
+	conf, err := specs()["output cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
+	require.NoError(t, err)
+	out, _, _, err := newOutput(conf, service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger()))))
+	require.NoError(t, err)
+	out.opts.NetDial = e.net.Dial
+	return out
+}
+
+func TestAWriteWithoutAConnectionSaysSo(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		out := e.alone(t, "")
+		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
+		require.NoError(t, out.Connect(t.Context()))
+		server.session()
+		synctest.Wait()
+		e.net.cut()
+		synctest.Wait()
+		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
+		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
+		require.Equal(t, 1, e.log.count("Disconnected"))
+		require.NoError(t, out.Close(t.Context()))
+	})
+}

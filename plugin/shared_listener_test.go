@@ -1,0 +1,311 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+const receivesNothing = "this session receives no messages"
+
+func TestAMessageGoesBackToTheClientThatSentIt(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := e.run(listenInput, with(listenOutput, "send_to: session, session_id: '${! @cryo_session_id }'"),
+			"mapping: root = content().uppercase()")
+		for range 3 {
+			client := e.dial()
+			m := send(client, "hello")
+			back := receiveTexts(t, client, "HELLO")[0]
+			m.wantPending(t, "the answer is not acknowledged")
+			require.NoError(t, back.Ack())
+			m.wantAcked(t, "and now it is")
+		}
+		require.Equal(t, 1, e.log.count("Listening for Cryo clients on"))
+		p.stop()
+		require.Equal(t, 1, e.log.count("Closed the listener on"))
+	})
+}
+
+func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("label: orders\n"+listenInput, toProbe)
+		e.run(fromOnce, "label: answers\n"+with(listenOutput, "max_sessions: 5"))
+		words := "the input cryo_server orders and the output cryo_server answers share the address " + somewhere +
+			", but not all settings of its listener: make them equal, or give one another address"
+		e.log.want(t, "ERROR Failed to connect to cryo_server: "+words)
+		for _, line := range e.log.all() {
+			require.NotContains(t, line, token)
+		}
+	})
+}
+
+func TestWithoutAnInputMessagesAreRefusedAfterSomePatience(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		early := e.dial()
+		begin := time.Now()
+		send(early, "early").wantRefused(t, receivesNothing)
+		require.Equal(t, noInputPatience, time.Since(begin))
+		send(early, "again").wantRefused(t, receivesNothing)
+		send(e.dial(), "late").wantRefused(t, receivesNothing)
+		require.Equal(t, noInputPatience, time.Since(begin), "at once, by now")
+
+		e.run(listenInput, toProbe)
+		m := send(early, "welcome")
+		e.arrival().deliver()
+		m.wantAcked(t, "there is an input now")
+	})
+}
+
+func TestAnInputThatStartsLaterGetsWhatHasWaited(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		stays, leaves := e.dial(), e.dial()
+		waits, lost := send(stays, "waits"), send(leaves, "its client has gone")
+		synctest.Wait()
+		end(leaves)
+		require.Error(t, lost.result(t))
+		synctest.Wait()
+
+		e.run(listenInput, toProbe)
+		var got []string
+		for len(got) < 2 {
+			a := e.arrival()
+			got = append(got, a.texts()...)
+			a.deliver()
+		}
+		require.ElementsMatch(t, []string{"waits", "its client has gone"}, got)
+		waits.wantAcked(t, "delivered")
+	})
+}
+
+func TestMessagesThatNobodyWaitedForHoldNoMemory(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 100000"
+		e.run(fromOnce, with(listenOutput, settings))
+		early := e.dial()
+		for range 2 {
+			_ = send(early, strings.Repeat("x", 60_000))
+		}
+		synctest.Wait()
+		end(early)
+		time.Sleep(noInputPatience)
+
+		e.run(with(listenInput, settings), toProbe)
+		m := send(e.dial(), "hello")
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+	})
+}
+
+func TestAnInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.run(listenInput, "serial: {}")
+		e.run(fromOnce, listenOutput)
+		client := e.dial()
+		var sent []*sending
+		for i := range 10 {
+			sent = append(sent, send(client, fmt.Sprint(i)))
+			synctest.Wait()
+		}
+		// One is in the pipeline, one is handed to it, others wait for that.
+		a := e.arrival()
+		stopped := sendAny(func() error { in.stop(); return nil })
+		stopped.wantPending(t, "one is in the pipeline")
+		a.deliver()
+		for delivered := len(a.batch); delivered < 10; {
+			select {
+			case a = <-e.probe.arrivals:
+				delivered += len(a.batch)
+				a.deliver()
+			case err := <-stopped.done:
+				require.NoError(t, err)
+				delivered = 10
+			}
+		}
+		refused := 0
+		for _, m := range sent {
+			if err := m.result(t); err != nil {
+				var rejected *cryo.RejectedError
+				require.ErrorAs(t, err, &rejected)
+				refused++
+			}
+		}
+		require.Positive(t, refused, "what was not delivered is not left to wait for ever")
+
+		f := e.give("the session goes on")
+		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())
+		f.wantDelivered(t, "acknowledged")
+		send(client, "for whom?").wantRefused(t, receivesNothing)
+	})
+}
+
+func TestMessagesThatAKilledInputLeavesBehindHoldNoMemory(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 100000"
+		in := e.run(with(listenInput, settings), toProbe)
+		e.run(fromOnce, with(listenOutput, settings))
+		client := e.dial()
+		big := strings.Repeat("x", 60_000)
+		first := send(client, big)
+		e.arrival()
+		second := send(client, big)
+		e.arrival()
+		in.kill()
+		for _, m := range []*sending{first, second} {
+			var rejected *cryo.RejectedError
+			require.ErrorAs(t, m.result(t), &rejected, "never an acknowledgement")
+		}
+		f := e.give("still read") // its acknowledgement too
+		require.NoError(t, receiveTexts(t, client, "still read")[0].Ack())
+		f.wantDelivered(t, "acknowledged")
+	})
+}
+
+func TestTwoInputsShareTheSessions(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		first := e.run(listenInput, toProbe, "mapping: 'root = \"first \" + content()'")
+		second := e.run(listenInput, toProbe, "mapping: 'root = \"second \" + content()'")
+		clients := []*cryo.Session{e.dial(), e.dial(), e.dial(), e.dial()}
+		deliver := func(i int) string {
+			m := send(clients[i], fmt.Sprint(i))
+			a := e.arrival()
+			a.deliver()
+			m.wantAcked(t, "delivered")
+			return a.texts()[0]
+		}
+		require.Equal(t, []string{"first 0", "second 1", "first 2", "second 3"},
+			[]string{deliver(0), deliver(1), deliver(2), deliver(3)})
+
+		m := send(clients[1], "in flight")
+		a := e.arrival()
+		stopped := sendAny(func() error { second.stop(); return nil })
+		stopped.wantPending(t, "one is in the pipeline")
+		a.deliver()
+		m.wantAcked(t, "delivered")
+		stopped.wantAcked(t, "stopped")
+		require.Equal(t, []string{"first 0", "first 1", "first 2", "first 3"},
+			[]string{deliver(0), deliver(1), deliver(2), deliver(3)})
+		require.Equal(t, "first 4", func() string { clients = append(clients, e.dial()); return deliver(4) }())
+
+		first.stop()
+		for _, c := range clients {
+			require.ErrorIs(t, c.Err(), net.ErrClosed)
+		}
+	})
+}
+
+func TestALastInputTellsItsClientsNothingOfWhatItLeaves(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := e.run(listenInput, "serial: {}")
+		client := e.dial()
+		var sent []*sending
+		for i := range 10 {
+			sent = append(sent, send(client, fmt.Sprint(i)))
+			synctest.Wait()
+		}
+		p.kill()
+		for _, m := range sent {
+			err := m.result(t)
+			require.ErrorIs(t, err, net.ErrClosed, "so that it may be sent again, elsewhere")
+		}
+	})
+}
+
+func TestAComponentThatClosesTwiceLeavesOnce(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		conf, err := specs()["input cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ] }", nil)
+		require.NoError(t, err)
+		in, err := newServerInput(conf, service.MockResources())
+		require.NoError(t, err)
+		in.all = e.shared
+		require.NoError(t, in.Close(t.Context()), "before it has joined")
+		require.NoError(t, in.Connect(t.Context()))
+		require.NoError(t, in.Connect(t.Context()))
+		require.NoError(t, in.Close(t.Context()))
+		require.NoError(t, in.Close(t.Context()))
+		f := e.give("hello")
+		require.NoError(t, receiveTexts(t, e.dial(), "hello")[0].Ack())
+		f.wantDelivered(t, "the output still listens")
+	})
+}
+
+func TestAnAddressIsOpenedAgainWhenItIsFree(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		first := e.run(listenInput, toProbe)
+		client := e.rawClient() // which reads nothing, so closing takes time
+		stopped := sendAny(func() error { first.stop(); return nil })
+		stopped.wantPending(t, "the client doesn't close")
+
+		second := e.run(listenInput, toProbe)
+		require.Equal(t, 1, e.log.count("Listening for Cryo clients on"))
+		require.NoError(t, client.WS.Close())
+		stopped.wantAcked(t, "stopped")
+		m := send(e.dial(), "hello")
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+		require.Equal(t, 2, e.log.count("Listening for Cryo clients on"))
+		second.stop()
+		require.Zero(t, e.log.count("Failed to connect"))
+	})
+}
+
+func TestAPipelineStopsWhileItWaitsForAnAddress(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		first := e.run(listenInput, toProbe)
+		client := e.rawClient()
+		stopped := sendAny(func() error { first.stop(); return nil })
+		stopped.wantPending(t, "the client doesn't close")
+		second := e.run(listenInput, toProbe)
+		begin := time.Now()
+		second.stop()
+		require.Zero(t, time.Since(begin))
+		require.NoError(t, client.WS.Close())
+		stopped.wantAcked(t, "stopped")
+	})
+}
+
+func TestAnAddressThatIsTakenIsTriedAgain(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		socket, err := e.net.Listen("tcp", somewhere)
+		require.NoError(t, err)
+		e.run(listenInput, toProbe)
+		e.log.want(t, "Failed to connect to cryo_server: listen tcp: address already in use")
+		require.NoError(t, socket.Close())
+		time.Sleep(2 * time.Second)
+		m := send(e.dial(), "hello")
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+	})
+}
+
+func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe)
+		opts := cryo.DialOptions{Token: token, SessionID: 5}
+		ghost, err := e.tryDial(opts)
+		require.NoError(t, err)
+		first := send(ghost, "first")
+		a := e.arrival()
+		client, err := e.tryDial(opts)
+		require.NoError(t, err)
+		require.Error(t, first.result(t))
+		second := send(client, "second") // with the first's number
+		b := e.arrival()
+		a.deliver()
+		second.wantPending(t, "only the first was delivered")
+		b.deliver()
+		second.wantAcked(t, "delivered")
+		require.NoError(t, client.Close(context.Background(), ""))
+	})
+}

@@ -1,0 +1,375 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// atBothOutputs runs a test with each of the outputs in a pipeline that tries
+// nothing again, and with its peer's session.
+func atBothOutputs(t *testing.T, fields string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
+	t.Helper()
+	t.Run("cryo", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			server := e.serve()
+			e.run(fromOnce, with(dialOutput, fields))
+			test(t, e, server.session())
+		})
+	})
+	t.Run("cryo_server", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(fromOnce, with(listenOutput, fields))
+			peer := e.dial()
+			synctest.Wait()
+			test(t, e, peer)
+		})
+	})
+}
+
+const asStream = "message_type: stream"
+
+func TestAMessageAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {
+	for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+		t.Run(fmt.Sprint(flow), func(t *testing.T) {
+			atBothOutputs(t, asStream, func(t *testing.T, e *engine, peer *cryo.Session) {
+				size := int64(-1)
+				if flow == cryo.FlowPull {
+					require.NoError(t, peer.SetIncomingFlowControl(t.Context(), flow))
+					size = 300_000
+				}
+				text := strings.Repeat("abc", 100_000)
+				f := e.give(text)
+				st, content := readStream(t, peer)
+				require.Equal(t, text, content)
+				require.Equal(t, "anonymous", st.Name())
+				require.Equal(t, size, st.Size())
+				f.wantPending(t, "not acknowledged yet")
+				require.NoError(t, st.Ack())
+				f.wantDelivered(t, "acknowledged")
+			})
+		})
+	}
+}
+
+func TestTheTypeAndTheNameOfAStreamAreInterpolated(t *testing.T) {
+	const fields = `message_type: '${! @kind }', stream: { name: 'files/${! @file }.txt' }`
+	atBothOutputs(t, fields, func(t *testing.T, e *engine, peer *cryo.Session) {
+		batch := batchOf("first", "text", "second")
+		for i, kind := range []string{"stream", "utf8", "stream"} {
+			batch[i].MetaSetMut("kind", kind)
+			batch[i].MetaSetMut("file", i)
+		}
+		f := e.giveBatch(batch)
+		for _, want := range []string{"first in files/0.txt", "second in files/2.txt"} {
+			st, content := readStream(t, peer)
+			require.Equal(t, want, content+" in "+st.Name())
+			require.NoError(t, st.Ack())
+			if content == "first" {
+				require.NoError(t, receiveTexts(t, peer, "text")[0].Ack())
+			}
+		}
+		f.wantDelivered(t, "all are acknowledged")
+	})
+}
+
+func TestAStreamTravelsInChunksOfTheSizeThatIsSet(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		sizes := make(chan int, 100)
+		e.raw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			start := peer.WantType("the stream", cryo.TypeTxStart)
+			peer.Ack(start)
+			for {
+				f := peer.Next("a part of the stream")
+				if f.Type == cryo.TypeTxFinish {
+					peer.Ack(f)
+					return
+				}
+				sizes <- len(f.Payload)
+			}
+		})
+		e.run(fromOnce, with(dialOutput, asStream+", stream: { chunk_bytes: 1000 }"))
+		e.give(strings.Repeat("x", 2500)).wantDelivered(t, "acknowledged")
+		require.Equal(t, []int{1000, 1000, 500}, []int{<-sizes, <-sizes, <-sizes})
+		require.Empty(t, sizes)
+	})
+}
+
+func TestABatchTravelsAsOneStreamThroughArchive(t *testing.T) {
+	for format, want := range map[string]string{"lines": "m0\nm1\nm2", "json_array": `["m0","m1","m2"]`} {
+		t.Run(format, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				e.run(fromFeed, with(dialOutput, asStream+", stream: { name: batch }, batching: { count: 3, processors: [ { archive: { format: "+format+" } } ] }"))
+				peer := server.session()
+				texts := []string{"m0", "m1", "m2"}
+				if format == "json_array" {
+					texts = []string{`"m0"`, `"m1"`, `"m2"`}
+				}
+				f := e.give(texts...)
+				st, content := readStream(t, peer)
+				require.Equal(t, want, content)
+				f.wantPending(t, "not acknowledged")
+				require.NoError(t, st.Reject())
+				st, content = readStream(t, peer)
+				require.Equal(t, want, content, "all of it again")
+				require.NoError(t, st.Ack())
+				f.wantDelivered(t, "acknowledged")
+			})
+		})
+	}
+}
+
+func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, asStream+", stream: { name: '${! content() }' }"))
+		peer := server.session()
+		batch := batchOf(words("m%d", 4)...)
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		for i := range 4 {
+			switch i {
+			case 1: // unread
+				require.NoError(t, acceptStream(t, peer).Reject())
+			case 2: // behind its end
+				st, _ := readStream(t, peer)
+				synctest.Wait()
+				require.NoError(t, st.Reject())
+			default:
+				st, content := readStream(t, peer)
+				require.Equal(t, fmt.Sprintf("m%d", i), content)
+				require.NoError(t, st.Ack())
+			}
+		}
+		err := next(t, f.verdict)
+		require.Equal(t, []bool{false, true, true, false}, failures(t, err, index, cryo.ErrStreamCancelled))
+		require.NoError(t, peer.Err(), "the session goes on")
+	})
+}
+
+// failures tells which of four messages have failed, for this cause.
+func failures(t *testing.T, err error, index *service.Indexer, cause error) []bool {
+	t.Helper()
+	var batchErr *service.BatchError
+	require.ErrorAs(t, err, &batchErr)
+	failed := make([]bool, 4)
+	batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
+		failed[i] = err != nil
+		if err != nil {
+			require.ErrorIs(t, err, cause)
+		}
+		return true
+	})
+	return failed
+}
+
+func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, asStream+", ack_timeout: 10s"))
+		peer := server.session()
+		begin := time.Now()
+		f := e.give(strings.Repeat("x", 100_000))
+		st := acceptStream(t, peer)
+		time.Sleep(9 * time.Second)
+		_, err := st.Read(make([]byte, 1)) // acknowledges TX_START
+		require.NoError(t, err)
+		time.Sleep(9 * time.Second)
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "each step came in time")
+		require.Equal(t, 18*time.Second, time.Since(begin))
+
+		for _, read := range []bool{false, true} {
+			begin = time.Now()
+			f = e.give("late")
+			if read {
+				readStream(t, peer)
+			} else {
+				st := acceptStream(t, peer)
+				defer func() { _ = st.Reject() }()
+			}
+			err = next(t, f.verdict)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.ErrorContains(t, err, "none within ack_timeout (10s)")
+			require.Equal(t, 10*time.Second, time.Since(begin))
+			require.NoError(t, peer.Err(), "the session goes on")
+		}
+	})
+}
+
+func TestWhatIsTooLargeForAFrameTravelsAsAStreamOnly(t *testing.T) {
+	atBothOutputs(t, `message_type: '${! @kind.or("stream") }'`, func(t *testing.T, e *engine, peer *cryo.Session) {
+		big := strings.Repeat("x", cryo.MaxPayload+1)
+		for _, kind := range []string{"utf8", "binary", "auto"} {
+			batch := batchOf(big)
+			batch[0].MetaSetMut("kind", kind)
+			err := next(t, e.giveBatch(batch).verdict)
+			require.ErrorContains(t, err, "16777217 bytes", kind)
+			require.ErrorContains(t, err, "stream", kind)
+		}
+		f := e.give(big)
+		st, content := readStream(t, peer)
+		require.Len(t, content, len(big))
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "acknowledged")
+	})
+}
+
+func TestWhatCameAsAStreamGoesOnAsAStreamWithItsName(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		const elsewhere = "192.0.2.3:80"
+		e.run(strings.Replace(listenInput, somewhere, elsewhere, 1), dialOutput)
+		to := server.session()
+		from, err := cryo.Dial(t.Context(), "ws://"+elsewhere, &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
+		require.NoError(t, err)
+		defer end(from)
+		sent := sendStream(from, "orders.csv", "a,b\n1,2\n")
+		st, content := readStream(t, to)
+		require.Equal(t, "orders.csv", st.Name())
+		require.Equal(t, "a,b\n1,2\n", content)
+		sent.wantPending(t, "not acknowledged at the far end")
+		require.NoError(t, st.Ack())
+		sent.wantAcked(t, "acknowledged at the far end")
+
+		m := send(from, "text")
+		require.NoError(t, receiveTexts(t, to, "text")[0].Ack())
+		m.wantAcked(t, "a message stays one")
+	})
+}
+
+func TestAStreamWithoutAUsableNameFailsAloneAndIsNotSent(t *testing.T) {
+	atBothOutputs(t, asStream+`, stream: { name: '${! json("name") }' }`, func(t *testing.T, e *engine, peer *cryo.Session) {
+		batch := batchOf(`{"name":"good"}`, `no JSON`, `{"name":"`+strings.Repeat("x", 1025)+`"}`, `{"name":"last"}`)
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		for _, name := range []string{"good", "last"} {
+			st, _ := readStream(t, peer)
+			require.Equal(t, name, st.Name())
+			require.NoError(t, st.Ack())
+		}
+		err := next(t, f.verdict)
+		var batchErr *service.BatchError
+		require.ErrorAs(t, err, &batchErr)
+		errs := make([]error, 4)
+		batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool { errs[i] = err; return true })
+		require.NoError(t, errs[0])
+		require.ErrorContains(t, errs[1], "field stream.name: ")
+		require.ErrorContains(t, errs[2], "1025 bytes, at most 1024")
+		require.NoError(t, errs[3])
+	})
+}
+
+func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) {
+	toAll(t, asStream, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("news")
+		for i, c := range clients {
+			f.wantPending(t, "not all have answered")
+			st, content := readStream(t, c)
+			require.Equal(t, "news", content)
+			if i == 1 {
+				require.NoError(t, st.Reject())
+			} else {
+				require.NoError(t, st.Ack())
+			}
+		}
+		f.wantDelivered(t, "all have answered, and some have acknowledged")
+
+		f = e.give("refused")
+		for _, c := range clients {
+			require.NoError(t, acceptStream(t, c).Reject())
+		}
+		require.ErrorContains(t, next(t, f.verdict), "acknowledged by none of 3 sessions")
+	})
+}
+
+func TestAClientThatTakesNoStreamIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T) {
+	toAll(t, asStream+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("news")
+		st, _ := readStream(t, clients[0])
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "one has acknowledged")
+		synctest.Wait()
+		require.NoError(t, clients[0].Err())
+		require.Error(t, clients[1].Err(), "this one did not even take it")
+	})
+}
+
+func TestAStreamGoesBackToTheSessionThatItCameFrom(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, with(listenOutput, "send_to: session, session_id: '${! @cryo_session_id }'"), "mapping: root = content().uppercase()")
+		first, second := e.dial(), e.dial()
+		for i, client := range []*cryo.Session{first, second} {
+			name := fmt.Sprint("stream ", i)
+			sent := sendStream(client, name, "hello")
+			st, content := readStream(t, client)
+			require.Equal(t, name+" HELLO", st.Name()+" "+content)
+			sent.wantPending(t, "the answer is not acknowledged")
+			require.NoError(t, st.Ack())
+			sent.wantAcked(t, "and now it is")
+		}
+	})
+}
+
+func TestAStreamThatMeetsTheEndOfItsSessionIsSentOnTheNext(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, with(dialOutput, asStream))
+		f := e.give("text")
+		for range 2 {
+			peer := server.session()
+			readStream(t, peer)
+			f.wantPending(t, "not acknowledged")
+			end(peer)
+		}
+		st, content := readStream(t, server.session())
+		require.Equal(t, "text", content)
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "acknowledged")
+	})
+}
+
+func TestAMixedBatchKeepsItsOrder(t *testing.T) {
+	atBothOutputs(t, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }`, func(t *testing.T, e *engine, peer *cryo.Session) {
+		texts := []string{"m0", "m1", "s2", "s3", "m4", "s5", "m6"}
+		f := e.give(texts...)
+		for _, text := range texts {
+			f.wantPending(t, "not all are acknowledged")
+			if text[0] == 's' {
+				wantNothing(t, peer)
+				st, content := readStream(t, peer)
+				require.Equal(t, text, content)
+				require.NoError(t, st.Ack())
+				continue
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			_, err := peer.AcceptStream(ctx)
+			require.ErrorIs(t, err, context.Canceled, "not yet")
+			require.NoError(t, receiveTexts(t, peer, text)[0].Ack())
+		}
+		f.wantDelivered(t, "all are acknowledged")
+	})
+}
+
+func TestWhatASendingSessionIsSentAsAStreamIsCancelled(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		peer := server.session()
+		err := peer.SendStream(t.Context(), strings.NewReader("content"), nil)
+		require.ErrorIs(t, err, cryo.ErrStreamCancelled)
+		require.NoError(t, peer.Err())
+	})
+}

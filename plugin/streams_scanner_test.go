@@ -1,0 +1,235 @@
+package plugin
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func gzipped(t *testing.T, text string) string {
+	t.Helper()
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, err := w.Write([]byte(text))
+	require.NoError(t, err)
+	require.NoError(t, w.Close())
+	return b.String()
+}
+
+func tarred(t *testing.T, files ...string) string {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for i, content := range files {
+		require.NoError(t, w.WriteHeader(&tar.Header{Name: fmt.Sprint(i), Mode: 0o600, Size: int64(len(content))}))
+		_, err := w.Write([]byte(content))
+		require.NoError(t, err)
+	}
+	require.NoError(t, w.Close())
+	return b.String()
+}
+
+func TestEachScannerCutsAStreamWhichIsAcknowledgedBehindItsLastMessage(t *testing.T) {
+	for _, tt := range []struct {
+		scanner, stream string
+		want            []string
+	}{
+		{"to_the_end: {}", "one\ntwo\n", []string{"one\ntwo\n"}},
+		{"lines: {}", "one\r\ntwo\nthree", []string{"one", "two", "three"}},
+		{"lines: { custom_delimiter: X }", "oneXtwo\nX", []string{"one", "two\n"}},
+		{"re_match: { pattern: '(?m)^\\d\\d:' }", "01:a\n02:b\nb\n03:c", []string{"01:a\n", "02:b\nb\n", "03:c"}},
+		{"csv: {}", "a,b\n1,2\n3,\"4\n5\"\n", []string{`{"a":"1","b":"2"}`, `{"a":"3","b":"4\n5"}`}},
+		{"csv: { parse_header_row: false }", "1,2\n3,4", []string{`["1","2"]`, `["3","4"]`}},
+		{"chunker: { size: 4 }", "1234567890", []string{"1234", "5678", "90"}},
+		{"json_documents: {}", `{"a":1} {"a":2}[3]`, []string{`{"a":1}`, `{"a":2}`, `[3]`}},
+		{"json_array: {}", `[{"a":1},{"a":2}]`, []string{`{"a":1}`, `{"a":2}`}},
+		{"skip_bom: { into: { lines: {} } }", "\xEF\xBB\xBFone\ntwo", []string{"one", "two"}},
+		{"decompress: { algorithm: gzip, into: { lines: {} } }", gzipped(t, "one\ntwo\n"), []string{"one", "two"}},
+		{"decompress: { algorithm: pgzip, into: { lines: {} } }", gzipped(t, "one\ntwo"), []string{"one", "two"}},
+		{"decompress: { algorithm: gzip, into: { csv: {} } }", gzipped(t, "a\n1\n2\n"), []string{`{"a":"1"}`, `{"a":"2"}`}},
+		{"tar: {}", tarred(t, "one", "two"), []string{"one", "two"}},
+		{"decompress: { algorithm: gzip, into: { tar: {} } }", gzipped(t, tarred(t, "one", "two")), []string{"one", "two"}},
+		{"decompress: { algorithm: pgzip, into: { tar: {} } }", gzipped(t, tarred(t, "one", "two")+strings.Repeat("padding ", 1<<18)), []string{"one", "two"}},
+		{"decompress: { algorithm: pgzip, into: { csv: {} } }", gzipped(t, ""), nil},
+		{"switch: [ { re_match_name: '\\.log$', scanner: { lines: {} } }, { scanner: { to_the_end: {} } } ]", "one\ntwo", []string{"one", "two"}},
+	} {
+		t.Run(tt.scanner, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }"), toProbe)
+				stream := sendStream(e.dial(), "a.log", tt.stream)
+				arrivals := e.want(tt.want...)
+				for _, a := range slices.Backward(arrivals) {
+					stream.wantPending(t, "a message is in the pipeline")
+					a.deliver()
+				}
+				stream.wantAcked(t, "all is delivered")
+			})
+		})
+	}
+}
+
+func TestAScannerThatFailsCancelsItsStream(t *testing.T) {
+	zipped := gzipped(t, strings.Repeat("0123456789\n", 3)+"a last line")
+	for _, tt := range []struct {
+		scanner, stream string
+		want            []string // at most
+	}{
+		{"csv: {}", "a,b\n1,2\n3\n", []string{`{"a":"1","b":"2"}`}},
+		{"json_documents: {}", `{"a":1} {"a"`, []string{`{"a":1}`}},
+		{"tar: {}", strings.Repeat("no archive", 1000), nil},
+		{"tar: {}", tarred(t, "one", "two")[:1024+512+2], []string{"one"}},
+		{"decompress: { algorithm: gzip }", "not compressed", nil},
+		{"lines: { max_buffer_size: 100 }", "one\n" + strings.Repeat("x", 200), []string{"one"}},
+		// What was compressed is cut off, or spoilt, though the stream is whole.
+		{"decompress: { algorithm: gzip, into: { lines: {} } }", zipped[:len(zipped)-12], []string{"0123456789", "0123456789", "0123456789"}},
+		{"decompress: { algorithm: pgzip, into: { lines: {} } }", zipped[:len(zipped)-12], []string{"0123456789"}},
+		{"decompress: { algorithm: gzip, into: { csv: { continue_on_error: true, parse_header_row: false } } }", gzipped(t, "1,2\n3,4")[:20], nil},
+	} {
+		t.Run(tt.scanner, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }"), toProbe)
+				texts := e.deliverAll()
+				peer := e.dial()
+				sendStream(peer, "bad", tt.stream).cancelled(t, "its scanner fails")
+				synctest.Wait()
+				for _, text := range texts() {
+					require.Contains(t, tt.want, text, "a part was passed on as a whole")
+				}
+				e.log.want(t, fmt.Sprintf(`WARN Lost the stream "bad" of session %d after %d bytes: scanner: `, peer.ID(), len(tt.stream)))
+				require.NoError(t, peer.Err(), "the session goes on")
+			})
+		})
+	}
+}
+
+func TestAFaultyRowIsPassedOnWhereTheScannerContinues(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { csv: { continue_on_error: true } } }"), "serial: {}")
+		stream := sendStream(e.dial(), "rows", "a,b\n1,2\n3\n4,5\n")
+		for _, want := range []string{"", "wrong number of fields", ""} {
+			a := e.arrival()
+			err := a.batch[0].GetError()
+			if want == "" {
+				require.NoError(t, err)
+			} else {
+				require.ErrorContains(t, err, want)
+			}
+			a.deliver()
+		}
+		stream.wantAcked(t, "all rows are delivered")
+	})
+}
+
+func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
+	text := strings.Repeat("0123456789\n", 200)
+	for _, tt := range []struct {
+		scanner, part string
+		want          []string
+	}{
+		{"lines: {}", "one\ntwo\nthr", []string{"one", "two"}},
+		{"lines: {}", "one\ntwo\n", []string{"one", "two"}},
+		{"lines: {}", "no line", nil},
+		{"re_match: { pattern: '(?m)^\\d\\d:' }", "01:a\n02:b\n03:c", []string{"01:a\n", "02:b\n"}},
+		{"csv: {}", "a,b\n1,2\n3,4", []string{`{"a":"1","b":"2"}`}},
+		{"csv: {}", "a,b", nil},
+		{"csv: { continue_on_error: true }", "a,b\n1,2\n3,4", []string{`{"a":"1","b":"2"}`}},
+		{"csv: { continue_on_error: true }", "a,b\n1,2\n3", []string{`{"a":"1","b":"2"}`}},
+		{"csv: { continue_on_error: true }", "a,b\n1,2\n3,\"4", []string{`{"a":"1","b":"2"}`}},
+		{"chunker: { size: 4 }", "1234567890", []string{"1234", "5678"}},
+		{"json_documents: {}", `{"a":1} {"a":2} {"a"`, []string{`{"a":1}`, `{"a":2}`}},
+		{"json_documents: {}", `1 2 34`, []string{`1`, `2`}},
+		{"json_array: {}", `[{"a":1},{"a":2},{"a"`, []string{`{"a":1}`, `{"a":2}`}},
+		{"to_the_end: {}", "all but the end", nil},
+		{"skip_bom: { into: { lines: {} } }", "\xEF\xBB\xBFone\ntwo\nthr", []string{"one", "two"}},
+		{"skip_bom: { into: { lines: {} } }", "on", nil},
+		{"tar: {}", tarred(t, "one", "two")[:1024+512+2], []string{"one"}},
+		{"decompress: { algorithm: gzip }", gzipped(t, text)[:20], nil},
+		{"decompress: { algorithm: pgzip }", gzipped(t, text)[:20], nil},
+	} {
+		t.Run(tt.scanner+" of "+fmt.Sprintf("%.20q", tt.part), func(t *testing.T) {
+			test := func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+				st := open(t, peer, "cut off")
+				write(t, st, tt.part)
+				e.net.cut()
+				arrivals := e.want(tt.want...)
+				for _, a := range arrivals {
+					a.deliver()
+				}
+				e.wantNoArrival("the rest is no whole record")
+				e.log.want(t, fmt.Sprintf(`WARN Lost the stream "cut off" of session %d after %d bytes: unexpected EOF after %d bytes`, peer.ID(), len(tt.part), len(tt.part)))
+				require.Error(t, st.Finish())
+			}
+			atBothInputs(t, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }", test)
+		})
+	}
+}
+
+func TestWhatWasCompleteOfACutOffStreamComesBeforeTheNextConnection(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(with(dialInput, "max_in_flight: 1, "+asLines), toProbe)
+		peer := server.session()
+		st := open(t, peer, "log")
+		write(t, st, "one\ntwo\nthree\nfo")
+		server.shutdown() // there will be no next one
+		for _, text := range []string{"one", "two", "three"} {
+			e.want(text)[0].deliver()
+		}
+		e.wantNoArrival("the rest is no whole record")
+		require.Error(t, st.Finish())
+	})
+}
+
+func TestACompressedStreamThatIsCutOffPassesOnNoPartOfALine(t *testing.T) {
+	for _, algorithm := range []string{"gzip", "pgzip"} {
+		t.Run(algorithm, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { decompress: { algorithm: "+algorithm+", into: { lines: {} } } } }"), toProbe)
+				texts := e.deliverAll()
+				var lines strings.Builder
+				for i := range 20_000 {
+					fmt.Fprintf(&lines, "a line with the number %06d\n", i*7919%1_000_000)
+				}
+				zipped := gzipped(t, lines.String())
+				st := open(t, e.dial(), "log.gz")
+				write(t, st, zipped[:len(zipped)/2])
+				e.net.cut()
+				synctest.Wait()
+				for _, text := range texts() {
+					require.Len(t, text, len("a line with the number 000000"))
+				}
+				require.Error(t, st.Finish())
+				e.log.want(t, fmt.Sprintf("after %d bytes: unexpected EOF", len(zipped)/2))
+			})
+		})
+	}
+}
+
+func TestWhatFollowsTheEndThatAScannerSeesIsReadAndTheStreamAcknowledged(t *testing.T) {
+	atBothInputs(t, "max_batch_count: 1, streams: { scanner: { tar: {} } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		stream := sendStream(peer, "archive", tarred(t, "one", "two")+strings.Repeat("padding ", 1<<18))
+		arrivals := e.want("one", "two")
+		require.Equal(t, "1", meta(arrivals[1].batch[0], "tar_name"))
+		arrivals[0].deliver()
+		stream.wantPending(t, "a file is in the pipeline")
+		arrivals[1].deliver()
+		stream.wantAcked(t, "delivered")
+
+		// Not before the stream's own end.
+		st := open(t, peer, "archive")
+		write(t, st, tarred(t, "three"))
+		e.want("three")[0].deliver()
+		write(t, st, "padding")
+		finish := sendAny(st.Finish)
+		finish.wantAcked(t, "delivered before")
+	})
+}
