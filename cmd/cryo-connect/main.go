@@ -1,0 +1,48 @@
+// Command cryo-connect is Redpanda Connect's engine with the Cryo components
+// built in, and with the components that reach Kafka, S3, HTTP and Prometheus.
+//
+// Try "cryo-connect help", or "cryo-connect list inputs".
+package main
+
+import (
+	"context"
+	"runtime/debug"
+
+	_ "github.com/redpanda-data/benthos/v4/public/components/io"
+	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
+	"github.com/redpanda-data/benthos/v4/public/service"
+	_ "github.com/redpanda-data/connect/v4/public/components/aws"
+	_ "github.com/redpanda-data/connect/v4/public/components/kafka"
+	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
+
+	_ "github.com/cryo-connect/cryo-connect/plugin"
+)
+
+const (
+	binaryName       = "cryo-connect"
+	documentationURL = "https://github.com/cryo-connect/cryo-connect"
+)
+
+func main() {
+	info, _ := debug.ReadBuildInfo()
+	version, date := buildStamp(info)
+
+	service.RunCLI(
+		context.Background(),
+		service.CLIOptSetVersion(version, date),
+		service.CLIOptSetBinaryName(binaryName),
+		service.CLIOptSetProductName(binaryName),
+		service.CLIOptSetDocumentationURL(documentationURL),
+		service.CLIOptSetDefaultConfigPaths(
+			"cryo-connect.yaml",
+			"/cryo-connect.yaml",
+			"/etc/cryo-connect/config.yaml",
+			"/etc/cryo-connect.yaml",
+		),
+		service.CLIOptSetMainSchemaFrom(func() *service.ConfigSchema {
+			schema := service.GlobalEnvironment().FullConfigSchema(version, date)
+			schema.SetFieldDefault(map[string]any{"@service": binaryName}, "logger", "static_fields")
+			return schema
+		}),
+	)
+}
