@@ -1,0 +1,477 @@
+package interop_test
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// cryo-connect listens, and cryo-client-node connects.
+
+// listen is the listener that the components of this file share.
+const listen = `
+    address: 127.0.0.1:0
+    tokens: [ "${CRYO_TOKEN}" ]
+`
+
+const maxPayload = 16 << 20
+
+// multiByte has characters of two, three and four bytes.
+const multiByte = "grüße – 氷 🧊"
+
+var payloads = []payload{
+	{kind: "text", size: 1},
+	{kind: "text", size: 64 << 10},
+	{kind: "text", size: maxPayload},
+	{kind: "text", text: multiByte},
+	{kind: "text", text: strings.Repeat(multiByte, 5000)},
+	{kind: "text", text: "zero \x00 inside"},
+	{kind: "binary", size: 0},
+	{kind: "binary", size: 1},
+	{kind: "binary", size: 64 << 10},
+	{kind: "binary", size: maxPayload},
+}
+
+func TestClientSendsMessages(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+toLines)
+	c := client(t)
+	id := c.connect(p.wantListening())
+
+	for _, m := range payloads {
+		c.run(m.command())
+		r := p.wantMessage(m.String(), m.bytes())
+		require.Equal(t, m.messageType(), r.Type, "%s", m)
+		require.Equal(t, id, r.Session, "%s", m)
+	}
+	// The package sends the text "null" in place of an empty one.
+	c.run(command{"do": "text", "text": ""})
+	p.wantMessage("an empty text", []byte("null"))
+	p.wantNoMessage()
+}
+
+func TestClientReceivesMessages(t *testing.T) {
+	t.Parallel()
+	s, input := newSource(t)
+	p := run(t, input+"output:\n  cryo_server:"+listen+`
+    message_type: ${! @type }
+`)
+	c := connected(t, p.wantListening())
+	s.ready(p)
+
+	for _, m := range append(payloads, payload{kind: "text"}) {
+		s.deliver(m.bytes(), "type="+m.messageType())
+		c.want(m.kind, is(m.bytes()))
+	}
+}
+
+func TestClientManyMessagesBothWays(t *testing.T) {
+	t.Parallel()
+	const sent, posts = 2000, 300
+	s, input := newSource(t)
+	p := run(t, bothWays(input, "", "    stdout: {}\n", "    max_in_flight: 400\n"))
+	address := p.wantListening()
+	s.ready(p)
+	clients := []*node{client(t), client(t)}
+	for _, c := range clients {
+		// The package is content with the WebSocket; what is sent to all goes to
+		// those who have said ENDPOINT_INFO.
+		p.wantLog("Session " + c.connect(address) + " connected")
+	}
+
+	var running []int
+	for i, c := range clients {
+		running = append(running, c.tell(command{"do": "texts", "count": sent, "prefix": fmt.Sprintf("up-%d-", i)}))
+	}
+	var down []*posted
+	for i := range posts {
+		down = append(down, s.post(fmt.Appendf(nil, "down-%d", i)))
+	}
+	for i, m := range down {
+		m.wantDelivered(fmt.Sprintf("message %d to the clients", i))
+	}
+	for i, c := range clients {
+		c.wantDone(running[i])
+		for k := range posts {
+			c.want("text", func(e event) bool { return e.Text == fmt.Sprintf("down-%d", k) })
+		}
+		require.Zero(t, c.count(isEvent("text")), "messages came twice")
+		prefix := fmt.Sprintf("up-%d-", i)
+		seen := make(map[string]bool)
+		for range sent {
+			line := p.take("a client's message", func(line string) bool { return strings.HasPrefix(line, prefix) })
+			require.False(t, seen[line], "%s came twice", line)
+			seen[line] = true
+		}
+	}
+}
+
+// bothWays is a pipeline from clients to an output, and from an input to
+// clients. The two have the same address, and share the listener.
+func bothWays(input, receiving, output, sending string) string {
+	return `
+input:
+  broker:
+    inputs:
+      - cryo_server:` + indent(indent(listen+receiving)) + `
+        processors:
+          - mapping: meta from = "cryo"
+      -` + indent(indent(strings.TrimPrefix(input, "\ninput:"))) + `
+output:
+  switch:
+    cases:
+      - check: '@from == "cryo"'
+        output:` + indent(indent("\n"+output)) + `
+      - output:
+          cryo_server:` + indent(indent(listen+sending))
+}
+
+// indent moves YAML four columns to the right.
+func indent(yaml string) string { return strings.ReplaceAll(yaml, "\n", "\n    ") }
+
+func TestClientIsAcknowledgedAfterDelivery(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+g.output())
+	c := connected(t, p.wantListening())
+
+	first := c.tell(command{"do": "text", "text": "first"})
+	d1 := g.next()
+	second := c.tell(command{"do": "binary", "size": 1000})
+	d2 := g.next()
+	c.wantOpen(first)
+	c.wantOpen(second)
+
+	d2.pass()
+	c.wantDone(second)
+	c.wantOpen(first)
+
+	// Tried again, because that is the default.
+	d1.turnAway()
+	again := g.next()
+	require.Equal(t, "first", string(again.data))
+	c.wantOpen(first)
+	again.pass()
+	c.wantDone(first)
+}
+
+func TestClientIsToldOfARejection(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+g.output())
+	c := connected(t, p.wantListening())
+
+	for _, m := range []command{{"do": "text", "text": "bad"}, {"do": "binary", "size": 100}} {
+		refused := c.tell(m)
+		g.next().turnAway()
+		require.Equal(t, "the message could not be delivered", c.wantFailed(refused))
+	}
+	good := c.tell(command{"do": "text", "text": "good"})
+	g.next().pass()
+	c.wantDone(good)
+}
+
+// What no sender of a refusal can avoid, and docs/interop.md warns of.
+func TestClientThatDoesNotCatchARejection(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+g.output())
+	c := connected(t, p.wantListening())
+	c.run(command{"do": "uncaught", "text": "bad"})
+	c.killed = true // by its own application
+	g.next().turnAway()
+	c.wantExit(1)
+}
+
+func TestClientIsRefusedWithoutAnInput(t *testing.T) {
+	t.Parallel()
+	s, input := newSource(t)
+	p := run(t, input+"output:\n  cryo_server:"+listen)
+	c := connected(t, p.wantListening())
+	s.ready(p)
+
+	text := c.tell(command{"do": "text", "text": "for nobody"})
+	stream := c.tell(command{"do": "stream", "name": "for nobody", "chunks": []int{10, 10}})
+	require.Equal(t, "this session receives no messages", c.wantFailed(text))
+	s.deliver([]byte("goes on"))
+	c.wantOpen(stream) // cancelled, of which the package takes no notice
+	c.want("text", is([]byte("goes on")))
+}
+
+func TestClientSendsStreams(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+toLines)
+	c := connected(t, p.wantListening())
+
+	c.run(command{"do": "stream", "name": "three parts", "chunks": []int{10, 100_000, 1}})
+	r := p.wantMessage("a stream", join(10, 100_000, 1))
+	require.Equal(t, "stream", r.Type)
+	require.Equal(t, "three parts", r.Name)
+	require.Equal(t, -1, r.Size)
+
+	c.run(command{"do": "stream", "chunks": []int{maxPayload, 3}})
+	require.Equal(t, "anonymous", p.wantMessage("a stream with the largest chunk", join(maxPayload, 3)).Name)
+
+	c.run(command{"do": "stream", "name": multiByte, "chunks": []int{}})
+	require.Equal(t, multiByte, p.wantMessage("an empty stream", nil).Name)
+
+	// Several at a time, their chunks in turn, with a message in between.
+	var open []int
+	for _, name := range []string{"a", "b", "c"} {
+		open = append(open, c.tell(command{"do": "stream", "name": name, "source": name}))
+	}
+	for range 3 {
+		for _, name := range []string{"a", "b", "c"} {
+			c.run(command{"do": "chunk", "source": name, "text": name + "\n"})
+		}
+	}
+	c.run(command{"do": "text", "text": "in between"})
+	for i, name := range []string{"a", "b", "c"} {
+		c.run(command{"do": "end", "source": name})
+		c.wantDone(open[i])
+		require.Equal(t, name, p.wantMessage("stream "+name, []byte(strings.Repeat(name+"\n", 3))).Name)
+	}
+}
+
+// join is the data of a stream with chunks of these sizes.
+func join(sizes ...int) []byte {
+	var b []byte
+	for i, size := range sizes {
+		b = append(b, numbers(size, i)...)
+	}
+	return b
+}
+
+func TestClientReceivesStreams(t *testing.T) {
+	t.Parallel()
+	s, input := newSource(t)
+	p := run(t, input+"output:\n  cryo_server:"+listen+`
+    message_type: stream
+    stream:
+      name: ${! @name }
+      chunk_bytes: 5000
+`)
+	c := connected(t, p.wantListening())
+	s.ready(p)
+
+	var running []*posted
+	sizes := []int{0, 1, 4999, 5000, 5001, 3_000_000}
+	for _, size := range sizes {
+		running = append(running, s.post(numbers(size, 0), fmt.Sprintf("name=of %d", size)))
+	}
+	for i, size := range sizes {
+		running[i].wantDelivered(fmt.Sprintf("stream of %d bytes", size))
+		e := c.want("streamed", named(fmt.Sprintf("of %d", size)), is(numbers(size, 0)))
+		require.Equal(t, (size+4999)/5000, e.Chunks, "chunks of %d bytes", size)
+	}
+}
+
+func TestClientStreamIsCancelled(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+`
+    streams:
+      max_bytes: 1000
+      idle_timeout: 300ms
+`+toLines)
+	c := connected(t, p.wantListening())
+
+	// The package takes no notice of TX_CANCEL, and must survive it.
+	c.run(command{"do": "stream", "name": "long", "chunks": []int{600, 600, 600}})
+	p.wantLog("Lost the stream", "long", "too long")
+
+	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
+	c.run(command{"do": "chunk", "source": "silent", "size": 10})
+	p.wantLog("Lost the stream", "silent", "fell silent")
+
+	id := c.tell(command{"do": "stream", "name": "broken", "source": "broken"})
+	c.run(command{"do": "chunk", "source": "broken", "size": 10})
+	c.run(command{"do": "fail", "source": "broken"})
+	require.Equal(t, "the source has failed", c.wantFailed(id))
+	p.wantLog("Lost the stream", "broken", "fell silent")
+
+	c.run(command{"do": "end", "source": "silent"})
+	c.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
+	require.Equal(t, "short", p.wantMessage("the stream that is short enough", numbers(1000, 0)).Name)
+	p.wantNoMessage()
+}
+
+func TestClientStreamIsCutOff(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+`
+    streams:
+      scanner:
+        lines: {}
+`+toLines)
+	address := p.wantListening()
+	for _, cut := range []string{"terminate", "close", "kill"} {
+		c := connected(t, address)
+		c.tell(command{"do": "stream", "name": cut, "source": "s"})
+		c.run(command{"do": "chunk", "source": "s", "text": "whole line of " + cut + "\npart of a "})
+		p.wantMessage("the line that was whole", []byte("whole line of "+cut))
+		if cut == "kill" {
+			c.stop()
+		} else {
+			c.run(command{"do": cut})
+			c.want("closed")
+		}
+		p.wantLog("Lost the stream", `"`+cut+`\"`, "unexpected EOF")
+	}
+	p.wantNoMessage()
+}
+
+func TestClientHeartbeat(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+"    heartbeat_interval: 200ms\n"+toLines)
+	c := connected(t, p.wantListening())
+	for range 8 {
+		require.Equal(t, "ping", c.want("heartbeat").Kind)
+	}
+	c.run(command{"do": "text", "text": "still here"})
+	// A pong that is answered would be answered again, thousands a second.
+	require.Less(t, c.count(isEvent("heartbeat")), 50)
+	require.Zero(t, c.count(isEvent("closed")))
+}
+
+func TestClientHeartbeatWhileThePipelineStalls(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+`
+    heartbeat_interval: 200ms
+    max_buffer_bytes: 50000
+    max_in_flight: 2
+`+g.output())
+	c := connected(t, p.wantListening())
+
+	var ids []int
+	for range 20 {
+		ids = append(ids, c.tell(command{"do": "binary", "size": 20_000}))
+	}
+	held := g.next()
+	for range 10 { // two seconds, of which cryo-connect reads nothing
+		require.Equal(t, "ping", c.want("heartbeat").Kind)
+	}
+	held.pass()
+	g.open()
+	for _, id := range ids {
+		c.wantDone(id)
+	}
+	require.Zero(t, c.count(isEvent("closed")))
+}
+
+func TestClientThatFreezesIsGivenUp(t *testing.T) {
+	t.Parallel()
+	s, input := newSource(t)
+	p := run(t, input+"output:\n  cryo_server:"+listen+"    heartbeat_interval: 200ms\n")
+	c := connected(t, p.wantListening())
+	s.ready(p)
+	require.NoError(t, c.cmd.Process.Signal(syscall.SIGSTOP))
+	defer c.cmd.Process.Signal(syscall.SIGCONT)
+	m := s.post([]byte("into the void"))
+	p.wantLog("no sign of life")
+	m.wantRejected("a message to a client that is frozen")
+	require.NoError(t, c.cmd.Process.Signal(syscall.SIGCONT))
+	c.want("closed")
+}
+
+func TestClientWithAWrongToken(t *testing.T) {
+	t.Parallel()
+	p := run(t, "input:\n  cryo_server:"+listen+toLines)
+	address := p.wantListening()
+	c := client(t)
+	id := c.tell(command{"do": "connect", "url": "ws://" + address, "token": "wrong"})
+	line := p.wantLog("Refused a client", "401")
+	require.NotContains(t, line, "wrong")
+	require.Contains(t, c.wantFailed(id), "Unable to connect") // after five attempts
+	c.connect(address)
+	c.run(command{"do": "text", "text": "with the right one"})
+}
+
+func TestClientWithAnIDThatIsTaken(t *testing.T) {
+	t.Parallel()
+	p := run(t, `
+input:
+  cryo_server:
+    address: 127.0.0.1:0
+    authorize: root = true
+`+toLines)
+	c := connected(t, p.wantListening())
+	c.run(command{"do": "text", "text": "one"})
+
+	// With another token it is somebody else's.
+	require.Contains(t, c.wantFailed(c.tell(command{"do": "again", "token": "another"})), "401")
+	c.run(command{"do": "text", "text": "two"})
+
+	// With the same token it is the same client, back again.
+	c.run(command{"do": "again"})
+	require.Equal(t, 1006, c.want("closed").Code)
+}
+
+func TestClientCloses(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+g.output())
+	address := p.wantListening()
+	c := connected(t, address)
+	first := c.tell(command{"do": "text", "text": "delivered"})
+	g.next().pass()
+	c.wantDone(first)
+	c.tell(command{"do": "text", "text": "on its way"})
+	held := g.next()
+	c.run(command{"do": "close"})
+	require.Equal(t, 4000, c.want("closed").Code)
+
+	// Nothing of what was said to the one reaches the next.
+	c2 := connected(t, address)
+	id := c2.tell(command{"do": "text", "text": "of another client"})
+	d := g.next()
+	held.pass()
+	c2.wantOpen(id)
+	d.pass()
+	c2.wantDone(id)
+}
+
+func TestClientIsToldOfTheEnd(t *testing.T) {
+	t.Parallel()
+	g := newGate(t)
+	p := run(t, "input:\n  cryo_server:"+listen+g.output())
+	c := connected(t, p.wantListening())
+	id := c.tell(command{"do": "text", "text": "in the pipeline at the end"})
+	d := g.next()
+	p.interrupt()
+	d.pass()
+	c.wantDone(id)
+	e := c.want("closed")
+	require.Equal(t, 4000, e.Code)
+	require.Equal(t, "server is shutting down", e.Reason)
+	p.wantExit(0)
+}
+
+func TestClientSetsFlowControl(t *testing.T) {
+	t.Parallel()
+	s, input := newSource(t)
+	p := run(t, input+"output:\n  cryo_server:"+listen+`
+    message_type: ${! @type }
+    send_to: session
+    session_id: ${! @session }
+    ack_timeout: 1s
+    stream:
+      name: ${! @name.or("stuck") }
+`)
+	c := client(t)
+	session := "session=" + c.connect(p.wantListening())
+	s.ready(p)
+
+	// The package has no way to fetch: it gets no stream after that.
+	c.run(command{"do": "flow", "behaviour": 1})
+	stuck := s.post(numbers(1000, 0), session, "type=stream")
+	s.deliver([]byte("messages go on"), session, "type=utf8")
+	c.want("text", is([]byte("messages go on")))
+	stuck.wantRejected("a stream that nobody fetches")
+
+	c.run(command{"do": "flow", "behaviour": 0})
+	s.deliver(numbers(1000, 0), session, "type=stream", "name=pushed")
+	c.want("streamed", named("pushed"), is(numbers(1000, 0)))
+}

@@ -1,0 +1,397 @@
+package interop_test
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// A session of the library, fed with a recorded package's half, says what
+// cryo-connect has said then: the same frames, but for the numbers that it
+// chooses itself, and for the order of what goes out side by side.
+func TestReplay(t *testing.T) {
+	t.Parallel()
+	for _, file := range transcripts(t) {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			t.Parallel()
+			newReplay(t, readTranscript(t, file)).run()
+		})
+	}
+}
+
+// replayPatience bounds each wait of a replay.
+const replayPatience = 20 * time.Second
+
+// replay plays the package's half over a connection in memory, and the
+// application's on top of the session: it acknowledges, refuses and sends when
+// the transcript has it.
+type replay struct {
+	t       *testing.T
+	tr      *transcript
+	ctx     context.Context
+	session *cryo.Session // known from the second frame on when accepted
+	accept  chan *cryo.Session
+	peer    *cryotest.Peer
+
+	said     chan entry // by the session
+	unasked  []entry
+	numbers  map[uint32]uint32 // of the session's frames: recorded → actual
+	txs      map[uint32]uint32 // of its streams, likewise
+	theirs   map[uint32]cryo.Frame
+	messages map[uint32]*cryo.Message
+	streams  map[uint32]*incoming
+	calls    []*call
+}
+
+// incoming is a stream that the session receives.
+type incoming struct {
+	stream *cryo.IncomingStream
+	data   []byte
+	err    error
+	read   chan struct{} // closed at its end
+}
+
+// call is an application's call that waits for the peer.
+type call struct {
+	what string
+	done chan error
+}
+
+func newReplay(t *testing.T, tr *transcript) *replay {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*replayPatience)
+	t.Cleanup(cancel)
+	r := &replay{
+		t: t, tr: tr, ctx: ctx, said: make(chan entry, 1000), accept: make(chan *cryo.Session, 1),
+		numbers: make(map[uint32]uint32), txs: make(map[uint32]uint32), theirs: make(map[uint32]cryo.Frame),
+		messages: make(map[uint32]*cryo.Message), streams: make(map[uint32]*incoming),
+	}
+	options := cryo.SessionOptions{SendOnly: tr.sendsOnly, HeartbeatInterval: quiet}
+	sid := tr.entries[0].frame(t).SID
+	if tr.dialled {
+		l := cryotest.NewServer(t)
+		go func() {
+			s, err := cryo.Dial(ctx, "ws://replay.test", &cryo.DialOptions{
+				SessionOptions: options, Token: token, SessionID: sid, NetDial: l.Dial, ConnectTimeout: replayPatience,
+			})
+			if err == nil {
+				r.accept <- s
+			}
+		}()
+		r.peer = l.NextPeer()
+	} else {
+		l := cryotest.Serve(t, cryo.NewServer(cryo.ServerOptions{
+			SessionOptions: options, Authorize: cryo.Tokens(token),
+			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { r.accept <- s },
+		}))
+		r.peer = cryotest.DialPeer(t, l.Dialer(), "ws://replay.test", token, sid)
+	}
+	r.peer.WS.SetCloseHandler(func(int, string) error { return nil }) // the transcript has the answer
+	go r.listen()
+	return r
+}
+
+// listen notes what the session says.
+func (r *replay) listen() {
+	defer close(r.said)
+	for {
+		_, b, err := r.peer.WS.ReadMessage()
+		if err == nil {
+			r.said <- entry{ours: true, wire: b}
+			continue
+		}
+		if closed, ok := err.(*websocket.CloseError); ok && closed.Code != websocket.CloseAbnormalClosure { //nolint:errorlint // never wrapped
+			r.said <- entry{ours: true, code: closed.Code, reason: closed.Text}
+		}
+		return
+	}
+}
+
+func (r *replay) run() {
+	r.t.Helper()
+	for i := range r.tr.entries {
+		e := &r.tr.entries[i]
+		switch {
+		case e.ours && e.wire == nil:
+			r.wantClose(e)
+		case e.ours:
+			f := e.frame(r.t)
+			r.act(&f, i)
+			r.wantFrame(&f, e)
+		case e.wire == nil:
+			r.peer.WriteClose(e.code, e.reason)
+		default:
+			r.feed(e.frame(r.t))
+		}
+	}
+	for _, c := range r.calls {
+		select {
+		case <-c.done: // with the outcome that the package's answer had
+		case <-r.ctx.Done():
+			require.FailNow(r.t, "still waiting", "%s", c.what)
+		}
+	}
+	select {
+	case <-r.theSession().Done():
+	case <-r.ctx.Done():
+		require.FailNow(r.t, "the session goes on")
+	}
+	for e := range r.said {
+		r.unasked = append(r.unasked, e)
+	}
+	for i := range r.unasked {
+		require.Fail(r.t, "not in the transcript", "%s", &r.unasked[i])
+	}
+}
+
+// theSession is there when the handshake is done.
+func (r *replay) theSession() *cryo.Session {
+	r.t.Helper()
+	if r.session == nil {
+		select {
+		case r.session = <-r.accept:
+		case <-r.ctx.Done():
+			require.FailNow(r.t, "the handshake did not succeed")
+		}
+	}
+	return r.session
+}
+
+// feed says a frame of the package to the session, with the session's numbers.
+func (r *replay) feed(f cryo.Frame) {
+	r.t.Helper()
+	switch f.Type {
+	case cryo.TypeAck, cryo.TypeError:
+		own, ours := r.numbers[f.Ack]
+		if ours {
+			f.Ack = own
+		} else {
+			r.theirs[f.Ack] = f
+		}
+	case cryo.TypeTxFetch, cryo.TypeTxCancel:
+		r.theirs[f.Ack] = f
+		f.Tx = r.txs[f.Tx]
+	case cryo.TypeTxChunk, cryo.TypePingPong:
+	default:
+		r.theirs[f.Ack] = f
+	}
+	r.peer.WriteFrames(f)
+
+	message := f.Type == cryo.TypeUTF8 || f.Type == cryo.TypeBinary || f.Type == cryo.TypeError && r.theirs[f.Ack].Type == cryo.TypeError
+	if message && !r.tr.sendsOnly {
+		m, err := r.theSession().Receive(r.ctx)
+		require.NoError(r.t, err)
+		require.Equal(r.t, f.Type, m.Type)
+		require.Equal(r.t, string(f.Payload), string(m.Payload))
+		r.messages[f.Ack] = m
+	}
+}
+
+// act does what the application did to make the session say a frame. Nothing
+// for what a session says by itself.
+func (r *replay) act(f *cryo.Frame, at int) {
+	r.t.Helper()
+	switch f.Type {
+	case cryo.TypeAck:
+		r.acknowledge(f.Ack)
+	case cryo.TypeError:
+		if m := r.messages[f.Ack]; m != nil {
+			require.NoError(r.t, m.Reject(string(f.Payload)))
+		}
+	case cryo.TypeTxCancel:
+		if st := r.streams[f.Tx]; st != nil {
+			require.NoError(r.t, st.stream.Reject())
+		}
+	case cryo.TypeUTF8:
+		r.call(describe(f), func(s *cryo.Session) error { return s.SendUTF8(r.ctx, string(f.Payload)) })
+	case cryo.TypeBinary:
+		r.call(describe(f), func(s *cryo.Session) error { return s.SendBinary(r.ctx, f.Payload) })
+	case cryo.TypeTxStart:
+		data, chunk := r.outgoing(f, at)
+		r.call(describe(f), func(s *cryo.Session) error {
+			return s.SendStream(r.ctx, bytes.NewReader(data), &cryo.StreamOptions{Name: string(f.Payload), ChunkBytes: chunk})
+		})
+	case cryo.TypeTxFlow:
+		r.call(describe(f), func(s *cryo.Session) error { return s.SetIncomingFlowControl(r.ctx, f.Flow) })
+	case cryo.TypeBye:
+		r.call(describe(f), func(s *cryo.Session) error { return s.Close(r.ctx, string(f.Payload)) })
+	}
+}
+
+func (r *replay) call(what string, f func(*cryo.Session) error) {
+	c := &call{what, make(chan error, 1)}
+	r.calls = append(r.calls, c)
+	s := r.theSession()
+	go func() { c.done <- f(s) }()
+}
+
+// acknowledge does what makes the session acknowledge one of the peer's frames.
+func (r *replay) acknowledge(number uint32) {
+	r.t.Helper()
+	f, ok := r.theirs[number]
+	require.True(r.t, ok, "an ACK for %d, which the package has not used", number)
+	switch f.Type {
+	case cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError:
+		require.NoError(r.t, r.messages[number].Ack())
+	case cryo.TypeTxStart:
+		r.receive(&f)
+	case cryo.TypeTxFinish:
+		st := r.streams[f.Tx]
+		select {
+		case <-st.read:
+		case <-r.ctx.Done():
+			require.FailNow(r.t, "the stream goes on", "tx %d", f.Tx)
+		}
+		require.NoError(r.t, st.err)
+		require.Equal(r.t, string(r.chunks(f.Tx, false)), string(st.data), "the stream's bytes")
+		require.NoError(r.t, st.stream.Ack())
+	}
+}
+
+// receive reads a stream, which makes the session take it.
+func (r *replay) receive(f *cryo.Frame) {
+	r.t.Helper()
+	stream, err := r.theSession().AcceptStream(r.ctx)
+	require.NoError(r.t, err)
+	require.Equal(r.t, string(f.Payload), stream.Name())
+	require.Equal(r.t, f.Tx, stream.Tx())
+	require.Equal(r.t, int64(f.Size), stream.Size())
+	st := &incoming{stream: stream, read: make(chan struct{})}
+	r.streams[f.Tx] = st
+	go func() {
+		defer close(st.read)
+		st.data, st.err = io.ReadAll(stream)
+	}()
+}
+
+// outgoing is the data of a stream that the session sends. What was never
+// recorded of one that was cancelled is made up.
+func (r *replay) outgoing(f *cryo.Frame, at int) (data []byte, chunk int) {
+	r.t.Helper()
+	for i := at; i < len(r.tr.entries); i++ {
+		e := &r.tr.entries[i]
+		if !e.ours || e.wire == nil {
+			continue
+		}
+		if c := e.frame(r.t); c.Type == cryo.TypeTxChunk && c.Tx == f.Tx {
+			chunk = max(chunk, len(c.Payload))
+		}
+	}
+	data = r.chunks(f.Tx, true)
+	if missing := int(f.Size) - len(data); missing > 0 {
+		data = append(data, make([]byte, missing)...)
+	}
+	return data, max(chunk, 1)
+}
+
+// chunks are a stream's recorded bytes.
+func (r *replay) chunks(tx uint32, ours bool) []byte {
+	r.t.Helper()
+	var data []byte
+	for i := range r.tr.entries {
+		if e := &r.tr.entries[i]; e.ours == ours && e.wire != nil {
+			if c := e.frame(r.t); c.Type == cryo.TypeTxChunk && c.Tx == tx {
+				data = append(data, c.Payload...)
+			}
+		}
+	}
+	return data
+}
+
+// next waits for something that the session says, and keeps it.
+func (r *replay) next(want string) {
+	r.t.Helper()
+	select {
+	case e, ok := <-r.said:
+		if !ok {
+			require.FailNow(r.t, "the connection has ended", "wanted %s, left over: %v", want, r.leftOver())
+		}
+		r.unasked = append(r.unasked, e)
+	case <-time.After(replayPatience):
+		require.FailNow(r.t, "nothing came", "wanted %s, left over: %v", want, r.leftOver())
+	}
+}
+
+func (r *replay) leftOver() (all []string) {
+	for i := range r.unasked {
+		all = append(all, r.unasked[i].String())
+	}
+	return all
+}
+
+// wantFrame wants the session to say a frame.
+func (r *replay) wantFrame(want *cryo.Frame, e *entry) {
+	r.t.Helper()
+	for {
+		i := slices.IndexFunc(r.unasked, func(got entry) bool { return got.wire != nil && r.equal(want, got.frame(r.t)) })
+		if i >= 0 {
+			// Order counts, but for answers: these go out as soon as they can.
+			for _, before := range r.unasked[:i] {
+				f := before.frame(r.t)
+				require.True(r.t, isAnswer(f.Type) || isAnswer(want.Type), "%s before %s", &before, e)
+			}
+			r.unasked = slices.Delete(r.unasked, i, i+1)
+			return
+		}
+		r.next(e.String())
+	}
+}
+
+func isAnswer(typ cryo.Type) bool {
+	return typ == cryo.TypeAck || typ == cryo.TypeError || typ == cryo.TypePingPong || typ == cryo.TypeTxFetch || typ == cryo.TypeTxCancel
+}
+
+// equal compares a recorded frame of ours with one that was said, and learns
+// the numbers from the first that suits.
+func (r *replay) equal(want *cryo.Frame, got cryo.Frame) bool {
+	expected := *want
+	switch expected.Type {
+	case cryo.TypeAck, cryo.TypeError, cryo.TypePingPong: // the peer's numbers
+	case cryo.TypeTxChunk, cryo.TypeTxFinish:
+		expected.Tx, expected.Ack = r.txs[expected.Tx], got.Ack
+	case cryo.TypeTxStart:
+		expected.Tx, expected.Ack = got.Tx, got.Ack
+	default:
+		expected.Ack = got.Ack
+	}
+	a, errA := cryo.AppendFrame(nil, &expected)
+	b, errB := cryo.AppendFrame(nil, &got)
+	if errA != nil || errB != nil || !bytes.Equal(a, b) {
+		return false
+	}
+	switch want.Type {
+	case cryo.TypeAck, cryo.TypeError, cryo.TypePingPong, cryo.TypeTxChunk:
+	default:
+		r.numbers[want.Ack] = got.Ack
+	}
+	if want.Type == cryo.TypeTxStart {
+		r.txs[want.Tx] = got.Tx
+	}
+	return true
+}
+
+// wantClose wants the session to close the WebSocket.
+func (r *replay) wantClose(want *entry) {
+	r.t.Helper()
+	for {
+		for i, got := range r.unasked {
+			if got.wire == nil {
+				require.Equal(r.t, want.String(), got.String())
+				r.unasked = slices.Delete(r.unasked, i, i+1)
+				return
+			}
+		}
+		r.next(want.String())
+	}
+}

@@ -1,0 +1,166 @@
+package interop_test
+
+import (
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// A transcript is what both ends of a real session said: one frame or close a
+// line, in the order in which it passed between them. "<" is what the published
+// package said, ">" what cryo-connect said.
+type transcript struct {
+	about     []string // comments
+	dialled   bool     // by cryo-connect
+	sendsOnly bool     // cryo-connect refuses what it is sent
+	entries   []entry
+}
+
+// entry is a frame, or a close.
+type entry struct {
+	ours   bool
+	wire   []byte // nil for a close
+	code   int
+	reason string
+}
+
+const (
+	rolePrefix    = "role: "
+	dialledRole   = "cryo-connect dialled"
+	acceptedRole  = "cryo-connect accepted"
+	sendsOnlyRole = ", to send only"
+)
+
+func (e *entry) frame(t *testing.T) cryo.Frame {
+	t.Helper()
+	f, err := cryo.ParseFrame(e.wire)
+	require.NoError(t, err, "%x", e.wire)
+	return f
+}
+
+func (e *entry) String() string {
+	who := "<"
+	if e.ours {
+		who = ">"
+	}
+	if e.wire == nil {
+		return strings.TrimSpace(fmt.Sprintf("%s close %d %s", who, e.code, e.reason))
+	}
+	f, err := cryo.ParseFrame(e.wire)
+	about := fmt.Sprint(err)
+	if err == nil {
+		about = describe(&f)
+	}
+	return fmt.Sprintf("%s %x  %s", who, e.wire, about)
+}
+
+// describe tells a frame to people.
+func describe(f *cryo.Frame) string {
+	s := f.Type.String()
+	if f.Type != cryo.TypeTxChunk {
+		s += fmt.Sprintf(" %d", f.Ack)
+	}
+	switch f.Type {
+	case cryo.TypeTxStart:
+		s += fmt.Sprintf(" tx %d, %d bytes", f.Tx, f.Size)
+	case cryo.TypeTxChunk:
+		s += fmt.Sprintf(" tx %d, chunk %d", f.Tx, f.Seq)
+	case cryo.TypeTxFinish, cryo.TypeTxCancel:
+		s += fmt.Sprintf(" tx %d", f.Tx)
+	case cryo.TypeTxFlow:
+		s += fmt.Sprintf(" flow %d", f.Flow)
+	case cryo.TypeTxFetch:
+		s += fmt.Sprintf(" tx %d, chunks [%d,%d)", f.Tx, f.Start, f.End)
+	}
+	if len(f.Payload) > 0 {
+		s += fmt.Sprintf(" %.40q", f.Payload)
+	}
+	return s
+}
+
+func (tr *transcript) write(t *testing.T, name string) {
+	t.Helper()
+	var b strings.Builder
+	for _, line := range tr.about {
+		fmt.Fprintf(&b, "# %s\n", line)
+	}
+	role := acceptedRole
+	if tr.dialled {
+		role = dialledRole
+	}
+	if tr.sendsOnly {
+		role += sendsOnlyRole
+	}
+	fmt.Fprintf(&b, "%s%s\n", rolePrefix, role)
+	for i := range tr.entries {
+		fmt.Fprintln(&b, &tr.entries[i])
+	}
+	require.NoError(t, os.WriteFile(filepath.Join("testdata", name+".txt"), []byte(b.String()), 0o600))
+}
+
+func readTranscript(t *testing.T, file string) *transcript {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	require.NoError(t, err)
+	tr := &transcript{}
+	for i, line := range strings.Split(strings.TrimSpace(string(text)), "\n") {
+		if comment, ok := strings.CutPrefix(line, "# "); ok {
+			tr.about = append(tr.about, comment)
+			continue
+		}
+		if role, ok := strings.CutPrefix(line, rolePrefix); ok {
+			tr.dialled = strings.HasPrefix(role, dialledRole)
+			tr.sendsOnly = strings.HasSuffix(role, sendsOnlyRole)
+			continue
+		}
+		words := strings.SplitN(line, " ", 4)
+		require.GreaterOrEqual(t, len(words), 3, "line %d", i+1)
+		e := entry{ours: words[0] == ">"}
+		if words[1] == "close" {
+			e.code, err = strconv.Atoi(words[2])
+			e.reason = strings.Join(words[3:], "")
+		} else {
+			e.wire, err = hex.DecodeString(words[1])
+		}
+		require.NoError(t, err, "line %d", i+1)
+		tr.entries = append(tr.entries, e)
+	}
+	require.NotEmpty(t, tr.entries)
+	return tr
+}
+
+func transcripts(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join("testdata", "*.txt"))
+	require.NoError(t, err)
+	require.NotEmpty(t, files, "no transcripts")
+	return files
+}
+
+// Whatever passed between a published package and cryo-connect is read and
+// written by the library without a change of one byte.
+func TestRecordedFramesComeBackTheSame(t *testing.T) {
+	t.Parallel()
+	types := make(map[cryo.Type]bool)
+	for _, file := range transcripts(t) {
+		for i, e := range readTranscript(t, file).entries {
+			if e.wire == nil {
+				continue
+			}
+			f := e.frame(t)
+			b, err := cryo.AppendFrame(nil, &f)
+			require.NoError(t, err)
+			require.Equal(t, e.wire, b, "%s, frame %d: %s", file, i, describe(&f))
+			types[f.Type] = true
+		}
+	}
+	require.Len(t, types, 13, "some types of frames are in no transcript")
+}
