@@ -1,0 +1,168 @@
+package interop_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Streams between cryo-connect, which dials, and cryo-server.
+
+func TestServerReceivesStreams(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	s, _ := output(t, n, `
+    message_type: stream
+    stream:
+      name: ${! @name }
+      chunk_bytes: 5000
+`)
+	var running []*posted
+	sizes := []int{0, 1, 4999, 5000, 5001, 3_000_000}
+	for _, size := range sizes {
+		running = append(running, s.post(numbers(size, 0), fmt.Sprintf("name=of %d", size)))
+	}
+	for i, size := range sizes {
+		running[i].wantDelivered(fmt.Sprintf("stream of %d bytes", size))
+		e := n.want("streamed", named(fmt.Sprintf("of %d", size)), is(numbers(size, 0)))
+		require.Equal(t, (size+4999)/5000, e.Chunks, "chunks of %d bytes", size)
+	}
+}
+
+func TestServerSendsStreams(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	p := input(t, n, "", toLines)
+	testServerStreams(t, n, p, -1)
+}
+
+func TestServerIsPulledFrom(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	p := input(t, n, "    streams:\n      flow_control: pull\n", toLines)
+	// The reply to a text comes behind the one to TX_FLOW.
+	n.run(command{"do": "text", "text": "the flow control is set"})
+	p.wantMessage("a message", []byte("the flow control is set"))
+	testServerStreams(t, n, p, 0)
+}
+
+// testServerStreams has the server send streams. Their size is announced unless
+// it is said to be -1.
+func testServerStreams(t *testing.T, n *node, p *pipeline, announced int) {
+	t.Helper()
+	const most = 4<<20 - 17 - 1 // as above
+	for i, chunks := range [][]int{{}, {1}, {10, 100_000, 1, 0, 7}, {most, 3}} {
+		name := fmt.Sprintf("stream %d", i)
+		id := n.tell(command{"do": "stream", "name": name, "chunks": chunks})
+		r := p.wantMessage(name, join(chunks...))
+		require.Equal(t, name, r.Name)
+		require.Equal(t, "stream", r.Type)
+		if announced < 0 {
+			require.Equal(t, -1, r.Size)
+			n.wantDone(id)
+		} else { // the promise of a stream that is pulled never settles
+			require.Equal(t, len(join(chunks...)), r.Size)
+		}
+	}
+	for i := range 3 {
+		n.tell(command{"do": "stream", "name": fmt.Sprintf("of three %d", i), "chunks": []int{1000 * (i + 1), 20_000, 1}})
+	}
+	for i := range 3 {
+		data := join(1000*(i+1), 20_000, 1)
+		require.Equal(t, fmt.Sprintf("of three %d", i), p.wantMessage("one of three streams", data).Name)
+	}
+	p.wantNoMessage()
+}
+
+func TestServerPulls(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	s, _ := output(t, n, `
+    message_type: stream
+    stream:
+      name: pulled
+      chunk_bytes: 1000
+`)
+	n.run(command{"do": "flow", "behaviour": 1})
+	data := numbers(4500, 0)
+	m := s.post(data)
+	tx := n.want("stream", named("pulled")).Tx
+	for _, r := range [][2]int{{0, 1}, {1, 3}} {
+		n.run(command{"do": "fetch", "tx": tx, "start": r[0], "end": r[1]})
+		for range r[1] - r[0] {
+			n.want("chunk", func(e event) bool { return e.Bytes == 1000 })
+		}
+	}
+	m.wantOpen("a stream that was fetched in part")
+	n.run(command{"do": "fetch", "tx": tx, "start": 3, "end": 5})
+	n.want("streamed", is(data))
+	m.wantDelivered("a stream that was pulled")
+
+	n.run(command{"do": "flow", "behaviour": 0})
+	s.deliver(numbers(2500, 0))
+	n.want("streamed", is(numbers(2500, 0)))
+}
+
+func TestServerCancelsAStream(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	s, _ := output(t, n, `
+    message_type: ${! @type }
+    stream:
+      chunk_bytes: 1000
+`)
+	n.run(command{"do": "flow", "behaviour": 1}) // so that it is not over before
+	m := s.post(numbers(4500, 0), "type=stream")
+	n.run(command{"do": "cancel", "tx": n.want("stream").Tx})
+	m.wantRejected("a stream that was cancelled")
+	s.deliver([]byte("goes on"), "type=utf8")
+}
+
+func TestServerStreamIsCancelled(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	p := input(t, n, `
+    streams:
+      max_bytes: 1000
+      idle_timeout: 300ms
+`, toLines)
+	n.tell(command{"do": "stream", "name": "long", "source": "long"})
+	for range 3 {
+		n.run(command{"do": "chunk", "source": "long", "size": 600})
+	}
+	p.wantLog("Lost the stream", "long", "too long")
+
+	n.tell(command{"do": "stream", "name": "silent", "source": "silent"})
+	n.run(command{"do": "chunk", "source": "silent", "size": 10})
+	p.wantLog("Lost the stream", "silent", "fell silent")
+
+	n.tell(command{"do": "stream", "name": "broken", "source": "broken"})
+	n.run(command{"do": "chunk", "source": "broken", "size": 10})
+	n.run(command{"do": "fail", "source": "broken"})
+	p.wantLog("Lost the stream", "broken", "fell silent")
+
+	n.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
+	require.Equal(t, "short", p.wantMessage("the stream that is short enough", numbers(1000, 0)).Name)
+	p.wantNoMessage()
+}
+
+func TestServerStreamIsCutOff(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	p := input(t, n, `
+    streams:
+      scanner:
+        lines: {}
+`, toLines)
+	for _, cut := range []string{"terminate", "close"} {
+		n.tell(command{"do": "stream", "name": cut, "source": "s"})
+		n.run(command{"do": "chunk", "source": "s", "text": "whole line of " + cut + "\npart of a "})
+		p.wantMessage("the line that was whole", []byte("whole line of "+cut))
+		n.run(command{"do": cut})
+		p.wantLog("Lost the stream", `"`+cut+`\"`, "unexpected EOF")
+		n.want("closed")
+		n.want("connected") // again
+	}
+	p.wantNoMessage()
+}
