@@ -8,6 +8,9 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
+// aboutCryo begins the description of every component.
+const aboutCryo = "Cryo is a small protocol over WebSocket. Its two ends send each other messages, of text or bytes, and the receiver acknowledges each of them by its number; files and large data travel as named streams. A connection between a client and a server is called a session. "
+
 // What fields of several components have in common. A value that is wrong is
 // said so twice, by lint and at start, because a file may be run unlinted.
 

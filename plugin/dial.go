@@ -38,7 +38,7 @@ const (
 func dialFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewStringField(fieldURL).
-			Description("The address of the Cryo server: `ws://` or `wss://`, host, port and path.").
+			Description("The address of the Cryo server: `ws://` (or `wss://` for TLS), host, port if it is not 80 (443), and path if it is not `/`.").
 			Example("ws://localhost:8080").
 			Example("wss://cryo.example.com/feed").
 			LintRule(`
@@ -53,27 +53,27 @@ root = if !$url.re_match("(?i)^wss?://") {
   "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid"
 }`),
 		service.NewStringField(fieldToken).
-			Description("The token that the server wants, without `Bearer`. It travels in the URL's query, as Cryo has it, but appears in no log line, error or metric.").
+			Description("The secret by which the server knows who may connect, without the word `Bearer`. Cryo carries it in the query of the URL: use `wss://` where others could listen, and mind the access logs of proxies. It appears in none of our log lines, errors or metrics.").
 			Default("").
 			Secret(),
 		service.NewStringMapField(fieldQueryParameters).
-			Description("Further parameters for the URL, for servers that look at them.").
+			Description("Further parameters for the query of the URL, for servers that look at them, such as a tenant or a room.").
 			Default(map[string]any{}).
 			Advanced().
 			LintRule(`root = if this.type() == "object" && this.keys().any(k -> [ "authorization", "x-cryo-sid" ].contains(k)) { "field query_parameters has one that is made from the token or the session: authorization or x-cryo-sid" }`),
 		service.NewStringMapField(fieldHeaders).
-			Description("Further headers for the request that opens the WebSocket.").
+			Description("Further headers for the HTTP request that opens the WebSocket, for proxies and gateways that look at them.").
 			Default(map[string]any{}).
 			Advanced(),
 		service.NewTLSToggledField(fieldTLS).
-			Description("Settings for `wss://`. Without them the system's certificates decide."),
+			Description("Settings for `wss://`: own certificate authorities, client certificates. When it is not enabled, `wss://` works too, and the certificates that the system trusts decide."),
 		service.NewURLField(fieldProxyURL).
 			Description("A proxy to connect through: `http://`, `https://` or `socks5://`. Without it, HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the environment decide.").
 			Default("").
 			Advanced().
 			LintRule(`root = if this.type() == "string" && this != "" && !this.re_match("(?i)^(http|https|socks5|socks5h)://[^/?#]") { "field proxy_url has to be http://, https:// or socks5:// and a host" }`),
 		positiveDuration(fieldConnectTimeout).
-			Description("How long one attempt to connect may take, the handshakes included.").
+			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. The next one follows after at most a second, or after 30 s when the token was refused.").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),
@@ -82,7 +82,7 @@ root = if !$url.re_match("(?i)^wss?://") {
 
 func heartbeatField() *service.ConfigField {
 	return positiveDuration(fieldHeartbeatInterval).
-		Description("How often the peer is asked for a sign of life. One of which nothing at all was heard is given up within three intervals.").
+		Description("How often the other end is asked for a sign of life, by a WebSocket ping. One of which nothing at all was heard is given up within three intervals.").
 		Default("15s").
 		Advanced()
 }

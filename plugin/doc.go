@@ -9,4 +9,6 @@
 //
 // The four components are put together of two halves, receive.go and send.go,
 // and two ways to have sessions, dial.go and listen.go.
+//
+//go:generate go run ../internal/docsgen ../docs/components
 package plugin

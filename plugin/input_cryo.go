@@ -17,7 +17,7 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description("Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This input is a Cryo client: it dials a server, such as the npm package `cryo-server`, and reconnects with the same session id when the connection is lost."+receiveGuarantee+receiveMetadata).
+		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance).
 		Fields(dialFields()...).
 		Fields(receiveFields()...).
 		Field(maxBufferField()).

@@ -19,8 +19,8 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description("Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it."+receiveGuarantee+receiveMetadata+`- `+"`cryo_remote_address`"+`: the client's network address
-`).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+`- `+"`cryo_remote_address`"+`: the client's network address
+`+receivePerformance).
 		Fields(listenFields()...).
 		Fields(receiveFields()...).
 		LintRule(`root = `+listenLint).

@@ -31,27 +31,27 @@ const (
 func listenFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewStringField(fieldAddress).
-			Description("Where to listen: host and port. Without a host it is every interface. Components with the same address share one listener and its sessions, and have to agree on all of its settings.").
+			Description("Where to listen: host and port, or `:port` for all network interfaces. An input and an output with the same address share one listener and its clients, and have to agree on all of its settings.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080").
 			LintRule(`
 let port = this.re_replace_all("^.*:", "").number().catch(-1)
 root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\\]]*):[0-9]+$") || $port > 65535) { "field address has to be host:port, got %v".format(this) }`),
 		service.NewStringField(fieldPath).
-			Description("The path that clients connect to. Others get 404.").
+			Description("The path of the URL that clients connect to. On others they get 404.").
 			Default("/").
 			LintRule(`root = if this.type() == "string" && !this.has_prefix("/") { "field path has to start with a slash, got %v".format(this) }`),
 		service.NewObjectField(fieldTLS,
 			service.NewStringField(fieldCertFile).
-				Description("The file of the certificate, PEM, with its chain. Empty: no TLS.").
+				Description("The path of a file with the server's certificate and those between it and the authority, PEM. Empty: no TLS.").
 				Default(""),
 			service.NewStringField(fieldKeyFile).
-				Description("The file of its private key, PEM.").
+				Description("The path of a file with its private key, PEM.").
 				Default(""),
 		).
-			Description("Serves `wss://`."),
+			Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`."),
 		service.NewStringListField(fieldTokens).
-			Description("The tokens that let a client in. Either this or `authorize` is required: a server is never open by accident.").
+			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
 			Default([]any{}).
 			Secret().
 			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
@@ -61,11 +61,11 @@ root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET")).aud == "cryo"`).
 			Optional(),
 		positiveInt(fieldMaxSessions).
-			Description("How many clients may be connected. More are refused with 503.").
+			Description("How many clients may be connected at a time. Further ones are refused with status 503.").
 			Default(cryo.DefaultMaxSessions),
 		maxBufferField(),
 		positiveDuration(fieldHandshakeTimeout).
-			Description("How long a client may take for the HTTP request, and again for Cryo's handshake.").
+			Description("How long a client may take for its HTTP request, and again for Cryo's handshake on the open WebSocket.").
 			Default("10s").
 			Advanced(),
 		heartbeatField(),

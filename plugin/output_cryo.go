@@ -20,13 +20,14 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(`Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This output is a Cryo client: it dials a server, such as the npm package `+"`cryo-server`"+`, and reconnects with the same session id when the connection is lost.
+		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost.
 
 == Delivery
 
 A message counts as delivered when the server has acknowledged it. One that the server refuses, or does not acknowledge in time, is rejected to the input, alone; the others of its batch are not sent again.
 
-Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.`).
+Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.
+`+sendMetadata+sendPerformance).
 		Fields(dialFields()...).
 		Fields(sendFields()...).
 		LintRule(`root = `+dialLint).

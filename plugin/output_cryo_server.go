@@ -36,7 +36,7 @@ func serverOutputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and sends them messages.").
-		Description(`Cryo is a small protocol over WebSocket in which the receiver acknowledges every message. This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+` or pages in a browser, connect straight to the pipeline and are sent its messages.
+		Description(aboutCryo+`This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+` or pages in a browser, connect straight to the pipeline and are sent its messages.
 
 To receive from the same clients, give a `+"`cryo_server`"+` input the same address and the same settings. Without such an input, what clients send is refused.
 
@@ -44,7 +44,8 @@ To receive from the same clients, give a `+"`cryo_server`"+` input the same addr
 
 To one session, a message counts as delivered when the client has acknowledged it.
 
-To all, it counts as delivered when every session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. When nobody has acknowledged a message, it is rejected.`).
+To all, it counts as delivered when every session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. When nobody has acknowledged a message, it is rejected.
+`+sendMetadata+sendPerformance).
 		Fields(listenFields()...).
 		Fields(
 			service.NewStringAnnotatedEnumField(fieldSendTo, map[string]string{
@@ -54,7 +55,7 @@ To all, it counts as delivered when every session that was connected has answere
 				Description("Which clients get a message.").
 				Default(sendToAll),
 			service.NewInterpolatedStringField(fieldSessionID).
-				Description("The id of the session that gets the message, with `send_to: session`.").
+				Description("The id of the session that gets the message, with `send_to: session`. Messages that came from Cryo carry their sender's in the metadata `cryo_session_id`.").
 				Default("").
 				Example("${! @cryo_session_id }"),
 			service.NewStringAnnotatedEnumField(fieldNoSession, map[string]string{
@@ -62,7 +63,7 @@ To all, it counts as delivered when every session that was connected has answere
 				noSessionDrop:   "Count the message as delivered.",
 				noSessionReject: "Reject the message at once.",
 			}).
-				Description("What to do when nobody is connected, or not the session that is named.").
+				Description("What to do with a message for which nobody is connected, or not the session that it names.").
 				Default(noSessionWait),
 		).
 		Fields(sendFields()...).

@@ -74,6 +74,16 @@ A message is acknowledged to its Cryo sender when the outputs of the pipeline ha
 One limit comes from the engine. Where the pipeline's processors first split a batch (` + "`group_by`, `group_by_value`, `split`" + `) and then merge messages (` + "`archive`" + `), and a part of it can't be delivered, only the first message of that part is known to have failed, and the others are acknowledged. Do both in ` + "`batching.processors`" + ` of the output instead.
 
 A stream is acknowledged as a whole when each message that the scanner has cut from it is delivered. When one of them is rejected for good, or the scanner fails, the stream is cancelled and never acknowledged. Of a stream that is cut off, what was complete has been delivered, and a partial last record is dropped.
+`
+
+const receivePerformance = `
+== Performance
+
+Messages that wait already are handed over together, up to ` + "`max_batch_count`" + `, so processors and outputs work on many at once, and nothing waits for a batch to fill. Their acknowledgements travel together as well.
+
+What limits the throughput is mostly ` + "`max_in_flight`" + ` divided by the time that the outputs take: 1,024 messages and outputs that need 100 ms make some 10,000 messages a second. Raise it for outputs that are slow but take much at once. An output with ` + "`batching`" + ` needs a ` + "`count`" + ` below it, and a ` + "`period`" + `: a batch that waits for messages which wait for its acknowledgement never fills. A sender that waits for each acknowledgement before it sends the next message gets one message through per passage of the pipeline, whatever is set here.
+
+The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for streams, with a scanner that needs the whole of one (` + "`to_the_end`" + `), ` + "`streams.max_open`" + ` times ` + "`streams.max_bytes`" + `. A scanner that cuts streams up (` + "`lines`" + `, ` + "`csv`" + `, ` + "`chunker`" + `) needs little, however long they are.
 
 == Metrics
 
@@ -83,7 +93,7 @@ The counter ` + "`cryo_filtered`" + `, with the label ` + "`message_type`" + `, 
 func receiveFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewStringListField(fieldMessageTypes).
-			Description("Which kinds of messages are taken: `utf8` (text), `binary`, `stream`, and `error` (what the application at the other end sends as an error). Others are acknowledged, counted and dropped, as a mapping's `deleted()` would.").
+			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports). Others are acknowledged, counted (`cryo_filtered`) and dropped, as by a mapping's `deleted()`.").
 			Default([]any{"utf8", "binary", messageTypeStream}).
 			LintRule(`
 let known = [ "utf8", "binary", "stream", "error" ]
@@ -92,25 +102,25 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			acknowledgeDelivered: "When the outputs of the pipeline have the message.",
 			acknowledgeReceived:  "When the message is handed to the pipeline. What is in the pipeline, or on its way there, is lost when the process ends. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
 		}).
-			Description("When a message is acknowledged to its sender.").
+			Description("When a message is acknowledged to its sender. The default is what makes delivery at least once.").
 			Default(acknowledgeDelivered).
 			Advanced(),
 		streamsField(),
 		positiveInt(fieldMaxInFlight).
-			Description("How many messages may be in the pipeline, not yet acknowledged. An output's batch has to be smaller, or it only fills by its `period`.").
+			Description("How many messages may be in the pipeline, not yet delivered. An output's batch has to be smaller, or it is only ever sent by its `period`.").
 			Default(1024),
 		positiveInt(fieldMaxBatchCount).
-			Description("How many messages that wait already are handed to the pipeline together. It never waits for more.").
+			Description("How many messages at most become one batch of the pipeline. Only what waits already does: nothing waits for a batch to fill.").
 			Default(64).
 			Advanced(),
 		service.NewAutoRetryNacksToggleField().
-			Description("Whether a message that the pipeline rejects is tried again until it is delivered. If `false`, it is rejected to its sender."),
+			Description("What to do with a message that the outputs fail to deliver. If `true`, it goes through the pipeline again until it is delivered, and its sender waits. If `false`, the sender is told at once, by a Cryo ERROR, that it was not delivered."),
 	}
 }
 
 func maxBufferField() *service.ConfigField {
 	return positiveInt(fieldMaxBufferBytes).
-		Description("How many bytes may be received and not yet acknowledged: payloads, and 256 bytes a message. Beyond it nothing is read from the network, which slows the senders down. A session is not lost by that. With several sessions, each may hold up to eight times what is still free.").
+		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it. It is a bound for all sessions together: each may hold up to eight times what is still free.").
 		Default(cryo.DefaultMaxBufferBytes).
 		Advanced()
 }

@@ -29,30 +29,44 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
+const sendMetadata = `
+== Metadata
+
+What was received from Cryo goes out as it came in: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs to know belongs into the content.
+`
+
+const sendPerformance = `
+== Performance
+
+The messages of a batch are sent at once, and their acknowledgements awaited together. So what limits the throughput is the batch's size times ` + "`max_in_flight`" + ` divided by the time until the other end acknowledges: single messages, 64 in flight and 10 ms make 6,400 messages a second. Inputs that give single messages gain most from ` + "`batching`" + `, with a ` + "`count`" + ` and a short ` + "`period`" + ` (such as 10ms); the period is what an incomplete batch waits.
+
+With several batches in flight, a message that has to be sent again arrives behind later ones. Where the order matters, set ` + "`max_in_flight: 1`" + ` and let the batches be larger. Streams of one batch go one after the other.
+`
+
 func sendFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewInterpolatedStringField(fieldMessageType).
-			Description("As what a message travels: `utf8` (text), `binary`, `stream`, or `auto`: as it was received from Cryo, else as `utf8` if it is valid UTF-8, else as `binary`. Above 16 MiB a message can only travel as a `stream`. For a whole batch as one stream, use the `archive` processor under `batching`.").
+			Description("What kind of Cryo message each message becomes: `utf8` (text), `binary`, `stream` (a named stream of its own), or `auto`: what it was when it was received from Cryo, else `utf8` if it is valid UTF-8, else `binary`. Above 16 MiB a message can only travel as a `stream`. To send a whole batch as one stream, put the `archive` processor under `batching`.").
 			Default(messageTypeAuto).
 			Example(`${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }`).
 			LintRule(`root = if this.type() == "string" && !this.contains("${!") && ![ "auto", "utf8", "binary", "stream" ].contains(this) { "field message_type: unknown message type %v, it has to be auto, utf8, binary or stream".format(this) }`),
 		service.NewObjectField(fieldStream,
 			service.NewInterpolatedStringField(fieldName).
-				Description("The stream's name, at most 1,024 bytes. `anonymous` if it is empty.").
+				Description("The name that the other end sees, at most 1,024 bytes, such as a file's. An empty one becomes `anonymous`.").
 				Default(`${! @cryo_stream_name.or("anonymous") }`).
 				Example("${! @path }"),
 			service.NewIntField(fieldChunkBytes).
-				Description("How much of a stream travels in one frame, at most 16 MiB.").
+				Description("How many bytes of a stream travel in one frame, at most 16 MiB (16777216).").
 				LintRule(`root = if this.type() == "number" && this < 1 { "field chunk_bytes has to be at least 1, got %v".format(this) } else if this.type() == "number" && this > 16777216 { "field chunk_bytes is at most 16 MiB, got %v".format(this) }`).
 				Default(cryo.DefaultChunkBytes).
 				Advanced(),
 		).
-			Description("How a message travels as a `stream`."),
+			Description("For messages that travel as a `stream`."),
 		positiveDuration(fieldAckTimeout).
 			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is tried again.").
 			Default("30s"),
 		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
-			Description("How many batches may be on their way at a time. With 1 the order of messages is kept even when some have to be sent again. Large messages are held in memory as long as they are on their way, so keep it low for them."),
+			Description("How many batches may be on their way at a time; without `batching` a batch is mostly one message. With 1 the order of messages is kept even when some have to be sent again. Messages stay in memory while they are on their way, so keep it low for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 	}
 }

@@ -33,30 +33,30 @@ const (
 func streamsField() *service.ConfigField {
 	return service.NewObjectField(fieldStreams,
 		service.NewStringListField(fieldNames).
-			Description("The names of the streams to take. Others are acknowledged and dropped. Empty: all are taken.").
+			Description("The names of the streams to take, exactly as their senders write them. Others are acknowledged, counted (`cryo_filtered`) and dropped. Empty: all are taken.").
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
-			Description("How the bytes of a stream become messages: the whole as one (`to_the_end`), lines, CSV rows, files of an archive, and so on. A stream of any length costs little memory with a scanner that cuts it up.").
+			Description("How the bytes of a stream become messages: the whole stream as one (`to_the_end`), one a line (`lines`), a CSV row (`csv`), a file of an archive (`tar`), a number of bytes (`chunker`), and so on; `decompress` goes in front. With a scanner that cuts it up, a stream of any length costs little memory.").
 			Default(map[string]any{"to_the_end": map[string]any{}}),
 		service.NewStringAnnotatedEnumField(fieldFlowControl, map[string]string{
 			flowPush: "The sender sends as fast as the network takes it.",
 			flowPull: "Each chunk is asked for, which costs a round trip. `cryo-server` can be pulled from; `cryo-client-node` can't: it stops working.",
 		}).
-			Description("Who decides when the bytes of a stream travel.").
+			Description("Who sets the pace at which the bytes of a stream travel. The network's own flow control holds in both cases.").
 			Default(flowPush).
 			Advanced(),
 		service.NewIntField(fieldMaxBytes).
-			Description("A longer stream is cancelled. 0 takes any length, for scanners that cut it up.").
+			Description("How many bytes a stream may have. A longer one is cancelled. 0 takes any length; only use that with a scanner that cuts streams up.").
 			Default(64<<20).
 			LintRule(`root = if this.type() == "number" && this < 0 { "field max_bytes can't be negative, got %v".format(this) }`),
 		positiveInt(fieldMaxOpen).
-			Description("How many streams may be open at a time. The senders of others wait. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
+			Description("How many streams are taken at a time, from all sessions together. Senders of others wait. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
 			Default(cryo.DefaultMaxOpenStreams),
 		positiveDuration(fieldIdleTimeout).
-			Description("An open stream of which nothing came for so long is cancelled. Pauses of the pipeline don't count.").
+			Description("A stream of which nothing came for so long is cancelled. Time in which the pipeline is what it waits for doesn't count.").
 			Default("60s"),
 	).
-		Description("What to do with streams, which are how Cryo carries files and large data.")
+		Description("What to do with streams, which are how Cryo carries files and large data: a name, and then bytes of any length.")
 }
 
 // streamConfig says how streams are taken.

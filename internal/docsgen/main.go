@@ -1,0 +1,194 @@
+// Command docsgen writes the reference pages of the components, one Markdown
+// file each, from the specifications that the engine itself goes by:
+//
+//	docsgen docs/components
+//
+// It owns that directory: "go generate ./..." runs it, CI compares.
+package main
+
+import (
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"path"
+	"regexp"
+	"strings"
+	"text/template"
+
+	_ "github.com/redpanda-data/benthos/v4/public/components/pure" // the scanner to_the_end, a default
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	_ "github.com/cryo-connect/cryo-connect/plugin"
+)
+
+func main() {
+	log.SetFlags(0)
+	if len(os.Args) != 2 {
+		log.Fatal("usage: docsgen directory")
+	}
+	if err := write(os.Args[1]); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// write writes all pages under dir, which exists.
+func write(dir string) error {
+	pages, err := render()
+	if err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = root.Close() }()
+	for name, page := range pages {
+		if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
+			return err
+		}
+		if err := root.WriteFile(name, page, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// render gives the pages of all our components, by file name.
+func render() (map[string][]byte, error) {
+	var (
+		env   = service.GlobalEnvironment()
+		pages = make(map[string][]byte)
+		errs  []error
+	)
+	walk := func(kind string) func(name string, config *service.ConfigView) {
+		return func(name string, config *service.ConfigView) {
+			if !strings.HasPrefix(name, "cryo") {
+				return
+			}
+			page, err := renderComponent(config)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s %s: %w", kind, name, err))
+			}
+			pages[kind+"/"+name+".md"] = page
+		}
+	}
+	env.WalkInputs(walk("inputs"))
+	env.WalkOutputs(walk("outputs"))
+	return pages, errors.Join(errs...)
+}
+
+//go:embed component.md.tmpl
+var pageText string
+
+var page = template.Must(template.New("component").Funcs(template.FuncMap{
+	"markdown": markdown,
+	"trim":     strings.TrimSpace,
+}).Parse(pageText))
+
+// component is what a page is made of.
+type component struct {
+	service.TemplateDataPlugin
+	Fields []field
+}
+
+// field is a field with what the engine's data for templates leaves out.
+type field struct {
+	service.TemplateDataPluginField
+	Type     string
+	Advanced bool
+	Required bool
+}
+
+func renderComponent(config *service.ConfigView) ([]byte, error) {
+	data, err := config.TemplateData()
+	if err != nil {
+		return nil, err
+	}
+	c := component{TemplateDataPlugin: data}
+	if c.Fields, err = fieldsOf(config, data.Fields); err != nil {
+		return nil, err
+	}
+	var b strings.Builder
+	if err := page.Execute(&b, c); err != nil {
+		return nil, err
+	}
+	return []byte(b.String()), nil
+}
+
+// spec is a field of the specification as the engine writes it in JSON.
+type spec struct {
+	Name     string `json:"name"`
+	Type     string `json:"type"`
+	Kind     string `json:"kind"`
+	Advanced bool   `json:"is_advanced"`
+	Optional bool   `json:"is_optional"`
+	Default  *any   `json:"default"`
+	Children []spec `json:"children"`
+}
+
+// fieldsOf adds to the fields what only the specification says.
+func fieldsOf(config *service.ConfigView, data []service.TemplateDataPluginField) ([]field, error) {
+	raw, err := config.FormatJSON()
+	if err != nil {
+		return nil, err
+	}
+	var root struct {
+		Config spec `json:"config"`
+	}
+	if err := json.Unmarshal(raw, &root); err != nil {
+		return nil, err
+	}
+	specs := make(map[string]field)
+	root.Config.collect("", false, specs)
+	fields := make([]field, len(data))
+	for i, d := range data {
+		f, ok := specs[d.FullName]
+		if !ok {
+			return nil, fmt.Errorf("field %s is in the data for templates, but not in the specification", d.FullName)
+		}
+		f.TemplateDataPluginField = d
+		fields[i] = f
+	}
+	return fields, nil
+}
+
+// collect notes a field's children by their full names, which are the engine's.
+func (s *spec) collect(path string, advanced bool, into map[string]field) {
+	for _, child := range s.Children {
+		name, advanced := path+child.Name, advanced || child.Advanced
+		below := name
+		kind := child.Type
+		switch child.Kind {
+		case "array":
+			below, kind = name+"[]", "list of "+child.Type
+		case "map":
+			below, kind = name+".<name>", "object with values of "+child.Type
+		}
+		into[name] = field{
+			Type:     kind,
+			Advanced: advanced,
+			Required: child.Default == nil && !child.Optional && len(child.Children) == 0,
+		}
+		child.collect(below+".", advanced, into)
+	}
+}
+
+var (
+	heading   = regexp.MustCompile(`(?m)^=(=+) `)
+	reference = regexp.MustCompile(`xref:([a-z_]+):([a-z_/]+)\.adoc(#[a-z_-]+)?\[([^\]]*)\]`)
+	link      = regexp.MustCompile(`(https?://[^\s\[\]]+)\[([^\]^]*)\^?\]`)
+)
+
+// markdown turns the engine's dialect of AsciiDoc, in which descriptions are
+// written, into Markdown.
+func markdown(text string) string {
+	text = heading.ReplaceAllStringFunc(text, func(h string) string {
+		return strings.ReplaceAll(h, "=", "#")
+	})
+	text = link.ReplaceAllString(text, "[$2]($1)")
+	text = reference.ReplaceAllString(text, "[$4](https://docs.redpanda.com/redpanda-connect/$1/$2/$3)")
+	return strings.TrimSpace(text)
+}

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestEachPageSaysWhatAUserNeeds(t *testing.T) {
+	pages, err := render()
+	require.NoError(t, err)
+	require.Len(t, pages, 4, "inputs and outputs cryo and cryo_server")
+
+	for name, content := range pages {
+		page := string(content)
+		for _, section := range []string{"## Delivery", "## Metadata", "## Performance", "## Examples", "## Fields"} {
+			assert.Contains(t, page, "\n\n"+section+"\n\n", "%s has a section", name)
+		}
+		for _, leftover := range []string{"missing documentation", "xref:", "\n==", "^]", "<no value>"} {
+			assert.NotContains(t, page, leftover, name)
+		}
+	}
+}
+
+func TestAFieldTellsItsMarks(t *testing.T) {
+	pages, err := render()
+	require.NoError(t, err)
+
+	input, output := string(pages["inputs/cryo.md"]), string(pages["outputs/cryo_server.md"])
+
+	for page, wants := range map[*string][]string{
+		&input: {
+			"### `url`\n\n`string` · required\n",
+			"### `token`\n\n`string` · default `\"\"` · **secret**",
+			"### `connect_timeout`\n\n`string` · default `\"5s\"` · advanced\n",
+			"### `headers`\n\n`object with values of string` · default `{}` · advanced\n",
+			"### `tls.client_certs[].cert`\n\n`string` · default `\"\"` · advanced\n", // as its parent
+			"### `streams`\n\n`object`\n",
+			"| `received` | ",
+			"url: ws://localhost:8080\n# or\nurl: wss://",
+		},
+		&output: {
+			"### `session_id`\n\n`string` · default `\"\"` · [interpolated](https://",
+			"### `tokens`\n\n`list of string` · default `[]` · **secret**",
+			"### `authorize`\n\n`string`\n",
+			"[batching policy](https://docs.redpanda.com/redpanda-connect/configuration/batching/)",
+		},
+	} {
+		for _, want := range wants {
+			assert.Contains(t, *page, want)
+		}
+	}
+}
+
+func TestMarkdown(t *testing.T) {
+	assert.Equal(t, strings.Join([]string{
+		"## Section",
+		"a == b, see [there](https://example.com/a) and",
+		"[queries](https://docs.redpanda.com/redpanda-connect/guides/bloblang/about/#methods)",
+	}, "\n"), markdown(`
+== Section
+a == b, see https://example.com/a[there^] and
+xref:guides:bloblang/about.adoc#methods[queries]
+`))
+}
