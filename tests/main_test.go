@@ -98,7 +98,7 @@ func (s *server) session(t *testing.T) *cryo.Session {
 	return next(t, s.sessions)
 }
 
-func listen(t *testing.T) net.Listener {
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	socket, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -107,7 +107,7 @@ func listen(t *testing.T) net.Listener {
 
 // freeAddress is an address on which nobody listens, for components that don't
 // tell which port they got.
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	socket := listen(t)
 	defer func() { _ = socket.Close() }()

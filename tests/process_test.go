@@ -17,7 +17,7 @@ import (
 
 // process is a running cryo-connect.
 type process struct {
-	t      *testing.T
+	t      testing.TB
 	cmd    *exec.Cmd
 	stdout *lines
 	stderr *lines
@@ -27,7 +27,7 @@ type process struct {
 
 // launch starts cryo-connect. The test's end kills it, if it runs by then, and
 // shows what it said if the test has failed.
-func launch(t *testing.T, stdin io.Reader, env []string, args ...string) *process {
+func launch(t testing.TB, stdin io.Reader, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(binary, args...), stdout: newLines(), stderr: newLines(), ended: make(chan struct{})}
 	p.cmd.Dir = ".." // as the documentation has it
@@ -137,7 +137,7 @@ func (l *lines) now() ([]string, <-chan struct{}) {
 }
 
 // either waits for a line with these words in one of two.
-func (l *lines) either(t *testing.T, other *lines, words string) string {
+func (l *lines) either(t testing.TB, other *lines, words string) string {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
@@ -158,7 +158,7 @@ func (l *lines) either(t *testing.T, other *lines, words string) string {
 }
 
 // want waits until a number of lines fulfil a condition, and gives them.
-func (l *lines) want(t *testing.T, n int, is func(line string) bool) []string {
+func (l *lines) want(t testing.TB, n int, is func(line string) bool) []string {
 	t.Helper()
 	deadline := time.After(patience)
 	for {

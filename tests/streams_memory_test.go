@@ -47,12 +47,13 @@ func (r *repeating) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// peakMemory is the most memory that the process has had resident.
-func (p *process) peakMemory() int64 {
+// memory is one of the kernel's accounts of the process: VmRSS, what is resident
+// now, or VmHWM, the most that was.
+func (p *process) memory(account string) int64 {
 	p.t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	require.NoError(p.t, err)
-	_, rest, found := strings.Cut(string(status), "VmHWM:")
+	_, rest, found := strings.Cut(string(status), account+":")
 	require.True(p.t, found)
 	kib, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
 	require.NoError(p.t, err)
@@ -61,17 +62,17 @@ func (p *process) peakMemory() int64 {
 
 func (p *process) wantLittleMemory(bytes int64, begin time.Time) {
 	p.t.Helper()
-	peak := p.peakMemory()
+	peak := p.memory("VmHWM")
 	p.t.Logf("%d MiB in %v, at most %d MiB resident", bytes>>20, time.Since(begin).Round(time.Millisecond), peak>>20)
 	require.Less(p.t, peak, int64(mostMemory))
 }
 
 // runConfig runs a configuration of the test's own.
-func runConfig(t *testing.T, config string) *process {
+func runConfig(t testing.TB, config string, env ...string) *process {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.yaml")
 	require.NoError(t, os.WriteFile(path, []byte(config), 0o600))
-	return launch(t, nil, []string{"CRYO_TOKEN=" + token}, "run", "--set", "http.enabled=false", path)
+	return launch(t, nil, append(env, "CRYO_TOKEN="+token), "run", "--set", "http.enabled=false", path)
 }
 
 func TestALongStreamInCostsLittleMemory(t *testing.T) {

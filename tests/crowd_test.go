@@ -1,0 +1,129 @@
+package tests
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// crowd is a number of clients that acknowledge all they get.
+type crowd struct {
+	tb       testing.TB
+	sessions []*cryo.Session
+	lines    []*heardConn
+	got      atomic.Int64 // messages that were the expected one
+	running  sync.WaitGroup
+}
+
+// heardConn counts how often something came, which without messages is the
+// server's heartbeat.
+type heardConn struct {
+	net.Conn
+	heard atomic.Int64
+}
+
+func (c *heardConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.heard.Add(1)
+	return n, err
+}
+
+// join connects n clients, some at a time.
+func join(tb testing.TB, address string, n int, expected []byte) *crowd {
+	tb.Helper()
+	c := &crowd{tb: tb, sessions: make([]*cryo.Session, n), lines: make([]*heardConn, n)}
+	tb.Cleanup(c.leave)
+	var (
+		taken   atomic.Int64
+		errs    = make([]error, n)
+		dialers sync.WaitGroup
+	)
+	for range 64 {
+		dialers.Go(func() {
+			for i := int(taken.Add(1)) - 1; i < n; i = int(taken.Add(1)) - 1 {
+				if errs[i] = c.dial(i, address); errs[i] != nil {
+					return
+				}
+				c.running.Go(func() { c.receive(c.sessions[i], expected) })
+			}
+		})
+	}
+	dialers.Wait()
+	for _, err := range errs {
+		require.NoError(tb, err)
+	}
+	return c
+}
+
+func (c *crowd) dial(i int, address string) (err error) {
+	// From several addresses: one has too few ports for many thousands.
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(1+i%8))}}
+	c.sessions[i], err = cryo.Dial(context.Background(), "ws://"+address, &cryo.DialOptions{
+		Token:          token,
+		ConnectTimeout: patience,
+		NetDial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := from.DialContext(ctx, network, address)
+			c.lines[i] = &heardConn{Conn: conn}
+			return c.lines[i], err
+		},
+	})
+	return err
+}
+
+func (c *crowd) receive(s *cryo.Session, expected []byte) {
+	for {
+		m, err := s.Receive(context.Background())
+		if err != nil {
+			return
+		}
+		if bytes.Equal(m.Payload, expected) {
+			c.got.Add(1)
+		}
+		_ = m.Ack() // or the test sees that the session has ended
+	}
+}
+
+// wantHeartbeats waits until each client has heard so many more of them.
+func (c *crowd) wantHeartbeats(n int64, longest time.Duration) {
+	c.tb.Helper()
+	before := make([]int64, len(c.lines))
+	for i, line := range c.lines {
+		before[i] = line.heard.Load()
+	}
+	deadline := time.Now().Add(longest)
+	for i := 0; i < len(c.lines); {
+		if c.lines[i].heard.Load() >= before[i]+n {
+			i++
+			continue
+		}
+		require.True(c.tb, time.Now().Before(deadline), "client %d has heard too little in %v", i, longest)
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func (c *crowd) wantAlive() {
+	c.tb.Helper()
+	for _, s := range c.sessions {
+		require.NoError(c.tb, s.Err())
+	}
+}
+
+// leave cuts the connections.
+func (c *crowd) leave() {
+	for _, s := range c.sessions {
+		if s != nil {
+			now, cancel := context.WithTimeout(context.Background(), 0)
+			_ = s.Close(now, "")
+			cancel()
+		}
+	}
+	c.running.Wait()
+}

@@ -1,0 +1,124 @@
+package tests
+
+import (
+	"bytes"
+	"context"
+	"net/http"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// What many sessions cost. The server is the binary, a process of its own, so
+// that its memory is none of the clients'.
+
+// mostMemoryASession is what an idle session may take of the process: resident,
+// with all that its collector has not given back.
+const mostMemoryASession = 32 << 10
+
+// crowdConfig takes what clients send, and sends what is posted to all of them.
+const crowdConfig = `
+input:
+  broker:
+    inputs:
+      - cryo_server:
+          address: 127.0.0.1:0
+          tokens: [ "${CRYO_TOKEN}" ]
+          max_sessions: 20000
+          heartbeat_interval: ${HEARTBEAT}
+      - http_server:
+          address: ${HTTP_ADDRESS}
+          path: /broadcast
+          timeout: 5m
+output:
+  switch:
+    cases:
+      - check: '@cryo_session_id != null'
+        output: { drop: {} }
+      - output:
+          cryo_server:
+            address: 127.0.0.1:0
+            tokens: [ "${CRYO_TOKEN}" ]
+            max_sessions: 20000
+            heartbeat_interval: ${HEARTBEAT}
+            ack_timeout: 5m
+`
+
+func TestIdleSessionsAreCheapAndABroadcastReachesThemAll(t *testing.T) {
+	idleSessions(t, 1000, time.Second)
+}
+
+// BenchmarkTenThousandIdleSessions is the same with ten times the sessions,
+// which are too many for the race detector, and says how long it takes.
+func BenchmarkTenThousandIdleSessions(b *testing.B) {
+	for range b.N {
+		idleSessions(b, 10_000, 3*time.Second)
+	}
+}
+
+func idleSessions(tb testing.TB, n int, heartbeat time.Duration) {
+	allowFiles(tb, uint64(n)+500)
+	httpAddress := freeAddress(tb)
+	p := runConfig(tb, crowdConfig, "HTTP_ADDRESS="+httpAddress, "HEARTBEAT="+heartbeat.String())
+	address := p.wantLogged("Listening for Cryo clients on ")
+	message := bytes.Repeat([]byte("x"), 1<<10)
+	join(tb, address, 1, message)
+	broadcast(tb, httpAddress, message)
+	before := p.memory("VmRSS")
+	perSession := func() float64 { return float64(p.memory("VmRSS")-before) / float64(n) }
+
+	begin := time.Now()
+	c := join(tb, address, n, message)
+	connecting := time.Since(begin)
+	c.wantHeartbeats(2, 10*heartbeat+patience)
+	idle := perSession()
+
+	begin = time.Now()
+	broadcast(tb, httpAddress, message)
+	broadcasting := time.Since(begin)
+	after := perSession()
+	require.EqualValues(tb, n, c.got.Load(), "all clients have it when it counts as delivered")
+	c.wantAlive()
+
+	if b, ok := tb.(*testing.B); ok {
+		b.ReportMetric(0, "ns/op") // hides it: most of it is waiting for heartbeats
+		b.ReportMetric(idle, "B/session")
+		b.ReportMetric(after, "B/session-after-broadcast")
+		b.ReportMetric(connecting.Seconds(), "s-to-connect")
+		b.ReportMetric(broadcasting.Seconds(), "s-to-broadcast")
+	}
+	tb.Logf("%d sessions connected in %v; %.0f bytes each; a broadcast in %v; %.0f bytes each", n, connecting, idle, broadcasting, after)
+	require.Less(tb, idle, float64(mostMemoryASession))
+	require.Less(tb, after, float64(mostMemoryASession))
+}
+
+// broadcast sends to all clients, and returns when all have acknowledged.
+func broadcast(tb testing.TB, httpAddress string, message []byte) {
+	tb.Helper()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	require.EventuallyWithT(tb, func(c *assertT) {
+		// Repeated only until the output listens: nothing has been sent before.
+		req, err := http.NewRequestWithContext(context.Background(), http.MethodPost, "http://"+httpAddress+"/broadcast", bytes.NewReader(message))
+		require.NoError(c, err)
+		resp, err := client.Do(req)
+		require.NoError(c, err)
+		require.NoError(c, resp.Body.Close())
+		require.Equal(c, http.StatusOK, resp.StatusCode)
+	}, 5*time.Minute, 10*time.Millisecond)
+}
+
+// allowFiles raises the limit on open files, of this process and of those that
+// it starts. Go by itself raises it as far as it may.
+func allowFiles(tb testing.TB, n uint64) {
+	tb.Helper()
+	var limit syscall.Rlimit
+	require.NoError(tb, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	if limit.Max >= n {
+		return
+	}
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
+		tb.Skipf("this system lets a process open %d files, %d are needed: %v", limit.Max, n, err)
+	}
+}
