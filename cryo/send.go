@@ -54,36 +54,103 @@ func (s *Session) sendOne(ctx context.Context, m Outgoing) error {
 //
 // A message that can't be sent fails alone; the others are sent.
 func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {
-	frames := make([]outgoing, 0, len(messages))
-	var failed *BatchError
+	if err := ctx.Err(); err != nil {
+		return allFailed(len(messages), err)
+	}
+	g := s.start(checkBatch(messages))
+	return g.Wait(ctx)
+}
+
+// StartBatch is SendBatch without the wait: it queues the messages and returns
+// at once, so that one goroutine can send to many sessions, or keep an order
+// among batches that it waits for elsewhere. What is queued is in memory until
+// it is written; the caller bounds that by waiting.
+func (s *Session) StartBatch(messages []Outgoing) *Sending {
+	g := s.start(checkBatch(messages))
+	return &g
+}
+
+// Sending is a batch on its way to a peer.
+type Sending struct {
+	s     *Session
+	batch checkedBatch
+	wait  *sendBatch // of the messages that could be sent; nil if none was
+	err   error      // why none was
+}
+
+// Wait waits until the peer has acknowledged each message, and returns what
+// [Session.SendBatch] does. When the context is done, what is not written yet is
+// taken back. It has to be called.
+func (g *Sending) Wait(ctx context.Context) error {
+	if g.wait == nil {
+		return g.batch.errors(nil, g.err)
+	}
+	return g.batch.errors(g.s.await(ctx, g.wait), nil)
+}
+
+// checkedBatch is what can be sent of a batch of messages.
+type checkedBatch struct {
+	size   int
+	frames []Frame     // without session id and number
+	failed *BatchError // names the messages that are no frames; nil if there are none
+}
+
+func checkBatch(messages []Outgoing) checkedBatch {
+	b := checkedBatch{size: len(messages), frames: make([]Frame, 0, len(messages))}
 	for i := range messages {
 		m := &messages[i]
 		if err := m.check(); err != nil {
-			failed = failed.with(i, len(messages), err)
+			b.failed = b.failed.with(i, b.size, err)
 			continue
 		}
-		frames = append(frames, outgoing{Frame: Frame{SID: s.id, Type: m.Type, Payload: m.Payload}})
+		b.frames = append(b.frames, Frame{Type: m.Type, Payload: m.Payload})
 	}
-	errs, err := s.sendFrames(ctx, frames)
-	if err == nil && errs == nil {
-		return failed.orNil()
-	}
+	return b
+}
 
-	// Back from the frames that were sent to the messages.
+// errors gets back from the frames that were sent to the messages. errs are the
+// frames' errors, nil if there are none; err that of all of them.
+func (b *checkedBatch) errors(errs []error, err error) error {
+	if err == nil && errs == nil {
+		return b.failed.orNil()
+	}
+	result := &BatchError{Errs: make([]error, b.size)}
 	sent := 0
-	for i := range messages {
-		if failed != nil && failed.Errs[i] != nil {
+	for i := range result.Errs {
+		switch {
+		case b.failed != nil && b.failed.Errs[i] != nil:
+			result.Errs[i] = b.failed.Errs[i]
 			continue
-		}
-		if frameErr := err; frameErr != nil || errs[sent] != nil {
-			if frameErr == nil {
-				frameErr = errs[sent]
-			}
-			failed = failed.with(i, len(messages), frameErr)
+		case err != nil:
+			result.Errs[i] = err
+		default:
+			result.Errs[i] = errs[sent]
 		}
 		sent++
 	}
+	return result
+}
+
+func allFailed(size int, err error) error {
+	var failed *BatchError
+	for i := range size {
+		failed = failed.with(i, size, err)
+	}
 	return failed.orNil()
+}
+
+func (s *Session) start(b checkedBatch) Sending {
+	g := Sending{s: s, batch: b}
+	if len(b.frames) == 0 {
+		return g
+	}
+	frames := make([]outgoing, len(b.frames))
+	for i := range frames {
+		frames[i].Frame = b.frames[i]
+		frames[i].SID = s.id
+	}
+	g.wait, g.err = s.queue(frames)
+	return g
 }
 
 // with notes a failure, and makes the error if there is none yet.
@@ -105,14 +172,20 @@ func (e *BatchError) orNil() error {
 // sendFrames numbers the frames, sends them and waits until all are settled.
 // errs is by index, nil when all were acknowledged; err says that none was sent.
 func (s *Session) sendFrames(ctx context.Context, frames []outgoing) (errs []error, err error) {
-	if len(frames) == 0 {
-		return nil, nil
-	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	var batch *sendBatch
-	batch, err = s.pend.register(len(frames), func(i int, number uint32) { frames[i].Ack = number })
+	batch, err := s.queue(frames)
+	if err != nil {
+		return nil, err
+	}
+	return s.await(ctx, batch), nil
+}
+
+// queue numbers the frames and queues them; the error says that the session has
+// ended.
+func (s *Session) queue(frames []outgoing) (*sendBatch, error) {
+	batch, err := s.pend.register(len(frames), func(i int, number uint32) { frames[i].Ack = number })
 	if err != nil {
 		return nil, err
 	}
@@ -121,13 +194,17 @@ func (s *Session) sendFrames(ctx context.Context, frames []outgoing) (errs []err
 	}
 	if !s.out.send(frames) {
 		s.pend.abandon(batch, s.Err())
-		return batch.errs, nil
 	}
+	return batch, nil
+}
+
+// await gives the errors by frame, nil when all were acknowledged.
+func (s *Session) await(ctx context.Context, batch *sendBatch) []error {
 	select {
 	case <-batch.done:
 	case <-ctx.Done():
 		s.out.withdraw(func(f *outgoing) bool { return f.batch == batch })
 		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", context.Cause(ctx)))
 	}
-	return batch.errs, nil
+	return batch.errs
 }
