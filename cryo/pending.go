@@ -40,8 +40,13 @@ type pending struct {
 	next    uint32 // offset of the next number within the range
 	wrapped bool   // all numbers of the range were used once
 	waiting map[uint32]waiter
-	ended   error // set at the end of the session: nobody can wait any more
+	given   map[uint32]struct{} // numbers that were given up: what comes for them is late; nil is none
+	ended   error               // set at the end of the session: nobody can wait any more
 }
+
+// maxGivenUp bounds the numbers that are remembered as given up. Beyond it they
+// are forgotten, all at once: they are for counting only.
+const maxGivenUp = 16 << 10
 
 type waiter struct {
 	batch       *sendBatch
@@ -112,7 +117,24 @@ func (p *pending) issued(number uint32) bool {
 func (p *pending) abandon(b *sendBatch, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for n, w := range p.waiting {
+		if w.batch == b {
+			if p.given == nil || len(p.given) == maxGivenUp {
+				p.given = make(map[uint32]struct{})
+			}
+			p.given[n] = struct{}{}
+		}
+	}
 	p.settleAll(err, func(w waiter) bool { return w.batch == b })
+}
+
+// late reports whether a number was given up, once.
+func (p *pending) late(number uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.given[number]
+	delete(p.given, number)
+	return ok
 }
 
 // end settles all that is left with err, and all that comes later at once.

@@ -167,12 +167,20 @@ func (s *Session) full(chunk bool) <-chan struct{} {
 func (s *Session) handle(f *Frame) {
 	switch f.Type {
 	case TypeAck:
-		s.pend.settle(f.Ack, nil)
+		if !s.pend.settle(f.Ack, nil) && s.pend.late(f.Ack) {
+			s.opts.OnLateAck()
+		}
 		return
 	case TypeError:
 		// A refusal of one of our frames is never acknowledged: the refuser
 		// may have a frame pending under the same number (protocol, "ERROR").
-		if s.pend.settle(f.Ack, &RejectedError{Text: s.words(f.Text())}) || s.pend.issued(f.Ack) {
+		if s.pend.settle(f.Ack, &RejectedError{Text: s.words(f.Text())}) {
+			return
+		}
+		if s.pend.issued(f.Ack) {
+			if s.pend.late(f.Ack) {
+				s.opts.OnLateAck()
+			}
 			return
 		}
 	}

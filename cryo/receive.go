@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unicode/utf8"
 )
 
@@ -32,6 +33,7 @@ type Message struct {
 	Payload []byte
 
 	session *Session
+	read    time.Time
 	number  uint32
 	size    int64  // of the payload as it came: that is the receiver's to change
 	settled uint32 //nolint:modernize // an atomic.Uint32 could not be copied out of the queue
@@ -40,6 +42,9 @@ type Message struct {
 // Session is the session that the message came from. Its acknowledgement goes
 // there or nowhere: a number belongs to its connection.
 func (m *Message) Session() *Session { return m.session }
+
+// Time is when the message was read from the network.
+func (m *Message) Time() time.Time { return m.read }
 
 // Number is the peer's number for this message (protocol, "Acknowledgements").
 func (m *Message) Number() uint32 { return m.number }
@@ -161,7 +166,7 @@ func (s *Session) refuseWaiting() {
 
 // deliver puts a received message into the queue. Reading goroutine.
 func (s *Session) deliver(f *Frame) {
-	m := Message{Type: f.Type, Payload: f.Payload, session: s, number: f.Ack}
+	m := Message{Type: f.Type, Payload: f.Payload, session: s, number: f.Ack, read: s.conn.readAt}
 	if f.Type == TypeError {
 		m.Payload = []byte(f.Text())
 	}
@@ -183,6 +188,7 @@ func (s *Session) words(text string) string {
 }
 
 func (s *Session) refuse(m *Message) {
+	s.opts.OnRefused(m.Type)
 	if m.Type == TypeError {
 		// An ERROR is not answered with an ERROR, and not confirmed either.
 		if m.settle() {

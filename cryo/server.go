@@ -51,6 +51,12 @@ type ServerOptions struct {
 	// OnSession is called when a session is connected, on the goroutine of its
 	// request, which ends when it returns. The session goes on.
 	OnSession func(*Session, *Upgrade)
+	// OnSessionEnd is called for each session that OnSession was called for, when
+	// it has ended, before its Done is closed. It must not wait.
+	OnSessionEnd func(*Session)
+	// OnRefusal is called when a client is not let in, with the answer's status,
+	// on the request's goroutine.
+	OnRefusal func(status int)
 	// MaxSessions bounds the sessions, those in handshake included; more are
 	// refused with 503. Default 10,000.
 	MaxSessions int
@@ -169,6 +175,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
+	if s.opts.OnRefusal != nil {
+		s.opts.OnRefusal(refused.status)
+	}
 	s.refusals.Do(func() {
 		cause := refused.cause
 		if cause == nil {
@@ -236,7 +245,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request, id uint64, e *entr
 		return nil
 	}
 	s.mu.Lock()
-	e.session = newSession(id, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.remove(id, e) })
+	e.session = newSession(id, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(id, e) })
 	closed := s.closed
 	s.mu.Unlock()
 	if closed {
@@ -278,6 +287,17 @@ func (s *Server) announce(e *entry) bool {
 	defer s.mu.Unlock()
 	e.connected = s.entries[e.session.id] == e
 	return e.connected
+}
+
+// ended is a session's end.
+func (s *Server) ended(id uint64, e *entry) {
+	s.remove(id, e)
+	s.mu.Lock()
+	announced := e.connected // it is not announced any more
+	s.mu.Unlock()
+	if announced && s.opts.OnSessionEnd != nil {
+		s.opts.OnSessionEnd(e.session)
+	}
 }
 
 func (s *Server) remove(id uint64, e *entry) {

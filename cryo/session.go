@@ -49,6 +49,13 @@ type SessionOptions struct {
 	SendOnly bool
 	// Logger gets the little that nobody else is told. Default: none.
 	Logger *slog.Logger
+	// OnLateAck is called when the peer acknowledges or refuses a frame for
+	// which nobody waits any more: it has arrived, but was taken for lost.
+	// OnRefused is called when the session itself refuses what it received: a
+	// message of the type, or for TypeTxStart a stream. Both are for counting:
+	// they run on the reading goroutine and must not wait. Default: none.
+	OnLateAck func()
+	OnRefused func(Type)
 
 	token *secret // that the peer's words are not repeated with; nil is none
 }
@@ -66,6 +73,12 @@ func (o SessionOptions) withDefaults() SessionOptions {
 	o.StreamLimits = o.StreamLimits.withDefaults()
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.OnLateAck == nil {
+		o.OnLateAck = func() {}
+	}
+	if o.OnRefused == nil {
+		o.OnRefused = func(Type) {}
 	}
 	return o
 }

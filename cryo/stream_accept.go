@@ -166,6 +166,7 @@ func (in *incomingStreams) start(f *Frame) {
 	case in.open[f.Tx] != nil:
 		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
 	case in.s.refusing.Load(), len(in.announced) >= maxAnnounced, max(len(f.Payload), len(name)) > maxStreamName:
+		in.s.opts.OnRefused(TypeTxStart)
 		in.s.cancel(f.Tx)
 	default:
 		in.remembered = slices.DeleteFunc(in.remembered, func(tx uint32) bool { return tx == f.Tx })
@@ -256,6 +257,7 @@ func (in *incomingStreams) refuse() {
 	waiting := slices.Clone(in.announced)
 	in.mu.Unlock()
 	for _, st := range waiting {
+		in.s.opts.OnRefused(TypeTxStart)
 		_ = st.Reject() // after the end of the session nobody hears it
 	}
 }

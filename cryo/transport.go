@@ -52,10 +52,11 @@ type transport struct {
 	hadWritten uint64 // pieces, at the last beat
 
 	// Owned by the reading goroutine.
-	rbuf  *[]byte // from readPool; what was read ahead
-	rpos  int
-	bulk  bool  // the last read filled what it was given: more is probably there
-	ended error // of the last read, which had nothing more to give
+	rbuf   *[]byte // from readPool; what was read ahead
+	rpos   int
+	bulk   bool      // the last read filled what it was given: more is probably there
+	readAt time.Time // of the last read
+	ended  error     // of the last read, which had nothing more to give
 
 	wmu       sync.Mutex
 	gathering bool
@@ -102,6 +103,7 @@ func (t *transport) read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
 	if n > 0 {
 		t.heard.Store(true)
+		t.readAt = time.Now()
 		return n, nil
 	}
 	t.ended = err

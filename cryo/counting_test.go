@@ -1,0 +1,99 @@
+package cryo_test
+
+import (
+	"context"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+func TestLateAcknowledgementsAreTold(t *testing.T) {
+	late := 0
+	atBothEnds(t, cryo.SessionOptions{OnLateAck: func() { late++ }}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		late = 0
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		batch := []cryo.Outgoing{{Type: cryo.TypeUTF8}, {Type: cryo.TypeUTF8}, {Type: cryo.TypeUTF8}}
+		require.Error(t, s.SendBatch(ctx, batch))
+		for range batch {
+			peer.WantType("a text", cryo.TypeUTF8)
+		}
+		peer.WriteFrames(
+			cryotest.Acked(end.first),
+			cryotest.Acked(end.first), // again
+			cryotest.Error(end.first+2, "no"),
+			cryotest.Acked(end.first+3), // never sent
+			cryotest.Acked(end.first-1), // of the handshake
+		)
+		synctest.Wait()
+		require.Equal(t, 2, late, "one acknowledgement and one refusal of what was given up")
+
+		timely := start(func() error { return s.SendUTF8(t.Context(), "") })
+		peer.WriteFrames(cryotest.Acked(peer.WantType("the text", cryo.TypeUTF8).Ack))
+		timely.wantSuccess(t)
+		require.Equal(t, 2, late)
+	})
+}
+
+func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
+	var refused []cryo.Type
+	opts := cryo.SessionOptions{SendOnly: true, OnRefused: func(t cryo.Type) { refused = append(refused, t) }}
+	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		refused = nil
+		peer.WriteFrames(
+			cryotest.Text(1, ""), cryotest.Binary(2, ""), cryotest.Error(3, ""),
+			cryo.Frame{SID: sid, Type: cryo.TypeTxStart, Ack: 4, Tx: 1, Size: -1},
+		)
+		synctest.Wait()
+		require.Equal(t, []cryo.Type{cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError, cryo.TypeTxStart}, refused)
+	})
+}
+
+func TestAMessageTellsWhenItWasRead(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		time.Sleep(time.Second)
+		peer.WriteFrames(cryotest.Text(1, "hello"))
+		synctest.Wait()
+		read := time.Now()
+		time.Sleep(time.Second)
+		require.Equal(t, read, receive(t, s).Time(), "and not when it was taken")
+	})
+}
+
+func TestAServerTellsTheEndOfEachSessionThatItHasTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ended []*cryo.Session
+		_, l, sessions := serve(t, cryo.ServerOptions{
+			HandshakeTimeout: time.Second,
+			OnSessionEnd: func(s *cryo.Session) {
+				require.Error(t, s.Err())
+				ended = append(ended, s)
+			},
+		})
+		join(t, l, sid+1) // says nothing
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		time.Sleep(time.Minute)
+		require.Empty(t, ended, "one was no session yet, the other lives")
+		cut(s)
+		require.Equal(t, []*cryo.Session{s}, ended)
+	})
+}
+
+func TestAServerTellsWithWhichStatusItRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var statuses []int
+		_, l, _ := serve(t, cryo.ServerOptions{OnRefusal: func(status int) { statuses = append(statuses, status) }})
+		knock(t, l, "x-cryo-sid=1;", upgrade())
+		knock(t, l, "x-cryo-sid=1", upgrade())
+		knock(t, l, "", http.Header{}) // no client
+		require.Equal(t, []int{400, 401}, statuses)
+	})
+}
