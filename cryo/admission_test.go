@@ -162,6 +162,9 @@ func TestAuthorizeSeesTheRequestAndPassesAValueOn(t *testing.T) {
 			},
 			OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
 				values <- u.Value
+				if s.Value() != u.Value {
+					t.Errorf("the session has the value %v, its upgrade %v", s.Value(), u.Value)
+				}
 				if s.RemoteAddr().String() != u.Request.RemoteAddr {
 					t.Errorf("the session comes from %v, its request from %v", s.RemoteAddr(), u.Request.RemoteAddr)
 				}
@@ -173,6 +176,7 @@ func TestAuthorizeSeesTheRequestAndPassesAValueOn(t *testing.T) {
 		require.NoError(t, err)
 		defer cut(s)
 		require.Equal(t, seen{token, "a&b", "192.0.2.1:50000", sid}, next(t, values))
+		require.Nil(t, s.Value(), "of the end that dialled")
 	})
 }
 

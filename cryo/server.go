@@ -36,7 +36,7 @@ type Upgrade struct {
 	Token     string // what followed "Bearer " in the query
 	SessionID uint64
 	Request   *http.Request // for query, headers and remote address; its URL has the token
-	// Value is Authorize's to set, and reaches OnSession.
+	// Value is Authorize's to set, and reaches OnSession and [Session.Value].
 	Value any
 }
 
@@ -161,7 +161,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, refused)
 		return
 	}
-	session := s.open(w, r, u.SessionID, e)
+	session := s.open(w, u, e)
 	if session == nil {
 		return
 	}
@@ -237,19 +237,20 @@ func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
 }
 
 // open upgrades the request and starts the session.
-func (s *Server) open(w http.ResponseWriter, r *http.Request, id uint64, e *entry) *Session {
+func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	h := &hijacker{ResponseWriter: w}
-	ws, err := s.upgrader.Upgrade(h, r, nil)
+	ws, err := s.upgrader.Upgrade(h, u.Request, nil)
 	if err != nil { // answered by the upgrader
-		s.remove(id, e)
+		s.remove(u.SessionID, e)
 		return nil
 	}
 	s.mu.Lock()
-	e.session = newSession(id, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(id, e) })
+	e.session = newSession(u.SessionID, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(u.SessionID, e) })
+	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	s.mu.Unlock()
 	if closed {
-		_ = e.session.Close(r.Context(), shutdownReason)
+		_ = e.session.Close(u.Request.Context(), shutdownReason)
 		return nil
 	}
 	return e.session

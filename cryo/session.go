@@ -92,6 +92,7 @@ func (o SessionOptions) withDefaults() SessionOptions {
 type Session struct {
 	id      uint64
 	dialing bool // this end dialled
+	value   any  // the Upgrade's; never changes
 	opts    SessionOptions
 	log     *slog.Logger
 
@@ -161,6 +162,10 @@ func newSession(id uint64, dialing bool, ws *websocket.Conn, conn *transport, b 
 
 // ID is the session's id, chosen by the client.
 func (s *Session) ID() uint64 { return s.id }
+
+// Value is what Authorize kept of the client in [Upgrade]; nil of a session that
+// this end dialled.
+func (s *Session) Value() any { return s.value }
 
 // RemoteAddr is the peer's network address.
 func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }

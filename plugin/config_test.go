@@ -129,6 +129,7 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		{"input", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
 		{"output", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
 		{"input", "cryo_server", `{ address: ":8080", tokens: [ a, "" ] }`, "field tokens has an empty token: it would let everybody in", ""},
+		{"input", "cryo_server", `{ ` + listens + `, session_metadata: { query_parameters: [ room, authorization ] } }`, "field query_parameters: authorization is the token, which must not become metadata", ""},
 		{"input", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
 		{"output", "cryo_server", `{ ` + listens + `, tls: { key_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
 	} {

@@ -19,8 +19,7 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+`- `+"`cryo_remote_address`"+`: the client's network address
-`+receivePerformance).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+receivePerformance).
 		Fields(listenFields()...).
 		Fields(receiveFields()...).
 		LintRule(`root = `+listenLint).
@@ -52,7 +51,6 @@ func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*server
 	if err != nil {
 		return nil, err
 	}
-	rc.remoteAddress = true
 	return &serverInput{receiver: newReceiver(rc, res), serverComponent: c}, nil
 }
 

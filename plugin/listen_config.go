@@ -1,15 +1,12 @@
 package plugin
 
 import (
-	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/bloblang"
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -22,14 +19,12 @@ const (
 	fieldPath             = "path"
 	fieldCertFile         = "cert_file"
 	fieldKeyFile          = "key_file"
-	fieldTokens           = "tokens"
-	fieldAuthorize        = "authorize"
 	fieldHandshakeTimeout = "handshake_timeout"
 	fieldMaxSessions      = "max_sessions"
 )
 
 func listenFields() []*service.ConfigField {
-	return []*service.ConfigField{
+	fields := []*service.ConfigField{
 		service.NewStringField(fieldAddress).
 			Description("Where to listen: host and port, or `:port` for all network interfaces. An input and an output with the same address share one listener and its clients, and have to agree on all of its settings.").
 			Example("0.0.0.0:8080").
@@ -50,16 +45,9 @@ root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\
 				Default(""),
 		).
 			Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`."),
-		service.NewStringListField(fieldTokens).
-			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
-			Default([]any{}).
-			Secret().
-			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
-		service.NewBloblangField(fieldAuthorize).
-			Description("A mapping that decides whether a client may come in, by resulting in `true` or `false`. Of the client it sees `this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers` (both with the first value of each name; headers in lower case). `root = true` lets everybody in.").
-			Example(`root = this.token == env("CRYO_TOKEN")`).
-			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET")).aud == "cryo"`).
-			Optional(),
+	}
+	fields = append(fields, admissionFields()...)
+	return append(fields,
 		positiveInt(fieldMaxSessions).
 			Description("How many clients may be connected at a time. Further ones are refused with status 503.").
 			Default(cryo.DefaultMaxSessions),
@@ -69,7 +57,7 @@ root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\
 			Default("10s").
 			Advanced(),
 		heartbeatField(),
-	}
+	)
 }
 
 // listenLint finds a listener that would let nobody in, and half a certificate.
@@ -86,8 +74,7 @@ const listenLint = `if this.tokens.or([]).length() == 0 && this.authorize.or("")
 type listenSettings struct {
 	Address, Path     string
 	CertFile, KeyFile string
-	Tokens            []string
-	Authorize         string // the mapping's text
+	admissionSettings
 	MaxSessions       int
 	MaxBufferBytes    int
 	HandshakeTimeout  time.Duration
@@ -128,7 +115,7 @@ func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, aut
 	if s.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval); err != nil {
 		return
 	}
-	authorize, err = s.authorizeFromParsed(conf)
+	s.admissionSettings, authorize, err = admissionFromParsed(conf)
 	return
 }
 
@@ -141,64 +128,4 @@ func checkAddress(address string) error {
 		return fmt.Errorf("field %s has to be host:port, got %s", fieldAddress, address)
 	}
 	return nil
-}
-
-func (s *listenSettings) authorizeFromParsed(conf *service.ParsedConfig) (func(*cryo.Upgrade) error, error) {
-	var err error
-	if s.Tokens, err = conf.FieldStringList(fieldTokens); err != nil {
-		return nil, err
-	}
-	if slices.Contains(s.Tokens, "") {
-		return nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
-	}
-	if conf.Contains(fieldAuthorize) {
-		if s.Authorize, err = conf.FieldString(fieldAuthorize); err != nil {
-			return nil, err
-		}
-	}
-	switch {
-	case len(s.Tokens) == 0 && s.Authorize == "":
-		return nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0 && s.Authorize != "":
-		return nil, fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0:
-		return cryo.Tokens(s.Tokens...), nil
-	}
-	mapping, err := conf.FieldBloblang(fieldAuthorize)
-	if err != nil {
-		return nil, fmt.Errorf("field %s: %w", fieldAuthorize, err)
-	}
-	return authorizeBy(mapping), nil
-}
-
-// authorizeBy asks a mapping.
-func authorizeBy(mapping *bloblang.Executor) func(*cryo.Upgrade) error {
-	return func(u *cryo.Upgrade) error {
-		headers := make(map[string]any, len(u.Request.Header))
-		for name := range u.Request.Header {
-			headers[strings.ToLower(name)] = u.Request.Header.Get(name)
-		}
-		query := make(map[string]any)
-		for name, values := range u.Request.URL.Query() {
-			query[name] = values[0]
-		}
-		result, err := mapping.Query(map[string]any{
-			"token":          u.Token,
-			"session_id":     fmt.Sprint(u.SessionID),
-			"remote_address": u.Request.RemoteAddr,
-			"query":          query,
-			"headers":        headers,
-		})
-		if err != nil {
-			return fmt.Errorf("the mapping failed: %w", err)
-		}
-		switch result {
-		case true:
-			return nil
-		case false:
-			return errors.New("the mapping says no")
-		default:
-			return fmt.Errorf("the mapping has to result in true or false, not in %T", result)
-		}
-	}
 }

@@ -141,9 +141,20 @@ func TestAMappingDecidesWhoMayComeIn(t *testing.T) {
 		{"by what is not there", `root = this.query.building == "7"`, false, "the mapping says no"},
 		{"a mapping that fails", `root = this.token.parse_json().admin`, false, "authorizing: the mapping failed: "},
 		{"a mapping that throws the token", `root = throw(this.token)`, false, "authorizing: the mapping failed: "},
-		{"a mapping without a verdict", `root.a = 5`, false, "authorizing: the mapping has to result in true or false, not in map[string]interface {}"},
+		{"an object", `root.a = 5`, true, ""},
+		{"an object of nothing", `root.a = null`, true, ""},
+		{"an empty object", `root = {}`, false, "authorizing: the mapping results in an empty object, which says neither yes nor no"},
+		{"all that the mapping was given", `root = this`, false, "authorizing: the mapping results in an object with a field token, which must not become metadata"},
+		{"a mapping that assigns nothing", `let a = 5`, false, "authorizing: the mapping says neither yes nor no"},
+		{"a mapping that assigns nothing to some", `root = if this.token == "x" { true }`, false, "authorizing: the mapping says neither yes nor no"},
+		{"a field that nothing is assigned to", `root.a = if this.token == "x" { true }`, false, "authorizing: the mapping says neither yes nor no"},
+		{"null", `root = null`, false, "authorizing: the mapping says neither yes nor no"},
 		{"a mapping that deletes", `root = deleted()`, false, "authorizing: the mapping"},
-		{"a word for yes", `root = "true"`, false, "the mapping has to result in true or false, not in string"},
+		{"a word for yes", `root = "true"`, false, "the mapping has to result in true, false or an object, not in string"},
+		{"a list", `root = [ true ]`, false, "the mapping has to result in true, false or an object, not in []interface {}"},
+		{"too many fields", `root = range(0, 65).map_each(i -> { "key": "f%v".format(i), "value": 1 }).map_each(f -> { (f.key): f.value }).merge({}).squash()`, false, "authorizing: the session would have 65 fields of metadata with"},
+		{"fields that are too long", `root.a = range(0, 8192).map_each(i -> "x").join("")`, false, "authorizing: the session would have 1 fields of metadata with 8203 bytes, it may have 64 with 8192"},
+		{"a field that just fits", `root.a = range(0, 8181).map_each(i -> "x").join("")`, true, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {

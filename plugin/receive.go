@@ -5,7 +5,6 @@ import (
 	"errors"
 	"maps"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -20,9 +19,8 @@ import (
 // say of it.
 type source struct {
 	session *cryo.Session
-	id      string
-	remote  string
-	ended   chan struct{} // closed when all it received is taken
+	*identity
+	ended chan struct{} // closed when all it received is taken
 }
 
 // item is a received message on its way to the pipeline, or in it: one frame, or
@@ -86,10 +84,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 // receiveFrom starts to take a session's messages. The channel is closed when
 // all that the session had received is taken and no more will come.
 func (r *receiver) receiveFrom(s *cryo.Session) <-chan struct{} {
-	src := &source{session: s, id: strconv.FormatUint(s.ID(), 10), ended: make(chan struct{})}
-	if r.conf.remoteAddress {
-		src.remote = s.RemoteAddr().String()
-	}
+	src := &source{session: s, identity: identityOf(s), ended: make(chan struct{})}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if known := r.sources[s]; known != nil {
@@ -260,11 +255,8 @@ func (r *receiver) message(it *item) *service.Message {
 	}
 	m := service.NewMessage(it.message.Payload)
 	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Type))
-	m.MetaSetMut(metaSessionID, it.source.id)
 	m.MetaSetMut(metaAckID, int64(it.message.Number()))
-	if r.conf.remoteAddress {
-		m.MetaSetMut(metaRemoteAddress, it.source.remote)
-	}
+	it.source.describe(m)
 	return m
 }
 

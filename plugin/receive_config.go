@@ -20,10 +20,8 @@ const (
 	acknowledgeDelivered = "delivered"
 	acknowledgeReceived  = "received"
 
-	metaMessageType   = "cryo_message_type"
-	metaSessionID     = "cryo_session_id"
-	metaAckID         = "cryo_ack_id"
-	metaRemoteAddress = "cryo_remote_address"
+	metaMessageType = "cryo_message_type"
+	metaAckID       = "cryo_ack_id"
 
 	// rejection is all that a peer learns of a failure in the pipeline; the
 	// pipeline's own words go to the log.
@@ -131,7 +129,6 @@ type receiveConfig struct {
 	maxInFlight   int
 	maxBatchCount int
 	replay        bool
-	remoteAddress bool // as metadata
 	streams       streamConfig
 }
 

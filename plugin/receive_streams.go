@@ -278,13 +278,10 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 			b.bytes += len(payload)
 		}
 		m.MetaSetMut(metaMessageType, messageTypeStream)
-		m.MetaSetMut(metaSessionID, src.id)
 		m.MetaSetMut(metaStreamName, t.stream.Name())
 		m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
 		m.MetaSetMut(metaStreamSize, t.stream.Size())
-		if r.conf.remoteAddress {
-			m.MetaSetMut(metaRemoteAddress, src.remote)
-		}
+		src.describe(m)
 		items[i] = item{source: src, scanned: b, at: i, part: m}
 	}
 	src.session.Hold(b.bytes)

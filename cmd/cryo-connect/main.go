@@ -1,5 +1,6 @@
 // Command cryo-connect is Redpanda Connect's engine with the Cryo components
-// built in, and with the components that reach Kafka, S3, HTTP and Prometheus.
+// built in, with the components that reach Kafka, S3, HTTP and Prometheus, and
+// with Bloblang's methods for JWTs.
 //
 // Try "cryo-connect help", or "cryo-connect list inputs".
 package main
@@ -12,6 +13,7 @@ import (
 	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
 	"github.com/redpanda-data/benthos/v4/public/service"
 	_ "github.com/redpanda-data/connect/v4/public/components/aws"
+	_ "github.com/redpanda-data/connect/v4/public/components/crypto"
 	_ "github.com/redpanda-data/connect/v4/public/components/kafka"
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
 

@@ -1,0 +1,170 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/redpanda-data/benthos/v4/public/bloblang"
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Who may come in, and what is kept of those who do.
+
+const (
+	fieldTokens          = "tokens"
+	fieldAuthorize       = "authorize"
+	fieldSessionMetadata = "session_metadata"
+	fieldMetadataQuery   = "query_parameters"
+	fieldMetadataHeaders = "headers"
+
+	// paramToken is the query parameter with Cryo's token, which must never
+	// become metadata.
+	paramToken = "authorization"
+)
+
+func admissionFields() []*service.ConfigField {
+	return []*service.ConfigField{
+		service.NewStringListField(fieldTokens).
+			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
+			Default([]any{}).
+			Secret().
+			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
+		service.NewBloblangField(fieldAuthorize).
+			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case).
+
+It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of such metadata.
+
+Everything else refuses the client: a mapping that fails or assigns nothing, an empty object, and one with a field `+"`token`"+`, so that neither `+"`root = this`"+` is a way in nor a token becomes metadata. But an object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody. `+"`root = true`"+` lets everybody in.
+
+The methods for JWTs are in the binary `+"`cryo-connect`"+`; a build of your own gets them from Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
+			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
+			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
+			Example(`
+let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
+root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
+			Optional(),
+		service.NewObjectField(fieldSessionMetadata,
+			service.NewStringListField(fieldMetadataQuery).
+				Description("Query parameters: `room` becomes `cryo_query_room`. The one with the token can't be had.").
+				Default([]any{}).
+				Example([]string{"room"}).
+				LintRule(`root = if this.type() == "array" && this.contains("authorization") { "field query_parameters: authorization is the token, which must not become metadata" }`),
+			service.NewStringListField(fieldMetadataHeaders).
+				Description("HTTP headers: `User-Agent` becomes `cryo_header_user-agent`.").
+				Default([]any{}).
+				Example([]string{"User-Agent"}),
+		).
+			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them.").
+			Advanced(),
+	}
+}
+
+// admissionSettings are what components of one listener have to agree on.
+type admissionSettings struct {
+	Tokens    []string
+	Authorize string // the mapping's text
+	Metadata  sessionMetadata
+}
+
+func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, authorize func(*cryo.Upgrade) error, err error) {
+	if s.Tokens, err = conf.FieldStringList(fieldTokens); err != nil {
+		return
+	}
+	if slices.Contains(s.Tokens, "") {
+		return s, nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
+	}
+	if conf.Contains(fieldAuthorize) {
+		if s.Authorize, err = conf.FieldString(fieldAuthorize); err != nil {
+			return
+		}
+	}
+	if s.Metadata.Query, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataQuery); err != nil {
+		return
+	}
+	if slices.Contains(s.Metadata.Query, paramToken) {
+		return s, nil, fmt.Errorf("field %s: %s is the token, which must not become metadata", fieldMetadataQuery, paramToken)
+	}
+	if s.Metadata.Headers, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataHeaders); err != nil {
+		return
+	}
+	switch {
+	case len(s.Tokens) == 0 && s.Authorize == "":
+		return s, nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
+	case len(s.Tokens) > 0 && s.Authorize != "":
+		return s, nil, fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
+	case len(s.Tokens) > 0:
+		known := cryo.Tokens(s.Tokens...)
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) }), nil
+	}
+	mapping, err := conf.FieldBloblang(fieldAuthorize)
+	if err != nil {
+		return s, nil, fmt.Errorf("field %s: %w", fieldAuthorize, err)
+	}
+	return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+		return ask(mapping, u, query)
+	}), nil
+}
+
+// admit lets in whom judge lets in, and keeps what is known of them.
+func (s sessionMetadata) admit(judge func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
+	return func(u *cryo.Upgrade) error {
+		query := u.Request.URL.Query()
+		granted, err := judge(u, query)
+		if err != nil {
+			return err
+		}
+		u.Value, err = s.identify(u, query, granted)
+		return err
+	}
+}
+
+// ask asks the mapping: an error refuses the client, an object is what it is
+// granted.
+func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+	headers := make(map[string]any, len(u.Request.Header))
+	for name := range u.Request.Header {
+		headers[strings.ToLower(name)] = u.Request.Header.Get(name)
+	}
+	parameters := make(map[string]any, len(query))
+	for name, values := range query {
+		parameters[name] = values[0]
+	}
+	// Not Query: where nothing is assigned, that results in what it was given,
+	// an object, which would let everybody in.
+	var result any
+	err := mapping.Overlay(map[string]any{
+		"token":          u.Token,
+		"session_id":     strconv.FormatUint(u.SessionID, 10),
+		"remote_address": u.Request.RemoteAddr,
+		"query":          parameters,
+		"headers":        headers,
+	}, &result)
+	if err != nil {
+		return nil, fmt.Errorf("the mapping failed: %w", err)
+	}
+	switch verdict := result.(type) {
+	case bool:
+		if !verdict {
+			return nil, errors.New("the mapping says no")
+		}
+		return nil, nil
+	case map[string]any:
+		if _, leaks := verdict["token"]; leaks {
+			return nil, errors.New("the mapping results in an object with a field token, which must not become metadata")
+		}
+		if len(verdict) == 0 {
+			return nil, errors.New("the mapping results in an empty object, which says neither yes nor no")
+		}
+		return verdict, nil
+	case nil:
+		return nil, errors.New("the mapping says neither yes nor no: it assigned nothing to root, or null")
+	default:
+		return nil, fmt.Errorf("the mapping has to result in true, false or an object, not in %T", result)
+	}
+}
