@@ -105,6 +105,13 @@ func (p *pending) settle(number uint32, err error) bool {
 	return ok
 }
 
+// awaited tells whether anybody waits for an acknowledgement.
+func (p *pending) awaited() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.waiting) > 0
+}
+
 // issued tells whether a number is one of ours, awaited or not. It stays true
 // after a time-out, so a late ERROR is still known as a refusal.
 func (p *pending) issued(number uint32) bool {

@@ -16,6 +16,14 @@ const unaskedPong = 5 * time.Second
 // minPingEvery is the shortest interval between pings that is believed.
 const minPingEvery = 100 * time.Millisecond
 
+// noRoomPatience is how long a pause of reading may keep an acknowledgement from
+// us that one of our senders waits for, and noRoomRecheck how often a longer
+// pause asks whether one waits by now.
+const (
+	noRoomPatience = 10 * time.Second
+	noRoomRecheck  = time.Second
+)
+
 // read is the reading goroutine. It never writes and never waits for the
 // writer.
 func (s *Session) read() {
@@ -48,6 +56,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
 	}
 	var head []byte
+	s.noRoom = false
 	if s.budget.wait(&s.held) != nil {
 		// No room for data. Other frames are read on: they may be the
 		// handshake, or acknowledgements that our senders wait for.
@@ -55,8 +64,10 @@ func (s *Session) nextMessage() ([]byte, error) {
 		n, _ := io.ReadFull(r, head) // an error comes again
 		head = head[:n]
 		if isData(head) {
-			s.waitForRoom(Type(head[headerSize-1]) == TypeTxChunk)
+			s.noRoom = !s.waitForRoom(Type(head[headerSize-1]) == TypeTxChunk)
 		}
+	} else if s.overflowing && s.budget.relaxed(&s.held) {
+		s.overflowing = false
 	}
 	return s.blocks.readFrame(head, r, s.conn)
 }
@@ -117,11 +128,19 @@ func (s *Session) waitForWriter() {
 	}
 }
 
-// waitForRoom pauses reading while too much is received and not settled.
-func (s *Session) waitForRoom(chunk bool) {
+// waitForRoom pauses reading while too much is received and not settled. It
+// reports false when there is no room and waiting would be in vain: the
+// acknowledgements that our senders wait for are behind what we don't read, and
+// what we hold may be waiting for our senders, as it does where an answer is sent
+// before its request is settled. Then what comes is refused until the session holds
+// no more than is free.
+func (s *Session) waitForRoom(chunk bool) bool {
 	room := s.full(chunk)
 	if room == nil {
-		return
+		return true
+	}
+	if s.overflowing && s.pend.awaited() {
+		return false
 	}
 	s.paused.Store(true)
 	defer func() {
@@ -143,15 +162,24 @@ func (s *Session) waitForRoom(chunk bool) {
 		defer ticker.Stop()
 		alive = ticker.C
 	}
+	patience := time.NewTimer(noRoomPatience)
+	defer patience.Stop()
 	for ; room != nil; room = s.full(chunk) {
 		select {
 		case <-room:
 		case <-alive:
 			s.out.pong(s.pingAck)
+		case <-patience.C:
+			if s.pend.awaited() {
+				s.overflowing = true
+				return false
+			}
+			patience.Reset(noRoomRecheck)
 		case <-s.ending:
-			return
+			return true
 		}
 	}
+	return true
 }
 
 // full returns nil when a message may be read, else a channel to wait for.

@@ -172,8 +172,12 @@ func (s *Session) deliver(f *Frame) {
 	}
 	m.size = int64(len(m.Payload))
 	s.budget.take(&s.held, m.weight())
-	if s.refusing.Load() {
+	switch {
+	case s.refusing.Load():
 		s.refuse(&m)
+		return
+	case s.noRoom:
+		s.overflow(&m)
 		return
 	}
 	s.inbox.put(m)
@@ -200,6 +204,23 @@ func (s *Session) refuse(m *Message) {
 		return
 	}
 	_ = m.Reject("this session receives no messages") // after the end nobody hears it
+}
+
+// overflow refuses a message for which there is no room.
+func (s *Session) overflow(m *Message) {
+	s.reportNoRoom()
+	if m.Type == TypeError {
+		s.refuse(m)
+		return
+	}
+	_ = m.Reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
+}
+
+func (s *Session) reportNoRoom() {
+	s.reports.Do(func() {
+		s.log.Warn("Refusing what a session sends: too much of it is not acknowledged yet, and acknowledgements that we wait for are behind it (at most one such line a second)",
+			"session", s.id, "max_buffer_bytes", s.opts.MaxBufferBytes)
+	})
 }
 
 func (s *Session) acknowledge(numbers []uint32, weight int64) error {
@@ -356,6 +377,13 @@ func (b *budget) wait(held *int64) <-chan struct{} {
 		b.freed = make(chan struct{})
 	}
 	return b.freed
+}
+
+// relaxed tells whether a session holds no more than is still free.
+func (b *budget) relaxed(held *int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return *held <= b.limit-b.used
 }
 
 var errNotAMessage = fmt.Errorf("only %v and %v can be sent as messages", TypeUTF8, TypeBinary)

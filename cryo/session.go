@@ -35,7 +35,10 @@ type SessionOptions struct {
 	// and 256 bytes a message. Beyond it, at most one message late, reading
 	// pauses at the next message; what is no message is read on until then. A
 	// server's sessions share it: each may hold up to eight times what is left.
-	// Default 32 MiB.
+	// When a send waits for its acknowledgement, which may be behind what is not
+	// read, a pause ends after 10 s: messages without room are refused then with
+	// an ERROR, and chunks end their stream with ErrNoRoom, until the session
+	// holds no more than is still free. Default 32 MiB.
 	MaxBufferBytes int
 	// CloseTimeout bounds the goodbye: how long the end of a session waits for
 	// queued acknowledgements to be written and for the peer to close. Default
@@ -123,10 +126,12 @@ type Session struct {
 	cut     *time.Timer   // ends the goodbye; nil before it
 
 	// Owned by the reading goroutine.
-	blocks    blocks
-	lastPing  time.Time
-	pingEvery time.Duration // the shortest interval between pings seen
-	pingAck   uint32        // the last ping's number
+	blocks      blocks
+	noRoom      bool // for the data frame that is read now: it is refused
+	overflowing bool // data without room is refused rather than waited with
+	lastPing    time.Time
+	pingEvery   time.Duration // the shortest interval between pings seen
+	pingAck     uint32        // the last ping's number
 }
 
 // newSession starts a session over an upgraded connection.
@@ -188,6 +193,10 @@ func (s *Session) Err() error {
 	}
 	return &endedError{s.cause}
 }
+
+// Paused tells whether MaxBufferBytes keeps the session from reading now, so
+// that acknowledgements may have come which it has not seen.
+func (s *Session) Paused() bool { return s.paused.Load() }
 
 // Close ends the session: queued acknowledgements are written, BYE tells the
 // reason (cut to 123 bytes), and the WebSocket is closed with code 4000. What
@@ -283,7 +292,11 @@ func (s *Session) beat() {
 		s.silent++
 	}
 	if s.silent >= 2 {
-		s.fail(fmt.Errorf("%w for %v", ErrSilent, 2*s.opts.HeartbeatInterval))
+		cause := fmt.Errorf("%w for %v", ErrSilent, 2*s.opts.HeartbeatInterval)
+		if s.out.crowded() != nil {
+			cause = fmt.Errorf("%w: it sends, and does not read the answers", cause)
+		}
+		s.fail(cause)
 		return
 	}
 	s.out.ping(!s.dialing)

@@ -23,6 +23,9 @@ var (
 	ErrStreamTooLong = errors.New("the stream is too long")
 	// ErrStreamBroken: chunks were missing, or the size was not as announced.
 	ErrStreamBroken = errors.New("the stream is broken")
+	// ErrNoRoom: a chunk could not be held, and waiting with it would have been
+	// in vain; see MaxBufferBytes in [SessionOptions].
+	ErrNoRoom = errors.New("no room for the stream: too much of its session is not acknowledged yet")
 
 	errStreamSettled = errors.New("the stream was settled by this end before it was read to its end")
 )
@@ -101,7 +104,7 @@ func (st *IncomingStream) Received() int64 {
 // Read reads what came, and waits for more. io.EOF means that the stream is
 // whole. A stream that was cut off by the end of its session gives
 // [io.ErrUnexpectedEOF], after all that came; others end with
-// [ErrStreamIdle], [ErrStreamTooLong] or [ErrStreamBroken].
+// [ErrStreamIdle], [ErrStreamTooLong], [ErrStreamBroken] or [ErrNoRoom].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
@@ -318,6 +321,9 @@ func (st *IncomingStream) chunk(f *Frame) {
 		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
 	case limit > 0 && after > limit:
 		st.failLocked(fmt.Errorf("%w: over %d bytes", ErrStreamTooLong, limit))
+	case st.s.noRoom:
+		st.s.reportNoRoom()
+		st.failLocked(ErrNoRoom)
 	default:
 		st.nextSeq++
 		st.received = after

@@ -13,6 +13,8 @@ import (
 
 // logBook keeps what is logged, at any level.
 type logBook struct {
+	deaf bool // set before use: nothing is kept
+
 	mu    sync.Mutex
 	lines []string // "LEVEL message attributes"
 }
@@ -47,7 +49,7 @@ type bookHandler struct {
 	attrs []slog.Attr
 }
 
-func (h *bookHandler) Enabled(context.Context, slog.Level) bool { return true }
+func (h *bookHandler) Enabled(context.Context, slog.Level) bool { return !h.book.deaf }
 
 func (h *bookHandler) Handle(_ context.Context, r slog.Record) error {
 	line := fmt.Sprintf("%v %s", r.Level, r.Message)

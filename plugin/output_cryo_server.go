@@ -221,10 +221,11 @@ func ifNobody(answers [][]error, m int) error {
 	return fmt.Errorf("acknowledged by none of %d sessions, the first says: %w", len(answers), answers[0][m])
 }
 
-// cutIfLate closes a session that let the time for its acknowledgement pass.
+// cutIfLate closes a session that let the time for its acknowledgement pass. One
+// that max_buffer_bytes keeps us from reading may have acknowledged: it stays.
 func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
 	for _, err := range errs {
-		if errors.Is(err, errLate) && ctx.Err() == nil && session.Err() == nil {
+		if errors.Is(err, errLate) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {
 			o.log.Warnf("Closing session %d: %v", session.ID(), err)
 			cut, cancel := context.WithTimeout(ctx, 0)
 			defer cancel()

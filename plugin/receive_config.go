@@ -118,7 +118,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 
 func maxBufferField() *service.ConfigField {
 	return positiveInt(fieldMaxBufferBytes).
-		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it. It is a bound for all sessions together: each may hold up to eight times what is still free.").
+		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it. It is a bound for all sessions together: each may hold up to eight times what is still free. By default some 100,000 messages of 32 bytes fit. Where this process also sends on the same session, the acknowledgements that it waits for come behind what is not read. When one is awaited for 10 s like that, messages that there is no room for are refused with an ERROR, and streams cancelled, until the session holds no more than is still free. A client that even then goes on sending and reads nothing loses its session.").
 		Default(cryo.DefaultMaxBufferBytes).
 		Advanced()
 }

@@ -1,0 +1,113 @@
+package cryo_test
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+const (
+	noRoomPatience = 10 * time.Second
+	noRoom         = "no room: too much of this session is not acknowledged yet"
+)
+
+// What our sender waits for is behind a message that there is no room for, and
+// the room may be waiting for our sender: only reading on can end that.
+func TestAnAcknowledgementBehindWhatThereIsNoRoomForIsReadAfterSomePatience(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		m := fill(t, s, peer) // 1001 waits
+		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		text := peer.WantType("the answer", cryo.TypeUTF8)
+		begin := time.Now()
+		peer.WriteFrames(cryotest.Text(1002, "refused too, and at once"))
+		peer.Ack(text)
+		require.NoError(t, <-answer.done)
+		require.Equal(t, noRoomPatience, time.Since(begin))
+		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
+		peer.WantFrame("another refusal", cryotest.Error(1002, noRoom))
+
+		require.NoError(t, m.Ack())
+		peer.WantFrame("what was taken is not refused", cryotest.Acked(1000))
+		peer.WriteFrames(cryotest.Text(1003, "there is room"))
+		require.NoError(t, receive(t, s).Ack())
+	})
+}
+
+// wantAmongPongs wants a frame behind pongs that nobody asked for.
+func wantAmongPongs(t *testing.T, peer *cryotest.Peer, want cryo.Frame) {
+	for {
+		f := peer.Next("a pong, or the frame")
+		if f.Type != cryo.TypePingPong {
+			want.SID = peer.SID
+			require.Equal(t, want, f)
+			return
+		}
+	}
+}
+
+func TestWithoutASenderThatWaitsThereIsPatienceForEver(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		m := fill(t, s, peer)
+		time.Sleep(time.Hour)
+		require.NoError(t, m.Ack())
+		require.Equal(t, "what waits", string(receive(t, s).Payload))
+	})
+}
+
+func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		fill(t, s, peer)
+		peer.Read()
+		time.Sleep(time.Hour + time.Second) // between two beats
+		synctest.Wait()
+		peer.Skip()
+		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		begin := time.Now()
+		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		require.NoError(t, <-answer.done)
+		require.LessOrEqual(t, time.Since(begin), time.Second)
+	})
+}
+
+func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
+	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 0)
+		s.Hold(90_000)
+		peer.WriteFrames(txChunk(0, 1, "abc"))
+		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		require.NoError(t, <-answer.done)
+		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrNoRoom)
+		s.Release(90_000)
+		require.NoError(t, st.Reject())
+		wantAmongPongs(t, peer, txCancel(end.first+1, 0))
+		wantFree(t, s, peer, 90_000, 0)
+	})
+}
+
+// A client that sends more than can be held and reads nothing meanwhile can't
+// even be told so. It is given up, and not waited with for ever.
+func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		fill(t, s, peer)
+		peer.Conn().StopReading()
+		answer := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
+		begin := time.Now()
+		frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeBinary})
+		require.NoError(t, err)
+		_, err = peer.Conn().Write(bytes.Repeat(raw(end, 0x82, frame), 50_000))
+		require.Error(t, err)
+		err = <-answer.done
+		require.ErrorIs(t, err, cryo.ErrSilent)
+		require.True(t, strings.HasSuffix(err.Error(), "no sign of life from the peer for 30s: it sends, and does not read the answers"), err)
+		require.LessOrEqual(t, time.Since(begin), noRoomPatience+3*cryo.DefaultHeartbeatInterval)
+		synctest.Wait()
+	})
+}

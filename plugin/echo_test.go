@@ -1,0 +1,205 @@
+package plugin
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// An echo on a shared session: a request is acknowledged when its answer is, and
+// that acknowledgement comes behind all that the client has sent before.
+
+const toTheSender = "send_to: session, session_id: '${! @cryo_session_id }'"
+
+// echoed counts what a client got for what it sent.
+type echoed struct{ acks, refusals, answers int }
+
+// talk sends n messages of 32 bytes, and acknowledges what comes behind them, as a
+// client with one queue does. It reads meanwhile, or only when all is sent, until
+// each message has its verdict.
+func talk(peer *cryotest.Peer, n int, readsMeanwhile bool) (got echoed, err error) {
+	frame := func(f cryo.Frame) []byte {
+		f.SID = peer.SID
+		b, _ := cryo.AppendFrame(nil, &f)
+		return b
+	}
+	answers, sent := make(chan uint32, 10*n), make(chan error, 1)
+	send := func() (err error) {
+		for i := 0; i < n && err == nil; i++ {
+			err = peer.WS.WriteMessage(websocket.BinaryMessage, frame(cryotest.Binary(uint32(i), fmt.Sprintf("%032d", i))))
+		}
+		return err
+	}
+	acknowledge := func() (err error) {
+		for number := range answers {
+			if err = peer.WS.WriteMessage(websocket.BinaryMessage, frame(cryotest.Acked(number))); err != nil {
+				break
+			}
+		}
+		return err
+	}
+	if !readsMeanwhile {
+		if err := send(); err != nil {
+			return got, err
+		}
+		send = func() error { return nil }
+	}
+	go func() {
+		err := send()
+		if err == nil {
+			err = acknowledge()
+		}
+		sent <- err
+	}()
+	for got.acks+got.refusals < n && err == nil {
+		var b []byte
+		if _, b, err = peer.WS.ReadMessage(); err != nil {
+			break
+		}
+		var f cryo.Frame
+		if f, err = cryo.ParseFrame(b); err != nil {
+			break
+		}
+		switch f.Type {
+		case cryo.TypeAck:
+			got.acks++
+		case cryo.TypeError:
+			got.refusals++
+		case cryo.TypeBinary:
+			got.answers++
+			answers <- f.Ack
+		}
+	}
+	close(answers)
+	if sendErr := <-sent; err == nil {
+		err = sendErr
+	}
+	return got, err
+}
+
+func TestAnEchoOfAClientThatReadsWhenItHasSentEverythingFinishes(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 3355443" // a tenth of the default
+		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
+		peer := e.quietClient(t)
+		begin := time.Now()
+		got, err := talk(peer, 10_000, false)
+		require.NoError(t, err)
+		require.Equal(t, echoed{acks: 10_000, answers: 10_000}, got)
+		require.Less(t, time.Since(begin), time.Second, "nothing had to be waited for")
+	})
+}
+
+// More is outstanding than can be held: what is too much is refused, the rest is
+// answered, and nothing is sent twice because its acknowledgement was not read.
+func TestAnEchoOfMoreThanCanBeHeldRefusesTheRestAndFinishes(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 1000000"
+		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
+		peer := e.quietClient(t)
+		begin := time.Now()
+		got, err := talk(peer, 20_000, true)
+		require.NoError(t, err)
+		require.Equal(t, 20_000, got.acks+got.refusals)
+		require.Greater(t, got.acks, 1_000_000*8/9/(32+256)-10, "what can be held is delivered")
+		require.Positive(t, got.refusals)
+		require.Equal(t, got.acks, got.answers, "none is answered twice")
+		require.Less(t, time.Since(begin), 12*time.Second, "of patience")
+		e.log.want(t, "WARN Refusing what a session sends")
+	})
+}
+
+// It neither reads nor can be told that it is too much.
+func TestAClientThatSendsMoreThanCanBeHeldAndNeverReadsLosesItsSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 1000000"
+		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
+		begin := time.Now()
+		_, err := talk(e.quietClient(t), 100_000, false)
+		require.Error(t, err)
+		require.Less(t, time.Since(begin), time.Minute)
+		synctest.Wait()
+		e.log.want(t, "no sign of life from the peer for 30s: it sends, and does not read the answers")
+	})
+}
+
+func TestAnEchoOverRealSocketsFinishes(t *testing.T) {
+	defer checkLeaks(t)
+	e := newEngine(t)
+	addresses := make(chan net.Addr, 1)
+	e.shared.listen = func(network, _ string) (net.Listener, error) {
+		l, err := net.Listen(network, "127.0.0.1:0")
+		if err == nil {
+			addresses <- l.Addr()
+		}
+		return l, err
+	}
+	e.log.deaf = true // to what the engine says of each message
+	p := e.start(listenInput, with(listenOutput, toTheSender))
+	defer p.stop()
+	peer := cryotest.DialPeer(t, websocket.DefaultDialer, "ws://"+next(t, addresses).String()+"/", token, 77)
+	defer peer.WS.Close()
+	handshake(t, peer)
+	got, err := talk(peer, 100_000, false)
+	require.NoError(t, err)
+	require.Equal(t, 100_000, got.acks)
+	require.GreaterOrEqual(t, got.answers, got.acks)
+}
+
+// quietClient connects a client that reads nothing by itself.
+func (e *engine) quietClient(t *testing.T) *cryotest.Peer {
+	t.Helper()
+	peer := cryotest.DialPeer(t, &websocket.Dialer{NetDialContext: e.net.Dial}, "ws://"+somewhere+"/", token, 77)
+	handshake(t, peer)
+	return peer
+}
+
+// handshake is the client's, without a reader that goes on.
+func handshake(t *testing.T, peer *cryotest.Peer) {
+	t.Helper()
+	peer.WriteFrames(cryotest.EndpointInfo(0))
+	for _, want := range []cryo.Type{cryo.TypeAck, cryo.TypeEndpointInfo} {
+		_, b, err := peer.WS.ReadMessage()
+		require.NoError(t, err)
+		f, err := cryo.ParseFrame(b)
+		require.NoError(t, err)
+		require.Equal(t, want, f.Type)
+		if want == cryo.TypeEndpointInfo {
+			peer.Ack(f)
+		}
+	}
+}
+
+// What we don't read may be its acknowledgement.
+func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 10000"
+		e.run(with(listenInput, settings), toProbe)
+		e.run(fromOnce, with(listenOutput, settings+", ack_timeout: 3s"))
+		client := e.rawClient()
+		for i := range uint32(10) {
+			client.WriteFrames(cryotest.Binary(i, strings.Repeat("x", 2000)))
+		}
+		synctest.Wait()
+		f := e.give("m")
+		client.Ack(client.WantType("the broadcast", cryo.TypeUTF8))
+		require.ErrorContains(t, next(t, f.verdict), "none within ack_timeout (3s)")
+		for settled := 0; settled < 10; {
+			a := e.arrival()
+			settled += len(a.batch)
+			a.deliver()
+		}
+		for i := range uint32(10) {
+			client.WantFrame("the session goes on", cryotest.Acked(i))
+		}
+	})
+}
