@@ -1,0 +1,48 @@
+package main
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestMain(m *testing.M) {
+	if isPeer() {
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// BenchmarkLoad: one operation is one message. Compare two states of the code
+// with benchstat, or loads of one run with benchstat -col /of.
+func BenchmarkLoad(b *testing.B) {
+	for _, l := range loads {
+		way, of, _ := strings.Cut(l.name, "/")
+		b.Run("way="+way+"/of="+of, func(b *testing.B) {
+			run, err := l.start()
+			require.NoError(b, err)
+			defer run.stop()
+			b.SetBytes(int64(l.unit))
+			b.ReportAllocs()
+			b.ResetTimer()
+			require.NoError(b, run.do(b.N))
+			b.StopTimer()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msg/s")
+		})
+	}
+}
+
+// The table and the names of loads have to agree.
+func TestGoals(t *testing.T) {
+	known := make(map[string]bool)
+	for _, l := range allLoads() {
+		require.False(t, known[l.name], "two loads are called %s", l.name)
+		known[l.name] = true
+	}
+	for _, g := range goals {
+		require.True(t, known[g.load], "there is no load %s", g.load)
+		require.True(t, g.against == "" || known[g.against], "there is no load %s", g.against)
+	}
+}

@@ -1,0 +1,46 @@
+// Command bench measures the components in real pipelines, beside the engine's
+// own components and loops over the WebSocket library, and prints a table:
+//
+//	go run ./tests/bench
+//	go run ./tests/bench -growth
+//
+// The same loads are benchmarks for go test -bench and benchstat. In the tables
+// every load runs in a process of its own, against an efficient peer in another
+// one, over the loopback interface. See docs/performance.md.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"time"
+)
+
+func main() {
+	if isPeer() {
+		return
+	}
+	rounds := flag.Int("rounds", 5, "how often everything is measured, in turn")
+	duration := flag.Duration("time", 300*time.Millisecond, "how long each load is measured in a round, about")
+	growth := flag.Bool("growth", false, "print how cost grows with what is outstanding, large, many or together; and the latency at half the rate")
+	one := flag.String("load", "", "measure this load alone, once, and print the result as JSON")
+	profile := flag.String("cpuprofile", "", "write a CPU profile of the one load there")
+	flag.Parse()
+	var err error
+	switch {
+	case *one != "":
+		err = printOne(*one, *duration, *profile)
+	case *growth:
+		err = printGrowth(*rounds, *duration)
+	default:
+		err = printTable(*rounds, *duration)
+	}
+	if err != nil {
+		fatal(err)
+	}
+}
+
+func fatal(err error) {
+	fmt.Fprintln(os.Stderr, "bench:", err)
+	os.Exit(1)
+}

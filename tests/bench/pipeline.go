@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	_ "github.com/redpanda-data/benthos/v4/public/components/io"
+	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
+
+	_ "github.com/cryo-connect/cryo-connect/plugin"
+)
+
+// running is a load under way: some subject, and its peer.
+type running struct {
+	peer *peer
+	// do lets n messages pass, and returns when they are delivered, and
+	// acknowledged where anything is.
+	do  func(n int) error
+	end func() // ends the subject
+}
+
+// stop ends the peer first: it knows no goodbye, and the subjects don't wait for
+// one from who is gone.
+func (r *running) stop() {
+	r.peer.stop()
+	r.end()
+}
+
+// receiving measures an input: the peer sends, and the pipeline drops. Each
+// message has passed when drop has it and the peer its acknowledgement. ADDRESS
+// in the input's YAML stands for that of the peer, or for the one to listen on.
+func receiving(spec peerSpec, input string) (*running, error) {
+	p, address, err := startPeerFor(spec)
+	if err != nil {
+		return nil, err
+	}
+	count := &counter{reached: make(chan struct{}, 1)}
+	stop, err := runPipeline(count, nil, fill(input, address), `drop: {}`)
+	if err != nil {
+		return nil, err
+	}
+	do := func(n int) error {
+		target := count.total.Load() + int64(n)
+		count.target.Store(target)
+		if _, err := p.order("send %d", n); err != nil {
+			return err
+		}
+		for count.total.Load() < target {
+			<-count.reached
+		}
+		return nil
+	}
+	return &running{p, do, stop}, nil
+}
+
+// sending measures an output: an input of our own hands over batches, and each
+// message has passed when the output says so.
+func sending(spec peerSpec, batch int, output string) (*running, error) {
+	p, address, err := startPeerFor(spec)
+	if err != nil {
+		return nil, err
+	}
+	f := &feed{payload: text(spec.Size), batches: make(chan int, 16), delivered: make(chan int, 1024)}
+	stop, err := runPipeline(&counter{}, f, `feed: {}`, fill(output, address))
+	if err != nil {
+		return nil, err
+	}
+	do := func(n int) error {
+		go func() {
+			for left := n; left > 0; left -= batch {
+				f.batches <- min(batch, left)
+			}
+		}()
+		for n > 0 {
+			n -= <-f.delivered
+		}
+		return nil
+	}
+	return &running{p, do, stop}, nil
+}
+
+// startPeerFor starts a peer and gives the address at which the two meet: the
+// peer's, or a free one for the subject to listen on.
+func startPeerFor(spec peerSpec) (p *peer, address string, err error) {
+	if spec.Sessions > 0 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, "", err
+		}
+		spec.Dial = l.Addr().String()
+		_ = l.Close()
+	}
+	if p, err = startPeer(spec); err != nil {
+		return nil, "", err
+	}
+	if spec.Dial != "" {
+		return p, spec.Dial, nil
+	}
+	return p, p.address, nil
+}
+
+// runPipeline runs until stop is called.
+func runPipeline(count *counter, f *feed, input, output string) (stop func(), err error) {
+	env := service.NewEnvironment()
+	err = env.RegisterMetricsExporter("count", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Logger) (service.MetricsExporter, error) {
+		return exporter{count}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = env.RegisterBatchInput("feed", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+		return f, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	b := env.NewStreamBuilder()
+	b.SetLogger(slog.New(slog.DiscardHandler)) // the end of the peer is told at length
+	if err := b.SetMetricsYAML(`count: {}`); err != nil {
+		return nil, err
+	}
+	if err := b.AddInputYAML(input); err != nil {
+		return nil, fmt.Errorf("%w in\n%s", err, input)
+	}
+	if err := b.AddOutputYAML(output); err != nil {
+		return nil, fmt.Errorf("%w in\n%s", err, output)
+	}
+	stream, err := b.Build()
+	if err != nil {
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = stream.Run(context.Background()) // only a stop ends it
+	}()
+	return func() {
+		_ = stream.StopWithin(time.Second) // the time is up for some of the engine's own
+		<-ended
+	}, nil
+}
+
+// feed is an input that hands over batches as they are asked for.
+type feed struct {
+	payload   []byte
+	batches   chan int // of so many messages
+	delivered chan int
+}
+
+var _ service.BatchInput = (*feed)(nil)
+
+func (f *feed) Connect(context.Context) error { return nil }
+func (f *feed) Close(context.Context) error   { return nil }
+
+func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	select {
+	case n := <-f.batches:
+		batch := make(service.MessageBatch, n)
+		for i := range batch {
+			batch[i] = service.NewMessage(f.payload)
+		}
+		return batch, func(_ context.Context, err error) error {
+			if err != nil {
+				fatal(err)
+			}
+			f.delivered <- n
+			return nil
+		}, nil
+	case <-ctx.Done():
+		return nil, nil, ctx.Err()
+	}
+}
+
+// counter counts what outputs have delivered: the engine's own output_sent.
+type counter struct {
+	total, target atomic.Int64
+	reached       chan struct{} // holds a token when target may be reached
+}
+
+func (c *counter) Incr(n int64) {
+	if c.total.Add(n) >= c.target.Load() {
+		select {
+		case c.reached <- struct{}{}:
+		default:
+		}
+	}
+}
+
+type nothing struct{}
+
+func (nothing) Incr(int64)   {}
+func (nothing) Set(int64)    {}
+func (nothing) Timing(int64) {}
+
+// exporter passes one metric on.
+type exporter struct{ count *counter }
+
+func (e exporter) NewCounterCtor(name string, _ ...string) service.MetricsExporterCounterCtor {
+	return func(...string) service.MetricsExporterCounter {
+		if name == "output_sent" {
+			return e.count
+		}
+		return nothing{}
+	}
+}
+
+func (exporter) NewTimerCtor(string, ...string) service.MetricsExporterTimerCtor {
+	return func(...string) service.MetricsExporterTimer { return nothing{} }
+}
+
+func (exporter) NewGaugeCtor(string, ...string) service.MetricsExporterGaugeCtor {
+	return func(...string) service.MetricsExporterGauge { return nothing{} }
+}
+
+func (exporter) Close(context.Context) error { return nil }

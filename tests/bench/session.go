@@ -1,0 +1,261 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// session is one connection of a peer, with a goroutine that reads.
+type session struct {
+	spec peerSpec
+	id   uint64
+	conn net.Conn
+	w    *wire // nil where lines are spoken
+
+	number    uint32
+	settled   atomic.Int64  // frames of ours that were acknowledged
+	progress  chan struct{} // holds a token when settled has grown
+	connected chan struct{} // closed when the other end's ENDPOINT_INFO is there
+	sentAt    []time.Time   // by number, of a paced order
+	latency   []time.Duration
+}
+
+const ackBytes = 8 + 1 + 4
+
+// newSession does the handshakes. The id is a client's own; a server takes it
+// from the first frame.
+func newSession(spec peerSpec, conn net.Conn, id uint64) (*session, error) {
+	s := &session{spec: spec, id: id, conn: conn, progress: make(chan struct{}, 1), connected: make(chan struct{})}
+	if spec.Protocol == speaksLines {
+		return s, nil
+	}
+	client := spec.Dial != ""
+	s.w = newWire(conn, client)
+	if err := s.w.upgrade(fmt.Sprintf("/?authorization=Bearer+%s&x-cryo-sid=%d", token, id)); err != nil {
+		return nil, err
+	}
+	if spec.Protocol == speaksWebSocket {
+		go s.w.drain()
+		return s, nil
+	}
+	if client {
+		s.w.append(s.frame(cryo.Frame{Type: cryo.TypeEndpointInfo, Version: cryo.ProtocolVersion}))
+	}
+	go s.read()
+	<-s.connected
+	if client {
+		s.wait(1)
+	}
+	return s, nil
+}
+
+func (s *session) frame(f cryo.Frame) []byte {
+	f.SID = s.id
+	b, err := cryo.AppendFrame(nil, &f)
+	if err != nil {
+		fatal(err)
+	}
+	return b
+}
+
+// read counts acknowledgements, and acknowledges what is to be.
+func (s *session) read() {
+	settled := int64(0)
+	s.w.onPause = func() {
+		s.settled.Add(settled)
+		settled = 0
+		select {
+		case s.progress <- struct{}{}:
+		default:
+		}
+	}
+	var head [ackBytes]byte
+	ack := s.frame(cryo.Frame{Type: cryo.TypeAck})
+	for {
+		n, err := s.w.next(head[:])
+		if err != nil {
+			return // the other end has closed
+		}
+		if n < ackBytes {
+			continue // the rest of a fragmented message
+		}
+		number := binary.BigEndian.Uint32(head[9:])
+		switch cryo.Type(head[8]) {
+		case cryo.TypeAck:
+			settled++
+			if s.sentAt != nil {
+				s.latency = append(s.latency, time.Since(s.sentAt[number]))
+			}
+			continue
+		case cryo.TypeTxChunk, cryo.TypePingPong:
+			continue
+		case cryo.TypeEndpointInfo:
+			s.id = binary.BigEndian.Uint64(head[:])
+			ack = s.frame(cryo.Frame{Type: cryo.TypeAck})
+			close(s.connected)
+		}
+		binary.BigEndian.PutUint32(ack[9:], number)
+		s.w.append(ack)
+		if len(s.w.out) > writeAhead {
+			_ = s.w.flush() // reading tells
+		}
+	}
+}
+
+// wait returns when so many frames are acknowledged.
+func (s *session) wait(n int64) {
+	for s.settled.Load() < n {
+		<-s.progress
+	}
+}
+
+type sessions []*session
+
+// send is a sendFunc: the sessions share what is to be sent.
+func (all sessions) send(n int, rate float64) (latency []time.Duration, err error) {
+	errs := make([]error, len(all))
+	var sending sync.WaitGroup
+	for i, s := range all {
+		share := n / len(all)
+		if i < n%len(all) {
+			share++
+		}
+		sending.Go(func() { errs[i] = s.send(share, rate/float64(len(all))) })
+	}
+	sending.Wait()
+	for _, s := range all {
+		latency = append(latency, s.latency...)
+	}
+	return latency, errors.Join(errs...)
+}
+
+func (s *session) send(n int, rate float64) error {
+	message := make([]byte, s.spec.Size)
+	for i := range message {
+		message[i] = 'x'
+	}
+	switch s.spec.Protocol {
+	case speaksLines:
+		message[len(message)-1] = '\n'
+		return s.repeat(message, n)
+	case speaksWebSocket:
+		return s.repeat(append(appendHead(nil, len(message), false), message...), n)
+	case speaksStreams:
+		return s.stream(n, message)
+	default:
+		if rate > 0 {
+			return s.pace(n, rate, message)
+		}
+		return s.messages(n, message)
+	}
+}
+
+// repeat writes the same bytes again and again.
+func (s *session) repeat(b []byte, n int) error {
+	var block []byte
+	for n > 0 {
+		block = block[:0]
+		for n > 0 && (len(block) == 0 || len(block)+len(b) <= writeAhead) {
+			block = append(block, b...)
+			n--
+		}
+		if _, err := s.conn.Write(block); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// messages sends within the window.
+func (s *session) messages(n int, payload []byte) error {
+	frame := s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload})
+	window := int64(max(1, s.spec.Window/max(1, s.spec.Sessions)))
+	start := s.settled.Load()
+	var block []byte
+	for sent := int64(0); sent < int64(n); {
+		room := min(window-(sent-(s.settled.Load()-start)), int64(n)-sent)
+		if room == 0 {
+			<-s.progress
+			continue
+		}
+		block = block[:0]
+		for room > 0 && (len(block) == 0 || len(block)+len(frame) <= writeAhead) {
+			block = s.appendNumbered(block, frame)
+			room--
+			sent++
+		}
+		if _, err := s.conn.Write(block); err != nil {
+			return err
+		}
+	}
+	s.wait(start + int64(n))
+	return nil
+}
+
+func (s *session) appendNumbered(block, frame []byte) []byte {
+	s.number++
+	binary.BigEndian.PutUint32(frame[9:], s.number)
+	block = appendHead(block, len(frame), s.w.client)
+	return append(block, frame...)
+}
+
+// pace sends in small portions, so that the rate is kept.
+func (s *session) pace(n int, rate float64, payload []byte) error {
+	frame := s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload})
+	start, begin := s.settled.Load(), time.Now()
+	s.sentAt = make([]time.Time, int(s.number)+n+1)
+	s.latency = make([]time.Duration, 0, n)
+	var block []byte
+	for sent := 0; sent < n; time.Sleep(200 * time.Microsecond) {
+		now := time.Now()
+		due := min(int(now.Sub(begin).Seconds()*rate), n)
+		block = block[:0]
+		for ; sent < due; sent++ {
+			block = s.appendNumbered(block, frame)
+			s.sentAt[s.number] = now
+		}
+		if _, err := s.conn.Write(block); err != nil {
+			return err
+		}
+	}
+	s.wait(start + int64(n))
+	return nil
+}
+
+// stream sends one stream of n chunks.
+func (s *session) stream(n int, chunk []byte) error {
+	s.number++
+	tx, start := s.number, s.settled.Load()
+	announce := s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")})
+	if _, err := s.conn.Write(append(appendHead(nil, len(announce), s.w.client), announce...)); err != nil {
+		return err
+	}
+	s.wait(start + 1)
+	frame := s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk})
+	var block []byte
+	for seq := 0; seq < n; {
+		block = block[:0]
+		for seq < n && (len(block) == 0 || len(block)+len(frame) <= writeAhead) {
+			binary.BigEndian.PutUint32(frame[13:], uint32(seq))
+			block = append(appendHead(block, len(frame), s.w.client), frame...)
+			seq++
+		}
+		if _, err := s.conn.Write(block); err != nil {
+			return err
+		}
+	}
+	s.number++
+	finish := s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx})
+	if _, err := s.conn.Write(append(appendHead(nil, len(finish), s.w.client), finish...)); err != nil {
+		return err
+	}
+	s.wait(start + 2)
+	return nil
+}
