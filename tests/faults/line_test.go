@@ -1,0 +1,232 @@
+package faults
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/Shopify/toxiproxy/v2"
+	"github.com/Shopify/toxiproxy/v2/stream"
+	"github.com/Shopify/toxiproxy/v2/toxics"
+	"github.com/rs/zerolog"
+	"github.com/stretchr/testify/require"
+)
+
+// line is a network line between a client and a server, with its faults.
+type line struct {
+	*toxiproxy.Proxy
+	breaks *breaks
+}
+
+// newLine makes a line to a server. The faults are those of toxiproxy, in both
+// directions, and of the breaks.
+func newLine(t *testing.T, upstream string, toxics []string, b *breaks) *line {
+	t.Helper()
+	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
+	l := &line{toxiproxy.NewProxy(server, t.Name(), "127.0.0.1:0", upstream), b}
+	add := func(format string, values ...any) {
+		_, err := l.Toxics.AddToxicJson(strings.NewReader(fmt.Sprintf(format, values...)))
+		require.NoError(t, err)
+	}
+	id := planned.Add(1)
+	plans.Store(id, b)
+	for _, direction := range []string{"upstream", "downstream"} {
+		for _, toxic := range toxics {
+			add(`{ "stream": %q, %s }`, direction, toxic)
+		}
+		if b.reset {
+			// Without toxicity it does nothing but let a connection's end be a
+			// reset.
+			add(`{ "stream": %q, "type": "reset_peer", "toxicity": 0, "attributes": {} }`, direction)
+		}
+		if b.times > 0 {
+			add(`{ "stream": %q, "type": "break", "attributes": { "plan": %d, "up": %t } }`, direction, id, direction == "upstream")
+		}
+	}
+	require.NoError(t, l.Start())
+	t.Cleanup(func() {
+		close(b.over)
+		l.Stop()
+		plans.Delete(id)
+	})
+	return l
+}
+
+// after is what becomes of a direction of a broken connection.
+type after int
+
+const (
+	passed    after = iota // it works on
+	closed                 // its receiver learns of an end
+	swallowed              // nobody learns anything
+)
+
+// breaks are to happen to connections, each after some random number of bytes.
+type breaks struct {
+	times    int
+	up, down after // up is from the client to the server
+	reset    bool  // the end is a reset
+
+	over chan struct{} // closed at the end of the test
+
+	mu      sync.Mutex
+	random  *rand.Rand
+	done    int
+	conns   []*conn // in the order in which they were opened
+	ups     int     // of these, known to the toxics of this direction …
+	downs   int     // … and of the other
+	allDone chan struct{}
+}
+
+func (b *breaks) start(random *rand.Rand) {
+	b.random, b.over, b.allDone = random, make(chan struct{}), make(chan struct{})
+	if b.times == 0 {
+		close(b.allDone)
+	}
+}
+
+// conn is one connection on a line.
+type conn struct {
+	mu     sync.Mutex
+	left   int           // bytes until it breaks, in both directions together
+	broken chan struct{} // closed when it breaks
+}
+
+// half gives the next connection to a direction's toxic. The proxy asks for both
+// before it takes the next connection.
+func (b *breaks) half(up bool) *conn {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := &b.downs
+	if up {
+		n = &b.ups
+	}
+	*n++
+	if *n > len(b.conns) {
+		// Every other one within the handshake.
+		bits := 5 + 6*b.random.Float64()
+		if *n%2 == 0 {
+			bits += 6
+		}
+		b.conns = append(b.conns, &conn{left: int(math.Exp2(bits)), broken: make(chan struct{})})
+	}
+	return b.conns[*n-1]
+}
+
+// pass counts bytes that want to pass in a direction, and gives how many do.
+func (b *breaks) pass(c *conn, then after, n int) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.isBroken() {
+		if n < c.left || !b.another() {
+			c.left -= n
+			return n
+		}
+		close(c.broken)
+		if then != passed {
+			return c.left
+		}
+	}
+	if then != passed {
+		return 0
+	}
+	return n
+}
+
+func (c *conn) isBroken() bool {
+	select {
+	case <-c.broken:
+		return true
+	default:
+		return false
+	}
+}
+
+// another counts a break, and reports false when there were enough.
+func (b *breaks) another() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.done == b.times {
+		return false
+	}
+	if b.done++; b.done == b.times {
+		close(b.allDone)
+	}
+	return true
+}
+
+func (b *breaks) enough() bool {
+	select {
+	case <-b.allDone:
+		return true
+	default:
+		return false
+	}
+}
+
+// breaker is one direction's toxic.
+type breaker struct {
+	Plan int64 `json:"plan"`
+	Up   bool  `json:"up"`
+}
+
+var (
+	planned atomic.Int64
+	plans   sync.Map // of breaks, by id: toxics are made from JSON
+)
+
+func init() { toxics.Register("break", new(breaker)) }
+
+func (t *breaker) breaks() *breaks {
+	b, _ := plans.Load(t.Plan)
+	return b.(*breaks)
+}
+
+// NewState is asked for each connection.
+func (t *breaker) NewState() any { return t.breaks().half(t.Up) }
+
+// Pipe passes data on until the connection breaks. What the proxy reads it takes
+// to the end, or the proxy's goroutines would stay.
+func (t *breaker) Pipe(stub *toxics.ToxicStub) {
+	b, c := t.breaks(), stub.State.(*conn)
+	then := b.down
+	if t.Up {
+		then = b.up
+	}
+	end := func() {
+		stub.Close()
+		for range stub.Input { // discarded
+		}
+	}
+	broken := c.broken
+	for {
+		select {
+		case <-broken:
+			if then == closed {
+				end()
+				return
+			}
+			broken = nil
+		case chunk := <-stub.Input:
+			if chunk == nil {
+				if c.isBroken() && then == swallowed {
+					<-b.over
+				}
+				end()
+				return
+			}
+			n := b.pass(c, then, len(chunk.Data))
+			if n == 0 {
+				continue
+			}
+			select {
+			case stub.Output <- &stream.StreamChunk{Data: chunk.Data[:n], Timestamp: chunk.Timestamp}:
+			case <-b.over:
+			}
+		}
+	}
+}
