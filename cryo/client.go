@@ -295,7 +295,10 @@ func handshakeError(err error, resp *http.Response, token *secret) error {
 		text = token.redactEnd(text)
 	}
 	text = markupPattern.ReplaceAllString(text, " ")
-	text = token.redactText(strings.Join(strings.Fields(text), " ")) // again: it may have been broken into lines
+	text = strings.Join(strings.Fields(text), " ")
+	// A page of cryo-server says the status again, which the error says already.
+	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
+	text = token.redactText(text) // again: it may have been broken into lines
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
 		Sentence:   cutText(strings.ToValidUTF8(text, ""), maxSentence),

@@ -133,7 +133,7 @@ func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, refused+"The session already exists.</p></body></html>")
 		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: "+
-			"401 Unauthorized Upgrade request for 127.0.0.1:5000 was refused. The session already exists.")
+			"Upgrade request for 127.0.0.1:5000 was refused. The session already exists.")
 		require.ErrorIs(t, err, cryo.ErrSessionExists)
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 

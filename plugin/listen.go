@@ -32,7 +32,8 @@ const (
 // listener is one address with its server, for one or more components.
 type listener struct {
 	settings listenSettings
-	owner    string // the component that opened it
+	address  net.Addr // as it is, where the settings leave the port open
+	owner    string   // the component that opened it
 	log      *service.Logger
 	http     *http.Server
 	server   *cryo.Server
@@ -139,7 +140,7 @@ func (l *listeners) start(settings listenSettings, authorize func(*cryo.Upgrade)
 		socket = tls.NewListener(socket, secure)
 	}
 	ln := &listener{
-		settings: settings, owner: name, log: log,
+		settings: settings, address: address, owner: name, log: log,
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	ln.server = cryo.NewServer(cryo.ServerOptions{
@@ -150,6 +151,7 @@ func (l *listeners) start(settings listenSettings, authorize func(*cryo.Upgrade)
 		},
 		Authorize:        authorize,
 		OnSession:        func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
+		OnSessionEnd:     func(s *cryo.Session) { log.Debugf("Session %d disconnected: %v", s.ID(), s.Err()) },
 		MaxSessions:      settings.MaxSessions,
 		HandshakeTimeout: settings.HandshakeTimeout,
 	})
@@ -203,7 +205,7 @@ func (ln *listener) close(ctx context.Context) error {
 	err := ln.server.Shutdown(ctx)
 	err = errors.Join(err, ln.http.Close()) // what is left are requests that are no sessions yet
 	<-ln.served
-	ln.log.Infof("Closed the listener on %s", ln.settings.Address)
+	ln.log.Infof("Closed the listener on %s", ln.address)
 	return err
 }
 

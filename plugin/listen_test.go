@@ -245,3 +245,19 @@ func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {
 	m.wantAcked(t, "delivered")
 	require.NoError(t, s.Close(t.Context(), ""))
 }
+
+func TestTheLogSaysWhereAListenerReallyIsAndHowItsSessionsEnd(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.listen = func(network, _ string) (net.Listener, error) { return e.net.Listen(network, somewhere) }
+		p := e.run(strings.Replace(listenInput, somewhere, "192.0.2.2:0", 1), toProbe)
+		s, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
+		require.NoError(t, err)
+		require.NoError(t, s.Close(t.Context(), "enough"))
+		synctest.Wait()
+		e.log.want(t, "DEBUG Session 7 connected from ")
+		e.log.want(t, `DEBUG Session 7 disconnected: session ended: closed by the peer: "enough"`)
+		p.stop()
+		e.log.want(t, "INFO Listening for Cryo clients on "+somewhere)
+		e.log.want(t, "INFO Closed the listener on "+somewhere)
+	})
+}

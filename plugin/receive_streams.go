@@ -114,7 +114,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	t := &transfer{r: r, stream: st, pending: 1}
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
-		r.log.Warnf("Lost the stream %q of session %s after %d bytes: %v", st.LogName(), src.id, st.Received(), err)
+		r.log.Warnf("Gave up the stream %q of session %s: %v", st.LogName(), src.id, err)
 	}
 	t.done(err)
 }

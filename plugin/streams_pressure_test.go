@@ -98,6 +98,6 @@ func TestAPulledStreamThatIsCutOffPassesOnWholeRecordsOnly(t *testing.T) {
 				more = false
 			}
 		}
-		e.log.want(t, `WARN Lost the stream "pulled" of session `)
+		e.log.want(t, `WARN Gave up the stream "pulled" of session `)
 	})
 }

@@ -104,7 +104,7 @@ func TestAScannerThatFailsCancelsItsStream(t *testing.T) {
 				for _, text := range texts() {
 					require.Contains(t, tt.want, text, "a part was passed on as a whole")
 				}
-				e.log.want(t, fmt.Sprintf(`WARN Lost the stream "bad" of session %d after %d bytes: scanner: `, peer.ID(), len(tt.stream)))
+				e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "bad" of session %d: scanner: `, peer.ID()))
 				require.NoError(t, peer.Err(), "the session goes on")
 			})
 		})
@@ -165,7 +165,7 @@ func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
 					a.deliver()
 				}
 				e.wantNoArrival("the rest is no whole record")
-				e.log.want(t, fmt.Sprintf(`WARN Lost the stream "cut off" of session %d after %d bytes: unexpected EOF after %d bytes`, peer.ID(), len(tt.part), len(tt.part)))
+				e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "cut off" of session %d: unexpected EOF after %d bytes`, peer.ID(), len(tt.part)))
 				require.Error(t, st.Finish())
 			}
 			atBothInputs(t, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }", test)
@@ -208,7 +208,7 @@ func TestACompressedStreamThatIsCutOffPassesOnNoPartOfALine(t *testing.T) {
 					require.Len(t, text, len("a line with the number 000000"))
 				}
 				require.Error(t, st.Finish())
-				e.log.want(t, fmt.Sprintf("after %d bytes: unexpected EOF", len(zipped)/2))
+				e.log.want(t, fmt.Sprintf("unexpected EOF after %d bytes", len(zipped)/2))
 			})
 		})
 	}

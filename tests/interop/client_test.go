@@ -280,17 +280,17 @@ func TestClientStreamIsCancelled(t *testing.T) {
 
 	// The package takes no notice of TX_CANCEL, and must survive it.
 	c.run(command{"do": "stream", "name": "long", "chunks": []int{600, 600, 600}})
-	p.wantLog("Lost the stream", "long", "too long")
+	p.wantLog("Gave up the stream", "long", "too long")
 
 	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	c.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.wantLog("Lost the stream", "silent", "fell silent")
+	p.wantLog("Gave up the stream", "silent", "fell silent")
 
 	id := c.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	c.run(command{"do": "chunk", "source": "broken", "size": 10})
 	c.run(command{"do": "fail", "source": "broken"})
 	require.Equal(t, "the source has failed", c.wantFailed(id))
-	p.wantLog("Lost the stream", "broken", "fell silent")
+	p.wantLog("Gave up the stream", "broken", "fell silent")
 
 	c.run(command{"do": "end", "source": "silent"})
 	c.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
@@ -317,7 +317,7 @@ func TestClientStreamIsCutOff(t *testing.T) {
 			c.run(command{"do": cut})
 			c.want("closed")
 		}
-		p.wantLog("Lost the stream", `"`+cut+`\"`, "unexpected EOF")
+		p.wantLog("Gave up the stream", `"`+cut+`\"`, "unexpected EOF")
 	}
 	p.wantNoMessage()
 }

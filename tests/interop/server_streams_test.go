@@ -131,16 +131,16 @@ func TestServerStreamIsCancelled(t *testing.T) {
 	for range 3 {
 		n.run(command{"do": "chunk", "source": "long", "size": 600})
 	}
-	p.wantLog("Lost the stream", "long", "too long")
+	p.wantLog("Gave up the stream", "long", "too long")
 
 	n.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	n.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.wantLog("Lost the stream", "silent", "fell silent")
+	p.wantLog("Gave up the stream", "silent", "fell silent")
 
 	n.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	n.run(command{"do": "chunk", "source": "broken", "size": 10})
 	n.run(command{"do": "fail", "source": "broken"})
-	p.wantLog("Lost the stream", "broken", "fell silent")
+	p.wantLog("Gave up the stream", "broken", "fell silent")
 
 	n.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
 	require.Equal(t, "short", p.wantMessage("the stream that is short enough", numbers(1000, 0)).Name)
@@ -160,7 +160,7 @@ func TestServerStreamIsCutOff(t *testing.T) {
 		n.run(command{"do": "chunk", "source": "s", "text": "whole line of " + cut + "\npart of a "})
 		p.wantMessage("the line that was whole", []byte("whole line of "+cut))
 		n.run(command{"do": cut})
-		p.wantLog("Lost the stream", `"`+cut+`\"`, "unexpected EOF")
+		p.wantLog("Gave up the stream", `"`+cut+`\"`, "unexpected EOF")
 		n.want("closed")
 		n.want("connected") // again
 	}
