@@ -2,15 +2,11 @@ package tests
 
 import (
 	"io"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -69,71 +65,5 @@ func TestCryoServerToFile(t *testing.T) {
 		want += text + "\n"
 		require.Equal(t, want, string(content), "what is acknowledged is in the file")
 	}
-	p.interrupt()
-}
-
-func TestCryoToHTTP(t *testing.T) {
-	type request struct {
-		body, session string
-		answer        chan int
-	}
-	requests := make(chan *request)
-	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
-		req := &request{r.Method + " " + string(body), r.Header.Get("X-Cryo-Session"), make(chan int)}
-		requests <- req
-		w.WriteHeader(<-req.answer)
-	}))
-	defer service.Close()
-	server := serve(t)
-	p := example(t, "cryo_to_http.yaml", nil, "CRYO_URL="+server.url(), "CRYO_TOKEN="+token, "HTTP_URL="+service.URL)
-	s := server.session(t)
-	sent := send(s, "hello")
-	req := next(t, requests)
-	require.Equal(t, "POST hello", req.body)
-	require.Equal(t, strconv.FormatUint(s.ID(), 10), req.session)
-	wantPending(t, sent, "the service has not answered")
-	req.answer <- http.StatusInternalServerError
-	req = next(t, requests)
-	require.Equal(t, "POST hello", req.body, "again")
-	wantPending(t, sent, "the service has not taken it")
-	req.answer <- http.StatusOK
-	require.NoError(t, next(t, sent))
-	p.interrupt()
-}
-
-func TestHTTPToCryoServer(t *testing.T) {
-	address := freeAddress(t)
-	p := example(t, "http_to_cryo_server.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "HTTP_ADDRESS="+address)
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	post := func() (int, error) {
-		resp, err := client.Post("http://"+address+"/post", "text/plain", strings.NewReader("hello"))
-		if err != nil {
-			return 0, err
-		}
-		return resp.StatusCode, resp.Body.Close()
-	}
-	cryoAddress := p.wantLogged("Listening for Cryo clients on ")
-	p.wantLogged("Output type cryo_server is now active")
-	var status int
-	require.EventuallyWithT(t, func(c *assertT) {
-		var err error
-		status, err = post()
-		require.NoError(c, err)
-	}, patience, 10*time.Millisecond)
-	require.GreaterOrEqual(t, status, 400, "nobody is connected")
-
-	s := dial(t, cryoAddress)
-	answered := start(func() error {
-		var err error
-		status, err = post()
-		return err
-	})
-	m := receive(t, s)
-	require.Equal(t, "hello", string(m.Payload))
-	wantPending(t, answered, "not acknowledged yet")
-	require.NoError(t, m.Ack())
-	require.NoError(t, next(t, answered))
-	require.Equal(t, http.StatusOK, status)
 	p.interrupt()
 }

@@ -1,0 +1,211 @@
+package tests
+
+import (
+	"encoding/json"
+	"io"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// request is one that has come to a web service, which answers with what the
+// test says.
+type request struct {
+	body, session string
+	answer        chan int
+}
+
+// webService is an HTTP service that can go away.
+type webService struct {
+	*gate
+	url      string
+	requests chan *request
+}
+
+func runWebService(t *testing.T) *webService {
+	t.Helper()
+	s := &webService{gate: newGate(listen(t)), requests: make(chan *request, 100)}
+	h := &httptest.Server{
+		Listener: s.gate,
+		Config: &http.Server{
+			ReadHeaderTimeout: patience,
+			ErrorLog:          log.New(io.Discard, "", 0),
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				req := &request{r.Method + " " + string(body), r.Header.Get("X-Cryo-Session"), make(chan int)}
+				s.requests <- req
+				select {
+				case status := <-req.answer:
+					w.WriteHeader(status)
+				case <-r.Context().Done():
+				}
+			}),
+		},
+	}
+	h.Start()
+	t.Cleanup(h.Close)
+	s.url = h.URL
+	return s
+}
+
+func TestCryoToHTTP(t *testing.T) {
+	service, server := runWebService(t), serve(t)
+	p := example(t, "cryo_to_http.yaml", nil, "CRYO_URL="+server.url(), "CRYO_TOKEN="+token, "HTTP_URL="+service.url)
+	s := server.session(t)
+	sent := send(s, "hello")
+	req := next(t, service.requests)
+	require.Equal(t, "POST hello", req.body)
+	require.Equal(t, strconv.FormatUint(s.ID(), 10), req.session)
+	wantPending(t, sent, "the service has not answered")
+	req.answer <- http.StatusInternalServerError
+	req = next(t, service.requests)
+	require.Equal(t, "POST hello", req.body, "again")
+	wantPending(t, sent, "the service has not taken it")
+
+	service.goAway() // in the middle of a request
+	service.wantTries(t, 1)
+	wantPending(t, sent, "the service is away")
+	service.comeBack()
+	req = next(t, service.requests)
+	require.Equal(t, "POST hello", req.body, "once more")
+	wantPending(t, sent, "the service has not answered")
+	req.answer <- http.StatusOK
+	require.NoError(t, next(t, sent))
+	p.interrupt()
+}
+
+func TestWhatAServiceRefusesForGoodBecomesADeadLetter(t *testing.T) {
+	service, server := runWebService(t), serve(t)
+	path := filepath.Join(t.TempDir(), "letters.jsonl")
+	p := example(t, "cryo_to_http_fallback.yaml", nil,
+		"CRYO_URL="+server.url(), "CRYO_TOKEN="+token, "HTTP_URL="+service.url, "DEAD_LETTERS="+path)
+	s := server.session(t)
+
+	poison := send(s, "poison")
+	next(t, service.requests).answer <- http.StatusUnprocessableEntity
+	require.NoError(t, next(t, poison))
+	var letter struct{ Reason, Session, Base64 string }
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, json.Unmarshal(content, &letter), "exactly one: %s", content)
+	require.Contains(t, letter.Reason, "(422)")
+	require.Equal(t, strconv.FormatUint(s.ID(), 10), letter.Session)
+	require.Equal(t, "cG9pc29u", letter.Base64)
+
+	service.goAway()
+	late := send(s, "late")
+	service.wantTries(t, 1)
+	wantPending(t, late, "the service is away")
+	service.comeBack()
+	req := next(t, service.requests)
+	require.Equal(t, "POST late", req.body)
+	req.answer <- http.StatusInternalServerError
+	next(t, service.requests).answer <- http.StatusOK
+	require.NoError(t, next(t, late))
+	again, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.Equal(t, string(content), string(again), "only what is refused for good is a dead letter")
+	p.interrupt()
+}
+
+// answer is what an HTTP caller gets.
+type answer struct {
+	status      int
+	contentType string
+	body        string
+}
+
+// httpToCryo runs an example that listens for both, and gives a way to post to
+// it and the address for Cryo clients. It wants posts to fail while nobody is
+// connected.
+func httpToCryo(t *testing.T, file string) (p *process, post func() (answer, error), cryoAddress string) {
+	t.Helper()
+	address := freeAddress(t)
+	p = example(t, file, nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "HTTP_ADDRESS="+address)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	post = func() (answer, error) {
+		resp, err := client.Post("http://"+address+"/post", "text/plain", strings.NewReader("hello"))
+		if err != nil {
+			return answer{}, err
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		return answer{resp.StatusCode, resp.Header.Get("Content-Type"), string(body)}, err
+	}
+	cryoAddress = p.wantLogged("Listening for Cryo clients on ")
+	p.wantLogged("Output type cryo_server is now active")
+	var nobody answer
+	require.EventuallyWithT(t, func(c *assertT) {
+		var err error
+		nobody, err = post()
+		require.NoError(c, err)
+	}, patience, 10*time.Millisecond)
+	require.GreaterOrEqual(t, nobody.status, 400, "nobody is connected")
+	return p, post, cryoAddress
+}
+
+func TestHTTPToCryoServer(t *testing.T) {
+	p, post, address := httpToCryo(t, "http_to_cryo_server.yaml")
+	s := dial(t, address)
+	var got answer
+	answered := start(func() (err error) {
+		got, err = post()
+		return err
+	})
+	m := receive(t, s)
+	require.Equal(t, "hello", string(m.Payload))
+	wantPending(t, answered, "not acknowledged yet")
+	require.NoError(t, m.Ack())
+	require.NoError(t, next(t, answered))
+	require.Equal(t, http.StatusOK, got.status)
+	p.interrupt()
+}
+
+func TestHTTPToCryoWithReply(t *testing.T) {
+	p, post, address := httpToCryo(t, "http_to_cryo_with_reply.yaml")
+	var got answer
+	request := func() <-chan error {
+		return start(func() (err error) {
+			got, err = post()
+			return err
+		})
+	}
+
+	// A client goes away without acknowledging.
+	s := dial(t, address)
+	answered := request()
+	receive(t, s)
+	wantPending(t, answered, "not acknowledged yet")
+	require.NoError(t, s.Close(contextFor(t), ""))
+	require.NoError(t, next(t, answered))
+	require.GreaterOrEqual(t, got.status, 400, got.body)
+
+	// Another one acknowledges.
+	s = dial(t, address)
+	answered = request()
+	m := receive(t, s)
+	wantPending(t, answered, "not acknowledged yet")
+	require.NoError(t, m.Ack())
+	require.NoError(t, next(t, answered))
+	require.Equal(t, http.StatusOK, got.status, got.body)
+	require.Equal(t, "application/json", got.contentType)
+	var message struct{ ID, Text string }
+	require.NoError(t, json.Unmarshal(m.Payload, &message))
+	require.Equal(t, "hello", message.Text)
+	var reply struct {
+		ID          string
+		DeliveredAt time.Time `json:"delivered_at"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(got.body), &reply))
+	require.Equal(t, message.ID, reply.ID)
+	require.NotZero(t, reply.DeliveredAt)
+	p.interrupt()
+}
