@@ -111,7 +111,7 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, "value never is not a valid option for this field", `field acknowledge: "never" is neither delivered nor received`},
 		{"output", "cryo", `{ ` + dials + `, message_type: text }`, "field message_type: unknown message type text, it has to be auto, utf8, binary or stream", ""},
 		{"output", "cryo_server", `{ ` + listens + `, message_type: "" }`, "field message_type: unknown message type , it has to be auto, utf8, binary or stream", ""},
-		{"output", "cryo_server", `{ ` + listens + `, send_to: some }`, "value some is not a valid option for this field", `field send_to: "some" is neither all nor session`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: some }`, "value some is not a valid option for this field", `field send_to: "some" is neither all, any nor session`},
 		{"output", "cryo_server", `{ ` + listens + `, no_session: panic }`, "value panic is not a valid option for this field", `field no_session: "panic" is neither wait, drop nor reject`},
 		{"output", "cryo_server", `{ ` + listens + `, send_to: session }`, "send_to: session needs the field session_id", ""},
 		{"output", "cryo_server", `{ ` + listens + `, session_id: "7" }`, "the field session_id has no effect without send_to: session", ""},

@@ -291,11 +291,9 @@ func (ln *listener) sessions() []*cryo.Session {
 }
 
 // session finds one of them.
-func (ln *listener) session(id uint64) []*cryo.Session {
-	if s, ok := ln.server.Session(id); ok && s.Err() == nil {
-		return []*cryo.Session{s}
-	}
-	return nil
+func (ln *listener) session(id uint64) (*cryo.Session, bool) {
+	s, ok := ln.server.Session(id)
+	return s, ok && s.Err() == nil
 }
 
 // arrival is closed when the next session connects. Ask for it before looking.

@@ -205,14 +205,10 @@ func (s *sender) send(ctx context.Context, session *cryo.Session, messages []par
 }
 
 func (s *sender) sendFrames(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.ackTimeout, fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, s.ackTimeout))
+	ctx, cancel := s.bound(ctx)
 	defer cancel()
-	frames := make([]cryo.Outgoing, len(messages))
-	for i := range messages {
-		frames[i] = messages[i].Outgoing
-	}
 	var failed *cryo.BatchError
-	if !errors.As(session.SendBatch(ctx, frames), &failed) {
+	if !errors.As(session.SendBatch(ctx, frames(messages)), &failed) {
 		return
 	}
 	for i, err := range failed.Errs {
@@ -220,6 +216,19 @@ func (s *sender) sendFrames(ctx context.Context, session *cryo.Session, messages
 			errs[i] = err
 		}
 	}
+}
+
+func frames(messages []parcel) []cryo.Outgoing {
+	list := make([]cryo.Outgoing, len(messages))
+	for i := range messages {
+		list[i] = messages[i].Outgoing
+	}
+	return list
+}
+
+// bound is the time that an acknowledgement may take.
+func (s *sender) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, s.ackTimeout, fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, s.ackTimeout))
 }
 
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parcel) error {

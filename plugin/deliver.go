@@ -1,0 +1,152 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Sending to the sessions that messages are for, side by side.
+
+// deliver sends each message to its targets and waits for all of them. It looks
+// again for targets that are not there, for as long as no_session has it; other
+// messages don't wait for that.
+func (o *serverOutput) deliver(ctx context.Context, to targets, messages []parcel, errs []error) {
+	patience, cancel := context.WithTimeout(ctx, o.ackTimeout)
+	defer cancel()
+	outcomes := make([]outcome, len(messages))
+	var sending sync.WaitGroup
+	pending := unfailed(errs)
+look:
+	for {
+		arrival := o.listener.arrival()
+		var found []group
+		found, pending = to.find(o.listener, pending)
+		for _, g := range found {
+			sending.Go(func() { o.sendToGroup(ctx, g, messages, outcomes) })
+		}
+		if len(pending) == 0 || o.noSession != noSessionWait {
+			break
+		}
+		select {
+		case <-arrival:
+		case <-patience.Done():
+			break look
+		}
+	}
+	sending.Wait()
+	for i := range errs {
+		if errs[i] == nil {
+			errs[i] = outcomes[i].err()
+		}
+	}
+	if o.noSession != noSessionDrop {
+		for _, i := range pending {
+			errs[i] = to.missed(i)
+		}
+	}
+}
+
+// unfailed are the indexes without an error.
+func unfailed(errs []error) []int {
+	var indexes []int
+	for i, err := range errs {
+		if err == nil {
+			indexes = append(indexes, i)
+		}
+	}
+	return indexes
+}
+
+// outcome is what became of a message at the sessions that it went to.
+type outcome struct {
+	mu           sync.Mutex
+	sent         int // sessions
+	acknowledged bool
+	first        error
+}
+
+func (a *outcome) note(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.sent++
+	if err == nil {
+		a.acknowledged = true
+	} else if a.first == nil {
+		a.first = err
+	}
+}
+
+// err is nil when one session has acknowledged the message, or there was none.
+func (a *outcome) err() error {
+	switch {
+	case a.acknowledged || a.sent == 0:
+		return nil
+	case a.sent == 1:
+		return a.first
+	default:
+		return fmt.Errorf("acknowledged by none of %d sessions, the first says: %w", a.sent, a.first)
+	}
+}
+
+// sendToGroup sends a group's messages to its sessions.
+func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parcel, outcomes []outcome) {
+	part := make([]parcel, len(g.messages))
+	for i, at := range g.messages {
+		part[i] = messages[at]
+	}
+	var going sync.WaitGroup
+	defer going.Wait()
+	if slices.ContainsFunc(part, func(m parcel) bool { return m.isStream }) {
+		// A stream travels step by step, with a goroutine for each session.
+		for _, session := range g.sessions {
+			going.Go(func() {
+				errs := make([]error, len(part))
+				o.send(ctx, session, part, errs)
+				o.settle(ctx, g, session, errs, outcomes)
+			})
+		}
+		return
+	}
+	bounded, cancel := o.bound(ctx)
+	defer cancel()
+	none := make([]error, len(part))
+	for i, err := range cryo.Broadcast(bounded, g.sessions, frames(part)) {
+		var failed *cryo.BatchError
+		if !errors.As(err, &failed) {
+			o.settle(ctx, g, g.sessions[i], none, outcomes)
+			continue
+		}
+		going.Go(func() { o.settle(ctx, g, g.sessions[i], failed.Errs, outcomes) }) // closing takes its time
+	}
+}
+
+// settle notes what became of a group's messages at one of its sessions. A
+// session that is late is closed, unless it alone was meant: then only the
+// message has failed.
+func (o *serverOutput) settle(ctx context.Context, g group, session *cryo.Session, errs []error, outcomes []outcome) {
+	for i, at := range g.messages {
+		outcomes[at].note(errs[i])
+	}
+	if o.sendTo != sendToSession {
+		o.cutIfLate(ctx, session, errs)
+	}
+}
+
+// cutIfLate closes a session that let the time for its acknowledgement pass. One
+// that max_buffer_bytes keeps us from reading may have acknowledged: it stays.
+func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
+	for _, err := range errs {
+		if errors.Is(err, errLate) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {
+			o.log.Warnf("Closing session %d: %v", session.ID(), err)
+			cut, cancel := context.WithTimeout(ctx, 0)
+			defer cancel()
+			_ = session.Close(cut, "no acknowledgement in time") // it doesn't read: no time for a goodbye
+			return
+		}
+	}
+}

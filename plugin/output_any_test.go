@@ -1,0 +1,285 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+const (
+	toAny      = "send_to: any"
+	toAnyOfOne = toAny + ", max_in_flight_per_session: 1"
+)
+
+// held takes what has come to a client by now.
+func held(t *testing.T, s *cryo.Session) (messages []cryo.Message, texts []string) {
+	t.Helper()
+	synctest.Wait()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	messages, err := s.ReceiveBatch(ctx, 1000)
+	if err != nil {
+		require.ErrorIs(t, err, context.Canceled)
+	}
+	for i := range messages {
+		texts = append(texts, string(messages[i].Payload))
+	}
+	return messages, texts
+}
+
+func ackAll(t *testing.T, messages []cryo.Message) {
+	t.Helper()
+	for i := range messages {
+		require.NoError(t, messages[i].Ack())
+	}
+}
+
+// holderOf finds the one client that holds something.
+func holderOf(t *testing.T, clients []*cryo.Session) (holder *cryo.Session, messages []cryo.Message, texts []string) {
+	t.Helper()
+	for _, c := range clients {
+		if m, words := held(t, c); len(m) > 0 {
+			require.Nil(t, holder, "two clients hold something")
+			holder, messages, texts = c, m, words
+		}
+	}
+	require.NotNil(t, holder, "nobody holds anything")
+	return holder, messages, texts
+}
+
+func TestAMessageGoesToOneClientInTurn(t *testing.T) {
+	toAll(t, toAny, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give(words("m%d", 6)...)
+		got := make(map[string]int)
+		for _, c := range clients {
+			messages, texts := held(t, c)
+			require.Len(t, texts, 2)
+			first := texts[0]
+			require.Equal(t, []string{"m0 m3", "m1 m4", "m2 m5"}[first[1]-'0'], strings.Join(texts, " "))
+			got[first]++
+			f.wantPending(t, "not all are acknowledged")
+			ackAll(t, messages)
+		}
+		require.Len(t, got, 3)
+		f.wantDelivered(t, "all are")
+		for _, c := range clients {
+			wantNothing(t, c)
+		}
+	})
+}
+
+func TestMessagesOfOneWorkerKeepTheirOrder(t *testing.T) {
+	toAll(t, toAny+", max_in_flight_per_session: 100", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		texts := words("m%d", 100)
+		f := e.give(texts...)
+		messages, got := held(t, clients[0])
+		require.Equal(t, texts, got)
+		ackAll(t, messages)
+		f.wantDelivered(t, "all are acknowledged")
+	})
+}
+
+func TestASlowWorkerSwallowsNoMoreThanItMayHold(t *testing.T) {
+	toAll(t, toAny+", max_in_flight_per_session: 3", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		var batches []*fed
+		for i := range 10 {
+			batches = append(batches, e.give(words(fmt.Sprint(i)+":%d", 2)...))
+		}
+		slow, quick := clients[0], clients[1]
+		heldBySlow, _ := held(t, slow)
+		require.Len(t, heldBySlow, 3)
+		for taken := 0; taken < 17; {
+			messages, _ := held(t, quick)
+			require.NotEmpty(t, messages)
+			require.LessOrEqual(t, len(messages), 3)
+			taken += len(messages)
+			ackAll(t, messages)
+		}
+		wantNothing(t, slow)
+		wantNothing(t, quick)
+		ackAll(t, heldBySlow)
+		for _, f := range batches {
+			f.wantDelivered(t, "acknowledged")
+		}
+	})
+}
+
+func TestWhenAWorkerGoesItsMessagesGoToAnother(t *testing.T) {
+	toAll(t, toAnyOfOne, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m0", "m1")
+		first, goneWith := held(t, clients[0])
+		second, _ := held(t, clients[1])
+		end(clients[0])
+		wantNothing(t, clients[1])
+		f.wantPending(t, "the other is busy")
+		ackAll(t, second)
+		again, texts := held(t, clients[1])
+		require.Equal(t, goneWith, texts)
+		require.Len(t, first, 1)
+		ackAll(t, again)
+		f.wantDelivered(t, "acknowledged by the other")
+	})
+}
+
+func TestWhatAWorkerHasAcknowledgedBeforeItWentIsNotSentAgain(t *testing.T) {
+	toAll(t, toAny, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m0", "m1", "m2")
+		messages, _ := held(t, clients[0])
+		ackAll(t, messages[:1])
+		synctest.Wait()
+		end(clients[0])
+		f.wantPending(t, "nobody is there")
+		time.Sleep(29 * time.Second)
+		another := e.dial()
+		messages, texts := held(t, another)
+		require.ElementsMatch(t, []string{"m1", "m2"}, texts)
+		ackAll(t, messages)
+		f.wantDelivered(t, "acknowledged by another")
+	})
+}
+
+func TestWhatAWorkerRefusesFailsAlone(t *testing.T) {
+	toAll(t, toAny, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		batch := batchOf("m0", "m1")
+		index := batch.Index()
+		f := e.giveBatch(batch)
+		failed := make(map[int]string)
+		for i, c := range clients {
+			m := receive(t, c)
+			if i == 1 {
+				require.NoError(t, m.Ack())
+				continue
+			}
+			require.NoError(t, m.Reject("no"))
+			failed[int(m.Payload[1]-'0')] = `rejected by the peer: "no"`
+		}
+		f.wantFailed(t, index, failed)
+		wantNothing(t, clients[1])
+	})
+}
+
+func TestAWorkerThatIsLateIsClosedAndAnotherGetsItsMessages(t *testing.T) {
+	toAll(t, toAny+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		begin := time.Now()
+		f := e.give("m")
+		late, _, _ := holderOf(t, clients)
+		other := clients[0]
+		if late == other {
+			other = clients[1]
+		}
+		m := receiveTexts(t, other, "m")[0]
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "acknowledged by the other")
+		synctest.Wait()
+		require.Error(t, late.Err())
+		e.log.want(t, fmt.Sprintf("WARN Closing session %d: waiting for the acknowledgement: none within ack_timeout (3s)", late.ID()))
+	})
+}
+
+func TestAMessageThatEndsItsWorkersIsRejectedAfterSome(t *testing.T) {
+	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+		f := e.give("poison")
+		for range maxWorkers {
+			f.wantPending(t, "there may be another")
+			c := e.dial()
+			receiveTexts(t, c, "poison")
+			end(c)
+		}
+		require.ErrorContains(t, next(t, f.verdict), "10 sessions have gone without acknowledging it, the last: session ended: ")
+	})
+}
+
+func TestAWorkQueueWithoutWorkers(t *testing.T) {
+	t.Run("waits for one", func(t *testing.T) {
+		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			f := e.give("m0", "m1")
+			time.Sleep(29 * time.Second)
+			f.wantPending(t, "nobody is there")
+			messages, texts := held(t, e.dial())
+			require.Equal(t, []string{"m0", "m1"}, texts)
+			ackAll(t, messages)
+			f.wantDelivered(t, "somebody came")
+		})
+	})
+	t.Run("fails at ack_timeout, as a whole", func(t *testing.T) {
+		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			begin := time.Now()
+			require.ErrorContains(t, next(t, e.give("m0", "m1").verdict), "no client is connected")
+			require.Equal(t, 30*time.Second, time.Since(begin))
+		})
+	})
+	t.Run("waits as long as it takes where somebody is only busy", func(t *testing.T) {
+		toAll(t, toAnyOfOne+", ack_timeout: 3s", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			f := e.give(words("m%d", 5)...)
+			c := e.dial()
+			for range 5 {
+				m := receive(t, c)
+				time.Sleep(2 * time.Second)
+				require.NoError(t, m.Ack())
+			}
+			f.wantDelivered(t, "one after the other")
+		})
+	})
+	t.Run("drops", func(t *testing.T) {
+		toAll(t, toAny+", no_session: drop", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+			begin := time.Now()
+			e.give("m0", "m1").wantDelivered(t, "as if")
+			require.Zero(t, time.Since(begin))
+		})
+	})
+	t.Run("rejects, what the last one leaves behind too", func(t *testing.T) {
+		toAll(t, toAny+", no_session: reject", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			f := e.give("m")
+			receiveTexts(t, clients[0], "m")
+			end(clients[0])
+			require.ErrorContains(t, next(t, f.verdict), "no client is connected")
+		})
+	})
+}
+
+func TestAStreamWhoseWorkerGoesIsSentAnewToAnother(t *testing.T) {
+	toAll(t, toAnyOfOne+", "+asStream, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		text := strings.Repeat("abc", 100_000)
+		f := e.give(text)
+		accepted := make(chan int, 2)
+		for i, c := range clients {
+			go func() {
+				if st, err := c.AcceptStream(t.Context()); err == nil {
+					buf := make([]byte, 10)
+					_, _ = st.Read(buf) // a part
+					accepted <- i
+				}
+			}()
+		}
+		worker := next(t, accepted)
+		f.wantPending(t, "it is on its way")
+		end(clients[worker])
+		require.Equal(t, 1-worker, next(t, accepted), "the other gets it")
+		end(clients[1-worker])
+		st, content := readStream(t, e.dial())
+		require.Equal(t, text, content)
+		f.wantPending(t, "not acknowledged")
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "acknowledged")
+	})
+}
+
+func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := e.run(fromOnce, with(listenOutput, toAnyOfOne))
+		c := e.dial()
+		e.give("m0", "m1")
+		receiveTexts(t, c, "m0")
+		begin := time.Now()
+		p.kill()
+		require.Less(t, time.Since(begin), closeTime+time.Second)
+	})
+}

@@ -1,0 +1,191 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Who gets what: the sessions of a listener that a message is for.
+
+const (
+	fieldSendTo            = "send_to"
+	fieldSessionID         = "session_id"
+	fieldNoSession         = "no_session"
+	fieldSessionInFlight   = "max_in_flight_per_session"
+	defaultSessionInFlight = 16
+
+	sendToAll     = "all"
+	sendToAny     = "any"
+	sendToSession = "session"
+
+	noSessionWait   = "wait"
+	noSessionDrop   = "drop"
+	noSessionReject = "reject"
+)
+
+func targetFields() []*service.ConfigField {
+	return []*service.ConfigField{
+		service.NewStringAnnotatedEnumField(fieldSendTo, map[string]string{
+			sendToAll:     "To every session that is connected.",
+			sendToAny:     "To one of them in turn: a work queue. When a session goes, what it has not acknowledged goes to another.",
+			sendToSession: "To the session that `session_id` names.",
+		}).
+			Description("Which clients get a message.").
+			Default(sendToAll),
+		service.NewInterpolatedStringField(fieldSessionID).
+			Description("The id of the session that gets the message, with `send_to: session`. Messages that came from Cryo carry their sender's in the metadata `cryo_session_id`.").
+			Default("").
+			Example("${! @cryo_session_id }"),
+		positiveInt(fieldSessionInFlight).
+			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages.").
+			Default(defaultSessionInFlight),
+		service.NewStringAnnotatedEnumField(fieldNoSession, map[string]string{
+			noSessionWait:   "Wait for it up to `ack_timeout`, then reject the message.",
+			noSessionDrop:   "Count the message as delivered.",
+			noSessionReject: "Reject the message at once.",
+		}).
+			Description("What to do with a message for which nobody is connected, or not the session that it names.").
+			Default(noSessionWait),
+	}
+}
+
+// targetLint continues listenLint.
+const targetLint = ` else if this.send_to.or("all") == "session" && this.session_id.or("") == "" {
+  "send_to: session needs the field session_id"
+} else if this.send_to.or("all") != "session" && this.session_id.or("") != "" {
+  "the field session_id has no effect without send_to: session"
+}`
+
+// targetConfig is what can be set of them.
+type targetConfig struct {
+	sendTo          string
+	sessionID       *service.InterpolatedString // of sendToSession
+	sessionInFlight int                         // of sendToAny
+	noSession       string
+}
+
+func targetConfigFromParsed(conf *service.ParsedConfig) (c targetConfig, err error) {
+	if c.sendTo, err = conf.FieldString(fieldSendTo); err != nil {
+		return c, err
+	}
+	switch c.sendTo {
+	case sendToAll, sendToAny, sendToSession:
+	default:
+		return c, fmt.Errorf("field %s: %q is neither %s, %s nor %s", fieldSendTo, c.sendTo, sendToAll, sendToAny, sendToSession)
+	}
+	if c.sessionID, err = conf.FieldInterpolatedString(fieldSessionID); err != nil {
+		return c, err
+	}
+	fixed, static := c.sessionID.Static()
+	named := !static || fixed != ""
+	switch {
+	case c.sendTo == sendToSession && !named:
+		return c, fmt.Errorf("%s: %s needs the field %s", fieldSendTo, sendToSession, fieldSessionID)
+	case c.sendTo != sendToSession && named:
+		return c, fmt.Errorf("the field %s has no effect without %s: %s", fieldSessionID, fieldSendTo, sendToSession)
+	}
+	if c.sessionInFlight, err = fieldPositive(conf, fieldSessionInFlight); err != nil {
+		return c, err
+	}
+	if c.noSession, err = conf.FieldString(fieldNoSession); err != nil {
+		return c, err
+	}
+	switch c.noSession {
+	case noSessionWait, noSessionDrop, noSessionReject:
+		return c, nil
+	default:
+		return c, fmt.Errorf("field %s: %q is neither %s, %s nor %s", fieldNoSession, c.noSession, noSessionWait, noSessionDrop, noSessionReject)
+	}
+}
+
+var (
+	errNobody    = errors.New("no client is connected")
+	errNoSession = errors.New("that session is not connected")
+)
+
+// targets finds the sessions that a batch is for, as often as it is asked: who
+// is not there may come.
+type targets interface {
+	// find groups messages, by their indexes, for the sessions that are there,
+	// and gives back those for which there is none.
+	find(ln *listener, messages []int) (found []group, missing []int)
+	// missed is the error of a message for which there is none.
+	missed(message int) error
+}
+
+// group is sessions that get the same messages.
+type group struct {
+	sessions []*cryo.Session
+	messages []int // indexes, in order
+}
+
+// targets evaluates what the batch says of its targets. A message that says
+// nothing sensible has its error in errs.
+func (c *targetConfig) targets(batch service.MessageBatch, errs []error) targets {
+	if c.sendTo == sendToSession {
+		return newNamedSessions(batch, c.sessionID, errs)
+	}
+	return allSessions{}
+}
+
+// allSessions is every session, for every message.
+type allSessions struct{}
+
+func (allSessions) find(ln *listener, messages []int) (found []group, missing []int) {
+	if sessions := ln.sessions(); len(sessions) > 0 {
+		return []group{{sessions, messages}}, nil
+	}
+	return nil, messages
+}
+
+func (allSessions) missed(int) error { return errNobody }
+
+// namedSessions is one session for each message, by its id.
+type namedSessions []uint64
+
+func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, errs []error) namedSessions {
+	ids := make(namedSessions, len(batch))
+	texts := batch.InterpolationExecutor(field)
+	for i := range batch {
+		if errs[i] != nil {
+			continue
+		}
+		text, err := texts.TryString(i)
+		if err != nil {
+			errs[i] = fmt.Errorf("field %s: %w", fieldSessionID, err)
+			continue
+		}
+		if ids[i], err = strconv.ParseUint(text, 10, 64); err != nil {
+			errs[i] = fmt.Errorf("field %s: %q is not the id of a session", fieldSessionID, text)
+		}
+	}
+	return ids
+}
+
+func (n namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
+	at := make(map[uint64]int) // in found, or -1
+	for _, i := range messages {
+		place, looked := at[n[i]]
+		if !looked {
+			place = -1
+			if s, ok := ln.session(n[i]); ok {
+				place = len(found)
+				found = append(found, group{sessions: []*cryo.Session{s}})
+			}
+			at[n[i]] = place
+		}
+		if place < 0 {
+			missing = append(missing, i)
+		} else {
+			found[place].messages = append(found[place].messages, i)
+		}
+	}
+	return found, missing
+}
+
+func (n namedSessions) missed(i int) error { return fmt.Errorf("session %d: %w", n[i], errNoSession) }

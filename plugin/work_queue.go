@@ -1,0 +1,215 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Sending each message to one session in turn (send_to: any).
+
+// maxWorkers is how many sessions in a row may go without having acknowledged a
+// message. It may be the message that ends them, so it is rejected then.
+const maxWorkers = 10
+
+// workQueue gives out places at the sessions of a listener, in turn.
+type workQueue struct {
+	listener *listener
+	limit    int // places of one session
+
+	mu      sync.Mutex
+	workers map[*cryo.Session]*worker
+	ready   []*worker       // that have a free place; the first one's turn it is
+	known   <-chan struct{} // the arrival up to which sessions are known
+	waiting int             // for a place
+	freed   chan struct{}   // closed and replaced when a place is free and somebody waits
+}
+
+// worker is a session that takes part. It is among the ready ones as long as it
+// has a free place.
+type worker struct {
+	session *cryo.Session
+	taken   int // places
+}
+
+func newWorkQueue(ln *listener, limit int) *workQueue {
+	return &workQueue{listener: ln, limit: limit, workers: make(map[*cryo.Session]*worker), freed: make(chan struct{})}
+}
+
+// take takes a place. As long as all are taken it waits. Where there is no session
+// at all, it waits for one for as long as patience says, and gives errNobody.
+func (q *workQueue) take(ctx context.Context, patience time.Duration) (*worker, error) {
+	var late <-chan time.Time // runs while there is no session
+	for {
+		arrival := q.listener.arrival()
+		w, freed, nobody := q.tryTake(arrival)
+		switch {
+		case w != nil:
+			return w, nil
+		case !nobody:
+			late = nil
+		case patience == 0:
+			q.stopWaiting()
+			return nil, errNobody
+		case late == nil:
+			late = time.After(patience)
+		}
+		var err error
+		select {
+		case <-arrival:
+		case <-freed:
+		case <-late:
+			err = errNobody
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		q.stopWaiting()
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// tryTake takes a place if one is free. If not, the caller waits from now on: for
+// a free place, or for an arrival if nobody is there.
+func (q *workQueue) tryTake(arrival <-chan struct{}) (w *worker, freed <-chan struct{}, nobody bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.known != arrival {
+		q.known = arrival
+		for _, s := range q.listener.sessions() {
+			if q.workers[s] == nil {
+				w := &worker{session: s}
+				q.workers[s] = w
+				q.ready = append(q.ready, w)
+			}
+		}
+	}
+	for len(q.ready) > 0 {
+		w := q.ready[0]
+		q.ready = q.ready[1:]
+		if w.session.Err() != nil {
+			delete(q.workers, w.session)
+			continue
+		}
+		if w.taken++; w.taken < q.limit {
+			q.ready = append(q.ready, w)
+		}
+		return w, nil, false
+	}
+	q.waiting++
+	return nil, q.freed, len(q.workers) == 0
+}
+
+func (q *workQueue) stopWaiting() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.waiting--
+}
+
+// free gives a place back.
+func (q *workQueue) free(w *worker) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	w.taken--
+	switch {
+	case w.taken < q.limit-1: // it is among the ready ones
+	case w.session.Err() == nil:
+		q.ready = append(q.ready, w)
+	default:
+		delete(q.workers, w.session)
+	}
+	if q.waiting > 0 {
+		close(q.freed)
+		q.freed = make(chan struct{})
+	}
+}
+
+// share sends each message to one session, in turn, and waits for all of them.
+func (o *serverOutput) share(ctx context.Context, messages []parcel, errs []error) {
+	var sending sync.WaitGroup
+	for _, i := range unfailed(errs) {
+		w, err := o.queue.take(ctx, o.patience())
+		if err != nil {
+			// Each of those behind it would wait as long.
+			o.failRest(errs[i:], err)
+			break
+		}
+		m := &messages[i]
+		wait := o.begin(ctx, w.session, m) // here, so that messages leave in order
+		sending.Go(func() { errs[i] = o.handOn(ctx, w, m, wait) })
+	}
+	sending.Wait()
+}
+
+// patience is how long a session is waited for.
+func (o *serverOutput) patience() time.Duration {
+	if o.noSession == noSessionWait {
+		return o.ackTimeout
+	}
+	return 0
+}
+
+func (o *serverOutput) failRest(errs []error, err error) {
+	for i := range errs {
+		if errs[i] == nil {
+			errs[i] = o.unlessDropped(err)
+		}
+	}
+}
+
+// unlessDropped counts a message as delivered that nobody was there for.
+func (o *serverOutput) unlessDropped(err error) error {
+	if o.noSession == noSessionDrop && errors.Is(err, errNobody) {
+		return nil
+	}
+	return err
+}
+
+// begin sends a message and gives the function that waits for its acknowledgement.
+func (o *serverOutput) begin(ctx context.Context, session *cryo.Session, m *parcel) (wait func() error) {
+	if m.isStream {
+		return func() error { return o.sendStream(ctx, session, m) }
+	}
+	sending := session.StartBatch([]cryo.Outgoing{m.Outgoing})
+	return func() error {
+		ctx, cancel := o.bound(ctx)
+		defer cancel()
+		var failed *cryo.BatchError
+		if err := sending.Wait(ctx); errors.As(err, &failed) {
+			return failed.Errs[0]
+		}
+		return nil
+	}
+}
+
+// handOn waits for a session's acknowledgement, and hands the message on to the
+// next one when the session has gone. One that lets the time for it pass is
+// closed, so that it gets no more.
+func (o *serverOutput) handOn(ctx context.Context, w *worker, m *parcel, wait func() error) error {
+	for gone := 1; ; gone++ {
+		err := wait()
+		if err != nil {
+			o.cutIfLate(ctx, w.session, []error{err})
+		}
+		o.queue.free(w)
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return err
+		case !errors.Is(err, errLate) && !errors.Is(err, net.ErrClosed):
+			return err // it is the message that the session didn't take
+		case gone == maxWorkers:
+			return fmt.Errorf("%d sessions have gone without acknowledging it, the last: %w", gone, err)
+		}
+		o.log.Debugf("Session %d has gone without acknowledging a message, which goes to another: %v", w.session.ID(), err)
+		if w, err = o.queue.take(ctx, o.patience()); err != nil {
+			return o.unlessDropped(err)
+		}
+		wait = o.begin(ctx, w.session, m)
+	}
+}
