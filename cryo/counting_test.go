@@ -55,6 +55,20 @@ func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
 	})
 }
 
+func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
+	opts := smallBuffer
+	var refused []cryo.Type
+	opts.OnRefused = func(t cryo.Type) { refused = append(refused, t) }
+	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		refused = nil
+		fill(t, s, peer) // one message more waits than there is room for
+		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		require.NoError(t, <-answer.done) // it takes noRoomPatience
+		require.Equal(t, []cryo.Type{cryo.TypeUTF8}, refused)
+	})
+}
+
 func TestAMessageTellsWhenItWasRead(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		time.Sleep(time.Second)

@@ -213,6 +213,7 @@ func (s *Session) overflow(m *Message) {
 		s.refuse(m)
 		return
 	}
+	s.opts.OnRefused(m.Type)
 	_ = m.Reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
 }
 

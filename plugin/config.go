@@ -11,6 +11,13 @@ import (
 // aboutCryo begins the description of every component.
 const aboutCryo = "Cryo is a small protocol over WebSocket. Its two ends send each other messages, of text or bytes, and the receiver acknowledges each of them by its number; files and large data travel as named streams. A connection between a client and a server is called a session. "
 
+// aboutMetrics ends it.
+const aboutMetrics = `
+== Metrics
+
+Beside the engine's metrics for every component there are those whose names begin with ` + "`cryo_`" + `: sessions, messages and bytes by their type, what waits for its acknowledgement and for how long, what was rejected or came too late, streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/metrics.md[The list^] says what each of them means and which to watch.
+`
+
 // What fields of several components have in common. A value that is wrong is
 // said so twice, by lint and at start, because a file may be run unlinted.
 

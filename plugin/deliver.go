@@ -115,12 +115,17 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 	bounded, cancel := o.bound(ctx)
 	defer cancel()
 	none := make([]error, len(part))
-	for i, err := range cryo.Broadcast(bounded, g.sessions, frames(part)) {
+	began := o.metrics.sending(len(part) * len(g.sessions))
+	answers := cryo.Broadcast(bounded, g.sessions, frames(part))
+	o.metrics.awaited(bounded, len(part)*len(g.sessions), began)
+	for i, err := range answers {
 		var failed *cryo.BatchError
 		if !errors.As(err, &failed) {
+			o.metrics.settled(part, none)
 			o.settle(ctx, g, g.sessions[i], none, outcomes)
 			continue
 		}
+		o.metrics.settled(part, failed.Errs)
 		going.Go(func() { o.settle(ctx, g, g.sessions[i], failed.Errs, outcomes) }) // closing takes its time
 	}
 }

@@ -99,16 +99,19 @@ type dialer struct {
 	opts cryo.DialOptions
 	log  *service.Logger
 
+	metrics dialMetrics
+
 	mu        sync.Mutex
 	session   *cryo.Session // the last one
 	reported  bool          // its end has been logged
 	connected bool          // there was one before
 }
 
-func dialerFromParsed(conf *service.ParsedConfig, log *service.Logger) (*dialer, error) {
-	d := &dialer{log: log}
+func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dialer, error) {
+	d := &dialer{log: res.Logger(), metrics: newDialMetrics(res.Metrics())}
 	d.opts.SessionID = cryo.NewSessionID() // the same on every connection
-	d.opts.Logger = libraryLogger(log)
+	d.opts.Logger = libraryLogger(d.log)
+	d.metrics.watch(&d.opts.SessionOptions)
 	var err error
 	if d.url, err = conf.FieldString(fieldURL); err != nil {
 		return nil, err
@@ -234,6 +237,7 @@ func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool
 		verb = "Reconnected"
 	}
 	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
+	d.metrics.connected(s, d.connected)
 	d.session, d.reported, d.connected = s, false, true
 	return s, true, nil
 }

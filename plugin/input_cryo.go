@@ -17,7 +17,7 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance).
+		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(receiveFields()...).
 		Field(maxBufferField()).
@@ -46,7 +46,7 @@ var (
 )
 
 func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error) {
-	d, err := dialerFromParsed(conf, res.Logger())
+	d, err := dialerFromParsed(conf, res)
 	if err != nil {
 		return nil, err
 	}

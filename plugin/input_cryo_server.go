@@ -19,7 +19,7 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+receivePerformance).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+receivePerformance+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(receiveFields()...).
 		LintRule(`root = `+listenLint).
@@ -76,6 +76,7 @@ func (in *serverInput) Close(ctx context.Context) error { return in.leave(ctx, i
 type serverComponent struct {
 	name      string
 	log       *service.Logger
+	exporter  *service.Metrics // for a listener of its own
 	all       *listeners
 	settings  listenSettings
 	authorize func(*cryo.Upgrade) error
@@ -83,7 +84,7 @@ type serverComponent struct {
 }
 
 func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resources, kind string) (*serverComponent, error) {
-	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), all: listenersOf(res)}
+	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), exporter: res.Metrics(), all: listenersOf(res)}
 	if label := res.Label(); label != "" {
 		c.name += " " + label
 	}
@@ -97,7 +98,7 @@ func (c *serverComponent) open(ctx context.Context) (fresh bool, err error) {
 	if c.listener != nil {
 		return false, nil
 	}
-	c.listener, err = c.all.open(ctx, c.settings, c.authorize, c.name, c.log)
+	c.listener, err = c.all.open(ctx, c)
 	return err == nil, err
 }
 

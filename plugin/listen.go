@@ -35,6 +35,7 @@ type listener struct {
 	address  net.Addr // as it is, where the settings leave the port open
 	owner    string   // the component that opened it
 	log      *service.Logger
+	metrics  listenMetrics
 	http     *http.Server
 	server   *cryo.Server
 	served   chan struct{} // closed when the HTTP server has ended
@@ -71,9 +72,9 @@ func listenersOf(res *service.Resources) *listeners {
 
 // open gives the listener of an address, and starts it for the first component.
 // One that is closing is waited for.
-func (l *listeners) open(ctx context.Context, settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (*listener, error) {
+func (l *listeners) open(ctx context.Context, c *serverComponent) (*listener, error) {
 	for {
-		ln, closing, err := l.join(settings, authorize, name, log)
+		ln, closing, err := l.join(c)
 		if closing == nil {
 			return ln, err
 		}
@@ -85,20 +86,20 @@ func (l *listeners) open(ctx context.Context, settings listenSettings, authorize
 	}
 }
 
-func (l *listeners) join(settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (ln *listener, closing <-chan struct{}, err error) {
+func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struct{}, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	ln = l.byAddr[settings.Address]
+	ln = l.byAddr[c.settings.Address]
 	switch {
 	case ln == nil:
-		if ln, err = l.start(settings, authorize, name, log); err != nil {
+		if ln, err = l.start(c); err != nil {
 			return nil, nil, err
 		}
-		l.byAddr[settings.Address] = ln
+		l.byAddr[c.settings.Address] = ln
 	case ln.users == 0:
 		return nil, ln.closed, nil
-	case !reflect.DeepEqual(ln.settings, settings):
-		return nil, nil, fmt.Errorf("%s and %s share the address %s, but not all settings of its listener: make them equal, or give one another address", ln.owner, name, settings.Address)
+	case !reflect.DeepEqual(ln.settings, c.settings):
+		return nil, nil, fmt.Errorf("%s and %s share the address %s, but not all settings of its listener: make them equal, or give one another address", ln.owner, c.name, c.settings.Address)
 	}
 	ln.users++
 	return ln, nil, nil
@@ -126,7 +127,8 @@ func (l *listeners) leave(ctx context.Context, ln *listener, in *receiver) error
 	return err
 }
 
-func (l *listeners) start(settings listenSettings, authorize func(*cryo.Upgrade) error, name string, log *service.Logger) (*listener, error) {
+func (l *listeners) start(c *serverComponent) (*listener, error) {
+	settings, log := c.settings, c.log
 	secure, err := tlsOf(settings)
 	if err != nil {
 		return nil, err
@@ -140,21 +142,23 @@ func (l *listeners) start(settings listenSettings, authorize func(*cryo.Upgrade)
 		socket = tls.NewListener(socket, secure)
 	}
 	ln := &listener{
-		settings: settings, address: address, owner: name, log: log,
+		settings: settings, address: address, owner: c.name, log: log, metrics: newListenMetrics(c.exporter),
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
-	ln.server = cryo.NewServer(cryo.ServerOptions{
+	opts := cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
 			HeartbeatInterval: settings.HeartbeatInterval,
 			MaxBufferBytes:    settings.MaxBufferBytes,
 			Logger:            libraryLogger(log),
 		},
-		Authorize:        authorize,
+		Authorize:        c.authorize,
 		OnSession:        func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
-		OnSessionEnd:     func(s *cryo.Session) { log.Debugf("Session %d disconnected: %v", s.ID(), s.Err()) },
+		OnSessionEnd:     ln.disconnected,
 		MaxSessions:      settings.MaxSessions,
 		HandshakeTimeout: settings.HandshakeTimeout,
-	})
+	}
+	ln.metrics.watch(&opts)
+	ln.server = cryo.NewServer(opts)
 	ln.http = &http.Server{
 		Handler:        ln,
 		ReadTimeout:    settings.HandshakeTimeout, // of requests; a session's connection is out of its hands
@@ -212,6 +216,7 @@ func (ln *listener) close(ctx context.Context) error {
 // connected hands a new session to an input, if there is one, and wakes outputs
 // that wait for one.
 func (ln *listener) connected(s *cryo.Session) {
+	ln.metrics.sessions.add(1)
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	ln.log.Debugf("Session %d connected from %v", s.ID(), s.RemoteAddr())
@@ -226,6 +231,12 @@ func (ln *listener) connected(s *cryo.Session) {
 	}
 	close(ln.arrived)
 	ln.arrived = make(chan struct{})
+}
+
+// disconnected is told of the end of each of them.
+func (ln *listener) disconnected(s *cryo.Session) {
+	ln.metrics.sessions.add(-1)
+	ln.log.Debugf("Session %d disconnected: %v", s.ID(), s.Err())
 }
 
 // addInput lets an input receive: the first from all sessions that are there,

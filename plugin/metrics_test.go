@@ -4,10 +4,14 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
+	"regexp"
 	"slices"
 	"sync"
+	"testing"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
 )
 
 // metricsBook is an exporter of metrics that keeps them, by name and labels.
@@ -67,3 +71,23 @@ func (b *metricsBook) NewGaugeCtor(name string, keys ...string) service.MetricsE
 }
 
 func (b *metricsBook) Close(context.Context) error { return nil }
+
+// namesIn finds the names of metrics in a file of the repository.
+func namesIn(t *testing.T, file, pattern string) []string {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	require.NoError(t, err)
+	var names []string
+	for _, match := range regexp.MustCompile(pattern).FindAllSubmatch(content, -1) {
+		names = append(names, string(match[1]))
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+func TestEveryMetricIsDocumentedAndDrawn(t *testing.T) {
+	names := namesIn(t, "metrics.go", `"(cryo_[a-z_]+)"`)
+	require.NotEmpty(t, names)
+	require.Equal(t, names, namesIn(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/metrics.md")
+	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+)`), "in the dashboard")
+}

@@ -27,7 +27,7 @@ func outputSpec() *service.ConfigSpec {
 A message counts as delivered when the server has acknowledged it. One that the server refuses, or does not acknowledge in time, is rejected to the input, alone; the others of its batch are not sent again.
 
 Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.
-`+sendMetadata+sendPerformance).
+`+sendMetadata+sendPerformance+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(sendFields()...).
 		LintRule(`root = `+dialLint).
@@ -55,12 +55,12 @@ var (
 )
 
 func newOutput(conf *service.ParsedConfig, res *service.Resources) (*output, service.BatchPolicy, int, error) {
-	d, err := dialerFromParsed(conf, res.Logger())
+	d, err := dialerFromParsed(conf, res)
 	if err != nil {
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	d.opts.SendOnly = true
-	s, policy, maxInFlight, err := senderFromParsed(conf)
+	s, policy, maxInFlight, err := senderFromParsed(conf, res)
 	return &output{dialer: d, sender: s}, policy, maxInFlight, err
 }
 

@@ -28,7 +28,7 @@ To one session (`+"`send_to: session`"+`), a message counts as delivered when th
 To all (`+"`all`"+`), it counts as delivered when every session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. When nobody has acknowledged a message, it is rejected.
 
 To one in turn (`+"`any`"+`), it counts as delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client refuses is rejected, and so is one that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
-`+sendMetadata+sendPerformance).
+`+sendMetadata+sendPerformance+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
 		Fields(sendFields()...).
@@ -68,7 +68,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 	if err != nil {
 		return nil, service.BatchPolicy{}, 0, err
 	}
-	s, policy, maxInFlight, err := senderFromParsed(conf)
+	s, policy, maxInFlight, err := senderFromParsed(conf, res)
 	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
 }
 

@@ -44,9 +44,9 @@ type delivery struct {
 // receiver hands what its sessions receive to the pipeline, in batches, and
 // settles it.
 type receiver struct {
-	conf     receiveConfig
-	log      *service.Logger
-	filtered *service.MetricCounter
+	conf    receiveConfig
+	log     *service.Logger
+	metrics receiveMetrics
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	places   chan struct{} // a token for each open stream
@@ -70,7 +70,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 	r := &receiver{
 		conf:       conf,
 		log:        res.Logger(),
-		filtered:   res.Metrics().NewCounter("cryo_filtered", "message_type"),
+		metrics:    newReceiveMetrics(res.Metrics()),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		places:     make(chan struct{}, conf.streams.maxOpen),
@@ -111,6 +111,7 @@ func (r *receiver) pump(src *source) {
 		if err != nil {
 			return
 		}
+		r.metrics.took(messages)
 		items := r.wanted(src, messages)
 		if len(items) == 0 {
 			continue
@@ -147,7 +148,7 @@ func (r *receiver) wanted(src *source, messages []cryo.Message) []item {
 		if m.Type == cryo.TypeError {
 			r.log.Warnf("The application at the other end of session %s reports an error: %q", src.id, m.LogText())
 		}
-		r.filtered.Incr(1, messageTypeName(m.Type))
+		r.metrics.filtered.Incr(1, messageTypeName(m.Type))
 		_ = m.Ack() // if the session has ended, nobody waits for it
 	}
 	return items
@@ -202,6 +203,7 @@ more:
 	r.mu.Lock()
 	r.inFlight += n
 	r.mu.Unlock()
+	r.metrics.unacknowledged.add(n)
 	return taken
 }
 
@@ -287,6 +289,7 @@ func (r *receiver) settle(d *delivery, err error) {
 	r.mu.Lock()
 	r.inFlight -= gone
 	r.mu.Unlock()
+	r.metrics.unacknowledged.add(-gone)
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -329,6 +332,9 @@ func (r *receiver) acknowledge(items []item) {
 			items[i].scanned.done(items[i].at, nil)
 		}
 	}
+	if len(messages) > 0 {
+		r.metrics.acknowledged(messages[0])
+	}
 	if err := cryo.AckBatch(messages); err != nil {
 		r.log.Debugf("Delivered, but the sender can't be told and may send again: %v", err)
 	}
@@ -341,6 +347,9 @@ func (r *receiver) reject(items []item, cause error) {
 	}
 	r.log.Errorf("Rejected %d messages: %v", len(items), cause)
 	for _, it := range items {
+		if it.message != nil {
+			r.metrics.rejected.Incr(1, messageTypeName(it.message.Type))
+		}
 		it.reject()
 	}
 }

@@ -43,6 +43,8 @@ func messageTypeName(t cryo.Type) string {
 		return "utf8"
 	case cryo.TypeBinary:
 		return "binary"
+	case cryo.TypeTxStart:
+		return messageTypeStream
 	default:
 		return "error"
 	}
@@ -82,10 +84,6 @@ Messages that wait already are handed over together, up to ` + "`max_batch_count
 What limits the throughput is mostly ` + "`max_in_flight`" + ` divided by the time that the outputs take: 1,024 messages and outputs that need 100 ms make some 10,000 messages a second. Raise it for outputs that are slow but take much at once. An output with ` + "`batching`" + ` needs a ` + "`count`" + ` below it, and a ` + "`period`" + `: a batch that waits for messages which wait for its acknowledgement never fills. A sender that waits for each acknowledgement before it sends the next message gets one message through per passage of the pipeline, whatever is set here.
 
 The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for streams, with a scanner that needs the whole of one (` + "`to_the_end`" + `), ` + "`streams.max_open`" + ` times ` + "`streams.max_bytes`" + `. A scanner that cuts streams up (` + "`lines`" + `, ` + "`csv`" + `, ` + "`chunker`" + `) needs little, however long they are.
-
-== Metrics
-
-The counter ` + "`cryo_filtered`" + `, with the label ` + "`message_type`" + `, counts the messages that were acknowledged and dropped because ` + "`message_types`" + ` does not name their type.
 `
 
 func receiveFields() []*service.ConfigField {

@@ -39,6 +39,7 @@ func (r *receiver) acceptStreams(src *source) {
 		if err != nil {
 			return
 		}
+		r.metrics.received.Incr(1, messageTypeStream)
 		taken.Go(func() {
 			if r.wantsStream(st.Name()) {
 				r.scan(src, st)
@@ -61,11 +62,13 @@ func (r *receiver) wantsStream(name string) bool {
 // after which it may send the stream again, and again.
 func (r *receiver) discard(st *cryo.IncomingStream) {
 	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
-	if _, err := io.Copy(io.Discard, st); err != nil {
+	n, err := io.Copy(io.Discard, st)
+	r.metrics.receivedBytes.Incr(n, messageTypeStream)
+	if err != nil {
 		_ = st.Reject() // if the session has ended, the sender knows
 		return
 	}
-	r.filtered.Incr(1, messageTypeStream)
+	r.metrics.filtered.Incr(1, messageTypeStream)
 	_ = st.Ack() // if the session has ended, nobody waits for it
 }
 
@@ -73,8 +76,9 @@ func (r *receiver) discard(st *cryo.IncomingStream) {
 // acknowledged when it was read to its end and each message cut from it is
 // delivered, and the stream cancelled as soon as one of these fails.
 type transfer struct {
-	r      *receiver
-	stream *cryo.IncomingStream
+	r       *receiver
+	session *cryo.Session
+	stream  *cryo.IncomingStream
 
 	mu      sync.Mutex
 	pending int // batches not settled, and the scan itself
@@ -92,10 +96,14 @@ func (t *transfer) done(err error) {
 	t.settled = true
 	if err != nil {
 		_ = t.stream.Reject() // after the end of the session the sender knows
+		if t.session.Err() == nil {
+			t.r.metrics.rejected.Incr(1, messageTypeStream)
+		}
 	} else if err := t.stream.Ack(); err != nil {
 		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.LogName(), err)
 	}
 	<-t.r.places
+	t.r.metrics.streamsOpen.add(-1)
 }
 
 // scan takes one stream, from its place among the open ones to its end.
@@ -108,10 +116,11 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	case <-src.session.Ending():
 		return
 	}
+	r.metrics.streamsOpen.add(1)
 	// Whoever waits in Read learns of the end of the input.
 	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
 
-	t := &transfer{r: r, stream: st, pending: 1}
+	t := &transfer{r: r, session: src.session, stream: st, pending: 1}
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
 		r.log.Warnf("Gave up the stream %q of session %s: %v", st.LogName(), src.id, err)
@@ -122,7 +131,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 // scanAll hands over what the scanner makes of the stream. It returns nil when
 // the stream was whole and was read to its end.
 func (r *receiver) scanAll(src *source, t *transfer) error {
-	reader := &wholeReader{stream: t.stream, limit: r.conf.streams.maxBytes}
+	reader := &wholeReader{stream: t.stream, limit: r.conf.streams.maxBytes, bytes: r.metrics.receivedBytes}
 	details := service.NewScannerSourceDetails()
 	details.SetName(t.stream.Name())
 	// The transfer counts by itself: the scanner does not know whether the
@@ -194,6 +203,7 @@ func readerFailed(batch service.MessageBatch) error {
 type wholeReader struct {
 	stream *cryo.IncomingStream
 	limit  int64 // of its bytes; 0 is none
+	bytes  *service.MetricCounter
 
 	reading sync.Mutex
 	read    int64
@@ -207,6 +217,7 @@ func (w *wholeReader) Read(p []byte) (int, error) {
 	w.reading.Lock()
 	defer w.reading.Unlock()
 	n, err := w.stream.Read(p)
+	w.bytes.Incr(int64(n), messageTypeStream)
 	if w.read += int64(n); w.limit > 0 && w.read > w.limit {
 		n, err = 0, fmt.Errorf("%w: over %d bytes", cryo.ErrStreamTooLong, w.limit)
 	}

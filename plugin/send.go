@@ -77,6 +77,7 @@ type sender struct {
 	streamName  *service.InterpolatedString
 	chunkBytes  int
 	ackTimeout  time.Duration
+	metrics     sendMetrics
 }
 
 // parcel is a message as it travels: a frame, or a stream.
@@ -86,7 +87,8 @@ type parcel struct {
 	name     string // of the stream
 }
 
-func senderFromParsed(conf *service.ParsedConfig) (s sender, policy service.BatchPolicy, maxInFlight int, err error) {
+func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sender, policy service.BatchPolicy, maxInFlight int, err error) {
+	s.metrics = newSendMetrics(res.Metrics())
 	if s.messageType, err = conf.FieldInterpolatedString(fieldMessageType); err != nil {
 		return
 	}
@@ -207,15 +209,16 @@ func (s *sender) send(ctx context.Context, session *cryo.Session, messages []par
 func (s *sender) sendFrames(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
 	ctx, cancel := s.bound(ctx)
 	defer cancel()
-	var failed *cryo.BatchError
-	if !errors.As(session.SendBatch(ctx, frames(messages)), &failed) {
-		return
-	}
-	for i, err := range failed.Errs {
-		if errs[i] == nil {
-			errs[i] = err
+	began := s.metrics.sending(len(messages))
+	if failed, ok := errors.AsType[*cryo.BatchError](session.SendBatch(ctx, frames(messages))); ok {
+		for i, err := range failed.Errs {
+			if errs[i] == nil {
+				errs[i] = err
+			}
 		}
 	}
+	s.metrics.awaited(ctx, len(messages), began)
+	s.metrics.settled(messages, errs)
 }
 
 func frames(messages []parcel) []cryo.Outgoing {
@@ -232,6 +235,8 @@ func (s *sender) bound(ctx context.Context) (context.Context, context.CancelFunc
 }
 
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parcel) error {
+	s.metrics.streamsOpen.add(1)
+	defer s.metrics.streamsOpen.add(-1)
 	err := session.SendStream(ctx, bytes.NewReader(m.Payload), &cryo.StreamOptions{
 		Name:        m.name,
 		ChunkBytes:  s.chunkBytes,
@@ -240,6 +245,7 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parce
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
+	s.metrics.settled([]parcel{*m}, []error{err})
 	return err
 }
 

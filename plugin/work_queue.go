@@ -176,15 +176,17 @@ func (o *serverOutput) begin(ctx context.Context, session *cryo.Session, m *parc
 	if m.isStream {
 		return func() error { return o.sendStream(ctx, session, m) }
 	}
+	began := o.metrics.sending(1)
 	sending := session.StartBatch([]cryo.Outgoing{m.Outgoing})
-	return func() error {
+	return func() (err error) {
 		ctx, cancel := o.bound(ctx)
 		defer cancel()
-		var failed *cryo.BatchError
-		if err := sending.Wait(ctx); errors.As(err, &failed) {
-			return failed.Errs[0]
+		if failed, ok := errors.AsType[*cryo.BatchError](sending.Wait(ctx)); ok {
+			err = failed.Errs[0]
 		}
-		return nil
+		o.metrics.awaited(ctx, 1, began)
+		o.metrics.settled([]parcel{*m}, []error{err})
+		return err
 	}
 }
 

@@ -1,0 +1,236 @@
+package plugin
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// wantMetrics wants metrics to have these values by now.
+func (e *engine) wantMetrics(why string, want map[string]int64) {
+	e.t.Helper()
+	synctest.Wait()
+	for name, value := range want {
+		require.Equal(e.t, value, e.metrics.value(name), "%s: %s", why, name)
+	}
+}
+
+func TestInputsCountMessages(t *testing.T) {
+	atBothInputs(t, "auto_replay_nacks: false, message_types: [ utf8, binary ]", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		delivered := send(peer, "12345")
+		a := e.arrival()
+		e.wantMetrics("in the pipeline", map[string]int64{
+			"cryo_received{message_type=utf8}":       1,
+			"cryo_received_bytes{message_type=utf8}": 5,
+			"cryo_unacknowledged":                    1,
+			"cryo_ack_latency_ns":                    0,
+		})
+		time.Sleep(3 * time.Second)
+		a.deliver()
+		delivered.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{
+			"cryo_unacknowledged": 0,
+			"cryo_ack_latency_ns": int64(3 * time.Second),
+		})
+
+		rejected := sendAny(func() error { return peer.SendBinary(t.Context(), []byte("123")) })
+		e.arrival().fail(errOutput)
+		rejected.wantRefused(t, rejection)
+		sendStream(peer, "orders", "").wantAcked(t, "dropped")
+		e.wantMetrics("rejected, and left out", map[string]int64{
+			"cryo_received{message_type=binary}":       1,
+			"cryo_received_bytes{message_type=binary}": 3,
+			"cryo_rejected{message_type=binary}":       1,
+			"cryo_rejected{message_type=utf8}":         0,
+			"cryo_received{message_type=stream}":       1,
+			"cryo_filtered{message_type=stream}":       1,
+			"cryo_unacknowledged":                      0,
+			"cryo_ack_latency_ns":                      int64(3 * time.Second),
+		})
+	})
+}
+
+func TestInputsCountStreams(t *testing.T) {
+	atBothInputs(t, "streams: { max_bytes: 10 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		stream := sendStream(peer, "orders", "1234567")
+		a := e.arrival()
+		e.wantMetrics("in the pipeline", map[string]int64{
+			"cryo_received{message_type=stream}":       1,
+			"cryo_received_bytes{message_type=stream}": 7,
+			"cryo_streams_open":                        1,
+			"cryo_unacknowledged":                      1,
+		})
+		a.deliver()
+		stream.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{"cryo_streams_open": 0, "cryo_unacknowledged": 0})
+
+		require.ErrorIs(t, sendStream(peer, "orders", "12345678901").result(t), cryo.ErrStreamCancelled)
+		e.wantMetrics("too long", map[string]int64{"cryo_streams_open": 0, "cryo_rejected{message_type=stream}": 1})
+	})
+}
+
+func TestOutputsCountMessages(t *testing.T) {
+	atBothOutputs(t, "ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
+		f := e.give("12345", "\xff\x00")
+		m := receiveTexts(t, peer, "12345", "\xff\x00")
+		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 2, "cryo_sessions": 1})
+		time.Sleep(2 * time.Second)
+		require.NoError(t, cryo.AckBatch(m))
+		f.wantDelivered(t, "acknowledged")
+		delivered := map[string]int64{
+			"cryo_sent{message_type=utf8}":         1,
+			"cryo_sent_bytes{message_type=utf8}":   5,
+			"cryo_sent{message_type=binary}":       1,
+			"cryo_sent_bytes{message_type=binary}": 2,
+			"cryo_unacknowledged":                  0,
+			"cryo_ack_latency_ns":                  int64(2 * time.Second),
+		}
+		e.wantMetrics("delivered", delivered)
+
+		f = e.give("no")
+		require.NoError(t, receiveTexts(t, peer, "no")[0].Reject("not today"))
+		require.Error(t, next(t, f.verdict))
+		e.wantMetrics("rejected", delivered)
+		e.wantMetrics("rejected", map[string]int64{"cryo_rejected{message_type=utf8}": 1})
+	})
+}
+
+func TestOutputsCountStreams(t *testing.T) {
+	atBothOutputs(t, asStream, func(t *testing.T, e *engine, peer *cryo.Session) {
+		for _, take := range []bool{true, false} {
+			f := e.give("12345")
+			stream, err := peer.AcceptStream(t.Context())
+			require.NoError(t, err)
+			e.wantMetrics("on the way", map[string]int64{"cryo_streams_open": 1})
+			if take {
+				require.NoError(t, stream.Ack())
+			} else {
+				require.NoError(t, stream.Reject())
+			}
+			require.Equal(t, take, next(t, f.verdict) == nil)
+		}
+		e.wantMetrics("one delivered, one cancelled", map[string]int64{
+			"cryo_sent{message_type=stream}":       1,
+			"cryo_sent_bytes{message_type=stream}": 5,
+			"cryo_rejected{message_type=stream}":   1,
+			"cryo_streams_open":                    0,
+		})
+	})
+}
+
+func TestABroadcastCountsOncePerSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		a, b := e.dial(), e.dial()
+		f := e.give("12345")
+		fromA, fromB := receive(t, a), receive(t, b)
+		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 2})
+		time.Sleep(time.Second)
+		require.NoError(t, fromA.Ack())
+		require.NoError(t, fromB.Reject("no"))
+		f.wantDelivered(t, "by one")
+		e.wantMetrics("one acknowledged, one refused", map[string]int64{
+			"cryo_sent{message_type=utf8}":       1,
+			"cryo_sent_bytes{message_type=utf8}": 5,
+			"cryo_rejected{message_type=utf8}":   1,
+			"cryo_unacknowledged":                0,
+			"cryo_ack_latency_ns":                int64(time.Second),
+		})
+	})
+}
+
+func TestAWorkQueueCounts(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "send_to: any"))
+		worker := e.dial()
+		f := e.give("12345")
+		m := receive(t, worker)
+		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 1})
+		time.Sleep(time.Second)
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "acknowledged")
+		e.wantMetrics("delivered", map[string]int64{
+			"cryo_sent{message_type=utf8}":       1,
+			"cryo_sent_bytes{message_type=utf8}": 5,
+			"cryo_unacknowledged":                0,
+			"cryo_ack_latency_ns":                int64(time.Second),
+		})
+	})
+}
+
+func TestLateAcknowledgementsAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
+		peer := server.session()
+		f := e.give("slow")
+		m := receiveTexts(t, peer, "slow")
+		require.Error(t, next(t, f.verdict))
+		require.NoError(t, m[0].Ack())
+		e.wantMetrics("too late", map[string]int64{
+			"cryo_late_acks":               1,
+			"cryo_sent{message_type=utf8}": 0,
+			"cryo_unacknowledged":          0,
+			"cryo_ack_latency_ns":          0,
+		})
+	})
+}
+
+func TestSessionsAndReconnectionsAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		p := e.run(dialInput, toProbe)
+		first := server.session()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 1, "cryo_reconnections": 0})
+		end(first)
+		synctest.Wait()
+		second := server.session()
+		e.wantMetrics("again", map[string]int64{"cryo_sessions": 1, "cryo_reconnections": 1})
+		server.shutdown()
+		<-second.Done()
+		e.wantMetrics("lost", map[string]int64{"cryo_sessions": 0, "cryo_reconnections": 1})
+		p.stop()
+	})
+}
+
+func TestAnOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		server.session()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 1})
+		server.shutdown()
+		e.wantMetrics("lost", map[string]int64{"cryo_sessions": 0})
+	})
+}
+
+func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "max_sessions: 2"))
+		a, b := e.dial(), e.dial()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 2})
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		require.Error(t, err)
+		_, err = e.tryDial(cryo.DialOptions{Token: "wrong"})
+		require.Error(t, err)
+		end(a)
+		e.wantMetrics("one left, two were not let in", map[string]int64{
+			"cryo_sessions":                     1,
+			"cryo_sessions_refused{status=503}": 1,
+			"cryo_sessions_refused{status=401}": 1,
+		})
+
+		time.Sleep(noInputPatience)
+		synctest.Wait()
+		send(b, "anybody?").wantRefused(t, "this session receives no messages")
+		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)
+		e.wantMetrics("nobody receives", map[string]int64{
+			"cryo_refused{message_type=utf8}":   1,
+			"cryo_refused{message_type=stream}": 1,
+		})
+	})
+}

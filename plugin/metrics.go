@@ -1,0 +1,238 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// The metrics of our components, beside those that the engine has for every
+// input and output. docs/metrics.md explains them and config/grafana draws them;
+// tests compare. Labels are few, and none of them comes from a peer. What is
+// frequent is counted once a batch.
+const (
+	metricSessions        = "cryo_sessions"
+	metricSessionsRefused = "cryo_sessions_refused"
+	metricReconnections   = "cryo_reconnections"
+	metricReceived        = "cryo_received"
+	metricReceivedBytes   = "cryo_received_bytes"
+	metricSent            = "cryo_sent"
+	metricSentBytes       = "cryo_sent_bytes"
+	metricFiltered        = "cryo_filtered"
+	metricRejected        = "cryo_rejected"
+	metricRefused         = "cryo_refused"
+	metricAckLatency      = "cryo_ack_latency_ns"
+	metricUnacknowledged  = "cryo_unacknowledged"
+	metricLateAcks        = "cryo_late_acks"
+	metricStreamsOpen     = "cryo_streams_open"
+
+	labelMessageType = "message_type"
+	labelStatus      = "status" // of HTTP
+)
+
+// sessionMetrics are those of whoever has sessions.
+type sessionMetrics struct {
+	sessions *gauge
+	refused  *service.MetricCounter
+	lateAcks *service.MetricCounter
+}
+
+func newSessionMetrics(m *service.Metrics) sessionMetrics {
+	return sessionMetrics{
+		sessions: newGauge(m, metricSessions),
+		refused:  m.NewCounter(metricRefused, labelMessageType),
+		lateAcks: m.NewCounter(metricLateAcks),
+	}
+}
+
+// watch lets sessions with these options count.
+func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
+	opts.OnLateAck = func() { m.lateAcks.Incr(1) }
+	opts.OnRefused = func(t cryo.Type) { m.refused.Incr(1, messageTypeName(t)) }
+}
+
+// dialMetrics are those of a component that dials.
+type dialMetrics struct {
+	sessionMetrics
+	reconnections *service.MetricCounter
+}
+
+func newDialMetrics(m *service.Metrics) dialMetrics {
+	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
+}
+
+// connected counts a session until its end.
+func (m dialMetrics) connected(s *cryo.Session, again bool) {
+	if again {
+		m.reconnections.Incr(1)
+	}
+	m.sessions.add(1)
+	go func() {
+		<-s.Done()
+		m.sessions.add(-1)
+	}()
+}
+
+// listenMetrics are those of a listener, under the name of the component that
+// opened it.
+type listenMetrics struct {
+	sessionMetrics
+	sessionsRefused *service.MetricCounter
+}
+
+func newListenMetrics(m *service.Metrics) listenMetrics {
+	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsRefused, labelStatus)}
+}
+
+// watch lets a server with these options count.
+func (m listenMetrics) watch(opts *cryo.ServerOptions) {
+	m.sessionMetrics.watch(&opts.SessionOptions)
+	opts.OnRefusal = func(status int) { m.sessionsRefused.Incr(1, strconv.Itoa(status)) }
+}
+
+// receiveMetrics are those of the receiving half.
+type receiveMetrics struct {
+	received, receivedBytes *service.MetricCounter
+	filtered, rejected      *service.MetricCounter
+	ackLatency              *service.MetricTimer
+	unacknowledged          *gauge
+	streamsOpen             *gauge
+}
+
+func newReceiveMetrics(m *service.Metrics) receiveMetrics {
+	return receiveMetrics{
+		received:       m.NewCounter(metricReceived, labelMessageType),
+		receivedBytes:  m.NewCounter(metricReceivedBytes, labelMessageType),
+		filtered:       m.NewCounter(metricFiltered, labelMessageType),
+		rejected:       m.NewCounter(metricRejected, labelMessageType),
+		ackLatency:     m.NewTimer(metricAckLatency),
+		unacknowledged: newGauge(m, metricUnacknowledged),
+		streamsOpen:    newGauge(m, metricStreamsOpen),
+	}
+}
+
+// took counts messages that were received.
+func (m *receiveMetrics) took(messages []cryo.Message) {
+	var t tally
+	for i := range messages {
+		t.add(messages[i].Type, len(messages[i].Payload))
+	}
+	t.count(m.received, m.receivedBytes)
+}
+
+// acknowledged times the first message of a batch, from the network to here.
+func (m *receiveMetrics) acknowledged(first *cryo.Message) {
+	m.ackLatency.Timing(int64(time.Since(first.Time())))
+}
+
+// sendMetrics are those of the sending half.
+type sendMetrics struct {
+	sent, sentBytes *service.MetricCounter
+	rejected        *service.MetricCounter
+	ackLatency      *service.MetricTimer
+	unacknowledged  *gauge
+	streamsOpen     *gauge
+}
+
+func newSendMetrics(m *service.Metrics) sendMetrics {
+	return sendMetrics{
+		sent:           m.NewCounter(metricSent, labelMessageType),
+		sentBytes:      m.NewCounter(metricSentBytes, labelMessageType),
+		rejected:       m.NewCounter(metricRejected, labelMessageType),
+		ackLatency:     m.NewTimer(metricAckLatency),
+		unacknowledged: newGauge(m, metricUnacknowledged),
+		streamsOpen:    newGauge(m, metricStreamsOpen),
+	}
+}
+
+// sending counts messages as on their way; awaited ends that, and times it unless
+// the context was done first.
+func (m *sendMetrics) sending(messages int) (began time.Time) {
+	m.unacknowledged.add(messages)
+	return time.Now()
+}
+
+func (m *sendMetrics) awaited(ctx context.Context, messages int, began time.Time) {
+	m.unacknowledged.add(-messages)
+	if ctx.Err() == nil {
+		m.ackLatency.Timing(int64(time.Since(began)))
+	}
+}
+
+// settled counts messages that one session was sent, by what became of them.
+func (m *sendMetrics) settled(messages []parcel, errs []error) {
+	var sent, rejected tally
+	for i := range messages {
+		t := messages[i].Type
+		if messages[i].isStream {
+			t = cryo.TypeTxStart
+		}
+		if errs[i] == nil {
+			sent.add(t, len(messages[i].Payload))
+		} else if isRejection(errs[i]) {
+			rejected.add(t, 0)
+		}
+	}
+	sent.count(m.sent, m.sentBytes)
+	rejected.count(m.rejected, nil)
+}
+
+// isRejection tells what the peer has refused from what was lost.
+func isRejection(err error) bool {
+	var rejected *cryo.RejectedError
+	return errors.As(err, &rejected) || errors.Is(err, cryo.ErrStreamCancelled)
+}
+
+// tally counts messages of a batch by their types, so that each counter is
+// raised once.
+type tally [4]struct{ messages, bytes int64 }
+
+var tallied = [...]cryo.Type{cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError, cryo.TypeTxStart}
+
+func (t *tally) add(typ cryo.Type, bytes int) {
+	for i := range tallied {
+		if tallied[i] == typ {
+			t[i].messages++
+			t[i].bytes += int64(bytes)
+		}
+	}
+}
+
+// count raises the counters; bytes is nil where they don't matter.
+func (t *tally) count(messages, bytes *service.MetricCounter) {
+	for i, typ := range tallied {
+		if n := t[i]; n.messages > 0 {
+			messages.Incr(n.messages, messageTypeName(typ))
+			if bytes != nil {
+				bytes.Incr(n.bytes, messageTypeName(typ))
+			}
+		}
+	}
+}
+
+// gauge is a level that goes up and down: the engine's own can only be set.
+type gauge struct {
+	metric *service.MetricGauge
+
+	mu    sync.Mutex
+	level int64
+}
+
+func newGauge(m *service.Metrics, name string) *gauge {
+	g := &gauge{metric: m.NewGauge(name)}
+	g.metric.Set(0)
+	return g
+}
+
+func (g *gauge) add(n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.level += int64(n)
+	g.metric.Set(g.level)
+}
