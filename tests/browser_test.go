@@ -1,0 +1,247 @@
+package tests
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// The page of config/browser, in a headless Chromium.
+
+// page is a tab of a browser of its own.
+type page struct {
+	t   *testing.T
+	ctx context.Context //nolint:containedctx // it is the tab
+}
+
+// browse opens the page, and tells it which server to talk to.
+func browse(t *testing.T, pageURL, server string) *page {
+	t.Helper()
+	browser := ""
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome", "chrome"} {
+		if path, err := exec.LookPath(name); err == nil {
+			browser = path
+			break
+		}
+	}
+	if browser == "" {
+		t.Skip("no browser is installed: apt-get install chromium")
+	}
+	allocator, cancel := chromedp.NewExecAllocator(context.Background(), append(chromedp.DefaultExecAllocatorOptions[:],
+		chromedp.ExecPath(browser),
+		chromedp.UserDataDir(t.TempDir()),
+		chromedp.WSURLReadTimeout(2*patience), // it starts slowly on a busy machine
+		chromedp.NoSandbox,                    // as root it would not start
+		chromedp.DisableGPU,
+		chromedp.Flag("disable-quic", true),
+		chromedp.Flag("disable-component-update", true),
+	)...)
+	t.Cleanup(cancel)
+	ctx, cancel := chromedp.NewContext(allocator)
+	t.Cleanup(func() {
+		_ = chromedp.Cancel(ctx) // waits for the browser's end
+		cancel()
+	})
+	require.NoError(t, chromedp.Run(ctx)) // starts it, for as long as ctx lives
+	p := &page{t, ctx}
+	p.do(chromedp.Navigate(pageURL + "#" + url.Values{"server": {server}, "token": {token}}.Encode()))
+	return p
+}
+
+func (p *page) do(actions ...chromedp.Action) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	require.NoError(p.t, chromedp.Run(ctx, actions...))
+}
+
+// want waits until a condition, in JavaScript, is true.
+func (p *page) want(condition string) {
+	p.t.Helper()
+	err := chromedp.Run(p.ctx, chromedp.Poll(condition, nil, chromedp.WithPollingTimeout(patience)))
+	if err != nil {
+		var text string
+		_ = chromedp.Run(p.ctx, chromedp.Evaluate("document.body.innerText", &text))
+		require.NoError(p.t, err, "wanted: %s; the page says:\n%s", condition, text)
+	}
+}
+
+func (p *page) wantState(state string) {
+	p.t.Helper()
+	p.want(fmt.Sprintf("document.querySelector('#state').textContent === %q", state))
+}
+
+// wantLine waits for a line with these words, sent or received, and this note.
+func (p *page) wantLine(kind, words, note string) {
+	p.t.Helper()
+	p.want(fmt.Sprintf("[...document.querySelectorAll('#log li.%s')].some(li => li.firstChild.textContent === %q && li.lastChild.textContent === %q)", kind, words, note))
+}
+
+func (p *page) send(text string) {
+	p.t.Helper()
+	p.do(chromedp.SendKeys("#text", text, chromedp.ByQuery), chromedp.Click("button", chromedp.ByQuery))
+}
+
+func (p *page) sendFile(name string, content []byte) {
+	p.t.Helper()
+	path := filepath.Join(p.t.TempDir(), name)
+	require.NoError(p.t, os.WriteFile(path, content, 0o600))
+	p.do(chromedp.SetUploadFiles("#file", []string{path}, chromedp.ByQuery))
+}
+
+const (
+	pending   = "sending …"
+	delivered = "✓ delivered"
+)
+
+func TestBrowsersTalkThroughAPipeline(t *testing.T) {
+	pageAddress := freeAddress(t)
+	p := launch(t, nil, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "PAGE_ADDRESS=" + pageAddress},
+		"streams", "--set", "http.enabled=false", "config/browser")
+	address := p.wantLogged("Listening for Cryo clients on ")
+	p.wantLogged("Receiving HTTP messages at: ")
+	other := dial(t, address)
+	browser := browse(t, "http://"+pageAddress+"/", "ws://"+address)
+	browser.wantState("connected")
+
+	browser.send("grüße")
+	m := receive(t, other)
+	require.Equal(t, cryo.TypeUTF8, m.Type)
+	name, words, _ := strings.Cut(string(m.Payload), ": ")
+	require.Regexp(t, `^\d{1,4}$`, name)
+	require.Equal(t, "grüße", words)
+	browser.wantLine("received", string(m.Payload), "message")
+	browser.wantLine("sent", "grüße", pending)
+	require.NoError(t, m.Ack())
+	browser.wantLine("sent", "grüße", delivered)
+
+	sent := send(other, "hello")
+	m = receive(t, other)
+	require.Contains(t, string(m.Payload), ": hello")
+	browser.wantLine("received", string(m.Payload), "message")
+	require.NoError(t, m.Ack())
+	require.NoError(t, next(t, sent), "the page has acknowledged it")
+
+	content := random(200_000)
+	browser.sendFile("photo.jpg", content)
+	st := acceptStream(t, other)
+	require.Equal(t, "photo.jpg", st.Name())
+	got, err := io.ReadAll(st)
+	require.NoError(t, err)
+	require.Equal(t, content, got)
+	browser.wantLine("received", "photo.jpg", "stream of 200000 bytes")
+	browser.wantLine("sent", "photo.jpg", pending)
+	require.NoError(t, st.Ack())
+	browser.wantLine("sent", "photo.jpg", delivered)
+
+	var sum string
+	browser.do(chromedp.Evaluate(`fetch(document.querySelector("#log a").href)
+		.then(response => response.arrayBuffer())
+		.then(bytes => crypto.subtle.digest("SHA-256", bytes))
+		.then(sum => [...new Uint8Array(sum)].map(b => b.toString(16).padStart(2, "0")).join(""))`,
+		&sum, func(p *runtime.EvaluateParams) *runtime.EvaluateParams { return p.WithAwaitPromise(true) }))
+	require.Equal(t, fmt.Sprintf("%x", sha256.Sum256(content)), sum, "what the page has received")
+}
+
+func acceptStream(t *testing.T, s *cryo.Session) *cryo.IncomingStream {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	st, err := s.AcceptStream(ctx)
+	require.NoError(t, err)
+	return st
+}
+
+// withPeer serves the page, and a peer that says what the test says.
+func withPeer(t *testing.T) (*page, *cryotest.Server) {
+	t.Helper()
+	server := cryotest.NewServer(t)
+	routes := http.NewServeMux()
+	routes.Handle("/cryo", server)
+	routes.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, "../config/browser/index.html") })
+	socket := listen(t)
+	cryotest.ServeOn(t, socket, routes)
+	address := socket.Addr().String()
+	return browse(t, "http://"+address+"/", "ws://"+address+"/cryo"), server
+}
+
+func TestABrowserSpeaksCryo(t *testing.T) {
+	browser, server := withPeer(t)
+	peer := server.NextPeer()
+	require.Equal(t, "Bearer "+token, peer.Request.URL.Query().Get("authorization"))
+	peer.ServerHandshake()
+	browser.wantState("connected")
+
+	peer.WriteFrames(cryotest.Ping(7))
+	peer.WantFrame("a ping is answered", cryotest.Pong(7))
+	peer.WriteFrames(cryotest.Pong(7), cryotest.Text(8, "text"), cryotest.Binary(9, "\x00\xff"), cryotest.Error(10, "oh"))
+	peer.WantFrame("text is acknowledged, and a pong is not answered", cryotest.Acked(8))
+	peer.WantFrame("bytes are acknowledged", cryotest.Acked(9))
+	peer.WantFrame("an application's error is acknowledged", cryotest.Acked(10))
+	browser.wantLine("received", "text", "message")
+	browser.wantLine("received", "2 bytes", "message")
+	browser.wantLine("received", "error: oh", "message")
+
+	browser.send("good")
+	good := peer.WantType("a message", cryo.TypeUTF8)
+	browser.send("bad")
+	bad := peer.WantType("a message", cryo.TypeUTF8)
+	require.Equal(t, "bad", string(bad.Payload))
+	peer.WriteFrames(cryotest.Error(bad.Ack, "no"))
+	browser.wantLine("sent", "bad", "not delivered: no")
+	browser.wantLine("sent", "good", pending)
+	peer.Ack(good)
+	browser.wantLine("sent", "good", delivered)
+
+	browser.sendFile("file", []byte("content"))
+	opening := peer.WantType("a stream", cryo.TypeTxStart)
+	require.Equal(t, "file", string(opening.Payload))
+	require.EqualValues(t, -1, opening.Size)
+	peer.Ack(opening)
+	chunk := peer.WantType("its chunk, once it is acknowledged", cryo.TypeTxChunk)
+	require.Equal(t, "content", string(chunk.Payload))
+	finish := peer.WantType("its end", cryo.TypeTxFinish)
+	peer.WriteFrames(cryo.Frame{Type: cryo.TypeTxCancel, Ack: 11, Tx: finish.Tx})
+	peer.WantFrame("it is cancelled", cryotest.Acked(11))
+	browser.wantLine("sent", "file", "not delivered: the server refused the stream")
+
+	peer.WriteFrames(cryotest.Bye(12, "bye"))
+	peer.WantFrame("BYE is acknowledged", cryotest.Acked(12))
+	peer.WantClose("and the connection closed", 4000, "")
+}
+
+func TestABrowserComesBackAndSendsAgainWhatWasNotAcknowledged(t *testing.T) {
+	browser, server := withPeer(t)
+	peer := server.NextPeer()
+	peer.ServerHandshake()
+	browser.send("one")
+	peer.Ack(peer.WantType("the first message", cryo.TypeUTF8))
+	browser.wantLine("sent", "one", delivered)
+	browser.send("two")
+	peer.WantType("the second message", cryo.TypeUTF8)
+	require.NoError(t, peer.WS.Close())
+
+	again := server.NextPeer()
+	require.Equal(t, peer.SID, again.SID, "the session's id stays")
+	again.ServerHandshake()
+	two := again.WantType("the second message again", cryo.TypeUTF8)
+	require.Equal(t, "two", string(two.Payload))
+	browser.wantLine("sent", "two", pending)
+	again.Ack(two)
+	browser.wantLine("sent", "two", delivered)
+}
