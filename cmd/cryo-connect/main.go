@@ -35,6 +35,7 @@ func main() {
 		service.CLIOptSetBinaryName(binaryName),
 		service.CLIOptSetProductName(binaryName),
 		service.CLIOptSetDocumentationURL(documentationURL),
+		service.CLIOptAddCommand(probeCommand),
 		service.CLIOptSetDefaultConfigPaths(
 			"cryo-connect.yaml",
 			"/cryo-connect.yaml",
