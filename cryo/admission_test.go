@@ -392,3 +392,68 @@ func TestShutdownIsBoundedByItsContext(t *testing.T) {
 func TestAServerWithoutSessionsShutsDownAtOnce(t *testing.T) {
 	require.NoError(t, cryo.NewServer(cryo.ServerOptions{}).Shutdown(t.Context()))
 }
+
+func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token), MaxSessionsPerAddress: 2})
+		l := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.RemoteAddr = r.URL.Query().Get("from") // as behind a proxy
+			server.ServeHTTP(w, r)
+		}))
+		from := func(address string, id uint64) (*cryo.Session, error) {
+			return cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token, SessionID: id, Query: url.Values{"from": {address}}})
+		}
+		welcome := func(address string, id uint64) *cryo.Session {
+			t.Helper()
+			s, err := from(address, id)
+			require.NoError(t, err, address)
+			t.Cleanup(func() { cut(s) })
+			return s
+		}
+		refused := func(address string, id uint64) {
+			t.Helper()
+			_, err := from(address, id)
+			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 429 Too Many Requests: There are as many sessions from this address as there may be.")
+		}
+		first := welcome("192.0.2.1:1", 1)
+		welcome("192.0.2.1:2", 2)
+		refused("192.0.2.1:3", 3)
+		refused("192.0.2.1", 3)
+		refused("[::ffff:192.0.2.1]:3", 3)
+		welcome("192.0.2.2:1", 3)
+		welcome("192.0.2.1:4", 2) // takes its own over: none more
+		refused("192.0.2.1:5", 4)
+		cut(first)
+		synctest.Wait()
+		welcome("192.0.2.1:5", 4)
+		welcome("192.0.2.3:1", 4) // from elsewhere: its old place is free
+		welcome("192.0.2.1:6", 5)
+		refused("192.0.2.1:7", 4) // and can't come back while it is full
+
+		welcome("[2001:db8::1]:1", 11)
+		welcome("[2001:db8::2]:1", 12)
+		refused("[2001:db8::3:4]:1", 13)
+		welcome("[2001:db8:0:1::1]:1", 14)
+
+		welcome("nonsense", 21)
+		welcome("more nonsense", 22)
+		refused("whatever", 23)
+		require.NoError(t, server.Shutdown(t.Context()))
+	})
+}
+
+func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := &logged{}
+		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())}})
+		for range 100 {
+			knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
+		}
+		require.Equal(t, 1, strings.Count(lines.text(), "Refused a client"))
+		require.Equal(t, 1, strings.Count(lines.text(), "left_out=0"))
+		time.Sleep(time.Second)
+		knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
+		require.Equal(t, 2, strings.Count(lines.text(), "Refused a client"))
+		require.Equal(t, 1, strings.Count(lines.text(), "left_out=99"))
+	})
+}

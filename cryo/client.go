@@ -265,6 +265,9 @@ func dialTLS(ctx context.Context, dial netDialFunc, network, address string, con
 	}
 	secured := tls.Client(c, config)
 	if err := secured.HandshakeContext(ctx); err != nil {
+		if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+			err = fmt.Errorf("this server does not speak TLS, is its URL ws:// instead of wss://? %w", err)
+		}
 		return nil, errors.Join(err, c.Close())
 	}
 	return secured, nil

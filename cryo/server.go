@@ -5,15 +5,13 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
-	"net/url"
-	"strconv"
-	"strings"
+	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -30,15 +28,6 @@ const (
 // it sends its own. cryo-client-node often loses one that travels right behind
 // the upgrade's answer.
 const infoPatience = time.Second
-
-// Upgrade is a client's request to come in.
-type Upgrade struct {
-	Token     string // what followed "Bearer " in the query
-	SessionID uint64
-	Request   *http.Request // for query, headers and remote address; its URL has the token
-	// Value is Authorize's to set, and reaches OnSession and [Session.Value].
-	Value any
-}
 
 // ServerOptions are what a server can set. A zero value means its default.
 type ServerOptions struct {
@@ -60,6 +49,11 @@ type ServerOptions struct {
 	// MaxSessions bounds the sessions, those in handshake included; more are
 	// refused with 503. Default 10,000.
 	MaxSessions int
+	// MaxSessionsPerAddress bounds the sessions of one IP address, or of one
+	// IPv6 network of 64 bits, by the request's RemoteAddr; more are refused
+	// with 429. Behind a reverse proxy somebody has to put the client's address
+	// there. Default: no such bound.
+	MaxSessionsPerAddress int
 	// HandshakeTimeout bounds the time from the upgrade to the client's
 	// ENDPOINT_INFO. Default 10 s. The HTTP server's own time-outs bound what
 	// comes before.
@@ -69,25 +63,6 @@ type ServerOptions struct {
 	CheckOrigin func(*http.Request) bool
 }
 
-// Tokens authorizes clients that have one of the tokens, compared in constant
-// time. Without tokens nobody may come in.
-func Tokens(tokens ...string) func(*Upgrade) error {
-	sums := make([][sha256.Size]byte, len(tokens))
-	for i, t := range tokens {
-		sums[i] = sha256.Sum256([]byte(t))
-	}
-	return func(u *Upgrade) error {
-		got, known := sha256.Sum256([]byte(u.Token)), 0
-		for i := range sums {
-			known |= subtle.ConstantTimeCompare(got[:], sums[i][:])
-		}
-		if known == 0 {
-			return errors.New("unknown token")
-		}
-		return nil
-	}
-}
-
 // Server accepts Cryo sessions. It is an [http.Handler] for any path of any
 // HTTP/1.1 server.
 type Server struct {
@@ -95,10 +70,12 @@ type Server struct {
 	budget   *budget
 	upgrader *websocket.Upgrader
 	refusals rate.Sometimes // of log lines
+	refused  atomic.Int64   // since the last of them
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
-	places  int // entries, and ghosts that were taken over and have not ended yet
+	perAddr map[netip.Prefix]int // entries; empty without a bound
+	places  int                  // entries, and ghosts that were taken over and have not ended yet
 	closed  bool
 	idle    chan struct{} // closed when closed and without places
 }
@@ -107,6 +84,7 @@ var _ http.Handler = (*Server)(nil)
 
 // entry is a session's place in the registry, taken before the upgrade.
 type entry struct {
+	address   netip.Prefix      // of the client; see MaxSessionsPerAddress
 	token     [sha256.Size]byte // of the token; who has it may take the session over
 	session   *Session          // nil during the upgrade
 	connected bool              // the handshake is done
@@ -136,19 +114,14 @@ func NewServer(options ServerOptions) *Server {
 		upgrader: upgrader,
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
+		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}
 }
 
-// refusal is an answer to an upgrade that is not let in.
-type refusal struct {
-	status   int
-	sentence string // for the client
-	cause    error  // for the log; nil if the sentence says it all
-}
-
 // ServeHTTP answers an upgrade: 426 to what is none, 401 without a valid token
-// or with the id of another's session, 503 when the server is full or closing.
+// or with the id of another's session, 403 to an origin that is not allowed, 429
+// when there are too many from one address, 503 when the server is full or closing.
 // Nothing but the token is judged before the token.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !websocket.IsWebSocketUpgrade(r) {
@@ -172,68 +145,6 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.opts.OnSession != nil {
 		s.opts.OnSession(session, u)
 	}
-}
-
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
-	if s.opts.OnRefusal != nil {
-		s.opts.OnRefusal(refused.status)
-	}
-	s.refusals.Do(func() {
-		cause := refused.cause
-		if cause == nil {
-			cause = errors.New(refused.sentence)
-		}
-		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause)
-	})
-	http.Error(w, refused.sentence, refused.status)
-}
-
-// admit judges a request and takes a place for its session.
-func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
-	query, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return nil, nil, &refusal{http.StatusBadRequest, "The URL's query can't be read.", nil}
-	}
-	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
-	if !ok {
-		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter authorization with a Bearer token is missing.", nil}
-	}
-	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
-	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
-	u.SessionID = id
-	if err := s.opts.Authorize(u); err != nil {
-		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", newSecret(u.Token).redact(fmt.Errorf("authorizing: %w", err))}
-	}
-	switch {
-	case idErr != nil:
-		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits.", nil}
-	case !s.opts.CheckOrigin(r):
-		return nil, nil, &refusal{http.StatusForbidden, "This origin is not allowed.", nil}
-	}
-	e, refused := s.reserve(u)
-	return u, e, refused
-}
-
-// reserve takes a place. A client that comes back with the id and the token of
-// a session that is still thought alive takes it over: the old one is its ghost.
-func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
-	e := &entry{token: sha256.Sum256([]byte(u.Token))}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	old := s.entries[u.SessionID]
-	switch {
-	case s.closed:
-		return nil, &refusal{http.StatusServiceUnavailable, "The server is shutting down.", nil}
-	case old == nil && len(s.entries) >= s.opts.MaxSessions:
-		return nil, &refusal{http.StatusServiceUnavailable, "The server has as many sessions as it may.", nil}
-	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.token[:], e.token[:]) == 0):
-		return nil, &refusal{http.StatusUnauthorized, "The session already exists.", nil}
-	case old != nil:
-		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
-	}
-	s.entries[u.SessionID] = e
-	s.places++
-	return e, nil
 }
 
 // open upgrades the request and starts the session.
@@ -306,6 +217,7 @@ func (s *Server) remove(id uint64, e *entry) {
 	defer s.mu.Unlock()
 	if s.entries[id] == e {
 		delete(s.entries, id)
+		s.count(e, -1)
 	}
 	s.places--
 	s.idleLocked()

@@ -3,7 +3,9 @@ package plugin
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +24,11 @@ const (
 	fieldSessionMetadata = "session_metadata"
 	fieldMetadataQuery   = "query_parameters"
 	fieldMetadataHeaders = "headers"
+	fieldAllowedOrigins  = "allowed_origins"
+
+	anyOrigin     = "*"
+	originPattern = `^(\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
+	originLint    = `^(\\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
 
 	// paramToken is the query parameter with Cryo's token, which must never
 	// become metadata.
@@ -62,14 +69,21 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 		).
 			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them.").
 			Advanced(),
+		service.NewStringListField(fieldAllowedOrigins).
+			Description("From which web sites a browser's page may connect, by its Origin header: a site is scheme, host and, where it is not the scheme's own, port, with nothing behind. `null` is a page from a file or a sandbox. `*` is any; then the token alone decides, which no browser adds by itself. A list that is empty lets in no page of a browser. Clients that are no browsers send no such header and are not asked.").
+			Default([]any{anyOrigin}).
+			Example([]string{"https://app.example.com", "http://localhost:3000"}).
+			Advanced().
+			LintRule(`root = if this.type() == "array" { this.filter(o -> o.type() == "string" && !o.re_match("` + originLint + `")).map_each(o -> "field allowed_origins: %v has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind".format(o)) }`),
 	}
 }
 
 // admissionSettings are what components of one listener have to agree on.
 type admissionSettings struct {
-	Tokens    []string
-	Authorize string // the mapping's text
-	Metadata  sessionMetadata
+	Tokens    []string        `field:"tokens"`
+	Authorize string          `field:"authorize"` // the mapping's text
+	Metadata  sessionMetadata `field:"session_metadata"`
+	Origins   []string        `field:"allowed_origins"`
 }
 
 func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, authorize func(*cryo.Upgrade) error, err error) {
@@ -93,6 +107,14 @@ func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, autho
 	if s.Metadata.Headers, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataHeaders); err != nil {
 		return
 	}
+	if s.Origins, err = conf.FieldStringList(fieldAllowedOrigins); err != nil {
+		return
+	}
+	for _, origin := range s.Origins {
+		if !regexp.MustCompile(originPattern).MatchString(origin) {
+			return s, nil, fmt.Errorf("field %s: %s has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
+		}
+	}
 	switch {
 	case len(s.Tokens) == 0 && s.Authorize == "":
 		return s, nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
@@ -109,6 +131,12 @@ func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, autho
 	return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
 		return ask(mapping, u, query)
 	}), nil
+}
+
+// allowsOrigin tells whether the page that asks may connect, if it is one.
+func (s admissionSettings) allowsOrigin(r *http.Request) bool {
+	origins, asked := r.Header["Origin"]
+	return !asked || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
 }
 
 // admit lets in whom judge lets in, and keeps what is known of them.

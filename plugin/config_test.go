@@ -132,6 +132,16 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		{"input", "cryo_server", `{ ` + listens + `, session_metadata: { query_parameters: [ room, authorization ] } }`, "field query_parameters: authorization is the token, which must not become metadata", ""},
 		{"input", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
 		{"output", "cryo_server", `{ ` + listens + `, tls: { key_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { client_ca_file: a.pem } }`, "field tls: client_ca_file has no effect without cert_file and key_file", ""},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { min_version: tls11 } }`, "value tls11 is not a valid option for this field", `field tls.min_version: "tls11" is neither tls12 nor tls13`},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { client_auth: no } }`, "value no is not a valid option for this field", `field tls.client_auth: "no" is neither require_valid nor verify_if_given`},
+		{"input", "cryo_server", `{ ` + listens + `, max_sessions_per_address: -1 }`, "field max_sessions_per_address can't be negative, got -1", ""},
+		{"input", "cryo_server", `{ ` + listens + `, max_header_bytes: 0 }`, "field max_header_bytes has to be at least 1, got 0", ""},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/8, proxy.local ] }`, "field trusted_proxies: proxy.local is neither an IP address nor a network such as 10.0.0.0/8", ""},
+		{"input", "cryo_server", `{ ` + listens + `, forwarded_header: via }`, "value via is not a valid option for this field", `field forwarded_header: "via" is neither x-forwarded-for nor forwarded`},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ app.example.com ] }`, "field allowed_origins: app.example.com has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://app.example.com/" ] }`, "field allowed_origins: https://app.example.com/ has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://*.example.com" ] }`, "field allowed_origins: https://*.example.com has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
 	} {
 		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
 			assert.Equal(t, []string{tt.lint}, lint(t, tt.kind, component(tt.name, tt.fields)))
@@ -165,7 +175,9 @@ func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
 		{"input", "cryo_server", `{ address: "[::1]:8080", path: /feed, authorize: 'root = this.token == env("CRYO_TOKEN") && this.remote_address.has_prefix("127.")' }`},
 		{"output", "cryo_server", `{ ` + listens + `, send_to: all, no_session: drop }`},
 		{"output", "cryo_server", `{ ` + listens + `, send_to: session, session_id: "${! @cryo_session_id }", no_session: reject }`},
-		{"output", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem, key_file: b.pem } }`},
+		{"output", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem, key_file: b.pem, client_ca_file: c.pem, client_auth: verify_if_given, min_version: tls13 } }`},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 127.0.0.1, 10.0.0.0/8, "::1", "2001:db8::/32", "::ffff:10.0.0.1" ], forwarded_header: forwarded, max_sessions_per_address: 0 }`},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "*", "null", "https://app.example.com", "http://localhost:3000", "capacitor://localhost", "http://[::1]:80" ] }`},
 	} {
 		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
 			assert.Empty(t, lint(t, tt.kind, component(tt.name, tt.fields)))

@@ -109,5 +109,5 @@ func (c *serverComponent) leave(ctx context.Context, in *receiver) error {
 		return nil
 	}
 	c.listener = nil
-	return c.all.leave(ctx, joined, in)
+	return c.all.leave(ctx, joined, c, in)
 }

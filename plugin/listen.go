@@ -5,11 +5,10 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
-	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,15 +24,12 @@ const (
 	// noInputPatience is how long messages wait for an input of the same
 	// listener to start before they are refused.
 	noInputPatience = 5 * time.Second
-
-	maxHeaderBytes = 64 << 10 // of an upgrade request
 )
 
 // listener is one address with its server, for one or more components.
 type listener struct {
 	settings listenSettings
 	address  net.Addr // as it is, where the settings leave the port open
-	owner    string   // the component that opened it
 	log      *service.Logger
 	metrics  listenMetrics
 	http     *http.Server
@@ -42,8 +38,8 @@ type listener struct {
 	patience *time.Timer
 
 	// Guarded by the registry's mutex.
-	users  int           // components; with none left it is closing
-	closed chan struct{} // closed when the address is free again
+	users  []*serverComponent // with none left it is closing
+	closed chan struct{}      // closed when the address is free again
 
 	mu       sync.Mutex
 	inputs   []*receiver
@@ -96,22 +92,24 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 			return nil, nil, err
 		}
 		l.byAddr[c.settings.Address] = ln
-	case ln.users == 0:
+	case len(ln.users) == 0:
 		return nil, ln.closed, nil
-	case !reflect.DeepEqual(ln.settings, c.settings):
-		return nil, nil, fmt.Errorf("%s and %s share the address %s, but not all settings of its listener: make them equal, or give one another address", ln.owner, c.name, c.settings.Address)
 	}
-	ln.users++
+	if different := ln.settings.differences(c.settings); len(different) > 0 {
+		return nil, nil, fmt.Errorf("%s and %s share the listener on %s, but differ in %s: make that equal, or give one another address",
+			ln.users[0].name, c.name, c.settings.Address, strings.Join(different, ", "))
+	}
+	ln.users = append(ln.users, c)
 	return ln, nil, nil
 }
 
 // leave takes a component off its listener; in is its receiving half, if it has
 // one. Behind the last component the listener closes: new clients are refused,
 // the others get their acknowledgements and BYE.
-func (l *listeners) leave(ctx context.Context, ln *listener, in *receiver) error {
+func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent, in *receiver) error {
 	l.mu.Lock()
-	ln.users--
-	last := ln.users == 0
+	ln.users = slices.DeleteFunc(ln.users, func(user *serverComponent) bool { return user == c })
+	last := len(ln.users) == 0
 	l.mu.Unlock()
 	if in != nil {
 		ln.removeInput(in, last)
@@ -129,7 +127,7 @@ func (l *listeners) leave(ctx context.Context, ln *listener, in *receiver) error
 
 func (l *listeners) start(c *serverComponent) (*listener, error) {
 	settings, log := c.settings, c.log
-	secure, err := tlsOf(settings)
+	files, err := newTLSFiles(settings.tlsSettings, log)
 	if err != nil {
 		return nil, err
 	}
@@ -138,11 +136,11 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		return nil, err
 	}
 	address := socket.Addr()
-	if secure != nil {
-		socket = tls.NewListener(socket, secure)
+	if files != nil {
+		socket = tls.NewListener(socket, &tls.Config{GetConfigForClient: files.configure, MinVersion: tls.VersionTLS12})
 	}
 	ln := &listener{
-		settings: settings, address: address, owner: c.name, log: log, metrics: newListenMetrics(c.exporter),
+		settings: settings, address: address, log: log, metrics: newListenMetrics(c.exporter),
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	opts := cryo.ServerOptions{
@@ -151,20 +149,25 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 			MaxBufferBytes:    settings.MaxBufferBytes,
 			Logger:            libraryLogger(log),
 		},
-		Authorize:        c.authorize,
-		OnSession:        func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
-		OnSessionEnd:     ln.disconnected,
-		MaxSessions:      settings.MaxSessions,
-		HandshakeTimeout: settings.HandshakeTimeout,
+		Authorize:             c.authorize,
+		OnSession:             func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
+		OnSessionEnd:          ln.disconnected,
+		MaxSessions:           settings.MaxSessions,
+		MaxSessionsPerAddress: settings.MaxSessionsPerAddress,
+		HandshakeTimeout:      settings.HandshakeTimeout,
+		CheckOrigin:           settings.allowsOrigin,
 	}
 	ln.metrics.watch(&opts)
 	ln.server = cryo.NewServer(opts)
 	ln.http = &http.Server{
-		Handler:        ln,
-		ReadTimeout:    settings.HandshakeTimeout, // of requests; a session's connection is out of its hands
-		IdleTimeout:    settings.HandshakeTimeout,
-		MaxHeaderBytes: maxHeaderBytes,
-		ErrorLog:       slog.NewLogLogger(libraryLogger(log).Handler(), slog.LevelDebug),
+		Handler: ln,
+		// Of TLS, of requests and between them; a session's connection is out of
+		// the HTTP server's hands.
+		ReadHeaderTimeout: settings.HandshakeTimeout,
+		ReadTimeout:       settings.HandshakeTimeout,
+		IdleTimeout:       settings.HandshakeTimeout,
+		MaxHeaderBytes:    settings.MaxHeaderBytes,
+		ErrorLog:          serverLog(log),
 	}
 	ln.patience = time.AfterFunc(noInputPatience, ln.refuseWithoutInput)
 	go func() {
@@ -177,28 +180,13 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 	return ln, nil
 }
 
-// tlsOf gives nil for a listener without TLS.
-func tlsOf(settings listenSettings) (*tls.Config, error) {
-	if settings.CertFile == "" {
-		return nil, nil
-	}
-	cert, err := tls.LoadX509KeyPair(settings.CertFile, settings.KeyFile)
-	if err != nil {
-		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
-	}
-	return &tls.Config{
-		MinVersion:   tls.VersionTLS12,
-		Certificates: []tls.Certificate{cert},
-		NextProtos:   []string{"http/1.1"}, // no upgrade to WebSocket in HTTP/2
-	}, nil
-}
-
 // ServeHTTP serves the one path.
 func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != ln.settings.Path {
 		http.NotFound(w, r)
 		return
 	}
+	r.RemoteAddr = ln.settings.clientAddress(r)
 	ln.server.ServeHTTP(w, r)
 }
 
@@ -219,7 +207,7 @@ func (ln *listener) connected(s *cryo.Session) {
 	ln.metrics.sessions.add(1)
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
-	ln.log.Debugf("Session %d connected from %v", s.ID(), s.RemoteAddr())
+	ln.log.Debugf("Session %d connected from %v", s.ID(), identityOf(s).metadata[metaRemoteAddress])
 	switch {
 	case len(ln.inputs) > 0:
 		ln.inputs[ln.next%len(ln.inputs)].receiveFrom(s)

@@ -2,19 +2,10 @@ package plugin
 
 import (
 	"bufio"
-	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
-	"math/big"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -25,27 +16,36 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// get asks a listener over plain HTTP, and gives the answer's status.
-func (e *engine) get(t *testing.T, path string) int {
+// get asks a listener over plain HTTP, and gives the answer's status and text.
+func (e *engine) get(t *testing.T, path string, headers ...string) (status int, text string) {
 	t.Helper()
 	c, err := e.net.Dial(t.Context(), "tcp", somewhere)
 	require.NoError(t, err)
 	defer c.Close()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+somewhere+path, http.NoBody)
 	require.NoError(t, err)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Set(name, value)
+	}
 	require.NoError(t, req.Write(c))
 	resp, err := http.ReadResponse(bufio.NewReader(c), req)
 	require.NoError(t, err)
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
-	return resp.StatusCode
+	return resp.StatusCode, strings.TrimSpace(string(body))
 }
 
 func TestOnlyThePathIsServed(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "path: /feed"), toProbe)
-		require.Equal(t, http.StatusNotFound, e.get(t, "/"))
-		require.Equal(t, http.StatusNotFound, e.get(t, "/feed/more"))
-		require.Equal(t, http.StatusUpgradeRequired, e.get(t, "/feed"))
+		for path, want := range map[string]int{"/": 404, "/feed/more": 404, "/feed/": 404, "/feed": 426, "/feed?room=5": 426} {
+			status, _ := e.get(t, path)
+			require.Equal(t, want, status, path)
+		}
+		_, text := e.get(t, "/feed")
+		require.Equal(t, "This is a Cryo server: connect with a Cryo client, over WebSocket.", text)
 
 		_, err := e.tryDial(cryo.DialOptions{Token: token})
 		var refused *cryo.HandshakeError
@@ -70,6 +70,62 @@ func TestOnlyAsManyClientsAsMayComeIn(t *testing.T) {
 		synctest.Wait()
 		e.dial()
 	})
+}
+
+func TestOnlyAsManyClientsOfOneAddressAsMayComeIn(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_sessions_per_address: 1"), toProbe)
+		first := e.dial()
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		var refused *cryo.HandshakeError
+		require.ErrorAs(t, err, &refused)
+		require.Equal(t, http.StatusTooManyRequests, refused.StatusCode)
+		end(first)
+		synctest.Wait()
+		e.dial()
+	})
+}
+
+func TestHeadersThatAreTooLongAreRefused(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_header_bytes: 10000"), toProbe)
+		status, _ := e.get(t, "/", "X-Long: "+strings.Repeat("x", 9000))
+		require.Equal(t, http.StatusUpgradeRequired, status)
+		status, _ = e.get(t, "/", "X-Long: "+strings.Repeat("x", 20_000)) // the HTTP server is generous by 4 KiB
+		require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, status)
+		time.Sleep(time.Second) // the HTTP server takes its time to close
+	})
+}
+
+func TestOnlyPagesOfAllowedOriginsMayConnect(t *testing.T) {
+	for settings, want := range map[string]map[string]bool{
+		"":                       {"": true, "https://app.example.com": true, "https://evil.test": true, "null": true},
+		"allowed_origins: ['*']": {"": true, "https://app.example.com": true, "https://evil.test": true, "null": true},
+		"allowed_origins: []":    {"": true, "https://app.example.com": false, "https://evil.test": false, "null": false},
+		"allowed_origins: [ 'https://app.example.com', 'http://localhost:3000' ]": {
+			"": true, "https://app.example.com": true, "http://localhost:3000": true, "http://app.example.com": false,
+			"https://app.example.com:8443": false, "https://app.example.com.evil.test": false, "https://evil.test": false, "null": false,
+		},
+		"allowed_origins: [ 'null' ]": {"": true, "https://app.example.com": false, "null": true},
+	} {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(with(listenInput, settings), toProbe)
+			for origin, welcome := range want {
+				header := http.Header{}
+				if origin != "" {
+					header.Set("Origin", origin)
+				}
+				_, err := e.tryDial(cryo.DialOptions{Token: token, Header: header})
+				if welcome {
+					require.NoError(t, err, "%s: %s", settings, origin)
+					continue
+				}
+				require.ErrorContains(t, err, "403 Forbidden: This origin is not allowed.", "%s: %s", settings, origin)
+				_, err = e.tryDial(cryo.DialOptions{Token: "wrong", Header: header})
+				require.ErrorIs(t, err, cryo.ErrUnauthorized, "the token is judged first")
+			}
+		})
+	}
 }
 
 func TestAClientThatSaysNothingIsSentAway(t *testing.T) {
@@ -175,52 +231,6 @@ func TestAMappingDecidesWhoMayComeIn(t *testing.T) {
 			})
 		})
 	}
-}
-
-// certificate makes the files of a certificate for the addresses of the tests,
-// which is its own authority.
-func certificate(t *testing.T) (certFile, keyFile string) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1),
-		NotBefore:    time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), // synctest lives in 2000
-		NotAfter:     time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC),
-		IPAddresses:  []net.IP{net.IPv4(192, 0, 2, 2), net.IPv4(127, 0, 0, 1)},
-		IsCA:         true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	require.NoError(t, err)
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	require.NoError(t, err)
-	dir := t.TempDir()
-	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	require.NoError(t, os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
-	require.NoError(t, os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}), 0o600))
-	return certFile, keyFile
-}
-
-func TestBothEndsOverTLS(t *testing.T) {
-	certFile, keyFile := certificate(t)
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
-		const url = "url: wss://" + somewhere + ", token: " + token
-		e.run(fromOnce, "cryo: { "+url+", tls: { enabled: true, root_cas_file: "+certFile+" } }")
-		f := e.give("over TLS")
-		a := e.arrival()
-		require.Equal(t, []string{"over TLS"}, a.texts())
-		a.deliver()
-		f.wantDelivered(t, "acknowledged")
-
-		e.run(fromOnce, "cryo: { "+url+" }")
-		e.log.want(t, "certificate signed by unknown authority")
-		_, err := cryo.Dial(context.Background(), "wss://"+somewhere, &cryo.DialOptions{
-			Token: token, NetDial: e.net.Dial,
-			TLS: &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11},
-		})
-		require.ErrorContains(t, err, "protocol version")
-	})
 }
 
 func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {

@@ -1,11 +1,16 @@
 package plugin
 
 import (
+	"bytes"
 	"context"
+	stdlog "log"
 	"log/slog"
 	"slices"
+	"sync/atomic"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+	"golang.org/x/time/rate"
 )
 
 // libraryLogger lets the library's few log lines go to the engine's logger.
@@ -49,3 +54,24 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 // WithGroup ignores groups: the library has none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
+
+// serverLog is the log of an HTTP server, which has a line for each client that
+// speaks no HTTP or breaks TLS off: at most one a second gets through, with a
+// count of those that don't.
+func serverLog(log *service.Logger) *stdlog.Logger {
+	var (
+		often   = rate.Sometimes{First: 1, Interval: time.Second}
+		leftOut atomic.Int64
+	)
+	return stdlog.New(writerFunc(func(line []byte) (int, error) {
+		leftOut.Add(1)
+		often.Do(func() {
+			log.With("left_out", max(leftOut.Swap(0)-1, 0)).Debugf("A client is not understood (at most one such line a second): %s", bytes.TrimSpace(line))
+		})
+		return len(line), nil
+	}), "", 0)
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }

@@ -36,16 +36,29 @@ func TestAMessageGoesBackToTheClientThatSentIt(t *testing.T) {
 }
 
 func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run("label: orders\n"+listenInput, toProbe)
-		e.run(fromOnce, "label: answers\n"+with(listenOutput, "max_sessions: 5"))
-		words := "the input cryo_server orders and the output cryo_server answers share the address " + somewhere +
-			", but not all settings of its listener: make them equal, or give one another address"
-		e.log.want(t, "ERROR Failed to connect to cryo_server: "+words)
-		for _, line := range e.log.all() {
-			require.NotContains(t, line, token)
-		}
-	})
+	for settings, differ := range map[string]string{
+		"max_sessions: 5":                                                            "max_sessions",
+		"max_sessions: 5, path: /else":                                               "path, max_sessions",
+		"tls: { cert_file: a.pem, key_file: b.pem }":                                 "tls.cert_file, tls.key_file",
+		"tokens: [ " + token + ", other ]":                                           "tokens",
+		"trusted_proxies: [ 10.0.0.0/8 ], forwarded_header: forwarded":               "trusted_proxies, forwarded_header",
+		"allowed_origins: [], session_metadata: { headers: [ x ] }":                  "session_metadata, allowed_origins",
+		"max_header_bytes: 1, handshake_timeout: 1s":                                 "handshake_timeout, max_header_bytes",
+		"max_buffer_bytes: 1, heartbeat_interval: 1s, max_sessions_per_address: 100": "max_sessions_per_address, max_buffer_bytes, heartbeat_interval",
+	} {
+		inEngine(t, func(t *testing.T, e *engine) {
+			first := e.run("label: first\n"+listenInput, toProbe)
+			e.run("label: orders\n"+listenInput, toProbe)
+			first.stop() // so that it isn't named
+			e.run(fromOnce, "label: answers\n"+with(listenOutput, settings))
+			words := "the input cryo_server orders and the output cryo_server answers share the listener on " + somewhere +
+				", but differ in " + differ + ": make that equal, or give one another address"
+			e.log.want(t, "ERROR Failed to connect to cryo_server: "+words)
+			for _, line := range e.log.all() {
+				require.NotContains(t, line, token)
+			}
+		})
+	}
 }
 
 func TestWithoutAnInputMessagesAreRefusedAfterSomePatience(t *testing.T) {

@@ -1,0 +1,155 @@
+package cryo
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// Who may come in.
+
+// Upgrade is a client's request to come in.
+type Upgrade struct {
+	Token     string // what followed "Bearer " in the query
+	SessionID uint64
+	Request   *http.Request // for query, headers and remote address; its URL has the token
+	// Value is Authorize's to set, and reaches OnSession and [Session.Value].
+	Value any
+}
+
+// Tokens authorizes clients that have one of the tokens, compared in constant
+// time. Without tokens nobody may come in.
+func Tokens(tokens ...string) func(*Upgrade) error {
+	sums := make([][sha256.Size]byte, len(tokens))
+	for i, t := range tokens {
+		sums[i] = sha256.Sum256([]byte(t))
+	}
+	return func(u *Upgrade) error {
+		got, known := sha256.Sum256([]byte(u.Token)), 0
+		for i := range sums {
+			known |= subtle.ConstantTimeCompare(got[:], sums[i][:])
+		}
+		if known == 0 {
+			return errors.New("unknown token")
+		}
+		return nil
+	}
+}
+
+// refusal is an answer to an upgrade that is not let in.
+type refusal struct {
+	status   int
+	sentence string // for the client
+	cause    error  // for the log; nil if the sentence says it all
+}
+
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
+	if s.opts.OnRefusal != nil {
+		s.opts.OnRefusal(refused.status)
+	}
+	s.refused.Add(1)
+	s.refusals.Do(func() {
+		cause := refused.cause
+		if cause == nil {
+			cause = errors.New(refused.sentence)
+		}
+		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
+			"left_out", max(s.refused.Swap(0)-1, 0))
+	})
+	http.Error(w, refused.sentence, refused.status)
+}
+
+// admit judges a request and takes a place for its session.
+func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, nil, &refusal{http.StatusBadRequest, "The URL's query can't be read.", nil}
+	}
+	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
+	if !ok {
+		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter authorization with a Bearer token is missing.", nil}
+	}
+	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
+	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
+	u.SessionID = id
+	if err := s.opts.Authorize(u); err != nil {
+		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", newSecret(u.Token).redact(fmt.Errorf("authorizing: %w", err))}
+	}
+	switch {
+	case idErr != nil:
+		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits.", nil}
+	case !s.opts.CheckOrigin(r):
+		return nil, nil, &refusal{http.StatusForbidden, "This origin is not allowed.", nil}
+	}
+	e, refused := s.reserve(u)
+	return u, e, refused
+}
+
+// reserve takes a place. A client that comes back with the id and the token of
+// a session that is still thought alive takes it over: the old one is its ghost.
+func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
+	e := &entry{token: sha256.Sum256([]byte(u.Token)), address: networkOf(u.Request.RemoteAddr)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.entries[u.SessionID]
+	switch {
+	case s.closed:
+		return nil, &refusal{http.StatusServiceUnavailable, "The server is shutting down.", nil}
+	case old == nil && len(s.entries) >= s.opts.MaxSessions:
+		return nil, &refusal{http.StatusServiceUnavailable, "The server has as many sessions as it may.", nil}
+	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.token[:], e.token[:]) == 0):
+		return nil, &refusal{http.StatusUnauthorized, "The session already exists.", nil}
+	case s.crowded(e.address, old):
+		return nil, &refusal{http.StatusTooManyRequests, "There are as many sessions from this address as there may be.", nil}
+	case old != nil:
+		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
+		s.count(old, -1)
+	}
+	s.entries[u.SessionID] = e
+	s.count(e, 1)
+	s.places++
+	return e, nil
+}
+
+// networkOf is what MaxSessionsPerAddress takes for one client: who has an IPv6
+// address has the other 2⁶⁴ of its network too.
+func networkOf(remote string) netip.Prefix {
+	host, _, err := net.SplitHostPort(remote)
+	if err != nil {
+		host = remote // as a proxy tells it
+	}
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		return netip.Prefix{} // all that are no IP addresses are one
+	}
+	ip = ip.Unmap().WithZone("")
+	if ip.Is4() {
+		return netip.PrefixFrom(ip, 32)
+	}
+	network, _ := ip.Prefix(64) // 64 is always valid here
+	return network
+}
+
+// crowded tells whether another session from an address would be one too many.
+// One that takes over a session from there is none more.
+func (s *Server) crowded(address netip.Prefix, old *entry) bool {
+	limit := s.opts.MaxSessionsPerAddress
+	return limit > 0 && s.perAddr[address] >= limit && (old == nil || old.address != address)
+}
+
+func (s *Server) count(e *entry, change int) {
+	if s.opts.MaxSessionsPerAddress <= 0 {
+		return
+	}
+	s.perAddr[e.address] += change
+	if s.perAddr[e.address] == 0 {
+		delete(s.perAddr, e.address)
+	}
+}

@@ -1,0 +1,128 @@
+package plugin
+
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+// Clients behind reverse proxies.
+
+const (
+	fieldTrustedProxies  = "trusted_proxies"
+	fieldForwardedHeader = "forwarded_header"
+
+	headerXForwardedFor = "x-forwarded-for"
+	headerForwarded     = "forwarded"
+)
+
+func proxyFields() []*service.ConfigField {
+	return []*service.ConfigField{
+		service.NewStringListField(fieldTrustedProxies).
+			Description("The reverse proxies whose word on a client's address is taken: IP addresses, or networks such as `10.0.0.0/8`. For a client that comes through one of these, the address that it tells is what `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log have. Anybody else's word is ignored, so don't name networks from which clients come.").
+			Default([]any{}).
+			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
+			Advanced().
+			LintRule(`root = if this.type() == "array" { this.filter(p -> p.type() == "string" && !p.re_match("^([0-9]{1,3}(\\.[0-9]{1,3}){3}|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*)(/[0-9]{1,3})?$")).map_each(p -> "field trusted_proxies: %v is neither an IP address nor a network such as 10.0.0.0/8".format(p)) }`),
+		service.NewStringEnumField(fieldForwardedHeader, headerXForwardedFor, headerForwarded).
+			Description("The header in which the trusted proxies tell a client's address. It is one that each of them sets: of the other, what a client has written may come through.").
+			Default(headerXForwardedFor).
+			Advanced(),
+	}
+}
+
+type proxySettings struct {
+	Trusted []netip.Prefix `field:"trusted_proxies"`
+	Header  string         `field:"forwarded_header"`
+}
+
+func proxySettingsFromParsed(conf *service.ParsedConfig) (s proxySettings, err error) {
+	names, err := conf.FieldStringList(fieldTrustedProxies)
+	if err != nil {
+		return s, err
+	}
+	for _, name := range names {
+		network, err := netip.ParsePrefix(name)
+		if err != nil {
+			var ip netip.Addr
+			if ip, err = netip.ParseAddr(name); err != nil {
+				return s, fmt.Errorf("field %s: %s is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
+			}
+			network = netip.PrefixFrom(ip, ip.BitLen())
+		}
+		s.Trusted = append(s.Trusted, network.Masked())
+	}
+	if s.Header, err = conf.FieldString(fieldForwardedHeader); err != nil {
+		return s, err
+	}
+	if s.Header != headerXForwardedFor && s.Header != headerForwarded {
+		return s, fmt.Errorf("field %s: %q is neither %s nor %s", fieldForwardedHeader, s.Header, headerXForwardedFor, headerForwarded)
+	}
+	return s, nil
+}
+
+func (s proxySettings) trusts(address string) bool {
+	ip, ok := parseHop(address)
+	for _, network := range s.Trusted {
+		if ok && network.Contains(ip) {
+			return true
+		}
+	}
+	return false
+}
+
+// clientAddress is where a request comes from: the address nearest to us for
+// which no trusted proxy stands. Each proxy appends the address that it saw, so
+// they are read from the end, and what a client has written itself comes before
+// its own and is never read.
+func (s proxySettings) clientAddress(r *http.Request) string {
+	address := r.RemoteAddr
+	if !s.trusts(address) {
+		return address
+	}
+	for _, hop := range slices.Backward(s.hops(r.Header)) {
+		if _, ok := parseHop(hop); !ok {
+			break // "unknown" or a made-up name: a proxy knows no more
+		}
+		if address = hop; !s.trusts(address) {
+			break
+		}
+	}
+	return address
+}
+
+func (s proxySettings) hops(h http.Header) []string {
+	var hops []string
+	for part := range strings.SplitSeq(strings.Join(h.Values(s.Header), ","), ",") {
+		if s.Header == headerForwarded {
+			part = forwardedFor(part)
+		}
+		hops = append(hops, strings.TrimSpace(part))
+	}
+	return hops
+}
+
+// forwardedFor finds the address in an element of Forwarded (RFC 7239), such as
+// for="[2001:db8::1]:4711";proto=https. No address has a comma or a semicolon.
+func forwardedFor(element string) string {
+	for pair := range strings.SplitSeq(element, ";") {
+		name, value, _ := strings.Cut(strings.TrimSpace(pair), "=")
+		if strings.EqualFold(name, "for") {
+			return strings.Trim(value, `"`)
+		}
+	}
+	return ""
+}
+
+// parseHop reads an IP address with or without a port.
+func parseHop(hop string) (netip.Addr, bool) {
+	if withPort, err := netip.ParseAddrPort(hop); err == nil {
+		return withPort.Addr().Unmap(), true
+	}
+	ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(hop, "["), "]"))
+	return ip.Unmap(), err == nil
+}

@@ -1,0 +1,210 @@
+package plugin
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/redpanda-data/benthos/v4/public/service/securetls"
+)
+
+// TLS of a listener, by files that may change while it runs.
+
+const (
+	fieldCertFile     = "cert_file"
+	fieldKeyFile      = "key_file"
+	fieldClientCAFile = "client_ca_file"
+	fieldClientAuth   = "client_auth"
+	fieldMinVersion   = "min_version"
+
+	clientAuthRequire = "require_valid"
+	clientAuthIfGiven = "verify_if_given"
+
+	// tlsFilesEvery is how long files that have been looked at are not looked at
+	// again.
+	tlsFilesEvery = time.Second
+)
+
+var tlsVersions = map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
+
+func listenTLSField() *service.ConfigField {
+	return service.NewObjectField(fieldTLS,
+		service.NewStringField(fieldCertFile).
+			Description("The path of a file with the server's certificate and those between it and the authority, PEM. Empty: no TLS.").
+			Default(""),
+		service.NewStringField(fieldKeyFile).
+			Description("The path of a file with its private key, PEM.").
+			Default(""),
+		service.NewStringField(fieldClientCAFile).
+			Description("The path of a file with the certificates of authorities, PEM. With it, clients need a certificate of one of these, as well as their token.").
+			Default("").
+			Advanced(),
+		service.NewStringAnnotatedEnumField(fieldClientAuth, map[string]string{
+			clientAuthRequire: "A client without a certificate is refused.",
+			clientAuthIfGiven: "A client may have no certificate, but none that is not valid.",
+		}).
+			Description("What is asked of clients, with `client_ca_file`.").
+			Default(clientAuthRequire).
+			Advanced(),
+		service.NewStringEnumField(fieldMinVersion, "tls12", "tls13").
+			Description("The lowest version of TLS that a client may use.").
+			Default("tls12").
+			Advanced(),
+	).
+		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that change are read again within a second of the next client, without a restart; sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the files are tried again.")
+}
+
+// listenTLSLint finds half a certificate.
+const listenTLSLint = `if (this.tls.cert_file.or("") == "") != (this.tls.key_file.or("") == "") {
+  "field tls needs both cert_file and key_file"
+} else if this.tls.client_ca_file.or("") != "" && this.tls.cert_file.or("") == "" {
+  "field tls: client_ca_file has no effect without cert_file and key_file"
+}`
+
+type tlsSettings struct {
+	CertFile     string `field:"tls.cert_file"`
+	KeyFile      string `field:"tls.key_file"`
+	ClientCAFile string `field:"tls.client_ca_file"`
+	ClientAuth   string `field:"tls.client_auth"`
+	MinVersion   string `field:"tls.min_version"`
+}
+
+func tlsSettingsFromParsed(conf *service.ParsedConfig) (s tlsSettings, err error) {
+	for field, value := range map[string]*string{
+		fieldCertFile: &s.CertFile, fieldKeyFile: &s.KeyFile, fieldClientCAFile: &s.ClientCAFile,
+		fieldClientAuth: &s.ClientAuth, fieldMinVersion: &s.MinVersion,
+	} {
+		if *value, err = conf.FieldString(fieldTLS, field); err != nil {
+			return s, err
+		}
+	}
+	switch {
+	case (s.CertFile == "") != (s.KeyFile == ""):
+		err = fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
+	case s.ClientCAFile != "" && s.CertFile == "":
+		err = fmt.Errorf("field %s: %s has no effect without %s and %s", fieldTLS, fieldClientCAFile, fieldCertFile, fieldKeyFile)
+	case s.ClientAuth != clientAuthRequire && s.ClientAuth != clientAuthIfGiven:
+		err = fmt.Errorf("field %s.%s: %q is neither %s nor %s", fieldTLS, fieldClientAuth, s.ClientAuth, clientAuthRequire, clientAuthIfGiven)
+	case tlsVersions[s.MinVersion] == 0:
+		err = fmt.Errorf("field %s.%s: %q is neither tls12 nor tls13", fieldTLS, fieldMinVersion, s.MinVersion)
+	}
+	return s, err
+}
+
+// load reads the files.
+func (s tlsSettings) load() (*tls.Config, error) {
+	cert, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	config := securetls.NewConfig(securetls.SecurityLevelNormal)
+	config.MinVersion = tlsVersions[s.MinVersion]
+	config.Certificates = []tls.Certificate{cert}
+	config.NextProtos = []string{"http/1.1"} // no upgrade to WebSocket in HTTP/2
+	if s.ClientCAFile == "" {
+		return config, nil
+	}
+	pem, err := os.ReadFile(s.ClientCAFile)
+	if err != nil {
+		return nil, err
+	}
+	config.ClientCAs = x509.NewCertPool()
+	if !config.ClientCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("no certificate in %s", s.ClientCAFile)
+	}
+	config.ClientAuth = tls.RequireAndVerifyClientCert
+	if s.ClientAuth == clientAuthIfGiven {
+		config.ClientAuth = tls.VerifyClientCertIfGiven
+	}
+	// A resumed connection would keep an authority that is not trusted any more.
+	config.SessionTicketsDisabled = true
+	return config, nil
+}
+
+// tlsFiles are those of a listener, as last read.
+type tlsFiles struct {
+	settings tlsSettings
+	log      *service.Logger
+
+	mu     sync.Mutex
+	config *tls.Config
+	looked time.Time
+	read   [3]fileStamp // of what config was made of
+	failed string       // why the files that are there now can't be used
+}
+
+// fileStamp tells whether a file has changed. Behind a symbolic link it is the
+// file's own, so that those of Kubernetes, which change all at once, work.
+type fileStamp struct {
+	modified time.Time
+	size     int64
+}
+
+// newTLSFiles reads the files, and gives nil for a listener without TLS.
+func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
+	if settings.CertFile == "" {
+		return nil, nil
+	}
+	f := &tlsFiles{settings: settings, log: log, looked: time.Now()}
+	f.read, _ = f.stamps() // what can't be found can't be loaded either
+	var err error
+	if f.config, err = settings.load(); err != nil {
+		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
+	}
+	return f, nil
+}
+
+// configure gives each connection the configuration of its time. It is a
+// GetConfigForClient.
+func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := time.Now(); now.Sub(f.looked) >= tlsFilesEvery {
+		f.looked = now
+		f.refresh()
+	}
+	return f.config, nil
+}
+
+// refresh reads files that have changed. A certificate and its key may be
+// replaced one after the other: what doesn't fit together is tried again each
+// time, until it does.
+func (f *tlsFiles) refresh() {
+	now, err := f.stamps()
+	if err == nil && now == f.read {
+		f.failed = ""
+		return
+	}
+	var config *tls.Config
+	if err == nil {
+		config, err = f.settings.load()
+	}
+	switch {
+	case err == nil:
+		f.config, f.read, f.failed = config, now, ""
+		f.log.Infof("Read changed TLS files: the certificate is that of %s", f.settings.CertFile)
+	case err.Error() != f.failed:
+		f.failed = err.Error()
+		f.log.Errorf("The changed TLS files can't be used, those read before stay in use: %v", err)
+	}
+}
+
+func (f *tlsFiles) stamps() (stamps [3]fileStamp, err error) {
+	for i, path := range []string{f.settings.CertFile, f.settings.KeyFile, f.settings.ClientCAFile} {
+		if path == "" {
+			continue
+		}
+		info, statErr := os.Stat(path)
+		if statErr != nil {
+			err = errors.Join(err, statErr)
+			continue
+		}
+		stamps[i] = fileStamp{info.ModTime(), info.Size()}
+	}
+	return stamps, err
+}
