@@ -25,7 +25,7 @@ To receive from the same clients, give a `+"`cryo_server`"+` input the same addr
 
 To one session (`+"`send_to: session`"+`), a message counts as delivered when the client has acknowledged it.
 
-To all (`+"`all`"+`), it counts as delivered when every session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. When nobody has acknowledged a message, it is rejected.
+To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it counts as delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. When nobody has acknowledged a message, it is rejected.
 
 To one in turn (`+"`any`"+`), it counts as delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client refuses is rejected, and so is one that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
 `+sendMetadata+sendPerformance+aboutMetrics).
@@ -33,6 +33,17 @@ To one in turn (`+"`any`"+`), it counts as delivered when one session has acknow
 		Fields(targetFields()...).
 		Fields(sendFields()...).
 		LintRule(`root = `+listenLint+targetLint).
+		Example("Rooms", "Each message goes to the clients whose token grants its room. The claim `rooms` of the token, a list, becomes the metadata `cryo_auth_rooms` of the session.", `
+input:
+  http_server:
+    path: /rooms/{room}
+output:
+  cryo_server:
+    address: 0.0.0.0:8080
+    authorize: root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
+    send_to: match
+    match: '@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)'
+`).
 		Example("Back to the sender", "Each message goes back to the client that sent it, in capitals.", `
 input:
   cryo_server:
@@ -64,7 +75,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 	if err != nil {
 		return nil, service.BatchPolicy{}, 0, err
 	}
-	to, err := targetConfigFromParsed(conf)
+	to, err := targetConfigFromParsed(conf, res.Logger())
 	if err != nil {
 		return nil, service.BatchPolicy{}, 0, err
 	}

@@ -1,0 +1,211 @@
+package plugin
+
+import (
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// byRoom sends each message to the clients whose token names its room.
+const byRoom = `
+cryo_server:
+  address: ` + somewhere + `
+  authorize: 'root.rooms = this.token.split("+")'
+  send_to: match
+  match: '@cryo_session.cryo_auth_rooms.parse_json().contains(@room)'
+`
+
+// inRooms runs a test with a pipeline to rooms, and a client for each token.
+func inRooms(t *testing.T, output string, tokens []string, test func(t *testing.T, e *engine, clients []*cryo.Session)) {
+	t.Helper()
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, output)
+		var clients []*cryo.Session
+		for _, rooms := range tokens {
+			clients = append(clients, e.enter(rooms))
+		}
+		test(t, e, clients)
+	})
+}
+
+// enter connects a client with this token.
+func (e *engine) enter(rooms string) *cryo.Session {
+	e.t.Helper()
+	s, err := e.tryDial(cryo.DialOptions{Token: rooms})
+	require.NoError(e.t, err)
+	synctest.Wait()
+	return s
+}
+
+// said is a batch of messages m0, m1, … for these rooms.
+func said(rooms ...string) service.MessageBatch {
+	batch := batchOf(words("m%d", len(rooms))...)
+	for i, room := range rooms {
+		batch[i].MetaSetMut("room", room)
+	}
+	return batch
+}
+
+func TestAMessageGoesToTheSessionsThatMatch(t *testing.T) {
+	inRooms(t, byRoom, []string{"red", "blue", "red+blue", "green"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveBatch(said("red", "blue", "red"))
+		for i, want := range [][]string{{"m0", "m2"}, {"m1"}, {"m0", "m1", "m2"}} {
+			messages, texts := held(t, clients[i])
+			require.Equal(t, want, texts)
+			f.wantPending(t, "not all have acknowledged")
+			ackAll(t, messages)
+		}
+		f.wantDelivered(t, "all have")
+		wantNothing(t, clients[3])
+	})
+}
+
+func TestTheMappingSeesTheMessageAndTheSession(t *testing.T) {
+	const byTopic = `
+cryo_server:
+  address: ` + somewhere + `
+  authorize: 'root.user = this.token'
+  send_to: match
+  match: 'root = this.to.contains(@cryo_session.cryo_auth_user) && @cryo_session.cryo_session_id != @sender && @cryo_session.cryo_remote_address != ""'
+`
+	inRooms(t, byTopic, []string{"ann", "bob", "bob"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		batch := batchOf(`{"to":["bob"]}`)
+		batch[0].MetaSetMut("sender", fmt.Sprint(clients[1].ID()))
+		f := e.giveBatch(batch)
+		require.NoError(t, receiveTexts(t, clients[2], `{"to":["bob"]}`)[0].Ack())
+		f.wantDelivered(t, "the one that it is for has it")
+		wantNothing(t, clients[0])
+		wantNothing(t, clients[1])
+	})
+}
+
+func TestAMatchingSessionThatIsLateIsClosed(t *testing.T) {
+	inRooms(t, byRoom+"  ack_timeout: 3s\n", []string{"red", "red", "blue"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		begin := time.Now()
+		f := e.giveBatch(said("red"))
+		require.NoError(t, receive(t, clients[0]).Ack())
+		receive(t, clients[1])
+		f.wantDelivered(t, "one has acknowledged")
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		synctest.Wait()
+		require.NoError(t, clients[0].Err())
+		require.Error(t, clients[1].Err())
+		require.NoError(t, clients[2].Err())
+	})
+}
+
+func TestAMessageThatNoSessionMatches(t *testing.T) {
+	t.Run("waits for one, without holding up others", func(t *testing.T) {
+		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			f := e.giveBatch(said("blue", "red"))
+			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
+			time.Sleep(10 * time.Second)
+			green := e.enter("green")
+			f.wantPending(t, "another came")
+			wantNothing(t, green)
+			require.NoError(t, receiveTexts(t, e.enter("blue"), "m0")[0].Ack())
+			f.wantDelivered(t, "it came")
+			wantNothing(t, clients[0])
+		})
+	})
+	t.Run("fails at ack_timeout, alone", func(t *testing.T) {
+		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			batch := said("blue", "red")
+			index := batch.Index()
+			begin := time.Now()
+			f := e.giveBatch(batch)
+			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
+			f.wantFailed(t, index, map[int]string{0: "no session that is connected matches"})
+			require.Equal(t, 30*time.Second, time.Since(begin))
+		})
+	})
+	t.Run("is dropped", func(t *testing.T) {
+		inRooms(t, byRoom+"  no_session: drop\n", []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			e.giveBatch(said("blue")).wantDelivered(t, "as if")
+			wantNothing(t, clients[0])
+		})
+	})
+	t.Run("is rejected", func(t *testing.T) {
+		inRooms(t, byRoom+"  no_session: reject\n", []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no session that is connected matches")
+		})
+	})
+}
+
+func TestASessionForWhichTheMappingFailsKeepsNothingFromOthers(t *testing.T) {
+	const output = `
+cryo_server:
+  address: ` + somewhere + `
+  authorize: 'root.rooms = if this.token == "none" { null } else { this.token.split("+") }'
+  send_to: match
+  match: '@cryo_session.cryo_auth_rooms.parse_json().contains(@room)'
+  no_session: reject
+`
+	inRooms(t, output, []string{"none", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveBatch(said("red"))
+		require.NoError(t, receive(t, clients[1]).Ack())
+		f.wantDelivered(t, "to the one that matches")
+		wantNothing(t, clients[0])
+		failure := fmt.Sprintf("field match: the mapping fails for session %d: ", clients[0].ID())
+		e.log.want(t, "WARN Not sent (at most one such line a second): "+failure)
+		require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no session that is connected matches ("+failure)
+	})
+}
+
+func TestAMappingThatIsNoDecisionSendsNothing(t *testing.T) {
+	for name, mapping := range map[string]string{
+		"something else":       "root = @room",
+		"nothing":              "let x = 1",
+		"deleted":              "root = deleted()",
+		"nothing of its own":   "root = if @room == \"blue\" { true }",
+		"for one session only": "root = if @cryo_session.cryo_auth_user == \"x\" { @room } else { true }",
+	} {
+		t.Run(name, func(t *testing.T) {
+			const output = `
+cryo_server:
+  address: ` + somewhere + `
+  authorize: 'root.user = this.token'
+  send_to: match
+  match: '%s'
+  no_session: reject
+`
+			inRooms(t, fmt.Sprintf(output, mapping), []string{"x"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+				batch := batchOf("true") // which is no decision
+				batch[0].MetaSetMut("room", "true")
+				require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "it has to result in true or false")
+				wantNothing(t, clients[0])
+			})
+		})
+	}
+}
+
+func TestAStreamGoesToTheSessionsThatMatch(t *testing.T) {
+	inRooms(t, byRoom+"  message_type: stream\n", []string{"red", "blue", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveBatch(said("red"))
+		for _, i := range []int{0, 2} {
+			st, content := readStream(t, clients[i])
+			require.Equal(t, "m0", content)
+			f.wantPending(t, "not all have acknowledged")
+			require.NoError(t, st.Ack())
+		}
+		f.wantDelivered(t, "both have")
+	})
+}
+
+func TestWhatTheMappingSeesStaysBehind(t *testing.T) {
+	conf, err := specs()["output cryo_server"].ParseYAML(byRoom[len("\ncryo_server:"):], nil)
+	require.NoError(t, err)
+	c, err := targetConfigFromParsed(conf, nil)
+	require.NoError(t, err)
+	batch := said("red")
+	m := c.match.sessionsFor(batch)
+	m.views[0].MetaSetMut(metaMatchSession, "x")
+	_, there := batch[0].MetaGet(metaMatchSession)
+	require.False(t, there)
+}
