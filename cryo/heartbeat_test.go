@@ -260,3 +260,32 @@ func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
 		require.Error(t, flood.result(t))
 	})
 }
+
+// A pipeline that is only slow makes many pauses, each shorter than any interval.
+// The pings are as far behind the data as in one long pause.
+func TestADiallingEndSaysThatItIsAliveThroughManyShortPauses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
+		peer.WriteFrames(cryotest.Ping(1))
+		time.Sleep(10 * time.Second)
+		peer.WriteFrames(cryotest.Ping(2))
+		synctest.Wait()
+		for range 40 { // their pings would be behind them
+			peer.WriteFrames(cryotest.Binary(1, string(make([]byte, 1000))))
+		}
+		peer.Read()
+		begin, pongs := time.Now(), 0
+		for range 40 {
+			m := receive(t, s)
+			time.Sleep(time.Second)
+			require.NoError(t, m.Ack())
+		}
+		synctest.Wait()
+		for _, f := range peer.Taken() {
+			if f.Type == cryo.TypePingPong && string(f.Payload) == "pong" {
+				pongs++
+			}
+		}
+		require.GreaterOrEqual(t, pongs, 2+int(time.Since(begin)/(5*time.Second))-1)
+	})
+}

@@ -150,25 +150,19 @@ func (s *Session) waitForRoom(chunk bool) bool {
 		s.paused.Store(false)
 	}()
 
-	// Pings go unseen meanwhile, and cryo-server ends sessions without pongs.
-	// A listening end keeps quiet: cryo-client-node answers a pong with a ping.
-	var alive <-chan time.Time
-	if s.dialing {
-		every := unaskedPong
-		if s.pingEvery > 0 {
-			every = s.pingEvery / 2
-		}
-		ticker := time.NewTicker(every)
-		defer ticker.Stop()
-		alive = ticker.C
+	alive := time.NewTimer(s.nextUnaskedPong())
+	defer alive.Stop()
+	if !s.dialing {
+		alive.Stop()
 	}
 	patience := time.NewTimer(noRoomPatience)
 	defer patience.Stop()
 	for ; room != nil; room = s.full(chunk) {
 		select {
 		case <-room:
-		case <-alive:
+		case s.lastPong = <-alive.C:
 			s.out.pong(s.pingAck)
+			alive.Reset(s.pongEvery())
 		case <-patience.C:
 			if s.pend.awaited() {
 				s.overflowing = true
@@ -180,6 +174,30 @@ func (s *Session) waitForRoom(chunk bool) bool {
 		}
 	}
 	return true
+}
+
+// nextUnaskedPong says how soon one is due during a pause of reading: pings go
+// unseen meanwhile, and cryo-server ends sessions without pongs. A pause soon after
+// another goes on with it: a pipeline that is only slow makes many short ones, and
+// pings are as late then. A listening end keeps quiet: cryo-client-node answers a
+// pong with a ping.
+func (s *Session) nextUnaskedPong() time.Duration {
+	now, every := time.Now(), s.pongEvery()
+	if last := s.resumed.Load(); last == nil || now.Sub(*last) > every {
+		s.pausedFrom = now
+	}
+	since := s.pausedFrom
+	if s.lastPong.After(since) {
+		since = s.lastPong
+	}
+	return every - now.Sub(since)
+}
+
+func (s *Session) pongEvery() time.Duration {
+	if s.pingEvery > 0 {
+		return s.pingEvery / 2
+	}
+	return unaskedPong
 }
 
 // full returns nil when a message may be read, else a channel to wait for.
@@ -272,7 +290,7 @@ func (s *Session) handlePing(f *Frame) {
 	if every := now.Sub(s.lastPing); !s.lastPing.IsZero() && every >= minPingEvery && (s.pingEvery == 0 || every < s.pingEvery) {
 		s.pingEvery = every
 	}
-	s.lastPing, s.pingAck = now, f.Ack
+	s.lastPing, s.lastPong, s.pingAck = now, now, f.Ack
 	s.out.pong(f.Ack)
 }
 

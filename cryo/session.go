@@ -129,6 +129,8 @@ type Session struct {
 	blocks      blocks
 	noRoom      bool // for the data frame that is read now: it is refused
 	overflowing bool // data without room is refused rather than waited with
+	pausedFrom  time.Time // the first pause of reading of those that followed each other
+	lastPong    time.Time // that was said, asked for or not
 	lastPing    time.Time
 	pingEvery   time.Duration // the shortest interval between pings seen
 	pingAck     uint32        // the last ping's number

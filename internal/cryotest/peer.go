@@ -242,16 +242,19 @@ func (p *Peer) WantIdle(what string, during time.Duration) {
 	}
 }
 
-// Skip drops what has come, and returns how many frames these were.
-func (p *Peer) Skip() (frames int) {
+// Taken gives the frames that have come.
+func (p *Peer) Taken() (frames []cryo.Frame) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for len(p.events) > 0 && p.events[0].err == nil {
+		frames = append(frames, p.events[0].frame)
 		p.events = p.events[1:]
-		frames++
 	}
 	return frames
 }
+
+// Skip drops what has come, and returns how many frames these were.
+func (p *Peer) Skip() (frames int) { return len(p.Taken()) }
 
 // ClientHandshake plays the client's part, as cryo-client-node does.
 func (p *Peer) ClientHandshake() {

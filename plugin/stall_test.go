@@ -1,0 +1,235 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// An output that hangs, in front of a server that ends sessions without pongs.
+
+// published is a server that pings, and ends a session that sent no pong between
+// two pings, as cryo-server does. It sends its messages behind some first pings,
+// without a look at what is acknowledged.
+type published struct {
+	interval time.Duration
+	messages int
+	size     int
+
+	clients atomic.Int32
+	written atomic.Int32 // messages, to all clients
+	acked   atomic.Int32
+	ended   chan error // nil when all messages of a client are acknowledged
+}
+
+var errNoPong = errors.New("no pong between two pings")
+
+func (p *published) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	ws, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
+	if err != nil {
+		return
+	}
+	p.clients.Add(1)
+	var sid uint64
+	_, _ = fmt.Sscan(r.URL.Query().Get("x-cryo-sid"), &sid)
+	p.ended <- p.play(ws, sid)
+}
+
+func (p *published) play(ws *websocket.Conn, sid uint64) error {
+	var playing sync.WaitGroup
+	defer playing.Wait()
+	defer ws.Close()
+	say := func(f cryo.Frame) error {
+		f.SID = sid
+		b, err := cryo.AppendFrame(nil, &f)
+		if err != nil {
+			return err
+		}
+		return ws.WriteMessage(websocket.BinaryMessage, b)
+	}
+	if err := say(cryotest.EndpointInfo(0)); err != nil {
+		return err
+	}
+	for info := false; !info; {
+		_, b, err := ws.ReadMessage()
+		if err != nil {
+			return err
+		}
+		f, err := cryo.ParseFrame(b)
+		if err != nil {
+			return err
+		}
+		if info = f.Type == cryo.TypeEndpointInfo; info { // or its ACK of ours
+			if err := say(cryotest.Acked(f.Ack)); err != nil {
+				return err
+			}
+		}
+	}
+
+	const early = 2 // pings before the messages
+	pings, stop := make(chan uint32, 1000), make(chan struct{})
+	defer close(stop)
+	playing.Go(func() { // the one who writes; what is not taken waits, also pings
+		var err error
+		for number := range pings {
+			if err = say(cryotest.Ping(number)); err != nil || number != early {
+				continue
+			}
+			for i := 0; i < p.messages && err == nil; i++ {
+				err = say(cryotest.Binary(uint32(i), strings.Repeat("x", p.size)))
+				p.written.Add(1)
+			}
+		}
+	})
+	var alive atomic.Bool
+	alive.Store(true)
+	silent := make(chan struct{})
+	playing.Go(func() {
+		defer close(pings)
+		ticks := time.NewTicker(p.interval)
+		defer ticks.Stop()
+		for number := uint32(1); ; number++ {
+			select {
+			case <-stop:
+				return
+			case <-ticks.C:
+			}
+			if !alive.Swap(false) {
+				close(silent)
+				_ = ws.Close()
+				<-stop
+				return
+			}
+			pings <- number
+		}
+	})
+	for acked := 0; acked < p.messages; {
+		_, b, err := ws.ReadMessage()
+		if err != nil {
+			select {
+			case <-silent:
+				return errNoPong
+			default:
+				return err
+			}
+		}
+		f, err := cryo.ParseFrame(b)
+		switch {
+		case err != nil:
+			return err
+		case f.Type == cryo.TypePingPong:
+			alive.Store(true)
+		case f.Type == cryo.TypeAck && p.written.Load() > 0:
+			acked++
+			p.acked.Add(1)
+		}
+	}
+	return nil
+}
+
+// goOn delivers all messages, and wants the server to see each acknowledged on
+// its one and only session.
+func (p *published) goOn(t *testing.T, e *engine) {
+	t.Helper()
+	ended := make(chan error, 1)
+	go func() { ended <- <-p.ended }()
+	for done := false; !done; {
+		select {
+		case a := <-e.probe.arrivals:
+			a.deliver()
+		case err := <-ended:
+			require.NoError(t, err)
+			done = true
+		}
+	}
+	require.EqualValues(t, p.messages, p.acked.Load())
+	require.EqualValues(t, 1, p.clients.Load(), "the session was never lost")
+}
+
+const stallBound = "max_buffer_bytes: 1048576, max_in_flight: 1"
+
+func TestAnOutputThatHangsForTenMinutesCostsNoSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := &published{interval: 15 * time.Second, messages: 100, size: 64 << 10, ended: make(chan error, 10)}
+		e.serveHTTP(somewhere, p)
+		e.run(with(dialInput, stallBound), toProbe)
+		a := e.arrival()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		// The bound, one more, and what fills the buffers of both ends.
+		require.LessOrEqual(t, p.written.Load(), int32(16+3), "reading pauses at max_buffer_bytes")
+		select {
+		case err := <-p.ended:
+			require.NoError(t, err, "the session lives")
+		default:
+		}
+		require.Zero(t, e.log.count("Disconnected"))
+		a.deliver()
+		p.goOn(t, e)
+	})
+}
+
+// The same in real time and over real sockets, for as long as two minutes if
+// CRYO_LONG_TESTS is set, and for many missed pings if not.
+func TestAnOutputThatHangsCostsNoSessionOverRealSockets(t *testing.T) {
+	defer checkLeaks(t)
+	interval, stall := time.Second, 4*time.Second
+	if os.Getenv("CRYO_LONG_TESTS") != "" {
+		stall = 2 * time.Minute
+	}
+	p := &published{interval: interval, messages: 2000, size: 64 << 10, ended: make(chan error, 10)}
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	server := &http.Server{Handler: p, ReadHeaderTimeout: time.Minute, ErrorLog: quiet}
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = server.Serve(socket) })
+	defer serving.Wait()
+	defer server.Close()
+
+	e := newEngine(t)
+	e.dialer = func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, network, socket.Addr().String())
+	}
+	pipe := e.start(with(dialInput, stallBound+", connect_timeout: 1m"), toProbe)
+	defer pipe.stop()
+	before := heap()
+	var a *arrival
+	select {
+	case a = <-e.probe.arrivals:
+	case err := <-p.ended:
+		require.NoError(t, err, "the session was lost")
+	}
+	select { // not a wait for something: this is the stall
+	case err := <-p.ended:
+		require.NoError(t, err, "the session was lost")
+	case <-time.After(stall):
+	}
+	require.Less(t, heap()-before, int64(16<<20), "memory stays bounded, of 125 MiB")
+	require.Less(t, p.acked.Load(), int32(10))
+	a.deliver()
+	p.goOn(t, e)
+}
+
+// heap is what is in use.
+func heap() int64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
