@@ -66,28 +66,34 @@ type server struct {
 	*cryo.Server
 	address  string
 	sessions chan *cryo.Session // as they connect
+	stop     func()             // at the latest at the test's end
 }
 
 // serve runs a server until the test's end.
 func serve(t *testing.T) *server {
+	t.Helper()
+	return serveAt(t, listen(t))
+}
+
+func serveAt(t *testing.T, socket net.Listener) *server {
 	t.Helper()
 	s := &server{sessions: make(chan *cryo.Session, 100)}
 	s.Server = cryo.NewServer(cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session },
 	})
-	socket := listen(t)
 	s.address = socket.Addr().String()
 	h := &http.Server{Handler: s.Server, ReadHeaderTimeout: patience, ErrorLog: log.New(io.Discard, "", 0)}
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = h.Serve(socket) })
-	t.Cleanup(func() {
+	s.stop = sync.OnceFunc(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		_ = s.Shutdown(ctx)
 		_ = h.Close()
 		serving.Wait()
 	})
+	t.Cleanup(s.stop)
 	return s
 }
 
