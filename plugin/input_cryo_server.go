@@ -40,7 +40,10 @@ type serverInput struct {
 	*serverComponent
 }
 
-var _ service.BatchInput = (*serverInput)(nil)
+var (
+	_ service.BatchInput         = (*serverInput)(nil)
+	_ service.ConnectionTestable = (*serverInput)(nil)
+)
 
 func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*serverInput, error) {
 	c, err := serverComponentFromParsed(conf, res, "the input")
@@ -100,6 +103,14 @@ func (c *serverComponent) open(ctx context.Context) (fresh bool, err error) {
 	}
 	c.listener, err = c.all.open(ctx, c)
 	return err == nil, err
+}
+
+// ConnectionTest reads the certificate, and listens for a moment.
+func (c *serverComponent) ConnectionTest(context.Context) service.ConnectionTestResults {
+	if err := c.all.test(c); err != nil {
+		return service.ConnectionTestFailed(err).AsList()
+	}
+	return service.ConnectionTestSucceeded().AsList()
 }
 
 // leave leaves the listener, if it was joined; in is nil for an output.

@@ -103,6 +103,24 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	return ln, nil, nil
 }
 
+// test tells why a component could not listen. An address on which another
+// component of this process listens already is as good.
+func (l *listeners) test(c *serverComponent) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byAddr[c.settings.Address] != nil {
+		return nil
+	}
+	if _, err := newTLSFiles(c.settings.tlsSettings, c.log); err != nil {
+		return err
+	}
+	socket, err := l.listen("tcp", c.settings.Address)
+	if err != nil {
+		return err
+	}
+	return socket.Close()
+}
+
 // leave takes a component off its listener; in is its receiving half, if it has
 // one. Behind the last component the listener closes: new clients are refused,
 // the others get their acknowledgements and BYE.

@@ -68,7 +68,10 @@ type serverOutput struct {
 	queue *workQueue // of send_to: any
 }
 
-var _ service.BatchOutput = (*serverOutput)(nil)
+var (
+	_ service.BatchOutput        = (*serverOutput)(nil)
+	_ service.ConnectionTestable = (*serverOutput)(nil)
+)
 
 func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serverOutput, service.BatchPolicy, int, error) {
 	c, err := serverComponentFromParsed(conf, res, "the output")

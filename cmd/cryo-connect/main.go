@@ -29,12 +29,19 @@ func main() {
 	info, _ := debug.ReadBuildInfo()
 	version, date := buildStamp(info)
 
+	schema := func() *service.ConfigSchema {
+		schema := service.GlobalEnvironment().FullConfigSchema(version, date)
+		schema.SetFieldDefault(map[string]any{"@service": binaryName}, "logger", "static_fields")
+		return schema
+	}
+
 	service.RunCLI(
 		context.Background(),
 		service.CLIOptSetVersion(version, date),
 		service.CLIOptSetBinaryName(binaryName),
 		service.CLIOptSetProductName(binaryName),
 		service.CLIOptSetDocumentationURL(documentationURL),
+		service.CLIOptAddCommand(checkCommand(schema)),
 		service.CLIOptAddCommand(probeCommand),
 		service.CLIOptSetDefaultConfigPaths(
 			"cryo-connect.yaml",
@@ -42,10 +49,6 @@ func main() {
 			"/etc/cryo-connect/config.yaml",
 			"/etc/cryo-connect.yaml",
 		),
-		service.CLIOptSetMainSchemaFrom(func() *service.ConfigSchema {
-			schema := service.GlobalEnvironment().FullConfigSchema(version, date)
-			schema.SetFieldDefault(map[string]any{"@service": binaryName}, "logger", "static_fields")
-			return schema
-		}),
+		service.CLIOptSetMainSchemaFrom(schema),
 	)
 }

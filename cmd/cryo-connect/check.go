@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/urfave/cli/v2"
+)
+
+const (
+	flagResources = "resources"
+	flagTimeout   = "timeout"
+)
+
+// checkCommand is "cryo-connect check": lint, and try the connections.
+func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
+	return &cli.Command{
+		Name:      "check",
+		Usage:     "Test the connections of configurations, without running them",
+		ArgsUsage: "config.yaml…",
+		Description: `Lints each configuration, then connects each of its inputs and outputs that can be tested, and hangs up again.
+No message is read or written. What is wrong is told in one line each; the exit code is 1 if anything is:
+
+  cryo-connect check pipeline.yaml
+  cryo-connect check -r resources.yaml pipeline.yaml`,
+		Flags: []cli.Flag{
+			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with further resources, as for run"},
+			&cli.DurationFlag{Name: flagTimeout, Value: 30 * time.Second, Usage: "how long the tests of one configuration may take"},
+		},
+		Action: func(c *cli.Context) error {
+			if c.NArg() == 0 {
+				return cli.Exit("Which configuration? For example: cryo-connect check pipeline.yaml", 1)
+			}
+			k := checker{out: c.App.Writer, schema: schema(), resources: c.StringSlice(flagResources)}
+			for _, file := range c.Args().Slice() {
+				ctx, cancel := context.WithTimeout(c.Context, c.Duration(flagTimeout))
+				k.check(ctx, file)
+				cancel()
+			}
+			if k.failed {
+				return cli.Exit("", 1)
+			}
+			return nil
+		},
+	}
+}
+
+// checker checks configurations.
+type checker struct {
+	out       io.Writer
+	schema    *service.ConfigSchema
+	resources []string // files
+	failed    bool
+}
+
+// check checks one configuration.
+func (k *checker) check(ctx context.Context, file string) {
+	stream, err := k.build(file)
+	if err != nil {
+		for _, err := range each(err) {
+			k.say(file, "failed: %v", err)
+		}
+		k.failed = true
+		return
+	}
+	results, err := stream.ConnectionTest(ctx)
+	if err != nil {
+		k.say(file, "failed: %v", err)
+		k.failed = true
+	}
+	for _, r := range results {
+		k.report(file, r)
+	}
+}
+
+// build makes the pipeline of a configuration, without starting it.
+func (k *checker) build(file string) (*service.Stream, error) {
+	config, err := k.read(file)
+	if err != nil {
+		return nil, err
+	}
+	builder := k.schema.Environment().NewStreamBuilder()
+	builder.SetSchema(k.schema)
+	builder.SetLogger(slog.New(slog.DiscardHandler)) // what matters is in the results
+	if err := builder.SetYAML(config); err != nil {
+		return nil, err
+	}
+	for _, file := range k.resources {
+		more, err := k.read(file)
+		if err == nil {
+			err = builder.AddResourcesYAML(more)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("resources of %s: %w", file, err)
+		}
+	}
+	return builder.Build()
+}
+
+// read reads and lints a file.
+func (k *checker) read(file string) (string, error) {
+	config, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	lints, err := k.schema.NewStreamConfigLinter().LintYAML(config)
+	if err != nil {
+		return "", err
+	}
+	var errs []error
+	for _, l := range lints {
+		errs = append(errs, fmt.Errorf("line %d: %s", l.Line, l.What))
+	}
+	return string(config), errors.Join(errs...)
+}
+
+// report tells the result of one component's test.
+func (k *checker) report(file string, r *service.ConnectionTestResult) {
+	name := strings.Join(r.Path, ".")
+	if r.Label != "" {
+		name += " " + r.Label
+	}
+	switch {
+	case r.Err == nil:
+		k.say(file, "%s: ok", name)
+	case errors.Is(r.Err, service.ErrConnectionTestNotSupported):
+		k.say(file, "%s: not tested, this component has no test", name)
+	default:
+		k.say(file, "%s: failed: %v", name, r.Err)
+		k.failed = true
+	}
+}
+
+// say says one line.
+func (k *checker) say(file, format string, args ...any) {
+	line := strings.Join(strings.Fields(fmt.Sprintf(format, args...)), " ")
+	fmt.Fprintf(k.out, "%s: %s\n", file, line)
+}
+
+// each gives the errors that were joined: lint's, of the configuration itself.
+func each(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
+}
