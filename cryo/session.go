@@ -127,8 +127,8 @@ type Session struct {
 
 	// Owned by the reading goroutine.
 	blocks      blocks
-	noRoom      bool // for the data frame that is read now: it is refused
-	overflowing bool // data without room is refused rather than waited with
+	noRoom      bool      // for the data frame that is read now: it is refused
+	overflowing bool      // data without room is refused rather than waited with
 	pausedFrom  time.Time // the first pause of reading of those that followed each other
 	lastPong    time.Time // that was said, asked for or not
 	lastPing    time.Time

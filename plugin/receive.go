@@ -52,6 +52,7 @@ type receiver struct {
 	places   chan struct{} // a token for each open stream
 	wake     chan struct{} // holds a token when there is a new replay or a place is free
 	rest     []item        // arrived, not yet handed over; owned by ReadBatch
+	stalled  *time.Timer   // fires when nothing happens for a while; owned by ReadBatch
 
 	stopped context.Context
 	stop    context.CancelFunc
@@ -60,6 +61,7 @@ type receiver struct {
 	mu         sync.Mutex
 	sources    map[*cryo.Session]*source
 	deliveries map[*delivery]struct{} // not settled
+	stallTold  bool                   // a stall was reported, and nothing settled since
 	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
 	replays    []item                 // failed messages, by the time when they are due
 	gone       bool                   // rejectRest was called: nothing is replayed any more
@@ -77,6 +79,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		sources:    make(map[*cryo.Session]*source),
 		deliveries: make(map[*delivery]struct{}),
 	}
+	r.stalled = time.NewTimer(stallPatience)
 	r.stopped, r.stop = context.WithCancel(context.Background())
 	return r
 }
@@ -172,16 +175,41 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		if len(r.rest) > 0 {
 			ended = nil // not yet
 		}
+		r.stalled.Reset(stallPatience)
 		select {
 		case r.rest = <-arrivals:
 		case <-r.wake:
 		case <-due:
+		case <-r.stalled.C:
+			r.reportStall()
 		case <-ended:
 			return nil, nil, service.ErrNotConnected
 		case <-ctx.Done():
 			return nil, nil, ctx.Err()
 		}
 	}
+}
+
+// stallPatience is how long a pipeline that has taken all it may can settle
+// nothing before a log line says so.
+const stallPatience = 10 * time.Second
+
+// reportStall tells, once until something is settled, of a pipeline that waits for
+// more messages than it may have: most likely a batching policy that can't fill.
+// One whose output is only slow takes no more messages, and read isn't called.
+func (r *receiver) reportStall() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	full := r.inFlight >= r.conf.maxInFlight
+	for s := range r.sources {
+		full = full || r.inFlight > 0 && s.Paused()
+	}
+	if !full || r.stallTold {
+		return
+	}
+	r.stallTold = true
+	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d, or %s). Where an output collects batches by count or byte_size, these can't fill: make them smaller, or give them a period",
+		r.inFlight, stallPatience, fieldMaxInFlight, r.conf.maxInFlight, fieldMaxBufferBytes)
 }
 
 // take counts up to room messages as in flight: what has arrived, and what else
@@ -288,6 +316,7 @@ func (r *receiver) settle(d *delivery, err error) {
 	}
 	r.mu.Lock()
 	r.inFlight -= gone
+	r.stallTold = false
 	r.mu.Unlock()
 	r.metrics.unacknowledged.add(-gone)
 	select {

@@ -1,0 +1,73 @@
+package plugin
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+const stallLine = "WARN The pipeline has taken "
+
+func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
+	for name, c := range map[string]struct {
+		fields, policy string
+		size           int
+	}{
+		"count above max_in_flight":        {"max_in_flight: 10", "count: 11", 10},
+		"byte_size above max_buffer_bytes": {"max_buffer_bytes: 10000", "byte_size: 20000", 1000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothInputsTo(t, c.fields, "probe: { batching: { "+c.policy+" } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+				for i := range 30 {
+					_ = send(peer, fmt.Sprintf("%0*d", c.size, i))
+				}
+				time.Sleep(stallPatience - time.Second)
+				e.wantNoArrival("no batch is full")
+				require.Zero(t, e.log.count(stallLine))
+				time.Sleep(time.Hour)
+				require.Equal(t, 1, e.log.count(stallLine), "once: %s", strings.Join(e.log.all(), "\n"))
+				e.log.want(t, "these can't fill: make them smaller, or give them a period")
+			})
+		})
+	}
+}
+
+func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
+	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+		for i := range 30 {
+			_ = send(peer, fmt.Sprint(i))
+		}
+		for settled := 0; settled < 30; {
+			a := e.arrival()
+			settled += len(a.batch)
+			a.deliver()
+		}
+		time.Sleep(time.Hour) // of nothing to do
+		synctest.Wait()
+		require.Zero(t, e.log.count(stallLine))
+	})
+}
+
+// atBothInputsTo is atBothInputs with another output.
+func atBothInputsTo(t *testing.T, fields, output string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
+	t.Helper()
+	t.Run("cryo", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			server := e.serve()
+			e.run(with(dialInput, fields), output)
+			test(t, e, server.session())
+		})
+	})
+	t.Run("cryo_server", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(with(listenInput, fields), output)
+			test(t, e, e.dial())
+		})
+	})
+}
