@@ -33,16 +33,18 @@ To one in turn (`+"`any`"+`), it counts as delivered when one session has acknow
 		Fields(targetFields()...).
 		Fields(sendFields()...).
 		LintRule(`root = `+listenLint+targetLint).
-		Example("Rooms", "Each message goes to the clients whose token grants its room. The claim `rooms` of the token, a list, becomes the metadata `cryo_auth_rooms` of the session.", `
+		Example("Rooms", "Each message goes to the clients that asked for its room, by the query parameter `room` of their URL.", `
 input:
   http_server:
     path: /rooms/{room}
 output:
   cryo_server:
     address: 0.0.0.0:8080
-    authorize: root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
+    tokens: [ "${CRYO_TOKEN}" ]
+    session_metadata:
+      query_parameters: [ room ]
     send_to: match
-    match: '@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)'
+    match: root = @cryo_session.cryo_query_room == @room
 `).
 		Example("Back to the sender", "Each message goes back to the client that sent it, in capitals.", `
 input:
