@@ -91,13 +91,7 @@ func TestTheImagesBuildCommand(t *testing.T) {
 		}
 	}
 	require.NotEmpty(t, command)
-	source, err := os.ReadFile("../cmd/cryo-connect/version.go")
-	require.NoError(t, err)
-	names := regexp.MustCompile(`-X main\.(\w+)=`).FindAllStringSubmatch(command, -1)
-	require.Len(t, names, 3)
-	for _, name := range names {
-		require.Regexp(t, `(?m)^\t`+name[1]+`\s+string$`, string(source), "the linker sets only variables that are there")
-	}
+	wantLinkerVariables(t, command)
 	list := exec.Command("go", "list", "-deps", "-f", "{{.CgoFiles}}", "../cmd/cryo-connect")
 	list.Env = append(os.Environ(), "CGO_ENABLED=0")
 	out, err := list.CombinedOutput()
