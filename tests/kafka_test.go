@@ -83,9 +83,10 @@ func (k *kafka) texts(t *testing.T, topic string) map[string]int {
 	return found
 }
 
+// produce spreads texts over the partitions.
 func (k *kafka) produce(t *testing.T, topic string, texts ...string) {
 	t.Helper()
-	client := k.client(t)
+	client := k.client(t, kgo.RecordPartitioner(kgo.RoundRobinPartitioner()))
 	defer client.Close()
 	for _, text := range texts {
 		require.NoError(t, client.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Value: []byte(text)}).FirstErr())
