@@ -4,7 +4,6 @@ import (
 	"context"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 
@@ -188,28 +187,6 @@ func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
 			assert.Empty(t, lint(t, tt.kind, component(tt.name, tt.fields)))
 			assert.NoError(t, construct(t, tt.kind, tt.name, tt.fields))
 		})
-	}
-}
-
-func TestTheExamplesOfTheDocumentationAreLintedClean(t *testing.T) {
-	env := service.NewEnvironment()
-	linter := env.FullConfigSchema("", "").NewStreamConfigLinter().
-		SetEnvVarLookupFunc(func(context.Context, string) (string, bool) { return "x", true })
-	for _, name := range []string{"cryo", "cryo_server"} {
-		in, _ := env.GetInputConfig(name)
-		out, _ := env.GetOutputConfig(name)
-		for _, view := range []*service.ConfigView{in, out} {
-			data, err := view.TemplateData()
-			require.NoError(t, err)
-			require.NotEmpty(t, data.Examples)
-			for _, example := range data.Examples {
-				// The input redpanda is not linked into this test.
-				config := strings.ReplaceAll(example.Config, "  redpanda:\n    seed_brokers: [ localhost:9092 ]\n    topics: [ orders ]\n    consumer_group: cryo", "  stdin: {}")
-				lints, err := linter.LintYAML([]byte(config))
-				require.NoError(t, err)
-				assert.Empty(t, lints, config)
-			}
-		}
 	}
 }
 

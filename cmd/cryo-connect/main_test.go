@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"runtime/debug"
 	"testing"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 func TestTheBinaryHasItsComponents(t *testing.T) {
@@ -25,6 +27,26 @@ func TestTheBinaryHasItsComponents(t *testing.T) {
 	}
 	_, ok := env.GetMetricsConfig("prometheus")
 	assert.True(t, ok, "metrics prometheus")
+}
+
+func TestTheExamplesOfTheReferenceAreLintedClean(t *testing.T) {
+	env := service.GlobalEnvironment()
+	linter := env.FullConfigSchema("", "").NewStreamConfigLinter().
+		SetEnvVarLookupFunc(func(context.Context, string) (string, bool) { return "x", true })
+	for _, name := range []string{"cryo", "cryo_server"} {
+		in, _ := env.GetInputConfig(name)
+		out, _ := env.GetOutputConfig(name)
+		for _, view := range []*service.ConfigView{in, out} {
+			data, err := view.TemplateData()
+			require.NoError(t, err)
+			require.NotEmpty(t, data.Examples)
+			for _, example := range data.Examples {
+				lints, err := linter.LintYAML([]byte(example.Config))
+				require.NoError(t, err)
+				assert.Empty(t, lints, example.Config)
+			}
+		}
+	}
 }
 
 func TestBuildStamp(t *testing.T) {
