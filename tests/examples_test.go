@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"gopkg.in/yaml.v3"
 )
 
 // example runs one of config/ until the test's end.
@@ -17,7 +18,9 @@ func example(t *testing.T, file string, stdin io.Reader, env ...string) *process
 	return launch(t, stdin, env, "run", "--set", "http.enabled=false", "config/"+file)
 }
 
-func TestEveryExampleIsLintedClean(t *testing.T) {
+func TestEveryExampleIsLintedCleanAndListed(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	require.NoError(t, err)
 	var files []string
 	require.NoError(t, filepath.WalkDir("../config", func(path string, _ os.DirEntry, err error) error {
 		if strings.HasSuffix(path, ".yaml") {
@@ -33,6 +36,29 @@ func TestEveryExampleIsLintedClean(t *testing.T) {
 		content, err := os.ReadFile(file)
 		require.NoError(t, err)
 		require.True(t, strings.HasPrefix(string(content), "# Shows: "), "%s: the first line says what it shows", file)
+		require.Contains(t, string(readme), "("+strings.TrimPrefix(file, "../")+")", "the README lists it")
+		var config any
+		require.NoError(t, yaml.Unmarshal(content, &config))
+		wantPeriods(t, file, config)
+	}
+}
+
+// wantPeriods wants every batching policy to have a period: by count or bytes
+// alone, the last messages would wait for others, and so would their senders.
+func wantPeriods(t *testing.T, file string, config any) {
+	t.Helper()
+	switch c := config.(type) {
+	case map[string]any:
+		for key, value := range c {
+			if policy, ok := value.(map[string]any); ok && key == "batching" {
+				require.NotEmpty(t, policy["period"], "%s: batches without a period", file)
+			}
+			wantPeriods(t, file, value)
+		}
+	case []any:
+		for _, value := range c {
+			wantPeriods(t, file, value)
+		}
 	}
 }
 
