@@ -49,7 +49,7 @@ type receiver struct {
 	metrics receiveMetrics
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
-	places   chan struct{} // a token for each open stream
+	places   *places       // of the open streams
 	wake     chan struct{} // holds a token when there is a new replay or a place is free
 	rest     []item        // arrived, not yet handed over; owned by ReadBatch
 	stalled  *time.Timer   // fires when nothing happens for a while; owned by ReadBatch
@@ -75,7 +75,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		metrics:    newReceiveMetrics(res.Metrics()),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
-		places:     make(chan struct{}, conf.streams.maxOpen),
+		places:     newPlaces(conf.streams.maxOpen, conf.streams.shared),
 		sources:    make(map[*cryo.Session]*source),
 		deliveries: make(map[*delivery]struct{}),
 	}

@@ -76,9 +76,9 @@ func (r *receiver) discard(st *cryo.IncomingStream) {
 // acknowledged when it was read to its end and each message cut from it is
 // delivered, and the stream cancelled as soon as one of these fails.
 type transfer struct {
-	r       *receiver
-	session *cryo.Session
-	stream  *cryo.IncomingStream
+	r      *receiver
+	source *source
+	stream *cryo.IncomingStream
 
 	mu      sync.Mutex
 	pending int // batches not settled, and the scan itself
@@ -96,31 +96,37 @@ func (t *transfer) done(err error) {
 	t.settled = true
 	if err != nil {
 		_ = t.stream.Reject() // after the end of the session the sender knows
-		if t.session.Err() == nil {
+		if t.source.session.Err() == nil {
 			t.r.metrics.rejected.Incr(1, messageTypeStream)
 		}
 	} else if err := t.stream.Ack(); err != nil {
 		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.LogName(), err)
 	}
-	<-t.r.places
+	t.r.places.give(t.source)
 	t.r.metrics.streamsOpen.add(-1)
 }
 
 // scan takes one stream, from its place among the open ones to its end.
 func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
-	select {
-	case r.places <- struct{}{}:
-	case <-r.stopped.Done():
-		_ = st.Reject() // the session may go on without this input
-		return
-	case <-src.session.Ending():
-		return
+	for {
+		occupied := r.places.take(src)
+		if occupied == nil {
+			break
+		}
+		select {
+		case <-occupied:
+		case <-r.stopped.Done():
+			_ = st.Reject() // the session may go on without this input
+			return
+		case <-src.session.Ending():
+			return
+		}
 	}
 	r.metrics.streamsOpen.add(1)
 	// Whoever waits in Read learns of the end of the input.
 	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
 
-	t := &transfer{r: r, session: src.session, stream: st, pending: 1}
+	t := &transfer{r: r, source: src, stream: st, pending: 1}
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
 		r.log.Warnf("Gave up the stream %q of session %s: %v", st.LogName(), src.id, err)

@@ -50,7 +50,7 @@ func streamsField() *service.ConfigField {
 			Default(64<<20).
 			LintRule(`root = if this.type() == "number" && this < 0 { "field max_bytes can't be negative, got %v".format(this) }`),
 		positiveInt(fieldMaxOpen).
-			Description("How many streams are taken at a time, from all sessions together. Senders of others wait. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
+			Description("How many streams are taken at a time, from all sessions together. Senders of others wait. Where several sessions can be connected, one of them gets no more than it leaves free for others: at most half, and at least one. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
 			Default(cryo.DefaultMaxOpenStreams),
 		positiveDuration(fieldIdleTimeout).
 			Description("A stream of which nothing came for so long is cancelled. Time in which the pipeline is what it waits for doesn't count.").
@@ -66,6 +66,7 @@ type streamConfig struct {
 	pull        bool
 	maxBytes    int64
 	maxOpen     int
+	shared      bool // maxOpen, among several sessions
 	idleTimeout time.Duration
 }
 

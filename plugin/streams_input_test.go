@@ -337,3 +337,33 @@ func TestStreamsAndMessagesInterleave(t *testing.T) {
 		require.Equal(t, want, texts())
 	})
 }
+
+func TestOneClientCannotKeepAllStreamsForItself(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "streams: { max_open: 8, idle_timeout: 10h, scanner: { lines: {} } }"), toProbe)
+		greedy := e.dial()
+		var waiting []*sending
+		for i := range 20 {
+			waiting = append(waiting, sendAny(func() error {
+				_, err := greedy.OpenStream(t.Context(), &cryo.StreamOptions{Name: fmt.Sprint(i)})
+				return err
+			}))
+		}
+		synctest.Wait()
+		opened := 0
+		for _, w := range waiting {
+			select {
+			case err := <-w.done:
+				require.NoError(t, err)
+				opened++
+			default:
+			}
+		}
+		require.Equal(t, 4, opened, "half of them")
+		for i := range 3 { // others get theirs, each its own half of the rest
+			stream := sendStream(e.dial(), "modest", fmt.Sprintf("%d\n", i))
+			e.want(fmt.Sprint(i))[0].deliver()
+			stream.wantAcked(t, "delivered")
+		}
+	})
+}
