@@ -69,6 +69,14 @@ func (p *process) interrupt() {
 	p.wantSuccess()
 }
 
+// terminate is what a service manager does. It wants the process to end, with
+// exit code 0.
+func (p *process) terminate() {
+	p.t.Helper()
+	require.NoError(p.t, p.cmd.Process.Signal(syscall.SIGTERM))
+	p.wantSuccess()
+}
+
 // wantSuccess wants the process to end by itself with exit code 0.
 func (p *process) wantSuccess() {
 	p.t.Helper()
