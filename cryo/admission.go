@@ -87,6 +87,8 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits.", nil}
 	case !s.opts.CheckOrigin(r):
 		return nil, nil, &refusal{http.StatusForbidden, "This origin is not allowed.", nil}
+	case s.opts.Full():
+		return nil, nil, &refusal{http.StatusServiceUnavailable, "The server is behind with sessions that have ended.", nil}
 	}
 	e, refused := s.reserve(u)
 	return u, e, refused

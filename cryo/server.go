@@ -54,6 +54,10 @@ type ServerOptions struct {
 	// with 429. Behind a reverse proxy somebody has to put the client's address
 	// there. Default: no such bound.
 	MaxSessionsPerAddress int
+	// Full is asked about each client that may come in; those that come while it
+	// says true are refused with 503. It is for who keeps something of sessions
+	// that have ended. Default: never.
+	Full func() bool
 	// HandshakeTimeout bounds the time from the upgrade to the client's
 	// ENDPOINT_INFO. Default 10 s. The HTTP server's own time-outs bound what
 	// comes before.
@@ -102,6 +106,9 @@ func NewServer(options ServerOptions) *Server {
 	}
 	if opts.Authorize == nil {
 		opts.Authorize = Tokens()
+	}
+	if opts.Full == nil {
+		opts.Full = func() bool { return false }
 	}
 	if opts.CheckOrigin == nil {
 		opts.CheckOrigin = func(*http.Request) bool { return true }

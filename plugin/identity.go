@@ -45,6 +45,7 @@ type identity struct {
 	// metadata are the session's part in the metadata of all its messages, the
 	// id included. All values are strings. Nobody changes the map.
 	metadata map[string]any
+	bytes    int // of all keys and values
 }
 
 // identityOf gives what is known of a session: of one that was let in what
@@ -58,7 +59,7 @@ func identityOf(s *cryo.Session) *identity {
 
 func newIdentity(session uint64) *identity {
 	id := strconv.FormatUint(session, 10)
-	return &identity{id: id, metadata: map[string]any{metaSessionID: id}}
+	return &identity{id: id, metadata: map[string]any{metaSessionID: id}, bytes: len(metaSessionID) + len(id)}
 }
 
 // describe gives a message the session's metadata.
@@ -89,6 +90,7 @@ type sessionMetadata struct {
 func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map[string]any) (*identity, error) {
 	i := newIdentity(u.SessionID)
 	i.metadata[metaRemoteAddress] = u.Request.RemoteAddr
+	i.bytes += len(metaRemoteAddress) + len(u.Request.RemoteAddr)
 	fields, size := 0, 0
 	add := func(key, value string) {
 		i.metadata[key] = value
@@ -113,5 +115,6 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	if fields > maxIdentityFields || size > maxIdentityBytes {
 		return nil, fmt.Errorf("the session would have %d fields of metadata with %d bytes, it may have %d with %d", fields, size, maxIdentityFields, maxIdentityBytes)
 	}
+	i.bytes += size
 	return i, nil
 }

@@ -19,7 +19,7 @@ func inputSpec() *service.ConfigSpec {
 		Summary("Connects to a Cryo server and receives its messages.").
 		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance+aboutMetrics).
 		Fields(dialFields()...).
-		Fields(receiveFields()...).
+		Fields(receiveFields(false)...).
 		Field(maxBufferField()).
 		LintRule(`root = `+dialLint).
 		Example("From a Cryo server to files", "Messages of a Cryo server are appended to a file; each is acknowledged when it is written.", `
@@ -50,7 +50,7 @@ func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error
 	if err != nil {
 		return nil, err
 	}
-	rc, err := receiveConfigFromParsed(conf)
+	rc, err := receiveConfigFromParsed(conf, false)
 	if err != nil {
 		return nil, err
 	}

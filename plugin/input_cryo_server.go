@@ -19,9 +19,9 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+receivePerformance+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receivePerformance+aboutMetrics).
 		Fields(listenFields()...).
-		Fields(receiveFields()...).
+		Fields(receiveFields(true)...).
 		LintRule(`root = `+listenLint).
 		Example("Clients to a file", "What Cryo clients send is appended to a file; each message is acknowledged when it is written.", `
 input:
@@ -50,7 +50,7 @@ func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*server
 	if err != nil {
 		return nil, err
 	}
-	rc, err := receiveConfigFromParsed(conf)
+	rc, err := receiveConfigFromParsed(conf, true)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -174,6 +175,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		MaxSessionsPerAddress: settings.MaxSessionsPerAddress,
 		HandshakeTimeout:      settings.HandshakeTimeout,
 		CheckOrigin:           settings.allowsOrigin,
+		Full:                  ln.full,
 	}
 	ln.metrics.watch(&opts)
 	ln.server = cryo.NewServer(opts)
@@ -228,8 +230,7 @@ func (ln *listener) connected(s *cryo.Session) {
 	ln.log.Debugf("Session %d connected from %v", s.ID(), identityOf(s).metadata[metaRemoteAddress])
 	switch {
 	case len(ln.inputs) > 0:
-		ln.inputs[ln.next%len(ln.inputs)].receiveFrom(s)
-		ln.next++
+		ln.inputFor(s).receiveFrom(s)
 	case ln.refusing:
 		s.Refuse(true)
 	default:
@@ -243,6 +244,31 @@ func (ln *listener) connected(s *cryo.Session) {
 func (ln *listener) disconnected(s *cryo.Session) {
 	ln.metrics.sessions.add(-1)
 	ln.log.Debugf("Session %d disconnected: %v", s.ID(), s.Err())
+}
+
+// inputFor gives each input its turn, unless one has yet to tell of the session
+// that this one has taken over.
+func (ln *listener) inputFor(s *cryo.Session) *receiver {
+	id := identityOf(s).id
+	for _, in := range ln.inputs {
+		if in.follows(id) {
+			return in
+		}
+	}
+	ln.next++
+	return ln.inputs[(ln.next-1)%len(ln.inputs)]
+}
+
+// full tells whether the inputs have to tell of as many sessions as they may:
+// those that are connected, and once more as many that have left.
+func (ln *listener) full() bool {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	untold := 0
+	for _, in := range ln.inputs {
+		untold += in.untold()
+	}
+	return untold >= 2*ln.settings.MaxSessions
 }
 
 // addInput lets an input receive: the first from all sessions that are there,
@@ -277,11 +303,20 @@ func (ln *listener) removeInput(r *receiver, last bool) {
 	case len(ln.inputs) == 0:
 		ln.refuseLocked(orphans)
 	default:
+		// Of two with the same id the one that has ended is told of first.
+		slices.SortStableFunc(orphans, func(a, b *cryo.Session) int { return cmp.Compare(ended(b), ended(a)) })
 		for _, s := range orphans {
 			ln.inputs[0].receiveFrom(s)
 		}
 	}
 	r.rejectRest()
+}
+
+func ended(s *cryo.Session) int {
+	if s.Err() != nil {
+		return 1
+	}
+	return 0
 }
 
 func (ln *listener) refuseWithoutInput() {

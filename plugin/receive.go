@@ -20,20 +20,32 @@ import (
 type source struct {
 	session *cryo.Session
 	*identity
-	ended chan struct{} // closed when all it received is taken
+	ended chan struct{} // closed when all it received is taken, and told of
+
+	// Where sessions are told of.
+	before   *source // one with the same id that this one follows, if any
+	underway underway
 }
 
-// item is a received message on its way to the pipeline, or in it: one frame, or
-// what a scanner has cut from a stream.
+// item is a received message on its way to the pipeline, or in it: one frame,
+// what a scanner has cut from a stream, or an event.
 type item struct {
 	source   *source
-	message  *cryo.Message    // nil of a stream
+	message  *cryo.Message    // a frame; of all else nil
 	part     *service.Message // nil of a frame
-	scanned  *scanned         // the batch that part belongs to …
+	of       settler          // what the part belongs to: a scanner's batch or an event …
 	at       int              // … and its place there
 	failures int              // failed deliveries so far
 	due      time.Time        // when it may be tried again
 }
+
+// settler learns what becomes of its parts; nil is delivered.
+type settler interface{ done(at int, err error) }
+
+var (
+	_ settler = (*scanned)(nil)
+	_ settler = (*sessionEvent)(nil)
+)
 
 // delivery is a batch in the pipeline.
 type delivery struct {
@@ -60,6 +72,7 @@ type receiver struct {
 
 	mu         sync.Mutex
 	sources    map[*cryo.Session]*source
+	byID       map[string]*source     // the last one of each id, where sessions are told of
 	deliveries map[*delivery]struct{} // not settled
 	stallTold  bool                   // a stall was reported, and nothing settled since
 	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
@@ -77,6 +90,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		wake:       make(chan struct{}, 1),
 		places:     newPlaces(conf.streams.maxOpen, conf.streams.shared),
 		sources:    make(map[*cryo.Session]*source),
+		byID:       make(map[string]*source),
 		deliveries: make(map[*delivery]struct{}),
 	}
 	r.stalled = time.NewTimer(stallPatience)
@@ -87,23 +101,35 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 // receiveFrom starts to take a session's messages. The channel is closed when
 // all that the session had received is taken and no more will come.
 func (r *receiver) receiveFrom(s *cryo.Session) <-chan struct{} {
-	src := &source{session: s, identity: identityOf(s), ended: make(chan struct{})}
+	src := &source{session: s, identity: identityOf(s), ended: make(chan struct{}), underway: underway{none: make(chan struct{}, 1)}}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if known := r.sources[s]; known != nil {
 		return known.ended
 	}
 	r.sources[s] = src
+	if r.conf.sessions {
+		src.before, r.byID[src.id] = r.byID[src.id], src
+	}
 	r.pumps.Go(func() {
-		var streams sync.WaitGroup
-		streams.Go(func() { r.acceptStreams(src) })
-		r.pump(src)
-		streams.Wait() // what was complete of those that were cut off is taken too
-		if r.stopped.Err() == nil {
+		if r.takeAll(src) {
 			r.forget(src)
 		}
 	})
 	return src.ended
+}
+
+// takeAll takes what a session receives, from its beginning to its end. It
+// reports false when the input ends first.
+func (r *receiver) takeAll(src *source) bool {
+	if !r.tellArrival(src) {
+		return false
+	}
+	var streams sync.WaitGroup
+	streams.Go(func() { r.acceptStreams(src) })
+	r.pump(src)
+	streams.Wait() // what was complete of those that were cut off is taken too
+	return r.stopped.Err() == nil && r.tellDeparture(src)
 }
 
 // pump takes a session's messages in order. What the session received before
@@ -119,14 +145,24 @@ func (r *receiver) pump(src *source) {
 		if len(items) == 0 {
 			continue
 		}
-		select {
-		case r.arrivals <- items:
-		case <-r.stopped.Done():
-			r.mu.Lock()
-			r.abandoned = append(r.abandoned, items...)
-			r.mu.Unlock()
+		r.setsOut(src, len(items))
+		if !r.offer(items) {
 			return
 		}
+	}
+}
+
+// offer waits until the items are taken. It reports false, and keeps them for
+// rejectRest, when the input ends first.
+func (r *receiver) offer(items []item) bool {
+	select {
+	case r.arrivals <- items:
+		return true
+	case <-r.stopped.Done():
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.abandoned = append(r.abandoned, items...)
+		return false
 	}
 }
 
@@ -135,6 +171,10 @@ func (r *receiver) forget(src *source) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.sources, src.session)
+	if r.byID[src.id] == src {
+		delete(r.byID, src.id)
+	}
+	src.before = nil // or all there ever were would be kept
 	close(src.ended)
 }
 
@@ -300,6 +340,7 @@ func (r *receiver) settle(d *delivery, err error) {
 	if !first {
 		return
 	}
+	r.cameThrough(d.items)
 	delivered, failed := d.split(err)
 	if !r.conf.onReceipt {
 		r.acknowledge(delivered)
@@ -358,7 +399,7 @@ func (r *receiver) acknowledge(items []item) {
 		if items[i].message != nil {
 			messages = append(messages, items[i].message)
 		} else {
-			items[i].scanned.done(items[i].at, nil)
+			items[i].of.done(items[i].at, nil)
 		}
 	}
 	if len(messages) > 0 {
@@ -389,7 +430,7 @@ func (it *item) reject() {
 	if it.message != nil {
 		_ = it.message.Reject(rejection)
 	} else {
-		it.scanned.done(it.at, errNotDelivered)
+		it.of.done(it.at, errNotDelivered)
 	}
 }
 

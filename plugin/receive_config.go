@@ -86,14 +86,20 @@ What limits the throughput is mostly ` + "`max_in_flight`" + ` divided by the ti
 The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for streams, with a scanner that needs the whole of one (` + "`to_the_end`" + `), ` + "`streams.max_open`" + ` times ` + "`streams.max_bytes`" + `. A scanner that cuts streams up (` + "`lines`" + `, ` + "`csv`" + `, ` + "`chunker`" + `) needs little, however long they are.
 `
 
-func receiveFields() []*service.ConfigField {
+// receiveFields are those of an input; sessions tells whether it can tell of
+// sessions.
+func receiveFields(sessions bool) []*service.ConfigField {
+	about := ""
+	if sessions {
+		about = " `session` tells of clients that connect and leave."
+	}
 	return []*service.ConfigField{
 		service.NewStringListField(fieldMessageTypes).
-			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports). Others are acknowledged, counted (`cryo_filtered`) and dropped, as by a mapping's `deleted()`.").
+			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_filtered`) and dropped, as by a mapping's `deleted()`.").
 			Default([]any{"utf8", "binary", messageTypeStream}).
 			LintRule(`
-let known = [ "utf8", "binary", "stream", "error" ]
-root = if this.type() == "array" && this.length() == 0 { [ "field message_types is empty: no message would ever be taken" ] } else if this.type() == "array" { this.filter(t -> !$known.contains(t)).map_each(t -> "field message_types: unknown message type %v, it has to be utf8, binary, stream or error".format(t)) }`),
+let known = "` + knownMessageTypes(sessions) + `".re_replace_all(" or ", ", ").split(", ")
+root = if this.type() == "array" && this.length() == 0 { [ "field message_types is empty: no message would ever be taken" ] } else if this.type() == "array" { this.filter(t -> !$known.contains(t)).map_each(t -> "field message_types: unknown message type %v, it has to be ` + knownMessageTypes(sessions) + `".format(t)) }`),
 		service.NewStringAnnotatedEnumField(fieldAcknowledge, map[string]string{
 			acknowledgeDelivered: "When the outputs of the pipeline have the message.",
 			acknowledgeReceived:  "When the message is handed to the pipeline. What is in the pipeline, or on its way there, is lost when the process ends. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
@@ -123,6 +129,7 @@ func maxBufferField() *service.ConfigField {
 
 type receiveConfig struct {
 	types         map[cryo.Type]bool
+	sessions      bool // are told of
 	onReceipt     bool // acknowledge: received
 	maxInFlight   int
 	maxBatchCount int
@@ -130,20 +137,32 @@ type receiveConfig struct {
 	streams       streamConfig
 }
 
-func receiveConfigFromParsed(conf *service.ParsedConfig) (c receiveConfig, err error) {
+// knownMessageTypes lists them in words.
+func knownMessageTypes(sessions bool) string {
+	if sessions {
+		return "utf8, binary, stream, error or session"
+	}
+	return "utf8, binary, stream or error"
+}
+
+func receiveConfigFromParsed(conf *service.ParsedConfig, sessions bool) (c receiveConfig, err error) {
 	names, err := conf.FieldStringList(fieldMessageTypes)
 	if err != nil {
 		return c, err
 	}
 	c.types = make(map[cryo.Type]bool)
 	for _, name := range names {
+		if sessions && name == messageTypeSession {
+			c.sessions = true
+			continue
+		}
 		t, ok := messageTypes[name]
 		if !ok {
-			return c, fmt.Errorf("field %s: unknown message type %s, it has to be utf8, binary, stream or error", fieldMessageTypes, name)
+			return c, fmt.Errorf("field %s: unknown message type %s, it has to be %s", fieldMessageTypes, name, knownMessageTypes(sessions))
 		}
 		c.types[t] = true
 	}
-	if len(c.types) == 0 {
+	if len(names) == 0 {
 		return c, fmt.Errorf("field %s is empty: no message would ever be taken", fieldMessageTypes)
 	}
 	acknowledge, err := conf.FieldString(fieldAcknowledge)

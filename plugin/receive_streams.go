@@ -299,9 +299,10 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
 		m.MetaSetMut(metaStreamSize, t.stream.Size())
 		src.describe(m)
-		items[i] = item{source: src, scanned: b, at: i, part: m}
+		items[i] = item{source: src, part: m, of: b, at: i}
 	}
 	src.session.Hold(b.bytes)
+	r.setsOut(src, len(items))
 	t.mu.Lock()
 	t.pending++
 	t.mu.Unlock()
