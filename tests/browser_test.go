@@ -59,8 +59,17 @@ func browse(t *testing.T, pageURL, server string) *page {
 	})
 	require.NoError(t, chromedp.Run(ctx)) // starts it, for as long as ctx lives
 	p := &page{t, ctx}
-	p.do(chromedp.Navigate(pageURL + "#" + url.Values{"server": {server}, "token": {token}}.Encode()))
+	p.do(chromedp.Navigate(hash(pageURL, server)))
 	return p
+}
+
+// hash tells the page which server to talk to, with which token.
+func hash(pageURL, server string) string {
+	return pageURL + "#" + url.Values{"server": {server}, "token": {token}}.Encode()
+}
+
+func servePage(w http.ResponseWriter, r *http.Request) {
+	http.ServeFile(w, r, "../config/browser/index.html")
 }
 
 func (p *page) do(actions ...chromedp.Action) {
@@ -111,7 +120,7 @@ const (
 
 func TestBrowsersTalkThroughAPipeline(t *testing.T) {
 	pageAddress := freeAddress(t)
-	p := launch(t, nil, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "PAGE_ADDRESS=" + pageAddress},
+	p := launch(t, nil, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "PAGE_ADDRESS=" + pageAddress, "PAGE_ORIGIN=http://" + pageAddress},
 		"streams", "--set", "http.enabled=false", "config/browser")
 	address := p.wantLogged("Listening for Cryo clients on ")
 	p.wantLogged("Receiving HTTP messages at: ")
@@ -156,6 +165,14 @@ func TestBrowsersTalkThroughAPipeline(t *testing.T) {
 		.then(sum => [...new Uint8Array(sum)].map(b => b.toString(16).padStart(2, "0")).join(""))`,
 		&sum, func(p *runtime.EvaluateParams) *runtime.EvaluateParams { return p.WithAwaitPromise(true) }))
 	require.Equal(t, fmt.Sprintf("%x", sha256.Sum256(content)), sum, "what the page has received")
+
+	// The same page, served by somebody else. A browser tells a page nothing
+	// of why it is refused.
+	stranger := listen(t)
+	cryotest.ServeOn(t, stranger, http.HandlerFunc(servePage))
+	browser.do(chromedp.Navigate(hash("http://"+stranger.Addr().String()+"/", "ws://"+address)))
+	p.wantLogged("This origin is not allowed")
+	browser.wantState("connecting …")
 }
 
 func acceptStream(t *testing.T, s *cryo.Session) *cryo.IncomingStream {
@@ -173,7 +190,7 @@ func withPeer(t *testing.T) (*page, *cryotest.Server) {
 	server := cryotest.NewServer(t)
 	routes := http.NewServeMux()
 	routes.Handle("/cryo", server)
-	routes.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, "../config/browser/index.html") })
+	routes.HandleFunc("/", servePage)
 	socket := listen(t)
 	cryotest.ServeOn(t, socket, routes)
 	address := socket.Addr().String()
