@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/http"
@@ -43,15 +44,18 @@ func admissionFields() []*service.ConfigField {
 			Secret().
 			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
 		service.NewBloblangField(fieldAuthorize).
-			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case).
+			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case), and `+"`this.client_certificate`"+`: null, or, where `+"`tls.client_ca_file`"+` asks for it, an object with `+"`common_name`, `dns_names`, `uris` and `serial_number`"+`.
 
 It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of such metadata.
 
 Everything else refuses the client: a mapping that fails or assigns nothing, an empty object, and one with a field `+"`token`"+`, so that neither `+"`root = this`"+` is a way in nor a token becomes metadata. But an object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody. `+"`root = true`"+` lets everybody in.
 
+A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token. With another token, such as a renewed JWT, it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
+
 The methods for JWTs are in the binary `+"`cryo-connect`"+`; a build of your own gets them from Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
+			Example(`root = if this.client_certificate != null { { "device": this.client_certificate.common_name } } else { false }`).
 			Example(`
 let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
@@ -167,11 +171,12 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	// an object, which would let everybody in.
 	var result any
 	err := mapping.Overlay(map[string]any{
-		"token":          u.Token,
-		"session_id":     strconv.FormatUint(u.SessionID, 10),
-		"remote_address": u.Request.RemoteAddr,
-		"query":          parameters,
-		"headers":        headers,
+		"token":              u.Token,
+		"session_id":         strconv.FormatUint(u.SessionID, 10),
+		"remote_address":     u.Request.RemoteAddr,
+		"query":              parameters,
+		"headers":            headers,
+		"client_certificate": certificateOf(u.Request.TLS),
 	}, &result)
 	if err != nil {
 		return nil, fmt.Errorf("the mapping failed: %w", err)
@@ -194,5 +199,27 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 		return nil, errors.New("the mapping says neither yes nor no: it assigned nothing to root, or null")
 	default:
 		return nil, fmt.Errorf("the mapping has to result in true, false or an object, not in %T", result)
+	}
+}
+
+// certificateOf gives what a client's certificate says of it; nil without one
+// that was verified.
+func certificateOf(state *tls.ConnectionState) any {
+	if state == nil || len(state.VerifiedChains) == 0 {
+		return nil
+	}
+	cert := state.PeerCertificates[0]
+	dnsNames, uris := make([]any, len(cert.DNSNames)), make([]any, len(cert.URIs))
+	for i, name := range cert.DNSNames {
+		dnsNames[i] = name
+	}
+	for i, uri := range cert.URIs {
+		uris[i] = uri.String()
+	}
+	return map[string]any{
+		"common_name":   cert.Subject.CommonName,
+		"dns_names":     dnsNames,
+		"uris":          uris,
+		"serial_number": cert.SerialNumber.Text(16),
 	}
 }

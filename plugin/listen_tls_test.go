@@ -304,3 +304,24 @@ func TestAClientThatBreaksTLSOffIsSentAway(t *testing.T) {
 		assert.NoError(t, c.Close())
 	})
 }
+
+func TestAuthorizeSeesTheCertificateOfAClient(t *testing.T) {
+	ca, devices := newAuthority(t, "ca"), newAuthority(t, "devices")
+	dir := t.TempDir()
+	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	ca.issue(t, "server", certFile, keyFile)
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with("cryo_server: { address: '"+somewhere+`', authorize: 'root.device = this.client_certificate.common_name.or("none")' }`,
+			"tls: { cert_file: "+certFile+", key_file: "+keyFile+", client_ca_file: "+devices.file+", client_auth: verify_if_given }"), toProbe)
+		for want, config := range map[string]*tls.Config{"device-1": ca.trusting(devices.client(t, "device-1")), "none": ca.trusting()} {
+			s, err := cryo.Dial(t.Context(), "wss://"+somewhere, &cryo.DialOptions{NetDial: e.net.Dial, TLS: config})
+			require.NoError(t, err)
+			_ = send(s, "hello")
+			a := e.arrival()
+			device, _ := a.batch[0].MetaGet("cryo_auth_device")
+			require.Equal(t, want, device)
+			a.deliver()
+			require.NoError(t, s.Close(t.Context(), ""))
+		}
+	})
+}

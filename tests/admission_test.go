@@ -65,7 +65,6 @@ func TestWithoutASecretNoJWTLetsAnybodyIn(t *testing.T) {
 		Token: jwt(t, "HS256", "", map[string]any{"sub": "ann", "aud": "cryo"}),
 	})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
-	p.interrupt()
 }
 
 func jsonOf(t *testing.T, v any) string {
