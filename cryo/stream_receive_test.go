@@ -226,19 +226,6 @@ func TestNamesComeAsTextAndWithinABound(t *testing.T) {
 	})
 }
 
-func TestWhatIsNoneOfAnOpenStreamIsIgnored(t *testing.T) {
-	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		st := incoming(t, s, peer, 1, 0)
-		require.NoError(t, st.Reject())
-		peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
-		for _, tx := range []uint32{0, 1, 1 << 31} {
-			peer.WriteFrames(txChunk(tx, 0, "?"), txChunk(tx, 1, "?"), txFinish(2, tx))
-		}
-		peer.WantIdle("nothing", time.Hour)
-		serving(t, s, peer)
-	})
-}
-
 func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 3 {

@@ -257,6 +257,9 @@ func (b *blocks) readFrame(head []byte, r io.Reader, t *transport) ([]byte, erro
 		return slices.Clone(frame), nil
 	}
 	b.free = frame[len(frame):]
+	if cap(frame) > maxBlock || cap(b.free) < minBlock {
+		b.free = nil // what is left is of no use, and would keep all of the block while the session is idle
+	}
 	return slices.Clip(frame), nil
 }
 
