@@ -1,0 +1,131 @@
+package tests
+
+import (
+	"go/ast"
+	"go/parser"
+	gotoken "go/token"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// documents are the repository's pages, by path.
+func documents(t *testing.T) map[string]string {
+	t.Helper()
+	pages := make(map[string]string)
+	for _, pattern := range []string{"../*.md", "../docs/*.md", "../docs/components/*/*.md"} {
+		files, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, file := range files {
+			content, err := os.ReadFile(file)
+			require.NoError(t, err)
+			pages[filepath.Clean(file)] = string(content)
+		}
+	}
+	require.NotEmpty(t, pages)
+	return pages
+}
+
+// anchors are the headings of a page, as links name them.
+func anchors(page string) map[string]bool {
+	found := make(map[string]bool)
+	dropped := regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+	for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
+		text := dropped.ReplaceAllString(strings.ToLower(heading[1]), "")
+		found[strings.ReplaceAll(text, " ", "-")] = true
+	}
+	for _, named := range regexp.MustCompile(`<a (?:id|name)="([^"]+)"`).FindAllStringSubmatch(page, -1) {
+		found[named[1]] = true
+	}
+	return found
+}
+
+func TestLinksInTheDocumentationLeadSomewhere(t *testing.T) {
+	pages := documents(t)
+	code := regexp.MustCompile("(?s)```.*?```|`[^`\n]*`")
+	for path, page := range pages {
+		for _, link := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(code.ReplaceAllString(page, ""), -1) {
+			if strings.Contains(link[1], "://") || strings.HasPrefix(link[1], "mailto:") {
+				continue
+			}
+			target, anchor, _ := strings.Cut(link[1], "#")
+			file := path
+			if target != "" {
+				file = filepath.Join(filepath.Dir(path), target)
+				_, err := os.Stat(file)
+				require.NoError(t, err, "%s links to %s", path, link[1])
+			}
+			if other, ok := pages[file]; ok && anchor != "" {
+				require.True(t, anchors(other)[anchor], "%s links to %s, which has no such heading", path, link[1])
+			}
+		}
+	}
+}
+
+// declared are the names in a package: of types, functions, constants and
+// variables as they are, of methods and fields behind their type's.
+func declared(t *testing.T, dir string) map[string]bool {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	require.NoError(t, err)
+	names := make(map[string]bool)
+	for _, file := range files {
+		parsed, err := parser.ParseFile(gotoken.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		require.NoError(t, err)
+		for _, declaration := range parsed.Decls {
+			switch d := declaration.(type) {
+			case *ast.FuncDecl:
+				name := d.Name.Name
+				if d.Recv != nil {
+					receiver := d.Recv.List[0].Type
+					if pointer, ok := receiver.(*ast.StarExpr); ok {
+						receiver = pointer.X
+					}
+					if of, ok := receiver.(*ast.Ident); ok {
+						name = of.Name + "." + name
+					}
+				}
+				names[name] = true
+			case *ast.GenDecl:
+				for _, spec := range d.Specs {
+					switch s := spec.(type) {
+					case *ast.TypeSpec:
+						names[s.Name.Name] = true
+					case *ast.ValueSpec:
+						for _, name := range s.Names {
+							names[name.Name] = true
+						}
+					}
+				}
+			}
+		}
+	}
+	return names
+}
+
+// TestTheArchitectureIsOfThisCode keeps the names in docs/architecture.md from
+// outliving what they name.
+func TestTheArchitectureIsOfThisCode(t *testing.T) {
+	page, err := os.ReadFile("../docs/architecture.md")
+	require.NoError(t, err)
+	names := declared(t, "../cryo")
+	for name := range declared(t, "../plugin") {
+		names[name] = true
+	}
+	found := 0
+	// Those of the diagram are not in backquotes.
+	pattern := regexp.MustCompile("`(?:cryo\\.)?([A-Za-z]+(?:\\.[A-Za-z]+)?)`|\\b((?:Session|receiver|outbox)\\.[A-Za-z]+)")
+	for _, match := range pattern.FindAllStringSubmatch(string(page), -1) {
+		name := match[1] + match[2]
+		if name == strings.ToLower(name) && !names[name] {
+			continue // a package, a component, a field or a file
+		}
+		require.True(t, names[name], "docs/architecture.md names %s, which is not there", name)
+		found++
+	}
+	require.Greater(t, found, 30)
+}
