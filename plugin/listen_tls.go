@@ -56,7 +56,7 @@ func listenTLSField() *service.ConfigField {
 			Default("tls12").
 			Advanced(),
 	).
-		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that change are read again within a second of the next client, without a restart; sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the files are tried again.")
+		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, looked at no more than once a second; nothing is restarted, and sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the new ones are tried again.")
 }
 
 // listenTLSLint finds half a certificate.

@@ -3,6 +3,7 @@ package plugin
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -97,6 +98,24 @@ func TestAnEventThatFailsIsTriedAgainBeforeAllThatFollows(t *testing.T) {
 		e.told(t, "7 disconnected").fail(errors.New("no"))
 		e.told(t, "7 disconnected").deliver()
 		e.wantNoArrival("all is told")
+	})
+}
+
+func TestASessionLeavesBehindItsStreams(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(telling, "streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.visit(t, 7)
+		e.told(t, "7 connected").deliver()
+		_ = sendAny(func() error {
+			return client.SendStream(t.Context(), strings.NewReader("one\ntwo\n"), &cryo.StreamOptions{Name: "lines"})
+		})
+		lines := e.arrivalsOf("one", "two")
+		synctest.Wait()
+		end(client)
+		lines["one"].deliver()
+		e.wantNoArrival("two is in the pipeline")
+		lines["two"].deliver()
+		e.told(t, "7 disconnected").deliver()
 	})
 }
 

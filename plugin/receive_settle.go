@@ -1,0 +1,145 @@
+package plugin
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// What the pipeline's verdict does: acknowledgements, rejections, replays.
+
+// settle acts on the pipeline's verdict over a batch, message by message: one
+// that fails holds up none of the others. Only the first verdict counts.
+func (r *receiver) settle(d *delivery, err error) {
+	r.mu.Lock()
+	_, first := r.deliveries[d]
+	delete(r.deliveries, d)
+	r.mu.Unlock()
+	if !first {
+		return
+	}
+	r.cameThrough(d.items)
+	delivered, failed := d.split(err)
+	if !r.conf.onReceipt {
+		r.acknowledge(delivered)
+	}
+	gone := len(delivered)
+	switch {
+	case len(failed) == 0:
+	case r.conf.replay:
+		r.log.Debugf("Trying %d messages again that were not delivered: %v", len(failed), err)
+		r.replayLater(failed)
+	default:
+		gone += len(failed)
+		r.reject(failed, err)
+	}
+	r.mu.Lock()
+	r.inFlight -= gone
+	r.stallTold = false
+	r.mu.Unlock()
+	r.metrics.unacknowledged.add(-gone)
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// split tells the delivered messages from the failed ones. Delivered is only
+// what the error names as such: it says nothing of messages that were merged
+// into another, so they have failed with it. When it can't tell, all have.
+func (d *delivery) split(err error) (delivered, failed []item) {
+	if err == nil {
+		return d.items, nil
+	}
+	var batchErr *service.BatchError
+	if d.index == nil || !errors.As(err, &batchErr) {
+		return nil, d.items
+	}
+	named, bad := make([]bool, len(d.items)), make([]bool, len(d.items))
+	batchErr.WalkMessagesIndexedBy(d.index, func(i int, _ *service.Message, err error) bool {
+		named[i] = true
+		bad[i] = bad[i] || err != nil // a message may have become several
+		return true
+	})
+	for i, it := range d.items {
+		if named[i] && !bad[i] {
+			delivered = append(delivered, it)
+		} else {
+			failed = append(failed, it)
+		}
+	}
+	return delivered, failed
+}
+
+func (r *receiver) acknowledge(items []item) {
+	messages := make([]*cryo.Message, 0, len(items))
+	for i := range items {
+		if items[i].message != nil {
+			messages = append(messages, items[i].message)
+		} else {
+			items[i].of.done(items[i].at, nil)
+		}
+	}
+	if len(messages) > 0 {
+		r.metrics.acknowledged(messages[0])
+	}
+	if err := cryo.AckBatch(messages); err != nil {
+		r.log.Debugf("Delivered, but the sender can't be told and may send again: %v", err)
+	}
+}
+
+func (r *receiver) reject(items []item, cause error) {
+	if r.conf.onReceipt {
+		r.log.Errorf("Lost %d messages that were acknowledged when they were received: %v", len(items), cause)
+		return
+	}
+	r.log.Errorf("Rejected %d messages: %v", len(items), cause)
+	for _, it := range items {
+		if it.message != nil {
+			r.metrics.rejected.Incr(1, messageTypeName(it.message.Type))
+		}
+		it.reject()
+	}
+}
+
+// reject tells the sender. If its session has ended, it knows already, and this
+// frees the memory that the item counts.
+func (it *item) reject() {
+	if it.message != nil {
+		_ = it.message.Reject(rejection)
+	} else {
+		it.of.done(it.at, errNotDelivered)
+	}
+}
+
+var errNotDelivered = errors.New(rejection)
+
+// replayLater lets failed messages be handed over again, each alone, so that the
+// next failure is its own. The wait doubles from 10 ms to one second.
+func (r *receiver) replayLater(failed []item) {
+	now := time.Now()
+	r.mu.Lock()
+	if r.gone {
+		r.mu.Unlock()
+		for _, it := range failed {
+			it.reject()
+		}
+		return
+	}
+	defer r.mu.Unlock()
+	for _, it := range failed {
+		it.due = now.Add(min(10*time.Millisecond<<min(it.failures, 10), time.Second))
+		it.failures++
+		at, _ := slices.BinarySearchFunc(r.replays, it.due, func(other item, due time.Time) int {
+			if other.due.After(due) {
+				return 1
+			}
+			return -1 // behind those that are due at the same time
+		})
+		r.replays = slices.Insert(r.replays, at, it)
+	}
+}
