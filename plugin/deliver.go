@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -103,13 +104,19 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 	defer going.Wait()
 	if slices.ContainsFunc(part, func(m parcel) bool { return m.isStream }) {
 		// A stream travels step by step, with a goroutine for each session.
+		paced, done, end := o.paced(ctx)
+		defer end()
 		for _, session := range g.sessions {
 			going.Go(func() {
 				errs := make([]error, len(part))
-				o.send(ctx, session, part, errs)
+				o.send(paced, session, part, errs)
+				if len(unfailed(errs)) > 0 {
+					done()
+				}
 				o.settle(ctx, g, session, errs, outcomes)
 			})
 		}
+		going.Wait()
 		return
 	}
 	bounded, cancel := o.bound(ctx)
@@ -128,6 +135,20 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 		o.metrics.settled(part, failed.Errs)
 		going.Go(func() { o.settle(ctx, g, g.sessions[i], failed.Errs, outcomes) }) // closing takes its time
 	}
+}
+
+// paced bounds the time that slow sessions have for streams that others get too:
+// each step of a stream may take as long as ack_timeout, which makes no bound for
+// all of it. When the first one is done, the others have as long again, and
+// ack_timeout.
+func (o *serverOutput) paced(ctx context.Context) (paced context.Context, done, end func()) {
+	paced, cancel := context.WithCancelCause(ctx)
+	begin := time.Now()
+	late := time.AfterFunc(1<<62, func() {
+		cancel(fmt.Errorf("a stream that others have got: %w twice their time and %s (%v)", errLate, fieldAckTimeout, o.ackTimeout))
+	})
+	done = sync.OnceFunc(func() { late.Reset(time.Since(begin) + o.ackTimeout) })
+	return paced, done, func() { late.Stop(); cancel(nil) }
 }
 
 // settle notes what became of a group's messages at one of its sessions. A

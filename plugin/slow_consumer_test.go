@@ -1,0 +1,122 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Clients that take what they are sent slowly, or not at all. What becomes of
+// them is told in docs/guarantees.md.
+
+// A slow client acknowledges each message after ten seconds, the others at once.
+func TestASlowClientOfABroadcastIsKeptUpToMaxInFlightBehind(t *testing.T) {
+	toAll(t, "max_in_flight: 5", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		quick, slow := clients[0], clients[1]
+		var sent []*fed
+		for i := range 5 {
+			sent = append(sent, e.give(fmt.Sprint(i)))
+		}
+		begin := time.Now()
+		for range 5 {
+			require.NoError(t, receive(t, quick).Ack())
+		}
+		require.Zero(t, time.Since(begin), "the others get them at once, as many as may be on their way")
+		for range 5 {
+			time.Sleep(5 * time.Second)
+			require.NoError(t, receive(t, slow).Ack())
+		}
+		for _, f := range sent {
+			f.wantDelivered(t, "acknowledged by both")
+		}
+		require.NoError(t, slow.Err(), "slow, but never late")
+	})
+}
+
+func TestAClientThatReadsNothingCostsTheOthersOneAckTimeout(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "ack_timeout: 5s, max_in_flight: 3"))
+		deaf := e.rawClient()
+		deaf.Conn().StopReading()
+		quick := e.dial()
+		begin := time.Now()
+		var sent []*fed
+		for i := range 20 {
+			sent = append(sent, e.give(fmt.Sprint(i)))
+		}
+		for range 20 {
+			require.NoError(t, receive(t, quick).Ack())
+		}
+		for _, f := range sent {
+			f.wantDelivered(t, "by the one that takes part")
+		}
+		require.Equal(t, 5*time.Second, time.Since(begin))
+		e.log.want(t, "WARN Closing session 77: waiting for the acknowledgement: none within ack_timeout (5s)")
+	})
+}
+
+func TestAClientThatReadsNothingHoldsUpNoMessageForAnother(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '${! content() }'"))
+		deaf := e.rawClient()
+		deaf.Conn().StopReading()
+		quick := e.dial()
+		for range 20 { // fewer than max_in_flight
+			e.give("77")
+		}
+		begin := time.Now()
+		for range 100 {
+			f := e.give(fmt.Sprint(quick.ID()))
+			require.NoError(t, receive(t, quick).Ack())
+			f.wantDelivered(t, "acknowledged")
+		}
+		require.Zero(t, time.Since(begin))
+	})
+}
+
+// Each of its steps is in time, all of them together would take ten minutes.
+func TestASlowReaderOfABroadcastStreamIsClosedWhenOthersHaveItForLong(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "message_type: stream, ack_timeout: 30s"))
+		quick := e.dial()
+		slow, err := e.tryDial(cryo.DialOptions{Token: token, SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
+		require.NoError(t, err)
+		synctest.Wait()
+
+		f := e.give(strings.Repeat("x", 8<<20))
+		begin := time.Now()
+		slowly := sendAny(func() error {
+			st, err := slow.AcceptStream(context.Background())
+			if err != nil {
+				return err
+			}
+			for err == nil {
+				_, err = io.CopyN(io.Discard, st, 64<<10)
+				time.Sleep(5 * time.Second)
+			}
+			return err
+		})
+		st, err := quick.AcceptStream(t.Context())
+		require.NoError(t, err)
+		_, err = io.Copy(io.Discard, st)
+		require.NoError(t, err)
+		time.Sleep(10 * time.Second)
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "to the one that took it")
+		require.Equal(t, 10*time.Second+10*time.Second+30*time.Second, time.Since(begin))
+		synctest.Wait()
+		require.NoError(t, quick.Err())
+		require.Error(t, slowly.result(t), "cut off")
+		require.Error(t, slow.Err())
+		e.log.want(t, fmt.Sprintf("WARN Closing session %d: ", slow.ID()))
+		e.log.want(t, "a stream that others have got: none within twice their time and ack_timeout (30s)")
+	})
+}
