@@ -12,6 +12,7 @@ import (
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/goleak"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -31,6 +32,7 @@ type engine struct {
 	net     *memoryNet
 	log     *logBook
 	metrics *metricsBook
+	spans   *spanBook // nil: none are made
 	probe   *probe
 	feed    chan *fed
 	shared  *listeners // of all pipelines, as in streams mode
@@ -54,25 +56,37 @@ func newEngine(t *testing.T) *engine {
 	must := func(err error) { require.NoError(t, err) }
 	must(e.env.RegisterBatchInput("cryo", specs()["input cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 		in, err := newInput(conf, res)
-		if err == nil {
-			in.opts.NetDial = e.dialer
+		if err != nil {
+			return nil, err
 		}
-		return in, err
+		in.opts.NetDial = e.dialer
+		return withExtraction(conf, "cryo", in)
 	}))
 	must(e.env.RegisterBatchOutput("cryo", specs()["output cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
 		out, policy, maxInFlight, err := newOutput(conf, res)
-		if err == nil {
-			out.opts.NetDial = e.dialer
+		if err != nil {
+			return nil, policy, 0, err
 		}
-		return out, policy, maxInFlight, err
+		out.opts.NetDial = e.dialer
+		traced, err := withInjection(conf, "cryo", out)
+		return traced, policy, maxInFlight, err
 	}))
 	must(e.env.RegisterBatchInput("cryo_server", specs()["input cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 		res.GetOrSetGeneric(listenersKey{}, e.shared)
-		return newServerInput(conf, res)
+		in, err := newServerInput(conf, res)
+		if err != nil {
+			return nil, err
+		}
+		return withExtraction(conf, "cryo_server", in)
 	}))
 	must(e.env.RegisterBatchOutput("cryo_server", specs()["output cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
 		res.GetOrSetGeneric(listenersKey{}, e.shared)
-		return newServerOutput(conf, res)
+		out, policy, maxInFlight, err := newServerOutput(conf, res)
+		if err != nil {
+			return nil, policy, 0, err
+		}
+		traced, err := withInjection(conf, "cryo_server", out)
+		return traced, policy, maxInFlight, err
 	}))
 	for name, maxInFlight := range map[string]int{"probe": 100, "serial": 1} {
 		spec := service.NewConfigSpec().Field(service.NewBatchPolicyField("batching"))
@@ -89,6 +103,9 @@ func newEngine(t *testing.T) *engine {
 	}))
 	must(e.env.RegisterMetricsExporter("book", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Logger) (service.MetricsExporter, error) {
 		return e.metrics, nil
+	}))
+	must(e.env.RegisterOtelTracerProvider("spans", service.NewConfigSpec(), func(*service.ParsedConfig) (trace.TracerProvider, error) {
+		return e.spans, nil
 	}))
 	return e
 }
@@ -116,6 +133,9 @@ func (e *engine) start(input, output string, processors ...string) *pipeline {
 	b := e.env.NewStreamBuilder()
 	b.SetLogger(e.log.logger())
 	require.NoError(e.t, b.SetMetricsYAML(`book: {}`))
+	if e.spans != nil {
+		require.NoError(e.t, b.SetTracerYAML(`spans: {}`))
+	}
 	require.NoError(e.t, b.AddInputYAML(input))
 	for _, p := range processors {
 		require.NoError(e.t, b.AddProcessorYAML(p))

@@ -8,7 +8,11 @@ import (
 
 func init() {
 	service.MustRegisterBatchInput("cryo", inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		return newInput(conf, res)
+		in, err := newInput(conf, res)
+		if err != nil {
+			return nil, err
+		}
+		return withExtraction(conf, "cryo", in)
 	})
 }
 
@@ -17,7 +21,7 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost.\n"+receiveGuarantee+receiveMetadata+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
 		Field(maxBufferField()).

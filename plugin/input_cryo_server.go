@@ -10,7 +10,11 @@ import (
 
 func init() {
 	service.MustRegisterBatchInput("cryo_server", serverInputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		return newServerInput(conf, res)
+		in, err := newServerInput(conf, res)
+		if err != nil {
+			return nil, err
+		}
+		return withExtraction(conf, "cryo_server", in)
 	})
 }
 
@@ -19,7 +23,7 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receivePerformance+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(receiveFields(true)...).
 		LintRule(`root = `+listenLint).

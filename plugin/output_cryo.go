@@ -11,7 +11,12 @@ import (
 
 func init() {
 	service.MustRegisterBatchOutput("cryo", outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		return newOutput(conf, res)
+		out, policy, maxInFlight, err := newOutput(conf, res)
+		if err != nil {
+			return nil, policy, 0, err
+		}
+		traced, err := withInjection(conf, "cryo", out)
+		return traced, policy, maxInFlight, err
 	})
 }
 
@@ -27,7 +32,7 @@ func outputSpec() *service.ConfigSpec {
 A message counts as delivered when the server has acknowledged it. One that the server refuses, or does not acknowledge in time, is rejected to the input, alone; the others of its batch are not sent again.
 
 Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.
-`+sendMetadata+sendPerformance+aboutMetrics).
+`+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(sendFields()...).
 		LintRule(`root = `+dialLint).

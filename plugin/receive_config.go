@@ -117,6 +117,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Advanced(),
 		service.NewAutoRetryNacksToggleField().
 			Description("What to do with a message that the outputs fail to deliver. If `true`, it goes through the pipeline again until it is delivered, and its sender waits. If `false`, the sender is told at once, by a Cryo ERROR, that it was not delivered."),
+		extractTracingField(),
 	}
 }
 

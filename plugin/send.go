@@ -68,6 +68,7 @@ func sendFields() []*service.ConfigField {
 		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
 			Description("How many batches may be on their way at a time; without `batching` a batch is mostly one message. With 1 the order of messages is kept even when some have to be sent again. Messages stay in memory while they are on their way, so keep it low for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
+		injectTracingField(),
 	}
 }
 

@@ -1,6 +1,6 @@
 // Command cryo-connect is Redpanda Connect's engine with the Cryo components
-// built in, with the components that reach Kafka, S3, HTTP and Prometheus, and
-// with Bloblang's methods for JWTs.
+// built in, with the components that reach Kafka, S3, HTTP, Prometheus and
+// Jaeger, and with Bloblang's methods for JWTs.
 //
 // Try "cryo-connect help", or "cryo-connect list inputs".
 package main
@@ -14,6 +14,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 	_ "github.com/redpanda-data/connect/v4/public/components/aws"
 	_ "github.com/redpanda-data/connect/v4/public/components/crypto"
+	_ "github.com/redpanda-data/connect/v4/public/components/jaeger"
 	_ "github.com/redpanda-data/connect/v4/public/components/kafka"
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
 

@@ -27,6 +27,8 @@ func TestTheBinaryHasItsComponents(t *testing.T) {
 	}
 	_, ok := env.GetMetricsConfig("prometheus")
 	assert.True(t, ok, "metrics prometheus")
+	_, ok = env.GetTracerConfig("jaeger")
+	assert.True(t, ok, "tracer jaeger")
 }
 
 func TestTheExamplesOfTheReferenceAreLintedClean(t *testing.T) {
