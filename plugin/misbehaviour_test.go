@@ -1,0 +1,222 @@
+package plugin
+
+import (
+	"bufio"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+)
+
+// What clients do that come wrongly, and servers that answer wrongly; what peers
+// do once they have a session is in cryo's TestMisbehaviour. docs/guarantees.md
+// has the table for people.
+
+func TestClientsThatComeWrongly(t *testing.T) {
+	authorized := "authorization=" + url.QueryEscape("Bearer "+token)
+	upgrading := func(query string, headers ...string) func(t *testing.T, e *engine) string {
+		return func(t *testing.T, e *engine) string {
+			return e.say(t, "GET /?"+query+" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+				"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"+strings.Join(headers, "")+"\r\n")
+		}
+	}
+	for _, m := range []struct {
+		does   string
+		how    func(t *testing.T, e *engine) string
+		answer string // the first line; empty: none, the connection is closed
+		log    string
+		after  time.Duration
+	}{
+		{does: "asks for no upgrade", answer: "426 Upgrade Required",
+			how: func(t *testing.T, e *engine) string { return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") }},
+		{does: "speaks no HTTP", answer: "400 Bad Request",
+			how: func(t *testing.T, e *engine) string { return e.say(t, "\x00\x01\x02 what?\r\n\r\n") }},
+		{does: "sends headers without end", answer: "431 Request Header Fields Too Large",
+			how: func(t *testing.T, e *engine) string {
+				return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 1<<20))
+			}},
+		{does: "sends its request a byte at a time, on 300 connections", answer: "", after: 2 * time.Second, how: slowLoris},
+		{does: "has no token", answer: "401 Unauthorized", log: "The parameter authorization with a Bearer token is missing", how: upgrading("x-cryo-sid=1")},
+		{does: "has another token", answer: "401 Unauthorized", log: "unknown token", how: upgrading("authorization=Bearer+wrong&x-cryo-sid=1")},
+		{does: "has no session id", answer: "401 Unauthorized", log: "x-cryo-sid", how: upgrading(authorized)},
+		{does: "has a session id that is no number", answer: "401 Unauthorized", log: "x-cryo-sid", how: upgrading(authorized + "&x-cryo-sid=abc")},
+		{does: "has a query that can't be read", answer: "400 Bad Request", log: "query", how: upgrading(authorized + "&x-cryo-sid=1;a=b")},
+		{does: "wants compression", answer: "101 Switching Protocols",
+			how: upgrading(authorized+"&x-cryo-sid=1", "Sec-WebSocket-Extensions: permessage-deflate\r\n")},
+		{does: "says nothing after the upgrade", answer: "101 Switching Protocols", after: 2 * time.Second,
+			how: upgrading(authorized + "&x-cryo-sid=1")},
+	} {
+		t.Run(m.does, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
+				good := e.dial()
+				serves := func(s *cryo.Session) {
+					t.Helper()
+					begin := time.Now()
+					sent := send(s, "hello")
+					e.arrival().deliver()
+					sent.wantAcked(t, "delivered")
+					require.Zero(t, time.Since(begin), "others are served at once")
+				}
+				answer := m.how(t, e)
+				line, _, _ := strings.Cut(answer, "\r\n")
+				require.Equal(t, m.answer, strings.TrimPrefix(line, "HTTP/1.1 "))
+				require.NotContains(t, answer, "Sec-Websocket-Extensions")
+				serves(good)
+				serves(e.dial())
+				if m.log != "" {
+					e.log.want(t, "WARN Refused a client")
+					e.log.want(t, m.log)
+				}
+				time.Sleep(max(m.after, time.Second)) // until everything about it is over
+				synctest.Wait()
+			})
+		})
+	}
+}
+
+// say says something to a listener and gives the head of its answer.
+func (e *engine) say(t *testing.T, words string) string {
+	t.Helper()
+	c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	go func() { _, _ = io.WriteString(c, words) }() // it may not be read to its end
+	var answer strings.Builder
+	for r := bufio.NewReader(c); ; {
+		line, err := r.ReadString('\n')
+		answer.WriteString(line)
+		if err != nil || line == "\r\n" {
+			return answer.String()
+		}
+	}
+}
+
+// slowLoris keeps 300 requests from ever being complete.
+func slowLoris(t *testing.T, e *engine) string {
+	var closed atomic.Int32
+	var all sync.WaitGroup
+	for range 300 {
+		c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+		require.NoError(t, err)
+		all.Go(func() {
+			defer c.Close()
+			for _, b := range []byte("GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1000)) {
+				if _, err := c.Write([]byte{b}); err != nil {
+					closed.Add(1)
+					return
+				}
+				time.Sleep(100 * time.Millisecond)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		all.Wait()
+		require.EqualValues(t, 300, closed.Load(), "each is closed when its time is over")
+	})
+	return ""
+}
+
+// A server that answers wrongly is dialled again, and served when it is right.
+func TestServersThatAnswerWrongly(t *testing.T) {
+	reply := func(text string) func(http.ResponseWriter, *http.Request) {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			c, _, err := http.NewResponseController(w).Hijack()
+			if err == nil {
+				_, _ = io.WriteString(c, text)
+				_ = c.Close()
+			}
+		}
+	}
+	upgraded := func(say func(ws *websocket.Conn, peer func(cryo.Frame))) func(http.ResponseWriter, *http.Request) {
+		return func(w http.ResponseWriter, r *http.Request) {
+			ws, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
+			if err != nil {
+				return
+			}
+			defer ws.Close()
+			sid, _ := strconv.ParseUint(r.URL.Query().Get("x-cryo-sid"), 10, 64)
+			say(ws, func(f cryo.Frame) {
+				f.SID = sid
+				b, _ := cryo.AppendFrame(nil, &f)
+				_ = ws.WriteMessage(websocket.BinaryMessage, b)
+			})
+			for {
+				if _, _, err := ws.ReadMessage(); err != nil {
+					return
+				}
+			}
+		}
+	}
+	shaken := func(then func(ws *websocket.Conn)) func(http.ResponseWriter, *http.Request) {
+		return upgraded(func(ws *websocket.Conn, say func(cryo.Frame)) {
+			say(cryotest.EndpointInfo(0))
+			say(cryotest.Acked(0x40000000))
+			then(ws)
+		})
+	}
+	for _, m := range []struct {
+		does string
+		how  func(http.ResponseWriter, *http.Request)
+		log  string
+	}{
+		{"speaks no HTTP", reply("what?\r\n\r\n"), "malformed HTTP"},
+		{"hangs up", reply(""), "EOF"},
+		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server answered the upgrade with 200 OK: hi"},
+		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(cryo.Frame)) {}), "no session after 5s"},
+		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(cryo.Frame)) {
+			info := cryotest.EndpointInfo(0)
+			info.Version = 2
+			say(info)
+		}), "protocol version 2, only 1 is known"},
+		{"sends half a frame", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.BinaryMessage, []byte("half")) }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: malformed frame of 4 bytes"},
+		{"sends text", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.TextMessage, []byte("{}")) }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: text message"},
+		{"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
+	} {
+		t.Run(m.does, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				right := make(chan *cryo.Session, 1)
+				server := cryo.NewServer(cryo.ServerOptions{
+					Authorize: cryo.Tokens(token),
+					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { right <- s },
+				})
+				t.Cleanup(func() {
+					for _, s := range server.Sessions() {
+						end(s)
+					}
+				})
+				var asked atomic.Int32
+				e.serveHTTP(somewhere, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if asked.Add(1) == 1 {
+						m.how(w, r)
+						return
+					}
+					server.ServeHTTP(w, r)
+				}))
+				e.run(dialInput, toProbe)
+				begin := time.Now()
+				peer := next(t, right)
+				require.LessOrEqual(t, time.Since(begin), 10*time.Second)
+				sent := send(peer, "hello")
+				e.arrival().deliver()
+				sent.wantAcked(t, "delivered")
+				e.log.want(t, m.log)
+			})
+		})
+	}
+}
