@@ -46,12 +46,6 @@ var (
 	_ settler = (*sessionEvent)(nil)
 )
 
-// delivery is a batch in the pipeline.
-type delivery struct {
-	items []item
-	index *service.Indexer // tells which of them failed; nil for a single one
-}
-
 // receiver hands what its sessions receive to the pipeline, in batches, and
 // settles it.
 type receiver struct {
@@ -298,14 +292,7 @@ func (r *receiver) nextReplay() (it item, due <-chan time.Time, ok bool) {
 
 // handOver makes the pipeline's batch of the items.
 func (r *receiver) handOver(items []item) (service.MessageBatch, service.AckFunc, error) {
-	batch := make(service.MessageBatch, len(items))
-	for i := range items {
-		batch[i] = r.message(&items[i])
-	}
-	d := &delivery{items: items}
-	if len(batch) > 1 {
-		d.index = batch.Index()
-	}
+	d, batch := newDelivery(items, r.conf.includeMetadata)
 	r.mu.Lock()
 	r.deliveries[d] = struct{}{}
 	r.mu.Unlock()
@@ -316,17 +303,6 @@ func (r *receiver) handOver(items []item) (service.MessageBatch, service.AckFunc
 		r.settle(d, err)
 		return nil
 	}, nil
-}
-
-func (r *receiver) message(it *item) *service.Message {
-	if it.part != nil {
-		return it.part.Copy() // it may have to be handed over again
-	}
-	m := service.NewMessage(it.message.Payload)
-	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Type))
-	m.MetaSetMut(metaAckID, int64(it.message.Number()))
-	it.source.describe(m)
-	return m
 }
 
 // close stops taking messages, and gives the sessions that were taken from.

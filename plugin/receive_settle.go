@@ -5,8 +5,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
-
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -46,33 +44,6 @@ func (r *receiver) settle(d *delivery, err error) {
 	case r.wake <- struct{}{}:
 	default:
 	}
-}
-
-// split tells the delivered messages from the failed ones. Delivered is only
-// what the error names as such: it says nothing of messages that were merged
-// into another, so they have failed with it. When it can't tell, all have.
-func (d *delivery) split(err error) (delivered, failed []item) {
-	if err == nil {
-		return d.items, nil
-	}
-	var batchErr *service.BatchError
-	if d.index == nil || !errors.As(err, &batchErr) {
-		return nil, d.items
-	}
-	named, bad := make([]bool, len(d.items)), make([]bool, len(d.items))
-	batchErr.WalkMessagesIndexedBy(d.index, func(i int, _ *service.Message, err error) bool {
-		named[i] = true
-		bad[i] = bad[i] || err != nil // a message may have become several
-		return true
-	})
-	for i, it := range d.items {
-		if named[i] && !bad[i] {
-			delivered = append(delivered, it)
-		} else {
-			failed = append(failed, it)
-		}
-	}
-	return delivered, failed
 }
 
 func (r *receiver) acknowledge(items []item) {

@@ -294,11 +294,13 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		if payload, err := m.AsBytes(); err == nil {
 			b.bytes += len(payload)
 		}
-		m.MetaSetMut(metaMessageType, messageTypeStream)
-		m.MetaSetMut(metaStreamName, t.stream.Name())
-		m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
-		m.MetaSetMut(metaStreamSize, t.stream.Size())
-		src.describe(m)
+		if r.conf.includeMetadata {
+			m.MetaSetMut(metaMessageType, messageTypeStream)
+			m.MetaSetMut(metaStreamName, t.stream.Name())
+			m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
+			m.MetaSetMut(metaStreamSize, t.stream.Size())
+			src.describe(m)
+		}
 		items[i] = item{source: src, part: m, of: b, at: i}
 	}
 	src.session.Hold(b.bytes)

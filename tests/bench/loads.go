@@ -29,7 +29,7 @@ func fill(yaml, address string) string {
 }
 
 const (
-	bareInput    = `{ url: ws://ADDRESS, token: TOKEN, auto_replay_nacks: false }`
+	bareInput    = `{ url: ws://ADDRESS, token: TOKEN, auto_replay_nacks: false, include_metadata: false }`
 	defaultInput = `{ url: ws://ADDRESS, token: TOKEN }`
 	streamInput  = `{ url: ws://ADDRESS, token: TOKEN, streams: { max_bytes: 0, scanner: { chunker: { size: 65536 } } } }`
 	listen       = `{ address: ADDRESS, tokens: [ TOKEN ] }`

@@ -66,7 +66,7 @@ func sending(spec peerSpec, batch int, output string) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &feed{payload: text(spec.Size), batches: make(chan int, 16), delivered: make(chan int, 1024)}
+	f := &feed{messages: messagesOf(spec.Size, batch), batches: make(chan int, 16), delivered: make(chan int, 1024)}
 	stop, err := runPipeline(&counter{}, f, `feed: {}`, fill(output, address))
 	if err != nil {
 		return nil, err
@@ -146,14 +146,23 @@ func runPipeline(count *counter, f *feed, input, output string) (stop func(), er
 	}, nil
 }
 
-// feed is an input that hands over batches as they are asked for.
+// feed is an input that hands over batches as they are asked for: the same
+// messages again and again, so that what is measured is the output.
 type feed struct {
-	payload   []byte
-	batches   chan int // of so many messages
+	messages  service.MessageBatch
+	batches   chan int // of so many of them
 	delivered chan int
 }
 
 var _ service.BatchInput = (*feed)(nil)
+
+func messagesOf(size, n int) service.MessageBatch {
+	batch := make(service.MessageBatch, n)
+	for i := range batch {
+		batch[i] = service.NewMessage(text(size))
+	}
+	return batch
+}
 
 func (f *feed) Connect(context.Context) error { return nil }
 func (f *feed) Close(context.Context) error   { return nil }
@@ -161,11 +170,7 @@ func (f *feed) Close(context.Context) error   { return nil }
 func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	select {
 	case n := <-f.batches:
-		batch := make(service.MessageBatch, n)
-		for i := range batch {
-			batch[i] = service.NewMessage(f.payload)
-		}
-		return batch, func(_ context.Context, err error) error {
+		return f.messages[:n], func(_ context.Context, err error) error {
 			if err != nil {
 				fatal(err)
 			}

@@ -1,0 +1,103 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+// delivery is a batch in the pipeline.
+type delivery struct {
+	items  []item
+	places []place // by item; nil for a single one
+}
+
+// place is the context of a message in the pipeline. It tells of which delivery
+// the message is, and where in it, in whatever batch it comes back. The engine's
+// own service.MessageBatch.Index does the same with seven allocations a message
+// more, which took a tenth of the input's time.
+type place struct {
+	context.Context
+	delivery *delivery
+	at       int
+}
+
+type placeKey struct{}
+
+// Value finds the place itself, through contexts that the engine has put around it.
+func (p *place) Value(key any) any {
+	if key == (placeKey{}) {
+		return p
+	}
+	return p.Context.Value(key)
+}
+
+// newDelivery makes the pipeline's batch of the items. All that a batch needs for
+// itself is allocated at once, so the messages are copies of what the engine's
+// constructors give.
+func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
+	d := &delivery{items: items}
+	messages := make([]service.Message, len(items))
+	batch := make(service.MessageBatch, len(items))
+	if len(items) > 1 {
+		d.places = make([]place, len(items))
+	}
+	for i := range items {
+		it, ctx := &items[i], context.Background()
+		if it.part != nil {
+			ctx = it.part.Context()
+		}
+		if d.places != nil {
+			d.places[i] = place{ctx, d, i}
+			ctx = &d.places[i]
+		}
+		switch {
+		case it.part != nil:
+			messages[i] = *it.part.Copy().WithContext(ctx) // it may have to be handed over again
+		case withMetadata:
+			messages[i] = *service.NewMessageWithContext(ctx, it.message.Payload)
+			it.describe(&messages[i])
+		default:
+			messages[i] = *service.NewMessageWithContext(ctx, it.message.Payload)
+		}
+		batch[i] = &messages[i]
+	}
+	return d, batch
+}
+
+// describe gives a message its metadata.
+func (it *item) describe(m *service.Message) {
+	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Type))
+	m.MetaSetMut(metaAckID, int64(it.message.Number()))
+	it.source.describe(m)
+}
+
+// split tells the delivered messages from the failed ones. Delivered is only
+// what the error names as such: it says nothing of messages that were merged
+// into another, so they have failed with it. When it can't tell, all have.
+func (d *delivery) split(err error) (delivered, failed []item) {
+	if err == nil {
+		return d.items, nil
+	}
+	var batchErr *service.BatchError
+	if d.places == nil || !errors.As(err, &batchErr) {
+		return nil, d.items
+	}
+	named, bad := make([]bool, len(d.items)), make([]bool, len(d.items))
+	batchErr.WalkMessages(func(_ int, m *service.Message, err error) bool { //nolint:staticcheck // deprecated for its index, which is not used
+		if p, ok := m.Context().Value(placeKey{}).(*place); ok && p.delivery == d {
+			named[p.at] = true
+			bad[p.at] = bad[p.at] || err != nil // a message may have become several
+		}
+		return true
+	})
+	for i, it := range d.items {
+		if named[i] && !bad[i] {
+			delivered = append(delivered, it)
+		} else {
+			failed = append(failed, it)
+		}
+	}
+	return delivered, failed
+}
