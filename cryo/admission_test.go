@@ -116,6 +116,7 @@ func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
 		reply, err := io.ReadAll(c)
 		require.NoError(t, err)
 		require.Empty(t, reply)
+		synctest.Wait()
 		join(t, l, 2).ClientHandshake() // its place is free again
 		require.EqualValues(t, 2, next(t, sessions).ID())
 	})

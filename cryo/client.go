@@ -16,8 +16,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/gorilla/websocket"
 )
 
 // DefaultConnectTimeout is the default of [DialOptions].
@@ -140,11 +138,11 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 }
 
 func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) {
-	ws, conn, err := upgrade(ctx, u, opts)
+	conn, err := upgrade(ctx, u, opts)
 	if err != nil {
 		return nil, err
 	}
-	s := newSession(opts.SessionID, true, ws, conn, newBudget(int64(opts.MaxBufferBytes)), opts.SessionOptions, nil)
+	s := newSession(opts.SessionID, true, conn, newBudget(int64(opts.MaxBufferBytes)), opts.SessionOptions, nil)
 	errs, err := s.sendFrames(ctx, []outgoing{{Frame: s.endpointInfo()}})
 	if err == nil && errs != nil {
 		err = errs[0]
@@ -158,7 +156,7 @@ func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) 
 }
 
 // upgrade connects and opens the WebSocket.
-func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*websocket.Conn, *transport, error) {
+func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*transport, error) {
 	query := u.Query()
 	maps.Copy(query, opts.Query)
 	query.Set(paramAuthorization, bearer+" "+opts.Token)
@@ -167,72 +165,62 @@ func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*websocket.Con
 	withQuery.RawQuery = query.Encode()
 	withQuery.Fragment = ""
 
-	netDial := opts.NetDial
+	proxy, err := proxyFor(u, opts.Proxy)
+	if err != nil {
+		return nil, err
+	}
+	netDial := netDialFunc(opts.NetDial)
 	if netDial == nil {
 		netDial = (&net.Dialer{}).DialContext
 	}
-	var (
-		conn *transport
-		stop = func() bool { return true }
-	)
+	stop := func() bool { return true }
+	var connect netDialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := netDial(ctx, network, address)
+		if err == nil {
+			// The library watches the context's deadline, but not its end.
+			stop = context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+		}
+		return c, err
+	}
+	if proxy != nil {
+		if connect, err = connect.through(proxy, opts.TLS); err != nil {
+			return nil, err
+		}
+	}
+	var conn *transport
 	wrap := func(c net.Conn, err error) (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
 		conn = &transport{Conn: c}
-		// The library watches the context's deadline, but not its end.
-		stop = context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 		return conn, nil
 	}
 	dialer := newWebSocketDialer()
-	dialer.TLSClientConfig = opts.TLS
 	dialer.NetDialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		return wrap(netDial(ctx, network, address))
+		return wrap(connect(ctx, network, address))
 	}
-	proxy, err := proxyFor(u, opts.Proxy)
-	if err != nil {
-		return nil, nil, err
-	}
-	if proxy != nil {
-		dialer.Proxy = http.ProxyURL(proxy)
-	} else {
-		// Gathering above TLS makes few records of many frames. With a proxy
-		// the library itself puts TLS on top of the gathered connection.
-		dialer.NetDialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-			return wrap(dialTLS(ctx, netDial, network, address, opts.TLS))
-		}
+	dialer.NetDialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return wrap(dialTLS(ctx, connect, network, address, opts.TLS))
 	}
 
-	ws, resp, err := dialWebSocket(ctx, dialer, withQuery.String(), opts.Header) //nolint:bodyclose // the library leaves nothing to close
+	_, resp, err := dialer.DialContext(ctx, withQuery.String(), opts.Header) //nolint:bodyclose // the library leaves nothing to close
 	ended := !stop()
 	switch {
 	case err != nil && conn != nil:
 		_ = conn.Close() // unless the library did
 	case err != nil: // not even connected
 	case ended:
-		err = errors.Join(ctx.Err(), ws.Close())
+		err = errors.Join(ctx.Err(), conn.Close())
 	case resp.Header.Get("Sec-WebSocket-Extensions") != "":
-		// The library would take it, and inflate messages without a bound.
-		err = errors.Join(errors.New("the server uses a WebSocket extension that was not asked for"), ws.Close())
+		err = errors.Join(errors.New("the server uses a WebSocket extension that was not asked for"), conn.Close())
 	}
 	if err != nil && proxy != nil && resp == nil {
 		err = fmt.Errorf("through the proxy %s: %w", proxy.Host, err)
 	}
 	if err != nil {
-		return nil, nil, handshakeError(err, resp, opts.token)
+		return nil, handshakeError(err, resp, opts.token)
 	}
-	return ws, conn, nil
-}
-
-// dialWebSocket makes an error of the panic with which the library takes a
-// proxy's refusal that has no words behind its status.
-func dialWebSocket(ctx context.Context, d *websocket.Dialer, target string, header http.Header) (ws *websocket.Conn, resp *http.Response, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("the answer is not understood: %v", p)
-		}
-	}()
-	return d.DialContext(ctx, target, header)
+	return conn, nil
 }
 
 func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL, error) {
@@ -246,8 +234,6 @@ func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL
 	}
 	return p, nil
 }
-
-type netDialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
 func dialTLS(ctx context.Context, dial netDialFunc, network, address string, config *tls.Config) (net.Conn, error) {
 	c, err := dial(ctx, network, address)

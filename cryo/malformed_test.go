@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"strings"
 	"testing"
 	"testing/synctest"
 
@@ -22,7 +23,7 @@ func wantProtocolError(t *testing.T, s *cryo.Session, peer *cryotest.Peer, code 
 	const broke = "the peer broke the protocol: "
 	reason := broke + problem
 	if code != 4001 {
-		reason = "" // the WebSocket library says it in words of its own
+		reason = strings.TrimPrefix(problem, "websocket: ") // WebSocket's own codes, and words
 	}
 	peer.WantClose("the end, without BYE", code, reason)
 	<-s.Ending()

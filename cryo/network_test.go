@@ -154,7 +154,7 @@ func TestAGoodbyeSurvivesUnreadData(t *testing.T) {
 		return nil
 	})
 	peer.WantFrame("an acknowledgement", cryotest.Acked(1))
-	peer.WantClose("the end", websocket.CloseMessageTooBig, "")
+	peer.WantClose("the end", websocket.CloseMessageTooBig, "read limit exceeded")
 	writing.wantSuccess(t)
 	require.NoError(t, peer.WS.Close())
 	<-server.Done()

@@ -3,7 +3,6 @@ package cryo
 import (
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -48,11 +47,10 @@ func (s *Session) read() {
 }
 
 func (s *Session) nextMessage() ([]byte, error) {
-	kind, r, err := s.ws.NextReader()
-	if err != nil {
+	if err := s.ws.next(); err != nil {
 		return nil, err
 	}
-	if kind != websocket.BinaryMessage {
+	if s.ws.text {
 		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
 	}
 	var head []byte
@@ -60,23 +58,27 @@ func (s *Session) nextMessage() ([]byte, error) {
 	if s.budget.wait(&s.held) != nil {
 		// No room for data. Other frames are read on: they may be the
 		// handshake, or acknowledgements that our senders wait for.
-		head = make([]byte, headerSize)
-		n, _ := io.ReadFull(r, head) // an error comes again
-		head = head[:n]
+		var err error
+		if head, err = s.ws.readHead(nil, headerSize); err != nil {
+			return nil, err
+		}
 		if isData(head) {
 			s.noRoom = !s.waitForRoom(Type(head[headerSize-1]) == TypeTxChunk)
 		}
 	} else if s.overflowing && s.budget.relaxed(&s.held) {
 		s.overflowing = false
 	}
-	return s.blocks.readFrame(head, r, s.conn)
+	return s.ws.readMessage(head, &s.blocks)
 }
 
 // readFailed tells why there is nothing more to read.
 func (s *Session) readFailed(err error) {
-	var closed *websocket.CloseError
+	var (
+		closed *websocket.CloseError
+		framed *framingError
+	)
 	switch {
-	case errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure:
+	case errors.As(err, &closed):
 		// Queued acknowledgements and an answer to the close frame still go
 		// out. When this end is closing already, its own farewell stands.
 		code := closed.Code
@@ -85,15 +87,15 @@ func (s *Session) readFailed(err error) {
 		}
 		s.goodbye(&PeerClosedError{Code: closed.Code, Reason: s.words(closed.Text)}, code, "", false)
 		s.out.wait()
-	case closed != nil, s.conn.ended != nil:
-		s.begin(fmt.Errorf("connection lost: %w", err))
-	default:
-		// Not WebSocket, or a message over the limit: said by the library in
-		// a close frame. Closing a socket with unread data would reset it and
-		// could take that frame and queued acknowledgements along.
-		s.protocolError(&ProtocolError{Problem: err.Error()})
-		_, _ = io.Copy(io.Discard, s.conn)
+	case errors.As(err, &framed):
+		// Not WebSocket, or a message over the limit. Closing a socket with
+		// unread data would reset it and could take the close frame and queued
+		// acknowledgements along.
+		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.code, framed.problem, false)
+		s.conn.discard()
 		s.out.wait()
+	default:
+		s.begin(fmt.Errorf("connection lost: %w", err))
 	}
 }
 

@@ -157,13 +157,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // open upgrades the request and starts the session.
 func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	h := &hijacker{ResponseWriter: w}
-	ws, err := s.upgrader.Upgrade(h, u.Request, nil)
+	_, err := s.upgrader.Upgrade(h, u.Request, nil)
 	if err != nil { // answered by the upgrader
 		s.remove(u.SessionID, e)
 		return nil
 	}
 	s.mu.Lock()
-	e.session = newSession(u.SessionID, false, ws, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(u.SessionID, e) })
+	e.session = newSession(u.SessionID, false, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(u.SessionID, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	s.mu.Unlock()

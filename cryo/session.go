@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/gorilla/websocket"
 	"golang.org/x/time/rate"
 )
 
@@ -99,7 +98,7 @@ type Session struct {
 	opts    SessionOptions
 	log     *slog.Logger
 
-	ws       *websocket.Conn
+	ws       *webSocket
 	conn     *transport
 	out      *outbox
 	pend     *pending
@@ -137,29 +136,22 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, ws *websocket.Conn, conn *transport, b *budget, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *transport, b *budget, opts SessionOptions, onEnd func()) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
 	}
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
-		ws: ws, conn: conn, pend: newPending(base), inbox: newInbox(), budget: b,
+		conn: conn, pend: newPending(base), inbox: newInbox(), budget: b,
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.out = newOutbox(s)
+	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing}
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
-	conn.gather()
-
-	// gorilla's own handlers write from the reading goroutine.
-	ws.SetReadLimit(maxFrame)
-	ws.SetPingHandler(func(data string) error { s.out.answerWebSocketPing(data); return nil })
-	ws.SetPongHandler(func(string) error { return nil }) // any byte is a sign of life
-	ws.SetCloseHandler(func(int, string) error { return nil })
-
 	s.mu.Lock() // the timer's function may run before the assignment otherwise
 	s.heartbeat = time.AfterFunc(opts.HeartbeatInterval, s.beat)
 	s.mu.Unlock()

@@ -3,7 +3,6 @@ package cryo
 import (
 	"io"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,20 +14,20 @@ const (
 	gatherBytes    = 256 << 10 // written at once, at most
 	gatherSmall    = 4 << 10   // … and by a session that has little to say
 	readBytes      = 64 << 10  // read at once, while data flows
-	wsReadBuffer   = 512       // gorilla's own; an idle session holds no other
-	wsWriteBuffer  = 64 << 10  // gorilla's own, pooled; it fragments what is larger
+	readSmall      = 512       // … and by a session that waits; it holds no other memory for that
+	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
 	minBlock       = 512       // payload memory: allocated in blocks of as much as waits to be read …
 	maxBlock       = 16 << 10  // … within these bounds, so that a message that is kept long keeps little else
-	maxGuess       = 1 << 20   // a frame is guessed to be as large as the last one, up to this
+	maxTrusted     = 64 << 10  // memory is given for messages that have not come yet, up to so much …
+	maxGuess       = 1 << 20   // … or up to the last one's size, if that is no more than this
 	maxControlText = 123       // text of a WebSocket close frame, and of BYE (peers.md: more ends the Node client)
 )
 
 // Buffers are held only while data flows, so that idle sessions cost little.
 var (
-	wsWritePool = &sync.Pool{}
-	readPool    = bufferPool(readBytes)
-	smallPool   = bufferPool(gatherSmall)
-	largePool   = bufferPool(gatherBytes)
+	readPool  = bufferPool(readBytes)
+	smallPool = bufferPool(gatherSmall)
+	largePool = bufferPool(gatherBytes)
 )
 
 func bufferPool(size int) *sync.Pool {
@@ -38,9 +37,9 @@ func bufferPool(size int) *sync.Pool {
 	}}
 }
 
-// transport is the network connection below the WebSocket. Once gathering, it
-// collects what is written until flush, and it reads in large pieces as long as
-// much comes. One goroutine reads; writes may come from any.
+// transport is the network connection below the WebSocket. It reads in large
+// pieces as long as much comes, and collects what is written until flush. One
+// goroutine reads, and one writes. The handshake uses it as a [net.Conn].
 type transport struct {
 	net.Conn
 	heard   atomic.Bool   // bytes were read since this was last cleared
@@ -52,53 +51,105 @@ type transport struct {
 	hadWritten uint64 // pieces, at the last beat
 
 	// Owned by the reading goroutine.
-	rbuf   *[]byte // from readPool; what was read ahead
-	rpos   int
-	bulk   bool      // the last read filled what it was given: more is probably there
-	readAt time.Time // of the last read
-	ended  error     // of the last read, which had nothing more to give
+	ahead  []byte          // what was read ahead: a part of small, or of large
+	large  *[]byte         // from readPool; nil while small is read into
+	small  [readSmall]byte // memory of a session that waits
+	bulk   bool            // the last read filled what it was given: more is probably there
+	readAt time.Time       // of the last read
 
-	wmu       sync.Mutex
-	gathering bool
-	wbuf      *[]byte // from a pool; what waits for flush
+	wbuf *[]byte // from a pool; what waits for flush; owned by the writing goroutine
 }
 
-// gather starts collecting writes. Before it, writes go straight through, as
-// the upgrade and TLS need it.
-func (t *transport) gather() {
-	t.wmu.Lock()
-	t.gathering = true
-	t.wmu.Unlock()
-}
-
+// Read is the handshake's: a byte at a time, so that it takes nothing of what
+// follows it.
 func (t *transport) Read(p []byte) (int, error) {
-	if t.rbuf == nil {
-		if !t.bulk {
-			n, err := t.read(p)
-			t.bulk = n == len(p)
-			return n, err
-		}
-		buf := readPool.Get().(*[]byte)
-		n, err := t.read((*buf)[:cap(*buf)])
-		t.bulk = false // the next read waits without a large buffer
-		if n == 0 {
-			readPool.Put(buf)
-			return 0, err
-		}
-		*buf = (*buf)[:n]
-		t.rbuf, t.rpos = buf, 0
+	if _, err := t.peek(1); err != nil {
+		return 0, err
 	}
-	n := copy(p, (*t.rbuf)[t.rpos:])
-	if t.rpos += n; t.rpos == len(*t.rbuf) {
-		t.bulk = len(*t.rbuf) >= wsReadBuffer
-		readPool.Put(t.rbuf)
-		t.rbuf = nil
-	}
+	n := copy(p[:min(len(p), 1)], t.ahead)
+	t.skip(n)
 	return n, nil
 }
 
-// read reads from the network, and gives data or an error, never both: gorilla
-// would take a message for whole whose first fragment came along with the end.
+// peek gives the next n bytes, at most readSmall, and waits for them. They are
+// valid until more is read.
+func (t *transport) peek(n int) ([]byte, error) {
+	for len(t.ahead) < n {
+		if err := t.fill(); err != nil {
+			return nil, err
+		}
+	}
+	return t.ahead[:n], nil
+}
+
+func (t *transport) skip(n int) { t.ahead = t.ahead[n:] }
+
+// waiting is how much has been read ahead.
+func (t *transport) waiting() int { return len(t.ahead) }
+
+// fill reads more. A large buffer is taken when a read has filled the small one,
+// and given back as soon as a read leaves room in it: whoever waits for the
+// network for long doesn't hold one.
+func (t *transport) fill() error {
+	buf := t.small[:]
+	switch {
+	case len(t.ahead) == 0 && t.bulk:
+		if t.large == nil {
+			t.large = readPool.Get().(*[]byte)
+		}
+		buf = (*t.large)[:readBytes]
+	case len(t.ahead) == 0:
+		t.release()
+	case t.large != nil:
+		buf = (*t.large)[:readBytes]
+	}
+	kept := copy(buf, t.ahead) // a part of a frame's head, if anything
+	n, err := t.read(buf[kept:])
+	t.bulk = n == len(buf)-kept
+	t.ahead = buf[:kept+n]
+	return err
+}
+
+func (t *transport) release() {
+	if t.large != nil {
+		readPool.Put(t.large)
+		t.large = nil
+	}
+}
+
+// readFull fills p.
+func (t *transport) readFull(p []byte) error {
+	for {
+		n := copy(p, t.ahead)
+		t.skip(n)
+		if p = p[n:]; len(p) == 0 {
+			return nil
+		}
+		if len(p) < readDirect {
+			if err := t.fill(); err != nil {
+				return err
+			}
+			continue
+		}
+		t.release()
+		t.bulk = false
+		n, err := t.read(p)
+		if err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+}
+
+// discard reads all that comes, and forgets it.
+func (t *transport) discard() {
+	for t.fill() == nil {
+		t.ahead = nil
+	}
+	t.release()
+}
+
+// read reads from the network, and gives data or an error, never both.
 func (t *transport) read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
 	if n > 0 {
@@ -106,34 +157,18 @@ func (t *transport) read(p []byte) (int, error) {
 		t.readAt = time.Now()
 		return n, nil
 	}
-	t.ended = err
+	switch err {
+	case nil:
+		err = io.ErrNoProgress
+	case io.EOF: //nolint:errorlint // a connection's own
+		// Nobody may take it for the end of something whole, such as a stream.
+		err = io.ErrUnexpectedEOF
+	}
 	return 0, err
 }
 
-// waiting is how much has been read ahead.
-func (t *transport) waiting() int {
-	if t.rbuf == nil {
-		return 0
-	}
-	return len(*t.rbuf) - t.rpos
-}
-
-// Write gathers p. The lock is never held while the network is written to: the
-// reading goroutine gets here when gorilla closes a WebSocket for an error.
-func (t *transport) Write(p []byte) (int, error) {
-	t.wmu.Lock()
-	if t.gathering && t.gathered()+len(p) <= gatherBytes {
-		t.reserve(len(p))
-		*t.wbuf = append(*t.wbuf, p...)
-		t.wmu.Unlock()
-		return len(p), nil
-	}
-	t.wmu.Unlock()
-	if err := t.flush(); err != nil {
-		return 0, err
-	}
-	return t.write(p)
-}
+// Write is the handshake's, and writes at once.
+func (t *transport) Write(p []byte) (int, error) { return t.write(p) }
 
 // write writes to the network, in pieces, so that it shows whether it gets on.
 func (t *transport) write(p []byte) (written int, err error) {
@@ -160,12 +195,10 @@ func (t *transport) alive() bool {
 	return t.heard.Swap(false) || took
 }
 
-// flush writes what was gathered. Only one goroutine at a time may call it.
+// flush writes what was gathered.
 func (t *transport) flush() error {
-	t.wmu.Lock()
 	buf := t.wbuf
 	t.wbuf = nil
-	t.wmu.Unlock()
 	if buf == nil {
 		return nil
 	}
@@ -174,20 +207,22 @@ func (t *transport) flush() error {
 	return err
 }
 
-func (t *transport) gathered() int {
-	if t.wbuf == nil {
-		return 0
+// reserve gives what is gathered, with room for n bytes more, or as many as are
+// written at once. It may have to be flushed for that. What is appended counts
+// when gathered is told of it.
+func (t *transport) reserve(n int) ([]byte, error) {
+	if t.wbuf != nil && len(*t.wbuf)+n > gatherBytes {
+		if err := t.flush(); err != nil {
+			return nil, err
+		}
 	}
-	return len(*t.wbuf)
-}
-
-// reserve makes room for n bytes more: first a small buffer, then a large one.
-func (t *transport) reserve(n int) {
-	size := t.gathered() + n
-	if t.wbuf != nil && size <= cap(*t.wbuf) {
-		return
+	size := min(n, gatherBytes)
+	if t.wbuf != nil {
+		if size += len(*t.wbuf); size <= cap(*t.wbuf) {
+			return *t.wbuf, nil
+		}
 	}
-	pool := smallPool
+	pool := smallPool // at first, then a large one
 	if size > gatherSmall {
 		pool = largePool
 	}
@@ -198,7 +233,11 @@ func (t *transport) reserve(n int) {
 		recycle(t.wbuf)
 	}
 	t.wbuf = buf
+	return *buf, nil
 }
+
+// gathered takes back what reserve gave, with what was appended.
+func (t *transport) gathered(b []byte) { *t.wbuf = b }
 
 func recycle(buf *[]byte) {
 	if cap(*buf) == gatherSmall {
@@ -207,10 +246,6 @@ func recycle(buf *[]byte) {
 		largePool.Put(buf)
 	}
 }
-
-// SetWriteDeadline does nothing: gorilla calls it for every frame, and what
-// bounds our writes is the end of the session, which closes the connection.
-func (t *transport) SetWriteDeadline(time.Time) error { return nil }
 
 // closeWrite half-closes the connection: our last bytes arrive even where the
 // peer's are still unread here.
@@ -221,61 +256,38 @@ func (t *transport) closeWrite() error {
 	return nil
 }
 
-// blocks hands out memory for received frames, never twice.
+// blocks hands out memory for received messages, never twice.
 type blocks struct {
 	free []byte
-	last int // size of the last frame: the next is often as large
+	last int // size of the last message: the next is often as large
 }
 
-// readFrame reads the rest of a WebSocket message, behind its head, into memory
-// that is the frame's own from then on.
-func (b *blocks) readFrame(head []byte, r io.Reader, t *transport) ([]byte, error) {
-	if cap(b.free) < max(minBlock, min(b.last+1, maxGuess)) {
-		size := min(max(t.waiting(), minBlock), maxBlock)
-		b.free = make([]byte, 0, max(size, min(b.last+1, maxGuess)))
+// take gives empty memory for a message that has n bytes, or for a part of one
+// that is large. So much more waits to be read.
+func (b *blocks) take(n, waiting int) []byte {
+	trusted := max(maxTrusted, min(b.last, maxGuess))
+	b.last = n
+	n = min(n, trusted)
+	if n > maxBlock/2 {
+		return make([]byte, 0, n)
 	}
-	frame := b.free[:copy(b.free[:headerSize], head)]
-	for {
-		n, err := r.Read(frame[len(frame):cap(frame)])
-		frame = frame[:len(frame)+n]
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		if len(frame) == cap(frame) {
-			grown := make([]byte, len(frame), min(2*len(frame), maxFrame+1))
-			copy(grown, frame)
-			frame = grown
-		}
+	if n > len(b.free) {
+		b.free = make([]byte, max(n, min(max(waiting, minBlock), maxBlock)))
 	}
-	b.last = len(frame)
-	if len(frame) < cap(frame)/2 && cap(frame) > maxBlock {
-		// The guess was wrong: a small frame must not keep a large block.
-		b.free = nil
-		return slices.Clone(frame), nil
+	memory := b.free[:0:n]
+	b.free = b.free[n:]
+	if waiting <= n && len(b.free) > minBlock {
+		b.free = nil // nothing follows: a session that falls idle keeps no large block
 	}
-	b.free = frame[len(frame):]
-	if cap(frame) > maxBlock || cap(b.free) < minBlock {
-		b.free = nil // what is left is of no use, and would keep all of the block while the session is idle
-	}
-	return slices.Clip(frame), nil
+	return memory
 }
 
-// newWebSocketDialer and newUpgrader agree on buffers and on no compression.
+// newWebSocketDialer and newUpgrader agree on small buffers, as only the
+// handshake uses them, and on no compression.
 func newWebSocketDialer() *websocket.Dialer {
-	return &websocket.Dialer{
-		ReadBufferSize:  wsReadBuffer,
-		WriteBufferSize: wsWriteBuffer,
-		WriteBufferPool: wsWritePool,
-	}
+	return &websocket.Dialer{ReadBufferSize: readSmall, WriteBufferSize: readSmall}
 }
 
 func newUpgrader() *websocket.Upgrader {
-	return &websocket.Upgrader{
-		ReadBufferSize:  wsReadBuffer,
-		WriteBufferSize: wsWriteBuffer,
-		WriteBufferPool: wsWritePool,
-	}
+	return &websocket.Upgrader{ReadBufferSize: readSmall, WriteBufferSize: readSmall}
 }

@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"net"
@@ -24,22 +25,29 @@ func (c *scriptedConn) Read(p []byte) (int, error) {
 }
 
 func TestTheEndIsReadAfterTheData(t *testing.T) {
-	for _, size := range []int{1, 99, 100, 101, 1000, 2 * readBytes} {
+	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * readDirect, 2 * readBytes} {
 		conn := &transport{Conn: &scriptedConn{data: make([]byte, size)}}
-		read := 0
-		for read < size {
-			n, err := conn.Read(make([]byte, 100))
-			require.NoError(t, err)
-			require.Positive(t, n)
+		for read := 0; read < size; {
+			n := min(100, size-read)
+			require.NoError(t, conn.readFull(make([]byte, n)))
 			read += n
 		}
 		for range 2 {
-			n, err := conn.Read(make([]byte, 100))
-			require.Zero(t, n)
-			require.Equal(t, io.EOF, err)
+			require.Equal(t, io.ErrUnexpectedEOF, conn.readFull(make([]byte, 100)))
+			_, err := conn.peek(1)
+			require.Equal(t, io.ErrUnexpectedEOF, err)
 		}
-		require.Equal(t, io.EOF, conn.ended)
 	}
+}
+
+func TestTheHandshakeTakesNothingOfWhatFollows(t *testing.T) {
+	conn := &transport{Conn: &scriptedConn{data: []byte("handshake, frame")}}
+	answer, err := bufio.NewReader(conn).ReadString(',')
+	require.NoError(t, err)
+	require.Equal(t, "handshake,", answer)
+	rest := make([]byte, len(" frame"))
+	require.NoError(t, conn.readFull(rest))
+	require.Equal(t, " frame", string(rest))
 }
 
 // brokenConn takes some bytes and breaks then.
@@ -66,10 +74,9 @@ func TestAWriteInPiecesSaysHowFarItGot(t *testing.T) {
 	require.False(t, conn.sending.Load())
 
 	conn = &transport{Conn: &brokenConn{room: 10}}
-	conn.gather()
-	n, err = conn.Write(make([]byte, 100))
-	require.NoError(t, err, "gathered")
-	require.Equal(t, 100, n)
+	b, err := conn.reserve(100)
+	require.NoError(t, err)
+	conn.gathered(append(b, make([]byte, 100)...))
 	require.Equal(t, errBroken, conn.flush())
 	require.NoError(t, conn.flush(), "nothing is left to write")
 }

@@ -1,7 +1,6 @@
 package cryo
 
 import (
-	"errors"
 	"fmt"
 	"sync"
 
@@ -40,7 +39,7 @@ type outbox struct {
 // queued is taken and written as a whole, in this order.
 type queued struct {
 	wsPing  bool
-	wsPong  *string // the newest WebSocket ping's data; older ones need no answer
+	wsPong  []byte // the newest WebSocket ping's data; older ones need no answer
 	acks    []uint32
 	control []Frame // small frames of our own accord
 	data    []outgoing
@@ -154,8 +153,8 @@ func (o *outbox) ping(cryo bool) {
 	})
 }
 
-func (o *outbox) answerWebSocketPing(data string) {
-	o.add(func() { o.queued.wsPong = &data })
+func (o *outbox) answerWebSocketPing(data []byte) {
+	o.add(func() { o.queued.wsPong = append([]byte{}, data...) }) // not nil: there is one
 }
 
 // sayLast queues the end behind everything else; nothing can be added then.
@@ -284,10 +283,6 @@ func (o *outbox) write() {
 		} else {
 			scratch, err = o.writeAll(&q, scratch)
 		}
-		if errors.Is(err, websocket.ErrCloseSent) {
-			// The reading goroutine's WebSocket library closed it for an error.
-			err = o.s.conn.flush()
-		}
 		if err != nil {
 			o.s.fail(fmt.Errorf("connection lost: writing: %w", err))
 			o.close()
@@ -299,10 +294,10 @@ func (o *outbox) write() {
 func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	var err error
 	if q.wsPing {
-		err = o.s.ws.WriteMessage(websocket.PingMessage, nil)
+		err = o.s.ws.write(websocket.PingMessage, nil, nil)
 	}
 	if err == nil && q.wsPong != nil {
-		err = o.s.ws.WriteMessage(websocket.PongMessage, []byte(*q.wsPong))
+		err = o.s.ws.write(websocket.PongMessage, nil, q.wsPong)
 	}
 	ack := Frame{SID: o.s.id, Type: TypeAck}
 	for i := 0; i < len(q.acks) && err == nil; i++ {
@@ -321,38 +316,23 @@ func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	return scratch, o.s.conn.flush()
 }
 
-// writeFrame puts one frame into one WebSocket message. The transport gathers
-// many of them into one write.
+// writeFrame puts one frame into one WebSocket message. Many of them are gathered
+// into one write.
 func (o *outbox) writeFrame(f *Frame, scratch []byte) ([]byte, error) {
 	scratch, err := appendHeader(scratch[:0], f)
 	if err != nil {
 		return scratch, err
 	}
-	if len(f.Payload) == 0 {
-		return scratch, o.s.ws.WriteMessage(websocket.BinaryMessage, scratch)
-	}
-	w, err := o.s.ws.NextWriter(websocket.BinaryMessage)
-	if err != nil {
-		return scratch, err
-	}
-	if _, err = w.Write(scratch); err != nil {
-		return scratch, err
-	}
-	if _, err = w.Write(f.Payload); err != nil {
-		return scratch, err
-	}
-	return scratch, w.Close()
+	return scratch, o.s.ws.write(websocket.BinaryMessage, scratch, f.Payload)
 }
 
 func (o *outbox) writeLast(last *farewell) error {
-	var err error
 	if last.bye != nil {
-		_, err = o.writeFrame(last.bye, nil)
+		if _, err := o.writeFrame(last.bye, nil); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		err = o.s.ws.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(last.code, last.reason))
-	}
-	if err != nil && !errors.Is(err, websocket.ErrCloseSent) {
+	if err := o.s.ws.write(websocket.CloseMessage, nil, websocket.FormatCloseMessage(last.code, last.reason)); err != nil {
 		return err
 	}
 	if err := o.s.conn.flush(); err != nil {

@@ -63,7 +63,7 @@ func TestASessionIsToldOfAroundItsMessages(t *testing.T) {
 
 		disconnected := e.told(t, "7 disconnected")
 		require.Equal(t, map[string]any{
-			"cryo_message_type": "session", "cryo_session_event": "disconnected", "cryo_session_cause": "session ended: connection lost: websocket: close 1006 (abnormal closure): unexpected EOF",
+			"cryo_message_type": "session", "cryo_session_event": "disconnected", "cryo_session_cause": "session ended: connection lost: unexpected EOF",
 			"cryo_session_id": "7", "cryo_remote_address": "192.0.2.1:50000", "cryo_query_room": "5",
 		}, metadataOf(t, disconnected.batch[0]))
 		disconnected.deliver()
