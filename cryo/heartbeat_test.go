@@ -94,7 +94,7 @@ func TestABlackHoleIsNoticedByWhoeverSendsIntoIt(t *testing.T) {
 	const interval = 10 * time.Second
 	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: interval}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
-		time.Sleep(time.Minute + time.Second)
+		time.Sleep(time.Minute + 1500*time.Millisecond) // never writing at a beat
 		peer.Conn().Freeze()
 		begin := time.Now()
 		for s.Err() == nil { // now and then, and soon more than the network takes
