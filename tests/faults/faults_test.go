@@ -211,10 +211,10 @@ func (t *test) run(random *rand.Rand) {
 	cancel()
 	working.Wait()
 	l.wantInOrder()
+	// Behind the breaks, which all have happened by now, it has connected again,
+	// or not everything would be delivered.
 	if t.breaks == nil && !t.away {
 		assert.Equal(t, 1, connected, "a bad line is no reason to lose the session")
-	} else {
-		assert.Greater(t, connected, 1, "connected again")
 	}
 	if long || t.Failed() {
 		t.Logf("%d units on %d sessions, %d texts delivered more than once", l.accepted, connected, l.again)

@@ -91,7 +91,10 @@ func (b *breaks) start(random *rand.Rand) {
 
 // conn is one connection on a line.
 type conn struct {
+	of *breaks
+
 	mu     sync.Mutex
+	early  bool          // it is to break within the handshake
 	left   int           // bytes until it breaks, in both directions together
 	broken chan struct{} // closed when it breaks
 }
@@ -107,12 +110,8 @@ func (b *breaks) half(up bool) *conn {
 	}
 	*n++
 	if *n > len(b.conns) {
-		// Every other one within the handshake.
-		bits := 5 + 6*b.random.Float64()
-		if *n%2 == 0 {
-			bits += 6
-		}
-		b.conns = append(b.conns, &conn{left: int(math.Exp2(bits)), broken: make(chan struct{})})
+		left := math.Exp2(5 + 6*b.random.Float64())
+		b.conns = append(b.conns, &conn{of: b, early: true, left: int(left), broken: make(chan struct{})})
 	}
 	return b.conns[*n-1]
 }
@@ -122,6 +121,9 @@ func (b *breaks) pass(c *conn, then after, n int) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.isBroken() {
+		if n >= c.left && c.early && !b.early() {
+			c.early, c.left = false, b.later()
+		}
 		if n < c.left || !b.another() {
 			c.left -= n
 			return n
@@ -144,6 +146,21 @@ func (c *conn) isBroken() bool {
 	default:
 		return false
 	}
+}
+
+// early tells whether the next break may come within the handshake: every other
+// one does.
+func (b *breaks) early() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.done%2 == 1
+}
+
+// later gives the bytes until a break behind the handshake.
+func (b *breaks) later() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return int(math.Exp2(11 + 6*b.random.Float64()))
 }
 
 // another counts a break, and reports false when there were enough.
@@ -181,18 +198,17 @@ var (
 
 func init() { toxics.Register("break", new(breaker)) }
 
-func (t *breaker) breaks() *breaks {
-	b, _ := plans.Load(t.Plan)
-	return b.(*breaks)
-}
-
 // NewState is asked for each connection.
-func (t *breaker) NewState() any { return t.breaks().half(t.Up) }
+func (t *breaker) NewState() any {
+	b, _ := plans.Load(t.Plan)
+	return b.(*breaks).half(t.Up)
+}
 
 // Pipe passes data on until the connection breaks. What the proxy reads it takes
 // to the end, or the proxy's goroutines would stay.
 func (t *breaker) Pipe(stub *toxics.ToxicStub) {
-	b, c := t.breaks(), stub.State.(*conn)
+	c := stub.State.(*conn)
+	b := c.of
 	then := b.down
 	if t.Up {
 		then = b.up
