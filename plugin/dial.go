@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
@@ -29,9 +30,15 @@ const (
 	fieldHeartbeatInterval = "heartbeat_interval"
 
 	// ghostWait is how soon a client whose lost session is still alive for the
-	// server tries again, and tokenWait one whose token was refused.
+	// server tries again, and tokenWait one whose token was refused. After any
+	// other failure the wait doubles from firstWait to mostWait. A session that
+	// didn't last counts as a failure too, or a server that lets us in only to
+	// send us away would be dialled ten times a second.
 	ghostWait = time.Second
 	tokenWait = 30 * time.Second
+	firstWait = 250 * time.Millisecond
+	mostWait  = 10 * time.Second
+	lasting   = time.Second
 	closeTime = 10 * time.Second // for the goodbye; the engine sets no limit
 )
 
@@ -102,9 +109,13 @@ type dialer struct {
 	metrics dialMetrics
 
 	mu        sync.Mutex
-	session   *cryo.Session // the last one
+	session   *cryo.Session // the last one; nil before the first, and when its end has been dealt with
 	reported  bool          // its end has been logged
 	connected bool          // there was one before
+
+	// Owned by the engine's connecting goroutine.
+	began    time.Time // of the last session
+	failures int       // in a row
 }
 
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dialer, error) {
@@ -228,7 +239,7 @@ func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool
 	case errors.Is(err, cryo.ErrUnauthorized):
 		return nil, false, service.NewErrBackOff(fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, tokenWait), tokenWait)
 	case err != nil:
-		return nil, false, err
+		return nil, false, service.NewErrBackOff(err, d.backOff())
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -238,11 +249,20 @@ func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool
 	}
 	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
 	d.metrics.connected(s, d.connected)
-	d.session, d.reported, d.connected = s, false, true
+	d.session, d.reported, d.connected, d.began = s, false, true, time.Now()
 	return s, true, nil
 }
 
-// wait waits until nothing is left of the last session.
+// backOff counts a failure and says how long to wait for the next try. Not all
+// who lost the same server come back at the same moment.
+func (d *dialer) backOff() time.Duration {
+	wait := min(firstWait<<min(d.failures, 10), mostWait)
+	d.failures++
+	return wait - rand.N(wait/4) //nolint:gosec // no secret
+}
+
+// wait waits until nothing is left of the last session, and longer if that
+// didn't last.
 func (d *dialer) wait(ctx context.Context) error {
 	d.mu.Lock()
 	last := d.session
@@ -252,6 +272,20 @@ func (d *dialer) wait(ctx context.Context) error {
 	}
 	select {
 	case <-last.Done():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	d.mu.Lock()
+	d.session = nil // it counts once
+	d.mu.Unlock()
+	if time.Since(d.began) >= lasting {
+		d.failures = 0
+		return nil
+	}
+	pause := time.NewTimer(d.backOff())
+	defer pause.Stop()
+	select {
+	case <-pause.C:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

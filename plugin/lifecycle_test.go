@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"strings"
@@ -89,6 +90,7 @@ func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
 type refusals struct {
 	mu       sync.Mutex
 	left     int
+	status   int
 	sentence string
 	times    []time.Time
 	ids      map[string]bool
@@ -103,10 +105,17 @@ func (r *refusals) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.left--
 	r.mu.Unlock()
 	if refuse {
-		http.Error(w, "<html><body><p>"+r.sentence+"</p></body></html>", http.StatusUnauthorized)
+		http.Error(w, "<html><body><p>"+r.sentence+"</p></body></html>", r.status)
 		return
 	}
 	r.then.ServeHTTP(w, req)
+}
+
+// refuse refuses so many more.
+func (r *refusals) refuse(n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.left = n
 }
 
 func (r *refusals) waits() []time.Duration {
@@ -120,7 +129,7 @@ func (r *refusals) waits() []time.Duration {
 }
 
 // atBothDialling runs a test with a pipeline that dials a server with refusals.
-func atBothDialling(t *testing.T, sentence string, test func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session)) {
+func atBothDialling(t *testing.T, times, status int, sentence string, test func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session)) {
 	t.Helper()
 	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
 		t.Run(name, func(t *testing.T) {
@@ -130,7 +139,7 @@ func atBothDialling(t *testing.T, sentence string, test func(t *testing.T, e *en
 					Authorize: cryo.Tokens(token),
 					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 				})
-				r := &refusals{left: 4, sentence: sentence, ids: make(map[string]bool), then: server}
+				r := &refusals{left: times, status: status, sentence: sentence, ids: make(map[string]bool), then: server}
 				e.serveHTTP(somewhere, r)
 				p := e.run(ends[0], ends[1])
 				test(t, e, r, sessions)
@@ -141,7 +150,7 @@ func atBothDialling(t *testing.T, sentence string, test func(t *testing.T, e *en
 }
 
 func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
-	atBothDialling(t, "Session already exists", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
+	atBothDialling(t, 4, http.StatusUnauthorized, "Session already exists", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
 		next(t, connected)
 		second := time.Second
 		require.Equal(t, []time.Duration{second, second, second, second}, r.waits())
@@ -151,12 +160,93 @@ func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
 }
 
 func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
-	atBothDialling(t, "Invalid token", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
+	atBothDialling(t, 4, http.StatusUnauthorized, "Invalid token", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
 		next(t, connected)
 		half := 30 * time.Second
 		require.Equal(t, []time.Duration{half, half, half, half}, r.waits())
 		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
 	})
+}
+
+// TestAServerThatFallsSilentIsLeft: nothing is sent, and nobody closes anything.
+func TestAServerThatFallsSilentIsLeft(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		p := e.run(with(dialInput, "heartbeat_interval: 10s"), toProbe)
+		id := server.session().ID()
+		time.Sleep(time.Hour)
+		require.Empty(t, server.sessions, "nobody sends, but WebSocket pings are answered")
+		e.net.freeze()
+		begin := time.Now()
+		require.Equal(t, id, server.session().ID())
+		require.LessOrEqual(t, time.Since(begin), 3*10*time.Second+time.Second)
+		e.log.want(t, "no sign of life from the peer for 20s")
+		p.stop()
+	})
+}
+
+// growing are the waits between tries that nobody answers well.
+var growing = []time.Duration{250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, 10 * time.Second, 10 * time.Second}
+
+// wantGrowing wants waits as long as those, or up to a quarter shorter.
+func wantGrowing(t *testing.T, waits []time.Duration) {
+	t.Helper()
+	require.Len(t, waits, len(growing))
+	for i, wait := range waits {
+		require.LessOrEqual(t, wait, growing[i], "wait %d", i)
+		require.Greater(t, wait, growing[i]*3/4, "wait %d", i)
+	}
+}
+
+func TestAServerThatCannotBeReachedIsTriedEverMoreRarely(t *testing.T) {
+	atBothDialling(t, len(growing), http.StatusServiceUnavailable, "No room", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
+		s := next(t, connected)
+		wantGrowing(t, r.waits())
+		require.Len(t, r.ids, 1, "always the same id")
+
+		time.Sleep(2 * time.Second) // a session that lasts lets it begin again
+		r.refuse(3)
+		require.NoError(t, s.Close(t.Context(), "restarting"))
+		e.give("m") // an output notices now
+		s = next(t, connected)
+		go func() {
+			for {
+				m, err := s.Receive(context.Background())
+				if err != nil {
+					return
+				}
+				_ = m.Ack()
+			}
+		}()
+		waits := r.waits()[len(growing)+1:]
+		require.Len(t, waits, 3)
+		require.LessOrEqual(t, waits[2], growing[2])
+	})
+}
+
+func TestAServerThatSendsItsClientsAwayAtOnceIsTriedEverMoreRarely(t *testing.T) {
+	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				p := e.run(ends[0], ends[1])
+				if name == "output" {
+					e.give("m") // or it would not notice
+				}
+				var times []time.Time
+				for range len(growing) + 1 {
+					s := server.session()
+					times = append(times, time.Now())
+					require.NoError(t, s.Close(t.Context(), "go away"))
+				}
+				for i, least := range growing {
+					require.Greater(t, times[i+1].Sub(times[i]), least*3/4, "wait %d", i)
+				}
+				server.session()
+				p.kill()
+			})
+		})
+	}
 }
 
 func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
@@ -173,7 +263,7 @@ func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
 
 func TestAnInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		r := &refusals{left: 4, sentence: "Invalid token", ids: make(map[string]bool)}
+		r := &refusals{left: 4, status: http.StatusUnauthorized, sentence: "Invalid token", ids: make(map[string]bool)}
 		e.serveHTTP(somewhere, r)
 		p := e.run(dialInput, toProbe)
 		e.log.want(t, "trying again in 30s")

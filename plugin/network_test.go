@@ -65,3 +65,13 @@ func (n *memoryNet) cut() {
 	}
 	n.conns = nil
 }
+
+// freeze makes all connections there are black holes.
+func (n *memoryNet) freeze() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range n.conns {
+		c.(*cryotest.Conn).Freeze()
+	}
+	n.conns = nil
+}
