@@ -1,0 +1,57 @@
+package tests
+
+import (
+	"encoding/json"
+	"os/exec"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// jsonSchema is as much of a JSON schema as an editor needs to complete fields.
+type jsonSchema struct {
+	Type                 any
+	Ref                  string `json:"$ref"`
+	Required             []string
+	AdditionalProperties *bool
+	Properties           map[string]jsonSchema
+	AllOf, AnyOf         []jsonSchema
+	Definitions          map[string]jsonSchema
+}
+
+func TestTheJSONSchemaHasOurComponentsWithAllTheirFields(t *testing.T) {
+	out, err := exec.Command(binary, "list", "--format", "jsonschema").Output()
+	require.NoError(t, err)
+	var schema jsonSchema
+	require.NoError(t, json.Unmarshal(out, &schema))
+	require.Equal(t, "#/definitions/input", schema.Properties["input"].Ref)
+	require.Equal(t, "#/definitions/output", schema.Properties["output"].Ref)
+
+	for _, c := range []struct {
+		kind, name string
+		required   []string
+	}{
+		{"input", "cryo", []string{"url"}},
+		{"input", "cryo_server", []string{"address"}},
+		{"output", "cryo", []string{"url"}},
+		{"output", "cryo_server", []string{"address"}},
+	} {
+		t.Run(c.kind+" "+c.name, func(t *testing.T) {
+			alternatives := schema.Definitions[c.kind].AllOf[0].AnyOf
+			at := slices.IndexFunc(alternatives, func(s jsonSchema) bool { _, ours := s.Properties[c.name]; return ours })
+			require.GreaterOrEqual(t, at, 0)
+			component := alternatives[at].Properties[c.name]
+			require.Equal(t, c.required, component.Required)
+			require.False(t, *component.AdditionalProperties, "a misspelt field is marked")
+
+			// The reference pages come from the same specifications.
+			for _, field := range metricNames(t, "../docs/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `([a-z_]+)`$") {
+				require.Contains(t, component.Properties, field)
+			}
+			if c.kind == "input" {
+				require.Equal(t, "#/definitions/scanner", component.Properties["streams"].Properties["scanner"].Ref)
+			}
+		})
+	}
+}
