@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -37,8 +38,13 @@ func TestMisbehaviour(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = misbehaviourBound
 	opts.StreamIdleTimeout = time.Minute
+	page, err := os.ReadFile("../docs/guarantees.md")
+	require.NoError(t, err)
 	for _, m := range slices.Concat(malformedFrames(t), brokenWebSocket(), floods(), strangeNumbers(), strangeStreams()) {
 		t.Run(m.does, func(t *testing.T) {
+			if !strings.HasPrefix(m.does, "sends the malformed vector") {
+				require.Contains(t, string(page), "`"+m.does+"`", "what becomes of it is told there")
+			}
 			t.Run("dialled", func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					before := heap()
@@ -170,30 +176,40 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		rows = append(rows, misbehaviour{does: c.does, how: message(frame), problem: c.problem})
 	}
 	return append(rows,
-		misbehaviour{does: "sends a text message", problem: "text message on the WebSocket",
+		misbehaviour{
+			does: "sends a text message", problem: "text message on the WebSocket",
 			how: func(t *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) {
 				require.NoError(t, peer.WS.WriteMessage(websocket.TextMessage, []byte("hello")))
-			}},
-		misbehaviour{does: "sends a payload over 16 MiB", problem: "malformed BINARYDATA frame of 16777230 bytes: payload over 16 MiB",
+			},
+		},
+		misbehaviour{
+			does: "sends a payload over 16 MiB", problem: "malformed BINARYDATA frame of 16777230 bytes: payload over 16 MiB",
 			how: func(t *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) {
 				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeBinary, Payload: make([]byte, cryo.MaxPayload)})
 				require.NoError(t, err)
 				require.NoError(t, peer.WS.WriteMessage(websocket.BinaryMessage, append(frame, 0)))
-			}},
-		misbehaviour{does: "sends messages longer than any frame, without end", problem: "websocket: read limit exceeded", code: websocket.CloseMessageTooBig,
+			},
+		},
+		misbehaviour{
+			does: "sends messages longer than any frame, without end", problem: "websocket: read limit exceeded", code: websocket.CloseMessageTooBig,
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				go func() { // until the session has discarded enough of it
-					for peer.WS.WriteMessage(websocket.BinaryMessage, make([]byte, cryo.MaxPayload+100)) == nil {
+				go func() {
+					var err error
+					for err == nil { // until the session has discarded enough of it
+						err = peer.WS.WriteMessage(websocket.BinaryMessage, make([]byte, cryo.MaxPayload+100))
 					}
 				}()
-			}},
-		misbehaviour{does: "sends ENDPOINT_INFO again and again",
+			},
+		},
+		misbehaviour{
+			does: "sends ENDPOINT_INFO again and again",
 			how: func(t *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) {
 				for i := range uint32(10) {
 					peer.WriteFrames(cryotest.EndpointInfo(i))
 					peer.WantFrame("its acknowledgement", cryotest.Acked(i))
 				}
-			}},
+			},
+		},
 	)
 }
 
@@ -213,14 +229,17 @@ func brokenWebSocket() (rows []misbehaviour) {
 		{"closes with a code that there is not", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xED}) }, "websocket: bad close code 1005"},
 		{"closes with words that are no text", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xE8, 0xFF}) }, "websocket: invalid utf8 payload in close frame"},
 	} {
-		rows = append(rows, misbehaviour{does: c.does, problem: c.problem, code: websocket.CloseProtocolError,
+		rows = append(rows, misbehaviour{
+			does: c.does, problem: c.problem, code: websocket.CloseProtocolError,
 			how: func(t *testing.T, end end, _ *cryo.Session, peer *cryotest.Peer) {
 				_, err := peer.Conn().Write(c.bytes(end))
 				require.NoError(t, err)
-			}})
+			},
+		})
 	}
 	return append(rows,
-		misbehaviour{does: "sends a message in fragments of a byte, and pings in between",
+		misbehaviour{
+			does: "sends a message in fragments of a byte, and pings in between",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8, Ack: 5, Payload: []byte("in pieces")})
 				require.NoError(t, err)
@@ -237,8 +256,10 @@ func brokenWebSocket() (rows []misbehaviour) {
 				require.Equal(t, "in pieces", string(m.Payload))
 				require.NoError(t, m.Ack())
 				peer.WantFrame("its acknowledgement", cryotest.Acked(5))
-			}},
-		misbehaviour{does: "sends half a message and goes", lost: true,
+			},
+		},
+		misbehaviour{
+			does: "sends half a message and goes", lost: true,
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8, Payload: []byte("the first half")})
 				require.NoError(t, err)
@@ -248,7 +269,8 @@ func brokenWebSocket() (rows []misbehaviour) {
 				wantEnded(t, s)
 				_, err = s.Receive(t.Context())
 				require.Equal(t, s.Err(), err, "it is not received")
-			}},
+			},
+		},
 	)
 }
 
@@ -274,25 +296,32 @@ func floods() []misbehaviour {
 		return written
 	}
 	return []misbehaviour{
-		{does: "sends 10,000 pings, of Cryo and of the WebSocket, and reads no answer",
+		{
+			does: "sends 10,000 pings, of Cryo and of the WebSocket, and reads no answer",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 10_000, func(i uint32) cryo.Frame {
 					_ = peer.WS.WriteMessage(websocket.PingMessage, nil)
 					return cryotest.Ping(i)
 				})
 				require.Less(t, peer.Skip(), 10_001)
-			}},
-		{does: "sends 20,000 acknowledgements for numbers that were never used",
+			},
+		},
+		{
+			does: "sends 20,000 acknowledgements for numbers that were never used",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 20_000, cryotest.Acked)
 				require.Zero(t, peer.Skip(), "they are ignored")
-			}},
-		{does: "sends 20,000 TX_FLOW and reads no acknowledgement",
+			},
+		},
+		{
+			does: "sends 20,000 TX_FLOW and reads no acknowledgement",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 20_000, func(i uint32) cryo.Frame { return txFlow(i, cryo.FlowPush) })
 				require.Equal(t, 20_000, peer.Skip(), "each is acknowledged, when it reads")
-			}},
-		{does: "sends thousands of TX_START that nobody takes",
+			},
+		},
+		{
+			does: "sends thousands of TX_START that nobody takes",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 5000, func(i uint32) cryo.Frame { return txStart(i, i, -1, strings.Repeat("n", 1000)) })
 				require.Equal(t, 5000-256, peer.Skip(), "256 wait, the others are cancelled")
@@ -300,16 +329,20 @@ func floods() []misbehaviour {
 				synctest.Wait()
 				require.Equal(t, 256, peer.Skip())
 				s.Refuse(false)
-			}},
-		{does: "storms with the chunks of a stream that was refused",
+			},
+		},
+		{
+			does: "storms with the chunks of a stream that was refused",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 0)
 				require.NoError(t, st.Reject())
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 				flooded(t, peer, 1000, func(i uint32) cryo.Frame { return txChunk(0, 1+i, strings.Repeat("x", 10_000)) })
 				require.Zero(t, peer.Skip(), "they are ignored")
-			}},
-		{does: "sends more than may be held, and what it waits for is settled",
+			},
+		},
+		{
+			does: "sends more than may be held, and what it waits for is settled",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				settling := start(func() error {
 					for range 1000 {
@@ -327,13 +360,15 @@ func floods() []misbehaviour {
 				settling.wantSuccess(t)
 				synctest.Wait()
 				require.Equal(t, 1000, peer.Skip())
-			}},
+			},
+		},
 	}
 }
 
 func strangeNumbers() []misbehaviour {
 	return []misbehaviour{
-		{does: "acknowledges another number than the one that is awaited",
+		{
+			does: "acknowledges another number than the one that is awaited",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
 				text := peer.WantType("the text", cryo.TypeUTF8)
@@ -343,8 +378,10 @@ func strangeNumbers() []misbehaviour {
 				send.wantBlocked(t)
 				peer.Ack(text, text)
 				send.wantSuccess(t)
-			}},
-		{does: "sends an ERROR for a number that was never used",
+			},
+		},
+		{
+			does: "sends an ERROR for a number that was never used",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				for _, n := range []uint32{0, 7, 1<<32 - 1} {
 					peer.WriteFrames(cryotest.Error(n, "what?")) // a message of the application
@@ -353,8 +390,10 @@ func strangeNumbers() []misbehaviour {
 					require.NoError(t, m.Ack())
 					peer.WantFrame("its acknowledgement", cryotest.Acked(n))
 				}
-			}},
-		{does: "refuses what it has acknowledged before",
+			},
+		},
+		{
+			does: "refuses what it has acknowledged before",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
 				text := peer.WantType("the text", cryo.TypeUTF8)
@@ -362,8 +401,10 @@ func strangeNumbers() []misbehaviour {
 				send.wantSuccess(t)
 				peer.WriteFrames(cryotest.Error(text.Ack, "no"))
 				peer.WantIdle("a refusal is never acknowledged", instant)
-			}},
-		{does: "uses a number of its own for many messages",
+			},
+		},
+		{
+			does: "uses a number of its own for many messages",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				for range 3 {
 					peer.WriteFrames(cryotest.Text(5, "again"))
@@ -372,7 +413,8 @@ func strangeNumbers() []misbehaviour {
 					require.NoError(t, receive(t, s).Ack())
 					peer.WantFrame("its acknowledgement", cryotest.Acked(5))
 				}
-			}},
+			},
+		},
 	}
 }
 
@@ -384,12 +426,15 @@ func strangeStreams() []misbehaviour {
 		peer.WantIdle("cancelled once, and never acknowledged", instant)
 	}
 	return []misbehaviour{
-		{does: "opens a stream under a number that is open", problem: "TX_START for the stream 5, which is open",
+		{
+			does: "opens a stream under a number that is open", problem: "TX_START for the stream 5, which is open",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txStart(2, 5, -1, "again"))
-			}},
-		{does: "sends chunks, ends and fetches of streams that there are not",
+			},
+		},
+		{
+			does: "sends chunks, ends and fetches of streams that there are not",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				for _, tx := range []uint32{0, 1, 1 << 31} {
 					peer.WriteFrames(txChunk(tx, 0, "?"), txFinish(2, tx))
@@ -398,25 +443,33 @@ func strangeStreams() []misbehaviour {
 				peer.WriteFrames(txFetch(3, 9, 0, 1<<32-1), txCancel(4, 9))
 				peer.WantFrame("that it was heard", cryotest.Acked(3))
 				peer.WantFrame("that it was heard", cryotest.Acked(4))
-			}},
-		{does: "sends chunks before TX_START is acknowledged",
+			},
+		},
+		{
+			does: "sends chunks before TX_START is acknowledged",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteFrames(txStart(1, 5, -1, ""), txChunk(5, 0, "x"))
 				rejected(t, end, peer, acceptStream(t, s), 5)
-			}},
-		{does: "leaves out a chunk",
+			},
+		},
+		{
+			does: "leaves out a chunk",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txChunk(5, 2, "x"), txChunk(5, 3, "y"), txFinish(2, 5))
 				rejected(t, end, peer, st, 5)
-			}},
-		{does: "sends chunks behind TX_FINISH",
+			},
+		},
+		{
+			does: "sends chunks behind TX_FINISH",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txFinish(2, 5), txChunk(5, 1, "x"))
 				rejected(t, end, peer, st, 5)
-			}},
-		{does: "sends more of a stream than it has announced",
+			},
+		},
+		{
+			does: "sends more of a stream than it has announced",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteFrames(txStart(1, 5, 3, ""))
 				st := acceptStream(t, s)
@@ -425,13 +478,17 @@ func strangeStreams() []misbehaviour {
 				peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
 				peer.WriteFrames(txChunk(5, 0, "four"))
 				rejected(t, end, peer, st, 5)
-			}},
-		{does: "gives a stream a name of 16 MiB",
+			},
+		},
+		{
+			does: "gives a stream a name of 16 MiB",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteFrames(txStart(1, 5, -1, strings.Repeat("n", cryo.MaxPayload)))
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
-			}},
-		{does: "never finishes a stream",
+			},
+		},
+		{
+			does: "never finishes a stream",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 5)
 				for i := range uint32(5) { // empty chunks keep it no longer
@@ -440,8 +497,10 @@ func strangeStreams() []misbehaviour {
 				}
 				time.Sleep(10 * time.Second)
 				rejected(t, end, peer, st, 5)
-			}},
-		{does: "never reads a stream that it has let us begin",
+			},
+		},
+		{
+			does: "never reads a stream that it has let us begin",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				st, _ := opening(t, s, peer, &cryo.StreamOptions{StepTimeout: 5 * time.Second})
 				peer.Conn().StopReading()
@@ -456,6 +515,7 @@ func strangeStreams() []misbehaviour {
 				peer.Read()
 				synctest.Wait()
 				peer.Skip()
-			}},
+			},
+		},
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -39,26 +40,37 @@ func TestClientsThatComeWrongly(t *testing.T) {
 		log    string
 		after  time.Duration
 	}{
-		{does: "asks for no upgrade", answer: "426 Upgrade Required",
-			how: func(t *testing.T, e *engine) string { return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") }},
-		{does: "speaks no HTTP", answer: "400 Bad Request",
-			how: func(t *testing.T, e *engine) string { return e.say(t, "\x00\x01\x02 what?\r\n\r\n") }},
-		{does: "sends headers without end", answer: "431 Request Header Fields Too Large",
+		{
+			does: "asks for no upgrade", answer: "426 Upgrade Required",
+			how: func(t *testing.T, e *engine) string { return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") },
+		},
+		{
+			does: "speaks no HTTP", answer: "400 Bad Request",
+			how: func(t *testing.T, e *engine) string { return e.say(t, "\x00\x01\x02 what?\r\n\r\n") },
+		},
+		{
+			does: "sends headers without end", answer: "431 Request Header Fields Too Large",
 			how: func(t *testing.T, e *engine) string {
 				return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 1<<20))
-			}},
+			},
+		},
 		{does: "sends its request a byte at a time, on 300 connections", answer: "", after: 2 * time.Second, how: slowLoris},
 		{does: "has no token", answer: "401 Unauthorized", log: "The parameter authorization with a Bearer token is missing", how: upgrading("x-cryo-sid=1")},
 		{does: "has another token", answer: "401 Unauthorized", log: "unknown token", how: upgrading("authorization=Bearer+wrong&x-cryo-sid=1")},
 		{does: "has no session id", answer: "401 Unauthorized", log: "x-cryo-sid", how: upgrading(authorized)},
 		{does: "has a session id that is no number", answer: "401 Unauthorized", log: "x-cryo-sid", how: upgrading(authorized + "&x-cryo-sid=abc")},
 		{does: "has a query that can't be read", answer: "400 Bad Request", log: "query", how: upgrading(authorized + "&x-cryo-sid=1;a=b")},
-		{does: "wants compression", answer: "101 Switching Protocols",
-			how: upgrading(authorized+"&x-cryo-sid=1", "Sec-WebSocket-Extensions: permessage-deflate\r\n")},
-		{does: "says nothing after the upgrade", answer: "101 Switching Protocols", after: 2 * time.Second,
-			how: upgrading(authorized + "&x-cryo-sid=1")},
+		{
+			does: "wants compression", answer: "101 Switching Protocols",
+			how: upgrading(authorized+"&x-cryo-sid=1", "Sec-WebSocket-Extensions: permessage-deflate\r\n"),
+		},
+		{
+			does: "says nothing after the upgrade", answer: "101 Switching Protocols", after: 2 * time.Second,
+			how: upgrading(authorized + "&x-cryo-sid=1"),
+		},
 	} {
 		t.Run(m.does, func(t *testing.T) {
+			requireTold(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 				good := e.dial()
@@ -85,6 +97,14 @@ func TestClientsThatComeWrongly(t *testing.T) {
 			})
 		})
 	}
+}
+
+// requireTold wants a row to be in the table for people.
+func requireTold(t *testing.T, does string) {
+	t.Helper()
+	page, err := os.ReadFile("../docs/guarantees.md")
+	require.NoError(t, err)
+	require.Contains(t, string(page), "`"+does+"`", "what becomes of it is told there")
 }
 
 // say says something to a listener and gives the head of its answer.
@@ -181,14 +201,21 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			info.Version = 2
 			say(info)
 		}), "protocol version 2, only 1 is known"},
-		{"sends half a frame", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.BinaryMessage, []byte("half")) }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: malformed frame of 4 bytes"},
-		{"sends text", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.TextMessage, []byte("{}")) }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: text message"},
-		{"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
+		{
+			"sends half a frame", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.BinaryMessage, []byte("half")) }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: malformed frame of 4 bytes",
+		},
+		{
+			"sends text", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.TextMessage, []byte("{}")) }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: text message",
+		},
+		{
+			"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
+			"WARN Disconnected from ws://" + somewhere + ": session ended: connection lost",
+		},
 	} {
 		t.Run(m.does, func(t *testing.T) {
+			requireTold(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				right := make(chan *cryo.Session, 1)
 				server := cryo.NewServer(cryo.ServerOptions{

@@ -129,3 +129,27 @@ func TestTheArchitectureIsOfThisCode(t *testing.T) {
 	}
 	require.Greater(t, found, 30)
 }
+
+// TestTheGuaranteesNameTestsThatThereAre: each row of docs/guarantees.md names the
+// test that shows it.
+func TestTheGuaranteesNameTestsThatThereAre(t *testing.T) {
+	page, err := os.ReadFile("../docs/guarantees.md")
+	require.NoError(t, err)
+	tests := make(map[string]bool)
+	for _, pattern := range []string{"*_test.go", "*/*_test.go", "../cryo/*_test.go", "../plugin/*_test.go", "../cmd/*/*_test.go", "../internal/*/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, file := range files {
+			code, err := os.ReadFile(file)
+			require.NoError(t, err)
+			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(string(code), -1) {
+				tests[f[1]] = true
+			}
+		}
+	}
+	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(string(page), -1)
+	require.NotEmpty(t, named)
+	for _, n := range named {
+		require.True(t, tests[n[1]], "there is no test %s", n[1])
+	}
+}
