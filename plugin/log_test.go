@@ -7,8 +7,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
 // logBook keeps what is logged, at any level.
@@ -69,3 +75,25 @@ func (h *bookHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 }
 
 func (h *bookHandler) WithGroup(string) slog.Handler { return h }
+
+func TestClientsCanNotFloodTheLog(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "streams: { max_bytes: 1 }"), toProbe)
+		client, peer := e.dial(), e.rawClient()
+		peer.Read()
+		flood := func() {
+			for i := range uint32(100) {
+				require.Error(t, client.SendStream(t.Context(), strings.NewReader("too long"), &cryo.StreamOptions{Name: "long"}))
+				peer.WriteFrames(cryotest.Error(i, "fire"))
+			}
+			synctest.Wait()
+		}
+		for seconds := range 3 {
+			flood()
+			require.Equal(t, 1+seconds, e.log.count("Gave up the stream"))
+			require.Equal(t, 1+seconds, e.log.count("reports an error"))
+			require.Equal(t, 2*seconds, e.log.count("left_out=99"))
+			time.Sleep(time.Second)
+		}
+	})
+}

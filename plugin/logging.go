@@ -55,18 +55,33 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup ignores groups: the library has none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
+// sparing is for log lines of which a client can cause as many as it likes: at
+// most one a second gets through, with a count of those that don't.
+type sparing struct {
+	often   rate.Sometimes
+	leftOut atomic.Int64 // since the last line
+}
+
+func newSparing() *sparing { return &sparing{often: rate.Sometimes{First: 1, Interval: time.Second}} }
+
+// do calls report with the logger for a line that gets through.
+func (s *sparing) do(log *service.Logger, report func(log *service.Logger)) {
+	s.leftOut.Add(1)
+	s.often.Do(func() {
+		if n := s.leftOut.Swap(0) - 1; n > 0 {
+			log = log.With("left_out", n)
+		}
+		report(log)
+	})
+}
+
 // serverLog is the log of an HTTP server, which has a line for each client that
-// speaks no HTTP or breaks TLS off: at most one a second gets through, with a
-// count of those that don't.
+// speaks no HTTP or breaks TLS off.
 func serverLog(log *service.Logger) *stdlog.Logger {
-	var (
-		often   = rate.Sometimes{First: 1, Interval: time.Second}
-		leftOut atomic.Int64
-	)
+	lines := newSparing()
 	return stdlog.New(writerFunc(func(line []byte) (int, error) {
-		leftOut.Add(1)
-		often.Do(func() {
-			log.With("left_out", max(leftOut.Swap(0)-1, 0)).Debugf("A client is not understood (at most one such line a second): %s", bytes.TrimSpace(line))
+		lines.do(log, func(log *service.Logger) {
+			log.Debugf("A client is not understood (at most one such line a second): %s", bytes.TrimSpace(line))
 		})
 		return len(line), nil
 	}), "", 0)

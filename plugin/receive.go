@@ -53,6 +53,8 @@ type receiver struct {
 	log     *service.Logger
 	metrics receiveMetrics
 
+	errorLines, streamLines *sparing // of the log
+
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	places   *places       // of the open streams
 	wake     chan struct{} // holds a token when there is a new replay or a place is free
@@ -79,6 +81,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		conf:       conf,
 		log:        res.Logger(),
 		metrics:    newReceiveMetrics(res.Metrics()),
+		errorLines: newSparing(), streamLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		places:     newPlaces(conf.streams.maxOpen, conf.streams.shared),
@@ -182,7 +185,9 @@ func (r *receiver) wanted(src *source, messages []cryo.Message) []item {
 			continue
 		}
 		if m.Type == cryo.TypeError {
-			r.log.Warnf("The application at the other end of session %s reports an error: %q", src.id, m.LogText())
+			r.errorLines.do(r.log, func(log *service.Logger) {
+				log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", src.id, m.LogText())
+			})
 		}
 		r.metrics.filtered.Incr(1, messageTypeName(m.Type))
 		_ = m.Ack() // if the session has ended, nobody waits for it

@@ -129,7 +129,9 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	t := &transfer{r: r, source: src, stream: st, pending: 1}
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
-		r.log.Warnf("Gave up the stream %q of session %s: %v", st.LogName(), src.id, err)
+		r.streamLines.do(r.log, func(log *service.Logger) {
+			log.Warnf("Gave up the stream %q of session %s: %v (at most one such line a second)", st.LogName(), src.id, err)
+		})
 	}
 	t.done(err)
 }
