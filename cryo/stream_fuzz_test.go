@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
 // FuzzStreams has a raw peer send any sequence of frames about streams, well
@@ -34,17 +35,31 @@ func FuzzStreams(f *testing.F) {
 		{start, 0, 255, 0, flip, 8, 250, 0, chunk, 0, 0, 9, flip, 9, 1, 0, finish, 0, 0, 0, flip, 40, 1, 0},
 		{start, 1, 255, 0, wait, 59, 0, 0, chunk, 1, 0, 0, wait, 59, 0, 0, chunk, 1, 1, 0, wait, 61, 0, 0, chunk, 1, 2, 3},
 	} {
-		f.Add(script, false)
-		f.Add(script, true)
+		for _, dials := range []bool{false, true} {
+			f.Add(script, false, dials)
+			f.Add(script, true, dials)
+		}
 	}
-	f.Fuzz(func(t *testing.T, script []byte, pull bool) {
+	f.Fuzz(func(t *testing.T, script []byte, pull, dials bool) {
 		synctest.Test(t, func(t *testing.T) {
 			opts := bounded()
 			opts.MaxOpenStreams, opts.MaxStreamBytes = 3, 600
-			_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: opts})
-			peer := join(t, l, sid)
-			peer.ClientHandshake()
-			s := next(t, sessions)
+			var (
+				s        *cryo.Session
+				peer     *cryotest.Peer
+				l        *cryotest.Listener
+				sessions <-chan *cryo.Session
+				first    = acceptedFrom
+			)
+			if dials {
+				first = dialledFrom
+				s, peer = dialled(t, cryo.DialOptions{SessionOptions: opts})
+			} else {
+				_, l, sessions = serve(t, cryo.ServerOptions{SessionOptions: opts})
+				peer = join(t, l, sid)
+				peer.ClientHandshake()
+				s = next(t, sessions)
+			}
 			app := startFuzzed(t, s, pull)
 			for len(script) >= 4 && len(script) < 400 {
 				op, a, b, c := script[0], script[1], script[2], script[3]
@@ -65,7 +80,7 @@ func FuzzStreams(f *testing.F) {
 				case cancel:
 					frame.Type = cryo.TypeTxCancel
 				case ack:
-					frame.Type, frame.Ack = cryo.TypeAck, acceptedFrom+uint32(a)
+					frame.Type, frame.Ack = cryo.TypeAck, first+uint32(a)
 				case flip:
 					frame.Type, at, xor = cryo.TypeTxStart, int(a), b
 				default:
@@ -90,6 +105,9 @@ func FuzzStreams(f *testing.F) {
 			}
 			_ = peer.WS.Close()
 			wantEnded(t, s)
+			if dials {
+				return
+			}
 			other := join(t, l, 1)
 			other.ClientHandshake()
 			wantFree(t, next(t, sessions), other, opts.MaxBufferBytes, 0)
