@@ -243,7 +243,7 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parce
 		ChunkBytes:  s.chunkBytes,
 		StepTimeout: s.ackTimeout,
 	})
-	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+	if errors.Is(err, context.DeadlineExceeded) && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errLate)) {
 		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
 	s.metrics.settled([]parcel{*m}, []error{err})
