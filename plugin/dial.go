@@ -80,7 +80,7 @@ root = if !$url.re_match("(?i)^wss?://") {
 			Advanced().
 			LintRule(`root = if this.type() == "string" && this != "" && !this.re_match("(?i)^(http|https|socks5|socks5h)://[^/?#]") { "field proxy_url has to be http://, https:// or socks5:// and a host" }`),
 		positiveDuration(fieldConnectTimeout).
-			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. The next one follows after at most a second, or after 30 s when the token was refused.").
+			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. While attempts fail, the next one follows after 250 ms, then ever later, up to 10 s; after 30 s when the token was refused.").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),

@@ -29,7 +29,7 @@ input:
     auto_replay_nacks: false
 output:
   label: server
-  cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 500ms }
+  cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 2s }
 `
 
 func TestTheBinaryExportsItsMetricsAsTheyAreDocumentedAndDrawn(t *testing.T) {
