@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -131,25 +132,55 @@ func TestTheArchitectureIsOfThisCode(t *testing.T) {
 }
 
 // TestTheGuaranteesNameTestsThatThereAre: each row of docs/guarantees.md names the
-// test that shows it.
+// test that shows it, or its table does. A test may be named with its file, as a
+// link, and with what its subtests are called.
 func TestTheGuaranteesNameTestsThatThereAre(t *testing.T) {
 	page, err := os.ReadFile("../docs/guarantees.md")
 	require.NoError(t, err)
-	tests := make(map[string]bool)
+	in := make(map[string][]string)   // files of a test
+	code := make(map[string][]string) // of a directory
 	for _, pattern := range []string{"*_test.go", "*/*_test.go", "../cryo/*_test.go", "../plugin/*_test.go", "../cmd/*/*_test.go", "../internal/*/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
-			code, err := os.ReadFile(file)
+			content, err := os.ReadFile(file)
 			require.NoError(t, err)
-			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(string(code), -1) {
-				tests[f[1]] = true
+			code[filepath.Dir(file)] = append(code[filepath.Dir(file)], string(content))
+			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(string(content), -1) {
+				in[f[1]] = append(in[f[1]], file)
 			}
 		}
 	}
-	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(string(page), -1)
-	require.NotEmpty(t, named)
-	for _, n := range named {
-		require.True(t, tests[n[1]], "there is no test %s", n[1])
+	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)((?:/[^`]+)?)`(?:\\]\\(\\.\\./([^)]+)\\))?")
+	for _, n := range named.FindAllStringSubmatch(string(page), -1) {
+		name, subtests, file := n[1], n[2], n[3]
+		require.NotEmpty(t, in[name], "there is no test %s", name)
+		if file != "" {
+			file, err := filepath.Rel("tests", file)
+			require.NoError(t, err)
+			require.Contains(t, in[name], file, "%s is elsewhere", name)
+		}
+		for part := range strings.SplitSeq(strings.Trim(subtests, "/"), "/") {
+			literal := `"` + strings.ReplaceAll(part, "_", " ") + `"`
+			known := part == "" || part == ".*" || slices.ContainsFunc(code[filepath.Dir(in[name][0])], func(content string) bool {
+				return strings.Contains(content, literal) || strings.Contains(content, `"`+part+`"`)
+			})
+			require.True(t, known, "%s has no subtest %s", name, part)
+		}
 	}
+
+	rows := 0
+	for table := range strings.SplitSeq(string(page), "\n\n") {
+		header, body, ok := strings.Cut(table, "\n|---|")
+		if !ok || named.MatchString(header) {
+			continue
+		}
+		for _, row := range strings.Split(body, "\n")[1:] {
+			if strings.HasPrefix(row, "|") {
+				require.Regexp(t, named, row, "a row without a test")
+				rows++
+			}
+		}
+	}
+	require.Greater(t, rows, 30)
 }
