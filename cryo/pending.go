@@ -40,9 +40,13 @@ type pending struct {
 	next    uint32 // offset of the next number within the range
 	wrapped bool   // all numbers of the range were used once
 	waiting map[uint32]waiter
+	most    int                 // waited at once since the map was made
 	given   map[uint32]struct{} // numbers that were given up: what comes for them is late; nil is none
 	ended   error               // set at the end of the session: nobody can wait any more
 }
+
+// maxIdleWaiting bounds the numbers for which an empty map keeps its room.
+const maxIdleWaiting = 128
 
 // maxGivenUp bounds the numbers that are remembered as given up. Beyond it they
 // are forgotten, all at once: they are for counting only.
@@ -89,6 +93,7 @@ func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBa
 		p.waiting[n] = waiter{b, i, size}
 		assign(i, n)
 	}
+	p.most = max(p.most, len(p.waiting))
 	return b, nil
 }
 
@@ -101,8 +106,16 @@ func (p *pending) settle(number uint32, err error) bool {
 	if ok {
 		delete(p.waiting, number)
 		w.batch.settle(w.index, w.size, err)
+		p.shrinkLocked()
 	}
 	return ok
+}
+
+// shrinkLocked gives back the room of a map that was large and is empty.
+func (p *pending) shrinkLocked() {
+	if len(p.waiting) == 0 && p.most > maxIdleWaiting {
+		p.waiting, p.most = make(map[uint32]waiter), 0
+	}
 }
 
 // awaited tells whether anybody waits for an acknowledgement.

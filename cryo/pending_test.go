@@ -37,6 +37,21 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 	}
 }
 
+func TestTheRoomOfManyNumbersIsGivenBack(t *testing.T) {
+	p := newPending(dialingNumbers)
+	for range 2 {
+		var numbers []uint32
+		batch, err := p.register(10*maxIdleWaiting, func(_ int, number uint32) { numbers = append(numbers, number) })
+		require.NoError(t, err)
+		for i, number := range numbers {
+			require.Equal(t, 10*maxIdleWaiting, p.most, "%d are settled", i)
+			require.True(t, p.settle(number, nil))
+		}
+		<-batch.done
+		require.Zero(t, p.most, "a new map")
+	}
+}
+
 func TestNobodyWaitsAfterTheEnd(t *testing.T) {
 	p := newPending(dialingNumbers)
 	batch, err := p.register(3, func(int, uint32) {})

@@ -162,8 +162,9 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 		s.remove(u.SessionID, e)
 		return nil
 	}
+	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.session = newSession(u.SessionID, false, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(u.SessionID, e) })
+	e.session = newSession(id, false, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(id, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	s.mu.Unlock()

@@ -50,6 +50,38 @@ func TestTheHandshakeTakesNothingOfWhatFollows(t *testing.T) {
 	require.Equal(t, " frame", string(rest))
 }
 
+// offeredConn gives what has arrived, and tells how much room it was last offered.
+type offeredConn struct {
+	net.Conn
+	arrived int
+	offered int
+}
+
+func (c *offeredConn) Read(p []byte) (int, error) {
+	c.offered = len(p)
+	if c.arrived == 0 {
+		return 0, io.EOF
+	}
+	n := min(len(p), c.arrived)
+	c.arrived -= n
+	return n, nil
+}
+
+func TestALargeBufferIsHeldOnlyWhileDataFlows(t *testing.T) {
+	for _, size := range []int{1, readSmall - 1, readSmall + 1, 2 * readSmall, 1100, 4 * readSmall, readBytes, 3 * readBytes} {
+		c := &offeredConn{arrived: size}
+		conn := &transport{Conn: c}
+		largest := 0
+		for conn.fill() == nil {
+			conn.skip(conn.waiting())
+			largest = max(largest, c.offered)
+		}
+		require.LessOrEqual(t, c.offered, readSmall, "waiting for more than %d bytes", size)
+		require.Nil(t, conn.large)
+		require.Equal(t, size > readSmall, largest == readBytes, "%d bytes at once", size)
+	}
+}
+
 // brokenConn takes some bytes and breaks then.
 type brokenConn struct {
 	net.Conn

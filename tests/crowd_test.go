@@ -91,6 +91,28 @@ func (c *crowd) receive(s *cryo.Session, expected []byte) {
 	}
 }
 
+// send lets each client send a message, some at a time, and waits for the
+// acknowledgements.
+func (c *crowd) send(message []byte) {
+	c.tb.Helper()
+	var (
+		taken   atomic.Int64
+		errs    = make([]error, len(c.sessions))
+		senders sync.WaitGroup
+	)
+	for range 64 {
+		senders.Go(func() {
+			for i := int(taken.Add(1)) - 1; i < len(errs); i = int(taken.Add(1)) - 1 {
+				errs[i] = c.sessions[i].SendBinary(context.Background(), message)
+			}
+		})
+	}
+	senders.Wait()
+	for _, err := range errs {
+		require.NoError(c.tb, err)
+	}
+}
+
 // wantHeartbeats waits until each client has heard so many more of them.
 func (c *crowd) wantHeartbeats(n int64, longest time.Duration) {
 	c.tb.Helper()

@@ -72,6 +72,7 @@ func idleSessions(tb testing.TB, n int, heartbeat time.Duration) {
 	begin := time.Now()
 	c := join(tb, address, n, message)
 	connecting := time.Since(begin)
+	c.send(message) // none of them has always been idle
 	c.wantHeartbeats(2, 10*heartbeat+patience)
 	idle := perSession()
 
