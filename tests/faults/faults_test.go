@@ -199,7 +199,11 @@ func (t *test) run(random *rand.Rand) {
 			}
 		}
 	}
-	limited, stop := context.WithTimeout(ctx, patience)
+	limit := patience
+	if long {
+		limit = time.Hour
+	}
+	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	if t.sends {
 		working.Go(func() { l.receiveFrom(ctx, sessions, t.streams) })
