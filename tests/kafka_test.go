@@ -1,7 +1,6 @@
 package tests
 
 import (
-	"context"
 	"net"
 	"strconv"
 	"strings"
@@ -60,8 +59,7 @@ func (k *kafka) records(t *testing.T, topic string) []*kgo.Record {
 	for _, p := range k.PartitionInfos(topic) {
 		want += int(p.HighWatermark)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
+	ctx := patient(t)
 	client := k.client(t, kgo.ConsumeTopics(topic))
 	defer client.Close()
 	var records []*kgo.Record
@@ -195,8 +193,13 @@ func TestKafkaToCryo(t *testing.T) {
 	k := runKafka(t, topic)
 	server := serve(t)
 	run := func() *process {
-		return example(t, "kafka_to_cryo.yaml", nil, "CRYO_URL="+server.url(), "CRYO_TOKEN="+token,
-			"KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC="+topic, "KAFKA_GROUP="+group)
+		env := []string{
+			"CRYO_URL=" + server.url(), "CRYO_TOKEN=" + token,
+			"KAFKA_BROKERS=" + k.brokers(), "KAFKA_TOPIC=" + topic, "KAFKA_GROUP=" + group,
+		}
+		return launch(t, nil, env, "run", "--set", "http.enabled=false",
+			"--set", "input.redpanda.commit_period=100ms", // not the 5 s that it is otherwise
+			"config/kafka_to_cryo.yaml")
 	}
 	texts := numbered(150)
 	k.produce(t, topic, texts[:100]...)
@@ -233,15 +236,16 @@ func TestKafkaToCryo(t *testing.T) {
 	// The broker goes away.
 	p = run()
 	s = server.session(t)
-	_, err := k.WaitGroupStable(contextFor(t), group, 1)
+	_, err := k.WaitGroupStable(patient(t), group, 1)
 	require.NoError(t, err)
 	k.goAway()
 	k.wantTries(t, 1)
 	k.comeBack()
 	k.produce(t, topic, texts[125:]...)
 	receiveAll(t, s, acked, texts)
+	_, err = k.WaitGroupInfo(patient(t), group, func(*kfake.GroupInfo) bool { return k.committed(group, topic) == 150 })
+	require.NoError(t, err, "%d are committed", k.committed(group, topic))
 	p.interrupt()
-	require.Equal(t, 150, k.committed(group, topic))
 }
 
 // receiveAll receives and acknowledges until it has all of texts, those

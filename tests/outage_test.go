@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"context"
 	"net"
 	"sync"
 	"testing"
@@ -8,6 +9,14 @@ import (
 
 	"github.com/stretchr/testify/require"
 )
+
+// patient is how long something is waited for that has to come.
+func patient(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	t.Cleanup(cancel)
+	return ctx
+}
 
 // gate is a listener whose far side can go away for a while: its connections
 // are cut, and new ones end as soon as they are there.
