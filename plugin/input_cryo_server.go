@@ -23,7 +23,7 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receivePerformance+aboutExtraction+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(receiveFields(true)...).
 		LintRule(`root = `+listenLint).

@@ -151,6 +151,15 @@ func newSendMetrics(m *service.Metrics) sendMetrics {
 	}
 }
 
+// newAnswerMetrics are those of an input that answers: what it sends. The rest
+// of them would be mistaken for those of what it receives.
+func newAnswerMetrics(m *service.Metrics) sendMetrics {
+	answers := newSendMetrics(nil)
+	answers.sent = m.NewCounter(metricSent, labelMessageType)
+	answers.sentBytes = m.NewCounter(metricSentBytes, labelMessageType)
+	return answers
+}
+
 // sending counts messages as on their way; awaited ends that, and times it unless
 // the context was done first.
 func (m *sendMetrics) sending(messages int) (began time.Time) {

@@ -52,8 +52,9 @@ type receiver struct {
 	conf    receiveConfig
 	log     *service.Logger
 	metrics receiveMetrics
+	answers sender // of synchronous responses
 
-	errorLines, streamLines *sparing // of the log
+	errorLines, streamLines, answerLines *sparing // of the log
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	places   *places       // of the open streams
@@ -81,7 +82,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		conf:       conf,
 		log:        res.Logger(),
 		metrics:    newReceiveMetrics(res.Metrics()),
-		errorLines: newSparing(), streamLines: newSparing(),
+		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(res.Metrics())},
+		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		places:     newPlaces(conf.streams.maxOpen, conf.streams.shared),
@@ -155,9 +157,7 @@ func (r *receiver) offer(items []item) bool {
 	case r.arrivals <- items:
 		return true
 	case <-r.stopped.Done():
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.abandoned = append(r.abandoned, items...)
+		r.abandon(items)
 		return false
 	}
 }
@@ -304,8 +304,8 @@ func (r *receiver) handOver(items []item) (service.MessageBatch, service.AckFunc
 	if r.conf.onReceipt {
 		r.acknowledge(items)
 	}
-	return batch, func(_ context.Context, err error) error {
-		r.settle(d, err)
+	return batch, func(ctx context.Context, err error) error {
+		r.settle(ctx, d, err)
 		return nil
 	}, nil
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -77,6 +78,18 @@ One limit comes from the engine. Where the pipeline's processors first split a b
 A stream is acknowledged as a whole when each message that the scanner has cut from it is delivered. When one of them is rejected for good, or the scanner fails, the stream is cancelled and never acknowledged. Of a stream that is cut off, what was complete has been delivered, and a partial last record is dropped.
 `
 
+const receiveAnswers = `
+== Request and response
+
+What the pipeline gives as a synchronous response, by the output or the processor ` + "`sync_response`" + ` or by ` + "`http_client` with `propagate_response: true`" + `, goes back on the session that the message came from, and has to be acknowledged there, within ` + "`ack_timeout`" + `, before the message is. So a client that sends one message after the other gets the answer to each before its acknowledgement.
+
+The answer is of the same kind as the message: text to text (or bytes where it is no valid text), bytes to bytes, and to each message that was cut from a stream a stream of the same name. What tells of a session is not answered. There may be several answers to one message, which arrive in order, or none. Answers to different messages, and to the parts of a stream, come as these are delivered.
+
+When the other end refuses the answer, or lets the time for it pass, the message is rejected to its sender, with ` + "`auto_replay_nacks: true`" + ` too: the pipeline has done its part. When the session ends first, nobody is told, and the sender may send again. An answer never goes to another connection.
+
+The engine hands the responses to a batch back together. Which message each of them answers is told by the metadata ` + "`cryo_session_id`, `cryo_ack_id` and `cryo_tx_id`" + `, so keep them; where they are gone, the batch counts as not delivered and its messages are tried again one by one. What merges messages of several clients, merges their answers: don't use ` + "`archive`" + `, or ` + "`batching`" + ` of an output, in front of a response.
+`
+
 const receivePerformance = `
 == Performance
 
@@ -120,6 +133,10 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Description("Whether messages carry the metadata that is listed below. Making it costs about a quarter of the input's throughput at its limit, some 100,000 messages a second and more; what does not come near that can leave it. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content.").
 			Default(true).
 			Advanced(),
+		positiveDuration(fieldAckTimeout).
+			Description("How long the sender of a message may take to acknowledge its answer, where the pipeline gives one (`sync_response`). Then the message is rejected.").
+			Default("30s").
+			Advanced(),
 		service.NewAutoRetryNacksToggleField().
 			Description("What to do with a message that the outputs fail to deliver. If `true`, it goes through the pipeline again until it is delivered, and its sender waits. If `false`, the sender is told at once, by a Cryo ERROR, that it was not delivered."),
 		extractTracingField(),
@@ -140,6 +157,7 @@ type receiveConfig struct {
 	maxInFlight   int
 	maxBatchCount int
 	replay        bool
+	ackTimeout    time.Duration // of answers
 
 	includeMetadata bool
 	streams         streamConfig
@@ -194,6 +212,9 @@ func receiveConfigFromParsed(conf *service.ParsedConfig, sessions bool) (c recei
 		return c, err
 	}
 	if c.includeMetadata, err = conf.FieldBool(fieldMetadata); err != nil {
+		return c, err
+	}
+	if c.ackTimeout, err = fieldPositiveDuration(conf, fieldAckTimeout); err != nil {
 		return c, err
 	}
 	c.replay, err = conf.FieldBool(service.AutoRetryNacksToggleFieldName)

@@ -11,6 +11,8 @@ import (
 type delivery struct {
 	items  []item
 	places []place // by item; nil for a single one
+
+	responses *service.SyncResponseStore
 }
 
 // place is the context of a message in the pipeline. It tells of which delivery
@@ -37,17 +39,15 @@ func (p *place) Value(key any) any {
 // itself is allocated at once, so the messages are copies of what the engine's
 // constructors give.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
-	d := &delivery{items: items}
+	responses, store := withResponses()
+	d := &delivery{items: items, responses: store}
 	messages := make([]service.Message, len(items))
 	batch := make(service.MessageBatch, len(items))
 	if len(items) > 1 {
 		d.places = make([]place, len(items))
 	}
 	for i := range items {
-		it, ctx := &items[i], context.Background()
-		if it.part != nil {
-			ctx = it.part.Context()
-		}
+		it, ctx := &items[i], responses
 		if d.places != nil {
 			d.places[i] = place{ctx, d, i}
 			ctx = &d.places[i]
@@ -73,31 +73,55 @@ func (it *item) describe(m *service.Message) {
 	it.source.describe(m)
 }
 
-// split tells the delivered messages from the failed ones. Delivered is only
-// what the error names as such: it says nothing of messages that were merged
-// into another, so they have failed with it. When it can't tell, all have.
-func (d *delivery) split(err error) (delivered, failed []item) {
+// failed tells by index which messages have failed. Delivered is only what the
+// error names as such: it says nothing of messages that were merged into
+// another, so they have failed with it. When it can't tell, all have.
+func (d *delivery) failed(err error) []bool {
+	bad := make([]bool, len(d.items))
 	if err == nil {
-		return d.items, nil
+		return bad
+	}
+	for i := range bad {
+		bad[i] = true
 	}
 	var batchErr *service.BatchError
 	if d.places == nil || !errors.As(err, &batchErr) {
-		return nil, d.items
+		return bad
 	}
-	named, bad := make([]bool, len(d.items)), make([]bool, len(d.items))
+	named := make([]bool, len(d.items))
 	batchErr.WalkMessages(func(_ int, m *service.Message, err error) bool { //nolint:staticcheck // deprecated for its index, which is not used
 		if p, ok := m.Context().Value(placeKey{}).(*place); ok && p.delivery == d {
+			bad[p.at] = err != nil || named[p.at] && bad[p.at] // a message may have become several
 			named[p.at] = true
-			bad[p.at] = bad[p.at] || err != nil // a message may have become several
 		}
 		return true
 	})
-	for i, it := range d.items {
-		if named[i] && !bad[i] {
-			delivered = append(delivered, it)
-		} else {
-			failed = append(failed, it)
+	return bad
+}
+
+// split sorts the items by what becomes of them. Where the parts of a stream
+// have one answer, and not all of them are delivered, none of them is yet.
+func (d *delivery) split(bad []bool, answers []*answer) (delivered []item, answered []*answer, failed []item) {
+	if answers == nil {
+		answers = make([]*answer, len(d.items))
+	}
+	for i, a := range answers {
+		if a != nil && bad[i] {
+			a.partial = true
 		}
 	}
-	return delivered, failed
+	for i, it := range d.items {
+		switch a := answers[i]; {
+		case bad[i] || a != nil && a.partial:
+			failed = append(failed, it)
+		case a == nil:
+			delivered = append(delivered, it)
+		default:
+			if len(a.items) == 0 {
+				answered = append(answered, a)
+			}
+			a.items = append(a.items, it)
+		}
+	}
+	return delivered, answered, failed
 }

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"time"
@@ -11,8 +12,9 @@ import (
 // What the pipeline's verdict does: acknowledgements, rejections, replays.
 
 // settle acts on the pipeline's verdict over a batch, message by message: one
-// that fails holds up none of the others. Only the first verdict counts.
-func (r *receiver) settle(d *delivery, err error) {
+// that fails holds up none of the others, nor does one that is answered first.
+// Only the first verdict counts.
+func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 	r.mu.Lock()
 	_, first := r.deliveries[d]
 	delete(r.deliveries, d)
@@ -21,7 +23,15 @@ func (r *receiver) settle(d *delivery, err error) {
 		return
 	}
 	r.cameThrough(d.items)
-	delivered, failed := d.split(err)
+	delivered, answered, failed := d.items, []*answer(nil), []item(nil)
+	answers, unclear := d.answers()
+	if unclear != nil {
+		r.log.Warnf("A batch of %d messages counts as not delivered: %v", len(d.items), unclear)
+		err = unclear
+	}
+	if err != nil || answers != nil {
+		delivered, answered, failed = d.split(d.failed(err), answers)
+	}
 	if !r.conf.onReceipt {
 		r.acknowledge(delivered)
 	}
@@ -35,11 +45,17 @@ func (r *receiver) settle(d *delivery, err error) {
 		gone += len(failed)
 		r.reject(failed, err)
 	}
+	r.release(gone)
+	r.answer(ctx, answered)
+}
+
+// release ends the time of messages in the pipeline.
+func (r *receiver) release(n int) {
 	r.mu.Lock()
-	r.inFlight -= gone
+	r.inFlight -= n
 	r.stallTold = false
 	r.mu.Unlock()
-	r.metrics.unacknowledged.add(-gone)
+	r.metrics.unacknowledged.add(-n)
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -70,10 +86,31 @@ func (r *receiver) reject(items []item, cause error) {
 	}
 	r.log.Errorf("Rejected %d messages: %v", len(items), cause)
 	for _, it := range items {
-		if it.message != nil {
-			r.metrics.rejected.Incr(1, messageTypeName(it.message.Type))
+		r.refuse(it)
+	}
+}
+
+// refuse rejects one item, and counts it.
+func (r *receiver) refuse(it item) {
+	if it.message != nil {
+		r.metrics.rejected.Incr(1, messageTypeName(it.message.Type))
+	}
+	it.reject()
+}
+
+// abandon keeps items of which nothing is known at the end of the input, for
+// rejectRest.
+func (r *receiver) abandon(items []item) {
+	r.mu.Lock()
+	late := r.gone
+	if !late {
+		r.abandoned = append(r.abandoned, items...)
+	}
+	r.mu.Unlock()
+	for i := range items {
+		if late {
+			items[i].reject()
 		}
-		it.reject()
 	}
 }
 

@@ -1,0 +1,341 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+const (
+	answering = "sync_response: {}"
+	inCapital = "mapping: 'root = content().uppercase()'"
+
+	numbersOfBatch = "mapping: 'root = \"%s of %v\".format(content(), batch_size())'"
+)
+
+// answeredBy runs a test with each of the inputs in a pipeline that answers with
+// what these processors make of a message, and with its peer's session.
+func answeredBy(t *testing.T, fields string, processors []string, test func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session)) {
+	t.Helper()
+	t.Run("cryo", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			server := e.serve()
+			p := e.run(with(dialInput, fields), answering, processors...)
+			test(t, e, p, server.session())
+		})
+	})
+	t.Run("cryo_server", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			p := e.run(with(listenInput, fields), answering, processors...)
+			test(t, e, p, e.dial())
+		})
+	})
+}
+
+func TestAMessageIsAcknowledgedWhenItsAnswerIs(t *testing.T) {
+	answeredBy(t, "", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		for _, text := range []string{"hello", "world"} {
+			sent := send(peer, text)
+			answer := receiveTexts(t, peer, strings.ToUpper(text))[0]
+			require.Equal(t, cryo.TypeUTF8, answer.Type)
+			sent.wantPending(t, "the answer is not acknowledged")
+			require.NoError(t, answer.Ack())
+			sent.wantAcked(t, "and now it is")
+		}
+		require.EqualValues(t, 2, e.metrics.value("cryo_sent{message_type=utf8}"))
+	})
+}
+
+func TestAnAnswerIsOfTheKindOfTheMessage(t *testing.T) {
+	answeredBy(t, "", []string{`mapping: 'root = if content() == "ff00" { content().decode("hex") }'`}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		for _, c := range []struct {
+			sent    string
+			as      cryo.Type
+			want    string
+			wanted  cryo.Type
+			because string
+		}{
+			{"text", cryo.TypeUTF8, "text", cryo.TypeUTF8, "text to text"},
+			{"bytes", cryo.TypeBinary, "bytes", cryo.TypeBinary, "bytes to bytes, even if they are text"},
+			{"ff00", cryo.TypeUTF8, "\xff\x00", cryo.TypeBinary, "what is no text can't go as text"},
+		} {
+			sent := sendAny(func() error {
+				return peer.SendBatch(t.Context(), []cryo.Outgoing{{Type: c.as, Payload: []byte(c.sent)}})
+			})
+			answer := receiveTexts(t, peer, c.want)[0]
+			require.Equal(t, c.wanted, answer.Type, c.because)
+			require.NoError(t, answer.Ack())
+			sent.wantAcked(t, c.because)
+		}
+	})
+}
+
+func TestEachPartOfAStreamIsAnsweredByAStream(t *testing.T) {
+	answeredBy(t, "streams: { scanner: { lines: {} } }", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		sent := sendStream(peer, "log", "a\nb\nc\n")
+		var got []string // in the order of their delivery, which is any
+		for range 3 {
+			st, content := readStream(t, peer)
+			got = append(got, content+" in "+st.Name())
+			sent.wantPending(t, "not all answers are acknowledged")
+			require.NoError(t, st.Ack())
+		}
+		require.ElementsMatch(t, []string{"A in log", "B in log", "C in log"}, got)
+		sent.wantAcked(t, "all are")
+	})
+}
+
+func TestAStreamWhoseAnswerIsRefusedIsCancelled(t *testing.T) {
+	answeredBy(t, "", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		sent := sendStream(peer, "file", "content")
+		require.NoError(t, acceptStream(t, peer).Reject())
+		sent.cancelled(t, "it was not delivered")
+	})
+}
+
+// batched makes one batch of what some clients send, in a pipeline that answers.
+func (e *engine) batched(fields string, texts []string, processors ...string) (clients []*cryo.Session, sent []*sending) {
+	e.t.Helper()
+	// The first message is held up, the second one waits for it, and so all others
+	// are there when the input reads on.
+	const holdUp = "processors: [ { sleep: { duration: 1s } }, { mapping: 'root = if content() == \"first\" { deleted() }' } ]"
+	e.run(with(listenInput, fields)+"\n"+holdUp, answering, processors...)
+	busy := e.dial()
+	for range texts {
+		clients = append(clients, e.dial())
+	}
+	for range 2 {
+		send(busy, "first")
+		synctest.Wait()
+	}
+	for i, text := range texts {
+		sent = append(sent, send(clients[i], text))
+		synctest.Wait()
+	}
+	return clients, sent
+}
+
+func TestEachClientOfABatchGetsItsOwnAnswer(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		clients, sent := e.batched("", []string{"a", "b", "c"}, numbersOfBatch)
+		for i, c := range clients {
+			m := receiveTexts(t, c, string(rune('a'+i))+" of 3")[0]
+			sent[i].wantPending(t, "not acknowledged")
+			require.NoError(t, m.Ack())
+			sent[i].wantAcked(t, "acknowledged, whatever the others do")
+		}
+	})
+}
+
+func TestAClientThatIsSlowToTakeItsAnswerHoldsUpNoOther(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		clients, sent := e.batched("", []string{"a", "b"}, numbersOfBatch)
+		receiveTexts(t, clients[0], "a of 2")
+		begin := time.Now()
+		require.NoError(t, receiveTexts(t, clients[1], "b of 2")[0].Ack())
+		sent[1].wantAcked(t, "at once")
+		require.Zero(t, time.Since(begin))
+		sent[0].wantRefused(t, rejection)
+		require.Equal(t, 30*time.Second, time.Since(begin))
+	})
+}
+
+func TestAMessageMayHaveSeveralAnswersOrNone(t *testing.T) {
+	answeredBy(t, "", []string{"unarchive: { format: lines }", "mapping: 'root = if content() == \"\" { deleted() }'"}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		sent := send(peer, "one\ntwo\nthree")
+		for _, m := range receiveTexts(t, peer, "one", "two", "three") {
+			sent.wantPending(t, "not all are acknowledged")
+			require.NoError(t, m.Ack())
+		}
+		sent.wantAcked(t, "all are")
+		send(peer, "").wantAcked(t, "without an answer")
+		wantNothing(t, peer)
+	})
+}
+
+func TestAMessageWhoseAnswerIsRefusedIsRejectedAndNotTriedAgain(t *testing.T) {
+	for _, replay := range []bool{true, false} {
+		answeredBy(t, fmt.Sprintf("auto_replay_nacks: %v", replay), nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+			sent := send(peer, "hello")
+			require.NoError(t, receive(t, peer).Reject("no"))
+			sent.wantRefused(t, rejection)
+			wantNothing(t, peer)
+			e.log.want(t, fmt.Sprintf(`WARN Rejected what session %d sent, because it has not acknowledged the answer: rejected by the peer: "no" (at most one such line a second)`, peer.ID()))
+		})
+	}
+}
+
+func TestAnAnswerIsAwaitedForAckTimeout(t *testing.T) {
+	answeredBy(t, "ack_timeout: 3s", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		begin := time.Now()
+		sent := send(peer, "hello")
+		m := receive(t, peer)
+		sent.wantRefused(t, rejection)
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		require.NoError(t, m.Ack(), "too late, and nothing more comes of it")
+		wantNothing(t, peer)
+		require.NoError(t, peer.Err())
+	})
+}
+
+func TestASessionThatGoesBeforeItsAnswerCostsNothing(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 1"), answering, inCapital)
+		leaves := e.dial()
+		sent := send(leaves, "hello")
+		receive(t, leaves)
+		end(leaves)
+		require.Error(t, sent.result(t))
+		stays := e.dial()
+		begin := time.Now()
+		sent = send(stays, "next")
+		require.NoError(t, receiveTexts(t, stays, "NEXT")[0].Ack())
+		sent.wantAcked(t, "its place is free")
+		require.Zero(t, time.Since(begin))
+	})
+}
+
+func TestAnAnswerGoesOutOnlyWhenTheMessageIsDelivered(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe, "sync_response: {}")
+		client := e.dial()
+		sent := send(client, "hello")
+		e.arrival().fail(errors.New("not now"))
+		again := e.arrival()
+		wantNothing(t, client)
+		again.deliver()
+		m := receiveTexts(t, client, "hello")[0]
+		wantNothing(t, client)
+		sent.wantPending(t, "the answer is not acknowledged")
+		require.NoError(t, m.Ack())
+		sent.wantAcked(t, "delivered and answered")
+	})
+}
+
+func TestOfABatchOnlyWhatIsDeliveredIsAnswered(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		s, sent := e.runWithBatch("", []string{"good", "bad"}, "sync_response: {}")
+		a := e.arrival()
+		if len(a.batch) == 1 { // the first was on its way alone
+			a.deliver()
+			require.NoError(t, receiveTexts(t, s, "good")[0].Ack())
+			a = e.arrival()
+			a.fail(errors.New("not now"))
+		} else {
+			a.failSome(errors.New("not now"), "bad")
+			require.NoError(t, receiveTexts(t, s, "good")[0].Ack())
+		}
+		sent[0].wantAcked(t, "delivered and answered")
+		sent[1].wantPending(t, "not delivered")
+		e.arrival().deliver()
+		require.NoError(t, receiveTexts(t, s, "bad")[0].Ack())
+		sent[1].wantAcked(t, "delivered and answered")
+	})
+}
+
+func TestAnswersThatDoNotTellWhatTheyAnswerAreGivenOneByOne(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		clients, sent := e.batched("", []string{"a", "b", "c", "d"}, inCapital, "mapping: 'meta = deleted()'")
+		for i, c := range clients {
+			require.NoError(t, receiveTexts(t, c, string(rune('A'+i)))[0].Ack())
+			sent[i].wantAcked(t, "answered")
+			wantNothing(t, c)
+		}
+		e.log.want(t, "WARN A batch of 4 messages counts as not delivered: it can't be told which message a synchronous response answers: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
+	})
+}
+
+func TestNobodyGetsAnAnswerToAnEvent(t *testing.T) {
+	for name, processors := range map[string][]string{"as it is": nil, "without metadata": {"mapping: 'meta = deleted()'"}} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "message_types: [ utf8, session ]"), answering, processors...)
+				client := e.dial()
+				wantNothing(t, client)
+				sent := send(client, "hello")
+				require.NoError(t, receiveTexts(t, client, "hello")[0].Ack())
+				sent.wantAcked(t, "answered")
+			})
+		})
+	}
+}
+
+func TestAnAnswerNeverGoesToAnotherClient(t *testing.T) {
+	// The engine gives all responses of a batch to the first of its messages.
+	const merging = "broker: { outputs: [ { sync_response: {} } ], batching: { count: 3, period: 1s } }"
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, merging)
+		var clients []*cryo.Session
+		for i := range 3 {
+			clients = append(clients, e.dial())
+			send(clients[i], fmt.Sprint(i))
+			synctest.Wait()
+		}
+		time.Sleep(time.Second)
+		for i, c := range clients {
+			messages, texts := held(t, c)
+			for _, text := range texts {
+				require.Equal(t, fmt.Sprint(i), text)
+			}
+			ackAll(t, messages)
+		}
+		e.log.want(t, "use no batching in an output that responds")
+	})
+}
+
+func TestAClientThatCameBackGetsNoAnswerOfItsGhost(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe, "sync_response: {}")
+		opts := cryo.DialOptions{Token: token, SessionID: 5}
+		ghost, err := e.tryDial(opts)
+		require.NoError(t, err)
+		first := send(ghost, "first")
+		a := e.arrival()
+		client, err := e.tryDial(opts)
+		require.NoError(t, err)
+		require.Error(t, first.result(t))
+		a.deliver()
+		wantNothing(t, client)
+	})
+}
+
+func TestWhatIsAcknowledgedOnReceiptIsAnsweredToo(t *testing.T) {
+	answeredBy(t, "acknowledge: received", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		send(peer, "hello").wantAcked(t, "received")
+		require.NoError(t, receiveTexts(t, peer, "HELLO")[0].Ack())
+		send(peer, "again").wantAcked(t, "received")
+		require.NoError(t, receiveTexts(t, peer, "AGAIN")[0].Reject("no"))
+		wantNothing(t, peer)
+	})
+}
+
+func TestAStopWaitsForTheAnswersAcknowledgement(t *testing.T) {
+	answeredBy(t, "", nil, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		sent := send(peer, "hello")
+		m := receive(t, peer)
+		stopped := sendAny(func() error { p.stop(); return nil })
+		stopped.wantPending(t, "the answer is not acknowledged")
+		require.NoError(t, m.Ack())
+		sent.wantAcked(t, "answered")
+		stopped.wantAcked(t, "stopped")
+	})
+}
+
+func TestAHardStopTellsNothingOfWhatIsNotAnswered(t *testing.T) {
+	answeredBy(t, "", nil, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		sent := send(peer, "hello")
+		receive(t, peer)
+		p.kill()
+		err := sent.result(t)
+		var rejected *cryo.RejectedError
+		require.Error(t, err)
+		require.NotErrorAs(t, err, &rejected, "it may be sent again, elsewhere")
+	})
+}
