@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -440,6 +441,22 @@ func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
 		welcome("more nonsense", 22)
 		refused("whatever", 23)
 		require.NoError(t, server.Shutdown(t.Context()))
+	})
+}
+
+func TestWhoKeepsSomethingOfSessionsSaysWhenItIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var full atomic.Bool
+		_, l, _ := serve(t, cryo.ServerOptions{Full: full.Load})
+		query := "x-cryo-sid=1&authorization=" + url.QueryEscape("Bearer "+token)
+		full.Store(true)
+		status, _, body := knock(t, l, query, upgrade())
+		require.Equal(t, 503, status)
+		require.Equal(t, "The server is behind with sessions that have ended.", body)
+		status, _, _ = knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
+		require.Equal(t, 401, status, "the token is judged first")
+		full.Store(false)
+		join(t, l, sid).ClientHandshake()
 	})
 }
 
