@@ -124,11 +124,15 @@ func (s *sender) prepare(batch service.MessageBatch) (messages []parcel, errs []
 	messages = make([]parcel, len(batch))
 	errs = make([]error, len(batch))
 	types, names := batch.InterpolationExecutor(s.messageType), batch.InterpolationExecutor(s.streamName)
+	fixed, isFixed := s.messageType.Static() // the executor would allocate for each message
 	for i, m := range batch {
 		if messages[i].Payload, errs[i] = m.AsBytes(); errs[i] != nil {
 			continue
 		}
-		name, err := types.TryString(i)
+		name, err := fixed, error(nil)
+		if !isFixed {
+			name, err = types.TryString(i)
+		}
 		if err != nil {
 			errs[i] = fmt.Errorf("field %s: %w", fieldMessageType, err)
 			continue

@@ -114,7 +114,7 @@ var loads = []load{
 	loopOutput(speaksPlain, "", kib, window),
 
 	serverInput("cryo_server", 1, window),
-	serverInput("cryo_server-100-sessions", 100, window),
+	serverInput("cryo_server-100-sessions", 100, 100*batch), // each may have a batch outstanding
 	input("socket_server", "socket_server", `{ network: tcp, address: ADDRESS, scanner: { lines: {} } }`,
 		peerSpec{Protocol: speaksLines, Size: kib, Sessions: 1}),
 	serverOutput("cryo_server", 1),
