@@ -31,7 +31,7 @@ func growths() []growing {
 			cryoInput(name, yaml, n, window),
 			cryoOutput(name, n, min(window, batch), window))
 	}
-	sessions := growing{what: "sessions, with 1024 messages outstanding, of all together"}
+	sessions := growing{what: "sessions, with 1024 messages outstanding together, or one each"}
 	for _, n := range []int{1, 10, 100, 1000, 10_000} {
 		sessions.loads = append(sessions.loads, serverInput(fmt.Sprintf("sessions-%d", n), n, max(window, n)))
 	}
@@ -90,7 +90,7 @@ func printLatency(rounds int, duration time.Duration) error {
 		if err != nil {
 			return err
 		}
-		n, err := enough(run, duration)
+		n, err := enough(run, 16, duration)
 		if err != nil {
 			return err
 		}

@@ -13,6 +13,8 @@ type load struct {
 	name  string
 	start func() (*running, error)
 	unit  int // bytes of a message's payload
+
+	sessions int // that take part; no fewer messages are tried
 }
 
 // What the loads have in common, if they don't say otherwise.
@@ -38,7 +40,7 @@ const (
 // input measures a receiving component of the engine.
 func input(name, component, yaml string, spec peerSpec) load {
 	spec.Source = true
-	return load{name: "in/" + name, unit: spec.Size, start: func() (*running, error) {
+	return load{name: "in/" + name, unit: spec.Size, sessions: spec.Sessions, start: func() (*running, error) {
 		return receiving(spec, component+": "+yaml)
 	}}
 }

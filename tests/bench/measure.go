@@ -28,7 +28,7 @@ func measure(l load, duration time.Duration, profile string) (r result, err erro
 		return r, err
 	}
 	defer run.stop()
-	n, err := enough(run, duration)
+	n, err := enough(run, max(16, l.sessions), duration)
 	if err != nil {
 		return r, err
 	}
@@ -70,15 +70,15 @@ func measure(l load, duration time.Duration, profile string) (r result, err erro
 	}, nil
 }
 
-// enough is how many messages take about so long.
-func enough(run *running, duration time.Duration) (int, error) {
-	for n := 16; ; n *= 4 {
+// enough is how many messages take about so long, tried from n on.
+func enough(run *running, n int, duration time.Duration) (int, error) {
+	for ; ; n *= 4 {
 		begin := time.Now()
 		if err := run.do(n); err != nil {
 			return 0, err
 		}
 		if took := time.Since(begin); took > duration/4 {
-			return max(1, int(float64(n)*float64(duration)/float64(took))), nil
+			return max(n/16, 1, int(float64(n)*float64(duration)/float64(took))), nil
 		}
 	}
 }

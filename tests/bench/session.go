@@ -127,6 +127,9 @@ func (all sessions) send(n int, rate float64) (latency []time.Duration, err erro
 		if i < n%len(all) {
 			share++
 		}
+		if share == 0 {
+			break
+		}
 		sending.Go(func() { errs[i] = s.send(share, rate/float64(len(all))) })
 	}
 	sending.Wait()
