@@ -13,7 +13,7 @@ import (
 const (
 	gatherBytes    = 256 << 10 // written at once, at most
 	gatherSmall    = 4 << 10   // … and by a session that has little to say
-	readBytes      = 128 << 10  // read at once, while data flows
+	readBytes      = 128 << 10 // read at once, while data flows
 	readSmall      = 512       // … and by a session that waits; it holds no other memory for that
 	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
 	minBlock       = 512       // payload memory: allocated in blocks of as much as waits to be read …
