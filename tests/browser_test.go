@@ -44,7 +44,6 @@ func browse(t *testing.T, pageURL, server string) *page {
 	}
 	allocator, cancel := chromedp.NewExecAllocator(context.Background(), append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.ExecPath(browser),
-		chromedp.UserDataDir(t.TempDir()),
 		chromedp.WSURLReadTimeout(2*patience), // it starts slowly on a busy machine
 		chromedp.NoSandbox,                    // as root it would not start
 		chromedp.DisableGPU,
