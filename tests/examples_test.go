@@ -62,6 +62,16 @@ func wantPeriods(t *testing.T, file string, config any) {
 	}
 }
 
+func TestTheSnippetsOfTheDocumentationAreLintedClean(t *testing.T) {
+	files, err := filepath.Glob("../docs/*.md")
+	require.NoError(t, err)
+	require.NotEmpty(t, files)
+	files = append(files, "../README.md")
+	out, err := exec.Command(binary, append([]string{"lint", "--deprecated", "--skip-env-var-check"}, files...)...).CombinedOutput()
+	require.NoError(t, err, string(out))
+	require.Empty(t, out)
+}
+
 func TestStdinToCryo(t *testing.T) {
 	server := serve(t)
 	p := example(t, "stdin_to_cryo.yaml", strings.NewReader("one\ntwo\nthree\n"), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)
