@@ -204,3 +204,49 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 		}
 	})
 }
+
+// The same by synchronous responses, which need no output at either end.
+func TestAnEchoByResponsesFinishesOrRefusesWhatIsTooMuch(t *testing.T) {
+	for name, c := range map[string]struct {
+		messages int
+		reads    bool
+		refuses  bool
+	}{
+		"what can be held, of a peer that reads when it has sent everything": {3000, false, false},
+		"more, of a peer that reads":                                         {20_000, true, true},
+	} {
+		test := func(t *testing.T, e *engine, peer *cryotest.Peer) {
+			t.Helper()
+			got, err := talk(peer, c.messages, c.reads)
+			require.NoError(t, err)
+			require.Equal(t, c.messages, got.acks+got.refusals)
+			require.Equal(t, got.acks, got.answers, "none is answered twice")
+			require.Equal(t, c.refuses, got.refusals > 0)
+			require.GreaterOrEqual(t, got.acks, 3000)
+		}
+		const settings = "max_buffer_bytes: 1000000"
+		t.Run(name+", dialled", func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := cryotest.NewServer(t)
+				e.dialer = server.Dial
+				p := e.start(with(dialInput, settings), "sync_response: {}")
+				t.Cleanup(p.kill)
+				peer := server.NextPeer()
+				_, b, err := peer.WS.ReadMessage()
+				require.NoError(t, err)
+				info, err := cryo.ParseFrame(b)
+				require.NoError(t, err)
+				peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Acked(info.Ack))
+				_, _, err = peer.WS.ReadMessage() // that ours was heard
+				require.NoError(t, err)
+				test(t, e, peer)
+			})
+		})
+		t.Run(name+", accepted", func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, settings), "sync_response: {}")
+				test(t, e, e.quietClient(t))
+			})
+		})
+	}
+}
