@@ -79,9 +79,17 @@ func TestTheLicencesAreAsTheDocumentationSays(t *testing.T) {
 	}
 	for _, free := range []string{
 		"github.com/redpanda-data/benthos/v4/public/components/pure", "github.com/redpanda-data/benthos/v4/public/components/io",
-		"../plugin", bundles + "prometheus", bundles + "crypto",
+		"../plugin", bundles + "prometheus", bundles + "crypto", bundles + "jaeger",
 	} {
 		require.Empty(t, community(free), free)
+	}
+	source, err := os.ReadFile("../cmd/cryo-connect/main.go")
+	require.NoError(t, err)
+	doc, err := os.ReadFile("../docs/own-build.md")
+	require.NoError(t, err)
+	_, table, _ := strings.Cut(string(doc), "| linked | licence")
+	for _, bundle := range regexp.MustCompile(bundles+`(\w+)"`).FindAllStringSubmatch(string(source), -1) {
+		require.Contains(t, table, "`"+bundle[1]+"`", "what the binary links is in the table")
 	}
 	require.Equal(t, []string{"github.com/redpanda-data/connect/v4/internal/serviceaccount"}, community(bundles+"kafka"))
 	aws := strings.Join(community(bundles+"aws"), "\n")
