@@ -18,8 +18,8 @@ const (
 	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
 	minBlock       = 512       // payload memory: allocated in blocks of as much as waits to be read …
 	maxBlock       = 16 << 10  // … within these bounds, so that a message that is kept long keeps little else
-	maxTrusted     = 64 << 10  // memory is given for messages that have not come yet, up to so much …
-	maxGuess       = 1 << 20   // … or up to the last one's size, if that is no more than this
+	maxTrusted     = 128 << 10 // memory is given for messages that have not come yet, up to so much …
+	trustFactor    = 16        // … and then up to so many times what has come
 	maxControlText = 123       // text of a WebSocket close frame, and of BYE (peers.md: more ends the Node client)
 )
 
@@ -257,17 +257,12 @@ func (t *transport) closeWrite() error {
 }
 
 // blocks hands out memory for received messages, never twice.
-type blocks struct {
-	free []byte
-	last int // size of the last message: the next is often as large
-}
+type blocks struct{ free []byte }
 
 // take gives empty memory for a message that has n bytes, or for a part of one
 // that is large. So much more waits to be read.
 func (b *blocks) take(n, waiting int) []byte {
-	trusted := max(maxTrusted, min(b.last, maxGuess))
-	b.last = n
-	n = min(n, trusted)
+	n = min(n, maxTrusted)
 	if n > maxBlock/2 {
 		return make([]byte, 0, n)
 	}

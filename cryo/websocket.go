@@ -226,7 +226,7 @@ func (w *webSocket) readMessage(head []byte, memory *blocks) ([]byte, error) {
 			// Memory is only given for what has come, or nearly: the length is
 			// the peer's word.
 			if cap(message) == len(message) {
-				message = slices.Grow(message, min(w.left, max(len(message), maxBlock)))
+				message = slices.Grow(message, min(w.left, max(trustFactor*len(message), maxBlock)))
 			}
 			var err error
 			if message, err = w.append(message, min(w.left, cap(message)-len(message))); err != nil {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"testing"
 	"time"
 
@@ -180,11 +181,21 @@ func TestWhatIsWrittenIsRead(t *testing.T) {
 
 // A length is the peer's word: a session may not be made to allocate by it.
 func TestMemoryIsGivenForWhatHasCome(t *testing.T) {
-	var memory blocks
-	require.LessOrEqual(t, cap(memory.take(maxFrame, 0)), maxTrusted)
-	memory.take(100, 0)
-	require.LessOrEqual(t, cap(memory.take(maxFrame, 0)), maxTrusted, "after a small one")
-	require.LessOrEqual(t, cap(memory.take(maxFrame, 0)), maxGuess, "after a large one")
+	conn := &tapeConn{}
+	writer := &webSocket{conn: &transport{Conn: conn}, masks: true}
+	require.NoError(t, writer.write(websocket.BinaryMessage, nil, make([]byte, MaxPayload)))
+	require.NoError(t, writer.conn.flush())
+	for _, come := range []int{100, 1 << 20} {
+		ws := &webSocket{conn: &transport{Conn: &tapeConn{tape: conn.taken[:come], piece: 1 << 20}}}
+		require.NoError(t, ws.next())
+		var memory blocks
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := ws.readMessage(nil, &memory)
+		runtime.ReadMemStats(&after)
+		require.Equal(t, io.ErrUnexpectedEOF, err)
+		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(trustFactor*come+4*maxTrusted), "%d bytes have come of %d", come, MaxPayload)
+	}
 }
 
 // endlessConn gives the same bytes again and again, and takes everything.
