@@ -27,7 +27,7 @@ const (
 func listenFields() []*service.ConfigField {
 	fields := []*service.ConfigField{
 		service.NewStringField(fieldAddress).
-			Description("Where to listen: host and port, or `:port` for all network interfaces. An input and an output with the same address share one listener and its clients, and have to agree on all of its settings.").
+			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and have to agree on all of its settings. Of several inputs each gets its share of the clients, in turn.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080").
 			LintRule(`
