@@ -35,7 +35,7 @@ type fault struct {
 func faults() map[string]fault {
 	times := 4
 	if long {
-		times = 60
+		times = 20
 	}
 	breaks := func(up, down after, reset bool) *breaks {
 		return &breaks{times: times, up: up, down: down, reset: reset}
@@ -231,7 +231,7 @@ func disappear(ctx context.Context, line *line, random *rand.Rand, connected <-c
 	over := make(chan struct{})
 	times := 2
 	if long {
-		times = 30
+		times = 15
 	}
 	working.Go(func() {
 		defer close(over)
