@@ -16,8 +16,8 @@ import (
 // any number of frames, and allocate for it: one allocation a message read and
 // three a message written, an acknowledgement too. What is here writes each
 // message as one frame into the buffer of the next write to the network, and
-// reads into the memory that the message keeps. It made the input 1.5 times and
-// the output twice as fast.
+// reads into the memory that the message keeps. The CPU time of input and output
+// fell by a fifth to a third.
 
 // Bits and values of a frame's first two bytes.
 const (
