@@ -46,15 +46,11 @@ func proxySettingsFromParsed(conf *service.ParsedConfig) (s proxySettings, err e
 		return s, err
 	}
 	for _, name := range names {
-		network, err := netip.ParsePrefix(name)
+		network, err := parseNetwork(name)
 		if err != nil {
-			var ip netip.Addr
-			if ip, err = netip.ParseAddr(name); err != nil {
-				return s, fmt.Errorf("field %s: %s is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
-			}
-			network = netip.PrefixFrom(ip, ip.BitLen())
+			return s, fmt.Errorf("field %s: %s is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
 		}
-		s.Trusted = append(s.Trusted, network.Masked())
+		s.Trusted = append(s.Trusted, network)
 	}
 	if s.Header, err = conf.FieldString(fieldForwardedHeader); err != nil {
 		return s, err
@@ -63,6 +59,20 @@ func proxySettingsFromParsed(conf *service.ParsedConfig) (s proxySettings, err e
 		return s, fmt.Errorf("field %s: %q is neither %s nor %s", fieldForwardedHeader, s.Header, headerXForwardedFor, headerForwarded)
 	}
 	return s, nil
+}
+
+// parseNetwork reads an IP address or a network. IPv4 in IPv6 is IPv4, as it is
+// of the addresses that parseHop gives.
+func parseNetwork(name string) (netip.Prefix, error) {
+	if ip, err := netip.ParseAddr(name); err == nil {
+		ip = ip.Unmap()
+		return netip.PrefixFrom(ip, ip.BitLen()), nil
+	}
+	network, err := netip.ParsePrefix(name)
+	if ip := network.Addr(); ip.Is4In6() && network.Bits() >= 96 {
+		network = netip.PrefixFrom(ip.Unmap(), network.Bits()-96)
+	}
+	return network.Masked(), err
 }
 
 func (s proxySettings) trusts(address string) bool {
@@ -118,11 +128,12 @@ func forwardedFor(element string) string {
 	return ""
 }
 
-// parseHop reads an IP address with or without a port.
+// parseHop reads an IP address with or without a port. It is without its zone: no
+// network has one.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
-		return withPort.Addr().Unmap(), true
+		return withPort.Addr().Unmap().WithZone(""), true
 	}
 	ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(hop, "["), "]"))
-	return ip.Unmap(), err == nil
+	return ip.Unmap().WithZone(""), err == nil
 }
