@@ -75,6 +75,8 @@ A message is acknowledged to its Cryo sender when the outputs of the pipeline ha
 
 One limit comes from the engine. Where the pipeline's processors first split a batch (` + "`group_by`, `group_by_value`, `split`" + `) and then merge messages (` + "`archive`" + `), and a part of it can't be delivered, only the first message of that part is known to have failed, and the others are acknowledged. Do both in ` + "`batching.processors`" + ` of the output instead.
 
+Another comes with ` + "`broker` and its patterns `fan_out_fail_fast` and `fan_out_sequential_fail_fast`" + `. When one output fails to deliver some messages of a batch, the engine doesn't wait for what the others make of the rest, and these count as delivered. Use ` + "`fan_out` or `fan_out_sequential`" + `, or set ` + "`max_batch_count: 1`" + `.
+
 A stream is acknowledged as a whole when each message that the scanner has cut from it is delivered. When one of them is rejected for good, or the scanner fails, the stream is cancelled and never acknowledged. Of a stream that is cut off, what was complete has been delivered, and a partial last record is dropped.
 `
 
@@ -130,7 +132,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Default(64).
 			Advanced(),
 		service.NewBoolField(fieldMetadata).
-			Description("Whether messages carry the metadata that is listed below. Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content.").
+			Description("Whether messages carry the metadata that is listed below. Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content, and what a synchronous response answers can't be told but of messages that are alone: set `max_batch_count: 1`.").
 			Default(true).
 			Advanced(),
 		positiveDuration(fieldAckTimeout).

@@ -343,3 +343,25 @@ func TestMessagesReceivedBeforeTheConnectionWasLostAreStillDelivered(t *testing.
 		}
 	})
 }
+
+// The engine doesn't wait for the second output when the first has failed to
+// deliver a part of a batch. The reference pages say so.
+func TestABrokerThatFailsFastHasToGetMessagesOneByOne(t *testing.T) {
+	const failFast = "broker: { pattern: fan_out_sequential_fail_fast, outputs: [ { probe: {} }, { probe: {} } ] }"
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_batch_count: 1"), failFast)
+		client := e.dial()
+		good, bad := send(client, "good"), send(client, "bad")
+		at := e.arrivalsOf("good", "bad")
+		at["bad"].fail(errors.New("not now"))
+		at["good"].deliver()
+		at = e.arrivalsOf("good", "bad")
+		good.wantPending(t, "the second output doesn't have it")
+		at["good"].deliver()
+		good.wantAcked(t, "both outputs have it")
+		at["bad"].deliver()
+		bad.wantPending(t, "the second output doesn't have it")
+		e.arrival().deliver()
+		bad.wantAcked(t, "both outputs have it")
+	})
+}
