@@ -18,6 +18,7 @@ import (
 	_ "github.com/redpanda-data/connect/v4/public/components/kafka"
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
 
+	"github.com/cryo-connect/cryo-connect/internal/ballast"
 	_ "github.com/cryo-connect/cryo-connect/plugin"
 )
 
@@ -27,6 +28,7 @@ const (
 )
 
 func main() {
+	ballast.Load()
 	info, _ := debug.ReadBuildInfo()
 	version, date := buildStamp(info)
 

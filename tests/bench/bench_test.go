@@ -6,9 +6,12 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/ballast"
 )
 
 func TestMain(m *testing.M) {
+	ballast.Load()
 	if isPeer() {
 		return
 	}

@@ -14,9 +14,12 @@ import (
 	"fmt"
 	"os"
 	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/ballast"
 )
 
 func main() {
+	ballast.Load() // as the binary does; the peers and the loops have it too
 	if isPeer() {
 		return
 	}
