@@ -70,8 +70,12 @@ func measure(l load, duration time.Duration, profile string) (r result, err erro
 	}, nil
 }
 
-// enough is how many messages take about so long, tried from n on.
+// enough is how many messages take about so long, tried from n on. The first ones
+// also wait for the sessions to be there, so they tell nothing.
 func enough(run *running, n int, duration time.Duration) (int, error) {
+	if err := run.do(n); err != nil {
+		return 0, err
+	}
 	for ; ; n *= 4 {
 		begin := time.Now()
 		if err := run.do(n); err != nil {
