@@ -94,10 +94,20 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	return u, e, refused
 }
 
-// reserve takes a place. A client that comes back with the id and the token of
-// a session that is still thought alive takes it over: the old one is its ghost.
+// credentials are a client's token and, by TLS, its certificate: where certificates
+// tell clients apart, all may have the same token, or none.
+func (u *Upgrade) credentials() [sha256.Size]byte {
+	known := sha256.Sum256([]byte(u.Token))
+	if state := u.Request.TLS; state != nil && len(state.PeerCertificates) > 0 {
+		return sha256.Sum256(append(known[:], state.PeerCertificates[0].Raw...))
+	}
+	return known
+}
+
+// reserve takes a place. A client that comes back with the id and the credentials
+// of a session that is still thought alive takes it over: the old one is its ghost.
 func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
-	e := &entry{token: sha256.Sum256([]byte(u.Token)), address: networkOf(u.Request.RemoteAddr)}
+	e := &entry{credentials: u.credentials(), address: networkOf(u.Request.RemoteAddr)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.entries[u.SessionID]
@@ -106,7 +116,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
 		return nil, &refusal{http.StatusServiceUnavailable, "The server is shutting down.", nil}
 	case old == nil && len(s.entries) >= s.opts.MaxSessions:
 		return nil, &refusal{http.StatusServiceUnavailable, "The server has as many sessions as it may.", nil}
-	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.token[:], e.token[:]) == 0):
+	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
 		return nil, &refusal{http.StatusUnauthorized, "The session already exists.", nil}
 	case s.crowded(e.address, old):
 		return nil, &refusal{http.StatusTooManyRequests, "There are as many sessions from this address as there may be.", nil}

@@ -16,7 +16,7 @@ var (
 	// ErrSilent: the peer gave no sign of life for too long, not even an
 	// answer to a WebSocket ping.
 	ErrSilent = errors.New("no sign of life from the peer")
-	// ErrTakenOver: the client came back with the same session id and token,
+	// ErrTakenOver: the client came back with the same session id, token and certificate,
 	// so this session was a ghost.
 	ErrTakenOver = errors.New("taken over by a newer connection of the same client")
 )

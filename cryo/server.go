@@ -88,10 +88,10 @@ var _ http.Handler = (*Server)(nil)
 
 // entry is a session's place in the registry, taken before the upgrade.
 type entry struct {
-	address   netip.Prefix      // of the client; see MaxSessionsPerAddress
-	token     [sha256.Size]byte // of the token; who has it may take the session over
-	session   *Session          // nil during the upgrade
-	connected bool              // the handshake is done
+	address     netip.Prefix      // of the client; see MaxSessionsPerAddress
+	credentials [sha256.Size]byte // who has the same may take the session over
+	session     *Session          // nil during the upgrade
+	connected   bool              // the handshake is done
 }
 
 // NewServer makes a server. MaxBufferBytes is shared by all its sessions.

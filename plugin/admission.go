@@ -50,7 +50,7 @@ It results in `+"`true` or `false`"+`, or in an object, which lets the client in
 
 Everything else refuses the client: a mapping that fails or assigns nothing, an empty object, and one with a field `+"`token`"+`, so that neither `+"`root = this`"+` is a way in nor a token becomes metadata. But an object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody. `+"`root = true`"+` lets everybody in.
 
-A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token. With another token, such as a renewed JWT, it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
+A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token, and the same client certificate if it has one. With another token, such as a renewed JWT, or a renewed certificate it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
 
 The methods for JWTs are in the binary `+"`cryo-connect`"+`; a build of your own gets them from Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).

@@ -325,3 +325,29 @@ func TestAuthorizeSeesTheCertificateOfAClient(t *testing.T) {
 		}
 	})
 }
+
+func TestOfClientsWithOneTokenOnlyTheCertificatesOwnerTakesASessionOver(t *testing.T) {
+	ca, devices := newAuthority(t, "servers"), newAuthority(t, "devices")
+	dir := t.TempDir()
+	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	ca.issue(t, "server", certFile, keyFile)
+	owner, other := devices.client(t, "device-1"), devices.client(t, "device-2")
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+", client_ca_file: "+devices.file+" }"), toProbe)
+		dial := func(certificate tls.Certificate) (*cryo.Session, error) {
+			return cryo.Dial(t.Context(), "wss://"+somewhere, &cryo.DialOptions{
+				Token: token, SessionID: 5, NetDial: e.net.Dial, TLS: ca.trusting(certificate),
+			})
+		}
+		ghost, err := dial(owner)
+		require.NoError(t, err)
+		_, err = dial(other)
+		require.ErrorIs(t, err, cryo.ErrSessionExists)
+		require.NoError(t, ghost.Err())
+		s, err := dial(owner)
+		require.NoError(t, err)
+		synctest.Wait()
+		require.Error(t, ghost.Err())
+		require.NoError(t, s.Close(context.Background(), ""))
+	})
+}
