@@ -83,3 +83,54 @@ func TestAMessageGivesBackWhatItCameWithWhateverBecameOfItsPayload(t *testing.T)
 		wantFree(t, s, peer, 90_000, 0)
 	})
 }
+
+// A message's memory is a part of a block. Frames that nobody keeps must not use up
+// the rest of it, or what MaxBufferBytes counts would be a small part of what is held.
+func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		const messages = 100
+		var wire []byte
+		add := func(f cryo.Frame) {
+			f.SID = sid
+			b, err := cryo.AppendFrame(nil, &f)
+			require.NoError(t, err)
+			wire = append(wire, raw(end, 0x82, b)...)
+		}
+		add(cryotest.Binary(1, "x"))
+		for range 1000 {
+			add(cryotest.Acked(7))
+		}
+		before := heap()
+		for range messages {
+			_, err := peer.Conn().Write(wire)
+			require.NoError(t, err)
+		}
+		synctest.Wait()
+		kept, err := s.ReceiveBatch(t.Context(), messages)
+		require.NoError(t, err)
+		require.Less(t, heap()-before, int64(512<<10))
+		require.Len(t, kept, messages)
+	})
+}
+
+func TestAWordThatIsCutOffKeepsNothingElse(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		const messages = 20
+		batch := make([]cryo.Outgoing, messages)
+		for i := range batch {
+			batch[i].Type = cryo.TypeUTF8
+		}
+		before := heap()
+		sending := start(func() error { return s.SendBatch(t.Context(), batch) })
+		for range batch {
+			peer.WriteFrames(cryotest.Error(peer.WantType("a text", cryo.TypeUTF8).Ack, strings.Repeat("no", 512<<10)))
+		}
+		err := sending.result(t)
+		require.Less(t, heap()-before, int64(4<<20))
+		var failed *cryo.BatchError
+		require.ErrorAs(t, err, &failed)
+		var rejected *cryo.RejectedError
+		require.ErrorAs(t, failed.Errs[messages-1], &rejected)
+		require.Len(t, rejected.Text, 1024)
+	})
+}

@@ -41,7 +41,11 @@ func (s *Session) read() {
 		case f.SID != s.id:
 			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", f.Type, f.SID)})
 		default:
+			s.kept = false
 			s.handle(&f)
+			if !s.kept {
+				s.blocks.giveBack()
+			}
 		}
 	}
 }

@@ -180,6 +180,7 @@ func (s *Session) deliver(f *Frame) {
 		s.overflow(&m)
 		return
 	}
+	s.kept = true
 	s.inbox.put(m)
 	if s.refusing.Load() { // Refuse came between the check and the put
 		s.refuseWaiting()
@@ -249,7 +250,8 @@ func (s *Session) Release(n int) { s.release(int64(n)) }
 
 func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
 
-// cutText shortens a text to at most limit bytes, on a rune's boundary.
+// cutText shortens a text to at most limit bytes, on a rune's boundary. What was
+// cut off is not kept in memory.
 func cutText(text string, limit int) string {
 	if len(text) <= limit {
 		return text
@@ -257,7 +259,7 @@ func cutText(text string, limit int) string {
 	for limit > 0 && !utf8.RuneStart(text[limit]) {
 		limit--
 	}
-	return text[:limit]
+	return strings.Clone(text[:limit])
 }
 
 // inbox is a session's queue of received messages. Its bound is the budget's.

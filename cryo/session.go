@@ -55,7 +55,8 @@ type SessionOptions struct {
 	// which nobody waits any more: it has arrived, but was taken for lost.
 	// OnRefused is called when the session itself refuses what it received: a
 	// message of the type, or for TypeTxStart a stream. Both are for counting:
-	// they run on the reading goroutine and must not wait. Default: none.
+	// they run on the reading goroutine, OnRefused on that of Session.Refuse too,
+	// and must not wait. Default: none.
 	OnLateAck func()
 	OnRefused func(Type)
 
@@ -126,6 +127,7 @@ type Session struct {
 
 	// Owned by the reading goroutine.
 	blocks      blocks
+	kept        bool      // the memory of the frame that is handled now: somebody has it
 	noRoom      bool      // for the data frame that is read now: it is refused
 	overflowing bool      // data without room is refused rather than waited with
 	pausedFrom  time.Time // the first pause of reading of those that followed each other

@@ -328,6 +328,7 @@ func (st *IncomingStream) chunk(f *Frame) {
 		st.nextSeq++
 		st.received = after
 		if len(f.Payload) > 0 {
+			st.s.kept = true
 			st.chunks = append(st.chunks, f.Payload)
 			st.buffered += len(f.Payload)
 			st.s.budget.take(&st.s.held, int64(len(f.Payload))+chunkOverhead)

@@ -256,26 +256,36 @@ func (t *transport) closeWrite() error {
 	return nil
 }
 
-// blocks hands out memory for received messages, never twice.
-type blocks struct{ free []byte }
+// blocks hands out memory for received messages, and again only what was given
+// back.
+type blocks struct {
+	free []byte
+	last []byte // what was free before the last take
+}
 
 // take gives empty memory for a message that has n bytes, or for a part of one
 // that is large. So much more waits to be read.
 func (b *blocks) take(n, waiting int) []byte {
 	n = min(n, maxTrusted)
+	b.last = b.free
 	if n > maxBlock/2 {
 		return make([]byte, 0, n)
 	}
 	if n > len(b.free) {
 		b.free = make([]byte, max(n, min(max(waiting, minBlock), maxBlock)))
+		b.last = b.free
 	}
 	memory := b.free[:0:n]
 	b.free = b.free[n:]
 	if waiting <= n && len(b.free) > minBlock {
-		b.free = nil // nothing follows: a session that falls idle keeps no large block
+		b.free, b.last = nil, nil // nothing follows: a session that falls idle keeps no large block
 	}
 	return memory
 }
+
+// giveBack takes back what was taken last: nobody has kept it. Otherwise a small
+// message that is kept, between many frames that are not, would keep a large block.
+func (b *blocks) giveBack() { b.free = b.last }
 
 // newWebSocketDialer and newUpgrader agree on small buffers, as only the
 // handshake uses them, and on no compression.
