@@ -177,8 +177,9 @@ func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*transport, er
 	var connect netDialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := netDial(ctx, network, address)
 		if err == nil {
-			// The library watches the context's deadline, but not its end.
-			stop = context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+			// The library watches the context's deadline, but not its end. It sets
+			// deadlines, so that one of ours would not be sure to last.
+			stop = context.AfterFunc(ctx, func() { _ = c.Close() })
 		}
 		return c, err
 	}

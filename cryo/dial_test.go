@@ -1,8 +1,10 @@
 package cryo_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"io"
 	"net"
@@ -270,4 +272,94 @@ func TestAProxyMayRefuse(t *testing.T) {
 		return nil, errors.New("no idea")
 	}})
 	require.EqualError(t, err, "dialling ws://cryo.test: choosing a proxy: no idea")
+}
+
+func TestAProxysUserNeedsNoPassword(t *testing.T) {
+	for _, user := range []*url.Userinfo{url.User("someone"), url.UserPassword("someone", "pass:word")} {
+		asked := make(chan string, 1)
+		proxy := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked <- r.Header.Get("Proxy-Authorization")
+			w.WriteHeader(http.StatusProxyAuthRequired)
+		}))
+		via := &url.URL{Scheme: "http", User: user, Host: "proxy.test"}
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: proxy.Dial, Proxy: http.ProxyURL(via)})
+		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: Proxy Authentication Required")
+		password, _ := user.Password()
+		require.Equal(t, "Basic "+base64.StdEncoding.EncodeToString([]byte("someone:"+password)), next(t, asked))
+	}
+}
+
+// A body behind a proxy's answer may be slow, or be none: after 200 a length means
+// nothing.
+func TestAProxysAnswerEndsWithItsHead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+			Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: "proxy.test"}),
+			NetDial: func(context.Context, string, string) (net.Conn, error) {
+				c, proxy := cryotest.Pipe()
+				_, err := io.WriteString(proxy, "HTTP/1.1 403 No\r\nContent-Length: 10\r\n\r\nsl")
+				return c, err
+			},
+		})
+		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: No")
+		require.Zero(t, time.Since(begin))
+	})
+	via := connectProxy(t, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+	target, sessions := serveTCP(t)
+	s, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token, Proxy: http.ProxyURL(via)})
+	require.NoError(t, err)
+	wantConversation(t, s, next(t, sessions))
+}
+
+func TestAnAnswerWithoutEndIsNotRead(t *testing.T) {
+	for _, via := range []*url.URL{nil, {Scheme: "http", Host: "proxy.test"}} {
+		synctest.Test(t, func(t *testing.T) {
+			begin := time.Now()
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+				Proxy: http.ProxyURL(via),
+				NetDial: func(context.Context, string, string) (net.Conn, error) {
+					c, other := cryotest.Pipe()
+					go func() {
+						_, err := io.WriteString(other, "HTTP/1.1 200 OK\r\nX: ")
+						for err == nil {
+							_, err = other.Write(bytes.Repeat([]byte("x"), 1000))
+						}
+					}()
+					return c, nil
+				},
+			})
+			require.Error(t, err)
+			require.Zero(t, time.Since(begin))
+		})
+	}
+}
+
+// endingConn ends a context in the moment in which somebody sets a deadline.
+type endingConn struct {
+	net.Conn
+	end func()
+}
+
+func (c *endingConn) SetDeadline(at time.Time) error {
+	if time.Until(at) > 0 {
+		c.end()
+		synctest.Wait() // whoever watches the context has acted
+	}
+	return c.Conn.SetDeadline(at)
+}
+
+func TestDialEndsWithItsContextWhenDeadlinesAreSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		ctx, cancel := context.WithCancel(t.Context())
+		_, err := cryo.Dial(ctx, memoryURL, &cryo.DialOptions{
+			NetDial: func(context.Context, string, string) (net.Conn, error) {
+				c, _ := cryotest.Pipe()
+				return &endingConn{c, cancel}, nil
+			},
+		})
+		require.ErrorIs(t, err, context.Canceled)
+		require.Zero(t, time.Since(begin))
+	})
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -73,21 +74,22 @@ func (f netDialFunc) connect(ctx context.Context, via *url.URL, config *tls.Conf
 
 func askForTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	req := &http.Request{Method: http.MethodConnect, URL: &url.URL{Opaque: address}, Host: address, Header: make(http.Header)}
-	if password, ok := user.Password(); ok {
+	if user != nil {
+		password, _ := user.Password()
 		req.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password)))
 	}
 	if err := req.Write(c); err != nil {
 		return err
 	}
 	// Nothing is lost with the reader: behind the tunnel the client speaks first.
-	resp, err := http.ReadResponse(bufio.NewReader(c), req)
+	answer := bufio.NewReader(io.LimitReader(c, maxAnswer))
+	resp, err := http.ReadResponse(answer, req) //nolint:bodyclose // that would wait for a body of which nothing is wanted
 	if err != nil {
 		return err
 	}
-	_ = resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		words := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
-		return errors.New(cmp.Or(words, "status "+resp.Status))
+		return errors.New(cutText(cmp.Or(words, "status "+resp.Status), maxSentence))
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -20,6 +21,7 @@ const (
 	maxBlock       = 16 << 10  // … within these bounds, so that a message that is kept long keeps little else
 	maxTrusted     = 128 << 10 // memory is given for messages that have not come yet, up to so much …
 	trustFactor    = 16        // … and then up to so many times what has come
+	maxAnswer      = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
 	maxControlText = 123       // text of a WebSocket close frame, and of BYE (peers.md: more ends the Node client)
 )
 
@@ -50,6 +52,8 @@ type transport struct {
 	wasSending bool   // at the last beat
 	hadWritten uint64 // pieces, at the last beat
 
+	answered int // bytes that the handshake has read
+
 	// Owned by the reading goroutine.
 	ahead  []byte          // what was read ahead: a part of small, or of large
 	large  *[]byte         // from readPool; nil while small is read into
@@ -63,11 +67,15 @@ type transport struct {
 // Read is the handshake's: a byte at a time, so that it takes nothing of what
 // follows it.
 func (t *transport) Read(p []byte) (int, error) {
+	if t.answered == maxAnswer {
+		return 0, errors.New("the answer is too long")
+	}
 	if _, err := t.peek(1); err != nil {
 		return 0, err
 	}
 	n := copy(p[:min(len(p), 1)], t.ahead)
 	t.skip(n)
+	t.answered += n
 	return n, nil
 }
 
