@@ -48,6 +48,7 @@ type refusal struct {
 	status   int
 	sentence string // for the client
 	cause    error  // for the log; nil if the sentence says it all
+	token    string // what the log must not repeat
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
@@ -60,6 +61,8 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 		if cause == nil {
 			cause = errors.New(refused.sentence)
 		}
+		// Here and not for each refusal: much work may be made of a long token.
+		cause = newSecret(refused.token).redact(cause)
 		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
 			"left_out", max(s.refused.Swap(0)-1, 0))
 	})
@@ -70,25 +73,25 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, nil, &refusal{http.StatusBadRequest, "The URL's query can't be read.", nil}
+		return nil, nil, &refusal{status: http.StatusBadRequest, sentence: "The URL's query can't be read."}
 	}
 	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
 	if !ok {
-		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter authorization with a Bearer token is missing.", nil}
+		return nil, nil, &refusal{status: http.StatusUnauthorized, sentence: "The parameter authorization with a Bearer token is missing."}
 	}
 	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", newSecret(u.Token).redact(fmt.Errorf("authorizing: %w", err))}
+		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", fmt.Errorf("authorizing: %w", err), u.Token}
 	}
 	switch {
 	case idErr != nil:
-		return nil, nil, &refusal{http.StatusUnauthorized, "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits.", nil}
+		return nil, nil, &refusal{status: http.StatusUnauthorized, sentence: "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."}
 	case !s.opts.CheckOrigin(r):
-		return nil, nil, &refusal{http.StatusForbidden, "This origin is not allowed.", nil}
+		return nil, nil, &refusal{status: http.StatusForbidden, sentence: "This origin is not allowed."}
 	case s.opts.Full():
-		return nil, nil, &refusal{http.StatusServiceUnavailable, "The server is behind with sessions that have ended.", nil}
+		return nil, nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server is behind with sessions that have ended."}
 	}
 	e, refused := s.reserve(u)
 	return u, e, refused
@@ -113,13 +116,13 @@ func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
 	old := s.entries[u.SessionID]
 	switch {
 	case s.closed:
-		return nil, &refusal{http.StatusServiceUnavailable, "The server is shutting down.", nil}
+		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server is shutting down."}
 	case old == nil && len(s.entries) >= s.opts.MaxSessions:
-		return nil, &refusal{http.StatusServiceUnavailable, "The server has as many sessions as it may.", nil}
+		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server has as many sessions as it may."}
 	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
-		return nil, &refusal{http.StatusUnauthorized, "The session already exists.", nil}
+		return nil, &refusal{status: http.StatusUnauthorized, sentence: "The session already exists."}
 	case s.crowded(e.address, old):
-		return nil, &refusal{http.StatusTooManyRequests, "There are as many sessions from this address as there may be.", nil}
+		return nil, &refusal{status: http.StatusTooManyRequests, sentence: "There are as many sessions from this address as there may be."}
 	case old != nil:
 		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
 		s.count(old, -1)

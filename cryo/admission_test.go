@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -473,5 +475,26 @@ func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
 		knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
 		require.Equal(t, 2, strings.Count(lines.text(), "Refused a client"))
 		require.Equal(t, 1, strings.Count(lines.text(), "left_out=99"))
+	})
+}
+
+// A stranger may send a token of a megabyte. What is made of it so that the log
+// doesn't repeat it costs hundreds of times as much.
+func TestALongTokenIsRefusedCheaply(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token)})
+		r := httptest.NewRequest(http.MethodGet, "/?authorization=Bearer+"+strings.Repeat("word+", 100_000), http.NoBody)
+		r.Header = upgrade()
+		refuse := func() {
+			w := httptest.NewRecorder()
+			server.ServeHTTP(w, r)
+			require.Equal(t, 401, w.Code)
+		}
+		refuse() // it is logged
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		refuse()
+		runtime.ReadMemStats(&after)
+		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(5<<20))
 	})
 }

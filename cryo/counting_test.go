@@ -3,6 +3,7 @@ package cryo_test
 import (
 	"context"
 	"net/http"
+	"net/url"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -108,6 +109,12 @@ func TestAServerTellsWithWhichStatusItRefuses(t *testing.T) {
 		knock(t, l, "x-cryo-sid=1;", upgrade())
 		knock(t, l, "x-cryo-sid=1", upgrade())
 		knock(t, l, "", http.Header{}) // no client
-		require.Equal(t, []int{400, 401}, statuses)
+		handshake := upgrade()
+		handshake.Set("Sec-Websocket-Version", "12")
+		status, header, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+"+url.QueryEscape(token), handshake)
+		require.Equal(t, 400, status)
+		require.Equal(t, "13", header.Get("Sec-Websocket-Version"))
+		require.Contains(t, body, "unsupported version")
+		require.Equal(t, []int{400, 401, 400}, statuses)
 	})
 }

@@ -41,7 +41,8 @@ type ServerOptions struct {
 	// request, which ends when it returns. The session goes on.
 	OnSession func(*Session, *Upgrade)
 	// OnSessionEnd is called for each session that OnSession was called for, when
-	// it has ended, before its Done is closed. It must not wait.
+	// it has ended, before its Done is closed. It must not wait. When a session
+	// ends at once, it may be called before OnSession is.
 	OnSessionEnd func(*Session)
 	// OnRefusal is called when a client is not let in, with the answer's status,
 	// on the request's goroutine.
@@ -113,17 +114,21 @@ func NewServer(options ServerOptions) *Server {
 	if opts.CheckOrigin == nil {
 		opts.CheckOrigin = func(*http.Request) bool { return true }
 	}
-	upgrader := newUpgrader()
-	upgrader.CheckOrigin = func(*http.Request) bool { return true } // asked before, with a sentence of ours
-	return &Server{
+	s := &Server{
 		opts:     opts,
 		budget:   newBudget(int64(opts.MaxBufferBytes)),
-		upgrader: upgrader,
+		upgrader: newUpgrader(),
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}
+	s.upgrader.CheckOrigin = func(*http.Request) bool { return true } // asked before, with a sentence of ours
+	s.upgrader.Error = func(w http.ResponseWriter, r *http.Request, status int, reason error) {
+		w.Header().Set("Sec-Websocket-Version", "13")
+		s.refuse(w, r, &refusal{status: status, sentence: reason.Error()})
+	}
+	return s
 }
 
 // ServeHTTP answers an upgrade: 426 to what is none, 401 without a valid token
