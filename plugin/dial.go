@@ -73,7 +73,7 @@ root = if !$url.re_match("(?i)^wss?://") {
 			Default(map[string]any{}).
 			Advanced(),
 		service.NewTLSToggledField(fieldTLS).
-			Description("Settings for `wss://`: own certificate authorities, client certificates. When it is not enabled, `wss://` works too, and the certificates that the system trusts decide."),
+			Description("Settings for `wss://`: own certificate authorities, client certificates. They need `enabled: true`. Without it `wss://` works too, and the authorities that the system trusts decide."),
 		service.NewURLField(fieldProxyURL).
 			Description("A proxy to connect through: `http://`, `https://` or `socks5://`. Without it, HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the environment decide.").
 			Default("").

@@ -132,7 +132,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Default(64).
 			Advanced(),
 		service.NewBoolField(fieldMetadata).
-			Description("Whether messages carry the metadata that is listed below. Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content, and what a synchronous response answers can't be told but of messages that are alone: set `max_batch_count: 1`.").
+			Description("Whether messages carry the metadata that is listed under [Metadata](#metadata). Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content, and what a synchronous response answers can't be told but of messages that are alone: set `max_batch_count: 1`.").
 			Default(true).
 			Advanced(),
 		positiveDuration(fieldAckTimeout).
