@@ -97,7 +97,7 @@ func (t *transport) waiting() int { return len(t.ahead) }
 
 // fill reads more. A large buffer is taken when a read has filled the small one,
 // and given back as soon as a read leaves room in it: whoever waits for the
-// network for long doesn't hold one.
+// network for long doesn't hold one, unless what came fills the small one exactly.
 func (t *transport) fill() error {
 	buf := t.small[:]
 	switch {
