@@ -240,14 +240,14 @@ func TestS3ToCryoStreams(t *testing.T) {
 	require.GreaterOrEqual(t, len(store.objects()), len(want)+1-5, "deleted and not acknowledged")
 
 	// The store goes away in the middle. What could not be read, or not be
-	// deleted, stays for the next run.
+	// deleted, stays for the next run. (Whether the input says that it could not
+	// read depends on how the connection ends: see docs/bridges.md.)
 	p = run()
 	s = server.session(t)
 	st := accept(s)
 	store.goAway()
 	require.NoError(t, st.Ack())
 	p.wantLogged("Failed to acknowledge message: ")
-	p.wantLogged("Failed to read message: ")
 	store.comeBack()
 	acknowledgeTheRest(p, s)
 	require.Contains(t, store.objects(), st.Name())
