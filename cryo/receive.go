@@ -70,7 +70,7 @@ func (m *Message) Reject(text string) error {
 	if !m.settle() {
 		return nil
 	}
-	m.session.release(m.weight())
+	defer m.session.release(m.weight())
 	if m.Type == TypeError {
 		return nil // an ERROR is not answered with an ERROR
 	}
@@ -225,8 +225,10 @@ func (s *Session) reportNoRoom() {
 	})
 }
 
+// acknowledge queues acknowledgements before it gives their room back: what is
+// then read, and answered, comes behind them.
 func (s *Session) acknowledge(numbers []uint32, weight int64) error {
-	s.release(weight)
+	defer s.release(weight)
 	if !s.out.acknowledge(numbers) {
 		return s.Err()
 	}
