@@ -268,6 +268,7 @@ func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{})
 		old := join(t, l, sid)
+		synctest.Wait() // its session is there, not only the answer to its upgrade
 		peer := join(t, l, sid)
 		old.WantLost("the end of the first connection")
 		peer.ClientHandshake()

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -75,9 +78,22 @@ func (k *checker) check(ctx context.Context, file string) {
 		k.say(file, "failed: %v", err)
 		k.failed = true
 	}
+	slices.SortStableFunc(results, byPath) // a broker gives its inputs' in any order
 	for _, r := range results {
 		k.report(file, r)
 	}
+}
+
+// byPath orders components as a configuration does that lists them by name.
+func byPath(a, b *service.ConnectionTestResult) int {
+	return slices.CompareFunc(a.Path, b.Path, func(a, b string) int {
+		m, errA := strconv.Atoi(a)
+		n, errB := strconv.Atoi(b)
+		if errA == nil && errB == nil {
+			return cmp.Compare(m, n)
+		}
+		return cmp.Compare(a, b)
+	})
 }
 
 // build makes the pipeline of a configuration, without starting it.
