@@ -23,6 +23,7 @@ const FeatureTransactions uint64 = 1
 
 const (
 	headerSize = 8 + 1                       // sid, type
+	chunkStart = headerSize + 4 + 4          // … tx, seq: a TX_CHUNK's bytes
 	ackEnd     = headerSize + 4              // … and the ack number, which all types but TX_CHUNK have
 	maxFrame   = ackEnd + 4 + 4 + MaxPayload // a TX_START with the longest name, behind its tx and size
 
@@ -179,6 +180,8 @@ func isData(head []byte) bool {
 	}
 }
 
+func isChunk(head []byte) bool { return len(head) == headerSize && Type(head[8]) == TypeTxChunk }
+
 // readFields reads what stands between the type byte and the payload.
 func (f *Frame) readFields(b []byte) {
 	if f.Type != TypeTxChunk {
@@ -261,7 +264,7 @@ func (t Type) fixedSize() (size int, known bool) {
 	case TypeTxStart:
 		return ackEnd + 4 + 4, true // tx, size
 	case TypeTxChunk:
-		return headerSize + 4 + 4, true // tx, seq
+		return chunkStart, true // tx, seq
 	case TypeTxFinish, TypeTxCancel:
 		return ackEnd + 4, true // tx
 	case TypeTxFlow:

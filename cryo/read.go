@@ -47,6 +47,8 @@ func (s *Session) read() {
 				s.blocks.giveBack()
 			}
 		}
+		s.chunk.giveBack()
+		s.chunk = nil
 	}
 }
 
@@ -59,20 +61,27 @@ func (s *Session) nextMessage() ([]byte, error) {
 	}
 	var head []byte
 	s.noRoom = false
-	if s.budget.wait(&s.held) != nil {
-		// No room for data. Other frames are read on: they may be the
-		// handshake, or acknowledgements that our senders wait for.
+	full := s.budget.wait(&s.held) != nil
+	if full || fitsChunk(s.ws.left) {
 		var err error
-		if head, err = s.ws.readHead(nil, headerSize); err != nil {
+		if head, err = s.ws.readHead(s.head[:0], headerSize); err != nil {
 			return nil, err
 		}
-		if isData(head) {
-			s.noRoom = !s.waitForRoom(Type(head[headerSize-1]) == TypeTxChunk)
-		}
-	} else if s.overflowing && s.budget.relaxed(&s.held) {
+	}
+	switch {
+	case full && isData(head):
+		// Other frames are read on: they may be the handshake, or
+		// acknowledgements that our senders wait for.
+		s.noRoom = !s.waitForRoom(isChunk(head))
+	case !full && s.overflowing && s.budget.relaxed(&s.held):
 		s.overflowing = false
 	}
-	return s.ws.readMessage(head, &s.blocks)
+	n := len(head) + s.ws.left
+	if isChunk(head) && fitsChunk(n) {
+		s.chunk = chunkPool.Get().(*chunkMemory)
+		return s.ws.readMessage(append(s.chunk[:0], head...))
+	}
+	return s.ws.readMessage(append(s.blocks.take(n, s.conn.waiting()), head...))
 }
 
 // readFailed tells why there is nothing more to read.

@@ -48,7 +48,7 @@ type IncomingStream struct {
 	accepted bool         // TX_START is acknowledged
 	idle     *time.Timer  // set when accepted
 	active   time.Time    // when something last happened
-	chunks   [][]byte
+	chunks   []chunk
 	buffered int   // bytes in chunks
 	received int64 // bytes that came
 	nextSeq  uint32
@@ -60,6 +60,13 @@ type IncomingStream struct {
 }
 
 var _ io.Reader = (*IncomingStream)(nil)
+
+// chunk is what is left to be read of a chunk, and its memory if that can be used
+// again.
+type chunk struct {
+	left   []byte
+	memory *chunkMemory
+}
 
 // settlement is what the receiver has said of a stream.
 type settlement int
@@ -129,11 +136,13 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 	defer st.mu.Unlock()
 	n, freed := 0, int64(0)
 	for n < len(p) && len(st.chunks) > 0 {
-		k := copy(p[n:], st.chunks[0])
+		first := &st.chunks[0]
+		k := copy(p[n:], first.left)
 		n += k
 		freed += int64(k)
-		if st.chunks[0] = st.chunks[0][k:]; len(st.chunks[0]) == 0 {
-			st.chunks[0] = nil
+		if first.left = first.left[k:]; len(first.left) == 0 {
+			first.memory.giveBack()
+			*first = chunk{}
 			st.chunks = st.chunks[1:]
 			freed += chunkOverhead
 		}
@@ -254,6 +263,9 @@ func (st *IncomingStream) dropLocked() {
 		st.idle.Stop()
 	}
 	st.s.release(int64(st.buffered + len(st.chunks)*chunkOverhead))
+	for _, c := range st.chunks {
+		c.memory.giveBack()
+	}
 	st.chunks, st.buffered = nil, 0
 }
 
@@ -329,7 +341,8 @@ func (st *IncomingStream) chunk(f *Frame) {
 		st.received = after
 		if len(f.Payload) > 0 {
 			st.s.kept = true
-			st.chunks = append(st.chunks, f.Payload)
+			st.chunks = append(st.chunks, chunk{f.Payload, st.s.chunk})
+			st.s.chunk = nil
 			st.buffered += len(f.Payload)
 			st.s.budget.take(&st.s.held, int64(len(f.Payload))+chunkOverhead)
 		}

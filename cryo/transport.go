@@ -30,7 +30,23 @@ var (
 	readPool  = bufferPool(readBytes)
 	smallPool = bufferPool(gatherSmall)
 	largePool = bufferPool(gatherBytes)
+	chunkPool = sync.Pool{New: func() any { return new(chunkMemory) }}
 )
+
+// chunkMemory holds one frame of a stream, with chunks of the default size or
+// down to half of it, and is used again when it was read. That spares a stream a
+// fresh 64 KiB for each of its chunks, which have to be zeroed and miss the caches.
+type chunkMemory [chunkStart + DefaultChunkBytes]byte
+
+// fitsChunk tells whether a frame of n bytes fits, and uses more than half: what
+// is counted as held is to be near to what is in memory.
+func fitsChunk(n int) bool { return n > len(chunkMemory{})/2 && n <= len(chunkMemory{}) }
+
+func (m *chunkMemory) giveBack() {
+	if m != nil {
+		chunkPool.Put(m)
+	}
+}
 
 func bufferPool(size int) *sync.Pool {
 	return &sync.Pool{New: func() any {

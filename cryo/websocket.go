@@ -217,10 +217,9 @@ func (w *webSocket) readHead(b []byte, n int) ([]byte, error) {
 	return b, nil
 }
 
-// readMessage reads the rest of the message, behind its head, into memory that
-// is the message's own from then on.
-func (w *webSocket) readMessage(head []byte, memory *blocks) ([]byte, error) {
-	message := append(memory.take(len(head)+w.left, w.conn.waiting()), head...)
+// readMessage reads the rest of the message behind its head, into what is free of
+// the head's memory, or into other.
+func (w *webSocket) readMessage(message []byte) ([]byte, error) {
 	for {
 		for w.left > 0 {
 			// Memory is only given for what has come, or nearly: the length is

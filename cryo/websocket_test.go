@@ -74,7 +74,7 @@ func hear(tape []byte, piece int) (h heard) {
 			message, err = ws.readHead(nil, 1)
 		}
 		if err == nil {
-			message, err = ws.readMessage(message, &memory)
+			message, err = ws.readMessage(append(memory.take(len(message)+ws.left, ws.conn.waiting()), message...))
 		}
 		if err != nil {
 			h.end = classOf(err)
@@ -169,7 +169,7 @@ func TestWhatIsWrittenIsRead(t *testing.T) {
 			var memory blocks
 			for _, size := range sizes {
 				require.NoError(t, reader.next())
-				message, err := reader.readMessage(nil, &memory)
+				message, err := reader.readMessage(memory.take(reader.left, reader.conn.waiting()))
 				require.NoError(t, err)
 				require.Equal(t, "head", string(message[:4]))
 				require.True(t, bytes.Equal(bytes.Repeat([]byte{1, 2, 3}, size)[:size], message[4:]), "%d bytes", size)
@@ -191,7 +191,7 @@ func TestMemoryIsGivenForWhatHasCome(t *testing.T) {
 		var memory blocks
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		_, err := ws.readMessage(nil, &memory)
+		_, err := ws.readMessage(memory.take(ws.left, ws.conn.waiting()))
 		runtime.ReadMemStats(&after)
 		require.Equal(t, io.ErrUnexpectedEOF, err)
 		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(trustFactor*come+4*maxTrusted), "%d bytes have come of %d", come, MaxPayload)
@@ -228,7 +228,7 @@ func TestParsingAndAcknowledgingDoNotAllocate(t *testing.T) {
 			if reader.next() != nil {
 				panic("no message")
 			}
-			message, _ := reader.readMessage(nil, &memory)
+			message, _ := reader.readMessage(memory.take(reader.left, reader.conn.waiting()))
 			if _, err := ParseFrame(message); err != nil {
 				panic(err)
 			}
