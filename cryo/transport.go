@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -78,6 +79,8 @@ type transport struct {
 	readAt time.Time       // of the last read
 
 	wbuf *[]byte // from a pool; what waits for flush; owned by the writing goroutine
+	once *atOnce // nil until it is needed, and where the connection can't; guarded by the outbox's mutex
+	tied bool    // it was looked whether the connection can
 }
 
 // Read is the handshake's: a byte at a time, so that it takes nothing of what
@@ -229,6 +232,32 @@ func (t *transport) flush() error {
 	_, err := t.write(*buf)
 	recycle(buf)
 	return err
+}
+
+// canWriteAtOnce tells whether the connection can be written to without waiting:
+// TCP can, TLS can't.
+func (t *transport) canWriteAtOnce() bool {
+	if !t.tied {
+		t.once, t.tied = newAtOnce(t.Conn), true
+	}
+	return t.once != nil
+}
+
+// flushAtOnce writes what was gathered, as far as that needs no waiting. It
+// reports false when some is left for flush, or there was an error, which flush
+// will meet too.
+func (t *transport) flushAtOnce() bool {
+	n := t.once.write(*t.wbuf)
+	if n > 0 {
+		t.pieces.Add(1)
+	}
+	if n < len(*t.wbuf) {
+		*t.wbuf = slices.Delete(*t.wbuf, 0, n)
+		return false
+	}
+	recycle(t.wbuf)
+	t.wbuf = nil
+	return true
 }
 
 // reserve gives what is gathered, with room for n bytes more, or as many as are
