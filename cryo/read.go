@@ -64,7 +64,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 	full := s.budget.wait(&s.held) != nil
 	if full || fitsChunk(s.ws.left) {
 		var err error
-		if head, err = s.ws.readHead(s.head[:0], headerSize); err != nil {
+		if head, err = s.ws.readHead(s.small[:0], headerSize); err != nil {
 			return nil, err
 		}
 	}
@@ -77,11 +77,20 @@ func (s *Session) nextMessage() ([]byte, error) {
 		s.overflowing = false
 	}
 	n := len(head) + s.ws.left
-	if isChunk(head) && fitsChunk(n) {
+	s.blocks.mark()
+	switch {
+	case isChunk(head) && fitsChunk(n):
 		s.chunk = chunkPool.Get().(*chunkMemory)
 		return s.ws.readMessage(append(s.chunk[:0], head...))
+	case n <= len(s.small) && s.ws.final:
+		b, err := s.ws.readMessage(append(s.small[:0], head...))
+		if err == nil && isData(b) {
+			b = append(s.blocks.take(n, s.conn.waiting()), b...)
+		}
+		return b, err
+	default:
+		return s.ws.readMessage(append(s.blocks.take(n, s.conn.waiting()), head...))
 	}
-	return s.ws.readMessage(append(s.blocks.take(n, s.conn.waiting()), head...))
 }
 
 // readFailed tells why there is nothing more to read.

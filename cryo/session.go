@@ -127,13 +127,13 @@ type Session struct {
 
 	// Owned by the reading goroutine.
 	blocks      blocks
-	head        [headerSize]byte // of the frame that is read now, where it is looked at before the rest
-	chunk       *chunkMemory     // of the frame that is handled now, if it has this; nil when somebody keeps it
-	kept        bool             // the memory of the frame that is handled now: somebody has it
-	noRoom      bool             // for the data frame that is read now: it is refused
-	overflowing bool             // data without room is refused rather than waited with
-	pausedFrom  time.Time        // the first pause of reading of those that followed each other
-	lastPong    time.Time        // that was said, asked for or not
+	small       [32]byte     // the frame that is handled now, if it is as small and nobody keeps any of it
+	chunk       *chunkMemory // of the frame that is handled now, if it has this; nil when somebody keeps it
+	kept        bool         // the memory of the frame that is handled now: somebody has it
+	noRoom      bool         // for the data frame that is read now: it is refused
+	overflowing bool         // data without room is refused rather than waited with
+	pausedFrom  time.Time    // the first pause of reading of those that followed each other
+	lastPong    time.Time    // that was said, asked for or not
 	lastPing    time.Time
 	pingEvery   time.Duration // the shortest interval between pings seen
 	pingAck     uint32        // the last ping's number

@@ -16,7 +16,7 @@ const (
 	gatherBytes    = 256 << 10 // written at once, at most
 	gatherSmall    = 4 << 10   // … and by a session that has little to say
 	readBytes      = 128 << 10 // read at once, while data flows
-	readSmall      = 512       // … and by a session that waits; it holds no other memory for that
+	readSmall      = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
 	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
 	minBlock       = 512       // payload memory: allocated in blocks of as much as waits to be read …
 	maxBlock       = 16 << 10  // … within these bounds, so that a message that is kept long keeps little else
@@ -335,6 +335,9 @@ func (b *blocks) take(n, waiting int) []byte {
 	}
 	return memory
 }
+
+// mark is where giveBack goes back to, unless something is taken after it.
+func (b *blocks) mark() { b.last = b.free }
 
 // giveBack takes back what was taken last: nobody has kept it. Otherwise a small
 // message that is kept, between many frames that are not, would keep a large block.

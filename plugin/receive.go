@@ -71,6 +71,7 @@ type receiver struct {
 	byID       map[string]*source     // the last one of each id, where sessions are told of
 	deliveries map[*delivery]struct{} // not settled
 	stallTold  bool                   // a stall was reported, and nothing settled since
+	settled    time.Time              // when something last was
 	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
 	replays    []item                 // failed messages, by the time when they are due
 	gone       bool                   // rejectRest was called: nothing is replayed any more
@@ -242,7 +243,7 @@ func (r *receiver) reportStall() {
 	for s := range r.sources {
 		full = full || r.inFlight > 0 && s.Paused()
 	}
-	if !full || r.stallTold {
+	if !full || r.stallTold || time.Since(r.settled) < stallPatience {
 		return
 	}
 	r.stallTold = true

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"sync/atomic"
 	"time"
@@ -121,7 +120,9 @@ func runPipeline(count *counter, f *feed, input, output string) (stop func(), er
 		return nil, err
 	}
 	b := env.NewStreamBuilder()
-	b.SetLogger(slog.New(slog.DiscardHandler)) // the end of the peer is told at length
+	if err := b.SetLoggerYAML(`level: NONE`); err != nil { // the binary's own logger; it would tell of the peer's end at length
+		return nil, err
+	}
 	if err := b.SetMetricsYAML(`count: {}`); err != nil {
 		return nil, err
 	}
