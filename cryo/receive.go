@@ -36,7 +36,7 @@ type Message struct {
 	read    time.Time
 	number  uint32
 	size    int64  // of the payload as it came: that is the receiver's to change
-	settled uint32 //nolint:modernize // an atomic.Uint32 could not be copied out of the queue
+	settled uint32 // not an atomic.Uint32, which could not be copied out of the queue
 }
 
 // Session is the session that the message came from. Its acknowledgement goes
