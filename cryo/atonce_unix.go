@@ -18,13 +18,21 @@ type atOnce struct {
 	written int
 }
 
-// newAtOnce is nil for a connection that is no socket.
+// newAtOnce is nil for a connection that is no socket, and for one around a
+// socket: it may do more than that in its Write.
 func newAtOnce(conn net.Conn) *atOnce {
-	c, ok := conn.(syscall.Conn)
-	if !ok {
+	var (
+		raw syscall.RawConn
+		err error
+	)
+	switch c := conn.(type) {
+	case *net.TCPConn:
+		raw, err = c.SyscallConn()
+	case *net.UnixConn:
+		raw, err = c.SyscallConn()
+	default:
 		return nil
 	}
-	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil
 	}

@@ -23,8 +23,8 @@ const (
 	noRoomRecheck  = time.Second
 )
 
-// read is the reading goroutine. It never writes and never waits for the
-// writer.
+// read is the reading goroutine. It never waits for the network but to read, nor
+// for the writer.
 func (s *Session) read() {
 	defer s.finish()
 	for {

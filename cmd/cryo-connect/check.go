@@ -90,7 +90,7 @@ func byPath(a, b *service.ConnectionTestResult) int {
 		m, errA := strconv.Atoi(a)
 		n, errB := strconv.Atoi(b)
 		if errA == nil && errB == nil {
-			return cmp.Compare(m, n)
+			return cmp.Or(cmp.Compare(m, n), cmp.Compare(a, b))
 		}
 		return cmp.Compare(a, b)
 	})
