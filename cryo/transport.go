@@ -78,9 +78,10 @@ type transport struct {
 	bulk   bool            // the last read filled what it was given: more is probably there
 	readAt time.Time       // of the last read
 
-	wbuf *[]byte // from a pool; what waits for flush; owned by the writing goroutine
-	once *atOnce // nil until it is needed, and where the connection can't; guarded by the outbox's mutex
-	tied bool    // it was looked whether the connection can
+	// Owned by the writing goroutine, or by who writes in its place.
+	wbuf  *[]byte // from a pool; what waits for flush
+	once  *atOnce // nil where the connection can't, and before it was asked
+	asked bool    // whether the connection can
 }
 
 // Read is the handshake's: a byte at a time, so that it takes nothing of what
@@ -237,8 +238,8 @@ func (t *transport) flush() error {
 // canWriteAtOnce tells whether the connection can be written to without waiting:
 // TCP can, TLS can't.
 func (t *transport) canWriteAtOnce() bool {
-	if !t.tied {
-		t.once, t.tied = newAtOnce(t.Conn), true
+	if !t.asked {
+		t.once, t.asked = newAtOnce(t.Conn), true
 	}
 	return t.once != nil
 }

@@ -118,7 +118,7 @@ func (o *outbox) acknowledge(numbers []uint32) bool {
 		o.mu.Unlock()
 		written := o.writeAtOnce(numbers[0])
 		o.mu.Lock()
-		if o.writing = false; !written || o.waitingLocked() {
+		if o.writing = false; !written || o.last != nil || !o.queued.empty() {
 			o.startLocked()
 		} else {
 			o.stopped.Broadcast()
@@ -136,11 +136,6 @@ func (o *outbox) writeAtOnce(number uint32) bool {
 	var head [ackEnd]byte
 	_, err := o.writeFrame(&Frame{SID: o.s.id, Type: TypeAck, Ack: number}, head[:0])
 	return err == nil && o.s.conn.flushAtOnce()
-}
-
-// waitingLocked tells whether there is something to write.
-func (o *outbox) waitingLocked() bool {
-	return o.last != nil || !o.queued.empty()
 }
 
 func (o *outbox) control(f Frame) bool {
