@@ -3,10 +3,14 @@ package cryo_test
 import (
 	"context"
 	"net"
+	"net/http/httptest"
+	"runtime"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -76,6 +80,29 @@ func TestAClientThatLeavesBeforeItSaidEndpointInfoIsForgotten(t *testing.T) {
 		join(t, l, sid+1).ClientHandshake()
 		require.Equal(t, sid+1, next(t, sessions).ID())
 	})
+}
+
+func TestAClientThatLeavesAsSoonAsItIsConnectedWasThere(t *testing.T) {
+	// On one processor, its session has ended before its request goes on.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	ended := make(chan *cryo.Session, 1)
+	sessions := make(chan *cryo.Session, 1)
+	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+		Authorize:    cryo.Tokens(token),
+		OnSession:    func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
+		OnSessionEnd: func(s *cryo.Session) { ended <- s },
+	}))
+	defer server.Close()
+	for range 20 {
+		peer := cryotest.DialPeer(t, websocket.DefaultDialer, strings.Replace(server.URL, "http", "ws", 1), token, sid)
+		peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Text(1, "that's all"))
+		require.NoError(t, peer.WS.Close())
+		s := next(t, sessions)
+		require.Equal(t, "that's all", string(receive(t, s).Payload))
+		wantEnded(t, s)
+		require.Same(t, s, next(t, ended))
+	}
+	require.Empty(t, ended, "each was told once")
 }
 
 func TestAnotherVersionEndsTheSession(t *testing.T) {

@@ -150,7 +150,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if session == nil {
 		return
 	}
-	if !s.handshake(session) || !s.announce(e) {
+	s.handshake(session)
+	if !s.announce(e) {
 		session.Refuse(true) // nobody will take what it received
 		return
 	}
@@ -180,8 +181,8 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	return e.session
 }
 
-// handshake exchanges ENDPOINT_INFO and reports whether the client's came.
-func (s *Server) handshake(session *Session) bool {
+// handshake exchanges ENDPOINT_INFO, or waits for the session's end.
+func (s *Server) handshake(session *Session) {
 	patience := time.NewTimer(infoPatience)
 	defer patience.Stop()
 	deadline := time.NewTimer(s.opts.HandshakeTimeout)
@@ -193,33 +194,38 @@ func (s *Server) handshake(session *Session) bool {
 			if !told {
 				session.sayEndpointInfo()
 			}
-			return true
+			return
 		case <-patience.C:
 			session.sayEndpointInfo()
 			told = true
 		case <-deadline.C:
 			session.protocolError(&ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO within %v", s.opts.HandshakeTimeout)})
-			return false
+			return
 		case <-session.done:
-			return false
+			return
 		}
 	}
 }
 
-// announce makes a session known, unless it was taken over meanwhile.
+// announce makes a session known whose client has said ENDPOINT_INFO, unless it
+// was taken over meanwhile.
 func (s *Server) announce(e *entry) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e.connected = s.entries[e.session.id] == e
+	select {
+	case <-e.session.peerKnown:
+		e.connected = e.connected || s.entries[e.session.id] == e
+	default:
+	}
 	return e.connected
 }
 
-// ended is a session's end.
+// ended is a session's end. A client that left as soon as it was connected may be
+// ahead of its own request: its session is announced all the same, for what it sent
+// is there to be taken.
 func (s *Server) ended(id uint64, e *entry) {
+	announced := s.announce(e)
 	s.remove(id, e)
-	s.mu.Lock()
-	announced := e.connected // it is not announced any more
-	s.mu.Unlock()
 	if announced && s.opts.OnSessionEnd != nil {
 		s.opts.OnSessionEnd(e.session)
 	}
