@@ -115,6 +115,9 @@ func (t *transport) skip(n int) { t.ahead = t.ahead[n:] }
 // waiting is how much has been read ahead.
 func (t *transport) waiting() int { return len(t.ahead) }
 
+// drained tells whether all that has come is read, and was little.
+func (t *transport) drained() bool { return len(t.ahead) == 0 && t.large == nil }
+
 // fill reads more. A large buffer is taken when a read has filled the small one,
 // and given back as soon as a read leaves room in it: whoever waits for the
 // network for long doesn't hold one, unless what came fills the small one exactly.
