@@ -1,7 +1,10 @@
 package cryo_test
 
 import (
+	"encoding/binary"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -259,6 +262,52 @@ func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
 		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
 		require.Error(t, flood.result(t))
 	})
+}
+
+// A slow line too keeps pings behind the data: behind many messages, or behind one
+// that takes longer than the interval. Nothing is paused then.
+func TestADiallingEndSaysThatItIsAliveWhilePingsAreBehindData(t *testing.T) {
+	for name, size := range map[string]int{"many messages": 10_000, "one message": 1_000_000} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, peer := dialled(t, cryo.DialOptions{})
+				go func() {
+					for {
+						if _, err := s.Receive(t.Context()); err != nil {
+							return
+						}
+					}
+				}()
+				message := cryotest.Binary(1, strings.Repeat("x", size))
+				message.SID = sid
+				frame, err := cryo.AppendFrame(nil, &message)
+				require.NoError(t, err)
+				whole := append([]byte{0x82, 127}, binary.BigEndian.AppendUint64(nil, uint64(len(frame)))...)
+				whole = append(whole, frame...)
+				peer.WS.SetPingHandler(func(string) error { return nil }) // its answers would be behind the data too
+				peer.Read()
+				require.NoError(t, peer.WS.NetConn().SetWriteDeadline(time.Time{}))
+				const second = 10_000 // bytes
+				for range 1_000_000 / size {
+					for piece := range slices.Chunk(whole, second) {
+						_, err := peer.WS.NetConn().Write(piece)
+						require.NoError(t, err)
+						time.Sleep(time.Second * time.Duration(len(piece)) / second)
+					}
+				}
+				pongs := 0
+				for _, f := range peer.Taken() {
+					if f.Type == cryo.TypePingPong {
+						require.Equal(t, "pong", string(f.Payload))
+						pongs++
+					}
+				}
+				require.Equal(t, 100/5, pongs)
+				peer.Skip()
+				peer.WantIdle("no more of these", 20*time.Second)
+			})
+		})
+	}
 }
 
 // A pipeline that is only slow makes many pauses, each shorter than any interval.

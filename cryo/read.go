@@ -8,9 +8,13 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// unaskedPong is how often a dialling end that doesn't read says that it is
-// alive before it has seen pings; then at half the shortest interval seen.
+// unaskedPong is how often, at least, a dialling end that may not see pings says
+// that it is alive; more often if half the shortest interval between pings that it
+// has seen is less.
 const unaskedPong = 5 * time.Second
+
+// pingsBehind is how many bytes without a ping may have one behind them.
+const pingsBehind = 16 << 10
 
 // minPingEvery is the shortest interval between pings that is believed.
 const minPingEvery = 100 * time.Millisecond
@@ -174,19 +178,11 @@ func (s *Session) waitForRoom(chunk bool) bool {
 		s.paused.Store(false)
 	}()
 
-	alive := time.NewTimer(s.nextUnaskedPong())
-	defer alive.Stop()
-	if !s.dialing {
-		alive.Stop()
-	}
 	patience := time.NewTimer(noRoomPatience)
 	defer patience.Stop()
 	for ; room != nil; room = s.full(chunk) {
 		select {
 		case <-room:
-		case s.lastPong = <-alive.C:
-			s.out.pong(s.pingAck)
-			alive.Reset(s.pongEvery())
 		case <-patience.C:
 			if s.pend.awaited() {
 				s.overflowing = true
@@ -198,30 +194,6 @@ func (s *Session) waitForRoom(chunk bool) bool {
 		}
 	}
 	return true
-}
-
-// nextUnaskedPong says how soon one is due during a pause of reading: pings go
-// unseen meanwhile, and cryo-server ends sessions without pongs. A pause soon after
-// another goes on with it: a pipeline that is only slow makes many short ones, and
-// pings are as late then. A listening end keeps quiet: cryo-client-node answers a
-// pong with a ping.
-func (s *Session) nextUnaskedPong() time.Duration {
-	now, every := time.Now(), s.pongEvery()
-	if last := s.resumed.Load(); last == nil || now.Sub(*last) > every {
-		s.pausedFrom = now
-	}
-	since := s.pausedFrom
-	if s.lastPong.After(since) {
-		since = s.lastPong
-	}
-	return every - now.Sub(since)
-}
-
-func (s *Session) pongEvery() time.Duration {
-	if s.pingEvery > 0 {
-		return s.pingEvery / 2
-	}
-	return unaskedPong
 }
 
 // full returns nil when a message may be read, else a channel to wait for.
@@ -309,13 +281,39 @@ func (s *Session) handlePing(f *Frame) {
 	if string(f.Payload) != pingText {
 		return // a pong is never answered
 	}
-	// Pings that piled up while we didn't read come all at once.
-	now := time.Now()
-	if every := now.Sub(s.lastPing); !s.lastPing.IsZero() && every >= minPingEvery && (s.pingEvery == 0 || every < s.pingEvery) {
-		s.pingEvery = every
-	}
-	s.lastPing, s.lastPong, s.pingAck = now, now, f.Ack
 	s.out.pong(f.Ack)
+	if !s.dialing {
+		return
+	}
+	s.conn.got.Store(0)
+	now := time.Now()
+	every := now.Sub(s.lastPing)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Pings that piled up while we didn't read come all at once.
+	if !s.lastPing.IsZero() && every >= minPingEvery {
+		s.pongEvery = min(s.pongEvery, every/2)
+	}
+	s.lastPing, s.pingAck = now, f.Ack
+	s.showLife.Reset(s.pongEvery)
+}
+
+// sayAlive says unasked that this end is alive, if pings may go unseen: nothing is
+// read, or so much came that they may be behind it, by a slow line or a slow pipeline.
+// cryo-server ends sessions without pongs. A listening end keeps quiet:
+// cryo-client-node answers a pong with a ping. Runs on the timer's goroutine.
+func (s *Session) sayAlive() {
+	unseen := s.conn.got.Load() >= pingsBehind || s.paused.Load()
+	s.mu.Lock()
+	number := s.pingAck
+	if !s.stopped {
+		s.showLife.Reset(s.pongEvery)
+	}
+	s.mu.Unlock()
+	if unseen {
+		s.conn.got.Store(0)
+		s.out.pong(number)
+	}
 }
 
 func (s *Session) handleEndpointInfo(f *Frame) {

@@ -125,6 +125,10 @@ type Session struct {
 	stopped bool          // no timer must be set any more
 	cut     *time.Timer   // ends the goodbye; nil before it
 
+	showLife  *time.Timer   // of a dialling end
+	pongEvery time.Duration // that it says so unasked
+	pingAck   uint32        // the last ping's number
+
 	// Owned by the reading goroutine.
 	blocks      blocks
 	small       [32]byte     // the frame that is handled now, if it is as small and nobody keeps any of it
@@ -132,11 +136,7 @@ type Session struct {
 	kept        bool         // the memory of the frame that is handled now: somebody has it
 	noRoom      bool         // for the data frame that is read now: it is refused
 	overflowing bool         // data without room is refused rather than waited with
-	pausedFrom  time.Time    // the first pause of reading of those that followed each other
-	lastPong    time.Time    // that was said, asked for or not
-	lastPing    time.Time
-	pingEvery   time.Duration // the shortest interval between pings seen
-	pingAck     uint32        // the last ping's number
+	lastPing    time.Time    // seen by a dialling end
 }
 
 // newSession starts a session over an upgraded connection.
@@ -156,8 +156,12 @@ func newSession(id uint64, dialing bool, conn *transport, b *budget, opts Sessio
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
-	s.mu.Lock() // the timer's function may run before the assignment otherwise
+	s.mu.Lock() // a timer's function may run before the assignment otherwise
 	s.heartbeat = time.AfterFunc(opts.HeartbeatInterval, s.beat)
+	if dialing {
+		s.pongEvery = unaskedPong
+		s.showLife = time.AfterFunc(s.pongEvery, s.sayAlive)
+	}
 	s.mu.Unlock()
 	go s.read()
 	return s
@@ -265,6 +269,9 @@ func (s *Session) finish() {
 	s.mu.Lock()
 	s.stopped = true
 	s.heartbeat.Stop()
+	if s.dialing {
+		s.showLife.Stop()
+	}
 	if s.cut != nil {
 		s.cut.Stop()
 	}

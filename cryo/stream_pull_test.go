@@ -163,7 +163,7 @@ func TestPullingWaitsForTheReader(t *testing.T) {
 			p.wantFetch(i, i+1)
 			p.WriteFrames(txChunk(5, i, strings.Repeat("x", chunk)))
 		}
-		p.WantIdle("300 KiB are enough unread", time.Hour)
+		p.WantIdle("300 KiB are enough unread", instant)
 		for i := uint32(3); i < 10; i++ {
 			wantBytes(t, p.st, strings.Repeat("x", chunk))
 			p.wantFetch(i, i+1)

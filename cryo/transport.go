@@ -62,6 +62,7 @@ func bufferPool(size int) *sync.Pool {
 type transport struct {
 	net.Conn
 	heard   atomic.Bool   // bytes were read since this was last cleared
+	got     atomic.Int64  // bytes that were read since this was last cleared
 	sending atomic.Bool   // a piece is being written
 	pieces  atomic.Uint64 // written so far
 
@@ -185,6 +186,7 @@ func (t *transport) read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
 	if n > 0 {
 		t.heard.Store(true)
+		t.got.Add(int64(n))
 		t.readAt = time.Now()
 		return n, nil
 	}
