@@ -92,7 +92,8 @@ type entry struct {
 	address     netip.Prefix      // of the client; see MaxSessionsPerAddress
 	credentials [sha256.Size]byte // who has the same may take the session over
 	session     *Session          // nil during the upgrade
-	connected   bool              // the handshake is done
+	decided     bool              // whether the session is announced: once, for good
+	connected   bool              // the handshake is done, and the session announced
 }
 
 // NewServer makes a server. MaxBufferBytes is shared by all its sessions.
@@ -173,6 +174,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	e.session = newSession(id, false, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(id, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
+	e.decided = closed // not announced, whatever it does until it has ended
 	s.mu.Unlock()
 	if closed {
 		_ = e.session.Close(u.Request.Context(), shutdownReason)
@@ -208,13 +210,18 @@ func (s *Server) handshake(session *Session) {
 }
 
 // announce makes a session known whose client has said ENDPOINT_INFO, unless it
-// was taken over meanwhile.
+// was taken over meanwhile. The first call decides: a session that its request has
+// dropped isn't reported as left either.
 func (s *Server) announce(e *entry) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if e.decided {
+		return e.connected
+	}
+	e.decided = true
 	select {
 	case <-e.session.peerKnown:
-		e.connected = e.connected || s.entries[e.session.id] == e
+		e.connected = s.entries[e.session.id] == e
 	default:
 	}
 	return e.connected
