@@ -2,6 +2,7 @@ package tests
 
 import (
 	"encoding/json"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -33,6 +34,8 @@ func TestTheQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
 		}
 		require.NotRegexp(t, "level=(warn|error)", line)
 	}
-	p.wantLogged("Closed the session with ws://")
+	// The client may say goodbye first, or the server.
+	p.stdout.want(t, 1, regexp.MustCompile(
+		`Closed the session with ws://|Disconnected from ws://.*server is shutting down`).MatchString)
 	p.wantLogged("Closed the listener on ")
 }
