@@ -142,7 +142,7 @@ func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) 
 	if err != nil {
 		return nil, err
 	}
-	s := newSession(opts.SessionID, true, conn, newBudget(int64(opts.MaxBufferBytes)), opts.SessionOptions, nil)
+	s := newSession(opts.SessionID, true, conn, newMemory(opts.MaxBufferBytes), opts.SessionOptions, nil)
 	errs, err := s.sendFrames(ctx, []outgoing{{Frame: s.endpointInfo()}})
 	if err == nil && errs != nil {
 		err = errs[0]

@@ -16,6 +16,10 @@ var (
 	// ErrSilent: the peer gave no sign of life for too long, not even an
 	// answer to a WebSocket ping.
 	ErrSilent = errors.New("no sign of life from the peer")
+	// ErrSlow: a message of the peer took more than a minute to come in, while
+	// others waited for the memory that is kept for it; see MaxBufferBytes in
+	// [SessionOptions].
+	ErrSlow = errors.New("a large message takes too long while others wait: send it as a stream")
 	// ErrTakenOver: the client came back with the same session id, token and certificate,
 	// so this session was a ghost.
 	ErrTakenOver = errors.New("taken over by a newer connection of the same client")

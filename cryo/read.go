@@ -35,6 +35,7 @@ func (s *Session) read() {
 		s.waitForWriter()
 		b, err := s.nextMessage()
 		if err != nil {
+			s.leaveIntake()
 			s.readFailed(err)
 			return
 		}
@@ -53,6 +54,7 @@ func (s *Session) read() {
 		}
 		s.chunk.giveBack()
 		s.chunk = nil
+		s.leaveIntake()
 	}
 }
 
@@ -80,6 +82,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 	case !full && s.overflowing && s.budget.relaxed(&s.held):
 		s.overflowing = false
 	}
+	s.enterIntake()
 	n := len(head) + s.ws.left
 	s.blocks.mark()
 	switch {
@@ -170,13 +173,7 @@ func (s *Session) waitForRoom(chunk bool) bool {
 	if s.overflowing && s.pend.awaited() {
 		return false
 	}
-	s.paused.Store(true)
-	defer func() {
-		now := time.Now()
-		s.resumed.Store(&now)
-		s.conn.heard.Store(true) // the silence was ours
-		s.paused.Store(false)
-	}()
+	defer s.pause()()
 
 	patience := time.NewTimer(noRoomPatience)
 	defer patience.Stop()
@@ -194,6 +191,56 @@ func (s *Session) waitForRoom(chunk bool) bool {
 		}
 	}
 	return true
+}
+
+// pause begins a time in which nothing is read. The function that it gives ends it.
+func (s *Session) pause() (resume func()) {
+	s.paused.Store(true)
+	return func() {
+		now := time.Now()
+		s.resumed.Store(&now)
+		s.conn.heard.Store(true) // the silence was ours
+		s.paused.Store(false)
+	}
+}
+
+// enterIntake waits until there is memory for the message that is read now, if that
+// is known to be large, and keeps it until leaveIntake.
+func (s *Session) enterIntake() {
+	n := int64(s.ws.size)
+	switch {
+	case n <= largeMessage || s.coming > 0:
+		return
+	case !s.ws.final:
+		n = maxFrame // who knows
+	}
+	room := s.intake.take(n)
+	if room != nil {
+		defer s.pause()()
+	}
+	for ; room != nil; room = s.intake.take(n) {
+		select {
+		case <-room:
+			s.intake.leave()
+		case <-s.ending:
+			s.intake.leave()
+			return // discarded as it comes
+		}
+	}
+	s.mu.Lock()
+	s.coming, s.comingSince = n, time.Now()
+	s.mu.Unlock()
+}
+
+// leaveIntake is said when the message is whole and handled, or will never be.
+func (s *Session) leaveIntake() {
+	if s.coming == 0 {
+		return
+	}
+	s.intake.give(s.coming)
+	s.mu.Lock()
+	s.coming = 0
+	s.mu.Unlock()
 }
 
 // full returns nil when a message may be read, else a channel to wait for.

@@ -72,7 +72,7 @@ type ServerOptions struct {
 // HTTP/1.1 server.
 type Server struct {
 	opts     ServerOptions
-	budget   *budget
+	memory   memory
 	upgrader *websocket.Upgrader
 	refusals rate.Sometimes // of log lines
 	refused  atomic.Int64   // since the last of them
@@ -117,7 +117,7 @@ func NewServer(options ServerOptions) *Server {
 	}
 	s := &Server{
 		opts:     opts,
-		budget:   newBudget(int64(opts.MaxBufferBytes)),
+		memory:   newMemory(opts.MaxBufferBytes),
 		upgrader: newUpgrader(),
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
@@ -171,7 +171,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	}
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.session = newSession(id, false, h.conn, s.budget, s.opts.SessionOptions, func() { s.ended(id, e) })
+	e.session = newSession(id, false, h.conn, s.memory, s.opts.SessionOptions, func() { s.ended(id, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	e.decided = closed // not announced, whatever it does until it has ended

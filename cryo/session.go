@@ -34,6 +34,10 @@ type SessionOptions struct {
 	// and 256 bytes a message. Beyond it, at most one message late, reading
 	// pauses at the next message; what is no message is read on until then. A
 	// server's sessions share it: each may hold up to eight times what is left.
+	// As much again, and one message, may be taken by messages of more than 16 KiB
+	// that are still coming in: a further one is read when one of them is whole. A
+	// session that keeps others waiting with one for more than a minute ends with
+	// ErrSlow.
 	// When a send waits for its acknowledgement, which may be behind what is not
 	// read, a pause ends after 10 s: messages without room are refused then with
 	// an ERROR, and chunks end their stream with ErrNoRoom, until the session
@@ -105,6 +109,7 @@ type Session struct {
 	pend     *pending
 	inbox    *inbox
 	budget   *budget
+	intake   *intake
 	incoming *incomingStreams
 	outgoing *outgoingStreams
 	held     int64 // of the budget; guarded by its mutex
@@ -129,6 +134,9 @@ type Session struct {
 	pongEvery time.Duration // that it says so unasked
 	pingAck   uint32        // the last ping's number
 
+	coming      int64     // of the intake, for the message that is read now; written by the reading goroutine
+	comingSince time.Time // while coming is not 0
+
 	// Owned by the reading goroutine.
 	blocks      blocks
 	small       [32]byte     // the frame that is handled now, if it is as small and nobody keeps any of it
@@ -140,19 +148,19 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *transport, b *budget, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *transport, m memory, opts SessionOptions, onEnd func()) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
 	}
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
-		conn: conn, pend: newPending(base), inbox: newInbox(), budget: b,
+		conn: conn, pend: newPending(base), inbox: newInbox(), budget: m.budget, intake: m.intake,
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.out = newOutbox(s)
-	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing}
+	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing, onMore: s.enterIntake}
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
@@ -304,6 +312,10 @@ func (s *Session) beat() {
 		s.fail(cause)
 		return
 	}
+	if s.keepsOthersOut() {
+		s.goodbye(ErrSlow, closeClientError, ErrSlow.Error(), false)
+		return
+	}
 	s.out.ping(!s.dialing)
 
 	s.mu.Lock()
@@ -311,4 +323,12 @@ func (s *Session) beat() {
 	if !s.stopped {
 		s.heartbeat.Reset(s.opts.HeartbeatInterval)
 	}
+}
+
+// keepsOthersOut tells whether a large message takes too long to come in while
+// others wait for the memory that it has.
+func (s *Session) keepsOthersOut() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.coming > 0 && time.Since(s.comingSince) >= intakePatience && s.intake.wanted()
 }

@@ -40,6 +40,7 @@ type webSocket struct {
 	conn   *transport
 	masks  bool              // this end dialled: it masks, and the other doesn't
 	onPing func(data []byte) // on the reading goroutine; the data is valid until it returns
+	onMore func()            // likewise, before a further fragment of a message is read
 
 	// Owned by the reading goroutine.
 	text  bool   // the message is text
@@ -238,6 +239,7 @@ func (w *webSocket) readMessage(message []byte) ([]byte, error) {
 		if err := w.nextFrame(true); err != nil {
 			return nil, err
 		}
+		w.onMore()
 	}
 }
 

@@ -64,6 +64,7 @@ func classOf(err error) string {
 func hear(tape []byte, piece int) (h heard) {
 	ws := &webSocket{
 		conn:   &transport{Conn: &tapeConn{tape: tape, piece: piece}},
+		onMore: func() {},
 		onPing: func(data []byte) { h.pings = append(h.pings, string(data)) },
 	}
 	var memory blocks

@@ -175,7 +175,9 @@ func (h *half) write(p []byte) (written int, err error) {
 		n := min(len(p), connBuffer-len(h.data))
 		h.data = append(h.data, p[:n]...)
 		written, p = written+n, p[n:]
-		h.changed.Broadcast()
+		if n > 0 { // or two that wait for room would wake each other for ever
+			h.changed.Broadcast()
+		}
 		if len(p) == 0 {
 			return written, nil
 		}
