@@ -155,10 +155,8 @@ func TestALargeMessageInFragmentsIsBoundedToo(t *testing.T) {
 		sends(t, first, fragments)
 
 		require.NoError(t, second.WS.NetConn().SetWriteDeadline(time.Time{}))
-		go func() {
-			_, _ = second.WS.NetConn().Write(append(bytesOf(t, second, cryotest.Binary(2, string(make([]byte, large)))),
-				bytesOf(t, second, cryotest.Ping(3))...))
-		}()
+		waits := append(bytesOf(t, second, cryotest.Binary(2, string(make([]byte, large)))), bytesOf(t, second, cryotest.Ping(3))...)
+		go func() { _, _ = second.WS.NetConn().Write(waits) }()
 		second.WantIdle("the other is not read", 10*time.Second)
 		sends(t, first, last)
 		require.Len(t, receive(t, a).Payload, large)

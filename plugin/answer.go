@@ -177,7 +177,7 @@ func (r *receiver) answerOne(ctx context.Context, src *source, answers []*answer
 	r.answers.send(ctx, src.session, parcels, errs)
 
 	var answered []item
-	begin, gone := 0, 0
+	begin := 0
 	for i, a := range answers {
 		if failed := slices.IndexFunc(errs[begin:ends[i]], isError); failed < 0 {
 			answered = append(answered, a.items...)
@@ -185,12 +185,13 @@ func (r *receiver) answerOne(ctx context.Context, src *source, answers []*answer
 			r.unanswered(ctx, a, errs[begin+failed])
 		}
 		begin = ends[i]
-		gone += len(a.items)
 	}
 	if !r.conf.onReceipt {
 		r.acknowledge(answered)
 	}
-	r.release(gone)
+	for _, a := range answers {
+		r.release(a.items)
+	}
 }
 
 func isError(err error) bool { return err != nil }

@@ -58,7 +58,7 @@ func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*server
 	if err != nil {
 		return nil, err
 	}
-	rc.streams.shared = true
+	rc.shared = true
 	return &serverInput{receiver: newReceiver(rc, res), serverComponent: c}, nil
 }
 

@@ -259,16 +259,17 @@ func (ln *listener) inputFor(s *cryo.Session) *receiver {
 	return ln.inputs[(ln.next-1)%len(ln.inputs)]
 }
 
-// full tells whether the inputs have to tell of as many sessions as they may:
-// those that are connected, and once more as many that have left.
+// full tells whether the inputs keep as many sessions as they may: those that are
+// connected, and once more as many that have left behind what the pipeline doesn't
+// take.
 func (ln *listener) full() bool {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
-	untold := 0
+	kept := 0
 	for _, in := range ln.inputs {
-		untold += in.untold()
+		kept += in.keeps()
 	}
-	return untold >= 2*ln.settings.MaxSessions
+	return kept >= 2*ln.settings.MaxSessions
 }
 
 // addInput lets an input receive: the first from all sessions that are there,

@@ -57,6 +57,7 @@ type receiver struct {
 	errorLines, streamLines, answerLines *sparing // of the log
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
+	shares   *shares       // of the clients, in flight
 	places   *places       // of the open streams
 	wake     chan struct{} // holds a token when there is a new replay or a place is free
 	rest     []item        // arrived, not yet handed over; owned by ReadBatch
@@ -87,7 +88,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
-		places:     newPlaces(conf.streams.maxOpen, conf.streams.shared),
+		shares:     newShares(conf.maxInFlight, conf.shared),
+		places:     newPlaces(conf.streams.maxOpen, conf.shared),
 		sources:    make(map[*cryo.Session]*source),
 		byID:       make(map[string]*source),
 		deliveries: make(map[*delivery]struct{}),
@@ -135,7 +137,11 @@ func (r *receiver) takeAll(src *source) bool {
 // its end still goes to the pipeline: nobody else has it.
 func (r *receiver) pump(src *source) {
 	for {
-		messages, err := src.session.ReceiveBatch(r.stopped, r.conf.maxBatchCount)
+		room := r.awaitShare(src)
+		if room == 0 {
+			return
+		}
+		messages, err := src.session.ReceiveBatch(r.stopped, min(room, r.conf.maxBatchCount))
 		if err != nil {
 			return
 		}
@@ -151,9 +157,26 @@ func (r *receiver) pump(src *source) {
 	}
 }
 
-// offer waits until the items are taken. It reports false, and keeps them for
-// rejectRest, when the input ends first.
+// awaitShare waits until a client may have more in the pipeline, and says how much.
+// It gives 0 when the input ends first.
+func (r *receiver) awaitShare(src *source) int {
+	for {
+		room, freed := r.shares.room(src.id)
+		if room > 0 {
+			return room
+		}
+		select {
+		case <-freed:
+		case <-r.stopped.Done():
+			return 0
+		}
+	}
+}
+
+// offer waits until the items, of one source, are taken. It reports false, and keeps
+// them for rejectRest, when the input ends first.
 func (r *receiver) offer(items []item) bool {
+	r.shares.take(items[0].source.id, len(items))
 	select {
 	case r.arrivals <- items:
 		return true
@@ -239,7 +262,7 @@ const stallPatience = 10 * time.Second
 func (r *receiver) reportStall() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	full := r.inFlight >= r.conf.maxInFlight
+	full := r.inFlight >= r.conf.maxInFlight || r.shares.exhausted()
 	for s := range r.sources {
 		full = full || r.inFlight > 0 && s.Paused()
 	}

@@ -105,9 +105,10 @@ The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for stream
 // receiveFields are those of an input; sessions tells whether it can tell of
 // sessions.
 func receiveFields(sessions bool) []*service.ConfigField {
-	about := ""
+	about, share := "", ""
 	if sessions {
 		about = " `session` tells of clients that connect and leave."
+		share = " One client has at most three quarters of it, so that one whose messages fail, or that takes no answers, leaves room for others."
 	}
 	return []*service.ConfigField{
 		service.NewStringListField(fieldMessageTypes).
@@ -125,7 +126,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Advanced(),
 		streamsField(),
 		positiveInt(fieldMaxInFlight).
-			Description("How many messages may be in the pipeline, not yet delivered. An output's batch has to be smaller, or it is only ever sent by its `period`.").
+			Description("How many messages may be in the pipeline, not yet delivered." + share + " An output's batch has to be smaller, or it is only ever sent by its `period`.").
 			Default(1024),
 		positiveInt(fieldMaxBatchCount).
 			Description("How many messages at most become one batch of the pipeline. Only what waits already does: nothing waits for a batch to fill.").
@@ -156,6 +157,7 @@ type receiveConfig struct {
 	types         map[cryo.Type]bool
 	sessions      bool // are told of
 	onReceipt     bool // acknowledge: received
+	shared        bool // by several sessions: maxInFlight, and the streams' maxOpen
 	maxInFlight   int
 	maxBatchCount int
 	replay        bool

@@ -42,7 +42,7 @@ With ` + "`session` in `message_types`" + `, a client that connects and one that
 
 They are delivered at least once, as other messages are: when an input stops and another one of the same listener takes its sessions over, that one tells of them as connected again. When the last input stops, or the process ends in any way, sessions that are connected then are not told as disconnected. So presence that is kept outside of the process has to be cleared at the start, or expire.
 
-None is dropped, but with ` + "`auto_replay_nacks: false`" + ` those that the outputs reject. When the pipeline doesn't take them, those that wait count against ` + "`max_buffer_bytes`" + `, and once as many sessions have left untold as ` + "`max_sessions`" + ` allows, new clients are refused with status 503.
+None is dropped, but with ` + "`auto_replay_nacks: false`" + ` those that the outputs reject. When the pipeline doesn't take them, those that wait count against ` + "`max_buffer_bytes`" + `, and once as many sessions have left so as ` + "`max_sessions`" + ` allows, new clients are refused with status 503.
 `
 
 // sessionEvent is a message about a session, until it is settled.
@@ -102,12 +102,9 @@ func (r *receiver) tellDeparture(src *source) bool {
 	return src.underway.wait(r.stopped.Done()) && r.tell(src, sessionDisconnected, src.session.Err().Error())
 }
 
-// untold is how many sessions the input has, those included that have left and
-// of which it has yet to tell; 0 if it doesn't tell of sessions.
-func (r *receiver) untold() int {
-	if !r.conf.sessions {
-		return 0
-	}
+// keeps is how many sessions the input has, those included that have left and of
+// which it has yet to hand over messages, or to tell.
+func (r *receiver) keeps() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sources)

@@ -35,30 +35,30 @@ func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 	if !r.conf.onReceipt {
 		r.acknowledge(delivered)
 	}
-	gone := len(delivered)
+	r.release(delivered)
 	switch {
 	case len(failed) == 0:
 	case r.conf.replay:
 		r.log.Debugf("Trying %d messages again that were not delivered: %v", len(failed), err)
 		r.replayLater(failed)
 	default:
-		gone += len(failed)
 		r.reject(failed, err)
+		r.release(failed)
 	}
-	r.release(gone)
 	r.answer(ctx, answered)
 }
 
 // release ends the time of messages in the pipeline. ReadBatch is woken only when
 // it waits for a place: a fortieth of the CPU time for messages that come one at a
 // time.
-func (r *receiver) release(n int) {
+func (r *receiver) release(items []item) {
+	r.shares.give(items)
 	r.mu.Lock()
 	full := r.inFlight >= r.conf.maxInFlight
-	r.inFlight -= n
+	r.inFlight -= len(items)
 	r.stallTold, r.settled = false, time.Now()
 	r.mu.Unlock()
-	r.metrics.unacknowledged.add(-n)
+	r.metrics.unacknowledged.add(-len(items))
 	if full {
 		r.wakeRead()
 	}

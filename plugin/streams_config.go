@@ -66,7 +66,6 @@ type streamConfig struct {
 	pull        bool
 	maxBytes    int64
 	maxOpen     int
-	shared      bool // maxOpen, among several sessions
 	idleTimeout time.Duration
 }
 
