@@ -311,11 +311,12 @@ func (d *dialer) close(ctx context.Context) error {
 	return err
 }
 
-// test dials as another session and hangs up.
+// test dials as another session and hangs up. What the server sends to it
+// meanwhile is neither taken nor refused: after the goodbye it goes to others.
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
 	opts.SessionID = cryo.NewSessionID()
-	opts.SendOnly = true // nothing may be taken from the server by a test
+	opts.SendOnly = false // an output's would refuse
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {
 		return service.ConnectionTestFailed(err).AsList()

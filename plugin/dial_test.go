@@ -138,7 +138,42 @@ func TestAConnectionTestDialsAndHangsUp(t *testing.T) {
 	}
 }
 
-func TestAConnectionTestTakesNoMessages(t *testing.T) {
+func TestAConnectionTestLeavesAWaitingMessageToOthers(t *testing.T) {
+	for _, kind := range []string{"input", "output"} {
+		t.Run(kind, func(t *testing.T) {
+			toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+				f := e.give("job")
+				f.wantPending(t, "nobody is there")
+				in, out := e.aloneInput(t, ""), e.alone(t, "")
+				in.opts.NetDial, out.opts.NetDial = e.farAway, e.farAway
+				var c service.ConnectionTestable = in
+				if kind == "output" {
+					c = out
+				}
+				require.NoError(t, c.ConnectionTest(t.Context())[0].Err)
+				f.wantPending(t, "neither taken nor refused")
+				require.Equal(t, 1, e.log.count("has gone without acknowledging a message"), "it was sent to the test's session")
+				require.NoError(t, receiveTexts(t, e.dial(), "job")[0].Ack())
+				f.wantDelivered(t, "by a worker")
+			})
+		})
+	}
+}
+
+// farAway dials over a line with some latency.
+func (e *engine) farAway(ctx context.Context, network, address string) (net.Conn, error) {
+	c, err := e.net.Dial(ctx, network, address)
+	return &farConn{c}, err
+}
+
+type farConn struct{ net.Conn }
+
+func (c *farConn) Read(p []byte) (int, error) {
+	time.Sleep(time.Millisecond)
+	return c.Conn.Read(p)
+}
+
+func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		in := e.aloneInput(t, "")
@@ -148,7 +183,6 @@ func TestAConnectionTestTakesNoMessages(t *testing.T) {
 		peer.WantType("the client's ENDPOINT_INFO", cryo.TypeEndpointInfo)
 		peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Text(1, "not for a test"))
 		peer.WantFrame("the acknowledgement", cryotest.Acked(0))
-		peer.WantFrame("a refusal", cryotest.Error(1, "this session receives no messages"))
 		peer.WriteFrames(cryotest.Acked(0x40000000))
 		bye := peer.WantType("BYE", cryo.TypeBye)
 		require.Equal(t, "connection test", string(bye.Payload))

@@ -29,7 +29,8 @@ func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
 		Usage:     "Test the connections of configurations, without running them",
 		ArgsUsage: "config.yaml…",
 		Description: `Lints each configuration, then connects each of its inputs and outputs that can be tested, and hangs up again.
-No message is read or written. What is wrong is told in one line each; the exit code is 1 if anything is:
+No message is written, and none that comes is acknowledged or refused.
+What is wrong is told in one line each; the exit code is 1 if anything is:
 
   cryo-connect check pipeline.yaml
   cryo-connect check -r resources.yaml pipeline.yaml`,
