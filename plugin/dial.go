@@ -110,7 +110,7 @@ type dialer struct {
 
 	mu        sync.Mutex
 	session   *cryo.Session // the last one; nil before the first, and when its end has been dealt with
-	reported  bool          // its end has been logged
+	gone      chan struct{} // closed when nothing is left of it, and its end is logged
 	connected bool          // there was one before
 
 	// Owned by the engine's connecting goroutine.
@@ -200,26 +200,36 @@ func proxyFromParsed(conf *service.ParsedConfig) (func(*http.Request) (*url.URL,
 	return http.ProxyURL(proxy), nil
 }
 
-// live is the session, if it lives. The first call after its end logs why.
+// live is the session, if it lives.
 func (d *dialer) live() *cryo.Session {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.session == nil {
+	if d.session == nil || d.session.Err() != nil {
 		return nil
 	}
-	err := d.session.Err()
-	if err == nil {
-		return d.session
+	return d.session
+}
+
+// follow tells of a session's end as soon as it comes: an output may have
+// nothing to write for long.
+func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
+	defer close(gone)
+	<-s.Ending()
+	d.reportEnd(s.Err())
+	<-s.Done()
+	d.metrics.gone()
+}
+
+func (d *dialer) reportEnd(err error) {
+	var closed *cryo.PeerClosedError
+	switch {
+	case errors.Is(err, cryo.ErrClosed):
+		d.log.Infof("Closed the session with %s", d.name)
+	case errors.As(err, &closed): // a server that restarts is no fault
+		d.log.Infof("Disconnected from %s: %v", d.name, err)
+	default:
+		d.log.Warnf("Disconnected from %s: %v", d.name, err)
 	}
-	if !d.reported {
-		d.reported = true
-		report := d.log.Warnf
-		if closed := (*cryo.PeerClosedError)(nil); errors.As(err, &closed) {
-			report = d.log.Infof // a server that restarts is no fault
-		}
-		report("Disconnected from %s: %v", d.name, err)
-	}
-	return nil
 }
 
 // connect dials, unless the session lives: a late ErrNotConnected of another
@@ -248,8 +258,9 @@ func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool
 		verb = "Reconnected"
 	}
 	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
-	d.metrics.connected(s, d.connected)
-	d.session, d.reported, d.connected, d.began = s, false, true, time.Now()
+	d.metrics.connected(d.connected)
+	d.session, d.gone, d.connected, d.began = s, make(chan struct{}), true, time.Now()
+	go d.follow(s, d.gone)
 	return s, true, nil
 }
 
@@ -265,13 +276,13 @@ func (d *dialer) backOff() time.Duration {
 // didn't last.
 func (d *dialer) wait(ctx context.Context) error {
 	d.mu.Lock()
-	last := d.session
+	last, gone := d.session, d.gone
 	d.mu.Unlock()
 	if last == nil {
 		return nil
 	}
 	select {
-	case <-last.Done():
+	case <-gone:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -295,9 +306,8 @@ func (d *dialer) wait(ctx context.Context) error {
 // close says goodbye, with a bound of its own beside the engine's. A session
 // that is ending already is waited for: acknowledgements may be on their way.
 func (d *dialer) close(ctx context.Context) error {
-	lives := d.live() != nil
 	d.mu.Lock()
-	s := d.session
+	s, gone := d.session, d.gone
 	d.mu.Unlock()
 	if s == nil {
 		return nil
@@ -305,9 +315,7 @@ func (d *dialer) close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := s.Close(ctx, "")
-	if lives {
-		d.log.Infof("Closed the session with %s", d.name)
-	}
+	<-gone
 	return err
 }
 

@@ -76,11 +76,7 @@ func (in *input) Connect(ctx context.Context) error {
 // ReadBatch hands over what waits. All that a lost session had received comes
 // before ErrNotConnected.
 func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
-	batch, ack, err := in.read(ctx, in.lost)
-	if err != nil {
-		in.live() // logs the end
-	}
-	return batch, ack, err
+	return in.read(ctx, in.lost)
 }
 
 // Close is called when all acknowledgements are in. They are written before the

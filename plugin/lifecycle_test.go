@@ -86,6 +86,48 @@ func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
 	})
 }
 
+func TestAnIdleOutputTellsOfItsLostConnectionAtOnce(t *testing.T) {
+	for name, c := range map[string]struct {
+		end  func(e *engine, peer *cryo.Session)
+		line string
+	}{
+		"cut":     {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
+		"goodbye": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				e.run(fromFeed, dialOutput)
+				c.end(e, server.session())
+				synctest.Wait()
+				e.log.want(t, c.line)
+				time.Sleep(time.Hour)
+				require.Empty(t, server.sessions, "it has nothing to write")
+
+				f := e.give("m")
+				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
+				f.wantDelivered(t, "on the next connection")
+				require.Equal(t, 1, e.log.count("Disconnected from"))
+			})
+		})
+	}
+}
+
+func TestAGracefulStopSaysThatTheSessionIsClosed(t *testing.T) {
+	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				p := e.run(ends[0], ends[1])
+				server.session()
+				p.stop()
+				require.Equal(t, 1, e.log.count("INFO Closed the session with ws://"+somewhere))
+				require.Zero(t, e.log.count("Disconnected from"))
+			})
+		})
+	}
+}
+
 // refusals is a server that refuses clients for a while, and when they came.
 type refusals struct {
 	mu       sync.Mutex

@@ -67,17 +67,15 @@ func newDialMetrics(m *service.Metrics) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
-// connected counts a session until its end.
-func (m dialMetrics) connected(s *cryo.Session, again bool) {
+// connected counts a session, until it is gone.
+func (m dialMetrics) connected(again bool) {
 	if again {
 		m.reconnections.Incr(1)
 	}
 	m.sessions.add(1)
-	go func() {
-		<-s.Done()
-		m.sessions.add(-1)
-	}()
 }
+
+func (m dialMetrics) gone() { m.sessions.add(-1) }
 
 // listenMetrics are those of a listener, under the name of the component that
 // opened it.

@@ -25,7 +25,7 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: at once, and while that fails after waits that double up to ten seconds (a refused token: every half minute).
+		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: with the next message, and while that fails after waits that double up to ten seconds (a refused token: every half minute).
 
 == Delivery
 
@@ -87,7 +87,6 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 	messages, errs := o.prepare(batch)
 	o.send(ctx, session, messages, errs)
 	if allEnded(errs) {
-		o.live() // logs why
 		return service.ErrNotConnected
 	}
 	return batchError(batch, errs)
