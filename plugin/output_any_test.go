@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -282,4 +283,43 @@ func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 		p.kill()
 		require.Less(t, time.Since(begin), closeTime+time.Second)
 	})
+}
+
+func TestAWorkQueueForgetsThoseWhoHaveGone(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		out := e.aloneServerOutput(t, ", "+toAny)
+		require.NoError(t, out.Connect(t.Context()))
+		var stay []*cryo.Session
+		for range 5 {
+			stay = append(stay, e.dial())
+		}
+		work := func() {
+			writing := sendAny(func() error { return out.WriteBatch(context.Background(), batchOf("m")) })
+			_, messages, _ := holderOf(t, stay)
+			ackAll(t, messages)
+			writing.wantAcked(t, "acknowledged by one that stays")
+		}
+		work() // they are known from now on, and it is their turn first
+		for range stay[1:] {
+			passing := e.dial()
+			work()
+			end(passing)
+			synctest.Wait()
+		}
+		require.Len(t, out.queue.workers, len(stay)+1, "and the last one that passed")
+		require.Len(t, out.queue.ready, len(stay)+1)
+		require.NoError(t, out.Close(t.Context()))
+	})
+}
+
+// aloneServerOutput makes an output without an engine around it.
+func (e *engine) aloneServerOutput(t *testing.T, fields string) *serverOutput {
+	t.Helper()
+	conf, err := specs()["output cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ]"+fields+" }", nil)
+	require.NoError(t, err)
+	res := service.MockResources()
+	res.GetOrSetGeneric(listenersKey{}, e.shared)
+	out, _, _, err := newServerOutput(conf, res)
+	require.NoError(t, err)
+	return out
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -82,19 +83,13 @@ func (q *workQueue) tryTake(arrival <-chan struct{}) (w *worker, freed <-chan st
 	defer q.mu.Unlock()
 	if q.known != arrival {
 		q.known = arrival
-		for _, s := range q.listener.sessions() {
-			if q.workers[s] == nil {
-				w := &worker{session: s}
-				q.workers[s] = w
-				q.ready = append(q.ready, w)
-			}
-		}
+		q.ready = slices.DeleteFunc(q.ready, q.forgotten)
+		q.welcome()
 	}
 	for len(q.ready) > 0 {
 		w := q.ready[0]
 		q.ready = q.ready[1:]
-		if w.session.Err() != nil {
-			delete(q.workers, w.session)
+		if q.forgotten(w) {
 			continue
 		}
 		if w.taken++; w.taken < q.limit {
@@ -104,6 +99,26 @@ func (q *workQueue) tryTake(arrival <-chan struct{}) (w *worker, freed <-chan st
 	}
 	q.waiting++
 	return nil, q.freed, len(q.workers) == 0
+}
+
+// welcome takes in those who have come.
+func (q *workQueue) welcome() {
+	for _, s := range q.listener.sessions() {
+		if q.workers[s] == nil {
+			w := &worker{session: s}
+			q.workers[s] = w
+			q.ready = append(q.ready, w)
+		}
+	}
+}
+
+// forgotten forgets a worker that has gone.
+func (q *workQueue) forgotten(w *worker) bool {
+	gone := w.session.Err() != nil
+	if gone {
+		delete(q.workers, w.session)
+	}
+	return gone
 }
 
 func (q *workQueue) stopWaiting() {
@@ -119,10 +134,8 @@ func (q *workQueue) free(w *worker) {
 	w.taken--
 	switch {
 	case w.taken < q.limit-1: // it is among the ready ones
-	case w.session.Err() == nil:
+	case !q.forgotten(w):
 		q.ready = append(q.ready, w)
-	default:
-		delete(q.workers, w.session)
 	}
 	if q.waiting > 0 {
 		close(q.freed)
