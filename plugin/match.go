@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/bloblang"
@@ -39,6 +40,7 @@ type matchingSessions struct {
 	batch  service.MessageBatch
 	views  []*service.Message // by message: its metadata with a session's, and what the mapping makes of it as content
 	failed []error            // by message: the mapping's first failure
+	asked  []*cryo.Session    // that the mapping has said no to, for all messages that are looked for again
 }
 
 func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
@@ -47,7 +49,7 @@ func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
 
 func (m *matchingSessions) find(ln *listener, messages []int) (found []group, missing []int) {
 	var (
-		sessions = ln.sessions()
+		sessions = m.unasked(ln.sessions())
 		matched  = make([]bool, len(m.views))
 		groups   = make(map[string]int) // in found, by their messages
 		key      []byte
@@ -77,6 +79,17 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 		}
 	}
 	return found, missing
+}
+
+// unasked are those of the sessions that have come since it was called last: each
+// pair of a message and a session is decided once.
+func (m *matchingSessions) unasked(sessions []*cryo.Session) []*cryo.Session {
+	known := make(map[*cryo.Session]bool, len(m.asked))
+	for _, s := range m.asked {
+		known[s] = true
+	}
+	m.asked = sessions
+	return slices.DeleteFunc(slices.Clone(sessions), func(s *cryo.Session) bool { return known[s] })
 }
 
 func indexesOf(key []byte) (indexes []int) {

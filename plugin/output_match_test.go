@@ -138,6 +138,27 @@ func TestAMessageThatNoSessionMatches(t *testing.T) {
 	})
 }
 
+func TestTheMappingIsAskedOnceForEachMessageAndSession(t *testing.T) {
+	const byTurn = `
+cryo_server:
+  address: ` + somewhere + `
+  authorize: 'true'
+  send_to: match
+  match: 'root = counter() == 5'
+`
+	inRooms(t, byTurn, []string{"first", "second"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.give("m")
+		f.wantPending(t, "asked for two")
+		clients = append(clients, e.enter("third"), e.enter("fourth"))
+		f.wantPending(t, "asked for two more, and not again for the first")
+		require.NoError(t, receiveTexts(t, e.enter("fifth"), "m")[0].Ack())
+		f.wantDelivered(t, "to the fifth that it was asked for")
+		for _, c := range clients {
+			wantNothing(t, c)
+		}
+	})
+}
+
 func TestASessionForWhichTheMappingFailsKeepsNothingFromOthers(t *testing.T) {
 	const output = `
 cryo_server:

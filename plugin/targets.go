@@ -45,7 +45,7 @@ func targetFields() []*service.ConfigField {
 			Default("").
 			Example("${! @cryo_session_id }"),
 		service.NewBloblangField(fieldMatch).
-			Description("A mapping that decides, for each message and each session, whether the session gets the message, with `send_to: match`: it results in `true` or `false`. It runs on the message, so `this`, `content()` and `@` are the message's; what the session is known by is the object `@cryo_session`, with the keys that the metadata of its own messages have: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All values of it are text; a list, such as the rooms that a token grants, is JSON. A session for which the mapping fails gets nothing, and the log says so. It runs once for each pair of a message and a session, which is some microseconds: with thousands of sessions keep it short.").
+			Description("A mapping that decides, for each message and each session, whether the session gets the message, with `send_to: match`: it results in `true` or `false`. It runs on the message, so `this`, `content()` and `@` are the message's; what the session is known by is the object `@cryo_session`, with the keys that the metadata of its own messages have: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All values of it are text; a list, such as the rooms that a token grants, is JSON. A session for which the mapping fails gets nothing, and the log says so. It runs once for each pair of a message and a session, which is some microseconds, also while a message waits for a session that matches (`no_session: wait`): then for those that connect. With thousands of sessions keep it short.").
 			Example(`@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)`).
 			Example(`@cryo_session.cryo_query_topic == this.topic && @cryo_session.cryo_session_id != @cryo_session_id`).
 			Optional(),
@@ -138,7 +138,7 @@ var (
 // is not there may come.
 type targets interface {
 	// find groups messages, by their indexes, for the sessions that are there,
-	// and gives back those for which there is none.
+	// and gives back those for which there is none. Only these are looked for again.
 	find(ln *listener, messages []int) (found []group, missing []int)
 	// missed is the error of a message for which there is none.
 	missed(message int) error
