@@ -97,3 +97,41 @@ func TestClientsCanNotFloodTheLog(t *testing.T) {
 		}
 	})
 }
+
+func TestRejectionsDoNotFloodTheLog(t *testing.T) {
+	for name, c := range map[string]struct{ fields, line string }{
+		"acknowledged when delivered": {"auto_replay_nacks: false", "ERROR Rejected 1 messages: "},
+		"acknowledged when received":  {"acknowledge: received, auto_replay_nacks: false", "ERROR Lost 1 messages that were acknowledged when they were received: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothInputs(t, c.fields, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+				for seconds := range 3 {
+					for range 100 {
+						send(peer, "poison")
+						e.arrival().fail(errOutput)
+						synctest.Wait()
+					}
+					require.Equal(t, 1+seconds, e.log.count(c.line))
+					require.Equal(t, seconds, e.log.count("left_out=99"))
+					time.Sleep(time.Second)
+				}
+			})
+		})
+	}
+}
+
+func TestClientsThatAreClosedDoNotFloodTheLog(t *testing.T) {
+	toAll(t, "ack_timeout: 1s", 10, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		require.ErrorContains(t, next(t, e.give("m").verdict), "acknowledged by none of 10 sessions")
+		synctest.Wait()
+		for _, c := range clients {
+			require.Error(t, c.Err())
+		}
+		require.Equal(t, 1, e.log.count("WARN Closing session "))
+
+		e.dial()
+		require.Error(t, next(t, e.give("m").verdict))
+		require.Equal(t, 2, e.log.count("WARN Closing session "))
+		e.log.want(t, "left_out=9")
+	})
+}

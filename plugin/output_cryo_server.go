@@ -72,7 +72,8 @@ type serverOutput struct {
 	*serverComponent
 	sender
 	targetConfig
-	queue *workQueue // of send_to: any
+	queue      *workQueue // of send_to: any
+	closeLines *sparing   // of the log
 }
 
 var (
@@ -90,7 +91,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
+	return &serverOutput{serverComponent: c, sender: s, targetConfig: to, closeLines: newSparing()}, policy, maxInFlight, err
 }
 
 // Connect starts the listener, or joins that of another component.

@@ -54,7 +54,7 @@ type receiver struct {
 	metrics receiveMetrics
 	answers sender // of synchronous responses
 
-	errorLines, streamLines, answerLines *sparing // of the log
+	errorLines, streamLines, answerLines, rejectLines *sparing // of the log
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	shares   *shares       // of the clients, in flight
@@ -85,7 +85,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		log:        res.Logger(),
 		metrics:    newReceiveMetrics(res.Metrics()),
 		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(res.Metrics())},
-		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(),
+		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(), rejectLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		shares:     newShares(conf.maxInFlight, conf.shared),

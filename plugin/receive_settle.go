@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
+
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -89,11 +91,16 @@ func (r *receiver) acknowledge(items []item) {
 }
 
 func (r *receiver) reject(items []item, cause error) {
+	r.rejectLines.do(r.log, func(log *service.Logger) {
+		if r.conf.onReceipt {
+			log.Errorf("Lost %d messages that were acknowledged when they were received: %v (at most one such line a second)", len(items), cause)
+		} else {
+			log.Errorf("Rejected %d messages: %v (at most one such line a second)", len(items), cause)
+		}
+	})
 	if r.conf.onReceipt {
-		r.log.Errorf("Lost %d messages that were acknowledged when they were received: %v", len(items), cause)
 		return
 	}
-	r.log.Errorf("Rejected %d messages: %v", len(items), cause)
 	for _, it := range items {
 		r.refuse(it)
 	}
