@@ -153,20 +153,17 @@ func (o *serverOutput) paced(ctx context.Context) (paced context.Context, done, 
 	return paced, done, func() { late.Stop(); cancel(nil) }
 }
 
-// settle notes what became of a group's messages at one of its sessions. A
-// session that is late is closed, unless it alone was meant: then only the
-// message has failed.
+// settle notes what became of a group's messages at one of its sessions.
 func (o *serverOutput) settle(ctx context.Context, g group, session *cryo.Session, errs []error, outcomes []outcome) {
 	for i, at := range g.messages {
 		outcomes[at].note(errs[i])
 	}
-	if o.sendTo != sendToSession {
-		o.cutIfLate(ctx, session, errs)
-	}
+	o.cutIfLate(ctx, session, errs)
 }
 
-// cutIfLate closes a session that let the time for its acknowledgement pass. One
-// that max_buffer_bytes keeps us from reading may have acknowledged: it stays.
+// cutIfLate closes a session that let the time for its acknowledgement pass, so
+// that it costs others that time once and not with each of its messages. One that
+// max_buffer_bytes keeps us from reading may have acknowledged: it stays.
 func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
 	for _, err := range errs {
 		if errors.Is(err, errLate) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {

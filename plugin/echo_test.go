@@ -122,7 +122,7 @@ func TestAnEchoOfMoreThanCanBeHeldRefusesTheRestAndFinishes(t *testing.T) {
 func TestAClientThatSendsMoreThanCanBeHeldAndNeverReadsLosesItsSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 1000000"
-		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
+		e.run(with(listenInput, settings), with(listenOutput, settings+", ack_timeout: 1h, "+toTheSender))
 		begin := time.Now()
 		_, err := talk(e.quietClient(t), 100_000, false)
 		require.Error(t, err)

@@ -28,7 +28,7 @@ To receive from the same clients, give a `+"`cryo_server`"+` input the same addr
 
 == Delivery
 
-To one session (`+"`send_to: session`"+`), a message counts as delivered when the client has acknowledged it.
+To one session (`+"`send_to: session`"+`), a message counts as delivered when the client has acknowledged it. One that the client refuses is rejected, and so is one that it has not acknowledged within `+"`ack_timeout`"+`; then the session is closed too, so that a client that takes nothing holds up others once, and not with each of its messages.
 
 To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it counts as delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. A slow session holds up the others by no more than that, and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it is rejected.
 

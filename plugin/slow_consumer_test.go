@@ -82,6 +82,29 @@ func TestAClientThatReadsNothingHoldsUpNoMessageForAnother(t *testing.T) {
 	})
 }
 
+func TestAClientThatTakesNothingSentByNameCostsTheOthersOneAckTimeout(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '${! content() }', no_session: reject, ack_timeout: 5s, max_in_flight: 3"))
+		deaf := e.rawClient()
+		deaf.Conn().StopReading()
+		quick := e.dial()
+		begin := time.Now()
+		var lost []*fed
+		for range 20 {
+			lost = append(lost, e.give("77"))
+		}
+		f := e.give(fmt.Sprint(quick.ID()))
+		require.NoError(t, receive(t, quick).Ack())
+		f.wantDelivered(t, "acknowledged")
+		require.Equal(t, 5*time.Second, time.Since(begin))
+		for _, f := range lost {
+			require.Error(t, next(t, f.verdict), "rejected")
+		}
+		require.NoError(t, quick.Err())
+		e.log.want(t, "WARN Closing session 77: waiting for the acknowledgement: none within ack_timeout (5s)")
+	})
+}
+
 // Each of its steps is in time, all of them together would take ten minutes.
 func TestASlowReaderOfABroadcastStreamIsClosedWhenOthersHaveItForLong(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

@@ -466,14 +466,15 @@ func TestClientSetsFlowControl(t *testing.T) {
 	session := "session=" + c.connect(p.wantListening())
 	s.ready(p)
 
-	// The package has no way to fetch: it gets no stream after that.
+	c.run(command{"do": "flow", "behaviour": 0})
+	s.deliver(numbers(1000, 0), session, "type=stream", "name=pushed")
+	c.want("streamed", named("pushed"), is(numbers(1000, 0)))
+
+	// The package has no way to fetch: it gets no stream after that, and is closed.
 	c.run(command{"do": "flow", "behaviour": 1})
 	stuck := s.post(numbers(1000, 0), session, "type=stream")
 	s.deliver([]byte("messages go on"), session, "type=utf8")
 	c.want("text", is([]byte("messages go on")))
 	stuck.wantRejected("a stream that nobody fetches")
-
-	c.run(command{"do": "flow", "behaviour": 0})
-	s.deliver(numbers(1000, 0), session, "type=stream", "name=pushed")
-	c.want("streamed", named("pushed"), is(numbers(1000, 0)))
+	c.want("closed")
 }
