@@ -205,6 +205,29 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 	})
 }
 
+// A broadcast waits for its acknowledgement no longer than that, and isn't sent
+// to everybody again.
+func TestABroadcastIsDeliveredWhenOnlyASessionThatIsNotReadIsLate(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const settings = "max_buffer_bytes: 10000"
+		e.run(with(listenInput, settings), toProbe)
+		e.run(fromFeed, with(listenOutput, settings+", ack_timeout: 3s"))
+		client, other := e.rawClient(), e.dial()
+		for i := range uint32(10) {
+			client.WriteFrames(cryotest.Binary(i, strings.Repeat("x", 2000)))
+		}
+		synctest.Wait()
+		begin := time.Now()
+		f := e.give("m")
+		client.Ack(client.WantType("the broadcast", cryo.TypeUTF8))
+		require.NoError(t, receiveTexts(t, other, "m")[0].Ack())
+		f.wantDelivered(t, "one has acknowledged, and the other may have")
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		wantNothing(t, other)
+		client.WantIdle("neither the broadcast again nor an end", time.Second)
+	})
+}
+
 // The same by synchronous responses, which need no output at either end.
 func TestAnEchoByResponsesFinishesOrRefusesWhatIsTooMuch(t *testing.T) {
 	for name, c := range map[string]struct {

@@ -33,6 +33,8 @@ To one session (`+"`send_to: session`"+`), a message counts as delivered when th
 To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it counts as delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. A slow session holds up the others by no more than that, and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it is rejected.
 
 To one in turn (`+"`any`"+`), it counts as delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client refuses is rejected, and so is one that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
+
+A late session that `+"`max_buffer_bytes`"+` keeps from being read may have acknowledged, so it is not closed. It counts as one that has not: a message to several sessions is delivered if another has acknowledged it; any other is rejected, or goes to another session (`+"`any`"+`).
 `+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
