@@ -17,10 +17,18 @@ const (
 	fieldInjectTracing  = "inject_tracing_map"
 )
 
+// extractTrace is the mapping that we recommend. It gives an object whatever a
+// message is: for each that has none the engine would log an error.
+const extractTrace = `root = if this.trace.type().or("") == "object" { this.trace } else { {} }`
+
 const aboutExtraction = `
 == Tracing
 
-With ` + "`extract_tracing_map`" + ` the pipeline's spans go on from those of the sender. Cryo has no headers, so the sender puts what its tracer propagates, such as ` + "`traceparent`" + `, into the content, where both have agreed on: ` + "`root = this.trace.or({})`" + ` finds it in the field ` + "`trace`" + ` of JSON, and nothing elsewhere, so that a new trace begins. The names of streams and sessions are no place for it.
+With ` + "`extract_tracing_map`" + ` the pipeline's spans go on from those of the sender. Cryo has no headers, so the sender puts what its tracer propagates, such as ` + "`traceparent`" + `, into the content, where both have agreed on:
+
+` + "```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
+
+finds it in the field ` + "`trace`" + ` of JSON, and nothing elsewhere, so that a new trace begins. The condition matters: for what is not an object there, which any sender can send, the log would have an error. The names of streams and sessions are no place for it.
 `
 
 const aboutInjection = `
@@ -36,7 +44,7 @@ puts it into the field ` + "`trace`" + ` of JSON, and leaves alone what is no JS
 func extractTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldExtractTracing).
 		Description("A mapping that finds in a message the span of its sender: an object with what a tracer propagates, such as `traceparent`. An empty one begins a new trace. See [Tracing](#tracing).").
-		Example(`root = this.trace.or({})`).
+		Example(extractTrace).
 		Optional().
 		Advanced()
 }
