@@ -257,8 +257,8 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 const stallPatience = 10 * time.Second
 
 // reportStall tells, once until something is settled, of a pipeline that waits for
-// more messages than it may have: most likely a batching policy that can't fill.
-// One whose output is only slow takes no more messages, and read isn't called.
+// more messages than it may have: its output hangs, or has a batching policy that
+// can't fill. An output that hangs with fewer is not told of, for read isn't called.
 func (r *receiver) reportStall() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -270,7 +270,7 @@ func (r *receiver) reportStall() {
 		return
 	}
 	r.stallTold = true
-	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d, or %s). Where an output collects batches by count or byte_size, these can't fill: make them smaller, or give them a period",
+	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d, a client's share of it, or %s). An output hangs, or it collects batches by count or byte_size that can't fill: make these smaller, or give them a period",
 		r.inFlight, stallPatience, fieldMaxInFlight, r.conf.maxInFlight, fieldMaxBufferBytes)
 }
 

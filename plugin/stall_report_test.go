@@ -32,10 +32,23 @@ func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
 				require.Zero(t, e.log.count(stallLine))
 				time.Sleep(time.Hour)
 				require.Equal(t, 1, e.log.count(stallLine), "once: %s", strings.Join(e.log.all(), "\n"))
-				e.log.want(t, "these can't fill: make them smaller, or give them a period")
+				e.log.want(t, "batches by count or byte_size that can't fill: make these smaller, or give them a period")
 			})
 		})
 	}
+}
+
+func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
+	atBothInputsTo(t, "max_in_flight: 10", toProbe, func(t *testing.T, e *engine, peer *cryo.Session) {
+		for i := range 30 {
+			_ = send(peer, fmt.Sprint(i))
+		}
+		time.Sleep(stallPatience - time.Second)
+		require.Zero(t, e.log.count(stallLine))
+		time.Sleep(time.Hour)
+		require.Equal(t, 1, e.log.count(stallLine+"10 messages and settled none for 10s, and may have no more (max_in_flight: 10, or max_buffer_bytes). An output hangs, or "))
+		require.Equal(t, 1, e.log.count(stallLine))
+	})
 }
 
 func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
