@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -270,8 +271,12 @@ func (r *receiver) reportStall() {
 		return
 	}
 	r.stallTold = true
-	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d, a client's share of it, or %s). An output hangs, or it collects batches by count or byte_size that can't fill: make these smaller, or give them a period",
-		r.inFlight, stallPatience, fieldMaxInFlight, r.conf.maxInFlight, fieldMaxBufferBytes)
+	share := ""
+	if r.conf.shared {
+		share = fmt.Sprintf(", %d of one client", r.shares.limit)
+	}
+	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d%s, or %s). An output hangs, or it collects batches by count or byte_size that can't fill: make these smaller, or give them a period",
+		r.inFlight, stallPatience, fieldMaxInFlight, r.conf.maxInFlight, share, fieldMaxBufferBytes)
 }
 
 // take counts up to room messages as in flight: what has arrived, and what else
