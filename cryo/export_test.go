@@ -4,5 +4,5 @@ package cryo
 func (s *Session) Awaited() int {
 	s.pend.mu.Lock()
 	defer s.pend.mu.Unlock()
-	return len(s.pend.waiting)
+	return s.pend.waiting
 }

@@ -15,16 +15,17 @@ const (
 // sendBatch is one wait for a batch of acknowledgements.
 type sendBatch struct {
 	done chan struct{} // closed when left is 0
+	size int           // frames
 
 	// Guarded by the pending's mutex until done is closed.
 	left int     // frames not settled yet
 	errs []error // by index; nil until one fails
 }
 
-func (b *sendBatch) settle(i, size int, err error) {
+func (b *sendBatch) settle(i int, err error) {
 	if err != nil {
 		if b.errs == nil {
-			b.errs = make([]error, size)
+			b.errs = make([]error, b.size)
 		}
 		b.errs[i] = err
 	}
@@ -33,33 +34,40 @@ func (b *sendBatch) settle(i, size int, err error) {
 	}
 }
 
-// pending numbers this end's acknowledged frames and knows who waits for which.
+// pending numbers this end's acknowledged frames and knows who waits for which. A
+// number has its place in a table, by its last bits, and is passed over while another
+// one has that: a map in its stead made outputs a tenth slower.
 type pending struct {
 	mu      sync.Mutex
 	base    uint32
-	next    uint32 // offset of the next number within the range
-	wrapped bool   // all numbers of the range were used once
-	waiting map[uint32]waiter
-	most    int                 // waited at once since the map was made
+	next    uint32              // offset of the next number within the range
+	wrapped bool                // all numbers of the range were used once
+	table   []waiter            // its size is a power of two, or 0; at most half of it is taken
+	waiting int                 // taken places
 	given   map[uint32]struct{} // numbers that were given up: what comes for them is late; nil is none
 	ended   error               // set at the end of the session: nobody can wait any more
 }
 
-// maxIdleWaiting bounds the numbers for which an empty map keeps its room.
-const maxIdleWaiting = 128
+// The table's sizes: when it is made, and when it is empty and kept nevertheless.
+const (
+	minTable     = 16
+	maxIdleTable = 128
+)
 
 // maxGivenUp bounds the numbers that are remembered as given up. Beyond it they
 // are forgotten, all at once: they are for counting only.
 const maxGivenUp = 16 << 10
 
+// waiter is a place in the table; a free one has no batch.
 type waiter struct {
-	batch       *sendBatch
-	index, size int
+	batch  *sendBatch
+	index  int // in the batch
+	number uint32
 }
 
-func newPending(base uint32) *pending {
-	return &pending{base: base, waiting: make(map[uint32]waiter)}
-}
+func newPending(base uint32) *pending { return &pending{base: base} }
+
+func (p *pending) place(number uint32) *waiter { return &p.table[int(number)&(len(p.table)-1)] }
 
 // number takes a number that nobody waits for.
 func (p *pending) number() uint32 {
@@ -73,7 +81,7 @@ func (p *pending) numberLocked() uint32 {
 		n := p.base | p.next
 		p.next = (p.next + 1) & numberMask
 		p.wrapped = p.wrapped || p.next == 0
-		if _, taken := p.waiting[n]; !taken {
+		if len(p.table) == 0 || p.place(n).batch == nil {
 			return n
 		}
 	}
@@ -82,19 +90,38 @@ func (p *pending) numberLocked() uint32 {
 // register numbers the frames of a batch, calling assign for each, and makes
 // their acknowledgements awaited.
 func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBatch, error) {
-	b := &sendBatch{done: make(chan struct{}), left: size}
+	b := &sendBatch{done: make(chan struct{}), size: size, left: size}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ended != nil {
 		return nil, p.ended
 	}
+	p.growLocked(size)
 	for i := range size {
 		n := p.numberLocked()
-		p.waiting[n] = waiter{b, i, size}
+		*p.place(n) = waiter{b, i, n}
 		assign(i, n)
 	}
-	p.most = max(p.most, len(p.waiting))
+	p.waiting += size
 	return b, nil
+}
+
+// growLocked makes room for so many more.
+func (p *pending) growLocked(n int) {
+	size := max(len(p.table), minTable)
+	for size < 2*(p.waiting+n) {
+		size *= 2
+	}
+	if size == len(p.table) {
+		return
+	}
+	old := p.table
+	p.table = make([]waiter, size)
+	for _, w := range old {
+		if w.batch != nil {
+			*p.place(w.number) = w
+		}
+	}
 }
 
 // settle ends the wait for one number: nil is the peer's ACK. It reports
@@ -102,27 +129,31 @@ func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBa
 func (p *pending) settle(number uint32, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	w, ok := p.waiting[number]
-	if ok {
-		delete(p.waiting, number)
-		w.batch.settle(w.index, w.size, err)
-		p.shrinkLocked()
+	if p.waiting == 0 {
+		return false
 	}
-	return ok
+	w := p.place(number)
+	if w.batch == nil || w.number != number {
+		return false
+	}
+	p.settleLocked(w, err)
+	if p.waiting == 0 && len(p.table) > maxIdleTable {
+		p.table = nil
+	}
+	return true
 }
 
-// shrinkLocked gives back the room of a map that was large and is empty.
-func (p *pending) shrinkLocked() {
-	if len(p.waiting) == 0 && p.most > maxIdleWaiting {
-		p.waiting, p.most = make(map[uint32]waiter), 0
-	}
+func (p *pending) settleLocked(w *waiter, err error) {
+	w.batch.settle(w.index, err)
+	*w = waiter{}
+	p.waiting--
 }
 
 // awaited tells whether anybody waits for an acknowledgement.
 func (p *pending) awaited() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.waiting) > 0
+	return p.waiting > 0
 }
 
 // issued tells whether a number is one of ours, awaited or not. It stays true
@@ -137,15 +168,19 @@ func (p *pending) issued(number uint32) bool {
 func (p *pending) abandon(b *sendBatch, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for n, w := range p.waiting {
-		if w.batch == b {
-			if p.given == nil || len(p.given) == maxGivenUp {
-				p.given = make(map[uint32]struct{})
-			}
-			p.given[n] = struct{}{}
+	for i := range p.table {
+		if w := &p.table[i]; w.batch == b {
+			p.giveUpLocked(w.number)
+			p.settleLocked(w, err)
 		}
 	}
-	p.settleAll(err, func(w waiter) bool { return w.batch == b })
+}
+
+func (p *pending) giveUpLocked(number uint32) {
+	if p.given == nil || len(p.given) == maxGivenUp {
+		p.given = make(map[uint32]struct{})
+	}
+	p.given[number] = struct{}{}
 }
 
 // late reports whether a number was given up, once.
@@ -162,14 +197,9 @@ func (p *pending) end(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ended = err
-	p.settleAll(err, func(waiter) bool { return true })
-}
-
-func (p *pending) settleAll(err error, which func(waiter) bool) {
-	for n, w := range p.waiting {
-		if which(w) {
-			delete(p.waiting, n)
-			w.batch.settle(w.index, w.size, err)
+	for i := range p.table {
+		if w := &p.table[i]; w.batch != nil {
+			p.settleLocked(w, err)
 		}
 	}
 }

@@ -33,7 +33,7 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 		p.abandon(batch, errors.New("no answer"))
 		<-batch.done
 		require.Equal(t, []error{nil, errors.New("no answer")}, batch.errs)
-		require.Empty(t, p.waiting)
+		require.Zero(t, p.waiting)
 	}
 }
 
@@ -41,15 +41,50 @@ func TestTheRoomOfManyNumbersIsGivenBack(t *testing.T) {
 	p := newPending(dialingNumbers)
 	for range 2 {
 		var numbers []uint32
-		batch, err := p.register(10*maxIdleWaiting, func(_ int, number uint32) { numbers = append(numbers, number) })
+		batch, err := p.register(10*maxIdleTable, func(_ int, number uint32) { numbers = append(numbers, number) })
 		require.NoError(t, err)
 		for i, number := range numbers {
-			require.Equal(t, 10*maxIdleWaiting, p.most, "%d are settled", i)
+			require.NotEmpty(t, p.table, "%d are settled", i)
 			require.True(t, p.settle(number, nil))
 		}
 		<-batch.done
-		require.Zero(t, p.most, "a new map")
+		require.Empty(t, p.table)
 	}
+}
+
+// Whoever gets no answer keeps its place while the numbers go round the table, and
+// the table grows around it.
+func TestNumbersThatAreAwaitedForLongKeepTheirPlaces(t *testing.T) {
+	p := newPending(listeningNumbers)
+	awaited := make(map[uint32]*sendBatch)
+	register := func(size int) (numbers []uint32) {
+		batch, err := p.register(size, func(_ int, number uint32) { numbers = append(numbers, number) })
+		require.NoError(t, err)
+		for _, number := range numbers {
+			require.NotContains(t, awaited, number)
+			awaited[number] = batch
+		}
+		return numbers
+	}
+	for round := range 300 {
+		numbers := register(1 + round%7)
+		require.False(t, p.settle(numbers[0]+minTable<<10, nil), "its place, but another number")
+		for _, number := range numbers[1:] {
+			require.True(t, p.settle(number, nil))
+			delete(awaited, number)
+		}
+	}
+	require.Equal(t, 300, p.waiting)
+	for number, batch := range awaited {
+		select {
+		case <-batch.done:
+			require.Fail(t, "it is not settled")
+		default:
+		}
+		require.True(t, p.settle(number, nil))
+		<-batch.done
+	}
+	require.Zero(t, p.waiting)
 }
 
 func TestNobodyWaitsAfterTheEnd(t *testing.T) {
@@ -61,7 +96,7 @@ func TestNobodyWaitsAfterTheEnd(t *testing.T) {
 	p.end(end)
 	<-batch.done
 	require.Equal(t, []error{end, nil, end}, batch.errs)
-	require.Empty(t, p.waiting)
+	require.Zero(t, p.waiting)
 	_, err = p.register(1, func(int, uint32) {})
 	require.Equal(t, end, err)
 }
