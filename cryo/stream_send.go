@@ -126,7 +126,8 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 
 // SendStream sends all that the source has as one stream, and returns when the
 // peer has acknowledged the whole. If the source fails, its error is returned
-// and the stream abandoned; a source that blocks is not interrupted. A source
+// and the stream abandoned; a source that blocks is not interrupted. Of a
+// [*bytes.Reader] holds what ReadFrom says. A source
 // that is an [io.ReaderAt] and an [io.Seeker], such as a file, is not kept in
 // memory when the peer pulls.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
@@ -176,11 +177,13 @@ func (st *OutgoingStream) start(size int32) error {
 // Write sends p in chunks, without waiting for more to fill one: use a
 // [bufio.Writer] for many small writes. It returns when little enough is left to
 // be written to the network.
-func (st *OutgoingStream) Write(p []byte) (int, error) {
+func (st *OutgoingStream) Write(p []byte) (int, error) { return st.writeParts(p, bytes.Clone) }
+
+func (st *OutgoingStream) writeParts(p []byte, own func(part []byte) []byte) (int, error) {
 	n := 0
 	for n < len(p) {
 		part := p[n:min(len(p), n+st.opts.ChunkBytes)]
-		if err := st.write(bytes.Clone(part)); err != nil {
+		if err := st.write(own(part)); err != nil {
 			return n, err
 		}
 		n += len(part)
@@ -188,9 +191,22 @@ func (st *OutgoingStream) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// ReadFrom sends all that the source has; each of its reads becomes a chunk.
-// Finish is still to be called. A source's own error is returned as it is.
+// uncopied sends memory that doesn't change as it is. A stream to many sessions is
+// in memory once.
+type uncopied struct{ st *OutgoingStream }
+
+func (u uncopied) Write(p []byte) (int, error) {
+	return u.st.writeParts(p, func(part []byte) []byte { return part })
+}
+
+// ReadFrom sends all that the source has; each of its reads becomes a chunk. A
+// [*bytes.Reader] is not copied: its memory must not be changed before the stream
+// is finished, and not be used again after one that was not. Finish is still to be
+// called. A source's own error is returned as it is.
 func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
+	if whole, ok := source.(*bytes.Reader); ok {
+		return whole.WriteTo(uncopied{st})
+	}
 	var (
 		sent  int64
 		buf   []byte

@@ -14,7 +14,9 @@ import (
 
 const (
 	gatherBytes    = 256 << 10 // written at once, at most
-	gatherSmall    = 4 << 10   // … and by a session that has little to say
+	gatherSome     = 32 << 10  // … by a session that has less to say, which may be slow to take it
+	gatherSmall    = 4 << 10   // … and by one that has little
+	writeDirect    = 256 << 10 // a payload of so much is written from where it is, unless it is masked
 	readBytes      = 128 << 10 // read at once, while data flows
 	readSmall      = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
 	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
@@ -30,6 +32,7 @@ const (
 var (
 	readPool  = bufferPool(readBytes)
 	smallPool = bufferPool(gatherSmall)
+	somePool  = bufferPool(gatherSome)
 	largePool = bufferPool(gatherBytes)
 	chunkPool = sync.Pool{New: func() any { return new(chunkMemory) }}
 )
@@ -275,36 +278,61 @@ func (t *transport) reserve(n int) ([]byte, error) {
 			return nil, err
 		}
 	}
-	size := min(n, gatherBytes)
+	t.makeRoom(n)
+	return *t.wbuf, nil
+}
+
+// makeRoom sees that so much more can be gathered in one buffer, or as much as is
+// written at once.
+func (t *transport) makeRoom(n int) {
 	if t.wbuf != nil {
-		if size += len(*t.wbuf); size <= cap(*t.wbuf) {
-			return *t.wbuf, nil
-		}
+		n += len(*t.wbuf)
 	}
-	pool := smallPool // at first, then a large one
-	if size > gatherSmall {
-		pool = largePool
+	n = min(n, gatherBytes)
+	if t.wbuf != nil && n <= cap(*t.wbuf) {
+		return
 	}
-	buf := pool.Get().(*[]byte)
+	buf := poolFor(n).Get().(*[]byte)
 	*buf = (*buf)[:0]
 	if t.wbuf != nil {
 		*buf = append(*buf, *t.wbuf...)
 		recycle(t.wbuf)
 	}
 	t.wbuf = buf
-	return *buf, nil
 }
 
 // gathered takes back what reserve gave, with what was appended.
 func (t *transport) gathered(b []byte) { *t.wbuf = b }
 
-func recycle(buf *[]byte) {
-	if cap(*buf) == gatherSmall {
-		smallPool.Put(buf)
-	} else {
-		largePool.Put(buf)
+// writeThrough writes what was gathered, and a payload behind it.
+func (t *transport) writeThrough(payload []byte) error {
+	buf := t.wbuf
+	t.wbuf = nil
+	first := min(len(payload), gatherBytes)
+	pieces := net.Buffers{*buf, payload[:first]}
+	t.sending.Store(true)
+	_, err := pieces.WriteTo(t.Conn)
+	t.pieces.Add(1)
+	t.sending.Store(false)
+	recycle(buf)
+	if err == nil {
+		_, err = t.write(payload[first:])
+	}
+	return err
+}
+
+func poolFor(size int) *sync.Pool {
+	switch {
+	case size <= gatherSmall:
+		return smallPool
+	case size <= gatherSome:
+		return somePool
+	default:
+		return largePool
 	}
 }
+
+func recycle(buf *[]byte) { poolFor(cap(*buf)).Put(buf) }
 
 // closeWrite half-closes the connection: our last bytes arrive even where the
 // peer's are still unread here.

@@ -255,14 +255,49 @@ func (w *webSocket) append(b []byte, n int) ([]byte, error) {
 	return b[:len(b)+n], nil
 }
 
+// copies tells whether a payload of so many bytes is copied into what is gathered;
+// others are written from where they are.
+func (w *webSocket) copies(n int) bool { return w.masks || n < writeDirect }
+
 // write gathers a message of two parts, as one frame.
 func (w *webSocket) write(op int, head, payload []byte) error {
-	size := len(head) + len(payload)
-	b, err := w.conn.reserve(maxFrameHead + size)
+	room := maxFrameHead + len(head)
+	if w.copies(len(payload)) {
+		room += len(payload)
+	}
+	b, err := w.conn.reserve(room)
 	if err != nil {
 		return err
 	}
-	second, key := byte(0), uint32(0)
+	b, key := w.appendHead(b, op, len(head)+len(payload))
+	start := len(b)
+	b = append(b, head...)
+	if !w.copies(len(payload)) {
+		w.conn.gathered(b)
+		return w.conn.writeThrough(payload)
+	}
+	for {
+		n := min(len(payload), cap(b)-len(b))
+		b = append(b, payload[:n]...)
+		key = mask(b[start:], key)
+		w.conn.gathered(b)
+		if payload = payload[n:]; len(payload) == 0 {
+			return nil
+		}
+		// One larger than the buffer goes out in pieces.
+		if err := w.conn.flush(); err != nil {
+			return err
+		}
+		if b, err = w.conn.reserve(len(payload)); err != nil {
+			return err
+		}
+		start = 0
+	}
+}
+
+// appendHead begins a frame of so many bytes, and gives the key of its mask.
+func (w *webSocket) appendHead(b []byte, op, size int) (_ []byte, key uint32) {
+	second := byte(0)
 	if w.masks {
 		second, key = maskBit, rand.Uint32() //nolint:gosec // not a secret; ChaCha8 can't be foreseen from outside
 	}
@@ -278,30 +313,7 @@ func (w *webSocket) write(op int, head, payload []byte) error {
 	if w.masks {
 		b = binary.LittleEndian.AppendUint32(b, key)
 	}
-	start := len(b)
-	b = append(b, head...)
-	for {
-		n := min(len(payload), cap(b)-len(b))
-		b = append(b, payload[:n]...)
-		key = mask(b[start:], key)
-		if payload = payload[n:]; len(payload) == 0 {
-			w.conn.gathered(b)
-			return nil
-		}
-		// One larger than the buffer goes out in pieces.
-		w.conn.gathered(b)
-		if err := w.conn.flush(); err != nil {
-			return err
-		}
-		if !w.masks {
-			_, err := w.conn.Write(payload)
-			return err
-		}
-		if b, err = w.conn.reserve(len(payload)); err != nil {
-			return err
-		}
-		start = 0
-	}
+	return b, key
 }
 
 // mask applies a key, or takes it off, and gives it as it is for what follows.

@@ -3,6 +3,7 @@ package cryo
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -246,4 +247,56 @@ func TestParsingAndAcknowledgingDoNotAllocate(t *testing.T) {
 			panic(err)
 		}
 	}), "64 acknowledgements")
+}
+
+// keptConn keeps what it is given to write, and nothing comes from it.
+type keptConn struct {
+	net.Conn
+	closed context.Context
+	close  context.CancelFunc
+	given  [][]byte
+}
+
+func (c *keptConn) Read([]byte) (int, error) {
+	<-c.closed.Done()
+	return 0, net.ErrClosed
+}
+
+func (c *keptConn) Write(p []byte) (int, error) {
+	c.given = append(c.given, p)
+	return len(p), nil
+}
+
+func (c *keptConn) Close() error {
+	c.close()
+	return nil
+}
+
+// A broadcast to many sessions that are slow has what is large in memory once.
+func TestWhatIsLargeIsWrittenFromWhereItIs(t *testing.T) {
+	payload := bytes.Repeat([]byte("x"), writeDirect+gatherBytes)
+	for name, send := range map[string]func(s *Session){
+		"a message": func(s *Session) {
+			s.StartBatch([]Outgoing{{Type: TypeBinary, Payload: payload}})
+		},
+		"the chunk of a stream": func(s *Session) {
+			st, err := s.newStream(t.Context(), &StreamOptions{ChunkBytes: len(payload)})
+			require.NoError(t, err)
+			_, err = st.ReadFrom(bytes.NewReader(payload))
+			require.NoError(t, err)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := &keptConn{}
+			conn.closed, conn.close = context.WithCancel(t.Context())
+			s := newSession(1, false, &transport{Conn: conn}, newMemory(1), SessionOptions{}.withDefaults(), nil)
+			send(s)
+			s.out.wait()
+			require.Equal(t, 3, len(conn.given), "a head and two pieces") //nolint:testifylint // they are too large to be printed
+			require.Same(t, &payload[0], &conn.given[1][0])
+			require.Same(t, &payload[gatherBytes], &conn.given[2][0])
+			s.fail(ErrClosed)
+			<-s.Done()
+		})
+	}
 }
