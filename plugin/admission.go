@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -48,7 +49,7 @@ func admissionFields() []*service.ConfigField {
 
 It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of such metadata.
 
-Everything else refuses the client: a mapping that fails or assigns nothing, an empty object, and one with a field `+"`token`"+`, so that neither `+"`root = this`"+` is a way in nor a token becomes metadata. But an object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody. `+"`root = true`"+` lets everybody in.
+Everything else refuses the client: a mapping that fails or assigns nothing, an object without a field that is not null, and one that is no verdict but what the mapping was given: with a field `+"`token`"+`, or with all of the query or of the headers, as `+"`root = this`, `root = this.query` and `root = this.without(\"token\")`"+` make it. But any other object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody, and `+"`root.room = this.query.room`"+` only those who name no room. So check first, and let `+"`root`"+` be an object then, as the last example does. `+"`root = true`"+` lets everybody in.
 
 A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token, and the same client certificate if it has one. With another token, such as a renewed JWT, or a renewed certificate it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
 
@@ -165,7 +166,7 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	}
 	parameters := make(map[string]any, len(query))
 	for name, values := range query {
-		if name != paramToken { // root = this.query must not make metadata of it
+		if name != paramToken { // no object made of the query may make metadata of it
 			parameters[name] = values[0]
 		}
 	}
@@ -193,8 +194,11 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 		if _, leaks := verdict["token"]; leaks {
 			return nil, errors.New("the mapping results in an object with a field token, which must not become metadata")
 		}
-		if len(verdict) == 0 {
-			return nil, errors.New("the mapping results in an empty object, which says neither yes nor no")
+		if saysNothing(verdict) {
+			return nil, errors.New("the mapping results in an object in which all is null, which says neither yes nor no")
+		}
+		if repeats(verdict, parameters) || repeats(verdict, headers) {
+			return nil, errors.New("the mapping results in an object with all of the query or of the headers, which is what the client says and no verdict on it")
 		}
 		return verdict, nil
 	case nil:
@@ -202,6 +206,34 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	default:
 		return nil, fmt.Errorf("the mapping has to result in true, false or an object, not in %T", result)
 	}
+}
+
+// saysNothing tells whether a value is null, or an object of nothing else. A token
+// that can't be read gives such an object, where the mapping catches its error.
+func saysNothing(value any) bool {
+	object, ok := value.(map[string]any)
+	if !ok {
+		return value == nil
+	}
+	for _, field := range object {
+		if !saysNothing(field) {
+			return false
+		}
+	}
+	return true
+}
+
+// repeats tells whether a verdict is what was asked about, or has that in it.
+func repeats(verdict, asked map[string]any) bool {
+	if reflect.DeepEqual(verdict, asked) {
+		return true
+	}
+	for _, field := range verdict {
+		if reflect.DeepEqual(field, any(asked)) {
+			return true
+		}
+	}
+	return false
 }
 
 // certificateOf gives what a client's certificate says of it; nil without one

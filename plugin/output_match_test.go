@@ -163,7 +163,7 @@ func TestASessionForWhichTheMappingFailsKeepsNothingFromOthers(t *testing.T) {
 	const output = `
 cryo_server:
   address: ` + somewhere + `
-  authorize: 'root.rooms = if this.token == "none" { null } else { this.token.split("+") }'
+  authorize: 'root = if this.token == "none" { true } else { { "rooms": this.token.split("+") } }'
   send_to: match
   match: '@cryo_session.cryo_auth_rooms.parse_json().contains(@room)'
   no_session: reject
