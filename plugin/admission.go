@@ -51,6 +51,8 @@ It results in `+"`true` or `false`"+`, or in an object, which lets the client in
 
 Everything else refuses the client: a mapping that fails or assigns nothing, an object without a field that is not null, and one that is no verdict but what the mapping was given: with a field `+"`token`"+`, or with all of the query or of the headers, as `+"`root = this`, `root = this.query` and `root = this.without(\"token\")`"+` make it. But any other object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody, and `+"`root.room = this.query.room`"+` only those who name no room. So check first, and let `+"`root`"+` be an object then, as the last example does. `+"`root = true`"+` lets everybody in.
 
+Of a mapping that fails, the log has the line, and of a JWT whether it is malformed, has another signature or algorithm, has expired, or is not valid yet. The rest of the error may quote a part of the token and is left out: `+"`cryo-connect blobl`"+` tells all, from a token of your own.
+
 A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token, and the same client certificate if it has one. With another token, such as a renewed JWT, or a renewed certificate it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
 
 The methods for JWTs are in the binary `+"`cryo-connect`"+`; a build of your own gets them from Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
@@ -182,7 +184,7 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 		"client_certificate": certificateOf(u.Request.TLS),
 	}, &result)
 	if err != nil {
-		return nil, fmt.Errorf("the mapping failed: %w", err)
+		return nil, mappingFailed(err)
 	}
 	switch verdict := result.(type) {
 	case bool:
@@ -206,6 +208,27 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	default:
 		return nil, fmt.Errorf("the mapping has to result in true, false or an object, not in %T", result)
 	}
+}
+
+var (
+	failedLine = regexp.MustCompile(`^failed assignment \(line (\d+)\)`)
+	// jwtFailures are what the methods for JWTs say that has nothing of a token.
+	jwtFailures = []string{"token is expired", "token is not valid yet", "token signature is invalid", "incorrect signing method", "token is malformed"}
+)
+
+// mappingFailed says of a mapping's error no more than the log may have. The
+// error itself may quote any part of the token, decoded too.
+func mappingFailed(err error) error {
+	text, where, why := err.Error(), "", "its error is not told, for it may have a part of the token"
+	if line := failedLine.FindStringSubmatch(text); line != nil {
+		where = " in line " + line[1]
+	}
+	for _, failure := range jwtFailures {
+		if strings.Contains(text, failure) {
+			why = failure
+		}
+	}
+	return fmt.Errorf("the mapping failed%s: %s", where, why)
 }
 
 // saysNothing tells whether a value is null, or an object of nothing else. A token

@@ -73,3 +73,12 @@ func jsonOf(t *testing.T, v any) string {
 	require.NoError(t, err)
 	return string(text)
 }
+
+func TestTheLogSaysThatAJWTHasExpired(t *testing.T) {
+	p := example(t, "jwt_clients.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
+	_, err := cryo.Dial(t.Context(), "ws://"+p.wantLogged("Listening for Cryo clients on "), &cryo.DialOptions{
+		Token: jwt(t, "HS256", "s3cret", map[string]any{"sub": "ann", "aud": "cryo", "exp": time.Now().Add(-time.Hour).Unix()}),
+	})
+	require.ErrorIs(t, err, cryo.ErrUnauthorized)
+	p.wantLogged("the mapping failed in line 1: token is expired")
+}
