@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
@@ -23,6 +24,15 @@ type Upgrade struct {
 	// Value is Authorize's to set, and reaches OnSession and [Session.Value].
 	Value any
 }
+
+// AdmissionError is Authorize's refusal for something else than the token, which
+// it has judged before: the client is told why, and not that its token was refused.
+type AdmissionError struct {
+	StatusCode int    // the HTTP status. Default 403; 401 would be a refused token
+	Sentence   string // the answer's text
+}
+
+func (e *AdmissionError) Error() string { return e.Sentence }
 
 // Tokens authorizes clients that have one of the tokens, compared in constant
 // time. Without tokens nobody may come in.
@@ -83,7 +93,11 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		return nil, nil, &refusal{http.StatusUnauthorized, "The token was refused.", fmt.Errorf("authorizing: %w", err), u.Token}
+		refused := &refusal{http.StatusUnauthorized, "The token was refused.", fmt.Errorf("authorizing: %w", err), u.Token}
+		if other, ok := errors.AsType[*AdmissionError](err); ok {
+			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Sentence
+		}
+		return nil, nil, refused
 	}
 	switch {
 	case idErr != nil:

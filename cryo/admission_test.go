@@ -3,6 +3,7 @@ package cryo_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -201,6 +203,27 @@ func TestWhyAuthorizeRefusesIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
 		knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
 		require.Equal(t, 2, strings.Count(lines.text(), "no such tenant for [token]"))
 	})
+}
+
+func TestAClientIsToldWhatElseThanItsTokenIsRefused(t *testing.T) {
+	for status, words := range map[int]string{0: "403 Forbidden", http.StatusPaymentRequired: "402 Payment Required"} {
+		synctest.Test(t, func(t *testing.T) {
+			lines := &logged{}
+			statuses := make(chan int, 1)
+			_, l, _ := serve(t, cryo.ServerOptions{
+				SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
+				Authorize: func(u *cryo.Upgrade) error {
+					return fmt.Errorf("tenant 5: %w", &cryo.AdmissionError{StatusCode: status, Sentence: "The tenant has no more credit."})
+				},
+				OnRefusal: func(status int) { statuses <- status },
+			})
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with "+words+": The tenant has no more credit.")
+			require.NotErrorIs(t, err, cryo.ErrUnauthorized)
+			require.Contains(t, lines.text(), "authorizing: tenant 5: The tenant has no more credit.")
+			require.Equal(t, words[:3], strconv.Itoa(next(t, statuses)))
+		})
+	}
 }
 
 func TestAFullServerRefuses(t *testing.T) {

@@ -34,8 +34,9 @@ type ServerOptions struct {
 	SessionOptions
 
 	// Authorize decides who may come in; its error is a refusal and goes to
-	// the log, not to the client. It runs on the request's goroutine. There is
-	// no default: without it everybody is refused. See [Tokens].
+	// the log, not to the client, unless it is an [*AdmissionError]. It runs on the
+	// request's goroutine. There is no default: without it everybody is refused.
+	// See [Tokens].
 	Authorize func(*Upgrade) error
 	// OnSession is called when a session is connected, on the goroutine of its
 	// request, which ends when it returns. The session goes on.

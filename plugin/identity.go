@@ -113,7 +113,11 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 		}
 	}
 	if fields > maxIdentityFields || size > maxIdentityBytes {
-		return nil, fmt.Errorf("the session would have %d fields of metadata with %d bytes, it may have %d with %d", fields, size, maxIdentityFields, maxIdentityBytes)
+		return nil, &cryo.AdmissionError{
+			StatusCode: http.StatusRequestHeaderFieldsTooLarge,
+			Sentence: fmt.Sprintf("The session would have %d fields of metadata with %d bytes, it may have %d with %d.",
+				fields, size, maxIdentityFields, maxIdentityBytes),
+		}
 	}
 	i.bytes += size
 	return i, nil
