@@ -1,7 +1,6 @@
 package cryo_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +12,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -299,126 +297,6 @@ func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 		require.Empty(t, sessions)
 		require.Len(t, server.Sessions(), 1)
 	})
-}
-
-func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		server, l, sessions := serve(t, cryo.ServerOptions{})
-		var peers []*cryotest.Peer
-		for i := range uint64(3) {
-			peer := join(t, l, 1+i)
-			peer.ClientHandshake()
-			peers = append(peers, peer)
-		}
-		early := join(t, l, 9) // in its handshake
-		synctest.Wait()
-		shutdown := start(func() error { return server.Shutdown(t.Context()) })
-		for _, peer := range peers {
-			peer.WantFrame("BYE", cryotest.Bye(acceptedFrom+1, "server is shutting down"))
-			peer.WantClose("the end", 4000, "server is shutting down")
-		}
-		early.WantFrame("BYE", cryotest.Bye(acceptedFrom, "server is shutting down"))
-		shutdown.wantBlocked(t)
-
-		status, _, body := knock(t, l, "x-cryo-sid=5&authorization="+url.QueryEscape("Bearer "+token), upgrade())
-		require.Equal(t, 503, status)
-		require.Equal(t, "The server is shutting down.", body)
-
-		for _, peer := range append(peers, early) {
-			shutdown.wantBlocked(t)
-			require.NoError(t, peer.WS.Close())
-		}
-		shutdown.wantSuccess(t)
-		for range peers {
-			select {
-			case <-next(t, sessions).Done():
-			default:
-				require.FailNow(t, "Shutdown came back too early")
-			}
-		}
-		require.Empty(t, server.Sessions())
-		require.NoError(t, server.Shutdown(t.Context()), "again")
-	})
-}
-
-func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		sessions := make(chan *cryo.Session, 2)
-		server := cryo.NewServer(cryo.ServerOptions{
-			Authorize: cryo.Tokens(token),
-			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
-		})
-		l := &slowListener{Listener: cryotest.Listen(), closing: make(chan struct{})}
-		defer l.release()
-		cryotest.ServeOn(t, l, server)
-		join(t, l.Listener, sid).ClientHandshake()
-		ghost := next(t, sessions)
-		peer := join(t, l.Listener, sid)
-		peer.ClientHandshake()
-		<-ghost.Ending()
-
-		shutdown := start(func() error { return server.Shutdown(t.Context()) })
-		peer.WantType("BYE", cryo.TypeBye)
-		peer.WriteClose(4000, "")
-		shutdown.wantBlocked(t)
-		l.release()
-		shutdown.wantSuccess(t)
-		wantEnded(t, ghost)
-	})
-}
-
-// slowListener has a first connection whose Close hangs, as that of TLS can.
-type slowListener struct {
-	*cryotest.Listener
-	closing  chan struct{}
-	accepted int
-	once     sync.Once
-}
-
-func (l *slowListener) release() { l.once.Do(func() { close(l.closing) }) }
-
-func (l *slowListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if l.accepted++; l.accepted == 1 {
-		c = &slowConn{c, l.closing}
-	}
-	return c, err
-}
-
-type slowConn struct {
-	net.Conn
-	closing chan struct{}
-}
-
-func (c *slowConn) Close() error {
-	<-c.closing
-	return c.Conn.Close()
-}
-
-func TestShutdownIsBoundedByItsContext(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		server, l, sessions := serve(t, cryo.ServerOptions{})
-		for i := range uint64(3) {
-			peer := join(t, l, 1+i)
-			peer.ClientHandshake()
-		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		begin := time.Now()
-		require.Equal(t, context.DeadlineExceeded, server.Shutdown(ctx))
-		require.Equal(t, time.Second, time.Since(begin))
-		for range 3 {
-			select {
-			case <-next(t, sessions).Done():
-			default:
-				require.FailNow(t, "Shutdown came back too early")
-			}
-		}
-	})
-}
-
-func TestAServerWithoutSessionsShutsDownAtOnce(t *testing.T) {
-	require.NoError(t, cryo.NewServer(cryo.ServerOptions{}).Shutdown(t.Context()))
 }
 
 func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
