@@ -152,7 +152,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
 func networkOf(remote string) netip.Prefix {
 	host, _, err := net.SplitHostPort(remote)
 	if err != nil {
-		host = remote // as a proxy tells it
+		host = strings.Trim(remote, "[]") // as a proxy tells it
 	}
 	ip, err := netip.ParseAddr(host)
 	if err != nil {

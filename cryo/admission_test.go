@@ -339,6 +339,9 @@ func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
 		welcome("[2001:db8::1]:1", 11)
 		welcome("[2001:db8::2]:1", 12)
 		refused("[2001:db8::3:4]:1", 13)
+		refused("2001:db8::5", 13)
+		refused("[2001:db8::5]", 13)
+		welcome("[2001:db8:0:2::1]", 13)
 		welcome("[2001:db8:0:1::1]:1", 14)
 
 		welcome("nonsense", 21)

@@ -111,7 +111,7 @@ func (s proxySettings) hops(h http.Header) []string {
 		if s.Header == headerForwarded {
 			part = forwardedFor(part)
 		}
-		hops = append(hops, strings.TrimSpace(part))
+		hops = append(hops, withoutBrackets(strings.TrimSpace(part)))
 	}
 	return hops
 }
@@ -128,12 +128,21 @@ func forwardedFor(element string) string {
 	return ""
 }
 
+// withoutBrackets takes those off an IPv6 address that has no port to be told from,
+// so that it is the same however a proxy writes it.
+func withoutBrackets(hop string) string {
+	if strings.HasSuffix(hop, "]") {
+		return strings.Trim(hop, "[]")
+	}
+	return hop
+}
+
 // parseHop reads an IP address with or without a port. It is without its zone: no
 // network has one.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
 		return withPort.Addr().Unmap().WithZone(""), true
 	}
-	ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(hop, "["), "]"))
+	ip, err := netip.ParseAddr(hop)
 	return ip.Unmap().WithZone(""), err == nil
 }

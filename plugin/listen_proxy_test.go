@@ -37,6 +37,7 @@ func TestTheAddressOfAClientIsTheOneThatNoTrustedProxyStandsFor(t *testing.T) {
 		{"trusted ones only", trusted, http.Header{"X-Forwarded-For": {"10.0.0.9, 192.0.2.77"}}, "10.0.0.9"},
 		{"with a port", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7:4711"}}, "203.0.113.7:4711"},
 		{"IPv6", trusted, http.Header{"X-Forwarded-For": {"2001:db8::1, 2001:db8:ff::2"}}, "2001:db8::1"},
+		{"IPv6 in brackets", trusted, http.Header{"X-Forwarded-For": {"[2001:db8::1], [2001:db8:ff::2]"}}, "2001:db8::1"},
 		{"IPv6 with a port", trusted, http.Header{"X-Forwarded-For": {"[2001:db8::1]:4711"}}, "[2001:db8::1]:4711"},
 		{"IPv4 in IPv6", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7, ::ffff:10.0.0.9"}}, "203.0.113.7"},
 		{"a trusted address written as IPv4 in IPv6", "trusted_proxies: [ '::ffff:192.0.2.1' ]", http.Header{"X-Forwarded-For": {"203.0.113.7"}}, "203.0.113.7"},
@@ -49,7 +50,7 @@ func TestTheAddressOfAClientIsTheOneThatNoTrustedProxyStandsFor(t *testing.T) {
 		{"Forwarded", forwarded, http.Header{"Forwarded": {"for=203.0.113.7;proto=https;by=192.0.2.1"}}, "203.0.113.7"},
 		{"Forwarded, and the other header", forwarded, http.Header{"Forwarded": {"for=203.0.113.7"}, "X-Forwarded-For": {"198.51.100.1"}}, "203.0.113.7"},
 		{"Forwarded, two hops", forwarded, http.Header{"Forwarded": {`for=198.51.100.1, proto=https;For="[2001:db8::1]:4711" , for=10.0.0.9`}}, "[2001:db8::1]:4711"},
-		{"Forwarded, IPv6", forwarded, http.Header{"Forwarded": {`for="[2001:db8::1]"`}}, "[2001:db8::1]"},
+		{"Forwarded, IPv6", forwarded, http.Header{"Forwarded": {`for="[2001:db8::1]"`}}, "2001:db8::1"},
 		{"Forwarded, hidden", forwarded, http.Header{"Forwarded": {`for=_mystery`}}, direct},
 		{"Forwarded, without an address", forwarded, http.Header{"Forwarded": {`for=203.0.113.7, proto=https`}}, direct},
 	} {
@@ -84,6 +85,10 @@ func TestTheLimitOfAnAddressIsThatOfTheClientBehindAProxy(t *testing.T) {
 		e.log.want(t, "remote=203.0.113.7")
 		require.NoError(t, from("203.0.113.8"))
 		require.Error(t, from("198.51.100.1, 203.0.113.8"), "what a client claims makes no other one of it")
+
+		require.NoError(t, from("[2001:db8::1]"))
+		require.Error(t, from("2001:db8::2"), "of the same network")
+		require.NoError(t, from("[2001:db8:0:1::1]"), "of another one")
 	})
 }
 
