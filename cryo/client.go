@@ -284,13 +284,18 @@ func handshakeError(err error, resp *http.Response, token *secret) error {
 	if len(body) == maxRefusal {
 		text = token.redactEnd(text)
 	}
-	text = markupPattern.ReplaceAllString(text, " ")
-	text = strings.Join(strings.Fields(text), " ")
+	text = withoutMarkup(text)
 	// A page of cryo-server says the status again, which the error says already.
 	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
 	text = token.redactText(text) // again: it may have been broken into lines
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
 		Sentence:   cutText(strings.ToValidUTF8(text, ""), maxSentence),
+		// Not of the sentence: the token may be a part of these words.
+		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}
+}
+
+func withoutMarkup(text string) string {
+	return strings.Join(strings.Fields(markupPattern.ReplaceAllString(text, " ")), " ")
 }

@@ -40,6 +40,7 @@ var (
 type HandshakeError struct {
 	StatusCode int    // the HTTP status
 	Sentence   string // the body's text without markup and without the token
+	exists     bool   // by the body, the refusal is that the session exists
 }
 
 func (e *HandshakeError) Error() string {
@@ -56,8 +57,7 @@ func (e *HandshakeError) Is(target error) bool {
 	if e.StatusCode != http.StatusUnauthorized {
 		return false
 	}
-	exists := sessionExistsPattern.MatchString(e.Sentence)
-	return target == ErrSessionExists && exists || target == ErrUnauthorized && !exists
+	return target == ErrSessionExists && e.exists || target == ErrUnauthorized && !e.exists
 }
 
 // PeerClosedError is a normal end by the peer: it said BYE, or closed the

@@ -14,10 +14,18 @@ import (
 type secret struct {
 	spellings []string
 	replacer  *strings.Replacer
+	short     bool
 }
 
-// redacted stands where the token was.
-const redacted = "[token]"
+// redacted stands where the token was, and leftOut where a text was that has a
+// short one in it: among other letters of a word, [token] would spell it.
+const (
+	redacted = "[token]"
+	leftOut  = "(left out: the token may be in it)"
+)
+
+// minToken is how long a token is that is in no text by chance.
+const minToken = 6
 
 // minWord is how long a part of a token is that gives it away.
 const minWord = 4
@@ -33,7 +41,7 @@ func newSecret(token string) *secret {
 		}
 	}
 	// Longer ones come first: the replacer takes the first that fits.
-	s := &secret{}
+	s := &secret{short: len(token) < minToken}
 	var pairs []string
 	for _, spelling := range plain {
 		inJSON, _ := json.Marshal(spelling) // a string never fails
@@ -61,14 +69,21 @@ func (s *secret) redactText(text string) string {
 	if s == nil || s.replacer == nil {
 		return text
 	}
-	return s.replacer.Replace(text)
+	without := s.replacer.Replace(text)
+	if s.short && without != text {
+		return leftOut
+	}
+	return without
 }
 
 // redactEnd takes away what the token may begin with where a text was cut off.
 func (s *secret) redactEnd(text string) string {
 	for _, spelling := range s.spellings {
 		for n := len(spelling) - 1; n > 0; n-- {
-			if before, ok := strings.CutSuffix(text, spelling[:n]); ok {
+			switch before, ok := strings.CutSuffix(text, spelling[:n]); {
+			case ok && s.short:
+				return leftOut
+			case ok:
 				return before + redacted
 			}
 		}

@@ -108,9 +108,9 @@ func TestNoErrorRepeatsTheRequest(t *testing.T) {
 
 func TestNoErrorRepeatsATokenThatIsBrokenIntoLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\nnot ab\n  cd ef" })
-		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "ab cd"})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: not [token] ef")
+		l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\nnot abc\n  def ghi" })
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "abc def"})
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: not [token] ghi")
 	})
 }
 
@@ -174,6 +174,40 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 				wantNoSecret(t, s.Err(), token)
 				require.ErrorContains(t, s.Err(), redacted)
 			})
+		})
+	}
+}
+
+func TestAShortTokenIsNotTakenOutOfWords(t *testing.T) {
+	const leftOut = "(left out: the token may be in it)"
+	for _, tt := range []struct{ token, page, want string }{
+		{"t", "The message is too late", leftOut},
+		{"e", "no such user", leftOut},
+		{"x", "no such user", "no such user"},
+		{"abcde", "abcd of abc", "abcd of abc"},
+		{"abcde", "what is abcde?", leftOut},
+		{"abcdef", "what is abcdef?", "what is [token]?"},
+		{"&", "black &amp; white", leftOut},
+		{"a c", "a<br>c", leftOut},
+		{"abc", strings.Repeat("<br>", 255) + "? ab and more", leftOut},
+	} {
+		t.Run(fmt.Sprintf("%s in %.30s", tt.token, tt.page), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n" + tt.page })
+				_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: tt.token})
+				require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: "+tt.want)
+			})
+		})
+	}
+}
+
+func TestAGhostIsKnownThoughTheTokenIsAWordOfTheRefusal(t *testing.T) {
+	for _, token := range []string{"s", "session", "already exists"} {
+		synctest.Test(t, func(t *testing.T) {
+			l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n<p>Session already\nexists</p>" })
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
+			require.ErrorIs(t, err, cryo.ErrSessionExists)
+			require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 		})
 	}
 }

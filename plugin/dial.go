@@ -60,7 +60,7 @@ root = if !$url.re_match("(?i)^wss?://") {
   "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid"
 }`),
 		service.NewStringField(fieldToken).
-			Description("The secret by which the server knows who may connect, without the word `Bearer`. Cryo carries it in the query of the URL: use `wss://` where others could listen, and mind the access logs of proxies. It appears in none of our log lines, errors or metrics.").
+			Description("The secret by which the server knows who may connect, without the word `Bearer`. Cryo carries it in the query of the URL: use `wss://` where others could listen, and mind the access logs of proxies. It appears in none of our log lines, errors or metrics; a text with one of fewer than 6 bytes in it is left out as a whole.").
 			Default("").
 			Secret(),
 		service.NewStringMapField(fieldQueryParameters).
