@@ -188,6 +188,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		IdleTimeout:       settings.HandshakeTimeout,
 		MaxHeaderBytes:    settings.MaxHeaderBytes,
 		ErrorLog:          serverLog(log),
+		ConnState:         newPending(settings.MaxSessions, log).changed,
 	}
 	ln.patience = time.AfterFunc(noInputPatience, ln.refuseWithoutInput)
 	go func() {

@@ -43,7 +43,7 @@ root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		positiveInt(fieldMaxSessions).
-			Description("How many clients may be connected at a time. Further ones are refused with status 503.").
+			Description("How many clients may be connected at a time. Further ones are refused with status 503. As many connections, or 1,024 if that is more, may be open that are no sessions, or not yet: another one closes the oldest of them, so that nobody without a token keeps clients out.").
 			Default(cryo.DefaultMaxSessions),
 		service.NewIntField(fieldMaxSessionsPerAddress).
 			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are refused with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
