@@ -52,7 +52,7 @@ func newEngine(t *testing.T) *engine {
 		probe: &probe{arrivals: make(chan *arrival, 1000)}, feed: make(chan *fed, 100),
 	}
 	e.dialer = e.net.Dial
-	e.shared = &listeners{listen: e.net.Listen, byAddr: make(map[string]*listener)}
+	e.shared = newListeners(e.net.Listen)
 	must := func(err error) { require.NoError(t, err) }
 	must(e.env.RegisterBatchInput("cryo", specs()["input cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 		in, err := newInput(conf, res)

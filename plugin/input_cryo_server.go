@@ -2,6 +2,8 @@ package plugin
 
 import (
 	"context"
+	"fmt"
+	"strings"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -82,7 +84,7 @@ func (in *serverInput) Close(ctx context.Context) error { return in.leave(ctx, i
 
 // serverComponent is an input's or output's part in a listener.
 type serverComponent struct {
-	name      string
+	name      string // for errors: its kind, its label or path, and its stream
 	log       *service.Logger
 	exporter  *service.Metrics // for a listener of its own
 	all       *listeners
@@ -95,10 +97,25 @@ func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resource
 	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), exporter: res.Metrics(), all: listenersOf(res)}
 	if label := res.Label(); label != "" {
 		c.name += " " + label
+	} else {
+		c.name += " at " + strings.Join(res.Path(), ".")
+	}
+	if stream := res.StreamID(); stream != "" {
+		c.name += " of the stream " + stream
 	}
 	var err error
 	c.settings, c.authorize, err = listenSettingsFromParsed(conf)
 	return c, err
+}
+
+// agree tells in what another component of the same address differs from this one.
+func (c *serverComponent) agree(other *serverComponent) error {
+	different := c.settings.differences(other.settings)
+	if len(different) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s and %s share the listener on %s, but differ in %s: make that equal, or give one another address",
+		c.name, other.name, c.settings.Address, strings.Join(different, ", "))
 }
 
 // open joins the listener once, however often the engine connects.

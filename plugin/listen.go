@@ -5,11 +5,9 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -56,14 +54,19 @@ type listeners struct {
 
 	mu     sync.Mutex
 	byAddr map[string]*listener
+	tested map[string]*serverComponent // the first of each address
 }
 
 // listenersKey finds them in the engine's resources, so that pipelines of one
 // process share them, and tests don't.
 type listenersKey struct{}
 
+func newListeners(listen func(network, address string) (net.Listener, error)) *listeners {
+	return &listeners{listen: listen, byAddr: make(map[string]*listener), tested: make(map[string]*serverComponent)}
+}
+
 func listenersOf(res *service.Resources) *listeners {
-	all, _ := res.GetOrSetGeneric(listenersKey{}, &listeners{listen: net.Listen, byAddr: make(map[string]*listener)})
+	all, _ := res.GetOrSetGeneric(listenersKey{}, newListeners(net.Listen))
 	return all.(*listeners)
 }
 
@@ -95,22 +98,31 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 		l.byAddr[c.settings.Address] = ln
 	case len(ln.users) == 0:
 		return nil, ln.closed, nil
-	}
-	if different := ln.settings.differences(c.settings); len(different) > 0 {
-		return nil, nil, fmt.Errorf("%s and %s share the listener on %s, but differ in %s: make that equal, or give one another address",
-			ln.users[0].name, c.name, c.settings.Address, strings.Join(different, ", "))
+	default:
+		if err = ln.users[0].agree(c); err != nil {
+			return nil, nil, err
+		}
 	}
 	ln.users = append(ln.users, c)
 	return ln, nil, nil
 }
 
 // test tells why a component could not listen. An address on which another
-// component of this process listens already is as good.
+// component of this process listens already is as good, if they agree; so they
+// have to where both are only tested.
 func (l *listeners) test(c *serverComponent) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.byAddr[c.settings.Address] != nil {
-		return nil
+	if ln := l.byAddr[c.settings.Address]; ln != nil {
+		if len(ln.users) == 0 {
+			return nil
+		}
+		return ln.users[0].agree(c)
+	}
+	if first := l.tested[c.settings.Address]; first == nil {
+		l.tested[c.settings.Address] = c
+	} else if err := first.agree(c); err != nil {
+		return err
 	}
 	if _, err := newTLSFiles(c.settings.tlsSettings, c.log); err != nil {
 		return err

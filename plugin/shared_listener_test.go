@@ -61,6 +61,13 @@ func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
 	}
 }
 
+func TestComponentsWithoutALabelAreNamedByWhereTheyAre(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("broker: { inputs: [ "+listenInput+", "+with(listenInput, "max_sessions: 5")+" ] }", toProbe)
+		e.log.want(t, " and the input cryo_server at input.broker.inputs.")
+	})
+}
+
 func TestWithoutAnInputMessagesAreRefusedAfterSomePatience(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)

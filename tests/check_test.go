@@ -75,6 +75,15 @@ output: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ] } }`,
 			[]string{"a.yaml: input: failed: listen tcp " + taken.Addr().String() + ": bind: address already in use", "a.yaml: output: ok"},
 		},
 		{
+			"two components of a listener disagree", `
+input: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ] } }
+output: { label: answers, cryo_server: { address: "127.0.0.1:0", tokens: [ b ], path: /else } }`,
+			[]string{
+				"a.yaml: input: ok",
+				"a.yaml: output answers: failed: the input cryo_server at input and the output cryo_server answers share the listener on 127.0.0.1:0, but differ in path, tokens: ",
+			},
+		},
+		{
 			"there is no certificate", `
 input: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ], tls: { cert_file: ./none.pem, key_file: ./none.pem } } }
 output: { drop: {} }`,

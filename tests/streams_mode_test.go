@@ -103,7 +103,7 @@ func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 
 	// One that differs is told with whom, and in what.
 	manage(http.MethodPost, "differs", collect(", max_sessions: 5"))
-	p.wantLogged(" and the input cryo_server collector share the listener on 127.0.0.1:0, but differ in max_sessions")
+	p.wantLogged(" and the input cryo_server collector of the stream differs share the listener on 127.0.0.1:0, but differ in max_sessions")
 
 	content, err := os.ReadFile(collected)
 	require.NoError(t, err)
@@ -118,4 +118,17 @@ func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, opened)
+}
+
+func TestWhichPipelinesDisagreeOnAListenerIsSaid(t *testing.T) {
+	dir := t.TempDir()
+	for name, tokens := range map[string]string{"orders": "[ a ]", "events": "[ b ]"} {
+		config := "input: { cryo_server: { address: 127.0.0.1:0, tokens: " + tokens + " } }\noutput: { drop: {} }\n"
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(config), 0o600))
+	}
+	p := launch(t, nil, nil, "streams", "--set", "http.enabled=false", dir)
+	p.wantLogged("share the listener on 127.0.0.1:0, but differ in tokens")
+	for _, stream := range []string{"orders", "events"} {
+		p.wantLogged("the input cryo_server at input of the stream " + stream + " ")
+	}
 }
