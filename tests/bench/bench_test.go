@@ -27,6 +27,7 @@ func BenchmarkLoad(b *testing.B) {
 			run, err := l.start()
 			require.NoError(b, err)
 			defer run.stop()
+			require.NoError(b, run.do(max(16, l.sessions))) // the first ones wait for the sessions
 			b.SetBytes(int64(l.unit))
 			b.ReportAllocs()
 			b.ResetTimer()

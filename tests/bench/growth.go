@@ -35,6 +35,7 @@ func growths() []growing {
 	for _, n := range []int{1, 10, 100, 1000, 10_000} {
 		sessions.loads = append(sessions.loads, serverInput(fmt.Sprintf("sessions-%d", n), n, max(window, n)))
 	}
+	sessions.loads = append(sessions.loads, serverInput("sessions-100-with-64-each", 100, 100*64))
 	together := growing{what: "messages a batch, with 1024 outstanding"}
 	for _, n := range []int{1, 4, 16, 64, 256} {
 		name := fmt.Sprintf("batch-%d", n)
