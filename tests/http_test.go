@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -128,6 +129,7 @@ type answer struct {
 // wants posts to fail while nobody is connected.
 func httpToCryo(t *testing.T, file string) (p *process, post func(*answer) <-chan error, cryoAddress string) {
 	t.Helper()
+	wantPatientCallers(t, file)
 	address := freeAddress(t)
 	p = example(t, file, nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "HTTP_ADDRESS="+address)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
@@ -160,8 +162,38 @@ func httpToCryo(t *testing.T, file string) (p *process, post func(*answer) <-cha
 	return p, post, cryoAddress
 }
 
+// wantPatientCallers wants a caller to hear of what became of its message, and
+// not of its own time-out before.
+func wantPatientCallers(t *testing.T, file string) {
+	t.Helper()
+	config, err := os.ReadFile("../config/" + file)
+	require.NoError(t, err)
+	times := make(map[string]time.Duration)
+	for _, found := range regexp.MustCompile(`(?m)^ +((?:ack_)?timeout): (\w+)`).FindAllStringSubmatch(string(config), -1) {
+		times[found[1]], err = time.ParseDuration(found[2])
+		require.NoError(t, err)
+	}
+	require.Positive(t, times["ack_timeout"])
+	require.Greater(t, times["timeout"], times["ack_timeout"])
+}
+
+// wantToldWhenAClientLeaves wants an error for what a client has got and not
+// acknowledged.
+func wantToldWhenAClientLeaves(t *testing.T, post func(*answer) <-chan error, cryoAddress string) {
+	t.Helper()
+	s := dial(t, cryoAddress)
+	var got answer
+	answered := post(&got)
+	receive(t, s)
+	wantPending(t, answered, "not acknowledged yet")
+	require.NoError(t, s.Close(contextFor(t), ""))
+	require.NoError(t, next(t, answered))
+	require.GreaterOrEqual(t, got.status, 400, got.body)
+}
+
 func TestHTTPToCryoServer(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_server.yaml")
+	wantToldWhenAClientLeaves(t, post, address)
 	s := dial(t, address)
 	var got answer
 	answered := post(&got)
@@ -176,20 +208,10 @@ func TestHTTPToCryoServer(t *testing.T) {
 
 func TestHTTPToCryoWithReply(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_with_reply.yaml")
-	var got answer
-
-	// A client goes away without acknowledging.
+	wantToldWhenAClientLeaves(t, post, address)
 	s := dial(t, address)
+	var got answer
 	answered := post(&got)
-	receive(t, s)
-	wantPending(t, answered, "not acknowledged yet")
-	require.NoError(t, s.Close(contextFor(t), ""))
-	require.NoError(t, next(t, answered))
-	require.GreaterOrEqual(t, got.status, 400, got.body)
-
-	// Another one acknowledges.
-	s = dial(t, address)
-	answered = post(&got)
 	m := receive(t, s)
 	wantPending(t, answered, "not acknowledged yet")
 	require.NoError(t, m.Ack())
