@@ -11,12 +11,12 @@ import (
 )
 
 func TestABuildInACloneCarriesItsCommit(t *testing.T) {
-	if os.Getenv("CRYO_LONG_TESTS") == "" {
-		t.Skip("links the whole binary: set CRYO_LONG_TESTS=1")
+	if dir, err := os.Stat("../../.git"); err != nil || !dir.IsDir() {
+		t.Skip("this is no clone, or a linked worktree, of which the Go command records nothing")
 	}
 	commit, err := exec.Command("git", "rev-parse", "HEAD").Output()
 	if err != nil {
-		t.Skip("this is no clone: ", err)
+		t.Skip("git knows no commit: ", err)
 	}
 	file := filepath.Join(t.TempDir(), "cryo-connect")
 	out, err := exec.Command("go", "build", "-buildvcs=true", "-o", file, ".").CombinedOutput()
