@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -16,6 +17,7 @@ type jsonSchema struct {
 	Required             []string
 	AdditionalProperties *bool
 	Properties           map[string]jsonSchema
+	Items                *jsonSchema
 	AllOf, AnyOf         []jsonSchema
 	Definitions          map[string]jsonSchema
 }
@@ -46,12 +48,29 @@ func TestTheJSONSchemaHasOurComponentsWithAllTheirFields(t *testing.T) {
 			require.False(t, *component.AdditionalProperties, "a misspelt field is marked")
 
 			// The reference pages come from the same specifications.
-			for _, field := range metricNames(t, "../docs/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `([a-z_]+)`$") {
-				require.Contains(t, component.Properties, field)
+			fields := metricNames(t, "../docs/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `(.+)`$")
+			require.NotEmpty(t, fields)
+			for _, field := range fields {
+				component.wantField(t, field)
 			}
 			if c.kind == "input" {
 				require.Equal(t, "#/definitions/scanner", component.Properties["streams"].Properties["scanner"].Ref)
 			}
 		})
+	}
+}
+
+// wantField wants a field that has a name as in the reference, such as
+// tls.client_certs[].key.
+func (s jsonSchema) wantField(t *testing.T, path string) {
+	t.Helper()
+	for name := range strings.SplitSeq(path, ".") {
+		name, isList := strings.CutSuffix(name, "[]")
+		require.Contains(t, s.Properties, name, path)
+		s = s.Properties[name]
+		if isList {
+			require.NotNil(t, s.Items, path)
+			s = *s.Items
+		}
 	}
 }
