@@ -73,7 +73,7 @@ func TestTheImageHasWhatItNeeds(t *testing.T) {
 
 	ignored, err := os.ReadFile("../.dockerignore")
 	require.NoError(t, err)
-	needed := []string{"go.mod", "go.sum", "LICENSE", "cmd", "cryo", "plugin"}
+	needed := []string{"go.mod", "go.sum", "LICENSE", "cmd", "cryo", "internal", "plugin"}
 	for line := range strings.Lines(string(ignored)) {
 		require.NotContains(t, needed, strings.TrimSpace(line), "the build needs it")
 	}
