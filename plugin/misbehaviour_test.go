@@ -74,6 +74,7 @@ func TestClientsThatComeWrongly(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 				good := e.dial()
+				before := heap()
 				serves := func(s *cryo.Session) {
 					t.Helper()
 					begin := time.Now()
@@ -92,8 +93,9 @@ func TestClientsThatComeWrongly(t *testing.T) {
 					e.log.want(t, "WARN Refused a client")
 					e.log.want(t, m.log)
 				}
-				time.Sleep(max(m.after, time.Second)) // until everything about it is over
+				time.Sleep(m.after + time.Second) // until everything about it is over
 				synctest.Wait()
+				require.Less(t, heap()-before, int64(1<<20), "memory is back")
 			})
 		})
 	}
@@ -221,6 +223,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			requireTold(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				right := make(chan *cryo.Session, 1)
+				before := heap()
 				server := cryo.NewServer(cryo.ServerOptions{
 					Authorize: cryo.Tokens(token),
 					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { right <- s },
@@ -246,6 +249,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 				e.arrival().deliver()
 				sent.wantAcked(t, "delivered")
 				e.log.want(t, m.log)
+				require.Less(t, heap()-before, int64(1<<20), "memory is back")
 			})
 		})
 	}
