@@ -151,18 +151,36 @@ func TestDialReturnsWhenTheServerHasAcknowledgedEndpointInfo(t *testing.T) {
 		peer, dial := diallingTo(t, cryo.DialOptions{}, &s)
 		peer.WantFrame("the client's ENDPOINT_INFO", cryotest.EndpointInfo(dialledFrom))
 
-		// cryo-server acknowledges data before it has dealt with ENDPOINT_INFO,
-		// and its applications may send before.
-		peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Text(1, "early"))
+		peer.WriteFrames(cryotest.EndpointInfo(0))
 		peer.WantFrame("the acknowledgement", cryotest.Acked(0))
 		dial.wantBlocked(t)
 		peer.WriteFrames(cryotest.Acked(dialledFrom))
 		dial.wantSuccess(t)
-		require.Equal(t, "early", string(receive(t, s).Payload))
 
 		peer.WriteFrames(cryotest.EndpointInfo(2))
 		peer.WantFrame("the acknowledgement of one that comes again", cryotest.Acked(2))
 		peer.WantIdle("and nothing else", time.Second)
+	})
+}
+
+func TestWhatAServerSendsBeforeItHasDealtWithEndpointInfoIsReceived(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *cryo.Session
+		peer, dial := diallingTo(t, cryo.DialOptions{}, &s)
+		peer.WantFrame("the client's ENDPOINT_INFO", cryotest.EndpointInfo(dialledFrom))
+		// cryo-server acknowledges data before it has dealt with ENDPOINT_INFO,
+		// and its applications may send before.
+		peer.WriteFrames(cryotest.Text(1, "early"), txStart(2, 5, -1, "early"))
+		dial.wantBlocked(t)
+		peer.WantIdle("nothing", instant)
+		peer.WriteFrames(cryotest.Acked(dialledFrom))
+		dial.wantSuccess(t)
+		require.Equal(t, "early", string(receive(t, s).Payload))
+		st := acceptStream(t, s)
+		read := start(func() error { return wantRest(t, st, "x") })
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(2))
+		peer.WriteFrames(txChunk(5, 0, "x"), txFinish(3, 5))
+		read.wantSuccess(t)
 	})
 }
 

@@ -58,6 +58,26 @@ func TestAHardStopAcknowledgesNothing(t *testing.T) {
 	})
 }
 
+func TestWhatNobodySendsAgainIsNotDelivered(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		p := e.run(listenInput, toProbe)
+		once := send(e.dial(), "once")
+		require.Equal(t, []string{"once"}, e.arrival().texts()) // and is not delivered
+		p.kill()
+		require.ErrorIs(t, once.result(t), net.ErrClosed)
+
+		e.run(listenInput, toProbe)
+		peer := e.dial()
+		time.Sleep(time.Hour)
+		e.wantNoArrival("its sender doesn't send it again")
+		again := send(peer, "again")
+		a := e.arrival()
+		require.Equal(t, []string{"again"}, a.texts())
+		a.deliver()
+		again.wantAcked(t, "delivered")
+	})
+}
+
 func TestALostConnectionIsDialledAgainWithTheSameSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
