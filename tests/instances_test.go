@@ -282,6 +282,39 @@ func TestRestartingInstancesInTurnLosesNothing(t *testing.T) {
 	}
 }
 
+func TestABroadcastGoesOnWhileAnotherInstanceRestarts(t *testing.T) {
+	k := runKafka(t, "events")
+	run := func(name, address string) *instance {
+		return runInstance(t, name, address, k, "cryo_to_kafka.yaml", "scaling/broadcast.yaml")
+	}
+	a, b := run("a", freeAddress(t)), run("b", "127.0.0.1:0")
+	atB, gotB := dial(t, b.address), make(chan string, plenty)
+	go work(t.Context(), atB, gotB)
+	wantProbe(t, atB, gotB)
+	restarted, finish := context.WithCancel(t.Context())
+	defer finish()
+	sent := make(chan []string, 1)
+	go func() { sent <- sendUntil(restarted, b.address, make(chan string, plenty)) }()
+
+	a.interrupt()
+	a = run("a", a.address)
+	gotA := make(chan string, plenty)
+	go work(t.Context(), dial(t, a.address), gotA)
+	wantProbe(t, atB, gotA)
+	finish()
+	events := next(t, sent)
+	require.NotEmpty(t, events)
+	for _, event := range events {
+		text := next(t, gotB)
+		for text == areYouThere {
+			text = next(t, gotB)
+		}
+		require.Equal(t, event, text, "each once, and in order")
+	}
+	a.interrupt()
+	b.interrupt()
+}
+
 // sendUntil sends texts one after the other, each until it is acknowledged, over
 // as many sessions as it takes, and gives those that were.
 func sendUntil(finished context.Context, address string, done chan<- string) (acked []string) {
