@@ -298,8 +298,8 @@ func TestABroadcastGoesOnWhileAnotherInstanceRestarts(t *testing.T) {
 
 	a.interrupt()
 	a = run("a", a.address)
-	gotA := make(chan string, plenty)
-	go work(t.Context(), dial(t, a.address), gotA)
+	atA, gotA := dial(t, a.address), make(chan string, plenty)
+	go work(t.Context(), atA, gotA)
 	wantProbe(t, atB, gotA)
 	finish()
 	events := next(t, sent)
