@@ -3,6 +3,7 @@ package tests
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -36,8 +37,9 @@ func (c *heardConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// join connects n clients, some at a time.
-func join(tb testing.TB, address string, n int, expected []byte) *crowd {
+// join connects n clients, some at a time. Without a configuration for TLS there
+// is none.
+func join(tb testing.TB, address string, secure *tls.Config, n int, expected []byte) *crowd {
 	tb.Helper()
 	c := &crowd{tb: tb, sessions: make([]*cryo.Session, n), lines: make([]*heardConn, n)}
 	tb.Cleanup(c.leave)
@@ -49,7 +51,7 @@ func join(tb testing.TB, address string, n int, expected []byte) *crowd {
 	for range 64 {
 		dialers.Go(func() {
 			for i := int(taken.Add(1)) - 1; i < n; i = int(taken.Add(1)) - 1 {
-				if errs[i] = c.dial(i, address); errs[i] != nil {
+				if errs[i] = c.dial(i, address, secure); errs[i] != nil {
 					return
 				}
 				c.running.Go(func() { c.receive(c.sessions[i], expected) })
@@ -63,11 +65,16 @@ func join(tb testing.TB, address string, n int, expected []byte) *crowd {
 	return c
 }
 
-func (c *crowd) dial(i int, address string) (err error) {
+func (c *crowd) dial(i int, address string, secure *tls.Config) (err error) {
+	scheme := "ws://"
+	if secure != nil {
+		scheme = "wss://"
+	}
 	// From several addresses: one has too few ports for many thousands.
 	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(1+i%8))}}
-	c.sessions[i], err = cryo.Dial(context.Background(), "ws://"+address, &cryo.DialOptions{
+	c.sessions[i], err = cryo.Dial(context.Background(), scheme+address, &cryo.DialOptions{
 		Token:          token,
+		TLS:            secure,
 		ConnectTimeout: patience,
 		NetDial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := from.DialContext(ctx, network, address)

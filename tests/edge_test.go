@@ -25,7 +25,7 @@ import (
 
 // certify writes a certificate, which is its own authority, and its key, and
 // gives the configuration of a client that trusts it.
-func certify(t *testing.T, certFile, keyFile string) *tls.Config {
+func certify(t testing.TB, certFile, keyFile string) *tls.Config {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
