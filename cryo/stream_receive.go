@@ -155,6 +155,8 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 		return n, nil
 	}
 	switch {
+	case len(st.chunks) > 0: // p has no room
+		return 0, nil
 	case st.failed != nil:
 		return 0, st.failed
 	case st.settled != unsettled && !st.readOut:

@@ -6,6 +6,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -45,6 +46,7 @@ func TestAStreamMayBeReadInPieces(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		peer.WriteFrames(txChunk(0, 1, "abcde"), txChunk(0, 2, "f"), txFinish(2, 0))
+		synctest.Wait()
 		n, err := st.Read(nil)
 		require.Zero(t, n)
 		require.NoError(t, err)
