@@ -50,7 +50,7 @@ type pending struct {
 
 // The table's sizes: when it is made, and when it is empty and kept nevertheless.
 const (
-	minTable     = 16
+	minTable     = 4
 	maxIdleTable = 128
 )
 
