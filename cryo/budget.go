@@ -79,9 +79,10 @@ func (b *budget) relaxed(held *int64) bool {
 }
 
 const (
-	// largeMessage is from which size on a message takes room in the intake. What
-	// smaller ones take is bounded by the number of sessions.
-	largeMessage = maxBlock
+	// largeMessage is from which size on a message takes room in the intake: a chunk
+	// of the default size doesn't. What smaller ones take is bounded by the number
+	// of sessions.
+	largeMessage = len(chunkMemory{})
 	// intakePatience is how long a large message may take to come in while others
 	// wait for its room.
 	intakePatience = time.Minute
@@ -97,6 +98,7 @@ type intake struct {
 	limit   int64
 	used    int64
 	waiting int
+	since   time.Time     // that they wait without one being let in, or another being blamed
 	freed   chan struct{} // closed at the next give; nil when nobody waits
 }
 
@@ -108,7 +110,11 @@ func (in *intake) take(n int64) <-chan struct{} {
 	defer in.mu.Unlock()
 	if in.used < in.limit {
 		in.used += n
+		in.since = time.Now()
 		return nil
+	}
+	if in.waiting == 0 {
+		in.since = time.Now()
 	}
 	in.waiting++
 	if in.freed == nil {
@@ -133,9 +139,14 @@ func (in *intake) give(n int64) {
 	}
 }
 
-// wanted tells whether somebody waits.
-func (in *intake) wanted() bool {
+// starves tells whether others have waited for too long. Whoever asks is to end for
+// it, so it says so once.
+func (in *intake) starves() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.waiting > 0
+	if in.waiting == 0 || time.Since(in.since) < intakePatience {
+		return false
+	}
+	in.since = time.Now()
+	return true
 }

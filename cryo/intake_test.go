@@ -1,6 +1,7 @@
 package cryo_test
 
 import (
+	"context"
 	"encoding/binary"
 	"testing"
 	"testing/synctest"
@@ -42,34 +43,53 @@ func begin(t *testing.T, peer *cryotest.Peer, number uint32) (rest []byte) {
 	return b[large/2:]
 }
 
-// crowded is a server with room for two large messages to come in, and three
-// clients; the third has begun one that is not read.
-func crowded(t *testing.T) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte, third <-chan struct{}) {
+// slow is a server with room for as many large messages to come in, each of which
+// has come by half, and for one client more.
+func slow(t *testing.T, count int) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte) {
 	t.Helper()
-	_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large + 1000}})
-	for i := range 3 {
+	_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: (count-1)*large + 1000}})
+	for i := range count + 1 {
 		peer := join(t, l, uint64(1+i))
 		peer.ClientHandshake()
 		clients, sessions = append(clients, peer), append(sessions, next(t, accepted))
 	}
-	for i := range uint32(2) {
-		rests = append(rests, begin(t, clients[i], 100+i))
+	for i := range count {
+		rests = append(rests, begin(t, clients[i], 100+uint32(i)))
 	}
-	clients[2].Conn().StopReading()
+	return clients, sessions, rests
+}
+
+// begins lets a client send a large message, and frames behind it. The channel is
+// closed when they are taken.
+func begins(t *testing.T, peer *cryotest.Peer, behind ...cryo.Frame) <-chan struct{} {
+	t.Helper()
+	peer.Conn().StopReading()
+	require.NoError(t, peer.WS.NetConn().SetWriteDeadline(time.Time{}))
+	b := bytesOf(t, peer, cryotest.Binary(102, string(make([]byte, large))))
+	for _, f := range behind {
+		b = append(b, bytesOf(t, peer, f)...)
+	}
 	written := make(chan struct{})
-	require.NoError(t, clients[2].WS.NetConn().SetWriteDeadline(time.Time{}))
-	b := bytesOf(t, clients[2], cryotest.Binary(102, string(make([]byte, large))))
 	go func() {
-		_, _ = clients[2].WS.NetConn().Write(b)
+		_, _ = peer.WS.NetConn().Write(b)
 		close(written)
 	}()
+	return written
+}
+
+// crowded is a server with room for two large messages to come in, and three
+// clients; the third has begun one that is not read.
+func crowded(t *testing.T) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte, third <-chan struct{}) {
+	t.Helper()
+	clients, sessions, rests = slow(t, 2)
+	third = begins(t, clients[2])
 	time.Sleep(10 * time.Second)
 	select {
-	case <-written:
+	case <-third:
 		require.FailNow(t, "the third is read")
 	default:
 	}
-	return clients, sessions, rests, written
+	return clients, sessions, rests, third
 }
 
 func TestLargeMessagesThatAreComingInAreBoundedTogether(t *testing.T) {
@@ -102,40 +122,115 @@ func TestSmallMessagesPassLargeOnesThatAreComingIn(t *testing.T) {
 	})
 }
 
+// trickle lets clients send what is left of their messages, a byte a second each,
+// which are signs of life, and gives how many of the sessions live after some time.
+func trickle(t *testing.T, clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte, during time.Duration) (alive int) {
+	t.Helper()
+	for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(time.Second) {
+		for c := range rests {
+			if sessions[c].Err() == nil {
+				sends(t, clients[c], rests[c][:1])
+				rests[c] = rests[c][1:]
+			}
+		}
+	}
+	for c := range rests {
+		if sessions[c].Err() == nil {
+			alive++
+		} else {
+			require.ErrorIs(t, sessions[c].Err(), cryo.ErrSlow)
+		}
+	}
+	return alive
+}
+
 func TestALargeMessageThatKeepsOthersWaitingForAMinuteLosesItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
-		began := time.Now().Add(-10 * time.Second)
-		for i := 0; sessions[0].Err() == nil; i++ { // bytes that trickle are a sign of life
-			require.Less(t, time.Since(began), 2*time.Minute)
-			for c := range 2 {
-				sends(t, clients[c], rests[c][i:i+1])
-			}
-			time.Sleep(time.Second)
-		}
-		require.GreaterOrEqual(t, time.Since(began), time.Minute)
-		require.ErrorIs(t, sessions[0].Err(), cryo.ErrSlow)
-		clients[0].Conn().ReadOn()
-		synctest.Wait()
-		clients[0].Skip() // pings
-		clients[0].WantClose("it is told", 4001, cryo.ErrSlow.Error())
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 49*time.Second), "of a minute")
+		require.Equal(t, 1, trickle(t, clients, sessions, rests, cryo.DefaultHeartbeatInterval+time.Second), "one makes room")
 		<-third
 		require.Len(t, receive(t, sessions[2]).Payload, large)
+		require.Equal(t, 1, trickle(t, clients, sessions, rests, time.Hour), "nobody waits for the other")
+		for c := range rests {
+			if sessions[c].Err() != nil {
+				clients[c].Conn().ReadOn()
+				synctest.Wait()
+				clients[c].Skip() // pings
+				clients[c].WantClose("it is told", 4001, cryo.ErrSlow.Error())
+			}
+		}
+	})
+}
+
+// Who has been slow while nobody waited doesn't pay for it when somebody does.
+func TestAMomentsWaitCostsNoSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clients, sessions, rests := slow(t, 2)
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 10*time.Minute))
+		third := begins(t, clients[2])
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 30*time.Second))
+		sends(t, clients[0], rests[0])
+		<-third
+		require.Len(t, receive(t, sessions[0]).Payload, large)
+		require.Len(t, receive(t, sessions[2]).Payload, large)
+		require.NoError(t, sessions[1].Err())
+	})
+}
+
+// Those that wait to come in must not all do so when they were let through to wait
+// while there was room for what is whole.
+func TestWhatHasWaitedToComeInNeedsRoomWhenItIsWholeToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const count = 8
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large + 1000}})
+		var sessions []*cryo.Session
+		for i := range uint64(count) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			begins(t, peer)
+			sessions = append(sessions, next(t, accepted))
+		}
+		time.Sleep(10 * time.Second)
+		received := 0
+		for _, s := range sessions {
+			ctx, cancel := context.WithTimeout(t.Context(), instant)
+			batch, _ := s.ReceiveBatch(ctx, count)
+			cancel()
+			received += len(batch)
+		}
+		require.LessOrEqual(t, received, 3, "one, one beyond the bound, and one that was coming in meanwhile")
+	})
+}
+
+func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clients, sessions, rests := slow(t, 2)
+		send := start(func() error { return sessions[2].SendUTF8(t.Context(), "hello") })
+		text := clients[2].WantType("the text", cryo.TypeUTF8)
+		begin := time.Now()
+		begins(t, clients[2], cryotest.Acked(text.Ack), cryotest.Text(200, "a small one"))
+		trickle(t, clients, sessions, rests, noRoomPatience+time.Second)
+		require.NoError(t, send.result(t))
+		require.Less(t, time.Since(begin), noRoomPatience+2*time.Second)
+		require.Equal(t, "a small one", string(receive(t, sessions[2]).Payload))
+		clients[2].Conn().ReadOn()
+		clients[2].WantFrame("the refusal", cryotest.Error(102, noRoom))
 	})
 }
 
 func TestALargeMessageMayTakeItsTimeWhereNobodyWaits(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: 1000}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		b := bytesOf(t, peer, cryotest.Binary(1, string(make([]byte, 20_000))))
+		b := bytesOf(t, peer, cryotest.Binary(1, string(make([]byte, 70_000))))
 		if end.dialled { // a server doesn't mask
 			b = append([]byte{0x82, 127}, append(b[2:10], b[14:]...)...)
 		}
 		peer.Conn().StopReading()
-		for i := 0; i < len(b); i += 10 { // more than half an hour
-			sends(t, peer, b[i:min(i+10, len(b))])
+		for i := 0; i < len(b); i += 30 { // more than half an hour
+			sends(t, peer, b[i:min(i+30, len(b))])
 			time.Sleep(time.Second)
 		}
-		require.Len(t, receive(t, s).Payload, 20_000)
+		require.Len(t, receive(t, s).Payload, 70_000)
 	})
 }
 

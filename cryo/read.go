@@ -68,7 +68,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 	var head []byte
 	s.noRoom = false
 	full := s.budget.wait(&s.held) != nil
-	if full || fitsChunk(s.ws.left) {
+	if full || s.ws.left > len(chunkMemory{})/2 {
 		var err error
 		if head, err = s.ws.readHead(s.small[:0], headerSize); err != nil {
 			return nil, err
@@ -82,7 +82,16 @@ func (s *Session) nextMessage() ([]byte, error) {
 	case !full && s.overflowing && s.budget.relaxed(&s.held):
 		s.overflowing = false
 	}
-	s.enterIntake()
+	for !s.noRoom && s.enterIntake(isData(head)) && !s.noRoom {
+		if !isData(head) || s.budget.wait(&s.held) == nil || s.isEnding() {
+			break
+		}
+		s.leaveIntake() // while it waited, others took what room there was
+		s.noRoom = !s.waitForRoom(isChunk(head))
+	}
+	if s.noRoom && s.ws.size > uint64(largeMessage) {
+		return s.skipPayload(head)
+	}
 	n := len(head) + s.ws.left
 	s.blocks.mark()
 	switch {
@@ -204,32 +213,56 @@ func (s *Session) pause() (resume func()) {
 	}
 }
 
+// skipPayload reads a large message that is refused, without memory for it: what
+// there is to know of it is in its first bytes.
+func (s *Session) skipPayload(head []byte) ([]byte, error) {
+	b, err := s.ws.readHead(head, chunkStart-len(head))
+	if err != nil {
+		return nil, err
+	}
+	return b, s.ws.skipRest()
+}
+
 // enterIntake waits until there is memory for the message that is read now, if that
-// is known to be large, and keeps it until leaveIntake.
-func (s *Session) enterIntake() {
+// is known to be large, and keeps it until leaveIntake. It reports whether it had to
+// wait. When one of our senders waits for an acknowledgement that may be behind it,
+// a message is refused after some patience, as it is by waitForRoom.
+func (s *Session) enterIntake(refusable bool) (waited bool) {
 	n := int64(s.ws.size)
 	switch {
-	case n <= largeMessage || s.coming > 0:
-		return
+	case n <= int64(largeMessage) || s.coming > 0:
+		return false
 	case !s.ws.final:
 		n = maxFrame // who knows
 	}
 	room := s.intake.take(n)
 	if room != nil {
+		waited = true
 		defer s.pause()()
 	}
-	for ; room != nil; room = s.intake.take(n) {
+	patience := time.NewTimer(noRoomPatience)
+	defer patience.Stop()
+	for room != nil {
 		select {
 		case <-room:
 			s.intake.leave()
-		case <-s.ending:
-			s.intake.leave()
-			return // discarded as it comes
+			room = s.intake.take(n)
+			continue
+		case <-patience.C:
+			if !refusable || !s.pend.awaited() {
+				patience.Reset(noRoomRecheck)
+				continue
+			}
+			s.noRoom, s.overflowing = true, true
+		case <-s.ending: // it is discarded as it comes
 		}
+		s.intake.leave()
+		return true
 	}
 	s.mu.Lock()
 	s.coming, s.comingSince = n, time.Now()
 	s.mu.Unlock()
+	return waited
 }
 
 // leaveIntake is said when the message is whole and handled, or will never be.

@@ -34,10 +34,10 @@ type SessionOptions struct {
 	// and 256 bytes a message. Beyond it, at most one message late, reading
 	// pauses at the next message; what is no message is read on until then. A
 	// server's sessions share it: each may hold up to eight times what is left.
-	// As much again, and one message, may be taken by messages of more than 16 KiB
+	// As much again, and one message, may be taken by messages of more than 64 KiB
 	// that are still coming in: a further one is read when one of them is whole. A
 	// session that keeps others waiting with one for more than a minute ends with
-	// ErrSlow.
+	// ErrSlow, at its next heartbeat.
 	// When a send waits for its acknowledgement, which may be behind what is not
 	// read, a pause ends after 10 s: messages without room are refused then with
 	// an ERROR, and chunks end their stream with ErrNoRoom, until the session
@@ -160,7 +160,7 @@ func newSession(id uint64, dialing bool, conn *transport, m memory, opts Session
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.out = newOutbox(s)
-	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing, onMore: s.enterIntake}
+	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing, onMore: func() { s.enterIntake(false) }}
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
@@ -326,9 +326,10 @@ func (s *Session) beat() {
 }
 
 // keepsOthersOut tells whether a large message takes too long to come in while
-// others wait for the memory that it has.
+// others have waited for as long for the memory that it has.
 func (s *Session) keepsOthersOut() bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.coming > 0 && time.Since(s.comingSince) >= intakePatience && s.intake.wanted()
+	late := s.coming > 0 && time.Since(s.comingSince) >= intakePatience
+	s.mu.Unlock()
+	return late && s.intake.starves()
 }

@@ -309,7 +309,7 @@ func (t *transport) gathered(b []byte) { *t.wbuf = b }
 func (t *transport) writeThrough(payload []byte) error {
 	buf := t.wbuf
 	t.wbuf = nil
-	first := min(len(payload), gatherBytes)
+	first := min(len(payload), gatherBytes-len(*buf)) // one piece for alive
 	pieces := net.Buffers{*buf, payload[:first]}
 	t.sending.Store(true)
 	_, err := pieces.WriteTo(t.Conn)

@@ -243,6 +243,28 @@ func (w *webSocket) readMessage(message []byte) ([]byte, error) {
 	}
 }
 
+// skipRest reads the rest of the message, and forgets it.
+func (w *webSocket) skipRest() error {
+	for {
+		for w.left > 0 {
+			if w.conn.waiting() == 0 {
+				if err := w.conn.fill(); err != nil {
+					return err
+				}
+			}
+			n := min(w.left, w.conn.waiting())
+			w.conn.skip(n)
+			w.left -= n
+		}
+		if w.final {
+			return nil
+		}
+		if err := w.nextFrame(true); err != nil {
+			return err
+		}
+	}
+}
+
 // append reads n bytes of the frame.
 func (w *webSocket) append(b []byte, n int) ([]byte, error) {
 	b = slices.Grow(b, n)

@@ -96,6 +96,7 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 			return nil, nil, err
 		}
 		l.byAddr[c.settings.Address] = ln
+		delete(l.tested, c.settings.Address)
 	case len(ln.users) == 0:
 		return nil, ln.closed, nil
 	default:

@@ -152,6 +152,10 @@ func (r *receiver) pump(src *source) {
 			continue
 		}
 		r.setsOut(src, len(items))
+		if !r.reserve(src, len(items)) {
+			r.abandon(items)
+			return
+		}
 		if !r.offer(items) {
 			return
 		}
@@ -174,10 +178,25 @@ func (r *receiver) awaitShare(src *source) int {
 	}
 }
 
-// offer waits until the items, of one source, are taken. It reports false, and keeps
-// them for rejectRest, when the input ends first.
+// reserve waits until so many messages fit into a client's share. It reports false
+// when the input ends first.
+func (r *receiver) reserve(src *source, n int) bool {
+	for {
+		freed := r.shares.reserve(src.id, n)
+		if freed == nil {
+			return true
+		}
+		select {
+		case <-freed:
+		case <-r.stopped.Done():
+			return false
+		}
+	}
+}
+
+// offer waits until the items are taken. It reports false, and keeps them for
+// rejectRest, when the input ends first.
 func (r *receiver) offer(items []item) bool {
-	r.shares.take(items[0].source.id, len(items))
 	select {
 	case r.arrivals <- items:
 		return true

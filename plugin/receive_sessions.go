@@ -73,6 +73,7 @@ func (r *receiver) tell(src *source, event, cause string) bool {
 	src.describe(m)
 	e := &sessionEvent{session: src.session, bytes: eventOverhead + src.bytes, settled: make(chan struct{})}
 	src.session.Hold(e.bytes)
+	r.shares.take(src.id)
 	return r.offer([]item{{source: src, part: m, of: e}}) && r.await(e.settled)
 }
 

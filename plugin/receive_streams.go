@@ -306,11 +306,10 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		items[i] = item{source: src, part: m, of: b, at: i}
 	}
 	src.session.Hold(b.bytes)
-	if r.awaitShare(src) == 0 {
+	if !r.reserve(src, len(items)) {
 		src.session.Release(b.bytes)
 		return false
 	}
-	r.shares.take(src.id, len(items))
 	r.setsOut(src, len(items))
 	t.mu.Lock()
 	t.pending++

@@ -6,7 +6,7 @@ import (
 )
 
 // shares are the parts of max_in_flight that clients of a listener have. None may
-// have all of it, or one whose messages the outputs refuse, or that takes no
+// have all of it, where it is more than one, or a client whose messages the outputs refuse, or that takes no
 // answers, would keep those of all others waiting. They go by session id: what is
 // still in the pipeline when a client comes back counts for it.
 type shares struct {
@@ -37,19 +37,39 @@ func (s *shares) room(id string) (n int, freed <-chan struct{}) {
 	if n = s.limit - s.held[id]; n > 0 {
 		return n, nil
 	}
-	if s.freed[id] == nil {
-		s.freed[id] = make(chan struct{})
-	}
-	return 0, s.freed[id]
+	return 0, s.freedLocked(id)
 }
 
-func (s *shares) take(id string, n int) {
+// reserve counts n messages of a client, if they fit or are all that it has, and else
+// gives a channel that is closed when it is worth asking again.
+func (s *shares) reserve(id string, n int) (freed <-chan struct{}) {
+	if s.limit == 0 {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if held := s.held[id]; held > 0 && held+n > s.limit {
+		return s.freedLocked(id)
+	}
+	s.held[id] += n
+	return nil
+}
+
+// take counts one that doesn't wait.
+func (s *shares) take(id string) {
 	if s.limit == 0 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.held[id] += n
+	s.held[id]++
+}
+
+func (s *shares) freedLocked(id string) <-chan struct{} {
+	if s.freed[id] == nil {
+		s.freed[id] = make(chan struct{})
+	}
+	return s.freed[id]
 }
 
 // give takes back what take has counted of these.

@@ -99,6 +99,29 @@ func TestAClientsStreamsHaveNoMoreThanItsShare(t *testing.T) {
 	})
 }
 
+// Neither kind knows what the other is about to take.
+func TestAClientsMessagesAndStreamsHaveOneShare(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1, streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.dial()
+		sending := sendAny(func() error {
+			return client.SendStream(t.Context(), strings.NewReader("1\n2\n3\n"), nil)
+		})
+		arrivals := e.arrivalsOf("1", "2", "3")
+		message := send(client, "4")
+		e.wantNoArrival("one place is for others")
+		other := send(e.dial(), "of another")
+		e.arrivalsOf("of another")["of another"].deliver()
+		other.wantAcked(t, "delivered")
+		for _, a := range arrivals {
+			a.deliver()
+		}
+		sending.wantAcked(t, "all of it")
+		e.arrivalsOf("4")["4"].deliver()
+		message.wantAcked(t, "delivered")
+	})
+}
+
 // Each message that waits keeps what there is of its session.
 func TestAStalledPipelineKeepsOnlySoManySessionsThatHaveLeft(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
