@@ -19,14 +19,6 @@ const pingsBehind = 16 << 10
 // minPingEvery is the shortest interval between pings that is believed.
 const minPingEvery = 100 * time.Millisecond
 
-// noRoomPatience is how long a pause of reading may keep an acknowledgement from
-// us that one of our senders waits for, and noRoomRecheck how often a longer
-// pause asks whether one waits by now.
-const (
-	noRoomPatience = 10 * time.Second
-	noRoomRecheck  = time.Second
-)
-
 // read is the reading goroutine. It never waits for the network but to read, nor
 // for the writer.
 func (s *Session) read() {
@@ -66,7 +58,6 @@ func (s *Session) nextMessage() ([]byte, error) {
 		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
 	}
 	var head []byte
-	s.noRoom = false
 	full := s.budget.wait(&s.held) != nil
 	if full || s.ws.left > len(chunkMemory{})/2 {
 		var err error
@@ -74,21 +65,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 			return nil, err
 		}
 	}
-	switch {
-	case full && isData(head):
-		// Other frames are read on: they may be the handshake, or
-		// acknowledgements that our senders wait for.
-		s.noRoom = !s.waitForRoom(isChunk(head))
-	case !full && s.overflowing && s.budget.relaxed(&s.held):
-		s.overflowing = false
-	}
-	for !s.noRoom && s.enterIntake(isData(head)) && !s.noRoom {
-		if !isData(head) || s.budget.wait(&s.held) == nil || s.isEnding() {
-			break
-		}
-		s.leaveIntake() // while it waited, others took what room there was
-		s.noRoom = !s.waitForRoom(isChunk(head))
-	}
+	s.awaitRoom(head, full)
 	if s.noRoom && s.ws.size > uint64(largeMessage) {
 		return s.skipPayload(head)
 	}
@@ -151,138 +128,6 @@ func (s *Session) isEnding() bool {
 	default:
 		return false
 	}
-}
-
-// waitForWriter pauses reading while too many small frames are unwritten. That
-// is the peer's doing: it has to show a sign of life meanwhile.
-func (s *Session) waitForWriter() {
-	for {
-		crowded := s.out.crowded()
-		if crowded == nil || s.isEnding() {
-			return
-		}
-		select {
-		case <-crowded:
-		case <-s.ending:
-		}
-	}
-}
-
-// waitForRoom pauses reading while too much is received and not settled. It
-// reports false when there is no room and waiting would be in vain: the
-// acknowledgements that our senders wait for are behind what we don't read, and
-// what we hold may be waiting for our senders, as it does where an answer is sent
-// before its request is settled. Then what comes is refused until the session holds
-// no more than is free.
-func (s *Session) waitForRoom(chunk bool) bool {
-	room := s.full(chunk)
-	if room == nil {
-		return true
-	}
-	if s.overflowing && s.pend.awaited() {
-		return false
-	}
-	defer s.pause()()
-
-	patience := time.NewTimer(noRoomPatience)
-	defer patience.Stop()
-	for ; room != nil; room = s.full(chunk) {
-		select {
-		case <-room:
-		case <-patience.C:
-			if s.pend.awaited() {
-				s.overflowing = true
-				return false
-			}
-			patience.Reset(noRoomRecheck)
-		case <-s.ending:
-			return true
-		}
-	}
-	return true
-}
-
-// pause begins a time in which nothing is read. The function that it gives ends it.
-func (s *Session) pause() (resume func()) {
-	s.paused.Store(true)
-	return func() {
-		now := time.Now()
-		s.resumed.Store(&now)
-		s.conn.heard.Store(true) // the silence was ours
-		s.paused.Store(false)
-	}
-}
-
-// skipPayload reads a large message that is refused, without memory for it: what
-// there is to know of it is in its first bytes.
-func (s *Session) skipPayload(head []byte) ([]byte, error) {
-	b, err := s.ws.readHead(head, chunkStart-len(head))
-	if err != nil {
-		return nil, err
-	}
-	return b, s.ws.skipRest()
-}
-
-// enterIntake waits until there is memory for the message that is read now, if that
-// is known to be large, and keeps it until leaveIntake. It reports whether it had to
-// wait. When one of our senders waits for an acknowledgement that may be behind it,
-// a message is refused after some patience, as it is by waitForRoom.
-func (s *Session) enterIntake(refusable bool) (waited bool) {
-	n := int64(s.ws.size)
-	switch {
-	case n <= int64(largeMessage) || s.coming > 0:
-		return false
-	case !s.ws.final:
-		n = maxFrame // who knows
-	}
-	room := s.intake.take(n)
-	if room != nil {
-		waited = true
-		defer s.pause()()
-	}
-	patience := time.NewTimer(noRoomPatience)
-	defer patience.Stop()
-	for room != nil {
-		select {
-		case <-room:
-			s.intake.leave()
-			room = s.intake.take(n)
-			continue
-		case <-patience.C:
-			if !refusable || !s.pend.awaited() {
-				patience.Reset(noRoomRecheck)
-				continue
-			}
-			s.noRoom, s.overflowing = true, true
-		case <-s.ending: // it is discarded as it comes
-		}
-		s.intake.leave()
-		return true
-	}
-	s.mu.Lock()
-	s.coming, s.comingSince = n, time.Now()
-	s.mu.Unlock()
-	return waited
-}
-
-// leaveIntake is said when the message is whole and handled, or will never be.
-func (s *Session) leaveIntake() {
-	if s.coming == 0 {
-		return
-	}
-	s.intake.give(s.coming)
-	s.mu.Lock()
-	s.coming = 0
-	s.mu.Unlock()
-}
-
-// full returns nil when a message may be read, else a channel to wait for.
-func (s *Session) full(chunk bool) <-chan struct{} {
-	room := s.budget.wait(&s.held)
-	if s.isEnding() || s.refusing.Load() && !(chunk && s.incoming.holds()) { // asked last, or Refuse could be missed
-		return nil
-	}
-	return room
 }
 
 // handle acts on one frame.
