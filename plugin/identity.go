@@ -115,8 +115,8 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	if fields > maxIdentityFields || size > maxIdentityBytes {
 		return nil, &cryo.AdmissionError{
 			StatusCode: http.StatusRequestHeaderFieldsTooLarge,
-			Sentence: fmt.Sprintf("The session would have %d fields of metadata with %d bytes, it may have %d with %d.",
-				fields, size, maxIdentityFields, maxIdentityBytes),
+			Sentence: fmt.Sprintf("The session would have too much metadata: fields: %d, at most %d; bytes: %d, at most %d.",
+				fields, maxIdentityFields, size, maxIdentityBytes),
 		}
 	}
 	i.bytes += size

@@ -24,7 +24,7 @@ func inputSpec() *service.ConfigSpec {
 		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: at once, and while that fails after waits that double up to ten seconds (a refused token: every half minute).\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
-		Field(maxBufferField()).
+		Field(maxBufferField(false)).
 		LintRule(`root = `+dialLint).
 		Example("From a Cryo server to files", "Messages of a Cryo server are appended to a file; each is acknowledged when it is written.", `
 input:

@@ -50,7 +50,7 @@ root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\
 			Default(0).
 			Advanced().
 			LintRule(`root = if this.type() == "number" && this < 0 { "field max_sessions_per_address can't be negative, got %v".format(this) }`),
-		maxBufferField(),
+		maxBufferField(true),
 		positiveDuration(fieldHandshakeTimeout).
 			Description("How long a client may take for TLS and its HTTP request, and again for Cryo's handshake on the open WebSocket.").
 			Default("10s").

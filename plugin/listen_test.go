@@ -242,11 +242,11 @@ func TestAClientWithTooMuchMetadataIsToldSoAndNotThatItsTokenIsRefused(t *testin
 	for _, tt := range []struct{ name, mapping, sentence string }{
 		{
 			"too many fields", `root = range(0, 65).map_each(i -> { "key": "f%v".format(i), "value": 1 }).map_each(f -> { (f.key): f.value }).merge({}).squash()`,
-			"The session would have 65 fields of metadata with 900 bytes, it may have 64 with 8192.",
+			"The session would have too much metadata: fields: 65, at most 64; bytes: 900, at most 8192.",
 		},
 		{
 			"fields that are too long", `root.a = range(0, 8192).map_each(i -> "x").join("")`,
-			"The session would have 1 fields of metadata with 8203 bytes, it may have 64 with 8192.",
+			"The session would have too much metadata: fields: 1, at most 64; bytes: 8203, at most 8192.",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -97,7 +97,7 @@ const receivePerformance = `
 
 Messages that wait already are handed over together, up to ` + "`max_batch_count`" + `, so processors and outputs work on many at once, and nothing waits for a batch to fill. Their acknowledgements travel together as well.
 
-What limits the throughput is mostly ` + "`max_in_flight`" + ` divided by the time that the outputs take: 1,024 messages and outputs that need 100 ms make some 10,000 messages a second. Raise it for outputs that are slow but take much at once. An output with ` + "`batching`" + ` needs a ` + "`count`" + ` below it, and a ` + "`period`" + `: a batch that waits for messages which wait for its acknowledgement never fills. A sender that waits for each acknowledgement before it sends the next message gets one message through per passage of the pipeline, whatever is set here.
+What limits the throughput is mostly ` + "`max_in_flight`" + ` divided by the time that the outputs take: 1,024 messages and outputs that need 100 ms make some 10,000 messages a second. Raise it for outputs that are slow but take much at once. An output with ` + "`batching`" + ` needs a ` + "`count`" + ` below it (below three quarters of it, where clients share it), and a ` + "`period`" + `: a batch that waits for messages which wait for its acknowledgement never fills. A sender that waits for each acknowledgement before it sends the next message gets one message through per passage of the pipeline, whatever is set here.
 
 The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for streams, with a scanner that needs the whole of one (` + "`to_the_end`" + `), ` + "`streams.max_open`" + ` times ` + "`streams.max_bytes`" + `. A scanner that cuts streams up (` + "`lines`" + `, ` + "`csv`" + `, ` + "`chunker`" + `) needs little, however long they are.
 `
@@ -108,7 +108,7 @@ func receiveFields(sessions bool) []*service.ConfigField {
 	about, share := "", ""
 	if sessions {
 		about = " `session` tells of clients that connect and leave."
-		share = " One client has at most three quarters of it, so that one whose messages fail, or that takes no answers, leaves room for others."
+		share = " One client has at most three quarters of it, so that one whose messages fail, or that takes no answers, leaves room for others; where there is only one client, that is what the batch has to be smaller than."
 	}
 	return []*service.ConfigField{
 		service.NewStringListField(fieldMessageTypes).
@@ -126,7 +126,7 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 			Advanced(),
 		streamsField(),
 		positiveInt(fieldMaxInFlight).
-			Description("How many messages may be in the pipeline, not yet delivered." + share + " An output's batch has to be smaller, or it is only ever sent by its `period`.").
+			Description("How many messages may be in the pipeline, not yet delivered. An output's batch has to be smaller, or it is only ever sent by its `period`." + share).
 			Default(1024),
 		positiveInt(fieldMaxBatchCount).
 			Description("How many messages at most become one batch of the pipeline. Only what waits already does: nothing waits for a batch to fill.").
@@ -146,9 +146,15 @@ root = if this.type() == "array" && this.length() == 0 { [ "field message_types 
 	}
 }
 
-func maxBufferField() *service.ConfigField {
+// maxBufferField is of one session, or of a listener's together.
+func maxBufferField(shared bool) *service.ConfigField {
+	sharing, slow := "", ""
+	if shared {
+		sharing = " It is a bound for all sessions together: each may hold up to eight times what is still free."
+		slow = " A further one waits, and one that keeps others waiting for more than a minute costs its session: over slow lines, send what is large as a stream."
+	}
 	return positiveInt(fieldMaxBufferBytes).
-		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it. It is a bound for all sessions together: each may hold up to eight times what is still free. As much again, and one message, may be taken by messages of more than 64 KiB that are still coming in; a further one waits, and one that keeps others waiting for more than a minute costs its session: over slow lines, send what is large as a stream. By default some 100,000 messages of 32 bytes fit. Where this process also sends on the same session, the acknowledgements that it waits for come behind what is not read. When one is awaited for 10 s like that, messages that there is no room for are refused with an ERROR, and streams cancelled, until the session holds no more than is still free. A client that even then goes on sending and reads nothing loses its session.").
+		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it." + sharing + " As much again, and one message, may be taken by messages of more than 64 KiB that are still coming in." + slow + " By default some 100,000 messages of 32 bytes fit. Where this process also sends on the same session, the acknowledgements that it waits for come behind what is not read. When one is awaited for 10 s like that, messages that there is no room for are refused with an ERROR, and streams cancelled, until the session holds no more than is still free. A peer that even then goes on sending and reads nothing loses its session.").
 		Default(cryo.DefaultMaxBufferBytes).
 		Advanced()
 }
