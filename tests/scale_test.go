@@ -128,7 +128,10 @@ func (i *idleness) measure(tb testing.TB) {
 	}
 	tb.Logf("%d sessions connected in %v; %.0f bytes each; a broadcast in %v; %.0f bytes each after %d", n, connecting, idle, broadcasting, after, i.broadcasts)
 	require.Less(tb, idle, most)
-	require.Less(tb, after, most+moreAfterBroadcasts)
+	if i.broadcasts > 1 {
+		most += moreAfterBroadcasts
+	}
+	require.Less(tb, after, most)
 }
 
 // broadcast sends to all clients, and returns when all have acknowledged.
