@@ -92,8 +92,7 @@ func (s *Session) skipPayload(head []byte) ([]byte, error) {
 
 // enterIntake waits until there is memory for the message that is read now, if that
 // is known to be large, and keeps it until leaveIntake. It reports whether it had to
-// wait. When one of our senders waits for an acknowledgement that may be behind it,
-// a message is refused after some patience, as it is by waitForRoom.
+// wait.
 func (s *Session) enterIntake(refusable bool) (waited bool) {
 	n := int64(s.ws.size)
 	switch {
@@ -102,11 +101,24 @@ func (s *Session) enterIntake(refusable bool) (waited bool) {
 	case !s.ws.final:
 		n = maxFrame // who knows
 	}
-	room := s.intake.take(n)
-	if room != nil {
+	if room := s.intake.take(n); room != nil {
 		waited = true
-		defer s.pause()()
+		if !s.awaitIntake(n, room, refusable) {
+			return true
+		}
 	}
+	s.mu.Lock()
+	s.coming, s.comingSince = n, time.Now()
+	s.mu.Unlock()
+	return waited
+}
+
+// awaitIntake pauses reading until there is memory. It reports false when there won't
+// be: at the end of the session, when the message is discarded as it comes, and when
+// one of our senders waits for an acknowledgement that may be behind it. Then it is
+// refused after some patience, as it is by waitForRoom.
+func (s *Session) awaitIntake(n int64, room <-chan struct{}, refusable bool) bool {
+	defer s.pause()()
 	patience := time.NewTimer(noRoomPatience)
 	defer patience.Stop()
 	for room != nil {
@@ -114,22 +126,19 @@ func (s *Session) enterIntake(refusable bool) (waited bool) {
 		case <-room:
 			s.intake.leave()
 			room = s.intake.take(n)
-			continue
 		case <-patience.C:
-			if !refusable || !s.pend.awaited() {
-				patience.Reset(noRoomRecheck)
-				continue
+			if refusable && s.pend.awaited() {
+				s.intake.leave()
+				s.noRoom, s.overflowing = true, true
+				return false
 			}
-			s.noRoom, s.overflowing = true, true
-		case <-s.ending: // it is discarded as it comes
+			patience.Reset(noRoomRecheck)
+		case <-s.ending:
+			s.intake.leave()
+			return false
 		}
-		s.intake.leave()
-		return true
 	}
-	s.mu.Lock()
-	s.coming, s.comingSince = n, time.Now()
-	s.mu.Unlock()
-	return waited
+	return true
 }
 
 // leaveIntake is said when the message is whole and handled, or will never be.

@@ -167,13 +167,8 @@ func (r *receiver) pump(src *source) {
 func (r *receiver) awaitShare(src *source) int {
 	for {
 		room, freed := r.shares.room(src.id)
-		if room > 0 {
+		if room > 0 || !r.await(freed) {
 			return room
-		}
-		select {
-		case <-freed:
-		case <-r.stopped.Done():
-			return 0
 		}
 	}
 }
@@ -186,9 +181,7 @@ func (r *receiver) reserve(src *source, n int) bool {
 		if freed == nil {
 			return true
 		}
-		select {
-		case <-freed:
-		case <-r.stopped.Done():
+		if !r.await(freed) {
 			return false
 		}
 	}

@@ -6,9 +6,9 @@ import (
 )
 
 // shares are the parts of max_in_flight that clients of a listener have. None may
-// have all of it, where it is more than one, or a client whose messages the outputs refuse, or that takes no
-// answers, would keep those of all others waiting. They go by session id: what is
-// still in the pipeline when a client comes back counts for it.
+// have all of it, where it is more than one: a client whose messages the outputs
+// refuse, or that takes no answers, would keep those of all others waiting. They go
+// by session id: what is still in the pipeline when a client comes back counts for it.
 type shares struct {
 	limit int // of one client; 0 is none
 
