@@ -62,18 +62,18 @@ type receiver struct {
 	places   *places       // of the open streams
 	wake     chan struct{} // holds a token when there is a new replay or a place is free
 	rest     []item        // arrived, not yet handed over; owned by ReadBatch
-	stalled  *time.Timer   // fires when nothing happens for a while; owned by ReadBatch
 
 	stopped context.Context
 	stop    context.CancelFunc
 	pumps   sync.WaitGroup
+	watch   sync.Once // starts watchForStalls
 
 	mu         sync.Mutex
 	sources    map[*cryo.Session]*source
 	byID       map[string]*source     // the last one of each id, where sessions are told of
 	deliveries map[*delivery]struct{} // not settled
 	stallTold  bool                   // a stall was reported, and nothing settled since
-	settled    time.Time              // when something last was
+	moved      time.Time              // when something was last handed over or settled
 	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
 	replays    []item                 // failed messages, by the time when they are due
 	gone       bool                   // rejectRest was called: nothing is replayed any more
@@ -95,7 +95,6 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		byID:       make(map[string]*source),
 		deliveries: make(map[*delivery]struct{}),
 	}
-	r.stalled = time.NewTimer(stallPatience)
 	r.stopped, r.stop = context.WithCancel(context.Background())
 	return r
 }
@@ -113,6 +112,7 @@ func (r *receiver) receiveFrom(s *cryo.Session) <-chan struct{} {
 	if r.conf.sessions {
 		src.before, r.byID[src.id] = r.byID[src.id], src
 	}
+	r.watch.Do(func() { r.pumps.Go(r.watchForStalls) })
 	r.pumps.Go(func() {
 		if r.takeAll(src) {
 			r.forget(src)
@@ -250,13 +250,10 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		if len(r.rest) > 0 {
 			ended = nil // not yet
 		}
-		r.stalled.Reset(stallPatience)
 		select {
 		case r.rest = <-arrivals:
 		case <-r.wake:
 		case <-due:
-		case <-r.stalled.C:
-			r.reportStall()
 		case <-ended:
 			return nil, nil, service.ErrNotConnected
 		case <-ctx.Done():
@@ -269,17 +266,36 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 // nothing before a log line says so.
 const stallPatience = 10 * time.Second
 
-// reportStall tells, once until something is settled, of a pipeline that waits for
-// more messages than it may have: its output hangs, or has a batching policy that
-// can't fill. An output that hangs with fewer is not told of, for read isn't called.
+// watchForStalls looks from time to time. ReadBatch, which would know to the second
+// when it began to wait, must not wait for a timer: the runtime would wake the
+// thread that waits for the network, for each message that comes alone.
+func (r *receiver) watchForStalls() {
+	look := time.NewTicker(stallPatience / 10)
+	defer look.Stop()
+	for {
+		select {
+		case <-look.C:
+			r.reportStall()
+		case <-r.stopped.Done():
+			return
+		}
+	}
+}
+
+// reportStall tells, once until something is settled, of a pipeline that has taken
+// all the messages that it may have: its output hangs, or has a batching policy that
+// can't fill.
 func (r *receiver) reportStall() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.stallTold || r.inFlight == 0 || time.Since(r.moved) < stallPatience {
+		return
+	}
 	full := r.inFlight >= r.conf.maxInFlight || r.shares.exhausted()
 	for s := range r.sources {
-		full = full || r.inFlight > 0 && s.Paused()
+		full = full || s.Paused()
 	}
-	if !full || r.stallTold || time.Since(r.settled) < stallPatience {
+	if !full {
 		return
 	}
 	r.stallTold = true
@@ -309,6 +325,7 @@ more:
 	r.rest = r.rest[n:]
 	r.mu.Lock()
 	r.inFlight += n
+	r.moved = time.Now()
 	r.mu.Unlock()
 	r.metrics.unacknowledged.add(n)
 	return taken
