@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -140,16 +141,13 @@ func (all sessions) send(n int, rate float64) (latency []time.Duration, err erro
 }
 
 func (s *session) send(n int, rate float64) error {
-	message := make([]byte, s.spec.Size)
-	for i := range message {
-		message[i] = 'x'
-	}
+	message := text(s.spec.Size)
 	switch s.spec.Protocol {
 	case speaksLines:
 		message[len(message)-1] = '\n'
-		return s.repeat(message, n)
+		return s.write(newBlock(message, 0), n)
 	case speaksWebSocket:
-		return s.repeat(append(appendHead(nil, len(message), false), message...), n)
+		return s.write(newBlock(append(appendHead(nil, len(message), false), message...), 0), n)
 	case speaksStreams:
 		return s.stream(n, message)
 	default:
@@ -160,72 +158,96 @@ func (s *session) send(n int, rate float64) error {
 	}
 }
 
-// repeat writes the same bytes again and again.
-func (s *session) repeat(b []byte, n int) error {
-	var block []byte
-	for n > 0 {
-		block = block[:0]
-		for n > 0 && (len(block) == 0 || len(block)+len(b) <= writeAhead) {
-			block = append(block, b...)
-			n--
+// block is a message again and again, so that as many as may be sent are written
+// at once, and none is copied for that.
+type block struct {
+	bytes []byte
+	size  int // of one message
+	at    int // where its number is; 0 if it has none
+}
+
+func newBlock(message []byte, at int) block {
+	return block{bytes.Repeat(message, max(1, writeAhead/len(message))), len(message), at}
+}
+
+// block is that of a frame with a number there.
+func (s *session) block(frame []byte, at int) block {
+	head := appendHead(nil, len(frame), s.w.client)
+	return newBlock(append(head, frame...), len(head)+at)
+}
+
+func (b block) len() int { return len(b.bytes) / b.size }
+
+// numbered gives so many messages, the first of which has this number.
+func (b block) numbered(n int, first uint32) []byte {
+	if b.at > 0 {
+		for i := range n {
+			binary.BigEndian.PutUint32(b.bytes[i*b.size+b.at:], first+uint32(i))
 		}
-		if _, err := s.conn.Write(block); err != nil {
+	}
+	return b.bytes[:n*b.size]
+}
+
+// write writes messages, numbered from 0 on.
+func (s *session) write(b block, n int) error {
+	for sent := 0; sent < n; {
+		some := min(n-sent, b.len())
+		if _, err := s.conn.Write(b.numbered(some, uint32(sent))); err != nil {
 			return err
 		}
+		sent += some
 	}
 	return nil
 }
 
+func (s *session) messageBlock(payload []byte) block {
+	return s.block(s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload}), 9)
+}
+
 // messages sends within the window.
 func (s *session) messages(n int, payload []byte) error {
-	frame := s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload})
+	b := s.messageBlock(payload)
 	window := int64(max(1, s.spec.Window/max(1, s.spec.Sessions)))
 	start := s.settled.Load()
-	var block []byte
 	for sent := int64(0); sent < int64(n); {
-		room := min(window-(sent-(s.settled.Load()-start)), int64(n)-sent)
+		room := min(window-(sent-(s.settled.Load()-start)), int64(n)-sent, int64(b.len()))
 		if room == 0 {
 			<-s.progress
 			continue
 		}
-		block = block[:0]
-		for room > 0 && (len(block) == 0 || len(block)+len(frame) <= writeAhead) {
-			block = s.appendNumbered(block, frame)
-			room--
-			sent++
-		}
-		if _, err := s.conn.Write(block); err != nil {
+		if err := s.writeNumbered(b, int(room)); err != nil {
 			return err
 		}
+		sent += room
 	}
 	s.wait(start + int64(n))
 	return nil
 }
 
-func (s *session) appendNumbered(block, frame []byte) []byte {
-	s.number++
-	binary.BigEndian.PutUint32(frame[9:], s.number)
-	block = appendHead(block, len(frame), s.w.client)
-	return append(block, frame...)
+// writeNumbered writes messages with the session's next numbers.
+func (s *session) writeNumbered(b block, n int) error {
+	_, err := s.conn.Write(b.numbered(n, s.number+1))
+	s.number += uint32(n)
+	return err
 }
 
 // pace sends in small portions, so that the rate is kept.
 func (s *session) pace(n int, rate float64, payload []byte) error {
-	frame := s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload})
+	b := s.messageBlock(payload)
 	start, begin := s.settled.Load(), time.Now()
 	s.sentAt = make([]time.Time, int(s.number)+n+1)
 	s.latency = make([]time.Duration, 0, n)
-	var block []byte
 	for sent := 0; sent < n; time.Sleep(200 * time.Microsecond) {
 		now := time.Now()
-		due := min(int(now.Sub(begin).Seconds()*rate), n)
-		block = block[:0]
-		for ; sent < due; sent++ {
-			block = s.appendNumbered(block, frame)
-			s.sentAt[s.number] = now
-		}
-		if _, err := s.conn.Write(block); err != nil {
-			return err
+		for due := min(int(now.Sub(begin).Seconds()*rate), n); sent < due; {
+			some := min(due-sent, b.len())
+			for i := range some {
+				s.sentAt[int(s.number)+1+i] = now
+			}
+			if err := s.writeNumbered(b, some); err != nil {
+				return err
+			}
+			sent += some
 		}
 	}
 	s.wait(start + int64(n))
@@ -236,27 +258,17 @@ func (s *session) pace(n int, rate float64, payload []byte) error {
 func (s *session) stream(n int, chunk []byte) error {
 	s.number++
 	tx, start := s.number, s.settled.Load()
-	announce := s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")})
-	if _, err := s.conn.Write(append(appendHead(nil, len(announce), s.w.client), announce...)); err != nil {
+	announce := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9)
+	if _, err := s.conn.Write(announce.numbered(1, s.number)); err != nil {
 		return err
 	}
 	s.wait(start + 1)
-	frame := s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk})
-	var block []byte
-	for seq := 0; seq < n; {
-		block = block[:0]
-		for seq < n && (len(block) == 0 || len(block)+len(frame) <= writeAhead) {
-			binary.BigEndian.PutUint32(frame[13:], uint32(seq))
-			block = append(appendHead(block, len(frame), s.w.client), frame...)
-			seq++
-		}
-		if _, err := s.conn.Write(block); err != nil {
-			return err
-		}
+	if err := s.write(s.block(s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk}), 13), n); err != nil {
+		return err
 	}
 	s.number++
-	finish := s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx})
-	if _, err := s.conn.Write(append(appendHead(nil, len(finish), s.w.client), finish...)); err != nil {
+	finish := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx}), 9)
+	if _, err := s.conn.Write(finish.numbered(1, s.number)); err != nil {
 		return err
 	}
 	s.wait(start + 2)
