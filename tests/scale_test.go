@@ -20,9 +20,9 @@ import (
 // What an idle session may take of the process: resident, with all that its
 // collector has not given back.
 const (
-	mostMemoryASession  = 32 << 10
-	moreAfterBroadcasts = 8 << 10
-	moreWithTLS         = 16 << 10
+	mostMemoryASession = 32 << 10
+	moreWithTLS        = 16 << 10
+	garbage            = 8 << 20 // of the process, however many they are
 )
 
 // crowdConfig takes what clients send, and sends what is posted to all of them.
@@ -85,7 +85,7 @@ func (i *idleness) measure(tb testing.TB) {
 	allowFiles(tb, uint64(n)+500)
 	httpAddress := freeAddress(tb)
 	env := []string{"HTTP_ADDRESS=" + httpAddress, "HEARTBEAT=" + i.heartbeat.String()}
-	most := float64(mostMemoryASession)
+	most := mostMemoryASession + garbage/float64(n)
 	var trusted *tls.Config
 	if i.secure {
 		dir := tb.TempDir()
@@ -128,9 +128,6 @@ func (i *idleness) measure(tb testing.TB) {
 	}
 	tb.Logf("%d sessions connected in %v; %.0f bytes each; a broadcast in %v; %.0f bytes each after %d", n, connecting, idle, broadcasting, after, i.broadcasts)
 	require.Less(tb, idle, most)
-	if i.broadcasts > 1 {
-		most += moreAfterBroadcasts
-	}
 	require.Less(tb, after, most)
 }
 
