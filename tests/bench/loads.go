@@ -59,6 +59,18 @@ func loopInput(kind, name string, size, window int) load {
 	return load{name: "in/" + kind + name, unit: size, start: func() (*running, error) { return startLoop(spec) }}
 }
 
+// minimalInput is an input of the engine that costs nothing else, at a plain loop.
+func minimalInput(name string, size, window int) load {
+	spec := peerSpec{Protocol: speaksPlain, Source: true, Size: size, Window: window}
+	return load{name: "in/minimal" + name, unit: size, start: func() (*running, error) {
+		p, err := startPeer(spec)
+		if err != nil {
+			return nil, err
+		}
+		return dropping(p, &minimal{address: p.address}, `own: {}`)
+	}}
+}
+
 // output measures a sending component of the engine.
 func output(name, component, yaml string, batch int, spec peerSpec) load {
 	return load{name: "out/" + name, unit: spec.Size, start: func() (*running, error) {
@@ -128,6 +140,7 @@ var loads = []load{
 
 	cryoInput("cryo-bare-one-at-a-time", bareInput, kib, 1),
 	loopInput(speaksPlain, "-one-at-a-time", kib, 1),
+	minimalInput("-one-at-a-time", kib, 1),
 	cryoOutput("cryo-one-at-a-time", kib, 1, 1),
 	loopOutput(speaksPlain, "-one-at-a-time", kib, 1),
 

@@ -1,16 +1,21 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	_ "github.com/redpanda-data/benthos/v4/public/components/io"
 	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 
 	_ "github.com/cryo-connect/cryo-connect/plugin"
 )
@@ -39,8 +44,13 @@ func receiving(spec peerSpec, input string) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
+	return dropping(p, nil, fill(input, address))
+}
+
+// dropping runs the pipeline that receiving measures.
+func dropping(p *peer, own service.BatchInput, input string) (*running, error) {
 	count := &counter{reached: make(chan struct{}, 1)}
-	stop, err := runPipeline(count, nil, fill(input, address), `drop: {}`)
+	stop, err := runPipeline(count, own, input, `drop: {}`)
 	if err != nil {
 		return nil, err
 	}
@@ -66,7 +76,7 @@ func sending(spec peerSpec, batch int, output string) (*running, error) {
 		return nil, err
 	}
 	f := &feed{messages: messagesOf(spec.Size, batch), batches: make(chan int, 16), delivered: make(chan int, 1024)}
-	stop, err := runPipeline(&counter{}, f, `feed: {}`, fill(output, address))
+	stop, err := runPipeline(&counter{}, f, `own: {}`, fill(output, address))
 	if err != nil {
 		return nil, err
 	}
@@ -104,8 +114,8 @@ func startPeerFor(spec peerSpec) (p *peer, address string, err error) {
 	return p, p.address, nil
 }
 
-// runPipeline runs until stop is called.
-func runPipeline(count *counter, f *feed, input, output string) (stop func(), err error) {
+// runPipeline runs until stop is called. The input "own" is one of ours, if any.
+func runPipeline(count *counter, own service.BatchInput, input, output string) (stop func(), err error) {
 	env := service.NewEnvironment()
 	err = env.RegisterMetricsExporter("count", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Logger) (service.MetricsExporter, error) {
 		return exporter{count}, nil
@@ -113,8 +123,8 @@ func runPipeline(count *counter, f *feed, input, output string) (stop func(), er
 	if err != nil {
 		return nil, err
 	}
-	err = env.RegisterBatchInput("feed", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
-		return f, nil
+	err = env.RegisterBatchInput("own", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+		return own, nil
 	})
 	if err != nil {
 		return nil, err
@@ -181,6 +191,37 @@ func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	case <-ctx.Done():
 		return nil, nil, ctx.Err()
 	}
+}
+
+// minimal is an input that reads a message of a plain loop, and acknowledges it:
+// what the engine itself costs when messages come one at a time.
+type minimal struct {
+	address string
+	loop    *loop
+	writing sync.Mutex
+}
+
+var _ service.BatchInput = (*minimal)(nil)
+
+func (m *minimal) Connect(context.Context) (err error) {
+	m.loop, err = dialLoop(m.address, false)
+	return err
+}
+
+func (m *minimal) Close(context.Context) error { return m.loop.ws.Close() }
+
+func (m *minimal) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	f, err := m.loop.next()
+	if err != nil { // the peer has ended
+		<-ctx.Done()
+		return nil, nil, ctx.Err()
+	}
+	ack := frame(cryo.Frame{Type: cryo.TypeAck, Ack: f.Ack})
+	return service.MessageBatch{service.NewMessage(bytes.Clone(f.Payload))}, func(context.Context, error) error {
+		m.writing.Lock()
+		defer m.writing.Unlock()
+		return m.loop.ws.WriteMessage(websocket.BinaryMessage, ack)
+	}, nil
 }
 
 // counter counts what outputs have delivered: the engine's own output_sent.
