@@ -132,8 +132,8 @@ type measured []result
 func inTurn(loads []load, rounds int, duration time.Duration) (map[string]measured, error) {
 	all := make(map[string]measured)
 	for round := range rounds {
+		fmt.Fprintf(os.Stderr, "round %d of %d\n", round+1, rounds)
 		for _, l := range loads {
-			fmt.Fprintf(os.Stderr, "\r\x1b[Kround %d of %d: %s", round+1, rounds, l.name)
 			r, err := inProcess(l, duration)
 			if err != nil {
 				return nil, err
@@ -141,7 +141,6 @@ func inTurn(loads []load, rounds int, duration time.Duration) (map[string]measur
 			all[l.name] = append(all[l.name], r)
 		}
 	}
-	fmt.Fprint(os.Stderr, "\r\x1b[K")
 	return all, nil
 }
 

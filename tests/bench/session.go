@@ -145,9 +145,9 @@ func (s *session) send(n int, rate float64) error {
 	switch s.spec.Protocol {
 	case speaksLines:
 		message[len(message)-1] = '\n'
-		return s.write(newBlock(message, 0), n)
+		return s.write(newBlock(message, 0, n), n)
 	case speaksWebSocket:
-		return s.write(newBlock(append(appendHead(nil, len(message), false), message...), 0), n)
+		return s.write(newBlock(append(appendHead(nil, len(message), false), message...), 0, n), n)
 	case speaksStreams:
 		return s.stream(n, message)
 	default:
@@ -166,14 +166,15 @@ type block struct {
 	at    int // where its number is; 0 if it has none
 }
 
-func newBlock(message []byte, at int) block {
-	return block{bytes.Repeat(message, max(1, writeAhead/len(message))), len(message), at}
+// newBlock makes one for at most n messages at a time.
+func newBlock(message []byte, at, n int) block {
+	return block{bytes.Repeat(message, max(1, min(n, writeAhead/len(message)))), len(message), at}
 }
 
 // block is that of a frame with a number there.
-func (s *session) block(frame []byte, at int) block {
+func (s *session) block(frame []byte, at, n int) block {
 	head := appendHead(nil, len(frame), s.w.client)
-	return newBlock(append(head, frame...), len(head)+at)
+	return newBlock(append(head, frame...), len(head)+at, n)
 }
 
 func (b block) len() int { return len(b.bytes) / b.size }
@@ -200,14 +201,14 @@ func (s *session) write(b block, n int) error {
 	return nil
 }
 
-func (s *session) messageBlock(payload []byte) block {
-	return s.block(s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload}), 9)
+func (s *session) messageBlock(payload []byte, n int) block {
+	return s.block(s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload}), 9, n)
 }
 
 // messages sends within the window.
 func (s *session) messages(n int, payload []byte) error {
-	b := s.messageBlock(payload)
 	window := int64(max(1, s.spec.Window/max(1, s.spec.Sessions)))
+	b := s.messageBlock(payload, int(min(window, int64(n))))
 	start := s.settled.Load()
 	for sent := int64(0); sent < int64(n); {
 		room := min(window-(sent-(s.settled.Load()-start)), int64(n)-sent, int64(b.len()))
@@ -233,7 +234,7 @@ func (s *session) writeNumbered(b block, n int) error {
 
 // pace sends in small portions, so that the rate is kept.
 func (s *session) pace(n int, rate float64, payload []byte) error {
-	b := s.messageBlock(payload)
+	b := s.messageBlock(payload, n)
 	start, begin := s.settled.Load(), time.Now()
 	s.sentAt = make([]time.Time, int(s.number)+n+1)
 	s.latency = make([]time.Duration, 0, n)
@@ -258,16 +259,16 @@ func (s *session) pace(n int, rate float64, payload []byte) error {
 func (s *session) stream(n int, chunk []byte) error {
 	s.number++
 	tx, start := s.number, s.settled.Load()
-	announce := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9)
+	announce := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9, 1)
 	if _, err := s.conn.Write(announce.numbered(1, s.number)); err != nil {
 		return err
 	}
 	s.wait(start + 1)
-	if err := s.write(s.block(s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk}), 13), n); err != nil {
+	if err := s.write(s.block(s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk}), 13, n), n); err != nil {
 		return err
 	}
 	s.number++
-	finish := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx}), 9)
+	finish := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx}), 9, 1)
 	if _, err := s.conn.Write(finish.numbered(1, s.number)); err != nil {
 		return err
 	}
