@@ -22,11 +22,41 @@ import (
 // arrival. Which message each of them answers is told by the metadata that we
 // gave it: the session, and on it the number of the message or stream.
 
-// withResponses gives a context for the messages of a batch, and the store that
-// their responses come to.
-func withResponses() (context.Context, *service.SyncResponseStore) {
-	m, store := service.NewMessage(nil).WithSyncResponseStore()
-	return m.Context(), store
+// responses are the context in which the engine finds the store of a batch's
+// responses, and the store.
+type responses struct {
+	context.Context
+	store *service.SyncResponseStore
+}
+
+// respond gives them, and makes them for the first response of a batch. To have them
+// ready for each batch took nine allocations, and a thirtieth of the time of messages
+// that come one at a time.
+func (d *delivery) respond() *responses {
+	if d.responses.Load() == nil {
+		m, store := service.NewMessage(nil).WithSyncResponseStore()
+		d.responses.CompareAndSwap(nil, &responses{m.Context(), store})
+	}
+	return d.responses.Load()
+}
+
+// responsesKey is the key for which the engine asks the context of a message that is a
+// response. It has no public name, so we let it ask.
+var responsesKey = func() any {
+	asked := &asked{Context: context.Background()}
+	_ = service.NewMessage(nil).WithContext(asked).AddSyncResponse() // there is no store
+	return asked.key
+}()
+
+// asked is a context that remembers for which key it was asked last.
+type asked struct {
+	context.Context
+	key any
+}
+
+func (a *asked) Value(key any) any {
+	a.key = key
+	return nil
 }
 
 // answer is what the pipeline responded to a message, or to the parts of a
@@ -73,7 +103,11 @@ func requestOf(response *service.Message) (r request) {
 // batching may have merged them with others. A message that is alone leaves no
 // doubt, so it helps to try again.
 func (d *delivery) answers() ([]*answer, error) {
-	responses := slices.Concat(d.responses.Read()...)
+	responded := d.responses.Load()
+	if responded == nil {
+		return nil, nil
+	}
+	responses := slices.Concat(responded.store.Read()...)
 	if len(responses) == 0 {
 		return nil, nil
 	}

@@ -3,16 +3,16 @@ package plugin
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
 // delivery is a batch in the pipeline.
 type delivery struct {
-	items  []item
-	places []place // by item; nil for a single one
-
-	responses *service.SyncResponseStore
+	items     []item
+	places    []place                   // by item
+	responses atomic.Pointer[responses] // nil until one comes
 }
 
 // place is the context of a message in the pipeline. It tells of which delivery
@@ -27,31 +27,29 @@ type place struct {
 
 type placeKey struct{}
 
-// Value finds the place itself, through contexts that the engine has put around it.
+// Value finds the place itself, through contexts that the engine has put around it,
+// and where responses go.
 func (p *place) Value(key any) any {
-	if key == (placeKey{}) {
+	switch key {
+	case placeKey{}:
 		return p
+	case responsesKey:
+		return p.delivery.respond().Value(key)
+	default:
+		return p.Context.Value(key)
 	}
-	return p.Context.Value(key)
 }
 
 // newDelivery makes the pipeline's batch of the items. All that a batch needs for
 // itself is allocated at once, so the messages are copies of what the engine's
 // constructors give: an allocation a message less, of nine.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
-	responses, store := withResponses()
-	d := &delivery{items: items, responses: store}
+	d := &delivery{items: items, places: make([]place, len(items))}
 	messages := make([]service.Message, len(items))
 	batch := make(service.MessageBatch, len(items))
-	if len(items) > 1 {
-		d.places = make([]place, len(items))
-	}
 	for i := range items {
-		it, ctx := &items[i], responses
-		if d.places != nil {
-			d.places[i] = place{ctx, d, i}
-			ctx = &d.places[i]
-		}
+		it, ctx := &items[i], &d.places[i]
+		*ctx = place{context.Background(), d, i}
 		switch {
 		case it.part != nil:
 			messages[i] = *it.part.Copy().WithContext(ctx) // it may have to be handed over again
@@ -85,7 +83,7 @@ func (d *delivery) failed(err error) []bool {
 		bad[i] = true
 	}
 	var batchErr *service.BatchError
-	if d.places == nil || !errors.As(err, &batchErr) {
+	if len(d.items) == 1 || !errors.As(err, &batchErr) {
 		return bad
 	}
 	named := make([]bool, len(d.items))

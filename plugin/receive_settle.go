@@ -47,7 +47,9 @@ func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 		r.reject(failed, err)
 		r.release(failed)
 	}
-	r.answer(ctx, answered)
+	if len(answered) > 0 {
+		r.answer(ctx, answered)
+	}
 }
 
 // release ends the time of messages in the pipeline. ReadBatch is woken only when
