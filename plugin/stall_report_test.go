@@ -55,6 +55,23 @@ func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
 	})
 }
 
+// The engine asks for no more messages then.
+func TestAnOutputThatHangsWithOneMessageIsReportedOnceReadingPauses(t *testing.T) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+		one := send(peer, "one")
+		hangs := e.arrival()
+		time.Sleep(time.Hour)
+		require.Zero(t, e.log.count(stallLine), "there is room for more")
+		for i := range 30 {
+			_ = send(peer, fmt.Sprintf("%01000d", i))
+		}
+		time.Sleep(2 * stallPatience)
+		require.Equal(t, 1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))
+		hangs.deliver()
+		one.wantAcked(t, "delivered after all")
+	})
+}
+
 func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
 	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		for i := range 30 {
