@@ -2,6 +2,6 @@
 
 package ballast
 
-// giveBack is for Linux. Elsewhere the ballast may be resident, if a part of its memory
+// giveBack is for Linux. Elsewhere a part of the ballast stays resident if its memory
 // was in use before.
 func giveBack([]byte) {}
