@@ -100,7 +100,11 @@ func peakMemory() float64 {
 func printOne(name string, duration time.Duration, profile string) error {
 	i := slices.IndexFunc(allLoads(), func(l load) bool { return l.name == name })
 	if i < 0 {
-		return fmt.Errorf("no load %q", name)
+		var names []string
+		for _, l := range allLoads() {
+			names = append(names, l.name)
+		}
+		return fmt.Errorf("there is no load %q, but %s", name, strings.Join(names, ", "))
 	}
 	r, err := measure(allLoads()[i], duration, profile)
 	if err != nil {
