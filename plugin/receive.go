@@ -284,8 +284,8 @@ func (r *receiver) watchForStalls() {
 }
 
 // reportStall tells, once until something is settled, of a pipeline that has taken
-// all the messages that it may have: its output hangs, or has a batching policy that
-// can't fill.
+// all the messages that it may have, or doesn't ask for more while others wait: its
+// output hangs or is very slow, or has a batching policy that can't fill.
 func (r *receiver) reportStall() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -304,7 +304,7 @@ func (r *receiver) reportStall() {
 	if r.conf.shared {
 		share = fmt.Sprintf(", %d of one client", r.shares.limit)
 	}
-	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and may have no more (%s: %d%s, or %s). An output hangs, or it collects batches by count or byte_size that can't fill: make these smaller, or give them a period",
+	r.log.Warnf("The pipeline has taken %d messages and settled none for %v, and takes no more (%s: %d%s, or %s). An output hangs or is very slow, or it collects batches by count or byte_size that can't fill: make these smaller, or give them a period",
 		r.inFlight, stallPatience, fieldMaxInFlight, r.conf.maxInFlight, share, fieldMaxBufferBytes)
 }
 

@@ -52,7 +52,8 @@ func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 	}
 }
 
-// release ends the time of messages in the pipeline. ReadBatch is woken only when
+// release ends the time of messages in the pipeline. There may be none: that all of a
+// batch have failed shows that the pipeline moves, too. ReadBatch is woken only when
 // it waits for a place: a fortieth of the CPU time for messages that come one at a
 // time.
 func (r *receiver) release(items []item) {

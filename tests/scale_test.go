@@ -22,7 +22,7 @@ import (
 const (
 	mostMemoryASession = 32 << 10
 	moreWithTLS        = 16 << 10
-	garbage            = 8 << 20 // of the process, however many they are
+	garbage            = 8 << 20 // of the process, however many they are: that much was seen, and some more
 )
 
 // crowdConfig takes what clients send, and sends what is posted to all of them.

@@ -19,23 +19,23 @@ func TestBallastIsNotResident(t *testing.T) {
 		used[i] = 1
 	}
 	runtime.KeepAlive(used)
-	require.NotZero(t, resident(t, used))
+	require.NotZero(t, resident(t, pages(used)))
 	used = nil
 	runtime.GC()
 	Load()
 	for _, piece := range memory {
 		require.Len(t, piece, size/len(memory))
-		require.Zero(t, resident(t, piece))
+		require.Zero(t, resident(t, pages(piece)))
 	}
 }
 
-// resident tells how many of the pages are.
+// resident tells how many of these pages are.
 func resident(t *testing.T, b []byte) (n int) {
 	t.Helper()
-	pages := make([]byte, (len(b)+os.Getpagesize()-1)/os.Getpagesize())
-	_, _, errno := syscall.Syscall(syscall.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&pages[0])))
+	vec := make([]byte, len(b)/os.Getpagesize())
+	_, _, errno := syscall.Syscall(syscall.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&vec[0])))
 	require.Zero(t, errno)
-	for _, p := range pages {
+	for _, p := range vec {
 		n += int(p & 1)
 	}
 	return n

@@ -59,9 +59,9 @@ func loopInput(kind, name string, size, window int) load {
 	return load{name: "in/" + kind + name, unit: size, start: func() (*running, error) { return startLoop(spec) }}
 }
 
-// minimalInput is an input of the engine that costs nothing else, at a plain loop.
+// minimalInput is an input of the engine that costs nothing else.
 func minimalInput(name string, size, window int) load {
-	spec := peerSpec{Protocol: speaksPlain, Source: true, Size: size, Window: window}
+	spec := peerSpec{Protocol: speaksCryo, Source: true, Size: size, Window: window}
 	return load{name: "in/minimal" + name, unit: size, start: func() (*running, error) {
 		p, err := startPeer(spec)
 		if err != nil {

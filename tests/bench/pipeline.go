@@ -193,8 +193,8 @@ func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	}
 }
 
-// minimal is an input that reads a message of a plain loop, and acknowledges it:
-// what the engine itself costs when messages come one at a time.
+// minimal is an input that reads a message with the WebSocket library, and
+// acknowledges it: what the engine itself costs when messages come one at a time.
 type minimal struct {
 	address string
 	loop    *loop
@@ -203,24 +203,38 @@ type minimal struct {
 
 var _ service.BatchInput = (*minimal)(nil)
 
-func (m *minimal) Connect(context.Context) (err error) {
-	m.loop, err = dialLoop(m.address, false)
-	return err
+func (m *minimal) Connect(context.Context) error {
+	l, err := dialLoop(m.address, false)
+	if err != nil {
+		return err
+	}
+	m.loop = l
+	return m.write(cryo.Frame{Type: cryo.TypeEndpointInfo, Version: cryo.ProtocolVersion})
+}
+
+func (m *minimal) write(f cryo.Frame) error {
+	m.writing.Lock()
+	defer m.writing.Unlock()
+	return m.loop.ws.WriteMessage(websocket.BinaryMessage, frame(f))
 }
 
 func (m *minimal) Close(context.Context) error { return m.loop.ws.Close() }
 
 func (m *minimal) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	f, err := m.loop.next()
+	for err == nil && f.Type != cryo.TypeUTF8 {
+		f, err = m.loop.next()
+	}
 	if err != nil { // the peer has ended
 		<-ctx.Done()
 		return nil, nil, ctx.Err()
 	}
-	ack := frame(cryo.Frame{Type: cryo.TypeAck, Ack: f.Ack})
-	return service.MessageBatch{service.NewMessage(bytes.Clone(f.Payload))}, func(context.Context, error) error {
-		m.writing.Lock()
-		defer m.writing.Unlock()
-		return m.loop.ws.WriteMessage(websocket.BinaryMessage, ack)
+	number := f.Ack
+	return service.MessageBatch{service.NewMessage(bytes.Clone(f.Payload))}, func(_ context.Context, err error) error {
+		if err != nil {
+			fatal(err)
+		}
+		return m.write(cryo.Frame{Type: cryo.TypeAck, Ack: number})
 	}, nil
 }
 
