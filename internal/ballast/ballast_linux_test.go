@@ -14,19 +14,22 @@ import (
 // back. The ballast may get some of it.
 func TestBallastIsNotResident(t *testing.T) {
 	t.Setenv("GOGC", "")
-	used := make([]byte, 2*size)
-	for i := range used {
-		used[i] = 1
-	}
-	runtime.KeepAlive(used)
-	require.NotZero(t, resident(t, pages(used)))
-	used = nil
+	use(t, make([]byte, 2*size))
 	runtime.GC()
 	Load()
 	for _, piece := range memory {
 		require.Len(t, piece, size/len(memory))
 		require.Zero(t, resident(t, pages(piece)))
 	}
+}
+
+// use makes these bytes resident.
+func use(t *testing.T, b []byte) {
+	t.Helper()
+	for i := range b {
+		b[i] = 1
+	}
+	require.NotZero(t, resident(t, pages(b)))
 }
 
 // resident tells how many of these pages are.
