@@ -22,20 +22,20 @@ import (
 // arrival. Which message each of them answers is told by the metadata that we
 // gave it: the session, and on it the number of the message or stream.
 
-// responses are the context in which the engine finds the store of a batch's
-// responses, and the store.
-type responses struct {
+// responseStore is the store of a batch's responses, in the context in which the engine
+// looks for it.
+type responseStore struct {
 	context.Context
 	store *service.SyncResponseStore
 }
 
-// respond gives them, and makes them for the first response of a batch. To have them
-// ready for each batch took nine allocations, and a thirtieth of the time of messages
-// that come one at a time.
-func (d *delivery) respond() *responses {
+// respond gives it, and makes it for the first response of a batch. To have one ready
+// for each batch took nine allocations, and a thirtieth of the time of messages that
+// come one at a time.
+func (d *delivery) respond() *responseStore {
 	if d.responses.Load() == nil {
 		m, store := service.NewMessage(nil).WithSyncResponseStore()
-		d.responses.CompareAndSwap(nil, &responses{m.Context(), store})
+		d.responses.CompareAndSwap(nil, &responseStore{m.Context(), store})
 	}
 	return d.responses.Load()
 }
@@ -43,9 +43,9 @@ func (d *delivery) respond() *responses {
 // responsesKey is the key for which the engine asks the context of a message that is a
 // response. It has no public name, so we let it ask.
 var responsesKey = func() any {
-	asked := &asked{Context: context.Background()}
-	_ = service.NewMessage(nil).WithContext(asked).AddSyncResponse() // there is no store
-	return asked.key
+	ctx := &asked{Context: context.Background()}
+	_ = service.NewMessage(nil).WithContext(ctx).AddSyncResponse() // there is no store
+	return ctx.key
 }()
 
 // asked is a context that remembers for which key it was asked last.

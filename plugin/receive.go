@@ -72,7 +72,7 @@ type receiver struct {
 	sources    map[*cryo.Session]*source
 	byID       map[string]*source     // the last one of each id, where sessions are told of
 	deliveries map[*delivery]struct{} // not settled
-	stallTold  bool                   // a stall was reported, and nothing settled since
+	stallTold  bool                   // a stall was reported, and isn't over
 	moved      time.Time              // when something was last handed over or settled
 	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
 	replays    []item                 // failed messages, by the time when they are due
@@ -283,23 +283,24 @@ func (r *receiver) watchForStalls() {
 	}
 }
 
-// reportStall tells, once until something is settled, of a pipeline that has taken
-// all the messages that it may have, or doesn't ask for more while others wait: its
-// output hangs or is very slow, or has a batching policy that can't fill.
+// reportStall tells of a pipeline that has taken all the messages that it may have, or
+// doesn't ask for more while others wait: its output hangs or is very slow, or has a
+// batching policy that can't fill. It tells once until there is room again: what is
+// slow settles something now and then.
 func (r *receiver) reportStall() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stallTold || r.inFlight == 0 || time.Since(r.moved) < stallPatience {
+	stalled := r.inFlight > 0 && time.Since(r.moved) >= stallPatience
+	if stalled == r.stallTold {
 		return
 	}
 	full := r.inFlight >= r.conf.maxInFlight || r.shares.exhausted()
 	for s := range r.sources {
 		full = full || s.Paused()
 	}
-	if !full {
+	if r.stallTold = full; !full || !stalled {
 		return
 	}
-	r.stallTold = true
 	share := ""
 	if r.conf.shared {
 		share = fmt.Sprintf(", %d of one client", r.shares.limit)

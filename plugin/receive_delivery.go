@@ -11,8 +11,8 @@ import (
 // delivery is a batch in the pipeline.
 type delivery struct {
 	items     []item
-	places    []place                   // by item
-	responses atomic.Pointer[responses] // nil until one comes
+	places    []place                       // by item
+	responses atomic.Pointer[responseStore] // nil until one comes
 }
 
 // place is the context of a message in the pipeline. It tells of which delivery

@@ -61,7 +61,7 @@ func (r *receiver) release(items []item) {
 	r.mu.Lock()
 	full := r.inFlight >= r.conf.maxInFlight
 	r.inFlight -= len(items)
-	r.stallTold, r.moved = false, time.Now()
+	r.moved = time.Now()
 	r.mu.Unlock()
 	r.metrics.unacknowledged.add(-len(items))
 	if full {

@@ -72,6 +72,30 @@ func TestAnOutputThatHangsWithOneMessageIsReportedOnceReadingPauses(t *testing.T
 	})
 }
 
+func TestAnOutputThatIsVerySlowIsReportedOnceUntilThereIsRoom(t *testing.T) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+		for range 2 {
+			var all []*sending
+			for i := range 30 {
+				all = append(all, send(peer, fmt.Sprintf("%01000d", i)))
+			}
+			before := e.log.count(stallLine)
+			for range 15 {
+				time.Sleep(4 * stallPatience)
+				e.arrival().deliver()
+			}
+			require.Equal(t, before+1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))
+			for range 15 {
+				e.arrival().deliver()
+			}
+			for _, one := range all {
+				one.wantAcked(t, "delivered in the end")
+			}
+			time.Sleep(time.Minute) // of room
+		}
+	})
+}
+
 func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
 	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		for i := range 30 {

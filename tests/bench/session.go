@@ -260,7 +260,7 @@ func (s *session) stream(n int, chunk []byte) error {
 	s.number++
 	tx, start := s.number, s.settled.Load()
 	announce := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9, 1)
-	if _, err := s.conn.Write(announce.numbered(1, s.number)); err != nil {
+	if _, err := s.conn.Write(announce.bytes); err != nil {
 		return err
 	}
 	s.wait(start + 1)
@@ -269,7 +269,7 @@ func (s *session) stream(n int, chunk []byte) error {
 	}
 	s.number++
 	finish := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx}), 9, 1)
-	if _, err := s.conn.Write(finish.numbered(1, s.number)); err != nil {
+	if _, err := s.conn.Write(finish.bytes); err != nil {
 		return err
 	}
 	s.wait(start + 2)
