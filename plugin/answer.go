@@ -64,7 +64,6 @@ func (a *asked) Value(key any) any {
 type answer struct {
 	source    *source
 	responses []*service.Message
-	partial   bool // not all of the parts were delivered: it is for another time
 
 	items []item // to be acknowledged after the answer
 }

@@ -219,19 +219,15 @@ func TestAnAnswerGoesOutOnlyWhenTheMessageIsDelivered(t *testing.T) {
 	})
 }
 
-func TestOfABatchOnlyWhatIsDeliveredIsAnswered(t *testing.T) {
+func TestOnlyWhatIsDeliveredIsAnswered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		s, sent := e.runWithBatch("", []string{"good", "bad"}, "sync_response: {}")
-		a := e.arrival()
-		if len(a.batch) == 1 { // the first was on its way alone
-			a.deliver()
-			require.NoError(t, receiveTexts(t, s, "good")[0].Ack())
-			a = e.arrival()
-			a.fail(errors.New("not now"))
-		} else {
-			a.failSome(errors.New("not now"), "bad")
-			require.NoError(t, receiveTexts(t, s, "good")[0].Ack())
-		}
+		e.arrival().failSome(errors.New("not now"), "bad")
+		wantNothing(t, s)
+		again := e.arrivalsOf("good", "bad")
+		again["good"].deliver()
+		again["bad"].fail(errors.New("not now"))
+		require.NoError(t, receiveTexts(t, s, "good")[0].Ack())
 		sent[0].wantAcked(t, "delivered and answered")
 		sent[1].wantPending(t, "not delivered")
 		e.arrival().deliver()

@@ -60,7 +60,7 @@ func (h *hook) WithAttrs([]slog.Attr) slog.Handler { return h }
 func (h *hook) WithGroup(string) slog.Handler      { return h }
 
 // A verdict may come while its input closes: the message is settled all the same.
-func TestAVerdictThatCrossesTheEndOfItsInputIsSettled(t *testing.T) {
+func TestAFailureThatCrossesTheEndOfItsInputLeavesTheMessageToTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.dial()
@@ -69,13 +69,12 @@ func TestAVerdictThatCrossesTheEndOfItsInputIsSettled(t *testing.T) {
 		m := send(client, "hello")
 		_, ack, err := in.ReadBatch(t.Context())
 		require.NoError(t, err)
-		h := &hook{word: "Trying"}
+		h := &hook{word: "Delivering a message again"}
 		h.do = func() { require.NoError(t, in.Close(t.Context())) }
 		in.receiver.log = service.NewLoggerFromSlog(slog.New(h))
 		require.NoError(t, ack(t.Context(), errors.New("failed")))
-		synctest.Wait()
-		var rejected *cryo.RejectedError
-		require.ErrorAs(t, m.result(t), &rejected)
+		m.wantPending(t, "another input may follow")
+		m.wantRefused(t, rejection)
 	})
 }
 

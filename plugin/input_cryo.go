@@ -68,7 +68,7 @@ func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error
 func (in *input) Connect(ctx context.Context) error {
 	s, fresh, err := in.connect(ctx)
 	if fresh {
-		in.lost = in.receiveFrom(s)
+		in.lost = in.receiveFrom(&handover{session: s})
 	}
 	return err
 }
@@ -82,7 +82,7 @@ func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.A
 // Close is called when all acknowledgements are in. They are written before the
 // socket closes.
 func (in *input) Close(ctx context.Context) error {
-	in.receiver.close()
+	in.reportLeft(in.receiver.close())
 	return in.dialer.close(ctx)
 }
 

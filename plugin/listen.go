@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -21,8 +20,12 @@ import (
 
 const (
 	// noInputPatience is how long messages wait for an input of the same
-	// listener to start before they are refused.
+	// listener to start before they are rejected.
 	noInputPatience = 5 * time.Second
+	// nextInputPatience is how long they wait for another input when the last one
+	// has closed: while its pipeline is replaced, or stops for good, which takes the
+	// engine's shutdown_timeout (20 s by default) at most.
+	nextInputPatience = time.Minute
 )
 
 // listener is one address with its server, for one or more components.
@@ -42,10 +45,11 @@ type listener struct {
 
 	mu       sync.Mutex
 	inputs   []*receiver
-	next     int             // the input that gets the next session
-	early    []*cryo.Session // connected while there was no input
-	refusing bool            // there is no input: messages are refused
-	arrived  chan struct{}   // closed and replaced when a session is connected
+	next     int           // the input that gets the next session
+	waiting  []*handover   // for an input
+	refusing bool          // there is no input: messages are rejected
+	closing  bool          // the last component has left: nothing is rejected any more
+	arrived  chan struct{} // closed and replaced when a session is connected
 }
 
 // listeners are those of one engine, by address.
@@ -203,7 +207,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		ErrorLog:          serverLog(log),
 		ConnState:         newPending(settings.MaxSessions, log).changed,
 	}
-	ln.patience = time.AfterFunc(noInputPatience, ln.refuseWithoutInput)
+	ln.patience = time.AfterFunc(noInputPatience, ln.rejectWithoutInput)
 	go func() {
 		defer close(ln.served)
 		if err := ln.http.Serve(socket); !errors.Is(err, http.ErrServerClosed) {
@@ -225,7 +229,10 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (ln *listener) close(ctx context.Context) error {
+	ln.mu.Lock()
+	ln.closing = true
 	ln.patience.Stop()
+	ln.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)
@@ -244,11 +251,11 @@ func (ln *listener) connected(s *cryo.Session) {
 	ln.log.Debugf("Session %d connected from %v", s.ID(), identityOf(s).metadata[metaRemoteAddress])
 	switch {
 	case len(ln.inputs) > 0:
-		ln.inputFor(s).receiveFrom(s)
+		ln.inputFor(s).receiveFrom(&handover{session: s})
 	case ln.refusing:
 		s.Refuse(true)
 	default:
-		ln.early = append(ln.early, s)
+		ln.waiting = append(ln.waiting, &handover{session: s})
 	}
 	close(ln.arrived)
 	ln.arrived = make(chan struct{})
@@ -273,13 +280,12 @@ func (ln *listener) inputFor(s *cryo.Session) *receiver {
 	return ln.inputs[(ln.next-1)%len(ln.inputs)]
 }
 
-// full tells whether the inputs keep as many sessions as they may: those that are
-// connected, and once more as many that have left behind what the pipeline doesn't
-// take.
+// full tells whether as many sessions are kept as may be: those that are connected,
+// and once more as many that have left behind what the pipeline doesn't take.
 func (ln *listener) full() bool {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
-	kept := 0
+	kept := len(ln.waiting)
 	for _, in := range ln.inputs {
 		kept += in.keeps()
 	}
@@ -287,7 +293,7 @@ func (ln *listener) full() bool {
 }
 
 // addInput lets an input receive: the first from all sessions that are there,
-// and what early ones left behind; later ones from their share of those to come.
+// and what others left behind; later ones from their share of those to come.
 func (ln *listener) addInput(r *receiver) {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
@@ -296,59 +302,61 @@ func (ln *listener) addInput(r *receiver) {
 	if len(ln.inputs) > 1 {
 		return
 	}
-	for _, s := range append(ln.early, ln.server.Sessions()...) {
-		s.Refuse(false)
-		r.receiveFrom(s)
+	for _, h := range ln.waiting {
+		r.receiveFrom(h)
 	}
-	ln.early = nil
+	ln.waiting = nil
+	for _, s := range ln.server.Sessions() {
+		s.Refuse(false)
+		r.receiveFrom(&handover{session: s})
+	}
 }
 
-// removeInput closes an input and gives its sessions to another. Without one
-// they go on reading, which acknowledgements for an output need, but refuse
-// messages. At the end of the listener they are told nothing: a client may send
-// again, to another server, what it saw neither acknowledged nor refused.
+// removeInput closes an input and hands its sessions, with all that is not settled of
+// them, to another. Without one they wait, and go on reading, which acknowledgements
+// for an output need. At the end of the listener nothing is sent: a client may send
+// again, to another server, what it saw neither acknowledged nor rejected.
 func (ln *listener) removeInput(r *receiver, last bool) {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	ln.inputs = slices.DeleteFunc(ln.inputs, func(in *receiver) bool { return in == r })
-	orphans := r.close()
+	left := r.close()
 	switch {
 	case last:
-		return
-	case len(ln.inputs) == 0:
-		ln.refuseLocked(orphans)
-	default:
-		// Of two with the same id the one that has ended is told of first.
-		slices.SortStableFunc(orphans, func(a, b *cryo.Session) int { return cmp.Compare(ended(b), ended(a)) })
-		for _, s := range orphans {
-			ln.inputs[0].receiveFrom(s)
+		r.reportLeft(left)
+	case len(ln.inputs) > 0:
+		for _, h := range left {
+			ln.inputs[0].receiveFrom(h)
 		}
+	default:
+		ln.waiting = left
+		ln.patience.Reset(nextInputPatience)
 	}
-	r.rejectRest()
 }
 
-func ended(s *cryo.Session) int {
-	if s.Err() != nil {
-		return 1
-	}
-	return 0
-}
-
-func (ln *listener) refuseWithoutInput() {
+// rejectWithoutInput rejects what sessions have sent, and send from now on.
+func (ln *listener) rejectWithoutInput() {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
-	if len(ln.inputs) == 0 {
-		ln.refuseLocked(ln.early)
-		ln.early = nil
+	if len(ln.inputs) > 0 || ln.closing {
+		return
 	}
-}
-
-// refuseLocked refuses what sessions send from now on, and what those that may
-// have ended left behind.
-func (ln *listener) refuseLocked(left []*cryo.Session) {
 	ln.refusing = true
-	for _, s := range append(left, ln.server.Sessions()...) {
+	rejected, lost := 0, 0
+	for _, h := range ln.waiting {
+		h.session.Refuse(true) // one that has ended may have left messages behind
+		n, m := h.reject()
+		rejected, lost = rejected+n, lost+m
+	}
+	ln.waiting = nil
+	for _, s := range ln.server.Sessions() {
 		s.Refuse(true)
+	}
+	if rejected > 0 {
+		ln.log.Warnf("Rejected %d messages that an input on %s has left: no other has followed it for %v", rejected, ln.address, nextInputPatience)
+	}
+	if lost > 0 {
+		ln.log.Errorf("Lost %d messages that were acknowledged when they were received: no input on %s has followed theirs for %v", lost, ln.address, nextInputPatience)
 	}
 }
 

@@ -74,7 +74,7 @@ func TestClientsThatComeWrongly(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 				good := e.dial()
-				before := heap()
+				before := heapInUse()
 				serves := func(s *cryo.Session) {
 					t.Helper()
 					begin := time.Now()
@@ -95,7 +95,7 @@ func TestClientsThatComeWrongly(t *testing.T) {
 				}
 				time.Sleep(m.after + time.Second) // until everything about it is over
 				synctest.Wait()
-				require.Less(t, heap()-before, int64(1<<20), "memory is back")
+				require.Less(t, heapInUse()-before, int64(1<<20), "memory is back")
 			})
 		})
 	}
@@ -223,7 +223,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			requireTold(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				right := make(chan *cryo.Session, 1)
-				before := heap()
+				before := heapInUse()
 				server := cryo.NewServer(cryo.ServerOptions{
 					Authorize: cryo.Tokens(token),
 					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { right <- s },
@@ -249,7 +249,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 				e.arrival().deliver()
 				sent.wantAcked(t, "delivered")
 				e.log.want(t, m.log)
-				require.Less(t, heap()-before, int64(1<<20), "memory is back")
+				require.Less(t, heapInUse()-before, int64(1<<20), "memory is back")
 			})
 		})
 	}

@@ -198,6 +198,11 @@ func atBothInputs(t *testing.T, fields string, test func(t *testing.T, e *engine
 // returns what becomes of them for their sender.
 func (e *engine) runWithBatch(fields string, texts []string, processors ...string) (*cryo.Session, []*sending) {
 	e.t.Helper()
+	return e.runWithBatchTo(toProbe, fields, texts, processors...)
+}
+
+func (e *engine) runWithBatchTo(output, fields string, texts []string, processors ...string) (*cryo.Session, []*sending) {
+	e.t.Helper()
 	// While only an output listens, messages wait for an input.
 	e.run(fromFeed, listenOutput)
 	s := e.dial()
@@ -206,6 +211,6 @@ func (e *engine) runWithBatch(fields string, texts []string, processors ...strin
 		sent = append(sent, send(s, text))
 		synctest.Wait()
 	}
-	e.run(with(listenInput, fields), toProbe, processors...)
+	e.run(with(listenInput, fields), output, processors...)
 	return s, sent
 }

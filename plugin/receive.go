@@ -3,9 +3,8 @@ package plugin
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -25,18 +24,26 @@ type source struct {
 	// Where sessions are told of.
 	before   *source // one with the same id that this one follows, if any
 	underway underway
+
+	// What the listener's last input has left of the session.
+	left    []item                 // to be handed over before all else; the pump's
+	streams []*cryo.IncomingStream // of which nothing was read; acceptStreams'
 }
 
 // item is a received message on its way to the pipeline, or in it: one frame,
 // what a scanner has cut from a stream, or an event.
 type item struct {
-	source   *source
-	message  *cryo.Message    // a frame; of all else nil
-	part     *service.Message // nil of a frame
-	of       settler          // what the part belongs to: a scanner's batch or an event …
-	at       int              // … and its place there
-	failures int              // failed deliveries so far
-	due      time.Time        // when it may be tried again
+	source  *source
+	message *cryo.Message    // a frame; of all else nil
+	part    *service.Message // nil of a frame
+	of      settler          // what the part belongs to: a scanner's batch or an event …
+	at      int              // … and its index there
+	order   uint64           // in which the input has received it
+
+	acknowledged bool      // on receipt
+	failures     int       // deliveries alone that have failed
+	failed       time.Time // when it last failed alone
+	due          time.Time // when it is delivered again
 }
 
 // settler learns what becomes of its parts; nil is delivered.
@@ -55,16 +62,22 @@ type receiver struct {
 	metrics receiveMetrics
 	answers sender // of synchronous responses
 
-	errorLines, streamLines, answerLines, rejectLines *sparing // of the log
+	errorLines, streamLines, answerLines, rejectLines, redeliveryLines *sparing // of the log
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	shares   *shares       // of the clients, in flight
 	places   *places       // of the open streams
-	wake     chan struct{} // holds a token when there is a new replay or a place is free
-	rest     []item        // arrived, not yet handed over; owned by ReadBatch
+	wake     chan struct{} // holds a token when there is a new redelivery or a place is free
+	received atomic.Uint64 // items so far
 
-	stopped context.Context
-	stop    context.CancelFunc
+	// Owned by ReadBatch.
+	rest []item    // arrived, not yet handed over
+	last *delivery // handed over; the engine may still throw it away
+
+	stopped  context.Context // by close
+	stop     context.CancelFunc
+	draining context.Context // the engine reads no more; ends with stopped too
+	drain    context.CancelFunc
 	pumps   sync.WaitGroup
 	watch   sync.Once // starts watchForStalls
 
@@ -74,10 +87,11 @@ type receiver struct {
 	deliveries map[*delivery]struct{} // not settled
 	stallTold  bool                   // a stall was reported, and isn't over
 	moved      time.Time              // when something was last handed over or settled
-	inFlight   int                    // messages handed over and not settled, those that wait for a replay included
-	replays    []item                 // failed messages, by the time when they are due
-	gone       bool                   // rejectRest was called: nothing is replayed any more
-	abandoned  []item                 // taken from a session, but too late to be handed over
+	inFlight   int                    // messages handed over and not settled, those that wait to be delivered again included
+	abandoned  []item                 // received, but too late to be handed over
+	closed     bool                   // nothing is settled any more
+
+	redeliveries redeliveries
 }
 
 func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
@@ -86,7 +100,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		log:        res.Logger(),
 		metrics:    newReceiveMetrics(res.Metrics()),
 		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(res.Metrics())},
-		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(), rejectLines: newSparing(),
+		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(), rejectLines: newSparing(), redeliveryLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		shares:     newShares(conf.maxInFlight, conf.shared),
@@ -96,13 +110,19 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		deliveries: make(map[*delivery]struct{}),
 	}
 	r.stopped, r.stop = context.WithCancel(context.Background())
+	r.draining, r.drain = context.WithCancel(r.stopped)
 	return r
 }
 
-// receiveFrom starts to take a session's messages. The channel is closed when
-// all that the session had received is taken and no more will come.
-func (r *receiver) receiveFrom(s *cryo.Session) <-chan struct{} {
-	src := &source{session: s, identity: identityOf(s), ended: make(chan struct{}), underway: underway{none: make(chan struct{}, 1)}}
+// receiveFrom starts to take a session's messages, behind what another input has left
+// of it. The channel is closed when all that the session had received is taken and no
+// more will come.
+func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
+	s := h.session
+	src := &source{session: s, identity: identityOf(s), ended: make(chan struct{}), underway: underway{none: make(chan struct{}, 1)}, left: h.items, streams: h.streams}
+	for i := range src.left {
+		src.left[i].source = src
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if known := r.sources[s]; known != nil {
@@ -137,6 +157,19 @@ func (r *receiver) takeAll(src *source) bool {
 // pump takes a session's messages in order. What the session received before
 // its end still goes to the pipeline: nobody else has it.
 func (r *receiver) pump(src *source) {
+	src.left = r.wantedItems(src.left)
+	for len(src.left) > 0 { // what is not handed over stays there for close
+		n := min(len(src.left), r.conf.maxBatchCount)
+		if !r.reserve(src, n) {
+			return
+		}
+		items := src.left[:n:n]
+		src.left = src.left[n:]
+		r.setsOut(src, items)
+		if !r.offer(items) {
+			return
+		}
+	}
 	for {
 		room := r.awaitShare(src)
 		if room == 0 {
@@ -151,7 +184,7 @@ func (r *receiver) pump(src *source) {
 		if len(items) == 0 {
 			continue
 		}
-		r.setsOut(src, len(items))
+		r.setsOut(src, items)
 		if !r.reserve(src, len(items)) {
 			r.abandon(items)
 			return
@@ -187,8 +220,8 @@ func (r *receiver) reserve(src *source, n int) bool {
 	}
 }
 
-// offer waits until the items are taken. It reports false, and keeps them for
-// rejectRest, when the input ends first.
+// offer waits until the items are taken. It reports false, and keeps them for close,
+// when the input ends first.
 func (r *receiver) offer(items []item) bool {
 	select {
 	case r.arrivals <- items:
@@ -197,6 +230,13 @@ func (r *receiver) offer(items []item) bool {
 		r.abandon(items)
 		return false
 	}
+}
+
+// abandon keeps items for close that come too late to be handed over.
+func (r *receiver) abandon(items []item) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.abandoned = append(r.abandoned, items...)
 }
 
 // forget ends a source whose session has ended.
@@ -216,28 +256,50 @@ func (r *receiver) forget(src *source) {
 func (r *receiver) wanted(src *source, messages []cryo.Message) []item {
 	items := make([]item, 0, len(messages))
 	for i := range messages {
-		m := &messages[i]
-		if r.conf.types[m.Type] {
-			items = append(items, item{message: m, source: src})
-			continue
+		if it := (item{message: &messages[i], source: src}); r.wants(&it) {
+			items = append(items, it)
 		}
-		if m.Type == cryo.TypeError {
-			r.errorLines.do(r.log, func(log *service.Logger) {
-				log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", src.id, m.LogText())
-			})
-		}
-		r.metrics.filtered.Incr(1, messageTypeName(m.Type))
-		_ = m.Ack() // if the session has ended, nobody waits for it
 	}
 	return items
+}
+
+// wantedItems is wanted for what another input has left, of which message_types may
+// have differed.
+func (r *receiver) wantedItems(left []item) []item {
+	items := make([]item, 0, len(left))
+	for _, it := range left {
+		if it.message == nil || r.wants(&it) {
+			items = append(items, it)
+		}
+	}
+	return items
+}
+
+func (r *receiver) wants(it *item) bool {
+	m := it.message
+	if r.conf.types[m.Type] {
+		return true
+	}
+	if m.Type == cryo.TypeError {
+		r.errorLines.do(r.log, func(log *service.Logger) {
+			log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", it.source.id, m.LogText())
+		})
+	}
+	r.metrics.filtered.Incr(1, messageTypeName(m.Type))
+	_ = m.Ack() // if the session has ended, nobody waits for it
+	return false
 }
 
 // read waits for messages and hands them over. lost tells that the only session
 // has ended; all its messages come before ErrNotConnected. It is nil where there
 // is no such session.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
+	if r.last != nil {
+		r.acknowledgeReceipt(r.last)
+		r.last = nil
+	}
 	for {
-		it, due, ok := r.nextReplay()
+		it, due, ok := r.nextRedelivery()
 		if ok {
 			return r.handOver([]item{it})
 		}
@@ -257,6 +319,7 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		case <-ended:
 			return nil, nil, service.ErrNotConnected
 		case <-ctx.Done():
+			r.drain()
 			return nil, nil, ctx.Err()
 		}
 	}
@@ -339,20 +402,16 @@ func (r *receiver) room() int {
 	return r.conf.maxInFlight - r.inFlight
 }
 
-// nextReplay gives a failed message that may be tried again, or tells when the
-// next one may; nil is never.
-func (r *receiver) nextReplay() (it item, due <-chan time.Time, ok bool) {
+// nextRedelivery returns a message that is to be delivered again now, or a channel that
+// is ready when the next one is; nil is never.
+func (r *receiver) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.replays) == 0 {
-		return item{}, nil, false
+	it, wait, ok := r.redeliveries.next(time.Now())
+	if !ok && wait >= 0 {
+		due = time.After(wait)
 	}
-	it = r.replays[0]
-	if wait := time.Until(it.due); wait > 0 {
-		return item{}, time.After(wait), false
-	}
-	r.replays = slices.Delete(r.replays, 0, 1)
-	return it, nil, true
+	return it, due, ok
 }
 
 // handOver makes the pipeline's batch of the items.
@@ -361,39 +420,9 @@ func (r *receiver) handOver(items []item) (service.MessageBatch, service.AckFunc
 	r.mu.Lock()
 	r.deliveries[d] = struct{}{}
 	r.mu.Unlock()
-	if r.conf.onReceipt {
-		r.acknowledge(items)
-	}
+	r.last = d
 	return batch, func(ctx context.Context, err error) error {
 		r.settle(ctx, d, err)
 		return nil
 	}, nil
-}
-
-// close stops taking messages, and gives the sessions that were taken from.
-// What is not settled stays unacknowledged.
-func (r *receiver) close() []*cryo.Session {
-	r.stop()
-	r.pumps.Wait()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.Collect(maps.Keys(r.sources))
-}
-
-// rejectRest rejects all that close left unsettled, for sessions that go on
-// without this input: their senders would wait for ever, and the messages would
-// count against max_buffer_bytes for ever.
-func (r *receiver) rejectRest() {
-	r.mu.Lock()
-	left := slices.Concat(r.rest, r.replays, r.abandoned)
-	for d := range r.deliveries {
-		left = append(left, d.items...)
-	}
-	r.rest, r.replays, r.abandoned = nil, nil, nil
-	clear(r.deliveries)
-	r.gone = true
-	r.mu.Unlock()
-	for _, it := range left {
-		it.reject()
-	}
 }

@@ -119,10 +119,21 @@ func (r *receiver) follows(id string) bool {
 	return r.conf.sessions && r.byID[id] != nil
 }
 
-// setsOut and cameThrough count messages that the pipeline gets, and of which it
-// says for the first time what became of them.
-func (r *receiver) setsOut(src *source, n int) {
+// setsOut numbers items in the order in which the input has received them. It and
+// cameThrough count messages that the pipeline gets, and that have had their first
+// verdict of their own.
+func (r *receiver) setsOut(src *source, items []item) {
+	last := r.received.Add(uint64(len(items)))
+	for i := range items {
+		items[i].order = last - uint64(len(items)-1-i)
+	}
 	if r.conf.sessions {
+		n := 0
+		for i := range items {
+			if items[i].failures == 0 {
+				n++
+			}
+		}
 		src.underway.add(n)
 	}
 }

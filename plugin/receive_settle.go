@@ -3,7 +3,6 @@ package plugin
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -11,45 +10,109 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What the pipeline's verdict does: acknowledgements, rejections, replays.
+// What the pipeline's verdict on a batch does: acknowledgements, redeliveries,
+// rejections.
 
-// settle acts on the pipeline's verdict over a batch, message by message: one
-// that fails holds up none of the others, nor does one that is answered first.
-// Only the first verdict counts.
+// settle acts on the pipeline's verdict. No error means that every message of the batch
+// is delivered. An error of a batch of one is that message's. An error of a batch of
+// several says nothing of any one of them, whatever messages it names
+// (docs/engine-faults.md): each is delivered again, alone, and then its own verdict
+// counts. Only the first verdict on a delivery does. A hard stop gives none.
 func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
-	r.mu.Lock()
-	_, first := r.deliveries[d]
-	delete(r.deliveries, d)
-	r.mu.Unlock()
-	if !first {
+	if err != nil && ctx.Err() != nil || !r.decide(d) {
 		return
 	}
+	r.acknowledgeReceipt(d)
+	var answers []*answer
+	if err == nil {
+		if answers, err = d.answers(); err != nil {
+			r.answerLines.do(r.log, func(log *service.Logger) {
+				log.Warnf("A batch of %d messages counts as not delivered: %v (at most one such line a second)", len(d.items), err)
+			})
+		}
+	}
+	switch {
+	case err == nil:
+		r.delivered(ctx, d, answers)
+	case len(d.items) > 1:
+		r.log.Debugf("Delivering %d messages again, each alone: %v", len(d.items), err)
+		r.redeliver(d, func() { r.redeliveries.alone(d.items) })
+	case r.conf.replay:
+		r.failed(d, err)
+	default:
+		r.cameThrough(d.items)
+		r.reject(d.items, err)
+		r.release(d.items)
+		r.settled(d)
+	}
+}
+
+// decide reports whether this is the first verdict on a delivery, of an input that is
+// not closed.
+func (r *receiver) decide(d *delivery) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.deliveries[d]; !known || d.decided {
+		return false
+	}
+	d.decided = true
+	return true
+}
+
+// settled forgets a delivery of which nothing is left to do.
+func (r *receiver) settled(d *delivery) {
+	r.mu.Lock()
+	delete(r.deliveries, d)
+	r.mu.Unlock()
+}
+
+// delivered acknowledges a batch: each message once its response, if it has one, is
+// acknowledged. Until then close counts it as unsettled, so that a hard stop in the
+// middle leaves no message to nobody; at worst one is delivered twice.
+func (r *receiver) delivered(ctx context.Context, d *delivery, answers []*answer) {
 	r.cameThrough(d.items)
-	delivered, answered, failed := d.items, []*answer(nil), []item(nil)
-	answers, unclear := d.answers()
-	if unclear != nil {
-		r.log.Warnf("A batch of %d messages counts as not delivered: %v", len(d.items), unclear)
-		err = unclear
-	}
-	if err != nil || answers != nil {
-		delivered, answered, failed = d.split(d.failed(err), answers)
-	}
+	delivered, answered := d.split(answers)
 	if !r.conf.onReceipt {
 		r.acknowledge(delivered)
 	}
 	r.release(delivered)
-	switch {
-	case len(failed) == 0:
-	case r.conf.replay:
-		r.log.Debugf("Trying %d messages again that were not delivered: %v", len(failed), err)
-		r.replayLater(failed)
-	default:
-		r.reject(failed, err)
-		r.release(failed)
-	}
+	r.mu.Lock()
+	r.redeliveries.delivered()
+	r.mu.Unlock()
 	if len(answered) > 0 {
 		r.answer(ctx, answered)
 	}
+	r.settled(d)
+}
+
+// failed delivers a message again that has failed alone, after a wait.
+func (r *receiver) failed(d *delivery, err error) {
+	it := d.items[0]
+	r.cameThrough(d.items)
+	r.log.Debugf("Delivering a message again: %v", err)
+	if it.failures >= outageFailures {
+		r.redeliveryLines.do(r.log, func(log *service.Logger) {
+			log.Warnf("A message of session %s has failed %d times and is delivered again until it succeeds: %v (at most one such line a second)", it.source.id, it.failures+1, err)
+		})
+	}
+	r.redeliver(d, func() { r.redeliveries.failed(it, time.Now()) })
+}
+
+// redeliver queues the messages of a delivery to be handed over again. They stay in
+// flight.
+func (r *receiver) redeliver(d *delivery, queue func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.deliveries[d]; !known {
+		return // closed meanwhile, with all that this delivery has
+	}
+	delete(r.deliveries, d)
+	r.moved = time.Now()
+	for i := range d.items {
+		d.items[i].acknowledged = d.acknowledged
+	}
+	queue()
+	r.wakeRead()
 }
 
 // release ends the time of messages in the pipeline. There may be none: that all of a
@@ -59,10 +122,13 @@ func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 func (r *receiver) release(items []item) {
 	r.shares.give(items)
 	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return // nothing is in flight any more
+	}
 	full := r.inFlight >= r.conf.maxInFlight
 	r.inFlight -= len(items)
 	r.moved = time.Now()
-	r.mu.Unlock()
 	r.metrics.unacknowledged.add(-len(items))
 	if full {
 		r.wakeRead()
@@ -73,6 +139,23 @@ func (r *receiver) wakeRead() {
 	select {
 	case r.wake <- struct{}{}:
 	default:
+	}
+}
+
+// acknowledgeReceipt acknowledges a batch, once, as soon as the pipeline has it, with
+// acknowledge: received. A batch that ReadBatch has returned may still be thrown away
+// by the engine, when it stops; so the proof is that the engine asks for the next one,
+// or has a verdict.
+func (r *receiver) acknowledgeReceipt(d *delivery) {
+	if !r.conf.onReceipt {
+		return
+	}
+	r.mu.Lock()
+	first := !d.acknowledged
+	d.acknowledged = true
+	r.mu.Unlock()
+	if first {
+		r.acknowledge(d.items)
 	}
 }
 
@@ -117,22 +200,6 @@ func (r *receiver) refuse(it item) {
 	it.reject()
 }
 
-// abandon keeps items of which nothing is known at the end of the input, for
-// rejectRest.
-func (r *receiver) abandon(items []item) {
-	r.mu.Lock()
-	late := r.gone
-	if !late {
-		r.abandoned = append(r.abandoned, items...)
-	}
-	r.mu.Unlock()
-	for i := range items {
-		if late {
-			items[i].reject()
-		}
-	}
-}
-
 // reject tells the sender. If its session has ended, it knows already, and this
 // frees the memory that the item counts.
 func (it *item) reject() {
@@ -144,30 +211,3 @@ func (it *item) reject() {
 }
 
 var errNotDelivered = errors.New(rejection)
-
-// replayLater lets failed messages be handed over again, each alone, so that the
-// next failure is its own. The wait doubles from 10 ms to one second.
-func (r *receiver) replayLater(failed []item) {
-	now := time.Now()
-	r.mu.Lock()
-	if r.gone {
-		r.mu.Unlock()
-		for _, it := range failed {
-			it.reject()
-		}
-		return
-	}
-	defer r.mu.Unlock()
-	for _, it := range failed {
-		it.due = now.Add(min(10*time.Millisecond<<min(it.failures, 10), time.Second))
-		it.failures++
-		at, _ := slices.BinarySearchFunc(r.replays, it.due, func(other item, due time.Time) int {
-			if other.due.After(due) {
-				return 1
-			}
-			return -1 // behind those that are due at the same time
-		})
-		r.replays = slices.Insert(r.replays, at, it)
-	}
-	r.wakeRead()
-}

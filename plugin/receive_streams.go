@@ -34,20 +34,38 @@ func (r *receiver) acceptStreams(src *source) {
 	})
 	var taken sync.WaitGroup
 	defer taken.Wait()
-	for {
-		st, err := src.session.AcceptStream(r.stopped)
-		if err != nil {
-			return
-		}
-		r.metrics.received.Incr(1, messageTypeStream)
+	take := func(st *cryo.IncomingStream) {
 		taken.Go(func() {
-			if r.wantsStream(st.Name()) {
+			switch {
+			case r.draining.Err() != nil:
+				r.leaveStream(src, st)
+			case r.wantsStream(st.Name()):
 				r.scan(src, st)
-			} else {
+			default:
 				r.discard(st)
 			}
 		})
 	}
+	left := src.streams
+	src.streams = nil
+	for _, st := range left {
+		take(st)
+	}
+	for {
+		st, err := src.session.AcceptStream(r.draining)
+		if err != nil {
+			return
+		}
+		r.metrics.received.Incr(1, messageTypeStream)
+		take(st)
+	}
+}
+
+// leaveStream keeps a stream of which nothing was read for the listener's next input.
+func (r *receiver) leaveStream(src *source, st *cryo.IncomingStream) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	src.streams = append(src.streams, st)
 }
 
 // flowTime bounds the wait for the acknowledgement of TX_FLOW.
@@ -85,6 +103,12 @@ type transfer struct {
 	settled bool
 }
 
+func (t *transfer) isSettled() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.settled
+}
+
 // done settles one batch, or the scan.
 func (t *transfer) done(err error) {
 	t.mu.Lock()
@@ -115,12 +139,17 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 		}
 		select {
 		case <-occupied:
-		case <-r.stopped.Done():
-			_ = st.Reject() // the session may go on without this input
+		case <-r.draining.Done():
+			r.leaveStream(src, st)
 			return
 		case <-src.session.Ending():
 			return
 		}
+	}
+	if r.draining.Err() != nil {
+		r.places.give(src)
+		r.leaveStream(src, st)
+		return
 	}
 	r.metrics.streamsOpen.add(1)
 	// Whoever waits in Read learns of the end of the input.
@@ -310,7 +339,7 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		src.session.Release(b.bytes)
 		return false
 	}
-	r.setsOut(src, len(items))
+	r.setsOut(src, items)
 	t.mu.Lock()
 	t.pending++
 	t.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"testing"
 	"testing/synctest"
@@ -37,16 +38,16 @@ func TestNothingIsAcknowledgedBeforeThePipelineHasDeliveredIt(t *testing.T) {
 	})
 }
 
-func TestAFailedMessageIsTriedAgainUntilItIsDelivered(t *testing.T) {
+func TestAFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		m := send(peer, "poison")
-		for _, wait := range []int64{10, 20, 40, 80, 160, 320, 640, 1000, 1000} {
+		for _, wait := range []float64{10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000} {
 			e.arrival().fail(errOutput)
 			failed := time.Now()
-			m.wantPending(t, "waiting for another try")
+			m.wantPending(t, "waiting to be delivered again")
 			a := e.arrival()
 			require.Equal(t, []string{"poison"}, a.texts())
-			require.Equal(t, wait, time.Since(failed).Milliseconds())
+			require.InDelta(t, wait, time.Since(failed).Seconds()*1000, wait/2, "spread by a half")
 			e.probe.arrivals <- a // looked at only
 
 			other := send(peer, "another")
@@ -60,6 +61,69 @@ func TestAFailedMessageIsTriedAgainUntilItIsDelivered(t *testing.T) {
 		}
 		e.arrival().deliver()
 		m.wantAcked(t, "delivered in the end")
+	})
+}
+
+func TestInAnOutageRedeliveriesBecomeRareUntilSomethingIsDelivered(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		var sent []*sending
+		for i := range 100 {
+			sent = append(sent, send(peer, fmt.Sprint(i)))
+		}
+		tries := func(d time.Duration) (n int) {
+			for end := time.After(d); ; {
+				select {
+				case a := <-e.probe.arrivals:
+					n += len(a.batch)
+					a.fail(errOutput)
+				case <-end:
+					return n
+				}
+			}
+		}
+		tries(10 * time.Minute)
+		n := tries(10 * time.Minute)
+		require.Less(t, n, 100*40, "about every half minute each")
+		require.Greater(t, n, 100*15)
+		e.log.want(t, "is delivered again until it succeeds: the disk is full")
+
+		start := time.Now()
+		for range sent {
+			e.arrival().deliver()
+			synctest.Wait()
+		}
+		require.Less(t, time.Since(start), 35*time.Second, "the first may have to be waited for, not the others")
+		for i := range sent {
+			sent[i].wantAcked(t, "delivered")
+		}
+	})
+}
+
+func TestAMessageThatNeverSucceedsAmongOthersThatDoIsRedeliveredAboutEverySecond(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe)
+		client := e.dial()
+		send(client, "poison")
+		poison := 0
+		for range 600 {
+			_ = send(client, "fine")
+			for end := time.After(100 * time.Millisecond); ; {
+				select {
+				case a := <-e.probe.arrivals:
+					if slices.Contains(a.texts(), "poison") {
+						poison++
+						a.fail(errOutput)
+					} else {
+						a.deliver()
+					}
+					continue
+				case <-end:
+				}
+				break
+			}
+		}
+		require.Greater(t, poison, 40, "in a minute")
+		require.Less(t, poison, 100, "in a minute")
 	})
 }
 
@@ -89,17 +153,46 @@ func TestTheAnswerCarriesTheMessagesNumber(t *testing.T) {
 	})
 }
 
-func TestOnePoisonMessageOfABatchIsTriedAgainAloneWhileTheOthersAreAcknowledged(t *testing.T) {
+func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
+	for name, err := range map[string]func(a *arrival){
+		"with an error that names no message": func(a *arrival) { a.fail(errOutput) },
+		"with an error that names one":        func(a *arrival) { a.failSome(errOutput, "m1") },
+	} {
+		for _, fields := range []string{"", "auto_replay_nacks: false"} {
+			t.Run(name+" "+fields, func(t *testing.T) {
+				inEngine(t, func(t *testing.T, e *engine) {
+					_, sent := e.runWithBatchTo("serial: {}", fields, words("m%d", 5))
+					a := e.arrival()
+					require.Equal(t, words("m%d", 5), a.texts())
+					failed := time.Now()
+					err(a)
+					for i := range sent {
+						sent[i].wantPending(t, "nothing is known of it")
+					}
+					for i := range sent {
+						b := e.arrival()
+						require.Equal(t, words("m%d", 5)[i:i+1], b.texts(), "in order")
+						b.deliver()
+						sent[i].wantAcked(t, "delivered")
+					}
+					require.Equal(t, failed, time.Now(), "at once")
+					e.wantNoArrival("each comes once")
+				})
+			})
+		}
+	}
+}
+
+func TestOnePoisonMessageOfABatchHoldsUpNoneOfTheOthers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		peer, sent := e.runWithBatch("", words("m%d", 5))
-		a := e.arrival()
-		require.Equal(t, words("m%d", 5), a.texts())
-		a.failSome(errOutput, "m1", "m3")
+		e.arrival().failSome(errOutput, "m1", "m3")
+		again := e.arrivalsOf(words("m%d", 5)...)
 		for _, i := range []int{0, 2, 4} {
+			again[fmt.Sprintf("m%d", i)].deliver()
 			sent[i].wantAcked(t, "delivered beside a poison message")
 		}
 		for range 3 {
-			again := e.arrivalsOf("m1", "m3")
 			again["m1"].fail(errOutput)
 			again["m3"].fail(errOutput)
 			next := send(peer, "next")
@@ -107,33 +200,72 @@ func TestOnePoisonMessageOfABatchIsTriedAgainAloneWhileTheOthersAreAcknowledged(
 			require.Equal(t, []string{"next"}, d.texts(), "the input goes on meanwhile")
 			d.deliver()
 			next.wantAcked(t, "delivered")
+			again = e.arrivalsOf("m1", "m3")
 		}
 		sent[1].wantPending(t, "not delivered yet")
-		e.arrival().deliver()
-		e.arrival().deliver()
+		again["m1"].deliver()
+		again["m3"].deliver()
 		sent[1].wantAcked(t, "delivered in the end")
 		sent[3].wantAcked(t, "delivered in the end")
 	})
 }
 
-func TestOnePoisonMessageOfABatchIsRefusedAlone(t *testing.T) {
+func TestOnePoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("auto_replay_nacks: false", words("m%d", 5))
 		e.arrival().failSome(errOutput, "m1")
+		again := e.arrivalsOf(words("m%d", 5)...)
+		for text, a := range again {
+			if text == "m1" {
+				a.fail(errOutput)
+			} else {
+				a.deliver()
+			}
+		}
 		sent[1].wantRefused(t, "the message could not be delivered")
 		for _, i := range []int{0, 2, 3, 4} {
 			sent[i].wantAcked(t, "delivered beside a poison message")
 		}
-		e.wantNoArrival("nothing is tried again")
+		e.wantNoArrival("nothing is delivered again")
 	})
 }
 
-func TestABatchFailsAsAWholeWhenTheErrorDoesNotTell(t *testing.T) {
+func TestABatchOfOneRunsOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		_, sent := e.runWithBatch("auto_replay_nacks: false", words("m%d", 3))
-		e.arrival().fail(errOutput)
+		_, sent := e.runWithBatch("auto_replay_nacks: false, max_batch_count: 1", words("m%d", 3))
+		for text, a := range e.arrivalsOf(words("m%d", 3)...) {
+			if text == "m1" {
+				a.fail(errOutput)
+			} else {
+				a.deliver()
+			}
+		}
+		sent[0].wantAcked(t, "delivered")
+		sent[1].wantRefused(t, "the message could not be delivered")
+		sent[2].wantAcked(t, "delivered")
+		e.wantNoArrival("nothing runs twice")
+	})
+}
+
+func TestTheOrderIsKeptWithOneMessageInFlightThoughSomeAreRedelivered(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 1"), "serial: {}")
+		client := e.dial()
+		sent := make([]*sending, 9)
 		for i := range sent {
-			sent[i].wantRefused(t, "the message could not be delivered")
+			sent[i] = send(client, fmt.Sprint(i))
+			synctest.Wait()
+		}
+		for i := range sent {
+			for range i % 3 {
+				a := e.arrival()
+				require.Equal(t, []string{fmt.Sprint(i)}, a.texts())
+				a.fail(errOutput)
+			}
+			a := e.arrival()
+			require.Equal(t, []string{fmt.Sprint(i)}, a.texts())
+			a.deliver()
+			sent[i].wantAcked(t, "delivered")
 		}
 	})
 }
@@ -184,6 +316,11 @@ func TestAMessageThatBecameSeveralIsDeliveredWhenAllOfThemAre(t *testing.T) {
 		a := e.arrival()
 		require.Equal(t, []string{"a", "b", "c", "d"}, a.texts())
 		a.failSome(errOutput, "a")
+		a, b := e.arrival(), e.arrival()
+		require.Equal(t, []string{"a", "b"}, a.texts())
+		require.Equal(t, []string{"c", "d"}, b.texts())
+		a.failSome(errOutput, "a")
+		b.deliver()
 		sent[0].wantRefused(t, "the message could not be delivered")
 		sent[1].wantAcked(t, "both halves were delivered")
 	})
@@ -344,24 +481,29 @@ func TestMessagesReceivedBeforeTheConnectionWasLostAreStillDelivered(t *testing.
 	})
 }
 
-// The engine doesn't wait for the second output when the first has failed to
-// deliver a part of a batch. The reference pages say so.
-func TestABrokerThatFailsFastHasToGetMessagesOneByOne(t *testing.T) {
-	const failFast = "broker: { pattern: fan_out_sequential_fail_fast, outputs: [ { probe: {} }, { probe: {} } ] }"
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "max_batch_count: 1"), failFast)
-		client := e.dial()
-		good, bad := send(client, "good"), send(client, "bad")
-		at := e.arrivalsOf("good", "bad")
-		at["bad"].fail(errors.New("not now"))
-		at["good"].deliver()
-		at = e.arrivalsOf("good", "bad")
-		good.wantPending(t, "the second output doesn't have it")
-		at["good"].deliver()
-		good.wantAcked(t, "both outputs have it")
-		at["bad"].deliver()
-		bad.wantPending(t, "the second output doesn't have it")
-		e.arrival().deliver()
-		bad.wantAcked(t, "both outputs have it")
-	})
+// The engine doesn't wait for the second output when the first has failed to deliver a
+// part of a batch, and reports only that part as failed.
+func TestABrokerThatFailsFastLosesNothing(t *testing.T) {
+	for _, pattern := range []string{"fan_out_fail_fast", "fan_out_sequential_fail_fast"} {
+		t.Run(pattern, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				_, sent := e.runWithBatchTo("broker: { pattern: "+pattern+", outputs: [ { probe: {} }, { probe: {} } ] }", "", []string{"good", "bad"})
+				e.arrival().failSome(errOutput, "bad")
+
+				alone := make(map[string]int) // deliveries
+				for alone["good"] < 2 || alone["bad"] < 2 {
+					a := e.arrival()
+					if len(a.batch) == 1 {
+						text := a.texts()[0]
+						sent[map[string]int{"good": 0, "bad": 1}[text]].wantPending(t, "not both outputs have it")
+						alone[text]++
+					}
+					a.deliver()
+				}
+				for i := range sent {
+					sent[i].wantAcked(t, "both outputs have it")
+				}
+			})
+		})
+	}
 }

@@ -209,7 +209,7 @@ func TestAnOutputThatHangsCostsNoSessionOverRealSockets(t *testing.T) {
 	}
 	pipe := e.start(with(dialInput, stallBound+", connect_timeout: 1m"), toProbe)
 	defer pipe.stop()
-	before := heap()
+	before := heapInUse()
 	var a *arrival
 	select {
 	case a = <-e.probe.arrivals:
@@ -221,14 +221,14 @@ func TestAnOutputThatHangsCostsNoSessionOverRealSockets(t *testing.T) {
 		require.NoError(t, err, "the session was lost")
 	case <-time.After(stall):
 	}
-	require.Less(t, heap()-before, int64(16<<20), "memory stays bounded, of 125 MiB")
+	require.Less(t, heapInUse()-before, int64(16<<20), "memory stays bounded, of 125 MiB")
 	require.Less(t, p.acked.Load(), int32(10))
 	a.deliver()
 	p.goOn(t, e)
 }
 
 // heap is what is in use, without what pools keep.
-func heap() int64 {
+func heapInUse() int64 {
 	runtime.GC()
 	runtime.GC()
 	var m runtime.MemStats

@@ -132,6 +132,13 @@ func TestEachMessageOfABatchHasItsOwnSpanAndItsOwnVerdict(t *testing.T) {
 		require.Equal(t, texts, a.texts())
 		require.Equal(t, []string{traceA, traceB}, e.spans.traces("input_cryo_server")[:2])
 		a.failSome(errOutput, texts[1])
+		for text, again := range e.arrivalsOf(texts...) {
+			if text == texts[1] {
+				again.fail(errOutput)
+			} else {
+				again.deliver()
+			}
+		}
 		sent[0].wantAcked(t, "delivered")
 		sent[1].wantRefused(t, rejection)
 		sent[2].wantAcked(t, "delivered")
