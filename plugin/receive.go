@@ -78,8 +78,8 @@ type receiver struct {
 	stop     context.CancelFunc
 	draining context.Context // the engine reads no more; ends with stopped too
 	drain    context.CancelFunc
-	pumps   sync.WaitGroup
-	watch   sync.Once // starts watchForStalls
+	pumps    sync.WaitGroup
+	watch    sync.Once // starts watchForStalls
 
 	mu         sync.Mutex
 	sources    map[*cryo.Session]*source

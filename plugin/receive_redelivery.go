@@ -3,6 +3,7 @@ package plugin
 import (
 	"container/heap"
 	"math/rand/v2"
+	"slices"
 	"time"
 )
 
@@ -95,7 +96,7 @@ func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool
 
 // all takes every message.
 func (q *redeliveries) all() []item {
-	all := append(q.now, q.later...)
+	all := slices.Concat(q.now, []item(q.later))
 	*q = redeliveries{}
 	return all
 }
