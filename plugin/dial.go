@@ -119,7 +119,7 @@ type dialer struct {
 }
 
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dialer, error) {
-	d := &dialer{log: res.Logger(), metrics: newDialMetrics(res.Metrics())}
+	d := &dialer{log: res.Logger(), metrics: newDialMetrics(meterOf(res))}
 	d.opts.SessionID = cryo.NewSessionID() // the same on every connection
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)

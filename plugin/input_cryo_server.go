@@ -86,7 +86,7 @@ func (in *serverInput) Close(ctx context.Context) error { return in.leave(ctx, i
 type serverComponent struct {
 	name      string // for errors: its kind, its label or path, and its stream
 	log       *service.Logger
-	exporter  *service.Metrics // for a listener of its own
+	meter     meter // for a listener of its own
 	all       *listeners
 	settings  listenSettings
 	authorize func(*cryo.Upgrade) error
@@ -94,7 +94,7 @@ type serverComponent struct {
 }
 
 func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resources, kind string) (*serverComponent, error) {
-	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), exporter: res.Metrics(), all: listenersOf(res)}
+	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), meter: meterOf(res), all: listenersOf(res)}
 	if label := res.Label(); label != "" {
 		c.name += " " + label
 	} else {

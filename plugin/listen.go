@@ -176,7 +176,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		socket = tls.NewListener(socket, &tls.Config{GetConfigForClient: files.configure, MinVersion: tls.VersionTLS12})
 	}
 	ln := &listener{
-		settings: settings, address: address, log: log, metrics: newListenMetrics(c.exporter),
+		settings: settings, address: address, log: log, metrics: newListenMetrics(c.meter),
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	opts := cryo.ServerOptions{

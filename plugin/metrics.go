@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,9 +44,9 @@ type sessionMetrics struct {
 	lateAcks *service.MetricCounter
 }
 
-func newSessionMetrics(m *service.Metrics) sessionMetrics {
+func newSessionMetrics(m meter) sessionMetrics {
 	return sessionMetrics{
-		sessions: newGauge(m, metricSessions),
+		sessions: m.newGauge(metricSessions),
 		refused:  m.NewCounter(metricRefused, labelMessageType),
 		lateAcks: m.NewCounter(metricLateAcks),
 	}
@@ -63,7 +64,7 @@ type dialMetrics struct {
 	reconnections *service.MetricCounter
 }
 
-func newDialMetrics(m *service.Metrics) dialMetrics {
+func newDialMetrics(m meter) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
@@ -84,7 +85,7 @@ type listenMetrics struct {
 	sessionsRefused *service.MetricCounter
 }
 
-func newListenMetrics(m *service.Metrics) listenMetrics {
+func newListenMetrics(m meter) listenMetrics {
 	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsRefused, labelStatus)}
 }
 
@@ -103,15 +104,15 @@ type receiveMetrics struct {
 	streamsOpen             *gauge
 }
 
-func newReceiveMetrics(m *service.Metrics) receiveMetrics {
+func newReceiveMetrics(m meter) receiveMetrics {
 	return receiveMetrics{
 		received:       m.NewCounter(metricReceived, labelMessageType),
 		receivedBytes:  m.NewCounter(metricReceivedBytes, labelMessageType),
 		filtered:       m.NewCounter(metricFiltered, labelMessageType),
 		rejected:       m.NewCounter(metricRejected, labelMessageType),
 		ackLatency:     m.NewTimer(metricAckLatency),
-		unacknowledged: newGauge(m, metricUnacknowledged),
-		streamsOpen:    newGauge(m, metricStreamsOpen),
+		unacknowledged: m.newGauge(metricUnacknowledged),
+		streamsOpen:    m.newGauge(metricStreamsOpen),
 	}
 }
 
@@ -138,21 +139,21 @@ type sendMetrics struct {
 	streamsOpen     *gauge
 }
 
-func newSendMetrics(m *service.Metrics) sendMetrics {
+func newSendMetrics(m meter) sendMetrics {
 	return sendMetrics{
 		sent:           m.NewCounter(metricSent, labelMessageType),
 		sentBytes:      m.NewCounter(metricSentBytes, labelMessageType),
 		rejected:       m.NewCounter(metricRejected, labelMessageType),
 		ackLatency:     m.NewTimer(metricAckLatency),
-		unacknowledged: newGauge(m, metricUnacknowledged),
-		streamsOpen:    newGauge(m, metricStreamsOpen),
+		unacknowledged: m.newGauge(metricUnacknowledged),
+		streamsOpen:    m.newGauge(metricStreamsOpen),
 	}
 }
 
 // newAnswerMetrics are those of an input that answers: what it sends. The rest
 // of them would be mistaken for those of what it receives.
-func newAnswerMetrics(m *service.Metrics) sendMetrics {
-	answers := newSendMetrics(nil)
+func newAnswerMetrics(m meter) sendMetrics {
+	answers := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
 	answers.sent = m.NewCounter(metricSent, labelMessageType)
 	answers.sentBytes = m.NewCounter(metricSentBytes, labelMessageType)
 	return answers
@@ -223,23 +224,83 @@ func (t *tally) count(messages, bytes *service.MetricCounter) {
 	}
 }
 
-// gauge is a level that goes up and down: the engine's own can only be set.
-type gauge struct {
-	metric *service.MetricGauge
-
-	mu    sync.Mutex
-	level int64
+// meter makes the metrics of one component.
+type meter struct {
+	*service.Metrics
+	levels    *levels
+	component levelKey
 }
 
-func newGauge(m *service.Metrics, name string) *gauge {
-	g := &gauge{metric: m.NewGauge(name)}
-	g.metric.Set(0)
+// levels are the gauges of one process, by the labels that the engine gives them.
+// Components can have the same, as the copies of a broker do: each gauge is the sum of
+// theirs. One is kept for good, as the exporter keeps its series.
+type levels struct {
+	mu    sync.Mutex
+	byKey map[levelKey]*level
+}
+
+type levelKey struct{ stream, path, label, name string }
+
+type level struct {
+	mu  sync.Mutex
+	sum int64
+}
+
+type levelsKey struct{}
+
+func meterOf(res *service.Resources) meter {
+	all, _ := res.GetOrSetGeneric(levelsKey{}, &levels{byKey: make(map[levelKey]*level)})
+	return meter{res.Metrics(), all.(*levels), levelKey{
+		stream: res.StreamID(), path: strings.Join(res.Path(), "."), label: res.Label(),
+	}}
+}
+
+func (l *levels) level(key levelKey) *level {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byKey[key] == nil {
+		l.byKey[key] = &level{}
+	}
+	return l.byKey[key]
+}
+
+// gauge is one component's part of a level that goes up and down: the engine's own
+// gauges can only be set.
+type gauge struct {
+	metric *service.MetricGauge
+	level  *level
+
+	// Guarded by the level's mutex.
+	part   int64
+	closed bool
+}
+
+func (m meter) newGauge(name string) *gauge {
+	key := m.component
+	key.name = name
+	g := &gauge{metric: m.NewGauge(name), level: m.levels.level(key)}
+	g.add(0)
 	return g
 }
 
 func (g *gauge) add(n int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.level += int64(n)
-	g.metric.Set(g.level)
+	g.level.mu.Lock()
+	defer g.level.mu.Unlock()
+	if !g.closed {
+		g.addLocked(int64(n))
+	}
+}
+
+func (g *gauge) addLocked(n int64) {
+	g.part += n
+	g.level.sum += n
+	g.metric.Set(g.level.sum)
+}
+
+// close takes the component's part back, for good.
+func (g *gauge) close() {
+	g.level.mu.Lock()
+	defer g.level.mu.Unlock()
+	g.addLocked(-g.part)
+	g.closed = true
 }

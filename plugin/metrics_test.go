@@ -7,11 +7,15 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // metricsBook is an exporter of metrics that keeps them, by name and labels.
@@ -90,4 +94,51 @@ func TestEveryMetricIsDocumentedAndDrawn(t *testing.T) {
 	require.NotEmpty(t, names)
 	require.Equal(t, names, namesIn(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/metrics.md")
 	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+)`), "in the dashboard")
+}
+
+func TestGaugesOfCopiesAddUp(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, "broker: { pattern: round_robin, copies: 4, outputs: [ "+dialOutput+" ] }")
+		var sessions []*cryo.Session
+		for range 4 {
+			sessions = append(sessions, server.session())
+		}
+		synctest.Wait()
+		require.Equal(t, int64(4), e.metrics.value("cryo_sessions"))
+		for i := range sessions {
+			e.give(fmt.Sprint(i))
+		}
+		var received []*cryo.Message
+		for i := range sessions {
+			received = append(received, receive(t, sessions[i]))
+		}
+		require.Equal(t, int64(4), e.metrics.value("cryo_unacknowledged"))
+		for _, m := range received {
+			require.NoError(t, m.Ack())
+		}
+		synctest.Wait()
+		require.Zero(t, e.metrics.value("cryo_unacknowledged"))
+		end(sessions[0])
+		synctest.Wait()
+		require.Equal(t, int64(3), e.metrics.value("cryo_sessions"))
+	})
+}
+
+func TestGaugesComeBackWhenAnInputIsCutOff(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.dial()
+		sendAll(client, "a", "b", "c")
+		_ = sendAny(func() error {
+			return client.SendStream(context.Background(), strings.NewReader("d\ne\n"), nil)
+		})
+		synctest.Wait()
+		require.Positive(t, e.metrics.value("cryo_unacknowledged"))
+		require.Equal(t, int64(1), e.metrics.value("cryo_streams_open"))
+		in.kill()
+		require.Zero(t, e.metrics.value("cryo_unacknowledged"))
+		require.Zero(t, e.metrics.value("cryo_streams_open"))
+		require.Zero(t, e.metrics.value("cryo_sessions"))
+	})
 }

@@ -98,8 +98,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 	r := &receiver{
 		conf:       conf,
 		log:        res.Logger(),
-		metrics:    newReceiveMetrics(res.Metrics()),
-		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(res.Metrics())},
+		metrics:    newReceiveMetrics(meterOf(res)),
+		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(meterOf(res))},
 		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(), rejectLines: newSparing(), redeliveryLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),

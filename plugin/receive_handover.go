@@ -28,7 +28,8 @@ func (r *receiver) close() []*handover {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.closed = true
-	r.metrics.unacknowledged.add(-r.inFlight)
+	r.metrics.unacknowledged.close()
+	r.metrics.streamsOpen.close()
 
 	left := slices.Concat(r.rest, r.redeliveries.all(), r.abandoned)
 	for d := range r.deliveries {

@@ -89,7 +89,7 @@ type parcel struct {
 }
 
 func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sender, policy service.BatchPolicy, maxInFlight int, err error) {
-	s.metrics = newSendMetrics(res.Metrics())
+	s.metrics = newSendMetrics(meterOf(res))
 	if s.messageType, err = conf.FieldInterpolatedString(fieldMessageType); err != nil {
 		return
 	}
