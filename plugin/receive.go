@@ -40,10 +40,13 @@ type item struct {
 	at      int              // … and its index there
 	order   uint64           // in which the input has received it
 
-	acknowledged bool      // on receipt
-	failures     int       // deliveries alone that have failed
-	failed       time.Time // when it last failed alone
-	due          time.Time // when it is delivered again
+	acknowledged bool // on receipt
+
+	// Where it has failed alone; see redeliveries.
+	failures   int       // so far
+	due        time.Time // when it is delivered again
+	early      bool      // it is delivered again before that
+	deliveries uint64    // of the input, at the last failure
 }
 
 // settler learns what becomes of its parts; nil is delivered.

@@ -31,7 +31,7 @@ func (r *receiver) close() []*handover {
 	r.metrics.unacknowledged.close()
 	r.metrics.streamsOpen.close()
 
-	left := slices.Concat(r.rest, r.redeliveries.all(), r.abandoned)
+	left := slices.Concat(r.rest, r.redeliveries.takeAll(), r.abandoned)
 	for d := range r.deliveries {
 		for i := range d.items {
 			d.items[i].acknowledged = d.acknowledged

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"container/heap"
 	"math/rand/v2"
 	"slices"
@@ -9,9 +10,9 @@ import (
 
 const (
 	// firstRedelivery is about how long a message that has failed waits before it is
-	// delivered again. The wait doubles up to mostRedelivery, and where a message has
-	// failed outageFailures times, and nothing else of the input was delivered since,
-	// up to outageRedelivery.
+	// delivered again. The wait doubles up to mostRedelivery, and from the failure
+	// number outageFailures on up to outageRedelivery, as long as the pipeline delivers
+	// nothing else of the input.
 	firstRedelivery  = 10 * time.Millisecond
 	mostRedelivery   = time.Second
 	outageRedelivery = 30 * time.Second
@@ -21,10 +22,15 @@ const (
 // redeliveries are messages that the pipeline gets again, each alone: an error of a
 // batch of several says nothing of any one of them, one of a batch of one does. The
 // receiver's mutex guards them.
+//
+// A delivery ends the wait of the others, since an outage may be over. But a message
+// that fails again after such an early end waits for its full time: one that can't be
+// delivered would come again with each of the others.
 type redeliveries struct {
-	now   []item // of batches of several, in order
-	later waits  // failed alone
-	long  int    // of later: waits of more than mostRedelivery
+	now        []item // in order
+	eager      waits  // until they are due, or anything is delivered
+	patient    waits  // until they are due
+	deliveries uint64
 }
 
 // alone adds the messages of a batch that has failed.
@@ -32,43 +38,41 @@ func (q *redeliveries) alone(items []item) { q.now = append(q.now, items...) }
 
 // failed adds a message that has failed alone.
 func (q *redeliveries) failed(it item, now time.Time) {
-	it.failed = now
-	it.due = now.Add(redeliveryWait(it.failures))
+	outage := it.failures > 0 && it.deliveries == q.deliveries
+	it.due = now.Add(redeliveryWait(it.failures, outage))
 	it.failures++
-	if it.failures > outageFailures {
-		q.long++
+	it.deliveries = q.deliveries
+	if it.early {
+		it.early = false
+		heap.Push(&q.patient, it)
+	} else {
+		heap.Push(&q.eager, it)
 	}
-	heap.Push(&q.later, it)
 }
 
 // redeliveryWait is how long a message waits that failed so often before. It is spread
 // at random by half of it, or messages that an output's batching has merged with one
 // that can't be delivered would meet it again in each batch.
-func redeliveryWait(failures int) time.Duration {
+func redeliveryWait(failures int, outage bool) time.Duration {
 	wait := min(firstRedelivery<<min(failures, outageFailures), mostRedelivery)
-	if failures >= outageFailures {
-		wait = min(mostRedelivery<<min(failures-outageFailures+1, 10), outageRedelivery)
+	if more := failures - outageFailures + 1; outage && more > 0 {
+		wait = min(mostRedelivery<<min(more, 10), outageRedelivery)
 	}
 	return min(wait/2+rand.N(wait), outageRedelivery) //nolint:gosec // no secret
 }
 
-// delivered shortens the waits of an outage, since the outputs deliver again: to about
-// mostRedelivery from the failure, so that a message that can't be delivered among
-// others that are doesn't come with each of them.
+// delivered notes that the pipeline has delivered a batch.
 func (q *redeliveries) delivered() {
-	if q.long == 0 {
+	q.deliveries++
+	if len(q.eager) == 0 {
 		return
 	}
-	q.long = 0
-	for i := range q.later {
-		if it := &q.later[i]; it.failures > outageFailures {
-			it.failures = outageFailures
-			if due := it.failed.Add(redeliveryWait(outageFailures - 1)); due.Before(it.due) {
-				it.due = due
-			}
-		}
+	for i := range q.eager {
+		q.eager[i].early = true
 	}
-	heap.Init(&q.later)
+	slices.SortFunc(q.eager, func(a, b item) int { return cmp.Compare(a.order, b.order) })
+	q.now = append(q.now, q.eager...)
+	q.eager = nil
 }
 
 // next takes the message that is to be delivered now, if there is one. If not, wait is
@@ -81,22 +85,22 @@ func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool
 		}
 		return it, 0, true
 	}
-	if len(q.later) == 0 {
+	first := &q.eager
+	if len(*first) == 0 || len(q.patient) > 0 && q.patient[0].due.Before((*first)[0].due) {
+		first = &q.patient
+	}
+	if len(*first) == 0 {
 		return item{}, -1, false
 	}
-	if wait = q.later[0].due.Sub(now); wait > 0 {
+	if wait = (*first)[0].due.Sub(now); wait > 0 {
 		return item{}, wait, false
 	}
-	it = heap.Pop(&q.later).(item)
-	if it.failures > outageFailures {
-		q.long--
-	}
-	return it, 0, true
+	return heap.Pop(first).(item), 0, true
 }
 
-// all takes every message.
-func (q *redeliveries) all() []item {
-	all := slices.Concat(q.now, []item(q.later))
+// takeAll takes every message.
+func (q *redeliveries) takeAll() []item {
+	all := slices.Concat(q.now, []item(q.eager), []item(q.patient))
 	*q = redeliveries{}
 	return all
 }

@@ -77,7 +77,9 @@ func (r *receiver) delivered(ctx context.Context, d *delivery, answers []*answer
 	}
 	r.release(delivered)
 	r.mu.Lock()
-	r.redeliveries.delivered()
+	if r.redeliveries.delivered(); len(r.redeliveries.now) > 0 {
+		r.wakeRead()
+	}
 	r.mu.Unlock()
 	if len(answered) > 0 {
 		r.answer(ctx, answered)

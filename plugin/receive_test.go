@@ -87,19 +87,20 @@ func TestInAnOutageRedeliveriesBecomeRareUntilSomethingIsDelivered(t *testing.T)
 		require.Greater(t, n, 100*15)
 		e.log.want(t, "is delivered again until it succeeds: the disk is full")
 
-		start := time.Now()
-		for range sent {
+		for i := range sent {
 			e.arrival().deliver()
 			synctest.Wait()
+			if i == 0 {
+				require.Len(t, e.probe.arrivals, len(sent)-1, "the first had to be waited for, not the others")
+			}
 		}
-		require.Less(t, time.Since(start), 35*time.Second, "the first may have to be waited for, not the others")
 		for i := range sent {
 			sent[i].wantAcked(t, "delivered")
 		}
 	})
 }
 
-func TestAMessageThatNeverSucceedsAmongOthersThatDoIsRedeliveredAboutEverySecond(t *testing.T) {
+func TestAMessageThatFailsAmongOthersThatSucceedIsRedeliveredAtMostTwiceASecond(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		client := e.dial()
@@ -123,7 +124,7 @@ func TestAMessageThatNeverSucceedsAmongOthersThatDoIsRedeliveredAboutEverySecond
 			}
 		}
 		require.Greater(t, poison, 40, "in a minute")
-		require.Less(t, poison, 100, "in a minute")
+		require.Less(t, poison, 150, "in a minute")
 	})
 }
 
