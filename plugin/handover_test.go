@@ -134,6 +134,7 @@ func TestAProcessThatStopsRejectsNothing(t *testing.T) {
 			a.deliver()
 		})
 		out.stop()
+		require.Equal(t, 1, e.log.count("received messages were not delivered before the stop and stay unacknowledged"))
 		for i := range sent {
 			if i < delivered {
 				sent[i].wantAcked(t, "delivered")

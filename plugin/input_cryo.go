@@ -82,7 +82,7 @@ func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.A
 // Close is called when all acknowledgements are in. They are written before the
 // socket closes.
 func (in *input) Close(ctx context.Context) error {
-	in.reportLeft(in.receiver.close())
+	reportLeft(in.receiver.log, in.receiver.close())
 	return in.dialer.close(ctx)
 }
 

@@ -232,6 +232,7 @@ func (ln *listener) close(ctx context.Context) error {
 	ln.mu.Lock()
 	ln.closing = true
 	ln.patience.Stop()
+	reportLeft(ln.log, ln.waiting)
 	ln.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
@@ -323,7 +324,7 @@ func (ln *listener) removeInput(r *receiver, last bool) {
 	left := r.close()
 	switch {
 	case last:
-		r.reportLeft(left)
+		reportLeft(r.log, left)
 	case len(ln.inputs) > 0:
 		for _, h := range left {
 			ln.inputs[0].receiveFrom(h)

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
+
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -105,8 +107,8 @@ func (h *handover) reject() (rejected, lost int) {
 	return rejected, lost
 }
 
-// reportLeft logs what stays unsettled at the end of an input that nobody follows.
-func (r *receiver) reportLeft(handovers []*handover) {
+// reportLeft logs what stays unsettled of an input that no other follows.
+func reportLeft(log *service.Logger, handovers []*handover) {
 	undelivered, lost := 0, 0
 	for _, h := range handovers {
 		for i := range h.items {
@@ -118,10 +120,10 @@ func (r *receiver) reportLeft(handovers []*handover) {
 		}
 	}
 	if lost > 0 {
-		r.log.Errorf("Lost %d messages that were acknowledged when they were received: the pipeline has stopped before it delivered them", lost)
+		log.Errorf("Lost %d messages that were acknowledged when they were received: the pipeline has stopped before it delivered them", lost)
 	}
 	if undelivered > 0 {
-		r.log.Infof("%d received messages were not delivered before the stop and stay unacknowledged: their senders can send them again", undelivered)
+		log.Infof("%d received messages were not delivered before the stop and stay unacknowledged: their senders can send them again", undelivered)
 	}
 }
 
