@@ -27,7 +27,7 @@ func checkLeaks(t *testing.T) { t.Helper(); goleak.VerifyNone(t) }
 // are synctest's: time is virtual, what is said to happen at once does, and a
 // test whose pipelines leave a goroutine behind fails.
 type engine struct {
-	t       *testing.T
+	t       testing.TB
 	env     *service.Environment
 	net     *memoryNet
 	log     *logBook
@@ -45,7 +45,7 @@ func inEngine(t *testing.T, test func(t *testing.T, e *engine)) {
 	synctest.Test(t, func(t *testing.T) { test(t, newEngine(t)) })
 }
 
-func newEngine(t *testing.T) *engine {
+func newEngine(t testing.TB) *engine {
 	e := &engine{
 		t: t, env: service.NewEnvironment(),
 		net: &memoryNet{listening: make(map[string]*memoryListener)}, log: &logBook{}, metrics: &metricsBook{values: make(map[string]int64)},
@@ -304,7 +304,7 @@ func batchOf(texts ...string) service.MessageBatch {
 }
 
 // next waits for a value.
-func next[T any](t *testing.T, values <-chan T) T {
+func next[T any](t testing.TB, values <-chan T) T {
 	t.Helper()
 	select {
 	case v := <-values:
@@ -339,7 +339,7 @@ func (g *sending) wantPending(t *testing.T, why string) {
 	}
 }
 
-func (g *sending) result(t *testing.T) error {
+func (g *sending) result(t testing.TB) error {
 	t.Helper()
 	return next(t, g.done)
 }

@@ -39,7 +39,7 @@ func newAuthority(t *testing.T, name string) *authority {
 
 // issue writes a certificate and its key, for clients and for servers at the
 // addresses of the tests. The first one is the authority's own.
-func (a *authority) issue(t *testing.T, name, certFile, keyFile string) (*x509.Certificate, *ecdsa.PrivateKey) {
+func (a *authority) issue(t testing.TB, name, certFile, keyFile string) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
@@ -71,7 +71,7 @@ func (a *authority) issue(t *testing.T, name, certFile, keyFile string) (*x509.C
 
 // writePEM replaces a file by one that is told from the old one: two that are
 // written at once may have the same time.
-func writePEM(t *testing.T, path, kind string, der []byte) {
+func writePEM(t testing.TB, path, kind string, der []byte) {
 	t.Helper()
 	modified := time.Now()
 	if old, err := os.Stat(path); err == nil {
@@ -90,7 +90,7 @@ func (a *authority) trusting(certificates ...tls.Certificate) *tls.Config {
 }
 
 // client issues a client's certificate.
-func (a *authority) client(t *testing.T, name string) tls.Certificate {
+func (a *authority) client(t testing.TB, name string) tls.Certificate {
 	t.Helper()
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
@@ -101,7 +101,7 @@ func (a *authority) client(t *testing.T, name string) tls.Certificate {
 }
 
 // certificate makes the files of a certificate which is its own authority.
-func certificate(t *testing.T) (certFile, keyFile string) {
+func certificate(t testing.TB) (certFile, keyFile string) {
 	t.Helper()
 	dir := t.TempDir()
 	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
