@@ -99,27 +99,43 @@ const dialLint = `if this.tls.enabled.or(false) == true && this.url.string().cat
   "field tls is enabled, but the url is ws://: use wss://"
 }`
 
-// dialer keeps one session with a server, and dials again when it has ended.
+// dialer keeps one session with a server, and dials again when it has ended. Calls
+// that want a session while there is none share one attempt.
 type dialer struct {
-	url  string
-	name string // of the server, for people
-	opts cryo.DialOptions
-	log  *service.Logger
+	url   string
+	name  string // of the server, for people
+	opts  cryo.DialOptions
+	log   *service.Logger
+	lines *sparing // log lines of failed attempts
 
 	metrics dialMetrics
 
-	mu        sync.Mutex
-	session   *cryo.Session // the last one; nil before the first, and when its end has been dealt with
-	gone      chan struct{} // closed when nothing is left of it, and its end is logged
-	connected bool          // there was one before
-
-	// Owned by the engine's connecting goroutine.
-	began    time.Time // of the last session
-	failures int       // in a row
+	mu       sync.Mutex
+	session  *cryo.Session // the last one; nil before the first
+	gone     chan struct{} // closed when nothing is left of it, and its end is logged
+	returned *cryo.Session // the last one that connect returned
+	attempt  *attempt      // in flight; nil if none is
+	failures int           // attempts and short sessions in a row
+	due      time.Time     // earliest time of the next dial
+	closed   bool
 }
 
+// attempt is one attempt to connect. No caller's context bounds it, because others
+// may wait for it too.
+type attempt struct {
+	cancel context.CancelFunc
+	logged bool // a batch waits, so a failure is logged here; the engine logs those of Connect. Guarded by the dialer's mutex
+
+	done    chan struct{} // closed at the end, when the following are set
+	session *cryo.Session
+	err     error
+}
+
+// errDialerClosed is the end of all attempts.
+var errDialerClosed = errors.New("the component is closed")
+
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dialer, error) {
-	d := &dialer{log: res.Logger(), metrics: newDialMetrics(meterOf(res))}
+	d := &dialer{log: res.Logger(), lines: newSparing(), metrics: newDialMetrics(meterOf(res))}
 	d.opts.SessionID = cryo.NewSessionID() // the same on every connection
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)
@@ -210,11 +226,19 @@ func (d *dialer) live() *cryo.Session {
 	return d.session
 }
 
-// follow tells of a session's end as soon as it comes: an output may have
-// nothing to write for long.
+// follow reports a session's end as soon as it comes: an output may have nothing
+// to write for long.
 func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
 	defer close(gone)
+	began := time.Now()
 	<-s.Ending()
+	d.mu.Lock()
+	if time.Since(began) >= lasting {
+		d.failures = 0
+	} else {
+		d.due = time.Now().Add(d.backOffLocked())
+	}
+	d.mu.Unlock()
 	d.reportEnd(s.Err())
 	<-s.Done()
 	d.metrics.gone()
@@ -232,80 +256,178 @@ func (d *dialer) reportEnd(err error) {
 	}
 }
 
-// connect dials, unless the session lives: a late ErrNotConnected of another
-// write must not make us meet our own ghost. Nor must the last session, which is
-// given the time for its goodbye. The context has no deadline; the dial has.
+// connect returns the live session, or that of one attempt; fresh is one that it has
+// not returned before. The error of a failed attempt has the time until the next.
 func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool, err error) {
-	if s := d.live(); s != nil {
-		return s, false, nil
-	}
-	if err := d.wait(ctx); err != nil {
+	session, err = d.next(ctx, false)
+	if err != nil {
 		return nil, false, err
-	}
-	s, err := cryo.Dial(ctx, d.url, &d.opts)
-	switch {
-	case errors.Is(err, cryo.ErrSessionExists):
-		return nil, false, service.NewErrBackOff(fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err), ghostWait)
-	case errors.Is(err, cryo.ErrUnauthorized):
-		return nil, false, service.NewErrBackOff(fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, tokenWait), tokenWait)
-	case err != nil:
-		return nil, false, service.NewErrBackOff(err, d.backOff())
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	fresh = session != d.returned
+	d.returned = session
+	return session, fresh, nil
+}
+
+// await returns the live session, or that of the first attempt that succeeds before
+// the context is done.
+func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
+	var last error
+	for {
+		s, err := d.next(ctx, true)
+		switch {
+		case err == nil || errors.Is(err, errDialerClosed):
+			return s, err
+		case ctx.Err() == nil:
+			last = err
+		case last == nil:
+			return nil, context.Cause(ctx)
+		default:
+			return nil, fmt.Errorf("%w: %v", context.Cause(ctx), last) //nolint:errorlint // its back-off is not the caller's
+		}
+	}
+}
+
+// next returns the live session, or the result of the attempt in flight, and begins
+// one if there is none; logged is set by callers whose failures nobody else logs.
+func (d *dialer) next(ctx context.Context, logged bool) (*cryo.Session, error) {
+	s, a, err := d.join(logged)
+	if a == nil {
+		return s, err
+	}
+	select {
+	case <-a.done:
+		return a.session, a.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (d *dialer) join(logged bool) (*cryo.Session, *attempt, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.closed:
+		return nil, nil, errDialerClosed
+	case d.session != nil && d.session.Err() == nil:
+		return d.session, nil, nil
+	case d.attempt == nil:
+		ctx, cancel := context.WithCancel(context.Background())
+		d.attempt = &attempt{cancel: cancel, done: make(chan struct{})}
+		go d.try(ctx, d.attempt)
+	}
+	d.attempt.logged = d.attempt.logged || logged
+	return nil, d.attempt, nil
+}
+
+// try makes an attempt, when it is due.
+func (d *dialer) try(ctx context.Context, a *attempt) {
+	defer close(a.done)
+	defer a.cancel()
+	s, err := d.dial(ctx)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.attempt = nil
+	switch {
+	case err == nil:
+		a.session = s
+		d.startLocked(s)
+	case ctx.Err() != nil:
+		a.err = errDialerClosed
+	default:
+		a.err = d.failedLocked(err)
+		if a.logged {
+			d.lines.do(d.log, func(log *service.Logger) {
+				log.Warnf("Connecting to %s again failed, messages wait for it: %v (at most one such line a second)", d.name, a.err)
+			})
+		}
+	}
+}
+
+// dial waits until nothing is left of the last session, which would be a ghost for
+// the server, and until the next attempt is due.
+func (d *dialer) dial(ctx context.Context) (*cryo.Session, error) {
+	d.mu.Lock()
+	gone := d.gone
+	d.mu.Unlock()
+	if gone != nil {
+		select {
+		case <-gone:
+		case <-ctx.Done():
+		}
+	}
+	d.mu.Lock()
+	due := d.due
+	d.mu.Unlock()
+	pause(ctx, time.Until(due))
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return cryo.Dial(ctx, d.url, &d.opts)
+}
+
+// pause returns early when the context is done.
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+func (d *dialer) startLocked(s *cryo.Session) {
+	again := d.session != nil
 	verb := "Connected"
-	if d.connected {
+	if again {
 		verb = "Reconnected"
 	}
 	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
-	d.metrics.connected(d.connected)
-	d.session, d.gone, d.connected, d.began = s, make(chan struct{}), true, time.Now()
+	d.metrics.connected(again)
+	d.session, d.gone = s, make(chan struct{})
 	go d.follow(s, d.gone)
-	return s, true, nil
 }
 
-// backOff counts a failure and says how long to wait for the next try. Not all
-// who lost the same server come back at the same moment.
-func (d *dialer) backOff() time.Duration {
+// failedLocked counts a failed attempt, and adds to its error the time until the
+// next.
+func (d *dialer) failedLocked(err error) error {
+	var wait time.Duration
+	switch {
+	case errors.Is(err, cryo.ErrSessionExists):
+		wait = ghostWait
+		err = fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err)
+	case errors.Is(err, cryo.ErrUnauthorized):
+		wait = tokenWait
+		err = fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, tokenWait)
+	default:
+		wait = d.backOffLocked()
+	}
+	d.due = time.Now().Add(wait)
+	return service.NewErrBackOff(err, wait)
+}
+
+// backOffLocked counts a failure and returns the time until the next attempt. Not
+// all who lost the same server come back at the same moment.
+func (d *dialer) backOffLocked() time.Duration {
 	wait := min(firstWait<<min(d.failures, 10), mostWait)
 	d.failures++
 	return wait - rand.N(wait/4) //nolint:gosec // no secret
 }
 
-// wait waits until nothing is left of the last session, and longer if that
-// didn't last.
-func (d *dialer) wait(ctx context.Context) error {
-	d.mu.Lock()
-	last, gone := d.session, d.gone
-	d.mu.Unlock()
-	if last == nil {
-		return nil
-	}
-	select {
-	case <-gone:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	d.mu.Lock()
-	d.session = nil // it counts once
-	d.mu.Unlock()
-	if time.Since(d.began) >= lasting {
-		d.failures = 0
-		return nil
-	}
-	pause := time.NewTimer(d.backOff())
-	defer pause.Stop()
-	select {
-	case <-pause.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// close says goodbye, with a bound of its own beside the engine's. A session
-// that is ending already is waited for: acknowledgements may be on their way.
+// close ends the attempt in flight, with all calls that wait for it, and then the
+// session by a close handshake, with a bound of its own beside the engine's. A
+// session that is ending already is waited for: acknowledgements may still be
+// written.
 func (d *dialer) close(ctx context.Context) error {
+	d.mu.Lock()
+	d.closed = true
+	a := d.attempt
+	d.mu.Unlock()
+	if a != nil {
+		a.cancel()
+		<-a.done
+	}
 	d.mu.Lock()
 	s, gone := d.session, d.gone
 	d.mu.Unlock()

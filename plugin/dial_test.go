@@ -97,6 +97,48 @@ func TestACallersContextEndsTheWaitAndNotTheSession(t *testing.T) {
 	})
 }
 
+// Nobody waits any more for the session of this attempt, and it is not lost.
+func TestTheSessionOfAnAttemptThatNobodyWaitedForIsTakenByTheNextConnect(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := cryotest.NewServer(t)
+		in := e.aloneInput(t, "")
+		in.opts.NetDial = server.Dial
+		ctx, cancel := context.WithCancel(t.Context())
+		connecting := sendAny(func() error { return in.Connect(ctx) })
+		peer := server.NextPeer()
+		cancel()
+		require.ErrorIs(t, connecting.result(t), context.Canceled)
+		peer.ServerHandshake()
+		synctest.Wait()
+		peer.WriteFrames(cryotest.Text(1, "m"))
+		require.NoError(t, in.Connect(t.Context()))
+		ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		batch, _, err := in.ReadBatch(ctx)
+		require.NoError(t, err)
+		require.Len(t, batch, 1)
+		peer.Conn().Cut()
+		require.NoError(t, in.Close(t.Context()))
+	})
+}
+
+func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		out := e.alone(t, "")
+		dialled := make(chan struct{})
+		out.opts.NetDial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			close(dialled)
+			return e.net.Dial(ctx, network, address)
+		}
+		go func() { _ = out.Connect(context.Background()) }()
+		<-dialled
+		require.NoError(t, out.Close(t.Context()))
+		synctest.Wait()
+		require.Empty(t, server.cryo.Sessions())
+	})
+}
+
 // aloneInput makes an input without an engine around it.
 func (e *engine) aloneInput(t *testing.T, fields string) *input {
 	t.Helper()
