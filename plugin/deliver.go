@@ -23,7 +23,7 @@ func (o *serverOutput) deliver(ctx context.Context, to targets, messages []parce
 	defer cancel()
 	outcomes := make([]outcome, len(messages))
 	var sending sync.WaitGroup
-	pending := unfailed(errs)
+	pending := indexesOf(errs, isNil)
 look:
 	for {
 		arrival := o.listener.arrival()
@@ -54,17 +54,6 @@ look:
 	}
 }
 
-// unfailed are the indexes without an error.
-func unfailed(errs []error) []int {
-	var indexes []int
-	for i, err := range errs {
-		if err == nil {
-			indexes = append(indexes, i)
-		}
-	}
-	return indexes
-}
-
 // outcome is what became of a message at the sessions that it went to.
 type outcome struct {
 	mu           sync.Mutex
@@ -92,16 +81,13 @@ func (a *outcome) err() error {
 	case a.sent == 1:
 		return a.first
 	default:
-		return fmt.Errorf("acknowledged by none of %d sessions, the first says: %w", a.sent, a.first)
+		return fmt.Errorf("not acknowledged by any of %d sessions: %w", a.sent, a.first)
 	}
 }
 
 // sendToGroup sends a group's messages to its sessions.
 func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parcel, outcomes []outcome) {
-	part := make([]parcel, len(g.messages))
-	for i, at := range g.messages {
-		part[i] = messages[at]
-	}
+	part := pick(messages, g.messages)
 	var going sync.WaitGroup
 	defer going.Wait()
 	if slices.ContainsFunc(part, func(m parcel) bool { return m.isStream }) {
@@ -112,7 +98,7 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 			going.Go(func() {
 				errs := make([]error, len(part))
 				o.send(paced, session, part, errs)
-				if len(unfailed(errs)) > 0 {
+				if slices.ContainsFunc(errs, isNil) {
 					done()
 				}
 				o.settle(ctx, g, session, errs, outcomes)
@@ -166,7 +152,7 @@ func (o *serverOutput) settle(ctx context.Context, g group, session *cryo.Sessio
 // max_buffer_bytes keeps us from reading may have acknowledged: it stays.
 func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
 	for _, err := range errs {
-		if errors.Is(err, errLate) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {
+		if isLate(err) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {
 			o.closeLines.do(o.log, func(log *service.Logger) {
 				log.Warnf("Closing session %d: %v (at most one such line a second)", session.ID(), err)
 			})

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -279,19 +280,47 @@ func (f *fed) wantDelivered(t *testing.T, why string) {
 	require.NoError(t, next(t, f.verdict), why)
 }
 
-// wantFailed wants the messages with these indexes to have failed, so.
-func (f *fed) wantFailed(t *testing.T, index *service.Indexer, want map[int]string) {
+// wantFailed wants a batch to have failed as a whole, with this error.
+func (f *fed) wantFailed(t *testing.T, words string) {
 	t.Helper()
 	err := next(t, f.verdict)
-	var batchErr *service.BatchError
-	require.ErrorAs(t, err, &batchErr)
+	require.EqualError(t, err, words)
+	requirePlain(t, err)
+}
+
+// requirePlain wants an error that is a whole batch's, and does not make the engine
+// send it again by itself.
+func requirePlain(t *testing.T, err error) {
+	t.Helper()
+	_, partial := errors.AsType[*service.BatchError](err)
+	require.False(t, partial, "names messages: %v", err)
+	require.NotErrorIs(t, err, service.ErrNotConnected)
+}
+
+// singles are messages that were fed one by one.
+type singles []*fed
+
+// giveSingly feeds messages one by one to the pipeline. An output with batching
+// makes one batch of them.
+func (e *engine) giveSingly(batch service.MessageBatch) singles {
+	list := make(singles, len(batch))
+	for i := range batch {
+		list[i] = e.giveBatch(batch[i : i+1])
+	}
+	return list
+}
+
+// wantFailed wants those with these indexes to have failed so, and the others to be
+// delivered.
+func (s singles) wantFailed(t *testing.T, want map[int]string) {
+	t.Helper()
 	got := make(map[int]string)
-	batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
-		if err != nil {
+	for i, f := range s {
+		if err := next(t, f.verdict); err != nil {
 			got[i] = err.Error()
+			requirePlain(t, err)
 		}
-		return true
-	})
+	}
 	require.Equal(t, want, got)
 }
 

@@ -69,7 +69,7 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 		if !known {
 			at = len(found)
 			groups[string(key)] = at
-			found = append(found, group{messages: indexesOf(key)})
+			found = append(found, group{messages: decodeIndexes(key)})
 		}
 		found[at].sessions = append(found[at].sessions, s)
 	}
@@ -92,7 +92,7 @@ func (m *matchingSessions) unasked(sessions []*cryo.Session) []*cryo.Session {
 	return slices.DeleteFunc(slices.Clone(sessions), func(s *cryo.Session) bool { return known[s] })
 }
 
-func indexesOf(key []byte) (indexes []int) {
+func decodeIndexes(key []byte) (indexes []int) {
 	for len(key) > 0 {
 		i, n := binary.Uvarint(key)
 		indexes, key = append(indexes, int(i)), key[n:]

@@ -146,11 +146,9 @@ func TestWhatAWorkerHasAcknowledgedBeforeItWentIsNotSentAgain(t *testing.T) {
 	})
 }
 
-func TestWhatAWorkerRefusesFailsAlone(t *testing.T) {
-	toAll(t, toAny, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		batch := batchOf("m0", "m1")
-		index := batch.Index()
-		f := e.giveBatch(batch)
+func TestWhatAWorkerRefusesGoesToNoOther(t *testing.T) {
+	toAll(t, toAny+", batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveSingly(batchOf("m0", "m1"))
 		failed := make(map[int]string)
 		for i, c := range clients {
 			m := receive(t, c)
@@ -161,7 +159,7 @@ func TestWhatAWorkerRefusesFailsAlone(t *testing.T) {
 			require.NoError(t, m.Reject("no"))
 			failed[int(m.Payload[1]-'0')] = `rejected by the peer: "no"`
 		}
-		f.wantFailed(t, index, failed)
+		f.wantFailed(t, failed)
 		wantNothing(t, clients[1])
 	})
 }
@@ -188,7 +186,7 @@ func TestAWorkerThatIsLateIsClosedAndAnotherGetsItsMessages(t *testing.T) {
 func TestAMessageThatEndsItsWorkersIsRejectedAfterSome(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 		f := e.give("poison")
-		for range maxWorkers {
+		for range maxSessions {
 			f.wantPending(t, "there may be another")
 			c := e.dial()
 			receiveTexts(t, c, "poison")
@@ -213,7 +211,7 @@ func TestAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("fails at ack_timeout, as a whole", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			require.ErrorContains(t, next(t, e.give("m0", "m1").verdict), "no client is connected")
+			e.give("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, the first: no client is connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})

@@ -2,8 +2,6 @@ package plugin
 
 import (
 	"context"
-	"errors"
-	"net"
 	"slices"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -29,12 +27,12 @@ func outputSpec() *service.ConfigSpec {
 
 == Delivery
 
-A message counts as delivered when the server has acknowledged it. One that the server refuses, or does not acknowledge in time, is rejected to the input, alone; the others of its batch are not sent again.
-
-Data that the server sends on this session is refused: to receive, use the `+"`cryo`"+` input.
+A message is delivered when the server has acknowledged it. It has failed when the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`, or when it cannot be sent.
+`+sendVerdicts+`
+Data that the server sends on this session is rejected: to receive, use the `+"`cryo`"+` input.
 `+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(dialFields()...).
-		Fields(sendFields()...).
+		Fields(sendFields("", "")...).
 		LintRule(`root = `+dialLint).
 		Example("From Kafka to a Cryo server", "Records of a topic go to a Cryo server; offsets are committed as the server acknowledges.", `
 input:
@@ -77,25 +75,21 @@ func (o *output) Connect(ctx context.Context) error {
 
 // WriteBatch returns when each message is acknowledged or has failed. On
 // ErrNotConnected the engine sends the whole batch again, so that is only
-// returned when the lost session is the reason for all of it. Else the engine is
-// told which messages have failed, and the next write reports ErrNotConnected.
+// returned when the lost session is the reason for all of it.
 func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
+	if len(batch) == 0 {
+		return nil // also without a session: it is no reason to connect
+	}
 	session := o.live()
 	if session == nil {
 		return service.ErrNotConnected
 	}
 	messages, errs := o.prepare(batch)
 	o.send(ctx, session, messages, errs)
-	if allEnded(errs) {
+	if ctx.Err() == nil && !slices.ContainsFunc(errs, func(err error) bool { return !isEnd(err) }) {
 		return service.ErrNotConnected
 	}
-	return batchError(batch, errs)
-}
-
-// allEnded tells whether no message was acknowledged or refused, because the
-// session ended first.
-func allEnded(errs []error) bool {
-	return !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, net.ErrClosed) })
+	return o.verdict(ctx, batch, errs)
 }
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }

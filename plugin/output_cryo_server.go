@@ -28,17 +28,19 @@ To receive from the same clients, give a `+"`cryo_server`"+` input the same addr
 
 == Delivery
 
-To one session (`+"`send_to: session`"+`), a message counts as delivered when the client has acknowledged it. One that the client refuses is rejected, and so is one that it has not acknowledged within `+"`ack_timeout`"+`; then the session is closed too, so that a client that takes nothing holds up others once, and not with each of its messages.
+To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or has not acknowledged it within `+"`ack_timeout`"+`; then the session is closed too, so that a client that takes nothing holds up others once, and not with each of its messages.
 
-To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it counts as delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or refuse it is at most once. A slow session holds up the others by no more than that, and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it is rejected.
+To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it is delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or reject it is at most once. A slow session holds up the others by no more than that, and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it has failed.
 
-To one in turn (`+"`any`"+`), it counts as delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client refuses is rejected, and so is one that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
+To one in turn (`+"`any`"+`), it is delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client rejects has failed, and so has one that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
 
-A late session that `+"`max_buffer_bytes`"+` keeps from being read may have acknowledged, so it is not closed. It counts as one that has not: a message to several sessions is delivered if another has acknowledged it; any other is rejected, or goes to another session (`+"`any`"+`).
-`+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
+A late session that `+"`max_buffer_bytes`"+` keeps from being read may have acknowledged, so it is not closed. It counts as one that has not: a message to several sessions is delivered if another has acknowledged it; any other has failed, or goes to another session (`+"`any`"+`).
+
+A message for which nobody is there fails at `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The others of its batch are sent at once, but the batch fails with it. So behind an input that makes batches and is not one of ours, they are sent to their clients again and again, until the absent one comes. Use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo` or `cryo_server`"+`, behind which only the message itself is repeated.
+`+sendVerdicts+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
-		Fields(sendFields()...).
+		Fields(sendFields("", ", to each session")...).
 		LintRule(`root = `+listenLint+targetLint).
 		Example("Rooms", "Each message goes to the clients that asked for its room, by the query parameter `room` of their URL.", `
 input:
@@ -107,7 +109,10 @@ func (o *serverOutput) Connect(ctx context.Context) error {
 
 // WriteBatch returns when each message is acknowledged, dropped or has failed.
 func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
-	if o.listener == nil {
+	switch {
+	case len(batch) == 0:
+		return nil
+	case o.listener == nil:
 		return service.ErrNotConnected
 	}
 	messages, errs := o.prepare(batch)
@@ -116,7 +121,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	} else {
 		o.deliver(ctx, o.targets(batch, errs), messages, errs)
 	}
-	return batchError(batch, errs)
+	return o.verdict(ctx, batch, errs)
 }
 
 // Close closes the listener, if nobody else uses it.

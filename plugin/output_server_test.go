@@ -97,27 +97,16 @@ func TestABroadcastThatSomeRefuseIsDelivered(t *testing.T) {
 	})
 }
 
-func TestWhatNobodyAcknowledgesFailsAlone(t *testing.T) {
-	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		batch := batchOf("good", "bad")
-		index := batch.Index()
-		f := e.giveBatch(batch)
+func TestWhatNobodyAcknowledgesFails(t *testing.T) {
+	toAll(t, "batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveSingly(batchOf("good", "bad"))
 		for i, c := range clients {
 			m := receiveTexts(t, c, "good", "bad")
 			require.NoError(t, m[0].Ack())
 			require.NoError(t, m[1].Reject("reason "+strconv.Itoa(i)))
 		}
-		err := <-f.verdict
-		var batchErr *service.BatchError
-		require.ErrorAs(t, err, &batchErr)
-		batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
-			if i == 0 {
-				require.NoError(t, err)
-			} else {
-				require.ErrorContains(t, err, `acknowledged by none of 2 sessions, the first says: rejected by the peer: "reason `)
-			}
-			return true
-		})
+		f[0].wantDelivered(t, "both have acknowledged it")
+		require.ErrorContains(t, next(t, f[1].verdict), `not acknowledged by any of 2 sessions: rejected by the peer: "reason `)
 	})
 }
 
@@ -188,17 +177,15 @@ func TestAMessageGoesToTheSessionThatItNames(t *testing.T) {
 	})
 }
 
-func TestWhatTheNamedSessionRefusesFailsAlone(t *testing.T) {
-	toAll(t, toOne, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+func TestWhatTheNamedSessionRefusesFails(t *testing.T) {
+	toAll(t, toOne+", batching: { count: 3 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
-		batch := addressed(a, b, a)
-		index := batch.Index()
-		f := e.giveBatch(batch)
+		f := e.giveSingly(addressed(a, b, a))
 		m := receiveTexts(t, clients[0], "m0", "m2")
 		require.NoError(t, m[0].Ack())
 		require.NoError(t, m[1].Reject("no"))
 		require.NoError(t, receiveTexts(t, clients[1], "m1")[0].Ack())
-		f.wantFailed(t, index, map[int]string{2: `rejected by the peer: "no"`})
+		f.wantFailed(t, map[int]string{2: `rejected by the peer: "no"`})
 	})
 }
 
@@ -216,15 +203,13 @@ func TestAMessageForAnUnknownSession(t *testing.T) {
 			f.wantDelivered(t, "it came")
 		})
 	})
-	t.Run("fails at ack_timeout, without holding up others", func(t *testing.T) {
+	t.Run("fails its batch at ack_timeout, when all others are acknowledged", func(t *testing.T) {
 		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			batch := addressed("4711", fmt.Sprint(clients[0].ID()))
-			index := batch.Index()
 			begin := time.Now()
-			f := e.giveBatch(batch)
+			f := e.giveBatch(addressed("4711", fmt.Sprint(clients[0].ID())))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			require.Zero(t, time.Since(begin))
-			f.wantFailed(t, index, map[int]string{0: "session 4711: that session is not connected"})
+			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: session 4711: that session is not connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
@@ -241,13 +226,11 @@ func TestAMessageForAnUnknownSession(t *testing.T) {
 	})
 }
 
-func TestAMessageWithoutAUsableSessionIdFailsAlone(t *testing.T) {
-	toAll(t, "send_to: session, session_id: '${! @to.string() }'", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		batch := addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{})
-		index := batch.Index()
-		f := e.giveBatch(batch)
+func TestAMessageWithoutAUsableSessionIdFailsWhenAllOthersAreAcknowledged(t *testing.T) {
+	toAll(t, "send_to: session, session_id: '${! @to.string() }', batching: { count: 5 }", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.giveSingly(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
 		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
-		f.wantFailed(t, index, map[int]string{
+		f.wantFailed(t, map[int]string{
 			0: `field session_id: "someone" is not the id of a session`,
 			1: `field session_id: "-1" is not the id of a session`,
 			2: `field session_id: "" is not the id of a session`,

@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -14,8 +16,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The sending half of the outputs: batches → a session → a BatchError for what
-// is not acknowledged.
+// The sending half of the outputs: batches → a session → one verdict for each
+// batch.
 
 const (
 	fieldMessageType = "message_type"
@@ -29,6 +31,17 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
+// sendVerdicts follows what each output says of the delivery of a message.
+const sendVerdicts = `
+A batch is delivered when all of its messages are. Everything that can be sent is sent and awaited first. If a message is not delivered then, the whole batch fails, with one error that has the number of such messages and the first cause. It names no message: behind processors that filter or split, the engine takes such an error for another message's, and the one that failed would be lost. What follows depends on what is in front of the output:
+
+- Inputs ` + "`cryo` and `cryo_server`" + `: the messages of a failed batch are sent again once, each alone. After that only those are repeated that fail alone.
+- Other inputs: the whole batch is sent again, until all of it is delivered. Where messages fail in normal work, let such an input make batches of one: nothing but the message is repeated then.
+- The output's own ` + "`batching`" + `, without ` + "`processors`" + ` under it: only the messages that failed go back to the input, or the input's batches that they are part of. With ` + "`processors`" + ` there, one rejected message fails the whole of each such batch.
+
+No output can prevent that the engine takes a failure for another message's behind an input that makes batches and is not one of ours, where ` + "`split`, `group_by` or `group_by_value`" + ` makes several batches of one and not all of them fail, or where a filter is in front of ` + "`reject_errored` or `switch`" + ` around the output, or of ` + "`error_handling.strict`" + `. A message can be lost there. Let the input make batches of one, or use ours.
+`
+
 const sendMetadata = `
 == Metadata
 
@@ -40,10 +53,12 @@ const sendPerformance = `
 
 The messages of a batch are sent at once, and their acknowledgements awaited together. So what limits the throughput is the batch's size times ` + "`max_in_flight`" + ` divided by the time until the other end acknowledges: single messages, 64 in flight and 10 ms make 6,400 messages a second. Inputs that give single messages gain most from ` + "`batching`" + `, with a ` + "`count`" + ` and a short ` + "`period`" + ` (such as 10ms); the period is what an incomplete batch waits.
 
-With several batches in flight, a message that has to be sent again arrives behind later ones. Where the order matters, set ` + "`max_in_flight: 1`" + ` and let the batches be larger. Streams of one batch go one after the other.
+Where the order matters, set ` + "`max_in_flight: 1`" + `, which keeps it as far as is written there, and let the batches be larger. The streams of a batch are sent one after the other; behind one that is late, what is left is sent side by side.
 `
 
-func sendFields() []*service.ConfigField {
+// sendFields are those of an output; lost has what becomes of a batch whose
+// connection is lost, and order what that does to the order.
+func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewInterpolatedStringField(fieldMessageType).
 			Description("What kind of Cryo message each message becomes: `utf8` (text), `binary`, `stream` (a named stream of its own), or `auto`: what it was when it was received from Cryo, else `utf8` if it is valid UTF-8, else `binary`. Above 16 MiB a message can only travel as a `stream`. To send a whole batch as one stream, put the `archive` processor under `batching`.").
@@ -63,10 +78,10 @@ func sendFields() []*service.ConfigField {
 		).
 			Description("For messages that travel as a `stream`."),
 		positiveDuration(fieldAckTimeout).
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is tried again.").
+			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again." + lost).
 			Default("30s"),
 		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
-			Description("How many batches may be on their way at a time; without `batching` a batch is mostly one message. With 1 the order of messages is kept even when some have to be sent again. Messages stay in memory while they are on their way, so keep it low for large ones."),
+			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 		injectTracingField(),
 	}
@@ -78,6 +93,7 @@ type sender struct {
 	streamName  *service.InterpolatedString
 	chunkBytes  int
 	ackTimeout  time.Duration
+	exact       bool // verdicts go to the output's own batcher, which has no processors, and to nothing else
 	metrics     sendMetrics
 }
 
@@ -115,6 +131,9 @@ func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sen
 		return
 	}
 	policy, err = conf.FieldBatchPolicy(fieldBatching)
+	onlyProcessors := policy
+	onlyProcessors.ByteSize, onlyProcessors.Count, onlyProcessors.Check, onlyProcessors.Period = 0, 0, "", ""
+	s.exact = !policy.IsNoop() && onlyProcessors.IsNoop()
 	return
 }
 
@@ -179,51 +198,74 @@ func typeOf(payload []byte, name string) (cryo.Type, error) {
 	}
 }
 
+// maxSessions bounds how many sessions in a row may end without having acknowledged
+// a message that was sent on each. The message may be what ends them.
+const maxSessions = 10
+
+func errLeft(last error) error {
+	return fmt.Errorf("%d sessions have gone without acknowledging it, the last: %w", maxSessions, last)
+}
+
 // errLate is an acknowledgement that did not come in time.
 var errLate = errors.New("none within")
 
+func isLate(err error) bool { return errors.Is(err, errLate) }
+
+// isEnd reports whether a message was not acknowledged because its session ended.
+func isEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
+
 // send sends messages to one session, in order, and waits for their
 // acknowledgements. Into errs, by index, go the errors of those that were not
-// acknowledged; those that have one already are not sent.
+// acknowledged; those that have one already are not sent. A stream waits for what
+// is before it, and what follows waits for the stream. When something was late, the
+// rest is sent side by side: each of it may be as late.
 func (s *sender) send(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	for start := 0; start < len(messages); {
-		end := start + 1
-		if messages[start].isStream {
-			if errs[start] == nil {
-				errs[start] = s.sendStream(ctx, session, &messages[start])
+	var late bool
+	var rest sync.WaitGroup
+	defer rest.Wait()
+	for len(messages) > 0 {
+		n := 1
+		if !messages[0].isStream {
+			for n < len(messages) && !messages[n].isStream {
+				n++
 			}
+		}
+		wait := s.begin(ctx, session, messages[:n], errs[:n])
+		if late {
+			rest.Go(wait)
 		} else {
-			for end < len(messages) && !messages[end].isStream {
-				end++
-			}
-			s.sendFrames(ctx, session, messages[start:end], errs[start:end])
+			wait()
+			late = slices.ContainsFunc(errs[:n], isLate)
 		}
-		if late := slices.IndexFunc(errs[start:end], func(err error) bool { return errors.Is(err, errLate) }); late >= 0 {
-			// Each of the others would wait as long.
-			for i := end; i < len(errs); i++ {
-				if errs[i] == nil {
-					errs[i] = fmt.Errorf("not sent behind one that was late: %w", errs[start+late])
-				}
-			}
-			return
-		}
-		start = end
+		messages, errs = messages[n:], errs[n:]
 	}
 }
 
-func (s *sender) sendFrames(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	ctx, cancel := s.bound(ctx)
-	defer cancel()
-	began := s.metrics.sending(len(messages))
-	if failed, ok := errors.AsType[*cryo.BatchError](session.SendBatch(ctx, frames(messages))); ok {
-		for i, err := range failed.Errs {
-			if errs[i] == nil {
-				errs[i] = err
+// begin sends messages, of which none is a stream, and returns the function that
+// waits for their acknowledgements. A stream comes alone, and that function sends it.
+func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) (wait func()) {
+	if messages[0].isStream {
+		return func() {
+			if errs[0] == nil {
+				errs[0] = s.sendStream(ctx, session, &messages[0])
 			}
 		}
 	}
-	s.metrics.awaited(ctx, len(messages), began)
-	s.metrics.settled(messages, errs)
+	began := s.metrics.sending(len(messages))
+	sending := session.StartBatch(frames(messages))
+	return func() {
+		ctx, cancel := s.bound(ctx)
+		defer cancel()
+		if failed, ok := errors.AsType[*cryo.BatchError](sending.Wait(ctx)); ok {
+			for i, err := range failed.Errs {
+				if errs[i] == nil {
+					errs[i] = err
+				}
+			}
+		}
+		s.metrics.awaited(ctx, len(messages), began)
+		s.metrics.settled(messages, errs)
+	}
 }
 
 func frames(messages []parcel) []cryo.Outgoing {
@@ -247,29 +289,62 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parce
 		ChunkBytes:  s.chunkBytes,
 		StepTimeout: s.ackTimeout,
 	})
-	if errors.Is(err, context.DeadlineExceeded) && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errLate)) {
+	if errors.Is(err, context.DeadlineExceeded) && (ctx.Err() == nil || isLate(context.Cause(ctx))) {
 		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
 	s.metrics.settled([]parcel{*m}, []error{err})
 	return err
 }
 
-// batchError tells the engine which messages of a batch were not delivered.
-func batchError(batch service.MessageBatch, errs []error) error {
-	var failed *service.BatchError
+// verdict is the result of a batch for the engine, by its messages' errors.
+//
+// The engine finds the message of an error by its context, and its processors put
+// contexts onto other messages: behind one that filters or splits, an error for a
+// message is taken for another's, and the message counts as delivered. So a batch
+// fails as a whole. Only the output's own batcher finds the right messages, because
+// it marks them behind all processors but its own.
+//
+// The error wraps none of the messages' errors, so that the engine finds nothing in
+// it, such as an ErrNotConnected, that would make it send the batch again by itself.
+func (s *sender) verdict(ctx context.Context, batch service.MessageBatch, errs []error) error {
+	failed := indexesOf(errs, isError)
+	switch {
+	case len(failed) == 0:
+		return nil
+	case ctx.Err() != nil: // a hard stop: nothing is known
+		return context.Cause(ctx)
+	case len(batch) == 1:
+		return errs[0]
+	}
+	err := fmt.Errorf("%d of %d messages were not acknowledged, the first: %v", len(failed), len(batch), errs[failed[0]]) //nolint:errorlint // see above
+	if !s.exact {
+		return err
+	}
+	exact := service.NewBatchError(batch, err)
+	for _, i := range failed {
+		_ = exact.Failed(i, errs[i])
+	}
+	return exact
+}
+
+// indexesOf returns the indexes of those errors, nil or not, that match.
+func indexesOf(errs []error, match func(error) bool) []int {
+	var indexes []int
 	for i, err := range errs {
-		switch {
-		case err == nil:
-		case len(batch) == 1:
-			return err
-		case failed == nil:
-			failed = service.NewBatchError(batch, err).Failed(i, err)
-		default:
-			_ = failed.Failed(i, err)
+		if match(err) {
+			indexes = append(indexes, i)
 		}
 	}
-	if failed == nil {
-		return nil
+	return indexes
+}
+
+func isNil(err error) bool { return err == nil }
+
+// pick returns the messages with these indexes.
+func pick(messages []parcel, indexes []int) []parcel {
+	picked := make([]parcel, len(indexes))
+	for i, at := range indexes {
+		picked[i] = messages[at]
 	}
-	return failed
+	return picked
 }

@@ -30,24 +30,19 @@ func TestAMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
 	})
 }
 
-func TestOnlyWhatIsNotAcknowledgedFails(t *testing.T) {
+func TestWhatIsNotAcknowledgedFailsItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
 		peer := server.session()
-		batch := batchOf(words("m%d", 4)...)
-		index := batch.Index()
 		begin := time.Now()
-		f := e.giveBatch(batch)
+		f := e.give(words("m%d", 4)...)
 		m := receiveTexts(t, peer, words("m%d", 4)...)
 		require.NoError(t, m[0].Ack())
 		require.NoError(t, m[1].Reject("not today"))
 		require.NoError(t, m[2].Ack())
-		f.wantFailed(t, index, map[int]string{
-			1: `rejected by the peer: "not today"`,
-			3: "waiting for the acknowledgement: none within ack_timeout (3s)",
-		})
-		require.Equal(t, 3*time.Second, time.Since(begin))
+		f.wantFailed(t, `2 of 4 messages were not acknowledged, the first: rejected by the peer: "not today"`)
+		require.Equal(t, 3*time.Second, time.Since(begin), "everything was awaited first")
 		require.NoError(t, peer.Err(), "the session goes on")
 
 		// Too late, and taken for no other message's.
@@ -57,81 +52,6 @@ func TestOnlyWhatIsNotAcknowledgedFails(t *testing.T) {
 		f.wantPending(t, "not acknowledged yet")
 		require.NoError(t, m[0].Ack())
 		f.wantDelivered(t, "acknowledged")
-	})
-}
-
-func TestOnlyWhatFailedIsSentAgain(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		e.run(fromFeed, with(dialOutput, "ack_timeout: 3s"))
-		peer := server.session()
-		f := e.give(words("m%d", 4)...)
-		m := receiveTexts(t, peer, words("m%d", 4)...)
-		require.NoError(t, m[0].Ack())
-		require.NoError(t, m[1].Reject("not today"))
-		require.NoError(t, m[2].Ack())
-		for _, again := range receiveTexts(t, peer, "m1", "m3") {
-			require.NoError(t, again.Ack())
-		}
-		f.wantDelivered(t, "acknowledged in the end")
-		wantNothing(t, peer)
-	})
-}
-
-func TestOnlyWhatIsNotAcknowledgedIsSentAgainOnTheNextConnection(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		e.run(fromFeed, dialOutput)
-		peer := server.session()
-		f := e.give(words("m%d", 3)...)
-		m := receiveTexts(t, peer, words("m%d", 3)...)
-		require.NoError(t, m[1].Ack())
-		synctest.Wait()
-		e.net.cut()
-
-		again := server.session()
-		require.Equal(t, peer.ID(), again.ID())
-		for _, m := range receiveTexts(t, again, "m0", "m2") {
-			require.NoError(t, m.Ack())
-		}
-		f.wantDelivered(t, "acknowledged in the end")
-		wantNothing(t, again)
-		require.Equal(t, 1, e.log.count("WARN Disconnected from"))
-	})
-}
-
-func TestAWholeBatchIsSentAgainOnTheNextConnection(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		e.run(fromOnce, dialOutput) // the engine does it, not the input
-		peer := server.session()
-		f := e.give("m0", "m1")
-		receiveTexts(t, peer, "m0", "m1")
-		e.net.cut()
-		for _, m := range receiveTexts(t, server.session(), "m0", "m1") {
-			require.NoError(t, m.Ack())
-		}
-		f.wantDelivered(t, "acknowledged in the end")
-		e.log.want(t, "Reconnected to")
-	})
-}
-
-func TestARefusedMessageIsNotSentAgainBecauseTheConnectionIsLost(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		e.run(fromOnce, dialOutput)
-		peer := server.session()
-		batch := batchOf("m0", "m1")
-		index := batch.Index()
-		f := e.giveBatch(batch)
-		m := receiveTexts(t, peer, "m0", "m1")
-		require.NoError(t, m[0].Reject("no"))
-		synctest.Wait()
-		e.net.cut()
-		f.wantFailed(t, index, map[int]string{
-			0: `rejected by the peer: "no"`,
-			1: "session ended: connection lost: read tcp 192.0.2.1:50000->192.0.2.2:80: connection reset by peer",
-		})
 	})
 }
 
@@ -172,20 +92,19 @@ func TestTheTypeOfAMessage(t *testing.T) {
 	}
 }
 
-func TestAMessageThatCantBeSentFailsAlone(t *testing.T) {
+func TestAMessageThatCantBeSentFailsWhenAllOthersAreAcknowledged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		e.run(fromOnce, with(dialOutput, `message_type: '${! metadata("kind").or("utf8") }'`))
+		e.run(fromOnce, with(dialOutput, `message_type: '${! metadata("kind").or("utf8") }', batching: { count: 6 }`))
 		peer := server.session()
 		batch := batchOf("good", "\xff", "unknown", string(bytes.Repeat([]byte("x"), cryo.MaxPayload+1)), "good too", "")
 		batch[2].MetaSet("kind", "text")
 		batch[5].MetaSetMut("kind", nil)
-		index := batch.Index()
-		f := e.giveBatch(batch)
+		f := e.giveSingly(batch)
 		for _, m := range receiveTexts(t, peer, "good", "good too", "") {
 			require.NoError(t, m.Ack())
 		}
-		f.wantFailed(t, index, map[int]string{
+		f.wantFailed(t, map[int]string{
 			1: "text of 1 bytes is not valid UTF-8: send it as binary",
 			2: "field message_type: unknown message type text, it has to be auto, utf8, binary or stream",
 			3: "message of 16777217 bytes: one frame carries at most 16 MiB, larger data travels as a stream",

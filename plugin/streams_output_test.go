@@ -8,7 +8,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -133,11 +132,9 @@ func TestABatchTravelsAsOneStreamThroughArchive(t *testing.T) {
 func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		e.run(fromOnce, with(dialOutput, asStream+", stream: { name: '${! content() }' }"))
+		e.run(fromOnce, with(dialOutput, asStream+", stream: { name: '${! content() }' }, batching: { count: 4 }"))
 		peer := server.session()
-		batch := batchOf(words("m%d", 4)...)
-		index := batch.Index()
-		f := e.giveBatch(batch)
+		f := e.giveSingly(batchOf(words("m%d", 4)...))
 		for i := range 4 {
 			switch i {
 			case 1: // unread
@@ -152,26 +149,12 @@ func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
 				require.NoError(t, st.Ack())
 			}
 		}
-		err := next(t, f.verdict)
-		require.Equal(t, []bool{false, true, true, false}, failures(t, err, index, cryo.ErrStreamCancelled))
+		f.wantFailed(t, map[int]string{
+			1: `opening the stream "m1": the peer cancelled the stream`,
+			2: `finishing the stream "m2": the peer cancelled the stream`,
+		})
 		require.NoError(t, peer.Err(), "the session goes on")
 	})
-}
-
-// failures tells which of four messages have failed, for this cause.
-func failures(t *testing.T, err error, index *service.Indexer, cause error) []bool {
-	t.Helper()
-	var batchErr *service.BatchError
-	require.ErrorAs(t, err, &batchErr)
-	failed := make([]bool, 4)
-	batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool {
-		failed[i] = err != nil
-		if err != nil {
-			require.ErrorIs(t, err, cause)
-		}
-		return true
-	})
-	return failed
 }
 
 func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
@@ -249,25 +232,19 @@ func TestWhatCameAsAStreamGoesOnAsAStreamWithItsName(t *testing.T) {
 	})
 }
 
-func TestAStreamWithoutAUsableNameFailsAloneAndIsNotSent(t *testing.T) {
-	atBothOutputs(t, asStream+`, stream: { name: '${! json("name") }' }`, func(t *testing.T, e *engine, peer *cryo.Session) {
+func TestAStreamWithoutAUsableNameIsNotSentAndTheOthersAre(t *testing.T) {
+	atBothOutputs(t, asStream+`, stream: { name: '${! json("name") }' }, batching: { count: 4 }`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf(`{"name":"good"}`, `no JSON`, `{"name":"`+strings.Repeat("x", 1025)+`"}`, `{"name":"last"}`)
-		index := batch.Index()
-		f := e.giveBatch(batch)
+		f := e.giveSingly(batch)
 		for _, name := range []string{"good", "last"} {
 			st, _ := readStream(t, peer)
 			require.Equal(t, name, st.Name())
 			require.NoError(t, st.Ack())
 		}
-		err := next(t, f.verdict)
-		var batchErr *service.BatchError
-		require.ErrorAs(t, err, &batchErr)
-		errs := make([]error, 4)
-		batchErr.WalkMessagesIndexedBy(index, func(i int, _ *service.Message, err error) bool { errs[i] = err; return true })
-		require.NoError(t, errs[0])
-		require.ErrorContains(t, errs[1], "field stream.name: ")
-		require.ErrorContains(t, errs[2], "1025 bytes, at most 1024")
-		require.NoError(t, errs[3])
+		f[0].wantDelivered(t, "acknowledged")
+		require.ErrorContains(t, next(t, f[1].verdict), "field stream.name: ")
+		require.ErrorContains(t, next(t, f[2].verdict), "1025 bytes, at most 1024")
+		f[3].wantDelivered(t, "acknowledged")
 	})
 }
 
@@ -290,7 +267,7 @@ func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) 
 		for _, c := range clients {
 			require.NoError(t, acceptStream(t, c).Reject())
 		}
-		require.ErrorContains(t, next(t, f.verdict), "acknowledged by none of 3 sessions")
+		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by any of 3 sessions: ")
 	})
 }
 

@@ -53,9 +53,9 @@ func targetFields() []*service.ConfigField {
 			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages.").
 			Default(defaultSessionInFlight),
 		service.NewStringAnnotatedEnumField(fieldNoSession, map[string]string{
-			noSessionWait:   "Wait for it up to `ack_timeout`, then reject the message.",
+			noSessionWait:   "Wait for it up to `ack_timeout`; then the message has failed.",
 			noSessionDrop:   "Count the message as delivered.",
-			noSessionReject: "Reject the message at once.",
+			noSessionReject: "The message has failed at once; the others of its batch are sent.",
 		}).
 			Description("What to do with a message for which nobody is connected, not the session that it names, or none that matches.").
 			Default(noSessionWait),

@@ -160,11 +160,10 @@ func TestThePipelinesSpansGoOutWithTheMessages(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inTracedEngine(t, func(t *testing.T, e *engine) {
-				peer := connect(e, `inject_tracing_map: 'root.trace = if root.type() == "object" { this }', ack_timeout: 1s`)
+				peer := connect(e, `inject_tracing_map: 'root.trace = if root.type() == "object" { this }', ack_timeout: 1s, batching: { count: 3 }`)
 				synctest.Wait()
 				batch := batchOf(`{"id":1}`, `{"id":2}`, `no JSON`)
-				index := batch.Index()
-				f := e.giveBatch(batch)
+				f := e.giveSingly(batch)
 				for i := range 2 {
 					m := receive(t, peer)
 					var content struct {
@@ -185,7 +184,7 @@ func TestThePipelinesSpansGoOutWithTheMessages(t *testing.T) {
 				m := receive(t, peer)
 				require.Equal(t, "no JSON", string(m.Payload), "it is sent all the same")
 				require.NoError(t, m.Ack())
-				f.wantFailed(t, index, map[int]string{1: `rejected by the peer: "no"`})
+				f.wantFailed(t, map[int]string{1: `rejected by the peer: "no"`})
 			})
 		})
 	}

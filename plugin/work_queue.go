@@ -3,8 +3,6 @@ package plugin
 import (
 	"context"
 	"errors"
-	"fmt"
-	"net"
 	"slices"
 	"sync"
 	"time"
@@ -13,10 +11,6 @@ import (
 )
 
 // Sending each message to one session in turn (send_to: any).
-
-// maxWorkers is how many sessions in a row may go without having acknowledged a
-// message. It may be the message that ends them, so it is rejected then.
-const maxWorkers = 10
 
 // workQueue gives out places at the sessions of a listener, in turn.
 type workQueue struct {
@@ -146,16 +140,15 @@ func (q *workQueue) free(w *worker) {
 // share sends each message to one session, in turn, and waits for all of them.
 func (o *serverOutput) share(ctx context.Context, messages []parcel, errs []error) {
 	var sending sync.WaitGroup
-	for _, i := range unfailed(errs) {
+	for _, i := range indexesOf(errs, isNil) {
 		w, err := o.queue.take(ctx, o.patience())
 		if err != nil {
 			// Each of those behind it would wait as long.
 			o.failRest(errs[i:], err)
 			break
 		}
-		m := &messages[i]
-		wait := o.begin(ctx, w.session, m) // here, so that messages leave in order
-		sending.Go(func() { errs[i] = o.handOn(ctx, w, m, wait) })
+		wait := o.begin(ctx, w.session, messages[i:i+1], errs[i:i+1]) // here, so that messages leave in order
+		sending.Go(func() { o.handOn(ctx, w, messages[i:i+1], errs[i:i+1], wait) })
 	}
 	sending.Wait()
 }
@@ -184,47 +177,31 @@ func (o *serverOutput) unlessDropped(err error) error {
 	return err
 }
 
-// begin sends a message and gives the function that waits for its acknowledgement.
-func (o *serverOutput) begin(ctx context.Context, session *cryo.Session, m *parcel) (wait func() error) {
-	if m.isStream {
-		return func() error { return o.sendStream(ctx, session, m) }
-	}
-	began := o.metrics.sending(1)
-	sending := session.StartBatch([]cryo.Outgoing{m.Outgoing})
-	return func() (err error) {
-		ctx, cancel := o.bound(ctx)
-		defer cancel()
-		if failed, ok := errors.AsType[*cryo.BatchError](sending.Wait(ctx)); ok {
-			err = failed.Errs[0]
-		}
-		o.metrics.awaited(ctx, 1, began)
-		o.metrics.settled([]parcel{*m}, []error{err})
-		return err
-	}
-}
-
-// handOn waits for a session's acknowledgement, and hands the message on to the
-// next one when the session has gone. One that lets the time for it pass is
-// closed, so that it gets no more.
-func (o *serverOutput) handOn(ctx context.Context, w *worker, m *parcel, wait func() error) error {
+// handOn waits for a session's acknowledgement of a message, and hands it on to the
+// next one when the session has gone. One that lets the time for it pass is closed,
+// so that it gets no more.
+func (o *serverOutput) handOn(ctx context.Context, w *worker, message []parcel, result []error, wait func()) {
 	for gone := 1; ; gone++ {
-		err := wait()
+		wait()
+		err := result[0]
 		if err != nil {
-			o.cutIfLate(ctx, w.session, []error{err})
+			o.cutIfLate(ctx, w.session, result)
 		}
 		o.queue.free(w)
 		switch {
 		case err == nil || ctx.Err() != nil:
-			return err
-		case !errors.Is(err, errLate) && !errors.Is(err, net.ErrClosed):
-			return err // it is the message that the session didn't take
-		case gone == maxWorkers:
-			return fmt.Errorf("%d sessions have gone without acknowledging it, the last: %w", gone, err)
+			return
+		case !isLate(err) && !isEnd(err):
+			return // it is the message that the session didn't take
+		case gone == maxSessions:
+			result[0] = errLeft(err)
+			return
 		}
 		o.log.Debugf("Session %d has gone without acknowledging a message, which goes to another: %v", w.session.ID(), err)
-		if w, err = o.queue.take(ctx, o.patience()); err != nil {
-			return o.unlessDropped(err)
+		if w, result[0] = o.queue.take(ctx, o.patience()); result[0] != nil {
+			result[0] = o.unlessDropped(result[0])
+			return
 		}
-		wait = o.begin(ctx, w.session, m)
+		wait = o.begin(ctx, w.session, message, result)
 	}
 }
