@@ -2,9 +2,13 @@ package plugin
 
 import (
 	"context"
-	"slices"
+	"fmt"
+	"math/rand/v2"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 func init() {
@@ -23,16 +27,21 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: with the next message, and while that fails after waits that double up to ten seconds (a refused token: every half minute).
+		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: at once while a batch is in flight, else with the next message, and while that fails after waits that double up to ten seconds (a refused token: every half minute).
 
 == Delivery
 
 A message is delivered when the server has acknowledged it. It has failed when the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`, or when it cannot be sent.
+
+A lost connection is no failure by itself. A batch that is in flight then waits for the next connection, and only what is not acknowledged is sent again there. Connections are waited for until `+"`ack_timeout`"+` after the first loss; then what is left has failed, and so it has when 10 connections were lost with one batch, because the batch may be what ends them. A batch that comes while there is no connection is kept until there is one, for however long: nothing of it was sent.
 `+sendVerdicts+`
 Data that the server sends on this session is rejected: to receive, use the `+"`cryo`"+` input.
 `+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(dialFields()...).
-		Fields(sendFields("", "")...).
+		Fields(sendFields(
+			" When a connection is lost, other connections are waited for as long, from the first loss: see [Delivery](#delivery). `/ready` may report the loss that much later.",
+			", also when the connection is lost and comes back within `ack_timeout`",
+		)...).
 		LintRule(`root = `+dialLint).
 		Example("From Kafka to a Cryo server", "Records of a topic go to a Cryo server; offsets are committed as the server acknowledges.", `
 input:
@@ -74,8 +83,8 @@ func (o *output) Connect(ctx context.Context) error {
 }
 
 // WriteBatch returns when each message is acknowledged or has failed. On
-// ErrNotConnected the engine sends the whole batch again, so that is only
-// returned when the lost session is the reason for all of it.
+// ErrNotConnected the engine sends the whole batch again, so that is only returned
+// before anything of it is sent.
 func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	if len(batch) == 0 {
 		return nil // also without a session: it is no reason to connect
@@ -85,11 +94,49 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 		return service.ErrNotConnected
 	}
 	messages, errs := o.prepare(batch)
-	o.send(ctx, session, messages, errs)
-	if ctx.Err() == nil && !slices.ContainsFunc(errs, func(err error) bool { return !isEnd(err) }) {
-		return service.ErrNotConnected
-	}
+	o.deliver(ctx, session, messages, errs)
 	return o.verdict(ctx, batch, errs)
+}
+
+// maxApart bounds the pause before a batch that has lost two sessions is sent on the
+// next. Another batch may be what ends them: with pauses of random length, each of
+// those that wait is sent before it at times.
+const maxApart = 200 * time.Millisecond
+
+// deliver sends messages, and what a session has not acknowledged at its end again
+// on the next one. It waits for sessions until ack_timeout after the first end.
+func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
+	o.send(ctx, session, messages, errs)
+	lost := indexesOf(errs, isEnd)
+	if len(lost) == 0 {
+		return
+	}
+	patience, cancel := context.WithTimeoutCause(ctx, o.ackTimeout, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, o.ackTimeout))
+	defer cancel()
+	for sessions := 1; len(lost) > 0 && ctx.Err() == nil; sessions++ {
+		if sessions == maxSessions {
+			for _, i := range lost {
+				errs[i] = errLeft(errs[i])
+			}
+			return
+		}
+		session, err := o.await(patience)
+		if err != nil {
+			for _, i := range lost {
+				errs[i] = fmt.Errorf("%w, and %w", errs[i], err) // the context's, or of a close
+			}
+			return
+		}
+		if sessions > 1 {
+			pause(ctx, rand.N(maxApart)) //nolint:gosec // no secret
+		}
+		again, results := pick(messages, lost), make([]error, len(lost))
+		o.send(ctx, session, again, results)
+		for at, i := range lost {
+			errs[i] = results[at]
+		}
+		lost = indexesOf(errs, isEnd)
+	}
 }
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }
