@@ -155,12 +155,25 @@ func failFastUnderAttribution(s *pipelineSpec) bool {
 }
 
 // failFastUnderOneVerdict: fan_out_fail_fast gives a verdict for each output that fails.
-// Who waits for one takes the second one for that of the next batch or output, or leaves
-// the output waiting for ever to be rid of it.
+// Who waits for one takes the second one for that of the next batch or output, leaves the
+// output waiting for ever to be rid of it, or, an output's processors, writes into a
+// BatchError that is being read. An input of the engine's takes two.
 func failFastUnderOneVerdict(s *pipelineSpec) bool {
-	return s.output.any(func(o *out) bool {
+	return s.output.verdicts() > 2 || s.output.any(func(o *out) bool {
 		waits := slices.Contains([]string{"retry", "drop_on", "fallback", "reject_errored"}, o.kind) ||
-			o.pattern == "fan_out_sequential_fail_fast" || o.batching != nil || o.retries()
+			o.pattern == "fan_out_sequential_fail_fast" || o.batching != nil || o.retries() || len(o.processors) > 0
 		return waits && o.any(func(inner *out) bool { return inner.pattern == "fan_out_fail_fast" })
 	})
+}
+
+// verdicts is how many an output gives at most.
+func (o *out) verdicts() int {
+	sum, most := 0, 1
+	for _, child := range o.children {
+		sum, most = sum+child.verdicts(), max(most, child.verdicts())
+	}
+	if o.pattern == "fan_out_fail_fast" || o.kind == "switch" {
+		return sum
+	}
+	return most
 }
