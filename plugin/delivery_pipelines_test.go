@@ -89,7 +89,7 @@ type generator struct {
 
 func (g *generator) chance(percent int) bool { return g.IntN(100) < percent }
 
-func pick[T any](g *generator, of ...T) T { return of[g.IntN(len(of))] }
+func choose[T any](g *generator, of ...T) T { return of[g.IntN(len(of))] }
 
 // newPipeline makes the pipeline of a seed. What no component of ours can prevent is
 // left out.
@@ -111,15 +111,15 @@ func (s *pipelineSpec) endless() bool {
 }
 
 func (g *generator) pipeline(seed uint64) *pipelineSpec {
-	spec := &pipelineSpec{seed: seed, input: pick(g, "cryo", "cryo_server", "cryo_server", "feed"), clients: 1, replay: true, faults: g.IntN(15_000)}
+	spec := &pipelineSpec{seed: seed, input: choose(g, "cryo", "cryo_server", "cryo_server", "feed"), clients: 1, replay: true, faults: g.IntN(15_000)}
 	g.spec, g.leaves, g.network = spec, 0, 0
 	if spec.input != "feed" {
 		spec.replay = g.chance(70)
 		spec.fields = conf{
-			"max_batch_count": pick(g, 1, 2, 8, 64), "max_in_flight": pick(g, 2, 16, 64, 1024), "auto_replay_nacks": spec.replay,
+			"max_batch_count": choose(g, 1, 2, 8, 64), "max_in_flight": choose(g, 2, 16, 64, 1024), "auto_replay_nacks": spec.replay,
 		}
 		if g.chance(40) {
-			spec.streams = pick(g, "lines", "to_the_end")
+			spec.streams = choose(g, "lines", "to_the_end")
 			spec.fields["streams"] = conf{"scanner": conf{spec.streams: conf{}}}
 		}
 	}
@@ -149,7 +149,7 @@ func (g *generator) jobs() {
 	}
 	n := 0
 	for range 2 + g.IntN(6) {
-		j := job{stream: g.spec.streams != "" && g.chance(40), wait: pick(g, 0, 0, g.IntN(500))}
+		j := job{stream: g.spec.streams != "" && g.chance(40), wait: choose(g, 0, 0, g.IntN(500))}
 		for range 1 + g.IntN(12) {
 			letter := string(alphabet[g.IntN(len(alphabet))])
 			if j.stream && letter == oversize {
@@ -163,24 +163,24 @@ func (g *generator) jobs() {
 }
 
 const (
-	isDropped  = `content().string().split("\n").all(line -> line.has_prefix("` + dropped + `-"))`
-	isRejected = `content().has_prefix("` + rejected + `-")`
-	filter     = `root = if ` + isDropped + ` { deleted() }`
-	groupValue = `${! content().string().re_replace_all("(?s)-.*", "") }`
+	isDropped     = `content().string().split("\n").all(line -> line.has_prefix("` + dropped + `-"))`
+	isRejected    = `content().has_prefix("` + rejected + `-")`
+	filterMapping = `root = if ` + isDropped + ` { deleted() }`
+	groupValue    = `${! content().string().re_replace_all("(?s)-.*", "") }`
 )
 
 // processor makes a processor with others in it. first is true where each message is
 // still as it was sent.
 func (g *generator) processor(depth int, first bool) processor {
 	all := []func() processor{
-		func() processor { return processor{conf: conf{"mapping": filter}, misplaces: true} },
-		func() processor { return processor{conf: conf{"mapping": filter}, misplaces: true} },
+		func() processor { return processor{conf: conf{"mapping": filterMapping}, misplaces: true} },
+		func() processor { return processor{conf: conf{"mapping": filterMapping}, misplaces: true} },
 		func() processor { return processor{conf{"split": conf{"size": 1 + g.IntN(3)}}, true, true} },
 		func() processor { return processor{conf{"group_by_value": conf{"value": groupValue}}, true, true} },
 		func() processor { return processor{conf: conf{"archive": conf{"format": "lines"}}, misplaces: true} },
 		func() processor { return processor{conf: conf{"unarchive": conf{"format": "lines"}}} },
 		func() processor { return processor{conf: conf{"flaky": conf{}}} },
-		func() processor { return processor{conf: conf{"sleep": conf{"duration": pick(g, "1ms", "20ms")}}} },
+		func() processor { return processor{conf: conf{"sleep": conf{"duration": choose(g, "1ms", "20ms")}}} },
 		func() processor {
 			parts := g.Perm(4)
 			for i := 4; i < 100; i++ {
@@ -192,13 +192,13 @@ func (g *generator) processor(depth int, first bool) processor {
 			return processor{conf: conf{"select_parts": conf{"parts": parts}}, misplaces: true}
 		},
 		func() processor {
-			return processor{conf: conf{"insert_part": conf{"index": pick(g, 0, 1, -1), "content": "inserted"}}, misplaces: true}
+			return processor{conf: conf{"insert_part": conf{"index": choose(g, 0, 1, -1), "content": "inserted"}}, misplaces: true}
 		},
 	}
 	if first {
 		all = append(all, func() processor {
 			bound := conf{"bounds_check": conf{"max_part_size": oversizeBytes - 1}}
-			return processor{conf: conf{pick(g, "for_each", "try"): []conf{bound}}, misplaces: true}
+			return processor{conf: conf{choose(g, "for_each", "try"): []conf{bound}}, misplaces: true}
 		})
 	}
 	if depth > 0 {
@@ -221,7 +221,7 @@ func (g *generator) processor(depth int, first bool) processor {
 			},
 			func() processor {
 				list, misplaces := nested()
-				return processor{conf: conf{pick(g, "try", "catch", "for_each"): list}, misplaces: misplaces}
+				return processor{conf: conf{choose(g, "try", "catch", "for_each"): list}, misplaces: misplaces}
 			},
 			func() processor {
 				list, misplaces := nested()
@@ -254,14 +254,14 @@ func (g *generator) processor(depth int, first bool) processor {
 func (g *generator) branch() conf {
 	return conf{
 		"request_map": "root = content()",
-		"processors":  []conf{pick(g, conf{"flaky": conf{}}, conf{"sleep": conf{"duration": "1ms"}}, conf{"mapping": "root = content()"})},
+		"processors":  []conf{choose(g, conf{"flaky": conf{}}, conf{"sleep": conf{"duration": "1ms"}}, conf{"mapping": "root = content()"})},
 		"result_map":  `meta branch = "done"`,
 	}
 }
 
 // check is a condition that both some messages meet and some don't.
 func (g *generator) check() string {
-	return pick(g, `content().has_prefix("a")`, `content().has_prefix("b")`, `content().has_prefix("x")`, `@mood == "bad"`, `errored()`)
+	return choose(g, `content().has_prefix("a")`, `content().has_prefix("b")`, `content().has_prefix("x")`, `@mood == "bad"`, `errored()`)
 }
 
 // misplacing reports whether one of the processors does, splitting whether one splits.
@@ -300,7 +300,7 @@ func (g *generator) bare(depth int) *out {
 	case 0, 1:
 		o := &out{kind: "switch", fields: conf{"retry_until_success": g.chance(20)}}
 		if g.chance(60) {
-			check := pick(g, `errored()`, `@mood == "bad"`)
+			check := choose(g, `errored()`, `@mood == "bad"`)
 			if !g.spec.replay && g.chance(50) {
 				check = isRejected
 			}
@@ -317,7 +317,7 @@ func (g *generator) bare(depth int) *out {
 	case 2, 3:
 		o := &out{
 			kind: "broker", children: children(), fields: conf{},
-			pattern: pick(g, "fan_out", "fan_out_fail_fast", "fan_out_sequential", "fan_out_sequential_fail_fast", "round_robin", "greedy"),
+			pattern: choose(g, "fan_out", "fan_out_fail_fast", "fan_out_sequential", "fan_out_sequential_fail_fast", "round_robin", "greedy"),
 		}
 		if g.chance(20) {
 			g.batch(o)
@@ -358,8 +358,8 @@ func (g *generator) sink() *out {
 	g.leaves++
 	o := &out{kind: "sink", name: fmt.Sprintf("sink%d", g.leaves)}
 	o.fields = conf{
-		"name": o.name, "fails": pick(g, "never", "whole", "whole", "single", "single"), "percent": pick(g, 10, 30, 60),
-		"max_in_flight": pick(g, 1, 1, 4, 16),
+		"name": o.name, "fails": choose(g, "never", "whole", "whole", "single", "single"), "percent": choose(g, 10, 30, 60),
+		"max_in_flight": choose(g, 1, 1, 4, 16),
 	}
 	if g.chance(25) {
 		g.batch(o)
@@ -371,9 +371,9 @@ func (g *generator) sink() *out {
 func (g *generator) ownLeaf() *out {
 	g.leaves++
 	g.network++
-	o := &out{kind: pick(g, "cryo", "cryo_server"), name: fmt.Sprintf("peer%d", g.leaves)}
+	o := &out{kind: choose(g, "cryo", "cryo_server"), name: fmt.Sprintf("peer%d", g.leaves)}
 	address := fmt.Sprintf("192.0.2.%d:80", 10+g.network)
-	o.fields = conf{"ack_timeout": pick(g, "500ms", "2s"), "message_type": pick(g, "auto", "auto", "binary", "stream")}
+	o.fields = conf{"ack_timeout": choose(g, "500ms", "2s"), "message_type": choose(g, "auto", "auto", "binary", "stream")}
 	if o.kind == "cryo" {
 		o.fields["url"], o.fields["token"] = "ws://"+address, token
 		// With several writers without a session the engine's mutex would stop virtual
@@ -381,16 +381,16 @@ func (g *generator) ownLeaf() *out {
 		o.fields["max_in_flight"] = 1
 	} else {
 		o.fields["address"], o.fields["tokens"] = address, []string{token}
-		o.fields["max_in_flight"] = pick(g, 1, 4, 16)
-		o.fields["send_to"] = pick(g, "all", "any", "session", "match")
-		o.fields["no_session"] = pick(g, "wait", "reject")
+		o.fields["max_in_flight"] = choose(g, 1, 4, 16)
+		o.fields["send_to"] = choose(g, "all", "any", "session", "match")
+		o.fields["no_session"] = choose(g, "wait", "reject")
 		switch o.fields["send_to"] {
 		case "session":
 			o.fields["session_id"] = "1"
 		case "match":
 			o.fields["match"] = `root = @cryo_session.cryo_session_id != "2"`
 		case "any":
-			o.fields["max_in_flight_per_session"] = pick(g, 1, 4, 16)
+			o.fields["max_in_flight_per_session"] = choose(g, 1, 4, 16)
 		}
 	}
 	if g.chance(40) {
@@ -401,7 +401,7 @@ func (g *generator) ownLeaf() *out {
 
 // batch gives an output a batching policy.
 func (g *generator) batch(o *out) {
-	o.batching = conf{"count": 2 + g.IntN(10), "period": pick(g, "5ms", "100ms")}
+	o.batching = conf{"count": 2 + g.IntN(10), "period": choose(g, "5ms", "100ms")}
 	if g.chance(40) {
 		o.batched = append(o.batched, g.processor(1, false))
 	}

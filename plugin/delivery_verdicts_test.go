@@ -260,29 +260,6 @@ func TestAnOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
 	})
 }
 
-// Not in virtual time, which a loop that never waits would stop.
-func TestAnEmptyBatchIsDelivered(t *testing.T) {
-	for name, output := range map[string]string{"cryo": dialOutput, "cryo_server": serverElsewhere} {
-		t.Run(name, func(t *testing.T) {
-			defer checkLeaks(t)
-			e := newEngine(t)
-			server := e.serve()
-			defer server.shutdown()
-			p := e.start(fromFeed, output, "parallel: { processors: [ mapping: root = deleted() ] }")
-			f := e.give("dropped")
-			select {
-			case err := <-f.verdict:
-				require.NoError(t, err)
-			case <-time.After(5 * time.Second):
-				require.FailNow(t, "no verdict", "errors of the output: %d, lost connections: %d", e.metrics.value("output_error"), e.metrics.value("output_connection_lost"))
-			}
-			require.NoError(t, p.stream.StopWithin(10*time.Second))
-			require.Zero(t, e.metrics.value("output_error"))
-			require.Zero(t, e.metrics.value("output_connection_lost"))
-		})
-	}
-}
-
 // A gateway's size limit, or a fault of the server. With one batch at a time: the engine
 // holds a mutex while it dials again, and a second one that waits for it would stop
 // virtual time.
