@@ -104,14 +104,7 @@ func (o *out) failsFast() bool {
 // forgiven is a sink whose failures drop_on turns into success.
 func (o *out) forgiven() bool { return o.fields["forgiven"] == true }
 
-func (o *out) anyChild(is func(*out) bool) bool {
-	for _, child := range o.children {
-		if is(child) {
-			return true
-		}
-	}
-	return false
-}
+func (o *out) anyChild(is func(*out) bool) bool { return slices.ContainsFunc(o.children, is) }
 
 func (o *out) any(is func(*out) bool) (found bool) {
 	o.walk(func(inner *out) { found = found || is(inner) })

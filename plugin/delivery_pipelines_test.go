@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -34,9 +35,6 @@ type out struct {
 	batching   conf // nil: none
 	batched    []processor
 }
-
-// ours reports whether an output is one of this package's.
-func (o *out) ours() bool { return o.kind == "cryo" || o.kind == "cryo_server" }
 
 // walk visits an output and all in it.
 func (o *out) walk(visit func(*out)) {
@@ -84,7 +82,6 @@ type generator struct {
 	spec    *pipelineSpec
 	leaves  int
 	network int // leaves with peers of their own
-	errored bool
 }
 
 func (g *generator) chance(percent int) bool { return g.IntN(100) < percent }
@@ -407,21 +404,16 @@ func (g *generator) batch(o *out) {
 	}
 }
 
-// yaml renders an output.
+// conf renders an output.
 func (o *out) conf() conf {
 	fields := make(conf)
-	for name, value := range o.fields {
-		fields[name] = value
-	}
+	maps.Copy(fields, o.fields)
 	var children []conf
 	for _, child := range o.children {
 		children = append(children, child.conf())
 	}
 	if o.batching != nil {
-		batching := make(conf)
-		for name, value := range o.batching {
-			batching[name] = value
-		}
+		batching := maps.Clone(o.batching)
 		if len(o.batched) > 0 {
 			batching["processors"] = confsOf(o.batched)
 		}
@@ -433,9 +425,7 @@ func (o *out) conf() conf {
 		var cases []conf
 		for i, beside := range o.cases {
 			c := conf{"output": children[i]}
-			for name, value := range beside {
-				c[name] = value
-			}
+			maps.Copy(c, beside)
 			cases = append(cases, c)
 		}
 		fields["cases"] = cases
@@ -476,9 +466,7 @@ func inYAML(value any) string {
 // inputConf is the input's configuration.
 func (s *pipelineSpec) inputConf() conf {
 	fields := conf{}
-	for name, value := range s.fields {
-		fields[name] = value
-	}
+	maps.Copy(fields, s.fields)
 	switch s.input {
 	case "cryo":
 		fields["url"], fields["token"] = "ws://"+somewhere, token
@@ -503,5 +491,5 @@ func (s *pipelineSpec) String() string {
 	return b.String()
 }
 
-// filters reports whether a processor of this kind is anywhere.
+// has reports whether a text is anywhere in it.
 func (s *pipelineSpec) has(text string) bool { return strings.Contains(s.String(), text) }

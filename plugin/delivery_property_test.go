@@ -47,7 +47,7 @@ func TestNothingIsAcknowledgedThatWasNotDelivered(t *testing.T) {
 	}
 	n := 300
 	if os.Getenv("CRYO_LONG_TESTS") == "1" {
-		n = 20_000
+		n = 3_000
 	}
 	first := uint64(time.Now().UnixNano())
 	for i := range n {
