@@ -161,7 +161,7 @@ var errUnclear = errors.New("it can't be told which message a synchronous respon
 func (a *answer) parcels() ([]parcel, error) {
 	list := make([]parcel, len(a.responses))
 	for i, response := range a.responses {
-		payload, err := response.AsBytes()
+		payload, err := contentOf(response)
 		if err != nil {
 			return nil, err
 		}

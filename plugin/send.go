@@ -145,7 +145,7 @@ func (s *sender) prepare(batch service.MessageBatch) (messages []parcel, errs []
 	types, names := batch.InterpolationExecutor(s.messageType), batch.InterpolationExecutor(s.streamName)
 	fixed, isFixed := s.messageType.Static() // the executor would allocate for each message
 	for i, m := range batch {
-		if messages[i].Payload, errs[i] = m.AsBytes(); errs[i] != nil {
+		if messages[i].Payload, errs[i] = contentOf(m); errs[i] != nil {
 			continue
 		}
 		name, err := fixed, error(nil)
@@ -348,3 +348,15 @@ func pick(messages []parcel, indexes []int) []parcel {
 	}
 	return picked
 }
+
+// contentOf returns the bytes of a message. Of what JSON cannot express, such as the
+// NaN that a mapping makes of the text "NaN", the engine makes no bytes, and no error.
+func contentOf(m *service.Message) ([]byte, error) {
+	content, err := m.AsBytes()
+	if err == nil && len(content) == 0 && m.HasStructured() {
+		err = errNoJSON
+	}
+	return content, err
+}
+
+var errNoJSON = errors.New("the content has a value that JSON cannot express, such as NaN")

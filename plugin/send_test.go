@@ -3,6 +3,7 @@ package plugin
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,5 +158,16 @@ func TestAWriteWithoutAConnectionSaysSo(t *testing.T) {
 		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
 		require.Equal(t, 1, e.log.count("Disconnected"))
 		require.NoError(t, out.Close(t.Context()))
+	})
+}
+
+func TestAMessageThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
+	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
+		batch := batchOf("")
+		batch[0].SetStructuredMut(map[string]any{"name": "a", "degrees": math.NaN()})
+		require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "JSON cannot express")
+		wantNothing(t, peer)
+		e.give("").wantPending(t, "one that is empty is sent")
+		require.Empty(t, receive(t, peer).Payload)
 	})
 }
