@@ -172,17 +172,14 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 			parameters[name] = values[0]
 		}
 	}
-	// Not Query: where nothing is assigned, that results in what it was given,
-	// an object, which would let everybody in.
-	var result any
-	err := mapping.Overlay(map[string]any{
+	result, err := runAuthorize(mapping, map[string]any{
 		"token":              u.Token,
 		"session_id":         strconv.FormatUint(u.SessionID, 10),
 		"remote_address":     u.Request.RemoteAddr,
 		"query":              parameters,
 		"headers":            headers,
 		"client_certificate": certificateOf(u.Request.TLS),
-	}, &result)
+	})
 	if err != nil {
 		return nil, mappingFailed(err)
 	}
@@ -210,6 +207,14 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	}
 }
 
+// runAuthorize runs the mapping. Not by Query: where nothing is assigned, that results in
+// what it was given, an object, which would let everybody in.
+func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any, err error) {
+	defer catchPanic(&err)
+	err = mapping.Overlay(client, &result)
+	return result, err
+}
+
 var (
 	failedLine = regexp.MustCompile(`^failed assignment \(line (\d+)\)`)
 	// jwtFailures are what the methods for JWTs say that has nothing of a token.
@@ -227,6 +232,9 @@ func mappingFailed(err error) error {
 		if strings.Contains(text, failure) {
 			why = failure
 		}
+	}
+	if panicked, ok := errors.AsType[*panicError](err); ok {
+		why = "panic in " + panicked.where
 	}
 	return fmt.Errorf("the mapping failed%s: %s", where, why)
 }

@@ -117,7 +117,8 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 
 // decide runs the mapping from the message onto a view without content: what the
 // mapping doesn't assign must not come from the message.
-func (m *matchingSessions) decide(i int, s *cryo.Session) (bool, error) {
+func (m *matchingSessions) decide(i int, s *cryo.Session) (yes bool, err error) {
+	defer catchPanic(&err)
 	view := m.views[i]
 	view.SetBytes(nil)
 	view.MetaSetImmut(metaMatchSession, service.ImmutableAny{V: identityOf(s).metadata})

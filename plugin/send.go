@@ -150,7 +150,7 @@ func (s *sender) prepare(batch service.MessageBatch) (messages []parcel, errs []
 		}
 		name, err := fixed, error(nil)
 		if !isFixed {
-			name, err = types.TryString(i)
+			name, err = interpolate(types, i)
 		}
 		if err != nil {
 			errs[i] = fmt.Errorf("field %s: %w", fieldMessageType, err)
@@ -160,7 +160,7 @@ func (s *sender) prepare(batch service.MessageBatch) (messages []parcel, errs []
 			name = asReceived(m)
 		}
 		if name == messageTypeStream {
-			if messages[i].name, err = names.TryString(i); err != nil {
+			if messages[i].name, err = interpolate(names, i); err != nil {
 				errs[i] = fmt.Errorf("field %s.%s: %w", fieldStream, fieldName, err)
 				continue
 			}

@@ -185,7 +185,7 @@ func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedStr
 		if errs[i] != nil {
 			continue
 		}
-		text, err := texts.TryString(i)
+		text, err := interpolate(texts, i)
 		if err != nil {
 			errs[i] = fmt.Errorf("field %s: %w", fieldSessionID, err)
 			continue

@@ -1,0 +1,55 @@
+package plugin
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+// Mappings and scanners of the configuration run code of the engine and of its
+// dependencies on whatever clients send. A panic there must not end the process:
+// it fails the message, the stream or the client that caused it.
+
+// panicError is a panic of such code.
+type panicError struct {
+	value any
+	where string // the function that panicked
+}
+
+func (e *panicError) Error() string {
+	return fmt.Sprintf("panic in %s: %.200v", e.where, e.value) // the value may quote a message
+}
+
+// catchPanic makes a panic the error of the function that defers it.
+func catchPanic(err *error) {
+	if value := recover(); value != nil {
+		*err = &panicError{value: value, where: panicOrigin()}
+	}
+}
+
+// panicOrigin returns the name of the function that panicked.
+func panicOrigin() string {
+	callers := make([]uintptr, 64)
+	frames := runtime.CallersFrames(callers[:runtime.Callers(0, callers)])
+	panicked := false
+	for {
+		frame, more := frames.Next()
+		switch {
+		case frame.Function == "runtime.gopanic":
+			panicked = true
+		case panicked && !strings.HasPrefix(frame.Function, "runtime."):
+			return frame.Function
+		}
+		if !more {
+			return "an unknown function"
+		}
+	}
+}
+
+// interpolate resolves an interpolated field for one message of a batch.
+func interpolate(field *service.MessageBatchInterpolationExecutor, message int) (text string, err error) {
+	defer catchPanic(&err)
+	return field.TryString(message)
+}
