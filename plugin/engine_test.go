@@ -69,7 +69,7 @@ func newEngine(t testing.TB) *engine {
 			return nil, policy, 0, err
 		}
 		out.opts.NetDial = e.dialer
-		traced, err := withInjection(conf, "cryo", out)
+		traced, err := withInjection(conf, out)
 		return traced, policy, maxInFlight, err
 	}))
 	must(e.env.RegisterBatchInput("cryo_server", specs()["input cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
@@ -86,7 +86,7 @@ func newEngine(t testing.TB) *engine {
 		if err != nil {
 			return nil, policy, 0, err
 		}
-		traced, err := withInjection(conf, "cryo_server", out)
+		traced, err := withInjection(conf, out)
 		return traced, policy, maxInFlight, err
 	}))
 	for name, maxInFlight := range map[string]int{"probe": 100, "serial": 1} {

@@ -17,7 +17,7 @@ func init() {
 		if err != nil {
 			return nil, policy, 0, err
 		}
-		traced, err := withInjection(conf, "cryo", out)
+		traced, err := withInjection(conf, out)
 		return traced, policy, maxInFlight, err
 	})
 }

@@ -12,7 +12,7 @@ func init() {
 		if err != nil {
 			return nil, policy, 0, err
 		}
-		traced, err := withInjection(conf, "cryo_server", out)
+		traced, err := withInjection(conf, out)
 		return traced, policy, maxInFlight, err
 	})
 }

@@ -17,8 +17,93 @@ import (
 // mapping of clients' data both come from outside.
 const decrypting = `decrypt_aes("gcm", "0123456789abcdef", "short")`
 
+// oddMappings are results of a mapping that expects an object, by what they are.
+var oddMappings = map[string]string{
+	"deleted":                 `root = deleted()`,
+	"deleted when it's set":   "root.a = 5\n" + `root = deleted()`,
+	"null":                    `root = null`,
+	"nothing":                 `root = nothing()`,
+	"nothing assigned":        `let a = 1`,
+	"a field of what is none": `root = this.trace`,
+	"text":                    `root = "text"`,
+	"text that is JSON":       `root = "{\"traceparent\":5}"`,
+	"a number":                `root = 5`,
+	"no number":               `root = "NaN".number()`,
+	"a huge number":           `root = 9223372036854775807`,
+	"an array":                `root = [ 1, null, {} ]`,
+	"bytes":                   `root = "ff00".decode("hex")`,
+	"an empty object":         `root = {}`,
+	"an object of no text":    `root = { "traceparent": 5, "tracestate": null, "a": { "b": [] } }`,
+	"a malformed span":        `root = { "traceparent": "00-zz-zz-zz", "tracestate": "=,=", "baggage": "%%%;;;" }`,
+	"a huge object":           `root = { "traceparent": "0".repeat(1000000), "tracestate": "a=b,".repeat(100000), "baggage": "a=b,".repeat(100000) }`,
+	"a deep object":           `map deep { root = if this.n > 0 { { "n": { "n": this.n - 1 }.apply("deep") } } else { {} } }` + "\n" + `root = { "n": 500 }.apply("deep")`,
+	"an error":                `root = throw("no")`,
+	"an error when it's set":  "root.a = 5\n" + `root = throw("no")`,
+	"recursion without end":   `map again { root = this.apply("again") }` + "\n" + `root = {}.apply("again")`,
+	"a panic":                 `root = "x".bytes().` + decrypting,
+	"a panic when it's set":   "root.a = 5\n" + `root = content().` + decrypting,
+}
+
 // mapped is a mapping as a field's value.
 func mapped(mapping string) string { return strconv.Quote(mapping) }
+
+// oddContents are those of messages.
+var oddContents = []string{"", "text", "5", "null", "[]", `{"trace":5}`, `{"trace":`, "\xff\xfe\x00", strings.Repeat("[", 20_000), strings.Repeat("x", 1<<16)}
+
+// sendBytes sends a message of any bytes.
+func sendBytes(s *cryo.Session, content string) *sending {
+	return sendAny(func() error { return s.SendBinary(context.Background(), []byte(content)) })
+}
+
+func TestAMessageInWhichNoSpanIsFoundGoesAsItIs(t *testing.T) {
+	for what, mapping := range oddMappings {
+		t.Run(what, func(t *testing.T) {
+			atBothInputs(t, "extract_tracing_map: "+mapped(mapping), func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+				for _, content := range oddContents {
+					m := sendBytes(peer, content)
+					a := e.arrival()
+					require.Equal(t, []string{content}, a.texts())
+					a.deliver()
+					m.wantAcked(t, "delivered")
+				}
+				require.NoError(t, peer.Err())
+				require.LessOrEqual(t, e.log.count("A message goes without its span"), 1)
+				require.Zero(t, e.log.count("Mapping failed"), "the engine's own line, one for each message")
+			})
+		})
+	}
+}
+
+func TestAMessageIntoWhichNoSpanCanBePutGoesAsItIs(t *testing.T) {
+	// What a mapping assigns to root replaces the message: that is the mapping's.
+	assigns := map[string]bool{
+		"null": true, "a field of what is none": true, "text": true, "text that is JSON": true, "a number": true, "a huge number": true,
+		"an array": true, "bytes": true, "an empty object": true, "an object of no text": true, "a malformed span": true, "a huge object": true, "a deep object": true,
+	}
+	for what, mapping := range oddMappings {
+		t.Run(what, func(t *testing.T) {
+			atBothOutputs(t, "inject_tracing_map: "+mapped(mapping), func(t *testing.T, e *engine, peer *cryo.Session) {
+				for _, content := range append(oddContents, `{"id":1}`) {
+					batch := batchOf(content, "next")
+					f := e.giveBatch(batch)
+					for _, want := range []string{content, "next"} {
+						m := receive(t, peer)
+						if !assigns[what] {
+							require.Equal(t, want, string(m.Payload))
+						}
+						require.NoError(t, m.Ack())
+					}
+					f.wantDelivered(t, "acknowledged")
+					kept, err := batch[0].AsBytes()
+					require.NoError(t, err)
+					require.Equal(t, content, string(kept), "the pipeline's own message stays what it was")
+				}
+				require.LessOrEqual(t, e.log.count("A message goes without its span"), 1)
+				require.Zero(t, e.log.count("Failed to inject span"), "the engine's own line, one for each message")
+			})
+		})
+	}
+}
 
 func TestAClientAtWhichAuthorizePanicsIsNotLetIn(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

@@ -2,14 +2,20 @@ package plugin
 
 import (
 	"context"
+	"fmt"
+	"strings"
 
+	"github.com/redpanda-data/benthos/v4/public/bloblang"
 	"github.com/redpanda-data/benthos/v4/public/service"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Spans that go on from one process to another. Cryo has no headers to carry
 // them, so mappings of the configuration say where in a message they are.
 
-// The names are the engine's, and its wrappers look for them. Its own fields have
+// The names are the engine's. Its own fields have
 // examples that would do harm here: one writes metadata, which Cryo doesn't
 // carry, and one replaces what is no JSON.
 const (
@@ -17,8 +23,8 @@ const (
 	fieldInjectTracing  = "inject_tracing_map"
 )
 
-// extractTrace is the mapping that we recommend. It gives an object whatever a
-// message is: for each that has none the engine would log an error.
+// extractTrace is the mapping that we recommend. It results in an object whatever a
+// message is, so that each that has no span begins a trace.
 const extractTrace = `root = if this.trace.type().or("") == "object" { this.trace } else { {} }`
 
 const aboutExtraction = `
@@ -28,7 +34,9 @@ With ` + "`extract_tracing_map`" + ` the pipeline's spans go on from those of th
 
 ` + "```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
 
-finds it in the field ` + "`trace`" + ` of JSON, and nothing elsewhere, so that a new trace begins. The condition matters: for what is not an object there, which any sender can send, the log would have an error. The names of streams and sessions are no place for it.
+finds it in the field ` + "`trace`" + ` of JSON, and nothing elsewhere, so that a new trace begins. The condition matters: without it, a message with something else there, which any sender can send, would go without a span. The names of streams and sessions are no place for it.
+
+A message for which the mapping fails, or results in anything but an object, goes on without a span from here, and is not changed. The log has a warning, at most one a second, unless the mapping deletes ` + "`root`" + ` or results in null: that is how it says that there is none.
 `
 
 const aboutInjection = `
@@ -39,11 +47,13 @@ With ` + "`inject_tracing_map`" + ` the receiver can go on from the pipeline's s
 ` + "```yaml\ninject_tracing_map: root.trace = if root.type() == \"object\" { this }\n```" + `
 
 puts it into the field ` + "`trace`" + ` of JSON, and leaves alone what is no JSON object. The condition matters: without it, text and bytes would be replaced by an object that has nothing but the field.
+
+A message for which the mapping fails or deletes ` + "`root`" + ` is sent as it is. The log has a warning if it fails, at most one a second.
 `
 
 func extractTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldExtractTracing).
-		Description("A mapping that finds in a message the span of its sender: an object with what a tracer propagates, such as `traceparent`. An empty one begins a new trace. See [Tracing](#tracing).").
+		Description("A mapping that finds in a message the span of its sender: an object with what a tracer propagates, such as `traceparent`. An empty one begins a new trace; null, and `deleted()`, leave the message without a span. See [Tracing](#tracing).").
 		Example(extractTrace).
 		Optional().
 		Advanced()
@@ -57,6 +67,43 @@ func injectTracingField() *service.ConfigField {
 		Advanced()
 }
 
+// tracing is the mapping of one of the two fields, with the engine's tracer.
+//
+// The engine has wrappers for these fields. They are not used: that of inputs
+// takes the first message's span for all of its batch, and dereferences nil where
+// the mapping deletes root, which a client can cause; that of outputs leaves a
+// message half changed where the mapping fails; both log each message of which the
+// mapping makes nothing.
+type tracing struct {
+	mapping  *bloblang.Executor
+	tracer   trace.Tracer
+	log      *service.Logger
+	failures *sparing
+}
+
+// tracingFromParsed returns nil where the field is not set.
+func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, error) {
+	if text, _ := conf.FieldString(field); text == "" {
+		return nil, nil
+	}
+	mapping, err := conf.FieldBloblang(field)
+	if err != nil {
+		return nil, fmt.Errorf("field %s: %w", field, err)
+	}
+	res := conf.Resources()
+	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), res.Logger(), newSparing()}, nil
+}
+
+// tracerName is that of the engine's own spans.
+const tracerName = "redpanda-connect"
+
+// failed logs that a message goes without a span.
+func (t *tracing) failed(field string, err error) {
+	t.failures.do(t.log, func(log *service.Logger) {
+		log.Warnf("A message goes without its span (at most one such line a second): field %s: %v", field, err)
+	})
+}
+
 // testableInput is any of our inputs.
 type testableInput interface {
 	service.BatchInput
@@ -64,46 +111,62 @@ type testableInput interface {
 }
 
 // withExtraction lets an input find spans in its messages, if the configuration
-// asks for it. The engine's own wrapper of batches would take the first message's
-// span for all of them, though they come from several senders; so its wrapper of
-// single messages is asked for each.
+// asks for it.
 func withExtraction(conf *service.ParsedConfig, name string, in testableInput) (service.BatchInput, error) {
-	one := &oneMessage{}
-	extract, err := conf.WrapInputExtractTracingSpanMapping(name, one)
-	if err != nil || extract == service.Input(one) {
+	t, err := tracingFromParsed(conf, fieldExtractTracing)
+	if t == nil {
 		return in, err
 	}
-	return &tracedInput{in, one, extract}, nil
+	return &tracedInput{in, t, "input_" + name}, nil
 }
 
 type tracedInput struct {
 	testableInput
-	one     *oneMessage // what extract reads; the engine's reading goroutine's
-	extract service.Input
+	tracing  *tracing
+	spanName string
 }
 
-// ReadBatch gives the input's batch, with a span in each message.
+// ReadBatch returns the input's batch, with a span in each message. One for which
+// the mapping has none goes as it is.
 func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	batch, ack, err := in.testableInput.ReadBatch(ctx)
-	for i := range batch {
-		in.one.message = batch[i]
-		if m, _, err := in.extract.Read(ctx); err == nil { // it logs why not
-			batch[i] = m
+	for i, m := range batch {
+		parent, err := in.tracing.extract(m)
+		if err != nil {
+			in.tracing.failed(fieldExtractTracing, err)
+		}
+		if parent != nil {
+			spanned, _ := in.tracing.tracer.Start(otel.GetTextMapPropagator().Extract(m.Context(), parent), in.spanName)
+			batch[i] = m.WithContext(spanned)
 		}
 	}
 	return batch, ack, err
 }
 
-// oneMessage is an input of the message that it holds.
-type oneMessage struct{ message *service.Message }
-
-func (o *oneMessage) Connect(context.Context) error { return nil }
-
-func (o *oneMessage) Read(context.Context) (*service.Message, service.AckFunc, error) {
-	return o.message, nil, nil
+// extract returns the sender's span; nil where the mapping deletes root or results
+// in null.
+func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, err error) {
+	defer catchPanic(&err)
+	result, err := m.BloblangQuery(t.mapping) // of a copy
+	if err != nil || result == nil {
+		return nil, err
+	}
+	content, err := result.AsStructured()
+	if err != nil || content == nil {
+		return nil, err
+	}
+	object, ok := content.(map[string]any)
+	if !ok {
+		return nil, fmt.Errorf("expected an object, got %T", content)
+	}
+	parent = make(propagation.MapCarrier)
+	for key, value := range object {
+		if text, ok := value.(string); ok {
+			parent[strings.ToLower(key)] = text
+		}
+	}
+	return parent, nil
 }
-
-func (o *oneMessage) Close(context.Context) error { return nil }
 
 // testableOutput is any of our outputs.
 type testableOutput interface {
@@ -113,13 +176,52 @@ type testableOutput interface {
 
 // withInjection lets an output put spans into its messages, if the configuration
 // asks for it.
-func withInjection(conf *service.ParsedConfig, name string, out testableOutput) (service.BatchOutput, error) {
-	traced, err := conf.WrapBatchOutputExtractTracingSpanMapping(name, out)
-	if err != nil || traced == service.BatchOutput(out) {
+func withInjection(conf *service.ParsedConfig, out testableOutput) (service.BatchOutput, error) {
+	t, err := tracingFromParsed(conf, fieldInjectTracing)
+	if t == nil {
 		return out, err
 	}
-	return struct {
-		service.BatchOutput
-		service.ConnectionTestable
-	}{traced, out}, nil
+	return &tracedOutput{out, t}, nil
+}
+
+type tracedOutput struct {
+	testableOutput
+	tracing *tracing
+}
+
+// WriteBatch sends copies of the messages, with their spans. One for which the
+// mapping fails or deletes root goes as it is.
+func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
+	spanned := batch.Copy()
+	for i := range spanned {
+		m, err := out.tracing.inject(spanned[i])
+		if err != nil {
+			out.tracing.failed(fieldInjectTracing, err)
+		}
+		if m == nil {
+			m = batch[i] // the mapping may have changed a part of the copy
+		}
+		spanned[i] = m
+	}
+	return out.testableOutput.WriteBatch(ctx, spanned)
+}
+
+// inject puts a message's span into it.
+func (t *tracing) inject(m *service.Message) (spanned *service.Message, err error) {
+	defer catchPanic(&err)
+	carrier := make(propagation.MapCarrier)
+	otel.GetTextMapPropagator().Inject(m.Context(), carrier)
+	span := make(map[string]any, len(carrier))
+	for key, value := range carrier {
+		span[key] = value
+	}
+	from := service.NewMessage(nil)
+	from.SetStructuredMut(span)
+	if spanned, err = m.BloblangMutateFrom(t.mapping, from); err != nil || spanned == nil {
+		return nil, err
+	}
+	if _, err := contentOf(spanned); err != nil {
+		return nil, err
+	}
+	return spanned, nil
 }

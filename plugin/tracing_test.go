@@ -208,7 +208,7 @@ func TestTracingKeepsTheConnectionTest(t *testing.T) {
 		out, _, _, err := newOutput(conf, service.MockResources())
 		require.NoError(t, err)
 		out.opts.NetDial = e.dialer
-		tracedOut, err := withInjection(conf, "cryo", out)
+		tracedOut, err := withInjection(conf, out)
 		require.NoError(t, err)
 		require.NotEqual(t, service.BatchOutput(out), tracedOut)
 		require.Equal(t, service.ConnectionTestSucceeded().AsList(), tracedOut.(service.ConnectionTestable).ConnectionTest(t.Context()))
