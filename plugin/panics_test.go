@@ -2,12 +2,15 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -169,6 +172,51 @@ func TestASessionAtWhichMatchPanicsGetsNothing(t *testing.T) {
 		end(clients[0])
 		synctest.Wait()
 		require.ErrorContains(t, next(t, e.give("n").verdict), "panic in crypto/", "none matches")
+	})
+}
+
+// faulty is a scanner that panics where its streams say, and else makes one message.
+type faulty struct{ stream io.ReadCloser }
+
+func (f *faulty) Create(stream io.ReadCloser, _ service.AckFunc, details *service.ScannerSourceDetails) (service.BatchScanner, error) {
+	if details.Name() == "create" {
+		panic("a fault in create")
+	}
+	return &faulty{stream}, nil
+}
+
+func (f *faulty) NextBatch(context.Context) (service.MessageBatch, service.AckFunc, error) {
+	content, err := io.ReadAll(f.stream)
+	switch {
+	case string(content) == "next":
+		_ = content[len("next"):][0] // out of range
+	case len(content) > 0:
+		return batchOf(string(content)), func(context.Context, error) error { return nil }, nil
+	case err == nil:
+		err = io.EOF
+	}
+	return nil, nil, err
+}
+
+func (f *faulty) Close(context.Context) error { panic("a fault in close") }
+
+func TestAScannerThatPanicsCancelsItsStream(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		require.NoError(t, e.env.RegisterBatchScannerCreator("faulty", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchScannerCreator, error) {
+			return &faulty{}, nil
+		}))
+		e.run(with(listenInput, "streams: { scanner: { faulty: {} } }"), toProbe)
+		peer := e.dial()
+		for name, content := range map[string]string{"create": "c", "next": "next"} {
+			sendStream(peer, name, content).cancelled(t, "its scanner panics")
+			synctest.Wait()
+			e.log.want(t, fmt.Sprintf(`ERROR Gave up the stream %q of session %d, as the scanner faulty panicked: scanner: panic in github.com/cryo-connect/cryo-connect/plugin.(*faulty).`, name, peer.ID()))
+			time.Sleep(time.Second) // there is one such line a second
+		}
+		stream := sendStream(peer, "good", "content")
+		e.want("content")[0].deliver()
+		stream.wantAcked(t, "a panic when it is closed takes nothing back")
+		require.NoError(t, peer.Err(), "the session goes on")
 	})
 }
 

@@ -159,6 +159,10 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
 		r.streamLines.do(r.log, func(log *service.Logger) {
+			if _, panicked := errors.AsType[*panicError](err); panicked {
+				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v (at most one such line a second)", st.LogName(), src.id, r.conf.streams.scanner.name, err)
+				return
+			}
 			log.Warnf("Gave up the stream %q of session %s: %v (at most one such line a second)", st.LogName(), src.id, err)
 		})
 	}
@@ -169,11 +173,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 // the stream was whole and was read to its end.
 func (r *receiver) scanAll(src *source, t *transfer) error {
 	reader := &wholeReader{stream: t.stream, limit: r.conf.streams.maxBytes, bytes: r.metrics.receivedBytes}
-	details := service.NewScannerSourceDetails()
-	details.SetName(t.stream.Name())
-	// The transfer counts by itself: the scanner does not know whether the
-	// stream went on behind what it read.
-	scanner, err := r.conf.streams.scanner.Create(reader, func(context.Context, error) error { return nil }, details)
+	scanner, err := r.conf.streams.scanner.open(reader, t.stream.Name())
 	if err != nil {
 		_, failure := reader.state()
 		switch {

@@ -37,7 +37,8 @@ func streamsField() *service.ConfigField {
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
 			Description("How the bytes of a stream become messages: the whole stream as one (`to_the_end`), one a line (`lines`), a CSV row (`csv`), a file of an archive (`tar`), a number of bytes (`chunker`), and so on; `decompress` goes in front. With a scanner that cuts it up, a stream of any length costs little memory.").
-			Default(map[string]any{"to_the_end": map[string]any{}}),
+			Default(map[string]any{"to_the_end": map[string]any{}}).
+			LintRule(chunksLint),
 		service.NewStringAnnotatedEnumField(fieldFlowControl, map[string]string{
 			flowPush: "The sender sends as fast as the network takes it.",
 			flowPull: "Each chunk is asked for, which costs a round trip. `cryo-server` can be pulled from; `cryo-client-node` can't: it stops working.",
@@ -46,7 +47,7 @@ func streamsField() *service.ConfigField {
 			Default(flowPush).
 			Advanced(),
 		service.NewIntField(fieldMaxBytes).
-			Description("How many bytes a stream may have. A longer one is cancelled. 0 takes any length; only use that with a scanner that cuts streams up.").
+			Description("How many bytes a stream may have. A longer one is cancelled, and so is one of which a single message would have more: what is compressed (`decompress`), and sparse files of an archive (`tar`), can have a thousand times as many bytes as the stream. 0 takes any length; only use that with a scanner that cuts streams up, and, in front of that, neither of these two.").
 			Default(64<<20).
 			LintRule(`root = if this.type() == "number" && this < 0 { "field max_bytes can't be negative, got %v".format(this) }`),
 		positiveInt(fieldMaxOpen).
@@ -62,7 +63,7 @@ func streamsField() *service.ConfigField {
 // streamConfig says how streams are taken.
 type streamConfig struct {
 	names       []string
-	scanner     *service.OwnedScannerCreator
+	scanner     *scanner
 	pull        bool
 	maxBytes    int64
 	maxOpen     int
@@ -72,9 +73,6 @@ type streamConfig struct {
 func streamConfigFromParsed(conf *service.ParsedConfig) (c streamConfig, err error) {
 	conf = conf.Namespace(fieldStreams)
 	if c.names, err = conf.FieldStringList(fieldNames); err != nil {
-		return
-	}
-	if c.scanner, err = conf.FieldScanner(fieldScanner); err != nil {
 		return
 	}
 	flow, err := conf.FieldString(fieldFlowControl)
@@ -93,6 +91,9 @@ func streamConfigFromParsed(conf *service.ParsedConfig) (c streamConfig, err err
 		return c, fmt.Errorf("field %s can't be negative, got %d", fieldMaxBytes, maxBytes)
 	}
 	c.maxBytes = int64(maxBytes)
+	if c.scanner, err = scannerFromParsed(conf, c.maxBytes); err != nil {
+		return
+	}
 	if c.maxOpen, err = fieldPositive(conf, fieldMaxOpen); err != nil {
 		return
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func gzipped(t *testing.T, text string) string {
+func gzipped(t testing.TB, text string) string {
 	t.Helper()
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
@@ -25,7 +25,7 @@ func gzipped(t *testing.T, text string) string {
 	return b.String()
 }
 
-func tarred(t *testing.T, files ...string) string {
+func tarred(t testing.TB, files ...string) string {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -231,5 +231,81 @@ func TestWhatFollowsTheEndThatAScannerSeesIsReadAndTheStreamAcknowledged(t *test
 		write(t, st, "padding")
 		finish := sendAny(st.Finish)
 		finish.wantAcked(t, "delivered before")
+	})
+}
+
+// sparse is an archive with one file that is almost only a hole.
+func sparse(t testing.TB, size int64) string {
+	t.Helper()
+	file := func(kind byte, content string) string {
+		header := []byte(tarred(t, content))[:512]
+		header[156] = kind
+		copy(header[148:], "        ")
+		sum := 0
+		for _, b := range header {
+			sum += int(b)
+		}
+		copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
+		return string(header) + content + strings.Repeat("\x00", -len(content)&511)
+	}
+	var attributes strings.Builder
+	for _, a := range [][2]string{{"major", "1"}, {"minor", "0"}, {"name", "sparse"}, {"realsize", fmt.Sprint(size)}} {
+		record := " GNU.sparse." + a[0] + "=" + a[1] + "\n"
+		fmt.Fprintf(&attributes, "%d%s", len(record)+2, record)
+	}
+	holes := fmt.Sprintf("1\n%d\n1\n", size-1)
+	return file(tar.TypeXHeader, attributes.String()) + file(tar.TypeReg, holes+strings.Repeat("\x00", -len(holes)&511)+"x") + strings.Repeat("\x00", 1024)
+}
+
+func TestAFewBytesOfAStreamDoNotBecomeAMessageThatIsLargerThanAStreamMayBe(t *testing.T) {
+	zeros := strings.Repeat("\x00", 2<<20)
+	for _, tt := range []struct {
+		scanner, stream string
+		want            []string
+	}{
+		{"tar: {}", sparse(t, 1<<50), nil},
+		{"type: tar, tar: {}", sparse(t, 1<<50), nil},
+		{"switch: [ { scanner: { skip_bom: { into: { tar: {} } } } } ]", sparse(t, 1<<50), nil},
+		{"decompress: { algorithm: gzip, into: { tar: {} } }", gzipped(t, sparse(t, 1<<50)), nil},
+		{"decompress: { algorithm: gzip }", gzipped(t, zeros), nil},
+		{"decompress: { algorithm: pgzip }", gzipped(t, zeros), nil},
+		{"decompress: { algorithm: gzip, into: { decompress: { algorithm: gzip } } }", gzipped(t, gzipped(t, zeros)), nil},
+		{"decompress: { algorithm: gzip, into: { tar: {} } }", gzipped(t, tarred(t, "one", zeros)), []string{"one"}},
+		{"decompress: { algorithm: gzip, into: { json_documents: {} } }", gzipped(t, `"one" "`+strings.Repeat("x", 2<<20)), []string{`"one"`}},
+		{"decompress: { algorithm: gzip, into: { csv: { parse_header_row: false } } }", gzipped(t, "1,2\n3,"+strings.Repeat("x", 2<<20)), []string{`["1","2"]`}},
+		{"decompress: { algorithm: gzip, into: { lines: { omit_empty: true } } }", gzipped(t, "one\n"+strings.Repeat("\n", 2<<20)), []string{"one"}},
+		{"decompress: { algorithm: gzip, into: { lines: { max_buffer_size: 10000000 } } }", gzipped(t, "one\n"+strings.Repeat("x", 2<<20)), []string{"one"}},
+	} {
+		t.Run(tt.scanner, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1, streams: { max_bytes: 1000000, scanner: { "+tt.scanner+" } }"), toProbe)
+				texts := e.deliverAll()
+				peer := e.dial()
+				sendStream(peer, "bomb", tt.stream).cancelled(t, "a message would be too large")
+				synctest.Wait()
+				require.ElementsMatch(t, tt.want, texts())
+				e.log.want(t, `WARN Gave up the stream "bomb" of session `+fmt.Sprint(peer.ID())+": scanner: ")
+				e.log.want(t, "a message of more than 1000000 bytes")
+				require.NoError(t, peer.Err(), "the session goes on")
+			})
+		})
+	}
+}
+
+func TestAStreamMayBecomeMoreThanMaxBytesInSmallerMessages(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "streams: { max_bytes: 10000, scanner: { decompress: { algorithm: gzip, into: { lines: {} } } } }"), toProbe)
+		texts := e.deliverAll()
+		line := strings.Repeat("x", 999)
+		sendStream(e.dial(), "lines", gzipped(t, strings.Repeat(line+"\n", 1000))).wantAcked(t, "each line is small")
+		require.Equal(t, slices.Repeat([]string{line}, 1000), texts())
+	})
+}
+
+func TestAScannerThatDoesNotLikeTheBeginningLeavesNothingRunning(t *testing.T) {
+	// What the test's end finds is a goroutine that waits for ever.
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "streams: { scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: pgzip, into: { csv: {} } } } } } }"), toProbe)
+		sendStream(e.dial(), "no header", gzipped(t, gzipped(t, "a,\"b\"c\n"+strings.Repeat("\x00", 32<<20)))).cancelled(t, "its first row is faulty")
 	})
 }
