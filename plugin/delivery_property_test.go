@@ -562,7 +562,7 @@ func (w *world) sendAll(lines []*line) {
 	}
 }
 
-func contentOf(id string) []byte {
+func messageOf(id string) []byte {
 	if strings.HasPrefix(id, oversize) {
 		return []byte(id + strings.Repeat(" ", oversizeBytes-len(id)))
 	}
@@ -579,7 +579,7 @@ func (w *world) sendBurst(l *line, ids []string) {
 		}
 		messages := make([]cryo.Outgoing, len(ids))
 		for i, id := range ids {
-			messages[i] = cryo.Outgoing{Type: cryo.TypeUTF8, Payload: contentOf(id)}
+			messages[i] = cryo.Outgoing{Type: cryo.TypeUTF8, Payload: messageOf(id)}
 		}
 		err := s.SendBatch(w.end, messages)
 		errs := make([]error, len(ids))
@@ -632,7 +632,7 @@ func (w *world) feedAll() {
 	for _, j := range w.spec.jobs {
 		batch := make(service.MessageBatch, len(j.ids))
 		for i, id := range j.ids {
-			batch[i] = service.NewMessage(contentOf(id))
+			batch[i] = service.NewMessage(messageOf(id))
 		}
 		f := w.e.giveBatch(batch)
 		select {
