@@ -41,3 +41,53 @@ func TestAMessageKeepsItsMemoryWhateverComesBehindIt(t *testing.T) {
 		})
 	}
 }
+
+// While the receive buffer is full, a large frame is skipped, and has no memory of its
+// own: the frame before it keeps what it has.
+func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
+	opts := quiet
+	opts.MaxBufferBytes = 2000
+	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
+		text := peer.WantType("ours", cryo.TypeUTF8)
+		s.Hold(1600)
+		peer.WriteFrames(
+			cryotest.Text(1000, strings.Repeat("A", 300)),     // taken
+			cryotest.Text(1001, strings.Repeat("B", 100_000)), // skipped
+			cryotest.Text(1002, strings.Repeat("C", 300)),     // rejected
+		)
+		m := receive(t, s)
+		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
+		wantAmongPongs(t, peer, cryotest.Error(1002, noRoom))
+		require.Equal(t, strings.Repeat("A", 300), string(m.Payload))
+		s.Release(1600)
+		peer.Ack(text)
+		answer.wantSuccess(t)
+		require.NoError(t, m.Ack())
+	})
+}
+
+func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
+	opts := quiet
+	opts.MaxBufferBytes = 90_000
+	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 0)
+		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
+		text := peer.WantType("ours", cryo.TypeUTF8)
+		s.Hold(79_800)
+		peer.WriteFrames(
+			txChunk(0, 1, strings.Repeat("A", 300)),           // taken
+			cryotest.Text(1001, strings.Repeat("B", 100_000)), // skipped
+			cryotest.Text(1002, strings.Repeat("C", 200)),     // rejected
+			txFinish(1003, 0),
+		)
+		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
+		wantAmongPongs(t, peer, cryotest.Error(1002, noRoom))
+		s.Release(79_800)
+		peer.Ack(text)
+		answer.wantSuccess(t)
+		require.NoError(t, wantRest(t, st, strings.Repeat("A", 300)))
+		require.NoError(t, st.Ack())
+		wantAmongPongs(t, peer, cryotest.Acked(1003))
+	})
+}

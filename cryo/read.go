@@ -38,11 +38,7 @@ func (s *Session) read() {
 		case f.SID != s.id:
 			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", f.Type, f.SID)})
 		default:
-			s.kept = false
 			s.handle(&f)
-			if !s.kept {
-				s.blocks.giveBack()
-			}
 		}
 		s.chunk.giveBack()
 		s.chunk = nil
@@ -70,7 +66,6 @@ func (s *Session) nextMessage() ([]byte, error) {
 		return s.skipPayload(head)
 	}
 	n := len(head) + s.ws.left
-	s.blocks.mark()
 	switch {
 	case isChunk(head) && fitsChunk(n):
 		s.chunk = chunkPool.Get().(*chunkMemory)
@@ -84,6 +79,16 @@ func (s *Session) nextMessage() ([]byte, error) {
 	default:
 		return s.ws.readMessage(append(s.blocks.take(n, s.conn.waiting()), head...))
 	}
+}
+
+// keepPayload leaves the memory of the current frame to its receiver. If it is of the
+// chunk pool, it is returned, to be given back later. Reading goroutine.
+func (s *Session) keepPayload() *chunkMemory {
+	m := s.chunk
+	if s.chunk = nil; m == nil {
+		s.blocks.keep()
+	}
+	return m
 }
 
 // readFailed tells why there is nothing more to read.

@@ -181,7 +181,7 @@ func (s *Session) deliver(f *Frame) {
 		s.overflow(&m)
 		return
 	}
-	s.kept = true
+	s.keepPayload()
 	s.inbox.put(m)
 	if m.size < readDirect && s.conn.drained() {
 		// Whoever takes it goes first: our next read would only find that there is

@@ -141,7 +141,6 @@ type Session struct {
 	blocks      blocks
 	small       [32]byte     // the frame that is handled now, if it is as small and nobody keeps any of it: outputs need 1.05 times less processor time
 	chunk       *chunkMemory // of the frame that is handled now, if it has this; nil when somebody keeps it
-	kept        bool         // the memory of the frame that is handled now: somebody has it
 	noRoom      bool         // for the data frame that is read now: it is refused
 	overflowing bool         // data without room is refused rather than waited with
 	lastPing    time.Time    // seen by a dialling end

@@ -342,9 +342,7 @@ func (st *IncomingStream) chunk(f *Frame) {
 		st.nextSeq++
 		st.received = after
 		if len(f.Payload) > 0 {
-			st.s.kept = true
-			st.chunks = append(st.chunks, chunk{f.Payload, st.s.chunk})
-			st.s.chunk = nil
+			st.chunks = append(st.chunks, chunk{f.Payload, st.s.keepPayload()})
 			st.buffered += len(f.Payload)
 			st.s.budget.take(&st.s.held, int64(len(f.Payload))+chunkOverhead)
 		}

@@ -344,39 +344,37 @@ func (t *transport) closeWrite() error {
 	return nil
 }
 
-// blocks hands out memory for received messages, and again only what was given
-// back: 1.05 times as many messages of up to 1 KiB as with an allocation each.
+// blocks hands out memory for received frames: 1.05 times as many messages of up to
+// 1 KiB as with an allocation each. The memory of a frame is handed out again for the
+// next one, unless keep is called between the two. Nothing is ever returned, so no
+// path through the reading of a frame can return the memory of another one.
 type blocks struct {
-	free []byte
-	last []byte // what was free before the last take
+	free  []byte
+	taken int // bytes at the start of free, in use by the frame that is handled now
 }
 
-// take gives empty memory for a message that has n bytes, or for a part of one
-// that is large. So much more waits to be read.
+// take returns empty memory for a frame of n bytes, or for a part of one that is
+// large. waiting is how many more bytes wait to be read.
 func (b *blocks) take(n, waiting int) []byte {
 	n = min(n, maxTrusted)
-	b.last = b.free
+	b.taken = 0
 	if n > maxBlock/2 {
 		return make([]byte, 0, n)
 	}
 	if n > len(b.free) {
 		b.free = make([]byte, max(n, min(max(waiting, minBlock), maxBlock)))
-		b.last = b.free
 	}
 	memory := b.free[:0:n]
-	b.free = b.free[n:]
-	if waiting <= n && len(b.free) > minBlock {
-		b.free, b.last = nil, nil // nothing follows: a session that falls idle keeps no large block
+	if waiting <= n && len(b.free)-n > minBlock {
+		b.free = nil // nothing follows: an idle session keeps no large block
+	} else {
+		b.taken = n
 	}
 	return memory
 }
 
-// mark is where giveBack goes back to, unless something is taken after it.
-func (b *blocks) mark() { b.last = b.free }
-
-// giveBack takes back what was taken last: nobody has kept it. Otherwise a small
-// message that is kept, between many frames that are not, would keep a large block.
-func (b *blocks) giveBack() { b.free = b.last }
+// keep leaves the memory that was taken last to whoever has it now.
+func (b *blocks) keep() { b.free, b.taken = b.free[b.taken:], 0 }
 
 // newWebSocketDialer and newUpgrader agree on small buffers, as only the
 // handshake uses them, and on no compression.
