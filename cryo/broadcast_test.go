@@ -37,7 +37,7 @@ func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 		for i, peer := range peers {
 			broadcast.wantBlocked(t)
 			for n, text := range []string{"a", "b"} {
-				want := cryotest.Text(acceptedFrom+1+uint32(n), text)
+				want := cryotest.Text(peer.First+1+uint32(n), text)
 				want.SID = sessions[i].ID()
 				peer.WantFrame("its own session's frame", want)
 				peer.WriteFrames(cryotest.Acked(want.Ack))
@@ -70,8 +70,8 @@ func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 			peer.WantType("the text", cryo.TypeUTF8)
 		}
 		peers[0].Conn().Cut()
-		peers[2].WriteFrames(cryotest.Error(acceptedFrom+1, "no"))
-		peers[3].WriteFrames(cryotest.Acked(acceptedFrom + 1))
+		peers[2].WriteFrames(cryotest.Error(peers[2].First+1, "no"))
+		peers[3].WriteFrames(cryotest.Acked(peers[3].First + 1))
 		broadcast.wantSuccess(t)
 		require.Equal(t, 3*time.Second, time.Since(begin))
 

@@ -58,9 +58,9 @@ func TestAServerPingsAndAClientDoesNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, peer := accepted(t, cryo.ServerOptions{})
 		time.Sleep(15 * time.Second)
-		peer.WantFrame("a ping", cryotest.Ping(acceptedFrom+1))
+		peer.WantFrame("a ping", cryotest.Ping(peer.First+1))
 		time.Sleep(15 * time.Second)
-		peer.WantFrame("a ping", cryotest.Ping(acceptedFrom+2))
+		peer.WantFrame("a ping", cryotest.Ping(peer.First+2))
 	})
 	synctest.Test(t, func(t *testing.T) {
 		_, peer := dialled(t, cryo.DialOptions{})

@@ -21,8 +21,8 @@ const (
 	token     = "correct horse/battery+staple"
 	sid       = uint64(math.MaxUint64 - 41)
 
-	// The first of their own numbers, and of the messages that follow the
-	// handshake.
+	// The first of the numbers that each end may take. Where it begins among them, a
+	// raw peer learns from its ENDPOINT_INFO.
 	dialledFrom, acceptedFrom = uint32(0x40000000), uint32(0xC0000000)
 
 	// instant is enough time for all that needs none, under synctest.
@@ -89,13 +89,13 @@ func atBothEnds(t *testing.T, opts cryo.SessionOptions, test func(t *testing.T, 
 	t.Run("dialled", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
-			test(t, end{"dialled", true, dialledFrom + 1}, s, peer)
+			test(t, end{"dialled", true, peer.First + 1}, s, peer)
 		})
 	})
 	t.Run("accepted", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := accepted(t, cryo.ServerOptions{SessionOptions: opts})
-			test(t, end{"accepted", false, acceptedFrom + 1}, s, peer)
+			test(t, end{"accepted", false, peer.First + 1}, s, peer)
 		})
 	})
 }

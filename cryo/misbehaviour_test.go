@@ -49,7 +49,7 @@ func TestMisbehaviour(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					before := heap()
 					s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
-					m.play(t, end{"dialled", true, dialledFrom + 1}, s, peer)
+					m.play(t, end{"dialled", true, peer.First + 1}, s, peer)
 					// Another session of the process.
 					other, otherPeer := dialled(t, cryo.DialOptions{SessionOptions: opts})
 					serving(t, other, otherPeer)
@@ -66,7 +66,7 @@ func TestMisbehaviour(t *testing.T) {
 					peer := join(t, l, sid)
 					peer.ClientHandshake()
 					s := next(t, sessions)
-					m.play(t, end{"accepted", false, acceptedFrom + 1}, s, peer)
+					m.play(t, end{"accepted", false, peer.First + 1}, s, peer)
 					begin := time.Now()
 					serving(t, goodSession, good)
 					newcomer := join(t, l, 2)

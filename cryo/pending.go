@@ -5,7 +5,8 @@ import "sync"
 // Our own numbers stay within one of two ranges of 2^30, so that they meet
 // neither each other's nor those of the published peers, which start at 0: an
 // ERROR that carries one of our numbers can then only be a refusal (protocol,
-// "ERROR").
+// "ERROR"). Each session starts at another place in its range, so that an answer
+// that was meant for an older connection of the same session meets no frame.
 const (
 	dialingNumbers   uint32 = 0x40000000
 	listeningNumbers uint32 = 0xC0000000
@@ -40,7 +41,8 @@ func (b *sendBatch) settle(i int, err error) {
 type pending struct {
 	mu      sync.Mutex
 	base    uint32
-	next    uint32              // offset of the next number within the range
+	first   uint32              // offset of the first number within the range
+	next    uint32              // offset of the next number behind the first
 	wrapped bool                // all numbers of the range were used once
 	table   []waiter            // its size is a power of two, or 0; at most half of it is taken
 	waiting int                 // taken places
@@ -65,7 +67,7 @@ type waiter struct {
 	number uint32
 }
 
-func newPending(base uint32) *pending { return &pending{base: base} }
+func newPending(base, first uint32) *pending { return &pending{base: base, first: first} }
 
 func (p *pending) place(number uint32) *waiter { return &p.table[int(number)&(len(p.table)-1)] }
 
@@ -78,7 +80,7 @@ func (p *pending) number() uint32 {
 
 func (p *pending) numberLocked() uint32 {
 	for {
-		n := p.base | p.next
+		n := p.base | (p.first+p.next)&numberMask
 		p.next = (p.next + 1) & numberMask
 		p.wrapped = p.wrapped || p.next == 0
 		if len(p.table) == 0 || p.place(n).batch == nil {
@@ -161,7 +163,7 @@ func (p *pending) awaited() bool {
 func (p *pending) issued(number uint32) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return number&^numberMask == p.base && (p.wrapped || number&numberMask < p.next)
+	return number&^numberMask == p.base && (p.wrapped || (number-p.first)&numberMask < p.next)
 }
 
 // abandon settles what is left of a batch with err.

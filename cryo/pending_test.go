@@ -11,34 +11,43 @@ import (
 
 func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 	for _, base := range []uint32{dialingNumbers, listeningNumbers} {
-		p := newPending(base)
-		require.Equal(t, base, p.number())
-		var awaited []uint32
-		batch, err := p.register(2, func(_ int, number uint32) { awaited = append(awaited, number) })
-		require.NoError(t, err)
-		require.Equal(t, []uint32{base + 1, base + 2}, awaited)
-		require.False(t, p.issued(base+3))
-		require.False(t, p.issued(base-1))
+		for _, first := range []uint32{0, 1, 12_345, numberMask - 2, numberMask} {
+			at := func(i uint32) uint32 { return base + (first+i)&numberMask }
+			p := newPending(base, first)
+			require.False(t, p.issued(at(0)))
+			require.Equal(t, at(0), p.number())
+			var awaited []uint32
+			batch, err := p.register(2, func(_ int, number uint32) { awaited = append(awaited, number) })
+			require.NoError(t, err)
+			require.Equal(t, []uint32{at(1), at(2)}, awaited)
+			for i := range uint32(3) {
+				require.True(t, p.issued(at(i)))
+				require.False(t, p.issued(at(i)^0x80000000), "the other end's")
+				require.False(t, p.issued(at(i)^0x40000000), "nobody's")
+			}
+			require.False(t, p.issued(at(3)))
+			require.False(t, p.issued(at(numberMask)))
 
-		p.next = numberMask
-		require.Equal(t, base+numberMask, p.number(), "the last of the range")
-		require.Equal(t, base, p.number(), "the first again")
-		require.Equal(t, base+3, p.number(), "but none that somebody waits for")
-		require.True(t, p.issued(base+4), "all were used once")
-		require.False(t, p.issued(base-1))
-		require.False(t, p.issued(base+numberMask+1))
+			p.next = numberMask
+			require.Equal(t, at(numberMask), p.number(), "the last one")
+			require.Equal(t, at(0), p.number(), "the first again")
+			require.Equal(t, at(3), p.number(), "but none that somebody waits for")
+			require.True(t, p.issued(at(4)), "all were used once")
+			require.False(t, p.issued(base-1))
+			require.False(t, p.issued(base+numberMask+1))
 
-		require.True(t, p.settle(base+1, nil))
-		require.False(t, p.settle(base+1, errors.New("too late")))
-		p.abandon(batch, errors.New("no answer"))
-		<-batch.done
-		require.Equal(t, []error{nil, errors.New("no answer")}, batch.errs)
-		require.Zero(t, p.waiting)
+			require.True(t, p.settle(at(1), nil))
+			require.False(t, p.settle(at(1), errors.New("too late")))
+			p.abandon(batch, errors.New("no answer"))
+			<-batch.done
+			require.Equal(t, []error{nil, errors.New("no answer")}, batch.errs)
+			require.Zero(t, p.waiting)
+		}
 	}
 }
 
 func TestTheRoomOfManyNumbersIsGivenBack(t *testing.T) {
-	p := newPending(dialingNumbers)
+	p := newPending(dialingNumbers, 0)
 	for range 2 {
 		var numbers []uint32
 		batch, err := p.register(10*maxIdleTable, func(_ int, number uint32) { numbers = append(numbers, number) })
@@ -55,7 +64,7 @@ func TestTheRoomOfManyNumbersIsGivenBack(t *testing.T) {
 // Whoever gets no answer keeps its place while the numbers go round the table, and
 // the table grows around it.
 func TestNumbersThatAreAwaitedForLongKeepTheirPlaces(t *testing.T) {
-	p := newPending(listeningNumbers)
+	p := newPending(listeningNumbers, 0)
 	awaited := make(map[uint32]*sendBatch)
 	register := func(size int) (numbers []uint32) {
 		batch, err := p.register(size, func(_ int, number uint32) { numbers = append(numbers, number) })
@@ -88,7 +97,7 @@ func TestNumbersThatAreAwaitedForLongKeepTheirPlaces(t *testing.T) {
 }
 
 func TestNobodyWaitsAfterTheEnd(t *testing.T) {
-	p := newPending(dialingNumbers)
+	p := newPending(dialingNumbers, 0)
 	batch, err := p.register(3, func(int, uint32) {})
 	require.NoError(t, err)
 	require.True(t, p.settle(dialingNumbers+1, nil))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"strings"
 	"sync"
@@ -152,9 +153,10 @@ func newSession(id uint64, dialing bool, conn *transport, m memory, opts Session
 	if dialing {
 		base = dialingNumbers
 	}
+	numbers := newPending(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
-		conn: conn, pend: newPending(base), inbox: newInbox(), budget: m.budget, intake: m.intake,
+		conn: conn, pend: numbers, inbox: newInbox(), budget: m.budget, intake: m.intake,
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}

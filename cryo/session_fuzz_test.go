@@ -2,6 +2,7 @@ package cryo_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"net"
 	"testing"
@@ -97,8 +98,9 @@ func play(peer *cryotest.Peer, script []byte) {
 		var err error
 		switch step {
 		case fuzzFrame:
-			frame := []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xd6} // sid
-			err = peer.WS.WriteMessage(websocket.BinaryMessage, append(frame, data...))
+			frame := append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xd6}, data...) // sid
+			answerOurs(frame, peer.First)
+			err = peer.WS.WriteMessage(websocket.BinaryMessage, frame)
 		case fuzzMessage:
 			err = peer.WS.WriteMessage(websocket.BinaryMessage, data)
 		case fuzzText:
@@ -111,6 +113,17 @@ func play(peer *cryotest.Peer, script []byte) {
 		if err != nil {
 			return
 		}
+	}
+}
+
+// answerOurs makes an ACK or ERROR whose number is 0x40000000 or more one for a number
+// of the session, counted from its first: they are others in each session.
+func answerOurs(frame []byte, first uint32) {
+	if len(frame) < 13 || frame[8] != byte(cryo.TypeAck) && frame[8] != byte(cryo.TypeError) {
+		return
+	}
+	if n := binary.BigEndian.Uint32(frame[9:]); n >= dialledFrom {
+		binary.BigEndian.PutUint32(frame[9:], first+n-dialledFrom)
 	}
 }
 

@@ -28,10 +28,10 @@ func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
 		synctest.Wait()
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		for _, peer := range peers {
-			peer.WantFrame("BYE", cryotest.Bye(acceptedFrom+1, "server is shutting down"))
+			peer.WantFrame("BYE", cryotest.Bye(peer.First+1, "server is shutting down"))
 			peer.WantClose("the end", 4000, "server is shutting down")
 		}
-		early.WantFrame("BYE", cryotest.Bye(acceptedFrom, "server is shutting down"))
+		require.Equal(t, "server is shutting down", string(early.WantType("BYE", cryo.TypeBye).Payload))
 		shutdown.wantBlocked(t)
 
 		status, _, body := knock(t, l, "x-cryo-sid=5&authorization="+url.QueryEscape("Bearer "+token), upgrade())

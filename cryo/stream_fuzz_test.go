@@ -49,10 +49,8 @@ func FuzzStreams(f *testing.F) {
 				peer     *cryotest.Peer
 				l        *cryotest.Listener
 				sessions <-chan *cryo.Session
-				first    = acceptedFrom
 			)
 			if dials {
-				first = dialledFrom
 				s, peer = dialled(t, cryo.DialOptions{SessionOptions: opts})
 			} else {
 				_, l, sessions = serve(t, cryo.ServerOptions{SessionOptions: opts})
@@ -80,7 +78,7 @@ func FuzzStreams(f *testing.F) {
 				case cancel:
 					frame.Type = cryo.TypeTxCancel
 				case ack:
-					frame.Type, frame.Ack = cryo.TypeAck, first+uint32(a)
+					frame.Type, frame.Ack = cryo.TypeAck, peer.First+uint32(a)
 				case flip:
 					frame.Type, at, xor = cryo.TypeTxStart, int(a), b
 				default:

@@ -222,10 +222,10 @@ func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {
 		in.opts.NetDial = server.Dial
 		testing := sendAny(func() error { return in.ConnectionTest(context.Background())[0].Err })
 		peer := server.NextPeer()
-		peer.WantType("the client's ENDPOINT_INFO", cryo.TypeEndpointInfo)
+		peer.WantEndpointInfo("the client's ENDPOINT_INFO")
 		peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Text(1, "not for a test"))
 		peer.WantFrame("the acknowledgement", cryotest.Acked(0))
-		peer.WriteFrames(cryotest.Acked(0x40000000))
+		peer.WriteFrames(cryotest.Acked(peer.First))
 		bye := peer.WantType("BYE", cryo.TypeBye)
 		require.Equal(t, "connection test", string(bye.Payload))
 		peer.WantClose("the client's close frame", 4000, "connection test")

@@ -27,6 +27,9 @@ type Peer struct {
 	SID uint64
 	// Request is what opened the connection; nil for a client.
 	Request *http.Request
+	// First is the number of the other end's first frame, its ENDPOINT_INFO, once
+	// that has come. Each session starts at another one.
+	First uint32
 
 	tb      testing.TB
 	reading sync.Once
@@ -256,20 +259,30 @@ func (p *Peer) Taken() (frames []cryo.Frame) {
 // Skip drops what has come, and returns how many frames these were.
 func (p *Peer) Skip() (frames int) { return len(p.Taken()) }
 
+// WantEndpointInfo wants the other end's ENDPOINT_INFO next, which sets First.
+func (p *Peer) WantEndpointInfo(what string) {
+	p.tb.Helper()
+	f := p.WantType(what, cryo.TypeEndpointInfo)
+	p.First = f.Ack
+	want := EndpointInfo(p.First)
+	want.SID = p.SID
+	require.Equal(p.tb, want, f, "wanted: %s", what)
+}
+
 // ClientHandshake plays the client's part, as cryo-client-node does.
 func (p *Peer) ClientHandshake() {
 	p.tb.Helper()
 	p.WriteFrames(EndpointInfo(0))
 	p.WantFrame("the server acknowledges ENDPOINT_INFO", Acked(0))
-	p.WantFrame("the server's ENDPOINT_INFO", EndpointInfo(0xC0000000))
-	p.WriteFrames(Acked(0xC0000000))
+	p.WantEndpointInfo("the server's ENDPOINT_INFO")
+	p.WriteFrames(Acked(p.First))
 }
 
 // ServerHandshake plays the server's part, as cryo-server does.
 func (p *Peer) ServerHandshake() {
 	p.tb.Helper()
-	p.WantFrame("the client's ENDPOINT_INFO", EndpointInfo(0x40000000))
-	p.WriteFrames(EndpointInfo(0), Acked(0x40000000))
+	p.WantEndpointInfo("the client's ENDPOINT_INFO")
+	p.WriteFrames(EndpointInfo(0), Acked(p.First))
 	p.WantFrame("the client acknowledges ENDPOINT_INFO", Acked(0))
 }
 
