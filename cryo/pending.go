@@ -1,6 +1,9 @@
 package cryo
 
-import "sync"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // Our own numbers stay within one of two ranges of 2^30, so that they meet
 // neither each other's nor those of the published peers, which start at 0: an
@@ -15,20 +18,43 @@ const (
 
 // sendBatch is one wait for a batch of acknowledgements.
 type sendBatch struct {
-	done chan struct{} // closed when left is 0
-	size int           // frames
+	done     chan struct{}    // closed when left is 0
+	progress []atomic.Uint32  // by index: the bits below
+	one      [1]atomic.Uint32 // progress of a batch of one frame
 
 	// Guarded by the pending's mutex until done is closed.
 	left int     // frames not settled yet
 	errs []error // by index; nil until one fails
 }
 
+// The progress of a frame. It is settled when it is written and answered, whichever
+// comes second: its payload's memory is in use until then.
+const (
+	frameSending  uint32 = 1 << iota // the peer may have all of it though it is not written
+	frameWritten                     // its payload's memory is not in use any more
+	frameAnswered                    // before it was written
+)
+
+func newSendBatch(size int) *sendBatch {
+	b := &sendBatch{done: make(chan struct{}), left: size}
+	if size == 1 {
+		b.progress = b.one[:]
+	} else {
+		b.progress = make([]atomic.Uint32, size)
+	}
+	return b
+}
+
+func (b *sendBatch) fail(i int, err error) {
+	if b.errs == nil {
+		b.errs = make([]error, len(b.progress))
+	}
+	b.errs[i] = err
+}
+
 func (b *sendBatch) settle(i int, err error) {
 	if err != nil {
-		if b.errs == nil {
-			b.errs = make([]error, b.size)
-		}
-		b.errs[i] = err
+		b.fail(i, err)
 	}
 	if b.left--; b.left == 0 {
 		close(b.done)
@@ -92,7 +118,7 @@ func (p *pending) numberLocked() uint32 {
 // register numbers the frames of a batch, calling assign for each, and makes
 // their acknowledgements awaited.
 func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBatch, error) {
-	b := &sendBatch{done: make(chan struct{}), size: size, left: size}
+	b := newSendBatch(size)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ended != nil {
@@ -126,29 +152,80 @@ func (p *pending) growLocked(n int) {
 	}
 }
 
-// settle ends the wait for one number: nil is the peer's ACK. It reports
+// outcome is that of a peer's answer to one of our numbers.
+type outcome int
+
+const (
+	answerUnknown outcome = iota // nobody waits for the number
+	answerTaken                  // the wait ends, now or when the frame is written
+	answerEarly                  // the frame was not sent yet
+)
+
+// answer takes the peer's answer to a number: nil is its ACK.
+func (p *pending) answer(number uint32, err error) outcome {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	w := p.findLocked(number)
+	if w == nil {
+		return answerUnknown
+	}
+	progress := &w.batch.progress[w.index]
+	switch before := progress.Load(); {
+	case before == 0:
+		return answerEarly
+	case before&frameWritten != 0:
+		p.settleOneLocked(w, err)
+	case before&frameAnswered == 0: // the first answer counts
+		if err != nil {
+			w.batch.fail(w.index, err)
+		}
+		if progress.Or(frameAnswered)&frameWritten != 0 { // by now
+			p.settleOneLocked(w, nil)
+		}
+	}
+	return answerTaken
+}
+
+// written ends the wait for a number that was answered before its frame was written.
+func (p *pending) written(number uint32) { p.settle(number, nil) }
+
+// settle ends the wait for one number, whatever has become of its frame. It reports
 // whether anybody waited.
 func (p *pending) settle(number uint32, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.waiting == 0 {
+	w := p.findLocked(number)
+	if w == nil {
 		return false
+	}
+	p.settleOneLocked(w, err)
+	return true
+}
+
+// findLocked returns who waits for a number, or nil.
+func (p *pending) findLocked(number uint32) *waiter {
+	if p.waiting == 0 {
+		return nil
 	}
 	w := p.place(number)
 	if w.batch == nil || w.number != number {
-		return false
+		return nil
 	}
-	p.settleLocked(w, err)
-	if p.waiting == 0 && len(p.table) > maxIdleTable {
-		p.table = nil
-	}
-	return true
+	return w
 }
 
 func (p *pending) settleLocked(w *waiter, err error) {
 	w.batch.settle(w.index, err)
 	*w = waiter{}
 	p.waiting--
+}
+
+// settleOneLocked is settleLocked, and gives back a large table that is empty.
+func (p *pending) settleOneLocked(w *waiter, err error) {
+	p.settleLocked(w, err)
+	if p.waiting == 0 && len(p.table) > maxIdleTable {
+		p.table = nil
+	}
 }
 
 // awaited tells whether anybody waits for an acknowledgement.

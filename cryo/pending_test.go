@@ -46,6 +46,82 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 	}
 }
 
+// A frame is settled when it is written and answered, whatever comes first.
+func TestAFrameIsSettledWhenItIsWrittenAndAnswered(t *testing.T) {
+	no, other := errors.New("no"), errors.New("too late")
+	for name, c := range map[string]struct {
+		steps []string
+		want  error
+	}{
+		"written, acknowledged":               {[]string{"written", "ack"}, nil},
+		"written, rejected":                   {[]string{"written", "reject"}, no},
+		"sending, written, acknowledged":      {[]string{"sending", "written", "ack"}, nil},
+		"sending, acknowledged, written":      {[]string{"sending", "ack", "written"}, nil},
+		"sending, rejected, written":          {[]string{"sending", "reject", "written"}, no},
+		"acknowledged, then rejected":         {[]string{"sending", "ack", "reject", "written"}, nil},
+		"rejected, then acknowledged":         {[]string{"sending", "reject", "ack", "written"}, no},
+		"early":                               {[]string{"early", "early", "sending", "ack", "written"}, nil},
+		"acknowledged, given up, written":     {[]string{"sending", "ack", "give up", "unknown", "written"}, other},
+		"rejected, given up, written":         {[]string{"sending", "reject", "give up", "written", "unknown"}, other},
+		"given up, then written and answered": {[]string{"give up", "sending", "written", "unknown"}, other},
+		"acknowledged, and the end":           {[]string{"sending", "ack", "end", "written"}, other},
+	} {
+		for _, size := range []int{1, 3} { // of the batch
+			t.Run(name, func(t *testing.T) {
+				p := newPending(dialingNumbers, 0)
+				var frames []outgoing
+				batch, err := p.register(size, func(i int, number uint32) {
+					frames = append(frames, outgoing{Frame: Frame{Ack: number}, index: i})
+				})
+				require.NoError(t, err)
+				for i := range frames {
+					frames[i].batch = batch
+				}
+				f := &frames[size-1]
+				for _, other := range frames[:size-1] {
+					other.progressed(frameWritten)
+					require.Equal(t, answerTaken, p.answer(other.Ack, nil))
+				}
+				for i, step := range c.steps {
+					select {
+					case <-batch.done:
+						require.Contains(t, []string{"written", "unknown", "sending"}, step, "nothing else comes behind the end of the wait")
+					default:
+						require.Less(t, i, len(c.steps))
+					}
+					switch step {
+					case "sending":
+						f.progressed(frameSending)
+					case "written":
+						if f.progressed(frameWritten)&frameAnswered != 0 {
+							p.written(f.Ack)
+						}
+					case "ack":
+						require.Equal(t, answerTaken, p.answer(f.Ack, nil))
+					case "reject":
+						require.Equal(t, answerTaken, p.answer(f.Ack, no))
+					case "early":
+						require.Equal(t, answerEarly, p.answer(f.Ack, nil))
+					case "unknown":
+						require.Equal(t, answerUnknown, p.answer(f.Ack, nil))
+					case "give up":
+						p.abandon(batch, other)
+					case "end":
+						p.end(other)
+					}
+				}
+				<-batch.done
+				require.Zero(t, p.waiting)
+				if c.want == nil {
+					require.Nil(t, batch.errs)
+				} else {
+					require.Equal(t, c.want, batch.errs[size-1])
+				}
+			})
+		}
+	}
+}
+
 func TestTheRoomOfManyNumbersIsGivenBack(t *testing.T) {
 	p := newPending(dialingNumbers, 0)
 	for range 2 {

@@ -139,20 +139,12 @@ func (s *Session) isEnding() bool {
 func (s *Session) handle(f *Frame) {
 	switch f.Type {
 	case TypeAck:
-		if !s.pend.settle(f.Ack, nil) && s.pend.late(f.Ack) {
-			s.opts.OnLateAck()
-		}
+		s.handleAnswer(f, nil)
 		return
 	case TypeError:
 		// A refusal of one of our frames is never acknowledged: the refuser
 		// may have a frame pending under the same number (protocol, "ERROR").
-		if s.pend.settle(f.Ack, &RejectedError{Text: s.words(f.Text())}) {
-			return
-		}
-		if s.pend.issued(f.Ack) {
-			if s.pend.late(f.Ack) {
-				s.opts.OnLateAck()
-			}
+		if s.handleAnswer(f, &RejectedError{Text: s.words(f.Text())}) {
 			return
 		}
 	}
@@ -177,6 +169,25 @@ func (s *Session) handle(f *Frame) {
 	}
 }
 
+// handleAnswer acts on an ACK, or on an ERROR that may reject one of our frames. It
+// reports whether the number is one of ours. A peer can foresee our numbers. An answer
+// to a frame that it can't have yet must not complete a send: the sender would use the
+// payload's memory again, and the peer get what is in it by then.
+func (s *Session) handleAnswer(f *Frame, err error) bool {
+	switch s.pend.answer(f.Ack, err) {
+	case answerTaken:
+		return true
+	case answerEarly:
+		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
+		return true
+	}
+	if s.pend.late(f.Ack) {
+		s.opts.OnLateAck()
+		return true
+	}
+	return s.pend.issued(f.Ack)
+}
+
 // handleStream acts on one TX frame. cryo-server too knows none before the
 // client's ENDPOINT_INFO.
 func (s *Session) handleStream(f *Frame) {
@@ -193,7 +204,10 @@ func (s *Session) handleStream(f *Frame) {
 		s.out.acknowledge([]uint32{f.Ack})
 	case TypeTxCancel:
 		// Stopped first: nothing of the stream follows the acknowledgement.
-		s.outgoing.cancelled(f.Tx)
+		if !s.outgoing.cancelled(f.Tx) {
+			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for the stream %d before its TX_START was sent", f.Tx)})
+			return
+		}
 		s.out.acknowledge([]uint32{f.Ack})
 	case TypeTxFetch:
 		s.out.acknowledge([]uint32{f.Ack})

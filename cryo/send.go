@@ -10,8 +10,8 @@ import (
 type Outgoing struct {
 	Type Type // TypeUTF8 or TypeBinary
 	// Payload is at most 16 MiB, and valid UTF-8 for TypeUTF8. It must not be
-	// changed before it is sent; after a send that was cancelled it may still
-	// be on its way, so don't use its memory again.
+	// changed before the send is over; after one that was cancelled it may still
+	// be being written, so don't use its memory again.
 	Payload []byte
 }
 
@@ -190,7 +190,7 @@ func (s *Session) queue(frames []outgoing) (*sendBatch, error) {
 		return nil, err
 	}
 	for i := range frames {
-		frames[i].batch = batch
+		frames[i].batch, frames[i].index = batch, i
 	}
 	if !s.out.send(frames) {
 		s.pend.abandon(batch, s.Err())
@@ -203,8 +203,9 @@ func (s *Session) await(ctx context.Context, batch *sendBatch) []error {
 	select {
 	case <-batch.done:
 	case <-ctx.Done():
-		s.out.withdraw(func(f *outgoing) bool { return f.batch == batch })
+		// In this order: as long as a number is awaited, its frame is written or queued.
 		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", context.Cause(ctx)))
+		s.out.withdraw(func(f *outgoing) bool { return f.batch == batch })
 	}
 	return batch.errs
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 )
@@ -96,6 +97,8 @@ type OutgoingStream struct {
 	// size comes first then, and chunks are asked for by index.
 	spool bytes.Buffer
 
+	announced atomic.Bool // TX_START is written: the peer may know the stream
+
 	mu       sync.Mutex
 	queued   int     // bytes of chunks that wait to be written, with their overhead
 	awaiting *uint32 // the number of TX_START or TX_FINISH while its acknowledgement is due
@@ -127,9 +130,13 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 // SendStream sends all that the source has as one stream, and returns when the
 // peer has acknowledged the whole. If the source fails, its error is returned
 // and the stream abandoned; a source that blocks is not interrupted. Of a
-// [*bytes.Reader] holds what ReadFrom says. A source
-// that is an [io.ReaderAt] and an [io.Seeker], such as a file, is not kept in
-// memory when the peer pulls.
+// [*bytes.Reader] holds what ReadFrom says.
+//
+// When the peer pulls, the stream's size is announced first. It is known of a regular
+// file, a [*bytes.Reader], a [*strings.Reader], and an [*io.SectionReader] of one of
+// these: they are read as the peer asks, and the stream fails if they have more or
+// fewer bytes by then. Any other source is read to its end first, and kept in memory,
+// up to MaxSpoolBytes.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
 	st, err := s.newStream(ctx, options)
 	if err != nil {
@@ -282,6 +289,7 @@ func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
 	}
 	f := Frame{SID: st.s.id, Type: TypeTxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
 	if !st.s.out.sendOf(st, outgoing{Frame: f}) {
+		st.release(len(chunk))
 		return st.failed(st.ended())
 	}
 	return nil
@@ -327,8 +335,8 @@ func (st *OutgoingStream) reserve(cost int) bool {
 	return true
 }
 
-// written makes room after a chunk; the writing goroutine calls it.
-func (st *OutgoingStream) written(chunk int) {
+// release is called when a chunk is written, or won't be.
+func (st *OutgoingStream) release(chunk int) {
 	st.mu.Lock()
 	st.queued -= chunk + chunkOverhead
 	st.mu.Unlock()
@@ -415,12 +423,11 @@ func (st *OutgoingStream) stop(cause error) {
 	st.s.outgoing.remove(st)
 	st.unwatch()
 	st.cancel(cause)
-	st.s.out.withdraw(func(f *outgoing) bool { return f.stream == st })
-
 	st.mu.Lock()
 	awaiting := st.awaiting
 	st.mu.Unlock()
 	if awaiting != nil {
 		st.s.pend.settle(*awaiting, context.Cause(st.ctx))
 	}
+	st.s.out.withdraw(func(f *outgoing) bool { return f.stream == st })
 }

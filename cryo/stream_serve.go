@@ -154,10 +154,18 @@ func (o *outgoingStreams) setFlow(flow Flow) {
 	o.flow = flow
 }
 
-// cancelled is the peer's TX_CANCEL. Reading goroutine.
-func (o *outgoingStreams) cancelled(tx uint32) {
-	if st := o.find(tx); st != nil {
+// cancelled is the peer's TX_CANCEL. It reports false for a stream of which the peer
+// can't know yet. Reading goroutine.
+func (o *outgoingStreams) cancelled(tx uint32) bool {
+	st := o.find(tx)
+	switch {
+	case st == nil:
+		return true
+	case !st.announced.Load():
+		return false
+	default:
 		st.stop(ErrStreamCancelled)
+		return true
 	}
 }
 

@@ -49,11 +49,28 @@ type queued struct {
 	data    []outgoing
 }
 
-// outgoing is a frame that somebody waits for, or a stream's chunk.
+// outgoing is a frame that somebody waits for, or a stream's chunk. It leaves the
+// outbox once: written, or dropped.
 type outgoing struct {
 	Frame
 	batch  *sendBatch
-	stream *OutgoingStream // whose frame it is; learns when a chunk is written
+	index  int             // in the batch
+	stream *OutgoingStream // whose frame it is; learns what becomes of it
+}
+
+// progressed sets a bit of the frame's progress, and returns the bits that were set before.
+func (f *outgoing) progressed(bit uint32) (before uint32) {
+	if f.batch == nil {
+		return 0
+	}
+	return f.batch.progress[f.index].Or(bit)
+}
+
+// released is called once, when the frame has left the outbox.
+func (f *outgoing) released() {
+	if f.Type == TypeTxChunk {
+		f.stream.release(len(f.Payload))
+	}
 }
 
 // farewell ends the WebSocket.
@@ -115,7 +132,7 @@ func (o *outbox) acknowledge(numbers []uint32) bool {
 	case o.closed || o.last != nil:
 		return false
 	case len(numbers) == 1 && o.canWriteAtOnceLocked():
-		o.writeAtOnceLocked(&Frame{SID: o.s.id, Type: TypeAck, Ack: numbers[0]})
+		o.writeAtOnceLocked(&outgoing{Frame: Frame{SID: o.s.id, Type: TypeAck, Ack: numbers[0]}})
 	default:
 		o.queued.acks = append(o.queued.acks, numbers...)
 		o.unwritten += ackCost * len(numbers)
@@ -133,11 +150,11 @@ func (o *outbox) canWriteAtOnceLocked() bool { return !o.writing && o.s.conn.can
 
 // writeAtOnceLocked writes a frame in place of the writing goroutine, to which it
 // leaves what the network doesn't take, and what is queued meanwhile.
-func (o *outbox) writeAtOnceLocked(f *Frame) {
+func (o *outbox) writeAtOnceLocked(f *outgoing) {
 	o.writing = true
 	o.mu.Unlock()
 	var head [ackEnd]byte
-	_, err := o.writeFrame(f, head[:0])
+	_, err := o.writeData(f, head[:0])
 	written := err == nil && o.s.conn.flushAtOnce()
 	o.mu.Lock()
 	if o.writing = false; !written || o.last != nil || !o.queued.empty() {
@@ -159,7 +176,7 @@ func (o *outbox) send(frames []outgoing) bool {
 	case o.closed || o.last != nil:
 		return false
 	case len(frames) == 1 && len(frames[0].Payload) <= atOnceBytes && o.canWriteAtOnceLocked():
-		o.writeAtOnceLocked(&frames[0].Frame)
+		o.writeAtOnceLocked(&frames[0])
 	default:
 		o.queued.data = append(o.queued.data, frames...)
 		o.startLocked()
@@ -227,8 +244,10 @@ func (o *outbox) withdraw(which func(*outgoing) bool) {
 	defer o.mu.Unlock()
 	kept := o.queued.data[:0]
 	for i := range o.queued.data {
-		if !which(&o.queued.data[i]) {
-			kept = append(kept, o.queued.data[i])
+		if f := &o.queued.data[i]; which(f) {
+			f.released()
+		} else {
+			kept = append(kept, *f)
 		}
 	}
 	clear(o.queued.data[len(kept):])
@@ -254,6 +273,9 @@ func (o *outbox) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closed = true
+	for i := range o.queued.data {
+		o.queued.data[i].released()
+	}
 	o.queued = queued{}
 	o.wakeLocked()
 }
@@ -320,9 +342,7 @@ func (o *outbox) written(q *queued) {
 	defer o.mu.Unlock()
 	o.unwritten -= q.cost()
 	for i := range q.data {
-		if f := &q.data[i]; f.Type == TypeTxChunk {
-			f.stream.written(len(f.Payload))
-		}
+		q.data[i].released()
 	}
 	clear(q.data) // its room may live on with what follows
 	o.wakeLocked()
@@ -374,7 +394,7 @@ func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	}
 	o.makeRoom(q.data)
 	for i := 0; i < len(q.data) && err == nil; i++ {
-		scratch, err = o.writeFrame(&q.data[i].Frame, scratch)
+		scratch, err = o.writeData(&q.data[i], scratch)
 	}
 	if err != nil {
 		return scratch, err
@@ -394,6 +414,26 @@ func (o *outbox) makeRoom(data []outgoing) {
 	if size > 0 {
 		o.s.conn.makeRoom(size)
 	}
+}
+
+// writeData writes a frame that somebody may wait for. A copied one is marked as written
+// before its end is in the network, so an answer that comes before the mark is not to what
+// was sent. One that is written from where it is may be answered before the write returns.
+func (o *outbox) writeData(f *outgoing, scratch []byte) ([]byte, error) {
+	if !o.s.ws.copies(len(f.Payload)) {
+		f.progressed(frameSending)
+	}
+	scratch, err := o.writeFrame(&f.Frame, scratch)
+	if err != nil {
+		return scratch, err
+	}
+	if f.progressed(frameWritten)&frameAnswered != 0 {
+		o.s.pend.written(f.Ack)
+	}
+	if f.Type == TypeTxStart {
+		f.stream.announced.Store(true)
+	}
+	return scratch, nil
 }
 
 // writeFrame puts one frame into one WebSocket message. Many of them are gathered

@@ -293,3 +293,10 @@ func (p *Peer) Next(what string) cryo.Frame {
 	require.NoError(p.tb, e.err, "wanted: %s", what)
 	return e.frame
 }
+
+// Try waits for any frame, or for the end of the connection, which is the error.
+func (p *Peer) Try(what string) (cryo.Frame, error) {
+	p.tb.Helper()
+	e := p.next(what)
+	return e.frame, e.err
+}
