@@ -13,7 +13,7 @@ const (
 	// maxAnnounced is how many streams wait to be accepted at most; more are
 	// cancelled. They hold no data: the sender waits too.
 	maxAnnounced = 256
-	// maxRemembered is how many settled streams are remembered, to acknowledge
+	// maxRemembered is how many acknowledged streams are remembered, to acknowledge
 	// their TX_FINISH when it comes.
 	maxRemembered = 1024
 )
@@ -115,7 +115,7 @@ type incomingStreams struct {
 	announced  []*IncomingStream // of those, nobody has accepted yet
 	places     int               // taken by streams that are accepted and not settled
 	changed    chan struct{}     // closed and replaced when a stream may be accepted
-	remembered []uint32          // settled streams whose TX_FINISH will be acknowledged
+	remembered []uint32          // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
@@ -162,6 +162,7 @@ func (in *incomingStreams) start(f *Frame) {
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	in.forgetLocked(f.Tx) // whatever becomes of this one, it is another stream
 	switch {
 	case in.open[f.Tx] != nil:
 		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
@@ -169,7 +170,6 @@ func (in *incomingStreams) start(f *Frame) {
 		in.s.opts.OnRefused(TypeTxStart)
 		in.s.cancel(f.Tx)
 	default:
-		in.remembered = slices.DeleteFunc(in.remembered, func(tx uint32) bool { return tx == f.Tx })
 		st := &IncomingStream{
 			s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
 			pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
@@ -190,16 +190,20 @@ func (in *incomingStreams) chunk(f *Frame) {
 
 // finish takes TX_FINISH. Reading goroutine.
 func (in *incomingStreams) finish(f *Frame) {
-	// In this order: a stream is remembered in the moment in which it is closed.
-	var delivered bool
-	if st := in.find(f.Tx); st != nil {
-		delivered = st.finished(f.Ack)
-	} else {
-		delivered = in.forget(f.Tx)
-	}
-	if delivered {
+	if in.finished(f) {
 		in.s.out.acknowledge([]uint32{f.Ack})
 	}
+}
+
+// finished reports whether the stream of a TX_FINISH is acknowledged already. It holds
+// the mutex all the time: a stream is remembered in the moment in which it is closed.
+func (in *incomingStreams) finished(f *Frame) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if st := in.open[f.Tx]; st != nil {
+		return st.finished(f.Ack)
+	}
+	return in.forgetLocked(f.Tx)
 }
 
 func (in *incomingStreams) find(tx uint32) *IncomingStream {
@@ -208,10 +212,8 @@ func (in *incomingStreams) find(tx uint32) *IncomingStream {
 	return in.open[tx]
 }
 
-// forget reports whether a stream was remembered.
-func (in *incomingStreams) forget(tx uint32) bool {
-	in.mu.Lock()
-	defer in.mu.Unlock()
+// forgetLocked reports whether a stream was remembered.
+func (in *incomingStreams) forgetLocked(tx uint32) bool {
 	i := slices.Index(in.remembered, tx)
 	if i >= 0 {
 		in.remembered = slices.Delete(in.remembered, i, i+1)
@@ -219,15 +221,15 @@ func (in *incomingStreams) forget(tx uint32) bool {
 	return i >= 0
 }
 
-// settled frees the stream's place. A TX_FINISH that is still to be
-// acknowledged is remembered, of so many streams; of others it stays unanswered.
-func (in *incomingStreams) settled(st *IncomingStream, remember bool) {
+// settled frees the stream's place. Of an acknowledged one, the TX_FINISH that is still
+// to come is acknowledged then, of so many streams; of others it stays unanswered.
+func (in *incomingStreams) settled(st *IncomingStream) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.open[st.tx] == st {
 		delete(in.open, st.tx)
 	}
-	if remember {
+	if st.awaitsFinish() {
 		if len(in.remembered) == maxRemembered {
 			in.remembered = in.remembered[1:]
 		}

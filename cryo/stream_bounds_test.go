@@ -1,6 +1,8 @@
 package cryo_test
 
 import (
+	"errors"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +21,12 @@ func TestNoMoreStreamsAreOpenThanMayBe(t *testing.T) {
 			peer.WriteFrames(txStart(10+tx, tx, -1, "n"))
 		}
 		first, second := acceptStream(t, s), acceptStream(t, s)
-		for i, settle := range []func() error{second.Reject, first.Ack} {
+		finish := func() error {
+			peer.WriteFrames(txFinish(20, 0))
+			_, err := io.ReadAll(first)
+			return errors.Join(err, first.Ack())
+		}
+		for i, settle := range []func() error{second.Reject, finish} {
 			var st *cryo.IncomingStream
 			waiting := start(func() (err error) {
 				st, err = s.AcceptStream(t.Context(), "n")
@@ -33,6 +40,7 @@ func TestNoMoreStreamsAreOpenThanMayBe(t *testing.T) {
 		}
 		peer.WantFrame("of the second", txCancel(end.first, 1))
 		peer.WantFrame("of the first", cryotest.Acked(10))
+		peer.WantFrame("of all of the first", cryotest.Acked(20))
 		wantNoStream(t, s)
 		s.Refuse(true)
 		peer.WantFrame("the one that still waits", txCancel(end.first+1, 4))
@@ -77,10 +85,16 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 
 func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		setIncomingFlow(t, s, peer, cryo.FlowPull)
 		for tx := range uint32(1030) {
-			peer.WriteFrames(txStart(1, tx, -1, ""))
-			require.NoError(t, acceptStream(t, s).Ack())
+			peer.WriteFrames(txStart(1, tx, 1, ""))
+			st := acceptStream(t, s)
+			read := start(func() error { return wantRest(t, st, "x") })
 			peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+			peer.WantType("TX_FETCH", cryo.TypeTxFetch)
+			peer.WriteFrames(txChunk(tx, 0, "x"))
+			read.wantSuccess(t)
+			require.NoError(t, st.Ack(), "it is whole by its size")
 		}
 		for tx := range uint32(1030) {
 			peer.WriteFrames(txFinish(tx, tx))

@@ -46,16 +46,17 @@ func TestUnreadBytesCountAgainstTheBound(t *testing.T) {
 func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 	for name, settle := range map[string]func(*testing.T, *cryotest.Peer, *cryo.IncomingStream){
 		"read": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { wantBytes(t, st, "abcdef") },
-		"Ack":  func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Ack()) },
-		"half, Ack": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
-			wantBytes(t, st, "ab")
-			require.NoError(t, st.Ack())
-		},
 		"whole, Ack": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txFinish(2, 0))
-			synctest.Wait()
+			require.NoError(t, wantRest(t, st, "abcdef"))
 			require.NoError(t, st.Ack())
 		},
+		"whole, Reject": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
+			peer.WriteFrames(txFinish(2, 0))
+			synctest.Wait()
+			require.NoError(t, st.Reject())
+		},
+		"Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Reject()) },
 		"half, Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
 			wantBytes(t, st, "ab")
 			require.NoError(t, st.Reject())

@@ -107,6 +107,29 @@ func TestAPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
 	}
 }
 
+// TX_FINISH may come in the moment in which the stream is acknowledged.
+func TestEachTXFinishOfAStreamIsAcknowledgedOnce(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		for i := range uint32(300) {
+			peer.WriteFrames(txStart(1, 5, 1, ""))
+			st := acceptStream(t, s)
+			read := start(func() error { return wantRest(t, st, "x") })
+			peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+			peer.WantType("TX_FETCH", cryo.TypeTxFetch)
+			peer.WriteFrames(txChunk(5, 0, "x"))
+			read.wantSuccess(t)
+
+			acknowledging := start(st.Ack)
+			peer.WriteFrames(txFinish(1000+i, 5))
+			acknowledging.wantSuccess(t)
+			peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(1000+i))
+			peer.WriteFrames(txFinish(2, 5))
+			peer.WantIdle("once", instant)
+		}
+	})
+}
+
 func TestAnEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		p := pullFrom(t, end, s, peer, 0)

@@ -28,6 +28,7 @@ var (
 	ErrNoRoom = errors.New("no room for the stream: too much of its session is not acknowledged yet")
 
 	errStreamSettled = errors.New("the stream was settled by this end before it was read to its end")
+	errStreamUnread  = errors.New("the stream can't be acknowledged before it is read to io.EOF")
 )
 
 // IncomingStream is a stream that the peer sends. It is read as an [io.Reader],
@@ -55,8 +56,8 @@ type IncomingStream struct {
 	fetching bool    // a TX_FETCH is under way
 	finish   *uint32 // TX_FINISH's number, when it has come
 	failed   error   // why nothing more comes though the stream is not whole; the peer is told to stop
+	readOut  bool    // Read has returned io.EOF
 	settled  settlement
-	readOut  bool // all of it was read before it was settled
 }
 
 var _ io.Reader = (*IncomingStream)(nil)
@@ -159,9 +160,10 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 		return 0, nil
 	case st.failed != nil:
 		return 0, st.failed
-	case st.settled != unsettled && !st.readOut:
+	case st.settled == rejected:
 		return 0, errStreamSettled
 	case st.wholeLocked():
+		st.readOut = true
 		return 0, io.EOF
 	default:
 		return 0, nil
@@ -209,11 +211,12 @@ func (st *IncomingStream) fetchLocked() {
 }
 
 // Ack tells the peer that the whole stream has been delivered: TX_FINISH is
-// acknowledged, now or when it comes. Call it after Read has returned io.EOF
-// and all that was read is safe. It does nothing, and says so with the cause,
-// after the end of the session and for a stream that was cancelled already,
-// because it fell silent, was too long or broken. A stream is settled once: a
-// second Ack or Reject does nothing.
+// acknowledged, now or when it comes. Call it when Read has returned io.EOF and all
+// that was read is safe. Before that it is an error, and the stream stays as it is: to
+// be read on, or to be rejected. After the end of the session, and for a stream that was
+// cancelled already because it fell silent, was too long or broken, nothing can be
+// acknowledged: then Ack settles the stream and returns the cause. A stream is settled
+// once: a second Ack or Reject does nothing.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
 
 // Reject tells the peer to stop (TX_CANCEL), and that the stream is not
@@ -224,39 +227,40 @@ func (st *IncomingStream) Reject() error { return st.settle(rejected) }
 // settle says it to the peer, once.
 func (st *IncomingStream) settle(as settlement) error {
 	st.mu.Lock()
-	if st.settled != unsettled {
+	var err error
+	switch {
+	case st.settled != unsettled:
 		st.mu.Unlock()
 		return nil
+	case as == acknowledged && st.failed != nil:
+		as, err = rejected, st.failed
+	case as == acknowledged && !st.readOut && st.s.isEnding():
+		as, err = rejected, st.s.Err()
+	case as == acknowledged && !st.readOut:
+		st.mu.Unlock()
+		return errStreamUnread
 	}
 	st.settled = as
-	st.readOut = as == acknowledged && st.buffered == 0 && st.wholeLocked()
-	accepted, finish, failed := st.accepted, st.finish, st.failed
+	finish, failed := st.finish, st.failed
 	st.dropLocked()
 	st.mu.Unlock()
 	st.signal()
-	// Remembered before anything is said: TX_FINISH may come at any time.
-	st.s.incoming.settled(st, as == acknowledged && finish == nil && failed == nil)
+	st.s.incoming.settled(st) // before the answer, after which the number may be used again
 
 	heard := true
 	switch {
-	case failed != nil && as == acknowledged:
-		return failed
 	case failed != nil: // cancelled already
 	case as == rejected:
 		heard = st.s.cancel(st.tx)
-	case !accepted && finish == nil: // it was never read
-		heard = st.s.out.acknowledge([]uint32{st.start})
-	case !accepted:
-		heard = st.s.out.acknowledge([]uint32{st.start, *finish})
 	case finish != nil:
 		heard = st.s.out.acknowledge([]uint32{*finish})
-	default:
+	default: // it is pulled, and remembered
 		heard = !st.s.isEnding()
 	}
-	if !heard {
-		return st.s.Err()
+	if !heard && err == nil {
+		err = st.s.Err()
 	}
-	return nil
+	return err
 }
 
 // dropLocked gives up what was not read.
@@ -351,6 +355,13 @@ func (st *IncomingStream) chunk(f *Frame) {
 	}
 }
 
+// awaitsFinish reports whether the stream is acknowledged and its TX_FINISH has not come.
+func (st *IncomingStream) awaitsFinish() bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.settled == acknowledged && st.finish == nil
+}
+
 // finished takes TX_FINISH. It reports whether it can be acknowledged at once.
 // Reading goroutine.
 func (st *IncomingStream) finished(number uint32) (now bool) {
@@ -359,13 +370,11 @@ func (st *IncomingStream) finished(number uint32) (now bool) {
 	switch {
 	case st.failed != nil, st.finish != nil, st.settled == rejected:
 		return false // cancelled, or said before
-	case st.settled == acknowledged:
-		return true
 	case st.size >= 0 && st.received < st.size:
 		st.failLocked(fmt.Errorf("%w: finished after %d of %d bytes", ErrStreamBroken, st.received, st.size))
 		return false
 	}
 	st.finish = &number
 	st.signal()
-	return false
+	return st.settled == acknowledged
 }

@@ -1,7 +1,9 @@
 package cryo_test
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -100,45 +102,131 @@ func TestARejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
 
 func TestAReaderLearnsThatItsStreamWasSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		for tx, settle := range []func(*cryo.IncomingStream) error{(*cryo.IncomingStream).Ack, (*cryo.IncomingStream).Reject} {
-			st := incoming(t, s, peer, 1, uint32(tx))
-			read := start(func() error {
-				_, err := st.Read(make([]byte, 1))
-				return err
-			})
-			read.wantBlocked(t)
-			require.NoError(t, settle(st))
-			require.ErrorContains(t, read.result(t), "settled")
-		}
-		peer.WantFrame("of the second", txCancel(end.first, 1))
+		st := incoming(t, s, peer, 1, 0)
+		read := start(func() error {
+			_, err := st.Read(make([]byte, 1))
+			return err
+		})
+		read.wantBlocked(t)
+		require.NoError(t, st.Reject())
+		require.ErrorContains(t, read.result(t), "settled")
+		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 
-		st := incoming(t, s, peer, 1, 2)
+		st = incoming(t, s, peer, 1, 2)
 		peer.WriteFrames(txChunk(2, 1, "unread"), txFinish(2, 2))
-		require.NoError(t, st.Ack())
-		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+		require.NoError(t, st.Reject())
 		_, err := st.Read(make([]byte, 1))
 		require.ErrorContains(t, err, "settled", "what was thrown away is no end")
 	})
 }
 
-func TestAStreamMayBeAcknowledgedBeforeItsEnd(t *testing.T) {
+func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
+	const unread = "the stream can't be acknowledged before it is read to io.EOF"
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		peer.WriteFrames(txStart(1, 7, -1, "unread"))
-		require.NoError(t, acceptStream(t, s).Ack())
-		peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-		require.NoError(t, incoming(t, s, peer, 2, 8).Ack())
-		peer.WriteFrames(txStart(3, 9, -1, "all at once"), txFinish(4, 9))
-		require.NoError(t, acceptStream(t, s).Ack())
-		peer.WantFrame("TX_START acknowledged", cryotest.Acked(3))
-		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(4))
+		peer.WriteFrames(txStart(1, 7, -1, ""))
+		st := acceptStream(t, s)
+		require.EqualError(t, st.Ack(), unread, "not a byte was asked for")
+		peer.WantIdle("TX_START is not acknowledged", time.Hour)
 
-		peer.WantIdle("TX_FINISH has not come", time.Hour)
-		peer.WriteFrames(txChunk(7, 0, "unread"), txFinish(5, 7), txChunk(8, 1, "unread"), txFinish(6, 8))
-		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(5))
-		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(6))
-		peer.WriteFrames(txFinish(7, 7), txFinish(8, 9))
-		peer.WantIdle("once", instant)
+		read := start(func() error { wantBytes(t, st, "ab"); return nil })
+		peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+		peer.WriteFrames(txChunk(7, 0, "abc"))
+		read.wantSuccess(t)
+		require.EqualError(t, st.Ack(), unread, "a byte is unread")
+		wantBytes(t, st, "c")
+		peer.WriteFrames(txFinish(2, 7))
+		synctest.Wait()
+		require.EqualError(t, st.Ack(), unread, "all is read, but Read has not returned io.EOF")
+		peer.WantIdle("nothing is acknowledged", time.Hour)
+
+		require.NoError(t, wantRest(t, st, ""))
+		require.NoError(t, st.Ack(), "the stream is as it was")
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+
+		st = incoming(t, s, peer, 3, 8)
+		require.EqualError(t, st.Ack(), unread)
+		require.NoError(t, st.Reject(), "it may be given up")
+		peer.WantFrame("TX_CANCEL", txCancel(end.first, 8))
+		peer.WriteFrames(txFinish(4, 8))
+		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)
 	})
+}
+
+// The sender of a stream that its receiver tries to acknowledge too early is not left
+// alone: the stream goes on, and ends one way or the other.
+func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T) {
+	for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+		for _, fate := range []string{"read on", "rejected", "left alone"} {
+			t.Run(fmt.Sprint(flow, ", ", fate), func(t *testing.T) {
+				inBubble(t, func(t *testing.T) {
+					p := connect(t, quiet, quiet)
+					require.NoError(t, p.server.SetIncomingFlowControl(t.Context(), flow))
+					text := strings.Repeat("x", 1<<20)
+					sending := start(func() error {
+						return p.client.SendStream(t.Context(), strings.NewReader(text), &cryo.StreamOptions{StepTimeout: time.Hour})
+					})
+					st := acceptStream(t, p.server)
+					wantBytes(t, st, "xxx")
+					require.ErrorContains(t, st.Ack(), "before it is read")
+					sending.wantBlocked(t)
+					switch fate {
+					case "read on":
+						require.NoError(t, wantRest(t, st, text[3:]))
+						require.NoError(t, st.Ack())
+						sending.wantSuccess(t)
+					case "rejected":
+						require.NoError(t, st.Reject())
+						require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
+					default:
+						require.ErrorIs(t, <-sending.done, context.DeadlineExceeded)
+						require.NoError(t, st.Reject())
+					}
+				})
+			})
+		}
+	}
+}
+
+// A stream that is whole by its size is acknowledged with its TX_FINISH, which may come
+// later, or never. Another stream of its number has nothing of that.
+func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) {
+	for name, another := range map[string]func(t *testing.T, s *cryo.Session, peer *cryotest.Peer){
+		"rejected": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+			peer.WriteFrames(txStart(3, 5, -1, ""))
+			require.NoError(t, acceptStream(t, s).Reject())
+		},
+		"refused": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+			s.Refuse(true)
+			peer.WriteFrames(txStart(3, 5, -1, ""))
+		},
+		"with a name that is too long": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+			peer.WriteFrames(txStart(3, 5, -1, strings.Repeat("n", 1025)))
+		},
+		"one of too many": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+			for tx := range uint32(256) {
+				peer.WriteFrames(txStart(9, 1000+tx, -1, ""))
+			}
+			peer.WriteFrames(txStart(3, 5, -1, ""))
+		},
+		"broken": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+			peer.WriteFrames(txStart(3, 5, -1, ""), txChunk(5, 0, "early"))
+			require.NoError(t, acceptStream(t, s).Reject())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				p := pullFrom(t, end, s, peer, 3)
+				p.wantFetch(0, 1)
+				p.WriteFrames(txChunk(5, 0, "abc"))
+				require.NoError(t, wantRest(t, p.st, "abc"))
+				require.NoError(t, p.st.Ack(), "TX_FINISH will be acknowledged")
+				another(t, s, peer)
+				p.wantCancel()
+				p.WriteFrames(txFinish(4, 5))
+				p.WantIdle("but not that of a stream which is not delivered", time.Hour)
+			})
+		})
+	}
 }
 
 func TestTheEndOfTheSessionIsToldWhoeverSettlesLater(t *testing.T) {
@@ -231,10 +319,11 @@ func TestNamesComeAsTextAndWithinABound(t *testing.T) {
 func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 3 {
-			require.NoError(t, incoming(t, s, peer, 1, 5).Ack()) // TX_FINISH would be acknowledged …
+			require.NoError(t, incoming(t, s, peer, 1, 5).Reject())
+			peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
 			st := incoming(t, s, peer, 2, 5)
 			peer.WriteFrames(txFinish(3, 5))
-			peer.WantIdle("… but not that of the next one", instant)
+			peer.WantIdle("not acknowledged by itself", instant)
 			require.NoError(t, wantRest(t, st, ""))
 			require.NoError(t, st.Ack())
 			peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(3))
