@@ -33,8 +33,10 @@ func (b *budget) take(held *int64, n int64) {
 	b.mu.Unlock()
 }
 
+// give gives back what was taken, and never more.
 func (b *budget) give(held *int64, n int64) {
 	b.mu.Lock()
+	n = min(n, *held)
 	*held -= n
 	b.used -= n
 	if b.used < b.limit {

@@ -7,6 +7,13 @@ func (s *Session) Awaited() int {
 	return s.pend.waiting
 }
 
+// Held is how many bytes are received and not settled.
+func (s *Session) Held() int64 {
+	s.budget.mu.Lock()
+	defer s.budget.mu.Unlock()
+	return s.held
+}
+
 // Queued is how many bytes of a stream wait to be written.
 func (st *OutgoingStream) Queued() int {
 	st.mu.Lock()

@@ -23,8 +23,8 @@ const maxErrorText = 1024
 // Message is a received UTF8DATA, BINARYDATA or ERROR frame. The peer learns
 // of its delivery by Ack, of its refusal by Reject, and nothing by neither. It
 // counts against MaxBufferBytes until one of them is called, on a server after
-// the session's end too; a second Ack or Reject does nothing. Its methods may be
-// called from any goroutine.
+// the session's end too; a second Ack or Reject does nothing, be it on a copy. Its
+// methods may be called from any goroutine.
 type Message struct {
 	// Type is TypeUTF8, TypeBinary, or TypeError for a message that the peer's
 	// application sent as an error.
@@ -36,8 +36,8 @@ type Message struct {
 	session *Session
 	read    time.Time
 	number  uint32
-	size    int64  // of the payload as it came: that is the receiver's to change
-	settled uint32 // not an atomic.Uint32, which could not be copied out of the queue
+	size    int64        // of the payload as it came: that is the receiver's to change
+	settled *atomic.Bool // of all copies of the message; nil in the queue
 }
 
 // Session is the session that the message came from. Its acknowledgement goes
@@ -71,6 +71,10 @@ func (m *Message) Reject(text string) error {
 	if !m.settle() {
 		return nil
 	}
+	return m.reject(text)
+}
+
+func (m *Message) reject(text string) error {
 	defer m.session.release(m.weight())
 	if m.Type == TypeError {
 		return nil // an ERROR is not answered with an ERROR
@@ -107,7 +111,7 @@ func AckBatch(batch []*Message) error {
 	return first
 }
 
-func (m *Message) settle() bool { return atomic.CompareAndSwapUint32(&m.settled, 0, 1) }
+func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
 
 func (m *Message) weight() int64 { return m.size + messageOverhead }
 
@@ -201,17 +205,12 @@ func (s *Session) words(text string) string {
 
 func (s *Session) refuse(m *Message) {
 	s.opts.OnRefused(m.Type)
+	_ = m.reject("this session receives no messages") // after the end nobody hears it
 	if m.Type == TypeError {
-		// An ERROR is not answered with an ERROR, and not confirmed either.
-		if m.settle() {
-			s.release(m.weight())
-			s.reports.Do(func() {
-				s.log.Warn("The peer reports an error (at most one such line a second)", "session", s.id, "text", m.LogText())
-			})
-		}
-		return
+		s.reports.Do(func() {
+			s.log.Warn("The peer reports an error (at most one such line a second)", "session", s.id, "text", m.LogText())
+		})
 	}
-	_ = m.Reject("this session receives no messages") // after the end nobody hears it
 }
 
 // overflow refuses a message for which there is no room.
@@ -222,7 +221,7 @@ func (s *Session) overflow(m *Message) {
 		return
 	}
 	s.opts.OnRefused(m.Type)
-	_ = m.Reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
+	_ = m.reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
 }
 
 func (s *Session) reportNoRoom() {
@@ -252,10 +251,10 @@ func (s *Session) reject(number uint32, text string) error {
 // Hold counts bytes that the caller keeps of what it received, such as what it
 // made of a stream, as received and not settled: see MaxBufferBytes. Release
 // takes them back.
-func (s *Session) Hold(n int) { s.budget.take(&s.held, int64(n)) }
+func (s *Session) Hold(n int) { s.budget.take(&s.held, max(int64(n), 0)) }
 
 // Release takes back what Hold has counted.
-func (s *Session) Release(n int) { s.release(int64(n)) }
+func (s *Session) Release(n int) { s.release(max(int64(n), 0)) }
 
 func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
 
@@ -311,7 +310,7 @@ func (q *inbox) take(limit int) (batch []Message, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if n := min(limit, len(q.messages)); n > 0 {
-		batch = slices.Clone(q.messages[:n])
+		batch = handOut(q.messages[:n])
 		clear(q.messages[:n])
 		q.messages = q.messages[n:]
 	}
@@ -325,6 +324,25 @@ func (q *inbox) take(limit int) (batch []Message, ended bool) {
 		q.messages = q.start
 	}
 	return batch, q.ended
+}
+
+// handOut copies messages for their receiver, so that each can be settled once, however
+// often it is copied again.
+func handOut(messages []Message) []Message {
+	if len(messages) == 1 { // in one piece of memory
+		one := &struct {
+			batch   [1]Message
+			settled atomic.Bool
+		}{batch: [1]Message{messages[0]}}
+		one.batch[0].settled = &one.settled
+		return one.batch[:]
+	}
+	batch := slices.Clone(messages)
+	settled := make([]atomic.Bool, len(batch))
+	for i := range batch {
+		batch[i].settled = &settled[i]
+	}
+	return batch
 }
 
 func (q *inbox) signal() {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -159,6 +160,85 @@ func TestWhoeverSettlesFirstDoes(t *testing.T) {
 		settling.Wait()
 		synctest.Wait()
 		require.Equal(t, 100, peer.Skip(), "one answer for each")
+	})
+}
+
+func TestACopyOfAMessageIsSettledWithIt(t *testing.T) {
+	for _, size := range []uint32{1, 3} { // of the batch
+		for name, settle := range map[string]func(*cryo.Message) error{
+			"Ack":      (*cryo.Message).Ack,
+			"Reject":   func(m *cryo.Message) error { return m.Reject("no") },
+			"AckBatch": func(m *cryo.Message) error { return cryo.AckBatch([]*cryo.Message{m, m}) },
+		} {
+			t.Run(fmt.Sprint(name, " in a batch of ", size), func(t *testing.T) {
+				atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+					for i := range size {
+						peer.WriteFrames(cryotest.Text(i, "x"))
+					}
+					synctest.Wait()
+					batch, err := s.ReceiveBatch(t.Context(), 10)
+					require.NoError(t, err)
+					slices.Reverse(batch) // to whoever has the slice, it may be sorted, too
+					for _, m := range batch {
+						again := m
+						require.NoError(t, settle(&m))
+						require.NoError(t, again.Ack())
+						require.NoError(t, again.Reject("again"))
+					}
+					for i := range batch {
+						require.NoError(t, batch[i].Reject("again"))
+						require.NoError(t, batch[i].Ack())
+						require.NoError(t, cryo.AckBatch([]*cryo.Message{&batch[i]}))
+					}
+					for i := range size {
+						if f := peer.Next("an answer"); name == "Reject" {
+							require.Equal(t, cryo.TypeError, f.Type)
+							require.Equal(t, "no", string(f.Payload))
+						} else {
+							require.Equal(t, cryo.TypeAck, f.Type)
+							require.Equal(t, size-1-i, f.Ack)
+						}
+					}
+					peer.WantIdle("one each", instant)
+					require.Zero(t, s.Held())
+				})
+			})
+		}
+	}
+}
+
+func TestMessagesOfABatchAreSettledOneByOne(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(cryotest.Text(0, "a"), cryotest.Text(1, "b"), cryotest.Text(2, "c"))
+		synctest.Wait()
+		batch, err := s.ReceiveBatch(t.Context(), 10)
+		require.NoError(t, err)
+		require.Len(t, batch, 3)
+		for _, i := range []uint32{1, 2, 0} {
+			require.NoError(t, batch[i].Ack())
+			peer.WantFrame("its own acknowledgement", cryotest.Acked(i))
+		}
+	})
+}
+
+func TestNoMoreIsReleasedThanIsHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: bounded()})
+		first, second := join(t, l, 1), join(t, l, 2)
+		first.ClientHandshake()
+		one := next(t, sessions)
+		second.ClientHandshake()
+		other := next(t, sessions)
+		other.Hold(1000)
+		one.Hold(10)
+		one.Hold(-5)
+		one.Release(-5)
+		require.Equal(t, int64(10), one.Held())
+		one.Release(1 << 40)
+		require.Zero(t, one.Held())
+		require.Equal(t, int64(1000), other.Held())
+		other.Release(1000)
+		wantFree(t, one, first, 90_000, 0)
 	})
 }
 
