@@ -40,6 +40,6 @@
 // Unread bytes of received streams count as received and not settled; what was
 // read doesn't, so two streams that are both being read never stop each other.
 // A sent stream holds little more than a chunk in memory, but for one that is
-// pulled from a source that can't be read again.
+// pulled from a source whose size is not known, see [Session.SendStream].
 // Compression is never negotiated.
 package cryo

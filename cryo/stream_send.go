@@ -49,7 +49,7 @@ type StreamOptions struct {
 	// a [context.DeadlineExceeded]. Default: the context alone.
 	StepTimeout time.Duration
 	// MaxSpoolBytes bounds what is kept in memory when the receiver pulls and
-	// the source can't be read again; a longer one fails. Default 64 MiB.
+	// the size of the source is not known; a longer one fails. Default 64 MiB.
 	MaxSpoolBytes int
 }
 
@@ -273,7 +273,7 @@ func (st *OutgoingStream) keep(chunk []byte) error {
 		return st.failed(err)
 	}
 	if st.spool.Len()+len(chunk) > st.opts.MaxSpoolBytes {
-		return fmt.Errorf("the peer pulls the stream %q, and its source can't be read again: only %d bytes of it are kept", st.opts.Name, st.opts.MaxSpoolBytes)
+		return fmt.Errorf("the peer pulls the stream %q, and the size of its source is not known: only %d bytes of it are kept", st.opts.Name, st.opts.MaxSpoolBytes)
 	}
 	st.spool.Write(chunk)
 	return nil

@@ -1,10 +1,13 @@
 package cryo
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"math"
+	"os"
+	"strings"
 	"sync"
 	"time"
 )
@@ -22,37 +25,73 @@ type indexed struct {
 	from, size int64
 }
 
-// indexedSource takes what a source has from where it stands to its end, if it
-// can be read by index. A pipe is a file too, and can't.
+// indexedSource returns what a source has from its position to its end, if that can be
+// read by index, and moves the position there. A source with another size than it reports
+// is left as it is: those of files in /proc and /sys are made up.
 func indexedSource(source io.Reader) (*indexed, bool) {
-	at, ok := source.(interface {
+	size, known := sizeOf(source)
+	if !known {
+		return nil, false
+	}
+	at := source.(interface {
 		io.ReaderAt
 		io.Seeker
 	})
-	if !ok {
-		return nil, false
-	}
 	from, err := at.Seek(0, io.SeekCurrent)
-	if err != nil {
+	if err != nil || size <= from {
 		return nil, false
 	}
-	end, err := at.Seek(0, io.SeekEnd)
-	if err != nil {
+	var last [2]byte
+	if n, err := at.ReadAt(last[:], size-1); n != 1 || err != io.EOF { //nolint:errorlint // a source's own
 		return nil, false
 	}
-	return &indexed{at, from, max(end-from, 0)}, true
+	if _, err := at.Seek(size, io.SeekStart); err != nil {
+		return nil, false
+	}
+	return &indexed{at, from, size - from}, true
 }
 
-// chunk reads one of the chunks of so many bytes; only the last is shorter.
+// sizeOf returns the size of a source that has one: a regular file, or what is in memory.
+// What others report, such as a device, need not be all that they have.
+func sizeOf(source any) (size int64, known bool) {
+	switch source := source.(type) {
+	case *bytes.Reader:
+		return source.Size(), true
+	case *strings.Reader:
+		return source.Size(), true
+	case *io.SectionReader:
+		outer, _, _ := source.Outer()
+		_, known := sizeOf(outer)
+		return source.Size(), known
+	case *os.File:
+		info, err := source.Stat()
+		if err != nil || !info.Mode().IsRegular() {
+			return 0, false
+		}
+		return info.Size(), true
+	default:
+		return 0, false
+	}
+}
+
+// chunk reads the chunk with this index. The last one may be shorter than chunkBytes, and
+// must still be the last.
 func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
 	start := int64(i) * chunkBytes
-	chunk := make([]byte, min(chunkBytes, x.size-start))
+	size := min(chunkBytes, x.size-start)
+	want := size
+	if start+size == x.size {
+		want++ // a byte more would be one too many
+	}
+	chunk := make([]byte, want)
 	n, err := x.source.ReadAt(chunk, x.from+start)
 	switch {
-	case n == len(chunk):
-		return chunk, nil
+	case int64(n) == size && (want == size || err == io.EOF):
+		return chunk[:size:size], nil
+	case int64(n) > size:
+		return nil, fmt.Errorf("the source has more than the %d bytes that were announced: it has grown", x.size)
 	case err == io.EOF:
-		return nil, fmt.Errorf("the source has shrunk: %w", io.ErrUnexpectedEOF)
+		return nil, fmt.Errorf("the source has fewer than the %d bytes that were announced: %w", x.size, io.ErrUnexpectedEOF)
 	default:
 		return nil, err
 	}

@@ -2,9 +2,10 @@ package cryo_test
 
 import (
 	"bytes"
-	"errors"
 	"io"
 	"math"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -188,29 +189,34 @@ func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
 	})
 }
 
-// vast is a file of any size, all zeros.
-type vast struct {
-	endless
-	size int64
-}
+// vast is data of any size, all zeros.
+type vast struct{ size int64 }
 
-func (v vast) Seek(_ int64, whence int) (int64, error) {
-	if whence == io.SeekEnd {
-		return v.size, nil
-	}
-	return 0, nil
-}
+func (v vast) limited() io.Reader { return io.LimitReader(endless{}, v.size) }
 
-func (v vast) ReadAt(p []byte, _ int64) (int, error) { return v.Read(p) }
+// file is one on disk, with these bytes.
+func file(t *testing.T, data string) *os.File {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = f.Close() })
+	_, err = f.WriteAt([]byte(data), 0)
+	require.NoError(t, err)
+	return f
+}
 
 func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, cryo.FlowPull)
-		err := s.SendStream(t.Context(), vast{size: 2 << 30}, nil)
+		source := file(t, "")
+		require.NoError(t, source.Truncate(2<<30)) // all zeros, and none of them on disk
+		err := s.SendStream(t.Context(), source, nil)
 		require.ErrorContains(t, err, "only streams below 2 GiB can be pulled")
 		peer.WantIdle("nothing is announced", instant)
 
-		send := start(func() error { return s.SendStream(t.Context(), vast{size: 2<<30 - 1}, nil) })
+		_, err = source.Seek(1, io.SeekStart)
+		require.NoError(t, err)
+		send := start(func() error { return s.SendStream(t.Context(), source, nil) })
 		f := peer.WantType("TX_START", cryo.TypeTxStart)
 		require.Equal(t, int32(math.MaxInt32), f.Size)
 		peer.Ack(f)
@@ -244,36 +250,143 @@ func TestWhatCanNotBeReadAgainIsKeptWithinABound(t *testing.T) {
 	})
 }
 
-// pipe is a file that can't seek.
-type pipe struct{ *bytes.Buffer }
+// Only where it is known what a source has may its size be announced. Others say that
+// they have nothing, or would have to be believed.
+func TestASourceWhoseSizeIsNotKnownIsReadBeforeItIsAnnounced(t *testing.T) {
+	open := func(name string) func(*testing.T) (io.Reader, string) {
+		return func(t *testing.T) (io.Reader, string) {
+			want, err := os.ReadFile(name)
+			if err != nil {
+				t.Skip(err)
+			}
+			require.NotEmpty(t, want)
+			f, err := os.Open(name)
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = f.Close() })
+			return f, string(want)
+		}
+	}
+	for name, source := range map[string]func(*testing.T) (source io.Reader, has string){
+		"a file that says it is empty": open("/proc/self/environ"),
+		"a file that can't seek":       open("/proc/version"),
+		"a file that says it has more": open("/sys/kernel/mm/transparent_hugepage/enabled"),
+		"a pipe": func(t *testing.T) (io.Reader, string) {
+			r, w, err := os.Pipe()
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = r.Close() })
+			_, err = w.WriteString("abc")
+			require.NoError(t, err)
+			require.NoError(t, w.Close())
+			return r, "abc"
+		},
+		"an empty file":                func(t *testing.T) (io.Reader, string) { return file(t, ""), "" },
+		"a type that says it is empty": func(*testing.T) (io.Reader, string) { return liar{strings.NewReader("abc")}, "abc" },
+		"a section of such a type": func(*testing.T) (io.Reader, string) {
+			return io.NewSectionReader(liar{strings.NewReader("abc")}, 0, 1<<40), "abc"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+				from, has := source(t)
+				inBubble(t, func(t *testing.T) {
+					p := connect(t, quiet, quiet)
+					require.NoError(t, p.server.SetIncomingFlowControl(t.Context(), flow))
+					sending := start(func() error { return p.client.SendStream(t.Context(), from, nil) })
+					st := acceptStream(t, p.server)
+					require.NoError(t, wantRest(t, st, has))
+					if flow == cryo.FlowPull {
+						require.Equal(t, int64(len(has)), st.Size())
+					}
+					require.NoError(t, st.Ack())
+					sending.wantSuccess(t)
+				})
+			}
+		})
+	}
+}
 
-func (pipe) Seek(int64, int) (int64, error)        { return 0, errors.New("illegal seek") }
-func (pipe) ReadAt(p []byte, _ int64) (int, error) { return 0, errors.New("illegal seek") }
+// liar is a source that says it is empty, as a device does.
+type liar struct{ *strings.Reader }
 
-func TestAFileThatCanNotSeekIsKept(t *testing.T) {
+func (liar) Seek(int64, int) (int64, error) { return 0, nil }
+
+func TestASourceWithoutAnEndFailsWherePulled(t *testing.T) {
+	device, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Skip(err)
+	}
+	defer device.Close()
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, cryo.FlowPull)
-		start(func() error { return s.SendStream(t.Context(), pipe{bytes.NewBufferString("abc")}, nil) })
-		require.Equal(t, int32(3), peer.WantType("TX_START", cryo.TypeTxStart).Size)
+		err := s.SendStream(t.Context(), device, &cryo.StreamOptions{MaxSpoolBytes: 1 << 20})
+		require.ErrorContains(t, err, "only 1048576 bytes of it are kept")
+		peer.WantIdle("nothing is announced", instant)
 	})
 }
 
-func TestAFileIsSentFromWhereItStandsAndNotPastWhatItHad(t *testing.T) {
-	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
-		file := strings.NewReader("..abc")
-		_, _ = file.Seek(2, io.SeekStart)
-		send := start(func() error { return s.SendStream(t.Context(), file, nil) })
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
-		require.Equal(t, int32(3), f.Size)
-		file.Reset("..ab") // it shrinks
-		peer.Ack(f)
-		peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
-		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
-		require.ErrorIs(t, send.result(t), io.ErrUnexpectedEOF)
-		peer.WantIdle("nothing is made up", time.Hour)
-	})
+func TestWhatIsPulledIsSentFromWhereItStands(t *testing.T) {
+	for name, source := range map[string]func(*testing.T) io.ReadSeeker{
+		"a file":    func(t *testing.T) io.ReadSeeker { return file(t, "..abc") },
+		"a text":    func(*testing.T) io.ReadSeeker { return strings.NewReader("..abc") },
+		"bytes":     func(*testing.T) io.ReadSeeker { return bytes.NewReader([]byte("..abc")) },
+		"a section": func(t *testing.T) io.ReadSeeker { return io.NewSectionReader(file(t, ".....abc and more"), 3, 5) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				setFlow(peer, cryo.FlowPull)
+				source := source(t)
+				_, err := source.Seek(2, io.SeekStart)
+				require.NoError(t, err)
+				// It is not kept in memory.
+				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{MaxSpoolBytes: 1}) })
+				f := peer.WantType("TX_START", cryo.TypeTxStart)
+				require.Equal(t, int32(3), f.Size)
+				peer.Ack(f)
+				peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
+				peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
+				peer.WantFrame("what is there", txChunk(f.Tx, 0, "abc"))
+				peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+				send.wantSuccess(t)
+				rest, err := io.ReadAll(source)
+				require.NoError(t, err)
+				require.Empty(t, rest, "it was read")
+			})
+		})
+	}
 }
 
-// limited is what a vast file has, as a plain reader.
-func (v vast) limited() io.Reader { return io.LimitReader(endless{}, v.size) }
+func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
+	for name, c := range map[string]struct {
+		size int64
+		err  string
+	}{
+		"it shrinks to nothing":          {0, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
+		"it shrinks by a byte":           {9, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
+		"it shrinks by more than a part": {5, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
+		"it grows by a byte":             {11, "the source has more than the 10 bytes that were announced: it has grown"},
+		"it grows by a lot":              {1 << 20, "the source has more than the 10 bytes that were announced: it has grown"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				setFlow(peer, cryo.FlowPull)
+				source := file(t, "abcdefghij")
+				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{ChunkBytes: 4}) })
+				f := peer.WantType("TX_START", cryo.TypeTxStart)
+				require.Equal(t, int32(10), f.Size)
+				peer.Ack(f)
+				peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
+				peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
+				peer.WantFrame("the first chunk", txChunk(f.Tx, 0, "abcd"))
+				require.NoError(t, source.Truncate(c.size))
+				peer.WriteFrames(txFetch(2, f.Tx, 1, 3))
+				peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(2))
+				require.EqualError(t, send.result(t), c.err)
+				time.Sleep(time.Hour)
+				for _, f := range peer.Taken() {
+					require.Equal(t, cryo.TypeTxChunk, f.Type, "no TX_FINISH")
+					require.Equal(t, uint32(1), f.Seq, "nor the last chunk")
+				}
+			})
+		})
+	}
+}
