@@ -64,7 +64,7 @@ func (b *budget) wakeLocked() {
 func (b *budget) wait(held *int64) <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.used < b.limit && *held <= 8*(b.limit-b.used) {
+	if b.used < b.limit && (*held+7)/8 <= b.limit-b.used { // eight times a large limit would overflow
 		return nil
 	}
 	if b.freed == nil {

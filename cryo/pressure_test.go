@@ -3,6 +3,7 @@ package cryo_test
 import (
 	"bytes"
 	"context"
+	"math"
 	"net"
 	"os"
 	"strings"
@@ -136,6 +137,20 @@ func TestAMessageLargerThanTheBoundPassesAlone(t *testing.T) {
 			require.NoError(t, receive(t, s).Ack())
 		}
 	})
+}
+
+func TestAsMuchAsThereIsMemoryIsABoundToo(t *testing.T) {
+	for _, bound := range []int{math.MaxInt, math.MaxInt - 1, math.MaxInt/8 + 1} {
+		atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: bound}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+			for _, size := range []int{5, 1 << 20} {
+				peer.WriteFrames(cryotest.Binary(1000, strings.Repeat("x", size)))
+				m := receive(t, s)
+				require.Len(t, m.Payload, size)
+				require.NoError(t, m.Ack())
+			}
+			require.False(t, s.Paused())
+		})
+	}
 }
 
 func TestAStalledSessionLeavesRoomForOthers(t *testing.T) {
