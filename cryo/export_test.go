@@ -23,3 +23,6 @@ func (st *OutgoingStream) Queued() int {
 
 // Tx is the stream's number.
 func (st *OutgoingStream) Tx() uint32 { return st.tx }
+
+// Poison has memory that is used again overwritten as soon as it is free, or ends that.
+func Poison(on bool) { poisoned.Store(on) }

@@ -49,7 +49,22 @@ func fitsChunk(n int) bool { return n > len(chunkMemory{})/2 && n <= len(chunkMe
 
 func (m *chunkMemory) giveBack() {
 	if m != nil {
+		poison(m[:])
 		chunkPool.Put(m)
+	}
+}
+
+// poisoned is set by tests: memory that is used again is overwritten as soon as it is
+// free, so that whoever still uses it is found.
+var poisoned atomic.Bool
+
+func poison(free []byte) {
+	if !poisoned.Load() || len(free) == 0 {
+		return
+	}
+	free[0] = 0xDB
+	for n := 1; n < len(free); n *= 2 {
+		copy(free[n:], free[:n])
 	}
 }
 
@@ -148,6 +163,7 @@ func (t *transport) fill() error {
 
 func (t *transport) release() {
 	if t.large != nil {
+		poison((*t.large)[:readBytes])
 		readPool.Put(t.large)
 		t.large = nil
 	}
@@ -333,7 +349,10 @@ func poolFor(size int) *sync.Pool {
 	}
 }
 
-func recycle(buf *[]byte) { poolFor(cap(*buf)).Put(buf) }
+func recycle(buf *[]byte) {
+	poison(*buf)
+	poolFor(cap(*buf)).Put(buf)
+}
 
 // closeWrite half-closes the connection: our last bytes arrive even where the
 // peer's are still unread here.
@@ -370,6 +389,7 @@ func (b *blocks) take(n, waiting int) []byte {
 	} else {
 		b.taken = n
 	}
+	poison(memory[:n])
 	return memory
 }
 
