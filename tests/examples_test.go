@@ -1,6 +1,8 @@
 package tests
 
 import (
+	"context"
+	"encoding/json"
 	"io"
 	"os"
 	"os/exec"
@@ -10,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"gopkg.in/yaml.v3"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // example runs one of config/ until the test's end.
@@ -74,18 +78,31 @@ func TestTheSnippetsOfTheDocumentationAreLintedClean(t *testing.T) {
 
 func TestStdinToCryo(t *testing.T) {
 	server := serve(t)
-	p := example(t, "stdin_to_cryo.yaml", strings.NewReader("one\ntwo\nthree\n"), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)
+	texts := numbered(6)
+	p := example(t, "stdin_to_cryo.yaml", strings.NewReader(strings.Join(texts, "\n")), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)
 	s := server.session(t)
-	for _, want := range []string{"one", "two", "three"} {
+	want := func(text string) *cryo.Message {
 		m := receive(t, s)
-		require.Equal(t, want, string(m.Payload))
+		require.Equal(t, text, string(m.Payload), "in order")
 		select {
 		case <-p.ended:
 			require.FailNow(t, "ended before the last line was acknowledged")
 		default:
 		}
-		require.NoError(t, m.Ack())
+		return m
 	}
+	require.NoError(t, want(texts[0]).Ack())
+	require.NoError(t, want(texts[1]).Reject("not now"))
+	require.NoError(t, want(texts[1]).Reject("nor now"))
+	require.NoError(t, want(texts[1]).Ack())
+	want(texts[2])
+	require.NoError(t, s.Close(contextFor(t), "")) // without an acknowledgement
+	s = server.session(t)
+	for _, text := range texts[2:5] {
+		require.NoError(t, want(text).Ack())
+	}
+	require.NoError(t, want(texts[5]).Reject("not the last one either"))
+	require.NoError(t, want(texts[5]).Ack())
 	p.wantSuccess()
 }
 
@@ -102,4 +119,52 @@ func TestCryoServerToFile(t *testing.T) {
 		require.Equal(t, want, string(content), "what is acknowledged is in the file")
 	}
 	p.interrupt()
+}
+
+// TestAFullDiskDamagesNoLineOfJSON bounds the size of files, has a write fail in
+// the middle of a line, and starts the process again without the bound.
+func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "messages.jsonl")
+	env := []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "FILE=" + path}
+	p := launchAs(t, nil, env, "sh", "-c", `ulimit -f 1; exec "$0" "$@"`,
+		binary, "run", "--set", "http.enabled=false", "config/cryo_server_to_json_lines.yaml")
+	texts := numbered(40)
+	s := dialAs(t, p.wantLogged("Listening for Cryo clients on "), 1)
+	acknowledged := 0
+	ended := start(func() error {
+		for _, text := range texts {
+			if err := s.SendUTF8(context.Background(), text); err != nil {
+				return err
+			}
+			acknowledged++
+		}
+		return nil
+	})
+	p.wantLogged("Failed to send message to file")
+	p.kill()
+	require.Error(t, next(t, ended))
+
+	p = example(t, "cryo_server_to_json_lines.yaml", nil, env...)
+	s = dialAs(t, p.wantLogged("Listening for Cryo clients on "), 1)
+	for _, text := range texts[acknowledged:] {
+		require.NoError(t, next(t, send(s, text)))
+	}
+	p.interrupt()
+
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	written, torn := make(map[string]bool), 0
+	for line := range strings.Lines(string(content)) {
+		var m struct{ Session, Text string }
+		switch err := json.Unmarshal([]byte(line), &m); {
+		case err == nil:
+			written[m.Text] = true
+		case line != "\n":
+			torn++
+		}
+	}
+	require.Equal(t, 1, torn, "one write was cut short: %s", content)
+	for _, text := range texts {
+		require.True(t, written[text], "%s was acknowledged and has no line", text)
+	}
 }

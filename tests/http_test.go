@@ -1,6 +1,8 @@
 package tests
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"io"
 	"log"
@@ -15,6 +17,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // request is one that has come to a web service, which answers with what the
@@ -100,6 +104,23 @@ func TestWhatAServiceRefusesForGoodBecomesADeadLetter(t *testing.T) {
 	require.Contains(t, letter.Reason, "(422)")
 	require.Equal(t, strconv.FormatUint(s.ID(), 10), letter.Session)
 	require.Equal(t, "cG9pc29u", letter.Base64)
+
+	// Its neighbours in one batch do not.
+	batch := []cryo.Outgoing{{Type: cryo.TypeUTF8, Payload: []byte("before")}, {Type: cryo.TypeUTF8, Payload: []byte("poison")}, {Type: cryo.TypeUTF8, Payload: []byte("behind")}}
+	done := start(func() error { return s.SendBatch(context.Background(), batch) })
+	for range batch {
+		req := next(t, service.requests)
+		status := http.StatusOK
+		if req.body == "POST poison" {
+			status = http.StatusUnprocessableEntity
+		}
+		req.answer <- status
+	}
+	require.NoError(t, next(t, done))
+	content, err = os.ReadFile(path)
+	require.NoError(t, err)
+	require.Equal(t, 2, strings.Count(string(content), "\n"), "two letters: %s", content)
+	require.Equal(t, 2, strings.Count(string(content), "cG9pc29u"), "of the poison: %s", content)
 
 	service.goAway()
 	late := send(s, "late")
@@ -228,5 +249,84 @@ func TestHTTPToCryoWithReply(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(got.body), &reply))
 	require.Equal(t, message.ID, reply.ID)
 	require.NotZero(t, reply.DeliveredAt)
+	p.interrupt()
+}
+
+// TestWhatComesTwiceIsPostedOnce gives the example a cache that outlives the
+// process, and ends the process while the service fails.
+func TestWhatComesTwiceIsPostedOnce(t *testing.T) {
+	example, err := os.ReadFile("../config/deduplicate.yaml")
+	require.NoError(t, err)
+	const memory = "memory: { default_ttl: 24h }"
+	require.Contains(t, string(example), memory)
+	dir := t.TempDir()
+	config := filepath.Join(dir, "deduplicate.yaml")
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "delivered"), 0o700))
+	require.NoError(t, os.WriteFile(config, bytes.ReplaceAll(example, []byte(memory),
+		[]byte(`file: { directory: "`+dir+`/delivered" }`)), 0o600))
+	service := runWebService(t)
+	run := func() (p *process, address string) {
+		p = launch(t, nil, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "HTTP_URL=" + service.url},
+			// The first failure is the broker's, not one after seconds.
+			"run", "--set", "http.enabled=false", "--set", "output.broker.outputs.0.http_client.retries=0", config)
+		return p, p.wantLogged("Listening for Cryo clients on ")
+	}
+	texts := numbered(6)
+	for i, id := range texts {
+		texts[i] = `{"id":"` + id + `"}`
+	}
+	sendAll := func(s *cryo.Session) (results []<-chan error) {
+		for range 2 {
+			for _, text := range texts {
+				results = append(results, send(s, text))
+			}
+		}
+		return results
+	}
+	posted := make(map[string]int)
+	answer := func(req *request, status int) {
+		if status == http.StatusOK {
+			posted[req.body]++
+		}
+		req.answer <- status
+	}
+
+	p, address := run()
+	s := dial(t, address)
+	results := sendAll(s)
+	answer(next(t, service.requests), http.StatusInternalServerError)
+	next(t, service.requests) // again
+	p.kill()                  // nothing is delivered, so nothing may be remembered
+	for _, result := range results {
+		require.Error(t, next(t, result))
+	}
+
+	p, address = run()
+	// The first client leaves while its first message is being posted, and
+	// another one comes with the same.
+	s = dial(t, address)
+	results = sendAll(s)
+	req := next(t, service.requests)
+	require.NoError(t, s.Close(contextFor(t), ""))
+	for _, result := range results {
+		require.Error(t, next(t, result))
+	}
+	s = dial(t, address)
+	results = sendAll(s)
+	answer(req, http.StatusBadGateway)
+	for len(posted) < len(texts) {
+		answer(next(t, service.requests), http.StatusOK)
+	}
+	for _, result := range results {
+		require.NoError(t, next(t, result))
+	}
+	for _, result := range sendAll(s) { // long after the delivery
+		require.NoError(t, next(t, result))
+	}
+	require.Empty(t, service.requests)
+	for _, text := range texts {
+		require.Equal(t, 1, posted["POST "+text], text)
+	}
+	require.NoError(t, s.Close(contextFor(t), ""))
 	p.interrupt()
 }

@@ -123,10 +123,16 @@ func freeAddress(t testing.TB) string {
 // dial connects a client, as soon as somebody listens.
 func dial(t *testing.T, address string) *cryo.Session {
 	t.Helper()
+	return dialAs(t, address, 0)
+}
+
+// dialAs does so with a session id, or a random one if it is 0.
+func dialAs(t *testing.T, address string, id uint64) *cryo.Session {
+	t.Helper()
 	var s *cryo.Session
 	require.EventuallyWithT(t, func(c *assertT) {
 		var err error
-		s, err = cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token})
+		s, err = cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token, SessionID: id})
 		require.NoError(c, err)
 	}, patience, 10*time.Millisecond)
 	t.Cleanup(func() {

@@ -29,7 +29,14 @@ type process struct {
 // shows what it said if the test has failed.
 func launch(t testing.TB, stdin io.Reader, env []string, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, cmd: exec.Command(binary, args...), stdout: newLines(), stderr: newLines(), ended: make(chan struct{})}
+	return launchAs(t, stdin, env, binary, args...)
+}
+
+// launchAs starts a program that becomes cryo-connect, such as a shell that sets
+// limits first.
+func launchAs(t testing.TB, stdin io.Reader, env []string, program string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, cmd: exec.Command(program, args...), stdout: newLines(), stderr: newLines(), ended: make(chan struct{})}
 	p.cmd.Dir = ".." // as the documentation has it
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdin = stdin
