@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"io"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -107,6 +108,8 @@ func TestOutputsCountStreams(t *testing.T) {
 			require.NoError(t, err)
 			e.wantMetrics("on the way", map[string]int64{"cryo_streams_open": 1})
 			if take {
+				_, err = io.ReadAll(stream)
+				require.NoError(t, err)
 				require.NoError(t, stream.Ack())
 			} else {
 				require.NoError(t, stream.Reject())

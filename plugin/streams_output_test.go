@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -169,6 +170,8 @@ func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
 		_, err := st.Read(make([]byte, 1)) // acknowledges TX_START
 		require.NoError(t, err)
 		time.Sleep(9 * time.Second)
+		_, err = io.ReadAll(st)
+		require.NoError(t, err)
 		require.NoError(t, st.Ack())
 		f.wantDelivered(t, "each step came in time")
 		require.Equal(t, 18*time.Second, time.Since(begin))
