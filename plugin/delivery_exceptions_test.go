@@ -1,6 +1,9 @@
 package plugin
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // What no component of ours can prevent, because the engine attributes errors by
 // contexts that it has put onto other messages. The generator makes no such pipelines.
@@ -19,6 +22,7 @@ func unpreventable(s *pipelineSpec) string {
 		{"engine input, processors that misplace contexts, single failures", engineInputBehindMisplacing},
 		{"engine input, a broker that fails fast, single failures", engineInputBehindFailFast},
 		{"batching processors that misplace contexts, single failures", batchingMisplaces},
+		{"batching processors that make several messages of one, single failures", batchingExpands},
 		{"a broker's batching, an output's processors that misplace contexts, single failures", brokerBatchingAboveMisplacing},
 		{"fallback, a tier's processors that misplace contexts, single failures", fallbackAboveMisplacing},
 		{"a broker that fails fast and single failures under fallback or batching", failFastUnderAttribution},
@@ -128,6 +132,16 @@ func batchingMisplaces(s *pipelineSpec) bool {
 		inner := *o
 		inner.batching = nil
 		return o.batching != nil && misplacing(o.batched) && inner.namesSinglesItself()
+	})
+}
+
+// batchingExpands: a batcher counts a message as delivered when one of its parts is.
+func batchingExpands(s *pipelineSpec) bool {
+	return s.output.any(func(o *out) bool {
+		inner := *o
+		inner.batching = nil
+		expands := slices.ContainsFunc(o.batched, func(p processor) bool { return strings.Contains(inYAML(p.conf), "unarchive") })
+		return o.batching != nil && expands && inner.namesSinglesItself()
 	})
 }
 

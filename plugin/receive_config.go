@@ -76,7 +76,7 @@ A message is acknowledged to its Cryo sender when the outputs of the pipeline ha
 The pipeline has one result for a batch:
 
 - No error: each of its messages is acknowledged.
-- An error for a batch of one: that message has failed. With ` + "`auto_replay_nacks: true`" + ` it is redelivered, by itself, after a wait of 10 ms that doubles up to one second, each with jitter. After ten failures in a row it waits up to 30 s, until a message of this input is delivered: then it is due within about a second. With ` + "`false`" + ` its sender gets an ERROR frame with the message's number and a fixed sentence.
+- An error for a batch of one: that message has failed. With ` + "`auto_replay_nacks: true`" + ` it is redelivered, by itself, after a wait of 10 ms that doubles up to one second, each with jitter. After ten failures in a row it waits up to 30 s, and a message of this input that is delivered ends such waits. With ` + "`false`" + ` its sender gets an ERROR frame with the message's number and a fixed sentence.
 - An error for a batch of several: it does not identify the messages that have failed, because the engine does not report these reliably. Each is handed to the pipeline again, alone, at once, in order, and once, *with ` + "`auto_replay_nacks: false`" + ` too*. Then its own result counts.
 
 So the price of a message that fails is that its whole batch, of up to ` + "`max_batch_count`" + ` messages, is processed twice. If one message in a hundred fails, independently of the others, 47 % of the batches of 64 do. With ` + "`max_batch_count: 1`" + ` results are exact, and nothing is processed again that has not failed. Set it where failures of single messages are part of normal work: for validation, with ` + "`reject_errored`" + `, with ` + "`auto_replay_nacks: false`" + `, in front of HTTP services, and for pipelines that must not run twice for a message.
@@ -85,7 +85,7 @@ The input cannot prevent these:
 
 - The processor ` + "`dedupe`" + ` remembers a message before it is delivered. When it is redelivered, it is dropped as already seen, and acknowledged. https://github.com/cryo-connect/cryo-connect/blob/main/config/deduplicate.yaml[This example^] remembers it behind the output.
 - A ` + "`buffer`" + ` acknowledges messages when it has them, before they are delivered.
-- A filter under ` + "`batching.processors`" + ` of an output that reports failures of single messages, such as ` + "`kafka`, `opensearch` and `aws_dynamodb`" + `: the engine reports the failure for another message. Filter in the pipeline instead.
+- A filter, ` + "`split` or `unarchive` under `batching.processors`" + ` of an output that reports failures of single messages, such as ` + "`kafka`, `opensearch` and `aws_dynamodb`" + `: the engine reports the failure for another message, or for none. Do it in the pipeline instead.
 - The pattern ` + "`fan_out_fail_fast`" + ` of a ` + "`broker`" + ` with more than two outputs, or within ` + "`retry`, `drop_on`, `fallback`, `reject_errored` or `batching`" + `: the engine takes the result of one batch for that of another, or hangs. Use ` + "`fan_out` or `fan_out_sequential`" + `.
 - ` + "`drop_on` with `back_pressure`" + ` around an output with ` + "`max_in_flight`" + ` above 1: likewise.
 - ` + "`read_until` and `while`" + ` look at the first message of a batch only. Set ` + "`max_batch_count: 1`" + `.
