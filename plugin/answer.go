@@ -234,6 +234,9 @@ func isError(err error) bool { return err != nil }
 // part, and doing it again would not make the other end take the answer.
 func (r *receiver) unanswered(ctx context.Context, a *answer, cause error) {
 	if ctx.Err() != nil { // a hard stop: nothing is known, so nothing is said
+		for i := range a.items {
+			a.items[i].acknowledged = a.items[i].acknowledged || r.conf.onReceipt
+		}
 		r.abandon(a.items)
 		return
 	}

@@ -2,10 +2,12 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -261,5 +263,318 @@ func TestAcknowledgeReceivedLogsWhatAHardStopHasLost(t *testing.T) {
 		e.deliverNext(1)
 		in.kill()
 		e.log.want(t, "ERROR Lost 2 messages that were acknowledged when they were received: the pipeline has stopped before it delivered them")
+	})
+}
+
+// What was acknowledged on receipt and what was not come to the next input in one batch.
+func TestWhatIsHandedOverIsAcknowledgedBesideWhatWasBefore(t *testing.T) {
+	for _, next := range []string{"acknowledge: received", ""} {
+		t.Run("to "+next, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(fromOnce, listenOutput)
+				in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
+				client := e.dial()
+				sent := sendAll(client, words("%d", 10)...)
+				in.kill()
+				acked := 0
+				for i := range sent {
+					select {
+					case err := <-sent[i].done:
+						require.NoError(t, err)
+						acked++
+					default:
+					}
+				}
+				require.NotZero(t, acked)
+				require.Less(t, acked, 10)
+				for len(e.probe.arrivals) > 0 {
+					<-e.probe.arrivals
+				}
+				e.run(with(listenInput, next), toProbe)
+				e.deliverNext(10)
+				synctest.Wait()
+				time.Sleep(time.Minute)
+				for i := acked; i < 10; i++ {
+					sent[i].wantAcked(t, fmt.Sprint("delivered ", i))
+				}
+			})
+		})
+	}
+}
+
+func TestWhatIsHandedOverIsRejectedBesideWhatWasAcknowledged(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
+		client := e.dial()
+		sent := sendAll(client, words("%d", 10)...)
+		in.kill()
+		acked := 0
+		for i := range sent {
+			select {
+			case err := <-sent[i].done:
+				require.NoError(t, err)
+				acked++
+			default:
+			}
+		}
+		in2 := e.run(listenInput, toProbe) // acknowledge: delivered
+		synctest.Wait()
+		in2.kill()
+		time.Sleep(2 * time.Minute)
+		for i := acked; i < 10; i++ {
+			sent[i].wantRefused(t, rejection)
+		}
+	})
+}
+
+func TestPartsThatWereAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		const conf = "acknowledge: received, streams: { scanner: { lines: {} } }"
+		in := e.run(with(listenInput, conf), toProbe)
+		client := e.dial()
+		sent := sendAny(func() error {
+			return client.SendStream(context.Background(), strings.NewReader("a\nb\nc\n"), nil)
+		})
+		sent.wantAcked(t, "the pipeline has all parts")
+		synctest.Wait()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		in.kill()
+		e.run(with(listenInput, conf), toProbe)
+		synctest.Wait()
+		require.ElementsMatch(t, []string{"a", "b", "c"}, e.deliverNext(3))
+	})
+}
+
+func TestAHardStopDuringAnAnswerLogsWhatWasAcknowledgedAsLost(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.run(with(listenInput, "acknowledge: received"), answering)
+		client := e.dial()
+		sent := send(client, "hello")
+		sent.wantAcked(t, "on receipt")
+		receiveTexts(t, client, "hello") // and never acknowledges the answer
+		in.kill()
+		require.Zero(t, e.log.count("stay unacknowledged"))
+		e.log.want(t, "Lost 1 messages")
+	})
+}
+
+func TestMessagesThatFailLeaveHalfOfASlowOutputToOthers(t *testing.T) {
+	for _, poison := range []int{20, 200} {
+		t.Run(fmt.Sprint(poison), func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+				done := make(chan struct{})
+				t.Cleanup(func() { close(done); time.Sleep(time.Second) })
+				var delivered atomic.Int64
+				go func() {
+					for {
+						select {
+						case a := <-e.probe.arrivals:
+							time.Sleep(10 * time.Millisecond)
+							if strings.HasPrefix(a.texts()[0], "poison") {
+								a.fail(errPoison)
+							} else {
+								delivered.Add(1)
+								a.deliver()
+							}
+						case <-done:
+							return
+						}
+					}
+				}()
+				bad, good := e.visit(t, 1), e.visit(t, 2)
+				for i := range poison {
+					send(bad, fmt.Sprint("poison ", i))
+				}
+				time.Sleep(time.Minute)
+				before := delivered.Load()
+				for i := range 500 {
+					send(good, fmt.Sprint("good ", i))
+				}
+				time.Sleep(time.Minute)
+				require.Equal(t, int64(500), delivered.Load()-before, "of 6,000 that the output could take")
+			})
+		})
+	}
+}
+
+func TestAStreamThatComesDuringAStopWaitsForTheNextInput(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+		client := e.dial()
+		sendAll(client, words("%d", 5)...)
+		stopped := sendAny(func() error { in.stop(); return nil })
+		synctest.Wait()
+		st := sendAny(func() error {
+			return client.SendStream(context.Background(), strings.NewReader("stream"), nil)
+		})
+		synctest.Wait()
+		for {
+			synctest.Wait()
+			select {
+			case a := <-e.probe.arrivals:
+				a.deliver()
+				continue
+			default:
+			}
+			break
+		}
+		require.NoError(t, stopped.result(t))
+		st.wantPending(t, "nothing was read of it before the stop; another input may follow")
+	})
+}
+
+func TestAHardStopRejectsNothing(t *testing.T) {
+	rejected := 0
+	for i := range 40 {
+		var processors []string
+		if i%2 == 0 {
+			processors = []string{"sleep: { duration: 1h }"}
+		}
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(fromOnce, listenOutput)
+			in := e.run(with(listenInput, "auto_replay_nacks: false, max_batch_count: 1"), toProbe, processors...)
+			client := e.dial()
+			sent := sendAll(client, words("%d", 20)...)
+			in.kill()
+			synctest.Wait()
+			for i := range sent {
+				select {
+				case err := <-sent[i].done:
+					if _, ok := errors.AsType[*cryo.RejectedError](err); ok {
+						rejected++
+					} else {
+						require.NoError(t, err)
+					}
+				default:
+				}
+			}
+		})
+	}
+	require.Zero(t, rejected)
+}
+
+func TestTheOrderIsKeptOverTwoHandovers(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		const conf = "max_batch_count: 1, max_in_flight: 2"
+		in := e.run(with(listenInput, "max_batch_count: 4"), "serial: {}")
+		client := e.dial()
+		sendAll(client, words("%02d", 12)...)
+		in.kill()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		// The second takes some, and has numbered others before.
+		in = e.run(with(listenInput, conf), "serial: {}")
+		synctest.Wait()
+		in.kill()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		e.run(with(listenInput, conf), "serial: {}")
+		require.Equal(t, words("%02d", 12), e.deliverNext(12))
+	})
+}
+
+func TestTheOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		const conf = "max_batch_count: 1, max_in_flight: 2"
+		in := e.run(with(listenInput, "max_batch_count: 4"), "serial: {}") // gets the first session
+		client := e.dial()
+		second := e.run(with(listenInput, conf), toProbe)
+		// another client for the second input: round robin
+		var others []*cryo.Session
+		others = append(others, e.dial())
+		for range 50 {
+			for _, o := range others {
+				s := send(o, "other")
+				for {
+					synctest.Wait()
+					select {
+					case a := <-e.probe.arrivals:
+						a.deliver()
+						continue
+					default:
+					}
+					break
+				}
+				s.wantAcked(t, "")
+			}
+		}
+		sendAll(client, words("%02d", 12)...)
+		in.kill()
+		synctest.Wait()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		synctest.Wait()
+		second.kill()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		e.run(with(listenInput, conf), "serial: {}")
+		require.Equal(t, words("%02d", 12), e.deliverNext(12))
+	})
+}
+
+func TestWhatAnEndedSessionLeftIsNotHeldUpByItsSuccessor(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		a := e.run(telling, toProbe)
+		first := e.visit(t, 7)
+		e.told(t, "7 connected").deliver()
+		send(first, "received")
+		e.told(t, "7: received").fail(errOutput)
+		end(first)
+		for { // disconnected, and the message again
+			arr := e.arrival()
+			if len(arr.texts()[0]) > 0 {
+				arr.fail(errOutput)
+				continue
+			}
+			arr.deliver()
+			break
+		}
+		e.run(telling, toProbe) // B
+		// Round robin: the other input gets one of the next two.
+		e.visit(t, 8)
+		e.visit(t, 9)
+		second := e.visit(t, 7)
+		deadline := time.After(10 * time.Second)
+	drain:
+		for {
+			select {
+			case arr := <-e.probe.arrivals:
+				if arr.texts()[0] == "received" {
+					arr.fail(errOutput)
+				} else {
+					arr.deliver()
+				}
+			case <-deadline:
+				break drain
+			}
+		}
+		a.kill()
+		got := false
+		deadline = time.After(time.Hour)
+	look:
+		for {
+			select {
+			case arr := <-e.probe.arrivals:
+				got = got || arr.texts()[0] == "received"
+				arr.deliver()
+			case <-deadline:
+				break look
+			}
+		}
+		require.NoError(t, second.Err())
+		require.True(t, got, "received, and the output works: not delivered within an hour")
 	})
 }

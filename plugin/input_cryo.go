@@ -21,7 +21,7 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: at once, and while that fails after waits that double up to ten seconds (a refused token: every half minute).\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: at once, and while that fails after waits that double up to ten seconds (a refused token: every half minute). While it has no connection, it doesn't redeliver what has failed, either.\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
 		Field(maxBufferField(false)).

@@ -37,7 +37,7 @@ type listener struct {
 	http     *http.Server
 	server   *cryo.Server
 	served   chan struct{} // closed when the HTTP server has ended
-	patience *time.Timer
+	patience *time.Timer   // runs rejectWithoutInput
 
 	// Guarded by the registry's mutex.
 	users  []*serverComponent // with none left it is closing
@@ -46,7 +46,8 @@ type listener struct {
 	mu       sync.Mutex
 	inputs   []*receiver
 	next     int           // the input that gets the next session
-	waiting  []*handover   // for an input
+	waiting  []*handover   // for an input …
+	until    time.Time     // … to start
 	refusing bool          // there is no input: messages are rejected
 	closing  bool          // the last component has left: nothing is rejected any more
 	arrived  chan struct{} // closed and replaced when a session is connected
@@ -207,6 +208,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		ErrorLog:          serverLog(log),
 		ConnState:         newPending(settings.MaxSessions, log).changed,
 	}
+	ln.until = time.Now().Add(noInputPatience)
 	ln.patience = time.AfterFunc(noInputPatience, ln.rejectWithoutInput)
 	go func() {
 		defer close(ln.served)
@@ -251,6 +253,8 @@ func (ln *listener) connected(s *cryo.Session) {
 	defer ln.mu.Unlock()
 	ln.log.Debugf("Session %d connected from %v", s.ID(), identityOf(s).metadata[metaRemoteAddress])
 	switch {
+	case slices.ContainsFunc(ln.inputs, func(in *receiver) bool { return in.has(s) }):
+		// An input that has started meanwhile has found it.
 	case len(ln.inputs) > 0:
 		ln.inputFor(s).receiveFrom(&handover{session: s})
 	case ln.refusing:
@@ -331,6 +335,7 @@ func (ln *listener) removeInput(r *receiver, last bool) {
 		}
 	default:
 		ln.waiting = left
+		ln.until = time.Now().Add(nextInputPatience)
 		ln.patience.Reset(nextInputPatience)
 	}
 }
@@ -339,7 +344,7 @@ func (ln *listener) removeInput(r *receiver, last bool) {
 func (ln *listener) rejectWithoutInput() {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
-	if len(ln.inputs) > 0 || ln.closing {
+	if len(ln.inputs) > 0 || ln.closing || time.Now().Before(ln.until) { // an earlier timer may fire late
 		return
 	}
 	ln.refusing = true

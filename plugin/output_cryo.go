@@ -104,15 +104,16 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 const maxApart = 200 * time.Millisecond
 
 // deliver sends messages, and what a session has not acknowledged at its end again
-// on the next one. It waits for sessions until ack_timeout after the first end.
+// on the next one. It waits for sessions until ack_timeout after the first end, and for
+// maxSessions at most; both begin anew with a session that has acknowledged some of it.
 func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
 	o.send(ctx, session, messages, errs)
 	lost := indexesOf(errs, isEnd)
 	if len(lost) == 0 {
 		return
 	}
-	patience, cancel := context.WithTimeoutCause(ctx, o.ackTimeout, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, o.ackTimeout))
-	defer cancel()
+	patience, cancel := o.waitForSession(ctx)
+	defer func() { cancel() }()
 	for sessions := 1; len(lost) > 0 && ctx.Err() == nil; sessions++ {
 		if sessions == maxSessions {
 			for _, i := range lost {
@@ -135,8 +136,17 @@ func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []
 		for at, i := range lost {
 			errs[i] = results[at]
 		}
-		lost = indexesOf(errs, isEnd)
+		before := len(lost)
+		if lost = indexesOf(errs, isEnd); len(lost) < before {
+			sessions = 0
+			cancel()
+			patience, cancel = o.waitForSession(ctx)
+		}
 	}
+}
+
+func (o *output) waitForSession(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, o.ackTimeout, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, o.ackTimeout))
 }
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }

@@ -442,3 +442,23 @@ func TestFailedAttemptsOfWaitingBatchesAreLoggedOnceEach(t *testing.T) {
 		require.Equal(t, attempts, lines, "with those that were left out")
 	})
 }
+
+func TestABatchIsDeliveredToAServerThatTakesOneMessageASession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, dialOutput)
+		f := e.give(words("m%d", 15)...)
+		count := 0
+		for deadline := time.Now().Add(time.Hour); time.Now().Before(deadline) && len(f.verdict) == 0; {
+			peer := server.session()
+			m := receive(t, peer)
+			count++
+			require.NoError(t, m.Ack())
+			time.Sleep(1100 * time.Millisecond)
+			end(peer)
+			synctest.Wait()
+		}
+		f.wantDelivered(t, "every session has acknowledged some of it")
+		require.Equal(t, 15, count, "none twice")
+	})
+}

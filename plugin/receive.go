@@ -24,6 +24,7 @@ type source struct {
 	// Where sessions are told of.
 	before   *source // one with the same id that this one follows, if any
 	underway underway
+	noEvents bool // it has ended, and a later session with its id is connected already
 
 	// What the listener's last input has left of the session.
 	left    []item                 // to be handed over before all else; the pump's
@@ -74,8 +75,10 @@ type receiver struct {
 	received atomic.Uint64 // items so far
 
 	// Owned by ReadBatch.
-	rest []item    // arrived, not yet handed over
-	last *delivery // handed over; the engine may still throw it away
+	rest     []item    // arrived, not yet handed over
+	last     *delivery // handed over; the engine may still throw it away
+	yield    bool      // what has arrived goes before messages that have failed alone
+	watching bool      // the engine's stop ends draining
 
 	stopped  context.Context // by close
 	stop     context.CancelFunc
@@ -133,7 +136,10 @@ func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	}
 	r.sources[s] = src
 	if r.conf.sessions {
-		src.before, r.byID[src.id] = r.byID[src.id], src
+		known := r.byID[src.id]
+		if src.noEvents = known != nil && s.Err() != nil && known.session.Err() == nil; !src.noEvents {
+			src.before, r.byID[src.id] = known, src
+		}
 	}
 	r.watch.Do(func() { r.pumps.Go(r.watchForStalls) })
 	r.pumps.Go(func() {
@@ -301,13 +307,26 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		r.acknowledgeReceipt(r.last)
 		r.last = nil
 	}
+	if !r.watching { // here, because the engine may never ask again
+		r.watching = true
+		context.AfterFunc(ctx, r.drain)
+	}
 	for {
+		if it, ok := r.nextAlone(); ok {
+			return r.handOver([]item{it})
+		}
+		room := r.room()
+		if r.yield && room > 0 && r.arrived() {
+			r.yield = false
+			return r.handOver(r.take(room))
+		}
 		it, due, ok := r.nextRedelivery()
 		if ok {
+			r.yield = true
 			return r.handOver([]item{it})
 		}
 		arrivals, ended := r.arrivals, lost
-		if room := r.room(); room == 0 {
+		if room == 0 {
 			arrivals = nil
 		} else if len(r.rest) > 0 {
 			return r.handOver(r.take(room))
@@ -322,10 +341,20 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		case <-ended:
 			return nil, nil, service.ErrNotConnected
 		case <-ctx.Done():
-			r.drain()
 			return nil, nil, ctx.Err()
 		}
 	}
+}
+
+// arrived reports whether a message waits to be handed over.
+func (r *receiver) arrived() bool {
+	if len(r.rest) == 0 {
+		select {
+		case r.rest = <-r.arrivals:
+		default:
+		}
+	}
+	return len(r.rest) > 0
 }
 
 // stallPatience is how long a pipeline that has taken all it may can settle
@@ -405,8 +434,15 @@ func (r *receiver) room() int {
 	return r.conf.maxInFlight - r.inFlight
 }
 
-// nextRedelivery returns a message that is to be delivered again now, or a channel that
-// is ready when the next one is; nil is never.
+// nextAlone returns a message of a batch of several that has failed.
+func (r *receiver) nextAlone() (item, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.redeliveries.nextAlone()
+}
+
+// nextRedelivery returns a message that has failed alone and is to be delivered again
+// now, or a channel that is ready when the next one is; nil is never.
 func (r *receiver) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

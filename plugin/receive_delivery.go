@@ -34,12 +34,12 @@ func (d *delivery) Value(key any) any {
 // itself is allocated at once, so the messages are copies of what the engine's
 // constructors return: an allocation a message less, of nine.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
-	d := &delivery{Context: context.Background(), items: items}
+	d := &delivery{Context: context.Background(), items: items, acknowledged: true}
 	messages := make([]service.Message, len(items))
 	batch := make(service.MessageBatch, len(items))
 	for i := range items {
 		it := &items[i]
-		d.acknowledged = d.acknowledged || it.acknowledged
+		d.acknowledged = d.acknowledged && it.acknowledged
 		switch {
 		case it.part != nil:
 			messages[i] = *it.part.Copy().WithContext(d) // it may have to be delivered again

@@ -25,6 +25,7 @@ type handover struct {
 // whoever gets them next may deliver them again. Either is safe, as none of them is
 // acknowledged.
 func (r *receiver) close() []*handover {
+	r.drain()
 	r.stop()
 	r.pumps.Wait()
 	r.mu.Lock()
@@ -36,7 +37,7 @@ func (r *receiver) close() []*handover {
 	left := slices.Concat(r.rest, r.redeliveries.takeAll(), r.abandoned)
 	for d := range r.deliveries {
 		for i := range d.items {
-			d.items[i].acknowledged = d.acknowledged
+			d.items[i].acknowledged = d.items[i].acknowledged || d.acknowledged
 		}
 		left = append(left, d.items...)
 	}
@@ -50,11 +51,11 @@ func (r *receiver) close() []*handover {
 		}
 		return bySession[s]
 	}
+	slices.SortStableFunc(left, func(a, b item) int { return cmp.Compare(a.order, b.order) })
 	for _, src := range r.sources {
 		of(src.session).streams = src.streams
-		left = append(left, src.left...)
+		left = append(left, src.left...) // behind all that was taken of them
 	}
-	slices.SortStableFunc(left, func(a, b item) int { return cmp.Compare(a.order, b.order) })
 	for _, it := range left {
 		if it.moves() {
 			h := of(it.source.session)
@@ -72,18 +73,18 @@ func (r *receiver) close() []*handover {
 
 // moves reports whether another input can deliver the item. Not an event: the next
 // input has events of its own for the sessions that it gets. Nor a part of a stream
-// that was not read to its end: it is cancelled already.
+// that is cancelled, as one is that was not read to its end.
 func (it *item) moves() bool {
 	switch of := it.of.(type) {
 	case *sessionEvent:
 		of.done(it.at, nil)
 		return false
 	case *scanned:
-		settled := of.transfer.isSettled()
-		if settled {
-			it.reject() // for the memory that it counts
+		if it.acknowledged || !of.transfer.isSettled() {
+			return true
 		}
-		return !settled
+		it.reject() // for the memory that it counts
+		return false
 	default:
 		return true
 	}
@@ -111,6 +112,7 @@ func (h *handover) reject() (rejected, lost int) {
 func reportLeft(log *service.Logger, handovers []*handover) {
 	undelivered, lost := 0, 0
 	for _, h := range handovers {
+		undelivered += len(h.streams)
 		for i := range h.items {
 			if h.items[i].acknowledged {
 				lost++

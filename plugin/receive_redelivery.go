@@ -27,14 +27,15 @@ const (
 // that fails again after such an early end waits for its full time: one that can't be
 // delivered would come again with each of the others.
 type redeliveries struct {
-	now        []item // in order
-	eager      waits  // until they are due, or anything is delivered
-	patient    waits  // until they are due
+	unknown    []item // of batches of several, in order
+	early      []item // failed alone, before they are due, in order
+	eager      waits  // failed alone, until they are due or anything is delivered
+	patient    waits  // failed alone, until they are due
 	deliveries uint64
 }
 
-// alone adds the messages of a batch that has failed.
-func (q *redeliveries) alone(items []item) { q.now = append(q.now, items...) }
+// alone adds the messages of a batch of several that has failed.
+func (q *redeliveries) alone(items []item) { q.unknown = append(q.unknown, items...) }
 
 // failed adds a message that has failed alone.
 func (q *redeliveries) failed(it item, now time.Time) {
@@ -71,18 +72,28 @@ func (q *redeliveries) delivered() {
 		q.eager[i].early = true
 	}
 	slices.SortFunc(q.eager, func(a, b item) int { return cmp.Compare(a.order, b.order) })
-	q.now = append(q.now, q.eager...)
+	q.early = append(q.early, q.eager...)
 	q.eager = nil
 }
 
-// next takes the message that is to be delivered now, if there is one. If not, wait is
-// the time until one is, or negative when none waits.
+// nextAlone takes the next message of a batch of several.
+func (q *redeliveries) nextAlone() (item, bool) { return pop(&q.unknown) }
+
+func pop(items *[]item) (it item, ok bool) {
+	if len(*items) == 0 {
+		return item{}, false
+	}
+	it, (*items)[0] = (*items)[0], item{}
+	if *items = (*items)[1:]; len(*items) == 0 {
+		*items = nil
+	}
+	return it, true
+}
+
+// next takes the message that has failed alone and is to be delivered now, if there is
+// one. If not, wait is the time until one is, or negative when none waits.
 func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool) {
-	if len(q.now) > 0 {
-		it, q.now[0] = q.now[0], item{}
-		if q.now = q.now[1:]; len(q.now) == 0 {
-			q.now = nil
-		}
+	if it, ok = pop(&q.early); ok {
 		return it, 0, true
 	}
 	first := &q.eager
@@ -100,7 +111,7 @@ func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool
 
 // takeAll takes every message.
 func (q *redeliveries) takeAll() []item {
-	all := slices.Concat(q.now, []item(q.eager), []item(q.patient))
+	all := slices.Concat(q.unknown, q.early, []item(q.eager), []item(q.patient))
 	*q = redeliveries{}
 	return all
 }

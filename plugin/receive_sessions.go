@@ -89,7 +89,7 @@ func (r *receiver) await(done <-chan struct{}) bool {
 // tellArrival tells that a session is there, behind all there was to tell of one
 // with the same id.
 func (r *receiver) tellArrival(src *source) bool {
-	if !r.conf.sessions {
+	if !r.conf.sessions || src.noEvents {
 		return true
 	}
 	return (src.before == nil || r.await(src.before.ended)) && r.tell(src, sessionConnected, "")
@@ -97,7 +97,7 @@ func (r *receiver) tellArrival(src *source) bool {
 
 // tellDeparture tells that a session has left, behind all its messages.
 func (r *receiver) tellDeparture(src *source) bool {
-	if !r.conf.sessions {
+	if !r.conf.sessions || src.noEvents {
 		return true
 	}
 	return src.underway.wait(r.stopped.Done()) && r.tell(src, sessionDisconnected, src.session.Err().Error())
@@ -109,6 +109,13 @@ func (r *receiver) keeps() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sources)
+}
+
+// has reports whether the input receives from a session.
+func (r *receiver) has(s *cryo.Session) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sources[s] != nil
 }
 
 // follows tells whether the input has to tell of a session with this id before

@@ -77,7 +77,7 @@ func (r *receiver) delivered(ctx context.Context, d *delivery, answers []*answer
 	}
 	r.release(delivered)
 	r.mu.Lock()
-	if r.redeliveries.delivered(); len(r.redeliveries.now) > 0 {
+	if r.redeliveries.delivered(); len(r.redeliveries.early) > 0 {
 		r.wakeRead()
 	}
 	r.mu.Unlock()
@@ -111,7 +111,7 @@ func (r *receiver) redeliver(d *delivery, queue func()) {
 	delete(r.deliveries, d)
 	r.moved = time.Now()
 	for i := range d.items {
-		d.items[i].acknowledged = d.acknowledged
+		d.items[i].acknowledged = d.items[i].acknowledged || d.acknowledged
 	}
 	queue()
 	r.wakeRead()

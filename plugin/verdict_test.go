@@ -211,3 +211,25 @@ func TestAHardStopOfAnOutputConcludesNothing(t *testing.T) {
 		require.NoError(t, out.Close(t.Context()))
 	})
 }
+
+func TestTheErrorsOfMessagesReachTheirBatcherThroughATracingMap(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.spans = &spanBook{}
+		e.run(fromOnce, with(dialOutput, `batching: { count: 4 }, inject_tracing_map: 'root.trace = if root.type() == "object" { this }'`))
+		peer := server.session()
+		f := e.giveSingly(batchOf(`{"m":0}`, `{"m":1}`, `{"m":2}`, `{"m":3}`))
+		var m []*cryo.Message
+		for range 4 {
+			m = append(m, receive(t, peer))
+		}
+		require.NoError(t, m[0].Ack())
+		require.NoError(t, m[1].Ack())
+		require.NoError(t, m[2].Reject("no"))
+		require.NoError(t, m[3].Ack())
+		for i, f := range f {
+			err := next(t, f.verdict)
+			require.Equal(t, i == 2, err != nil, "%d: %v", i, err)
+		}
+	})
+}
