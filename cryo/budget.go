@@ -33,10 +33,9 @@ func (b *budget) take(held *int64, n int64) {
 	b.mu.Unlock()
 }
 
-// give gives back what was taken, and never more.
+// give gives back what was taken.
 func (b *budget) give(held *int64, n int64) {
 	b.mu.Lock()
-	n = min(n, *held)
 	*held -= n
 	b.used -= n
 	if b.used < b.limit {

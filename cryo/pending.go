@@ -186,8 +186,15 @@ func (p *pending) answer(number uint32, err error) outcome {
 	return answerTaken
 }
 
-// written ends the wait for a number that was answered before its frame was written.
-func (p *pending) written(number uint32) { p.settle(number, nil) }
+// written ends the wait for a frame that was answered before it was written, unless it
+// was given up meanwhile.
+func (p *pending) written(number uint32, b *sendBatch) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if w := p.findLocked(number); w != nil && w.batch == b {
+		p.settleOneLocked(w, nil)
+	}
+}
 
 // settle ends the wait for one number, whatever has become of its frame. It reports
 // whether anybody waited.

@@ -251,10 +251,31 @@ func (s *Session) reject(number uint32, text string) error {
 // Hold counts bytes that the caller keeps of what it received, such as what it
 // made of a stream, as received and not settled: see MaxBufferBytes. Release
 // takes them back.
-func (s *Session) Hold(n int) { s.budget.take(&s.held, max(int64(n), 0)) }
+func (s *Session) Hold(n int) {
+	for {
+		kept := s.kept.Load()
+		add := min(max(int64(n), 0), maxKept-kept)
+		if s.kept.CompareAndSwap(kept, kept+add) {
+			s.budget.take(&s.held, add)
+			return
+		}
+	}
+}
 
-// Release takes back what Hold has counted.
-func (s *Session) Release(n int) { s.release(max(int64(n), 0)) }
+// maxKept is where Hold stops to count, far beyond any memory.
+const maxKept = 1 << 60
+
+// Release takes back what Hold has counted, and never more.
+func (s *Session) Release(n int) {
+	for {
+		kept := s.kept.Load()
+		less := min(max(int64(n), 0), kept)
+		if s.kept.CompareAndSwap(kept, kept-less) {
+			s.release(less)
+			return
+		}
+	}
+}
 
 func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
 

@@ -113,7 +113,8 @@ type Session struct {
 	intake   *intake
 	incoming *incomingStreams
 	outgoing *outgoingStreams
-	held     int64 // of the budget; guarded by its mutex
+	held     int64        // of the budget; guarded by its mutex
+	kept     atomic.Int64 // of held, what Hold has counted
 
 	reports   rate.Sometimes            // of log lines
 	refusing  atomic.Bool               // received messages are refused

@@ -237,6 +237,12 @@ func (s *storm) run(client, server *cryo.Session, lose func()) stormSummary {
 		s.check(payload, "what was received, in the end")
 	}
 	for _, end := range ends {
+		var closed *cryo.PeerClosedError
+		if errors.As(end.Err(), &closed) {
+			require.Contains(s.t, []int{0, 4000}, closed.Code, "how it ended: %v", closed)
+		}
+		_, broken := errors.AsType[*cryo.ProtocolError](end.Err())
+		require.False(s.t, broken, "neither end breaks the protocol: %v", end.Err())
 		require.Zero(s.t, end.Awaited(), "numbers that are still awaited")
 		require.Zero(s.t, end.Held(), "bytes that are still held")
 	}

@@ -212,8 +212,9 @@ func (st *IncomingStream) fetchLocked() {
 
 // Ack tells the peer that the whole stream has been delivered: TX_FINISH is
 // acknowledged, now or when it comes. Call it when Read has returned io.EOF and all
-// that was read is safe. Before that it is an error, and the stream stays as it is: to
-// be read on, or to be rejected. After the end of the session, and for a stream that was
+// that was read is safe. Before that it is an error, also where exactly all bytes were
+// read, and the stream stays as it is: read on, or call Reject, as nothing else ends a
+// stream that has come whole. After the end of the session, and for a stream that was
 // cancelled already because it fell silent, was too long or broken, nothing can be
 // acknowledged: then Ack settles the stream and returns the cause. A stream is settled
 // once: a second Ack or Reject does nothing.

@@ -428,7 +428,7 @@ func (o *outbox) writeData(f *outgoing, scratch []byte) ([]byte, error) {
 		return scratch, err
 	}
 	if f.progressed(frameWritten)&frameAnswered != 0 {
-		o.s.pend.written(f.Ack)
+		o.s.pend.written(f.Ack, f.batch)
 	}
 	if f.Type == TypeTxStart {
 		f.stream.announced.Store(true)
