@@ -185,13 +185,16 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 	shaken := func(then func(ws *websocket.Conn)) func(http.ResponseWriter, *http.Request) {
 		return upgraded(func(ws *websocket.Conn, say func(cryo.Frame)) {
 			say(cryotest.EndpointInfo(0))
-			_, own, err := ws.ReadMessage() // the client's own …
-			if err == nil {
-				_, _, err = ws.ReadMessage() // … and its acknowledgement of ours: nothing is left to be written
-			}
-			info, malformed := cryo.ParseFrame(own)
-			if err != nil || malformed != nil {
-				return
+			var info cryo.Frame
+			for range 2 { // the client's own, and its acknowledgement of ours, in any order: nothing is left to be written
+				_, message, err := ws.ReadMessage()
+				f, malformed := cryo.ParseFrame(message)
+				if err != nil || malformed != nil {
+					return
+				}
+				if f.Type == cryo.TypeEndpointInfo {
+					info = f
+				}
 			}
 			say(cryotest.Acked(info.Ack))
 			then(ws)
