@@ -77,7 +77,7 @@ The pipeline has one result for a batch:
 
 - No error: each of its messages is acknowledged.
 - An error for a batch of one: that message has failed. With ` + "`auto_replay_nacks: true`" + ` it is redelivered, by itself, after a wait of 10 ms that doubles up to one second, each with jitter. After ten failures in a row it waits up to 30 s, and a message of this input that is delivered ends such waits. With ` + "`false`" + ` its sender gets an ERROR frame with the message's number and a fixed sentence.
-- An error for a batch of several: it does not identify the messages that have failed, because the engine does not report these reliably. Each is handed to the pipeline again, alone, at once, in order, and once, *with ` + "`auto_replay_nacks: false`" + ` too*. Then its own result counts.
+- An error for a batch of several: it does not identify the messages that have failed, because the engine does not report these reliably. Each is handed to the pipeline again, alone, at once, in order, and once, *with ` + "`auto_replay_nacks: false`" + ` too*. They are processed side by side, unless ` + "`max_in_flight`" + ` is 1. Then its own result counts.
 
 So the price of a message that fails is that its whole batch, of up to ` + "`max_batch_count`" + ` messages, is processed twice. If one message in a hundred fails, independently of the others, 47 % of the batches of 64 do. With ` + "`max_batch_count: 1`" + ` results are exact, and nothing is processed again that has not failed. Set it where failures of single messages are part of normal work: for validation, with ` + "`reject_errored`" + `, with ` + "`auto_replay_nacks: false`" + `, in front of HTTP services, and for pipelines that must not run twice for a message.
 
@@ -90,7 +90,7 @@ The input cannot prevent these:
 - ` + "`drop_on` with `back_pressure`" + ` around an output with ` + "`max_in_flight`" + ` above 1: likewise.
 - ` + "`read_until` and `while`" + ` look at the first message of a batch only. Set ` + "`max_batch_count: 1`" + `.
 
-A stop repeats what was not acknowledged: each batch of which a message has failed may come again as a whole.
+A stop delivers what processors and outputs have by then. What has failed, or fails during the stop, is not tried again; it stays unacknowledged, and its sender can send it again.
 
 A stream is acknowledged as a whole when each message that the scanner has cut from it is delivered. When one of them is rejected for good, or the scanner fails, the stream is cancelled and never acknowledged. Of a stream that is cut off, what was complete has been delivered, and a partial last record is dropped.
 `

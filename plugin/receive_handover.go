@@ -122,10 +122,10 @@ func reportLeft(log *service.Logger, handovers []*handover) {
 		}
 	}
 	if lost > 0 {
-		log.Errorf("Lost %d messages that were acknowledged when they were received: the pipeline has stopped before it delivered them", lost)
+		log.Errorf("Lost up to %d messages that were acknowledged when they were received: the pipeline has stopped before it was known to have delivered them", lost)
 	}
 	if undelivered > 0 {
-		log.Infof("%d received messages were not delivered before the stop and stay unacknowledged: their senders can send them again", undelivered)
+		log.Infof("Up to %d messages in the pipeline were not delivered before the stop and stay unacknowledged: their senders can send them again", undelivered)
 	}
 }
 
