@@ -32,8 +32,8 @@ const (
 	// ghostWait is how soon a client whose lost session is still alive for the
 	// server tries again, and tokenWait one whose token was refused. After any
 	// other failure the wait doubles from firstWait to mostWait. A session that
-	// didn't last counts as a failure too, or a server that lets us in only to
-	// send us away would be dialled ten times a second.
+	// didn't last, and on which nothing was acknowledged, counts as a failure too, or
+	// a server that lets us in only to send us away would be dialled ten times a second.
 	ghostWait = time.Second
 	tokenWait = 30 * time.Second
 	firstWait = 250 * time.Millisecond
@@ -115,7 +115,8 @@ type dialer struct {
 	gone     chan struct{} // closed when nothing is left of it, and its end is logged
 	returned *cryo.Session // the last one that connect returned
 	attempt  *attempt      // in flight; nil if none is
-	failures int           // attempts and short sessions in a row
+	worked   bool          // something was acknowledged on session
+	failures int           // attempts, and sessions that were short and useless, in a row
 	due      time.Time     // earliest time of the next dial
 	closed   bool
 }
@@ -233,7 +234,7 @@ func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
 	began := time.Now()
 	<-s.Ending()
 	d.mu.Lock()
-	if time.Since(began) >= lasting {
+	if d.worked || time.Since(began) >= lasting {
 		d.failures = 0
 	} else {
 		d.due = time.Now().Add(d.backOffLocked())
@@ -242,6 +243,16 @@ func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
 	d.reportEnd(s.Err())
 	<-s.Done()
 	d.metrics.gone()
+}
+
+// noteWork notes that something was acknowledged on a session: however short it was, the
+// next attempt need not wait. The end of the session may have been noted before.
+func (d *dialer) noteWork(s *cryo.Session) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.session == s && !d.worked {
+		d.worked, d.failures, d.due = true, 0, time.Time{}
+	}
 }
 
 func (d *dialer) reportEnd(err error) {
@@ -385,7 +396,7 @@ func (d *dialer) startLocked(s *cryo.Session) {
 	}
 	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
 	d.metrics.connected(again)
-	d.session, d.gone = s, make(chan struct{})
+	d.session, d.gone, d.worked = s, make(chan struct{}), false
 	go d.follow(s, d.gone)
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -107,7 +108,7 @@ const maxApart = 200 * time.Millisecond
 // on the next one. It waits for sessions until ack_timeout after the first end, and for
 // maxSessions at most; both begin anew with a session that has acknowledged some of it.
 func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	o.send(ctx, session, messages, errs)
+	o.sendOn(ctx, session, messages, errs)
 	lost := indexesOf(errs, isEnd)
 	if len(lost) == 0 {
 		return
@@ -132,7 +133,7 @@ func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []
 			pause(ctx, rand.N(maxApart)) //nolint:gosec // no secret
 		}
 		again, results := pick(messages, lost), make([]error, len(lost))
-		o.send(ctx, session, again, results)
+		o.sendOn(ctx, session, again, results)
 		for at, i := range lost {
 			errs[i] = results[at]
 		}
@@ -142,6 +143,13 @@ func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []
 			cancel()
 			patience, cancel = o.waitForSession(ctx)
 		}
+	}
+}
+
+func (o *output) sendOn(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
+	o.send(ctx, session, messages, errs)
+	if slices.ContainsFunc(errs, isNil) {
+		o.noteWork(session)
 	}
 }
 

@@ -462,3 +462,21 @@ func TestABatchIsDeliveredToAServerThatTakesOneMessageASession(t *testing.T) {
 		require.Equal(t, 15, count, "none twice")
 	})
 }
+
+// A session that acknowledges something is no failed attempt, however short it is.
+func TestSessionsThatAcknowledgeSomethingAreDialledAgainSoon(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, dialOutput)
+		begin := time.Now()
+		f := e.give(words("m%d", 30)...)
+		for range 30 {
+			peer := server.session()
+			require.NoError(t, receive(t, peer).Ack())
+			synctest.Wait()
+			end(peer)
+		}
+		f.wantDelivered(t, "every session has acknowledged some of it")
+		require.Less(t, time.Since(begin), 30*500*time.Millisecond)
+	})
+}
