@@ -237,8 +237,7 @@ func (s *storm) run(client, server *cryo.Session, lose func()) stormSummary {
 		s.check(payload, "what was received, in the end")
 	}
 	for _, end := range ends {
-		var closed *cryo.PeerClosedError
-		if errors.As(end.Err(), &closed) {
+		if closed, ok := errors.AsType[*cryo.PeerClosedError](end.Err()); ok {
 			require.Contains(s.t, []int{0, 4000}, closed.Code, "how it ended: %v", closed)
 		}
 		_, broken := errors.AsType[*cryo.ProtocolError](end.Err())
