@@ -21,6 +21,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // knock asks a server for an upgrade, or for something else, and returns the
@@ -265,7 +266,7 @@ func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
 		old.ClientHandshake()
 		ghost := next(t, sessions)
 		waiting := start(func() error { return ghost.SendUTF8(t.Context(), "lost") })
-		old.WantType("the text", cryo.TypeUTF8)
+		old.WantType("the text", wire.UTF8)
 		old.Conn().StopReading() // its network is gone
 
 		peer := join(t, l, sid) // full or not, there is a place for it

@@ -41,7 +41,7 @@ func benchBroadcast(b *testing.B, size, n int) {
 		defer cut(client)
 		sessions[i] = <-connected
 	}
-	message := []cryo.Outgoing{{Type: cryo.TypeBinary, Payload: make([]byte, size)}}
+	message := []cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, size)}}
 	b.SetBytes(int64(n * size))
 	b.ReportAllocs()
 	for b.Loop() {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // audience is a server's sessions, and the raw clients at their other ends.
@@ -67,7 +68,7 @@ func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 			return nil
 		})
 		for _, peer := range peers[:4] {
-			peer.WantType("the text", cryo.TypeUTF8)
+			peer.WantType("the text", wire.UTF8)
 		}
 		peers[0].Conn().Cut()
 		peers[2].WriteFrames(cryotest.Error(peers[2].First+1, "no"))
@@ -91,11 +92,11 @@ func TestASessionThatDoesNotReadHoldsUpNoOther(t *testing.T) {
 		sessions, peers := audience(t, 1, 2)
 		peers[0].Conn().StopReading()
 		ctx, cancel := context.WithCancel(t.Context())
-		large := []cryo.Outgoing{{Type: cryo.TypeBinary, Payload: make([]byte, 1<<20)}}
+		large := []cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, 1<<20)}}
 		broadcasts := make([]*call, 3)
 		for i := range broadcasts {
 			broadcasts[i] = start(func() error { cryo.Broadcast(ctx, sessions, large); return nil })
-			peers[1].Ack(peers[1].WantType("all of them, at once", cryo.TypeBinary))
+			peers[1].Ack(peers[1].WantType("all of them, at once", wire.Binary))
 		}
 		for _, b := range broadcasts {
 			b.wantBlocked(t)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
@@ -56,8 +57,8 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 func TestAnAcknowledgementDuringTheGoodbyeCounts(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendBatch(t.Context(), texts("a", "b")) })
-		peer.WantType("a", cryo.TypeUTF8)
-		peer.WantType("b", cryo.TypeUTF8)
+		peer.WantType("a", wire.UTF8)
+		peer.WantType("b", wire.UTF8)
 		closing := start(func() error { return s.Close(t.Context(), "") })
 		peer.WantFrame("BYE", cryotest.Bye(end.first+2, ""))
 		peer.WantClose("the end", 4000, "")
@@ -190,7 +191,7 @@ func TestAPeerMayCloseWithoutBye(t *testing.T) {
 		peer.WriteClose(4000, "Client finished.") // as cryo-client-node does
 		synctest.Wait()
 		peer.Conn().ReadOn()
-		peer.WantType("what was being written", cryo.TypeBinary)
+		peer.WantType("what was being written", wire.Binary)
 		peer.WantFrame("the acknowledgement that was queued", cryotest.Acked(1))
 		peer.WantClose("the end, by the same code", 4000, "")
 		require.EqualError(t, wantEnded(t, s), `session ended: closed by the peer with code 4000: "Client finished."`)

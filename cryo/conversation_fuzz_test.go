@@ -13,6 +13,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // FuzzConversation has a raw peer send frames of the reference, one in some of them
@@ -20,7 +21,7 @@ import (
 // receives and sends beside. Only what was delivered may be acknowledged, and only
 // what is malformed may end the session.
 func FuzzConversation(f *testing.F) {
-	valid, _ := readVectors(f)
+	valid, _ := cryotest.Vectors(f)
 	var all []byte
 	for i := range valid {
 		step := []byte{byte(i), byte(i >> 8), byte(i), 0, 0}
@@ -69,7 +70,7 @@ type conversation struct {
 func (c *conversation) say(vector []byte, number, at, xor byte) {
 	frame := append([]byte(nil), vector...)
 	binary.BigEndian.PutUint64(frame, c.peer.SID)
-	if t := cryo.Type(frame[8]); t != cryo.TypeTxChunk && t != cryo.TypeAck && t != cryo.TypeError {
+	if t := wire.Type(frame[8]); t != wire.TxChunk && t != wire.Ack && t != wire.Error {
 		binary.BigEndian.PutUint32(frame[9:], uint32(number))
 	}
 	if xor != 0 {
@@ -86,22 +87,22 @@ func (c *conversation) say(vector []byte, number, at, xor byte) {
 
 // expect notes what a frame entitles its sender to, and whether it ends the session.
 func (c *conversation) expect(frame []byte) {
-	f, err := cryo.ParseFrame(frame)
+	f, err := wire.Parse(frame)
 	if err != nil || f.SID != c.peer.SID {
 		c.broken = true
 		return
 	}
 	switch f.Type {
-	case cryo.TypeEndpointInfo:
-		c.broken = f.Version != cryo.ProtocolVersion
+	case wire.EndpointInfo:
+		c.broken = f.Version != wire.Version
 		c.may[f.Ack]++
-	case cryo.TypeBye:
+	case wire.Bye:
 		c.broken = true
 		c.may[f.Ack]++
-	case cryo.TypeTxStart: // nobody takes it, so it is never acknowledged
+	case wire.TxStart: // nobody takes it, so it is never acknowledged
 		c.broken = c.open[f.Tx]
 		c.open[f.Tx] = true
-	case cryo.TypeTxFlow, cryo.TypeTxFetch, cryo.TypeTxCancel:
+	case wire.TxFlow, wire.TxFetch, wire.TxCancel:
 		c.may[f.Ack]++
 	}
 }
@@ -131,7 +132,7 @@ func (c *conversation) settle() {
 func (c *conversation) listen() {
 	synctest.Wait()
 	for _, f := range c.peer.Taken() {
-		if f.Type == cryo.TypeAck {
+		if f.Type == wire.Ack {
 			c.acked[f.Ack]++
 			require.LessOrEqual(c.t, c.acked[f.Ack], c.may[f.Ack], "%d is acknowledged without having been delivered", f.Ack)
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestLateAcknowledgementsAreTold(t *testing.T) {
@@ -20,10 +21,10 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 		late = 0
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		batch := []cryo.Outgoing{{Type: cryo.TypeUTF8}, {Type: cryo.TypeUTF8}, {Type: cryo.TypeUTF8}}
+		batch := []cryo.Outgoing{{Kind: cryo.KindText}, {Kind: cryo.KindText}, {Kind: cryo.KindText}}
 		require.Error(t, s.SendBatch(ctx, batch))
 		for range batch {
-			peer.WantType("a text", cryo.TypeUTF8)
+			peer.WantType("a text", wire.UTF8)
 		}
 		peer.WriteFrames(
 			cryotest.Acked(end.first),
@@ -36,37 +37,37 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 		require.Equal(t, 2, late, "one acknowledgement and one refusal of what was given up")
 
 		timely := start(func() error { return s.SendUTF8(t.Context(), "") })
-		peer.WriteFrames(cryotest.Acked(peer.WantType("the text", cryo.TypeUTF8).Ack))
+		peer.WriteFrames(cryotest.Acked(peer.WantType("the text", wire.UTF8).Ack))
 		timely.wantSuccess(t)
 		require.Equal(t, 2, late)
 	})
 }
 
 func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
-	var refused []cryo.Type
-	opts := cryo.SessionOptions{SendOnly: true, OnRefused: func(t cryo.Type) { refused = append(refused, t) }}
+	var refused []cryo.Kind
+	opts := cryo.SessionOptions{SendOnly: true, OnRefused: func(t cryo.Kind) { refused = append(refused, t) }}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		refused = nil
 		peer.WriteFrames(
 			cryotest.Text(1, ""), cryotest.Binary(2, ""), cryotest.Error(3, ""),
-			cryo.Frame{SID: sid, Type: cryo.TypeTxStart, Ack: 4, Tx: 1, Size: -1},
+			wire.Frame{SID: sid, Type: wire.TxStart, Ack: 4, Tx: 1, Size: -1},
 		)
 		synctest.Wait()
-		require.Equal(t, []cryo.Type{cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError, cryo.TypeTxStart}, refused)
+		require.Equal(t, []cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}, refused)
 	})
 }
 
 func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
 	opts := smallBuffer
-	var refused []cryo.Type
-	opts.OnRefused = func(t cryo.Type) { refused = append(refused, t) }
+	var refused []cryo.Kind
+	opts.OnRefused = func(t cryo.Kind) { refused = append(refused, t) }
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		refused = nil
 		fill(t, s, peer) // one message more waits than there is room for
 		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
-		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done) // it takes noRoomPatience
-		require.Equal(t, []cryo.Type{cryo.TypeUTF8}, refused)
+		require.Equal(t, []cryo.Kind{cryo.KindText}, refused)
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // A peer can foresee our numbers. If it answers a frame that it has not got, a send that
@@ -23,7 +24,7 @@ import (
 func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 	for name, c := range map[string]struct {
 		send   func(*testing.T, *cryo.Session, []byte) error
-		answer func(number uint32) cryo.Frame
+		answer func(number uint32) wire.Frame
 		says   string
 	}{
 		"ACK of a message": {
@@ -32,7 +33,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 		},
 		"ERROR for a message": {
 			func(t *testing.T, s *cryo.Session, data []byte) error { return s.SendBinary(t.Context(), data) },
-			func(number uint32) cryo.Frame { return cryotest.Error(number, "no") }, "ERROR for the frame %d before it was sent",
+			func(number uint32) wire.Frame { return cryotest.Error(number, "no") }, "ERROR for the frame %d before it was sent",
 		},
 		"ACK of a stream's start": {
 			func(t *testing.T, s *cryo.Session, data []byte) error {
@@ -44,7 +45,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 			func(t *testing.T, s *cryo.Session, data []byte) error {
 				return s.SendStream(t.Context(), bytes.NewReader(data), nil)
 			},
-			func(uint32) cryo.Frame { return txCancel(1, 0) }, "TX_CANCEL for the stream 0 before its TX_START was sent",
+			func(uint32) wire.Frame { return txCancel(1, 0) }, "TX_CANCEL for the stream 0 before its TX_START was sent",
 		},
 		"ACK of a flow": {
 			func(t *testing.T, s *cryo.Session, _ []byte) error {
@@ -71,7 +72,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 				require.EqualError(t, s.Err(), "session ended: the peer broke the protocol: "+says)
 
 				peer.Conn().ReadOn()
-				peer.WantType("the large message", cryo.TypeBinary)
+				peer.WantType("the large message", wire.Binary)
 				for {
 					e, err := peer.Try("what was queued, and the end")
 					if err != nil {
@@ -117,7 +118,7 @@ func TestAnAcknowledgementOfTheWholeBeforeItsEndWasSentEndsTheSession(t *testing
 
 		peer.Conn().ReadOn()
 		for _, chunk := range [][]byte{sent[:100_000], sent[100_000:]} {
-			f := peer.WantType("a chunk", cryo.TypeTxChunk)
+			f := peer.WantType("a chunk", wire.TxChunk)
 			require.True(t, bytes.Equal(chunk, f.Payload))
 		}
 		peer.WantFrame("TX_FINISH", txFinish(end.first+1, tx))
@@ -129,7 +130,7 @@ func TestAnAcknowledgementOfTheWholeBeforeItsEndWasSentEndsTheSession(t *testing
 // A large payload is written from where it is, where nothing is masked. Its peer may have
 // all of it, and answer, before the write returns: then the send is over when it has.
 func TestASendIsOverWhenItsPayloadIsWrittenAndAnswered(t *testing.T) {
-	sendingTo := func(t *testing.T, test func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, ctx context.Context, data []byte, sending *call, answer func(cryo.Frame))) {
+	sendingTo := func(t *testing.T, test func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, ctx context.Context, data []byte, sending *call, answer func(wire.Frame))) {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 			peer.Conn().StopReading()
@@ -138,7 +139,7 @@ func TestASendIsOverWhenItsPayloadIsWrittenAndAnswered(t *testing.T) {
 			defer cancel()
 			sending := start(func() error { return s.SendBinary(ctx, data) })
 			synctest.Wait()
-			test(t, s, peer, ctx, data, sending, func(f cryo.Frame) {
+			test(t, s, peer, ctx, data, sending, func(f wire.Frame) {
 				peer.WriteFrames(f)
 				synctest.Wait()
 				sending.wantBlocked(t)
@@ -150,10 +151,10 @@ func TestASendIsOverWhenItsPayloadIsWrittenAndAnswered(t *testing.T) {
 	wantAll := func(t *testing.T, peer *cryotest.Peer, data []byte) {
 		t.Helper()
 		peer.Conn().ReadOn()
-		require.True(t, bytes.Equal(data, peer.WantType("all of it", cryo.TypeBinary).Payload))
+		require.True(t, bytes.Equal(data, peer.WantType("all of it", wire.Binary).Payload))
 	}
 	t.Run("acknowledged", func(t *testing.T) {
-		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, data []byte, sending *call, answer func(cryo.Frame)) {
+		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, data []byte, sending *call, answer func(wire.Frame)) {
 			answer(cryotest.Acked(peer.First + 1))
 			answer(cryotest.Error(peer.First+1, "the first answer counts"))
 			wantAll(t, peer, data)
@@ -163,7 +164,7 @@ func TestASendIsOverWhenItsPayloadIsWrittenAndAnswered(t *testing.T) {
 		})
 	})
 	t.Run("rejected", func(t *testing.T) {
-		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, data []byte, sending *call, answer func(cryo.Frame)) {
+		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, data []byte, sending *call, answer func(wire.Frame)) {
 			answer(cryotest.Error(peer.First+1, "no"))
 			answer(cryotest.Acked(peer.First + 1))
 			wantAll(t, peer, data)
@@ -172,7 +173,7 @@ func TestASendIsOverWhenItsPayloadIsWrittenAndAnswered(t *testing.T) {
 		})
 	})
 	t.Run("lost", func(t *testing.T) {
-		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, _ []byte, sending *call, answer func(cryo.Frame)) {
+		sendingTo(t, func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, _ context.Context, _ []byte, sending *call, answer func(wire.Frame)) {
 			answer(cryotest.Acked(peer.First + 1))
 			peer.Conn().Cut()
 			require.ErrorIs(t, sending.result(t), net.ErrClosed, "the peer can't have got all of it")
@@ -202,14 +203,14 @@ func TestASendThatIsGivenUpWhileItIsWrittenReturnsAtOnce(t *testing.T) {
 				require.ErrorIs(t, sending.result(t), context.Canceled)
 				require.Zero(t, s.Awaited())
 				peer.Conn().ReadOn()
-				peer.WantType("it is sent all the same", cryo.TypeBinary)
+				peer.WantType("it is sent all the same", wire.Binary)
 				peer.WriteFrames(cryotest.Acked(peer.First + 1))
 				synctest.Wait()
 				require.Equal(t, 1, late)
 				require.NoError(t, s.Err())
 				peer.Read()
 				next := start(func() error { return s.SendUTF8(t.Context(), "next") })
-				peer.Ack(peer.WantType("the next", cryo.TypeUTF8))
+				peer.Ack(peer.WantType("the next", wire.UTF8))
 				next.wantSuccess(t)
 			})
 		})
@@ -232,7 +233,7 @@ func TestAnAnswerToWhatWasTakenBackIsLate(t *testing.T) {
 		synctest.Wait()
 		require.NoError(t, s.Err())
 		peer.Conn().ReadOn()
-		peer.Ack(peer.WantType("the large message", cryo.TypeBinary))
+		peer.Ack(peer.WantType("the large message", wire.Binary))
 		large.wantSuccess(t)
 		peer.WantIdle("nothing of what was taken back", time.Hour)
 	})

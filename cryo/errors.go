@@ -83,7 +83,7 @@ func (e *PeerClosedError) Error() string {
 // broke the WebSocket's rules (1002) or sent more than any frame has (1009).
 type ProtocolError struct {
 	Problem string // what the peer did
-	Err     error  // a [*FrameError], or nil
+	Err     error  // why a frame is malformed, or nil
 }
 
 func (e *ProtocolError) Error() string {

@@ -110,9 +110,9 @@ func ExampleSession_SendBatch() {
 	defer session.Close(ctx, "done")
 
 	err = session.SendBatch(ctx, []cryo.Outgoing{
-		{Type: cryo.TypeUTF8, Payload: []byte("one")},
-		{Type: cryo.TypeUTF8, Payload: []byte("not \xff text")},
-		{Type: cryo.TypeBinary, Payload: []byte("three")},
+		{Kind: cryo.KindText, Payload: []byte("one")},
+		{Kind: cryo.KindText, Payload: []byte("not \xff text")},
+		{Kind: cryo.KindBinary, Payload: []byte("three")},
 	})
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		for i, err := range failed.Errs {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestTheServerSaysEndpointInfoWhenTheClientHas(t *testing.T) {
@@ -220,7 +221,7 @@ func TestDialEndsWithItsContext(t *testing.T) {
 		err := dial.result(t)
 		require.ErrorIs(t, err, context.Canceled)
 		require.EqualError(t, err, "dialling ws://cryo.test: context canceled")
-		peer.WantType("the client's ENDPOINT_INFO", cryo.TypeEndpointInfo)
+		peer.WantType("the client's ENDPOINT_INFO", wire.EndpointInfo)
 		peer.WantLost("the end of the connection")
 	})
 }

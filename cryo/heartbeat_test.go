@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestAPingIsAnsweredWithItsNumberAndAPongNever(t *testing.T) {
@@ -45,7 +46,7 @@ func TestAFloodOfPingsIsAnsweredNowAndThen(t *testing.T) {
 		}
 		synctest.Wait()
 		peer.Conn().ReadOn()
-		peer.WantType("what was being written", cryo.TypeBinary)
+		peer.WantType("what was being written", wire.Binary)
 		for i := range uint32(16) {
 			peer.WantFrame("one of the first pongs", cryotest.Pong(i))
 		}
@@ -119,7 +120,7 @@ func TestASlowLineIsNotSilence(t *testing.T) {
 		begin := time.Now()
 		send := start(func() error { return s.SendBinary(t.Context(), make([]byte, 16<<20)) })
 		time.Sleep(257 * time.Second)
-		peer.Ack(peer.WantType("all of it", cryo.TypeBinary))
+		peer.Ack(peer.WantType("all of it", wire.Binary))
 		require.NoError(t, send.result(t))
 		require.Greater(t, time.Since(begin), 256*time.Second)
 		require.NoError(t, s.Err())
@@ -235,7 +236,7 @@ func TestAListeningEndKeepsQuietWhileItDoesNotRead(t *testing.T) {
 		fill(t, s, peer)
 		for range 40 { // ten minutes
 			time.Sleep(15*time.Second + instant)
-			require.Equal(t, "ping", string(peer.WantType("the regular ping", cryo.TypePingPong).Payload))
+			require.Equal(t, "ping", string(peer.WantType("the regular ping", wire.PingPong).Payload))
 			peer.WriteFrames(cryotest.Pong(0)) // which the session doesn't get to see
 			peer.WantIdle("nothing else", instant)
 		}
@@ -249,7 +250,7 @@ func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
 		// The refusals of all that would be without bound.
 		peer.Conn().StopReading()
 		flood := start(func() error {
-			frame, _ := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8})
+			frame, _ := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.UTF8})
 			for {
 				if err := peer.WS.WriteMessage(websocket.BinaryMessage, frame); err != nil {
 					return err
@@ -280,7 +281,7 @@ func TestADiallingEndSaysThatItIsAliveWhilePingsAreBehindData(t *testing.T) {
 				}()
 				message := cryotest.Binary(1, strings.Repeat("x", size))
 				message.SID = sid
-				frame, err := cryo.AppendFrame(nil, &message)
+				frame, err := wire.Append(nil, &message)
 				require.NoError(t, err)
 				whole := append([]byte{0x82, 127}, binary.BigEndian.AppendUint64(nil, uint64(len(frame)))...)
 				whole = append(whole, frame...)
@@ -297,7 +298,7 @@ func TestADiallingEndSaysThatItIsAliveWhilePingsAreBehindData(t *testing.T) {
 				}
 				pongs := 0
 				for _, f := range peer.Taken() {
-					if f.Type == cryo.TypePingPong {
+					if f.Type == wire.PingPong {
 						require.Equal(t, "pong", string(f.Payload))
 						pongs++
 					}
@@ -332,7 +333,7 @@ func TestADiallingEndSaysThatItIsAliveThroughManyShortPauses(t *testing.T) {
 		}
 		synctest.Wait()
 		for _, f := range peer.Taken() {
-			if f.Type == cryo.TypePingPong && string(f.Payload) == "pong" {
+			if f.Type == wire.PingPong && string(f.Payload) == "pong" {
 				pongs++
 			}
 		}

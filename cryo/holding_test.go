@@ -11,6 +11,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // A fetch is progress only when it goes further than the ones before.
@@ -22,7 +23,7 @@ func TestAPeerThatFetchesTheSameForEverHoldsNoSender(t *testing.T) {
 			send := start(func() error {
 				return s.SendStream(context.Background(), strings.NewReader("abcdefghij"), &cryo.StreamOptions{ChunkBytes: 4, StepTimeout: time.Second})
 			})
-			f := peer.WantType("start", cryo.TypeTxStart)
+			f := peer.WantType("start", wire.TxStart)
 			peer.Ack(f)
 			for range 1000 {
 				time.Sleep(900 * time.Millisecond)
@@ -89,12 +90,12 @@ func TestAMessageGivesBackWhatItCameWithWhateverBecameOfItsPayload(t *testing.T)
 func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		const messages = 100
-		var wire []byte
-		add := func(f cryo.Frame) {
+		var encoded []byte
+		add := func(f wire.Frame) {
 			f.SID = sid
-			b, err := cryo.AppendFrame(nil, &f)
+			b, err := wire.Append(nil, &f)
 			require.NoError(t, err)
-			wire = append(wire, raw(end, 0x82, b)...)
+			encoded = append(encoded, raw(end, 0x82, b)...)
 		}
 		add(cryotest.Binary(1, "x"))
 		for range 1000 {
@@ -102,7 +103,7 @@ func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
 		}
 		before := heap()
 		for range messages {
-			_, err := peer.Conn().Write(wire)
+			_, err := peer.Conn().Write(encoded)
 			require.NoError(t, err)
 		}
 		synctest.Wait()
@@ -118,12 +119,12 @@ func TestAWordThatIsCutOffKeepsNothingElse(t *testing.T) {
 		const messages = 20
 		batch := make([]cryo.Outgoing, messages)
 		for i := range batch {
-			batch[i].Type = cryo.TypeUTF8
+			batch[i].Kind = cryo.KindText
 		}
 		before := heap()
 		sending := start(func() error { return s.SendBatch(t.Context(), batch) })
 		for range batch {
-			peer.WriteFrames(cryotest.Error(peer.WantType("a text", cryo.TypeUTF8).Ack, strings.Repeat("no", 512<<10)))
+			peer.WriteFrames(cryotest.Error(peer.WantType("a text", wire.UTF8).Ack, strings.Repeat("no", 512<<10)))
 		}
 		err := sending.result(t)
 		require.Less(t, heap()-before, int64(4<<20))

@@ -11,15 +11,16 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const large = 600_000
 
 // bytesOf is a client's message as it travels, in one frame.
-func bytesOf(t *testing.T, peer *cryotest.Peer, f cryo.Frame) []byte {
+func bytesOf(t *testing.T, peer *cryotest.Peer, f wire.Frame) []byte {
 	t.Helper()
 	f.SID = peer.SID
-	frame, err := cryo.AppendFrame(nil, &f)
+	frame, err := wire.Append(nil, &f)
 	require.NoError(t, err)
 	head := binary.BigEndian.AppendUint64([]byte{0x82, 0xFF}, uint64(len(frame)))
 	return append(append(head, 0, 0, 0, 0), frame...)
@@ -61,7 +62,7 @@ func slow(t *testing.T, count int) (clients []*cryotest.Peer, sessions []*cryo.S
 
 // begins lets a client send a large message, and frames behind it. The channel is
 // closed when they are taken.
-func begins(t *testing.T, peer *cryotest.Peer, behind ...cryo.Frame) <-chan struct{} {
+func begins(t *testing.T, peer *cryotest.Peer, behind ...wire.Frame) <-chan struct{} {
 	t.Helper()
 	peer.Conn().StopReading()
 	require.NoError(t, peer.WS.NetConn().SetWriteDeadline(time.Time{}))
@@ -207,7 +208,7 @@ func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *test
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests := slow(t, 2)
 		send := start(func() error { return sessions[2].SendUTF8(t.Context(), "hello") })
-		text := clients[2].WantType("the text", cryo.TypeUTF8)
+		text := clients[2].WantType("the text", wire.UTF8)
 		begin := time.Now()
 		begins(t, clients[2], cryotest.Acked(text.Ack), cryotest.Text(200, "a small one"))
 		trickle(t, clients, sessions, rests, noRoomPatience+time.Second)

@@ -9,15 +9,16 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // What nobody keeps gives its memory back. That must never be the memory of a
 // message that came before it.
 func TestAMessageKeepsItsMemoryWhateverComesBehindIt(t *testing.T) {
-	for name, dropped := range map[string][]cryo.Frame{
+	for name, dropped := range map[string][]wire.Frame{
 		"chunks of no stream": {
-			{Type: cryo.TypeTxChunk, Tx: 1, Seq: 0, Payload: make([]byte, cryo.DefaultChunkBytes)},
-			{Type: cryo.TypeTxChunk, Tx: 1, Seq: 1, Payload: make([]byte, cryo.DefaultChunkBytes)},
+			{Type: wire.TxChunk, Tx: 1, Seq: 0, Payload: make([]byte, cryo.DefaultChunkBytes)},
+			{Type: wire.TxChunk, Tx: 1, Seq: 1, Payload: make([]byte, cryo.DefaultChunkBytes)},
 		},
 		"small frames": {cryotest.Ping(1), cryotest.Acked(1), cryotest.Ping(2)},
 		"nothing":      nil,
@@ -49,7 +50,7 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 	opts.MaxBufferBytes = 2000
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
-		text := peer.WantType("ours", cryo.TypeUTF8)
+		text := peer.WantType("ours", wire.UTF8)
 		s.Hold(1600)
 		peer.WriteFrames(
 			cryotest.Text(1000, strings.Repeat("A", 300)),     // taken
@@ -73,7 +74,7 @@ func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
-		text := peer.WantType("ours", cryo.TypeUTF8)
+		text := peer.WantType("ours", wire.UTF8)
 		s.Hold(79_800)
 		peer.WriteFrames(
 			txChunk(0, 1, strings.Repeat("A", 300)),           // taken

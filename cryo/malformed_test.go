@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // wantProtocolError wants a session to end because of its peer, at once, with
@@ -82,7 +83,7 @@ func TestWhatIsQueuedStillGoesOutWhenThePeerBreaksTheProtocol(t *testing.T) {
 		synctest.Wait()
 		peer.WriteFrames(cryotest.Text(3, "discarded"))
 		peer.Conn().ReadOn()
-		peer.WantType("what was being written", cryo.TypeBinary)
+		peer.WantType("what was being written", wire.Binary)
 		peer.WantFrame("an acknowledgement", cryotest.Acked(1))
 		peer.WantFrame("an acknowledgement", cryotest.Acked(2))
 		wantProtocolError(t, s, peer, 4001, "malformed frame of 3 bytes: shorter than session id and type")

@@ -17,6 +17,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // A misbehaviour is what a peer does that it should not, after its handshake, and
@@ -136,19 +137,19 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 	message := func(frame []byte) func(*testing.T, end, *cryo.Session, *cryotest.Peer) {
 		return func(_ *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) { peer.WriteBytes(frame) }
 	}
-	_, malformed := readVectors(t)
+	_, malformed := cryotest.Vectors(t)
 	for _, v := range malformed {
 		frame := slices.Clone(v.Bytes)
 		if len(frame) >= 8 {
 			binary.BigEndian.PutUint64(frame, sid)
 		}
 		row := misbehaviour{does: "sends the malformed vector " + v.Name}
-		_, err := cryo.ParseFrame(frame)
+		_, err := wire.Parse(frame)
 		if v.Reference == "accepted" {
 			require.NoError(t, err)
 			row.how = func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteBytes(frame)
-				if cryo.Type(frame[8]) == cryo.TypeUTF8 { // passed on as it came
+				if wire.Type(frame[8]) == wire.UTF8 { // passed on as it came
 					require.NoError(t, receive(t, s).Ack())
 					peer.WantFrame("its acknowledgement", cryotest.Acked(1))
 				}
@@ -185,7 +186,7 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		misbehaviour{
 			does: "sends a payload over 16 MiB", problem: "malformed BINARYDATA frame of 16777230 bytes: payload over 16 MiB",
 			how: func(t *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) {
-				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeBinary, Payload: make([]byte, cryo.MaxPayload)})
+				frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.Binary, Payload: make([]byte, cryo.MaxPayload)})
 				require.NoError(t, err)
 				require.NoError(t, peer.WS.WriteMessage(websocket.BinaryMessage, append(frame, 0)))
 			},
@@ -241,13 +242,13 @@ func brokenWebSocket() (rows []misbehaviour) {
 		misbehaviour{
 			does: "sends a message in fragments of a byte, and pings in between",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8, Ack: 5, Payload: []byte("in pieces")})
+				frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.UTF8, Ack: 5, Payload: []byte("in pieces")})
 				require.NoError(t, err)
-				wire := append(raw(end, 0x02, frame[:3]), raw(end, 0x89, []byte("ping"))...)
+				encoded := append(raw(end, 0x02, frame[:3]), raw(end, 0x89, []byte("ping"))...)
 				for _, b := range frame[3:] {
-					wire = append(wire, raw(end, 0x00, []byte{b})...)
+					encoded = append(encoded, raw(end, 0x00, []byte{b})...)
 				}
-				for _, b := range append(wire, raw(end, 0x80, nil)...) {
+				for _, b := range append(encoded, raw(end, 0x80, nil)...) {
 					_, err := peer.Conn().Write([]byte{b})
 					require.NoError(t, err)
 					synctest.Wait()
@@ -261,7 +262,7 @@ func brokenWebSocket() (rows []misbehaviour) {
 		misbehaviour{
 			does: "sends half a message and goes", lost: true,
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeUTF8, Payload: []byte("the first half")})
+				frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.UTF8, Payload: []byte("the first half")})
 				require.NoError(t, err)
 				_, err = peer.Conn().Write(raw(end, 0x02, frame)) // not final
 				require.NoError(t, err)
@@ -276,7 +277,7 @@ func brokenWebSocket() (rows []misbehaviour) {
 
 func floods() []misbehaviour {
 	// flooded has the peer send a frame many times without reading the answers.
-	flooded := func(t *testing.T, peer *cryotest.Peer, n int, frame func(i uint32) cryo.Frame) (written int) {
+	flooded := func(t *testing.T, peer *cryotest.Peer, n int, frame func(i uint32) wire.Frame) (written int) {
 		t.Helper()
 		peer.Conn().StopReading()
 		done := start(func() error {
@@ -302,7 +303,7 @@ func floods() []misbehaviour {
 				peer.Conn().StopReading()
 				stuck := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
 				stuck.wantBlocked(t) // so that answers queue up
-				flooded(t, peer, 10_000, func(i uint32) cryo.Frame {
+				flooded(t, peer, 10_000, func(i uint32) wire.Frame {
 					_ = peer.WS.WriteMessage(websocket.PingMessage, nil)
 					return cryotest.Ping(i)
 				})
@@ -322,14 +323,14 @@ func floods() []misbehaviour {
 		{
 			does: "sends 20,000 TX_FLOW and reads no acknowledgement",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				flooded(t, peer, 20_000, func(i uint32) cryo.Frame { return txFlow(i, cryo.FlowPush) })
+				flooded(t, peer, 20_000, func(i uint32) wire.Frame { return txFlow(i, cryo.FlowPush) })
 				require.Equal(t, 20_000, peer.Skip(), "each is acknowledged, when it reads")
 			},
 		},
 		{
 			does: "sends thousands of TX_START that nobody takes",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				flooded(t, peer, 5000, func(i uint32) cryo.Frame { return txStart(i, i, -1, strings.Repeat("n", 1000)) })
+				flooded(t, peer, 5000, func(i uint32) wire.Frame { return txStart(i, i, -1, strings.Repeat("n", 1000)) })
 				require.Equal(t, 5000-256, peer.Skip(), "256 wait, the others are cancelled")
 				s.Refuse(true)
 				synctest.Wait()
@@ -343,7 +344,7 @@ func floods() []misbehaviour {
 				st := incoming(t, s, peer, 1, 0)
 				require.NoError(t, st.Reject())
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
-				flooded(t, peer, 1000, func(i uint32) cryo.Frame { return txChunk(0, 1+i, strings.Repeat("x", 10_000)) })
+				flooded(t, peer, 1000, func(i uint32) wire.Frame { return txChunk(0, 1+i, strings.Repeat("x", 10_000)) })
 				require.Zero(t, peer.Skip(), "they are ignored")
 			},
 		},
@@ -362,7 +363,7 @@ func floods() []misbehaviour {
 					}
 					return nil
 				})
-				flooded(t, peer, 1000, func(i uint32) cryo.Frame { return cryotest.Binary(i, strings.Repeat("x", 10_000)) })
+				flooded(t, peer, 1000, func(i uint32) wire.Frame { return cryotest.Binary(i, strings.Repeat("x", 10_000)) })
 				settling.wantSuccess(t)
 				synctest.Wait()
 				require.Equal(t, 1000, peer.Skip())
@@ -377,7 +378,7 @@ func strangeNumbers() []misbehaviour {
 			does: "acknowledges another number than the one that is awaited",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
-				text := peer.WantType("the text", cryo.TypeUTF8)
+				text := peer.WantType("the text", wire.UTF8)
 				for _, n := range []uint32{0, end.first - 1, end.first + 1, 1<<32 - 1} {
 					peer.WriteFrames(cryotest.Acked(n))
 				}
@@ -392,7 +393,7 @@ func strangeNumbers() []misbehaviour {
 				for _, n := range []uint32{0, 7, 1<<32 - 1} {
 					peer.WriteFrames(cryotest.Error(n, "what?")) // a message of the application
 					m := receive(t, s)
-					require.Equal(t, cryo.TypeError, m.Type)
+					require.Equal(t, cryo.KindError, m.Kind)
 					require.NoError(t, m.Ack())
 					peer.WantFrame("its acknowledgement", cryotest.Acked(n))
 				}
@@ -402,7 +403,7 @@ func strangeNumbers() []misbehaviour {
 			does: "refuses what it has acknowledged before",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
-				text := peer.WantType("the text", cryo.TypeUTF8)
+				text := peer.WantType("the text", wire.UTF8)
 				peer.Ack(text)
 				send.wantSuccess(t)
 				peer.WriteFrames(cryotest.Error(text.Ack, "no"))

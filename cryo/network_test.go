@@ -65,7 +65,7 @@ func wantConversation(t *testing.T, client, server *cryo.Session) {
 	t.Helper()
 	var batch []cryo.Outgoing
 	for i, size := range []int{0, 1, 125, 126, 1000, 65_535, 65_536, 300_000, 1_000_000, 5} {
-		batch = append(batch, cryo.Outgoing{Type: cryo.TypeBinary, Payload: bytes.Repeat([]byte{byte(i)}, size)})
+		batch = append(batch, cryo.Outgoing{Kind: cryo.KindBinary, Payload: bytes.Repeat([]byte{byte(i)}, size)})
 	}
 	var talking sync.WaitGroup
 	for _, s := range []*cryo.Session{client, server} {
@@ -116,7 +116,7 @@ func TestAcknowledgementsSurviveUnreadData(t *testing.T) {
 		server := next(t, sessions)
 		batch := make([]cryo.Outgoing, 1000)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Type: cryo.TypeBinary, Payload: make([]byte, 10_000)}
+			batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, 10_000)}
 		}
 		sent := make(chan error, 1)
 		go func() { sent <- client.SendBatch(t.Context(), batch) }()

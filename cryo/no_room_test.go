@@ -11,6 +11,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const (
@@ -24,7 +25,7 @@ func TestAnAcknowledgementBehindWhatThereIsNoRoomForIsReadAfterSomePatience(t *t
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer) // 1001 waits
 		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
-		text := peer.WantType("the answer", cryo.TypeUTF8)
+		text := peer.WantType("the answer", wire.UTF8)
 		begin := time.Now()
 		peer.WriteFrames(cryotest.Text(1002, "refused too, and at once"))
 		peer.Ack(text)
@@ -41,10 +42,10 @@ func TestAnAcknowledgementBehindWhatThereIsNoRoomForIsReadAfterSomePatience(t *t
 }
 
 // wantAmongPongs wants a frame behind pongs that nobody asked for.
-func wantAmongPongs(t *testing.T, peer *cryotest.Peer, want cryo.Frame) {
+func wantAmongPongs(t *testing.T, peer *cryotest.Peer, want wire.Frame) {
 	for {
 		f := peer.Next("a pong, or the frame")
-		if f.Type != cryo.TypePingPong {
+		if f.Type != wire.PingPong {
 			want.SID = peer.SID
 			require.Equal(t, want, f)
 			return
@@ -70,7 +71,7 @@ func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
 		peer.Skip()
 		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
 		begin := time.Now()
-		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
 		require.LessOrEqual(t, time.Since(begin), time.Second)
 	})
@@ -82,7 +83,7 @@ func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
 		s.Hold(90_000)
 		peer.WriteFrames(txChunk(0, 1, "abc"))
 		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
-		peer.Ack(peer.WantType("the answer", cryo.TypeUTF8))
+		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrNoRoom)
 		s.Release(90_000)
@@ -100,7 +101,7 @@ func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
 		peer.Conn().StopReading()
 		answer := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
 		begin := time.Now()
-		frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeBinary})
+		frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.Binary})
 		require.NoError(t, err)
 		_, err = peer.Conn().Write(bytes.Repeat(raw(end, 0x82, frame), 50_000))
 		require.Error(t, err)

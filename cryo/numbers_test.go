@@ -9,6 +9,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestNumbersStartAnywhereInTheRangeOfTheirEnd(t *testing.T) {
@@ -39,7 +40,7 @@ func TestAnswersThatWereMeantForTheLastConnectionMeetNothing(t *testing.T) {
 		first := start(func() error { return lost.SendBatch(t.Context(), texts("a", "b", "c")) })
 		var numbers []uint32
 		for range 3 {
-			numbers = append(numbers, old.WantType("a text", cryo.TypeUTF8).Ack)
+			numbers = append(numbers, old.WantType("a text", wire.UTF8).Ack)
 		}
 		old.Conn().Cut()
 		require.Error(t, first.result(t))
@@ -48,9 +49,9 @@ func TestAnswersThatWereMeantForTheLastConnectionMeetNothing(t *testing.T) {
 		peer.ClientHandshake()
 		s := next(t, sessions)
 		again := start(func() error { return s.SendBatch(t.Context(), texts("a", "b", "c")) })
-		var frames []cryo.Frame
+		var frames []wire.Frame
 		for range 3 {
-			frames = append(frames, peer.WantType("a text", cryo.TypeUTF8))
+			frames = append(frames, peer.WantType("a text", wire.UTF8))
 		}
 		for _, n := range numbers {
 			peer.WriteFrames(cryotest.Acked(n))

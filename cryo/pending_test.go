@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Only here can a test get to the end of the numbers.
@@ -71,7 +73,7 @@ func TestAFrameIsSettledWhenItIsWrittenAndAnswered(t *testing.T) {
 				p := newPending(dialingNumbers, 0)
 				var frames []outgoing
 				batch, err := p.register(size, func(i int, number uint32) {
-					frames = append(frames, outgoing{Frame: Frame{Ack: number}, index: i})
+					frames = append(frames, outgoing{Frame: wire.Frame{Ack: number}, index: i})
 				})
 				require.NoError(t, err)
 				for i := range frames {

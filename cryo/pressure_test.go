@@ -16,13 +16,14 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // flood writes frames until the session doesn't read on, and returns how many.
-func flood(t *testing.T, peer *cryotest.Peer, f cryo.Frame) int {
+func flood(t *testing.T, peer *cryotest.Peer, f wire.Frame) int {
 	t.Helper()
 	f.SID = peer.SID
-	frame, err := cryo.AppendFrame(nil, &f)
+	frame, err := wire.Append(nil, &f)
 	require.NoError(t, err)
 	peer.Read()
 	for written := 0; ; written++ {
@@ -116,7 +117,7 @@ func TestWhatIsNoMessageIsReadOnWithoutRoom(t *testing.T) {
 		m := receive(t, s)
 		for i := range uint32(10) {
 			send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
-			peer.Ack(peer.WantType("the text", cryo.TypeUTF8))
+			peer.Ack(peer.WantType("the text", wire.UTF8))
 			send.wantSuccess(t)
 			peer.WriteFrames(cryotest.Ping(i))
 			peer.WantFrame("the answer", cryotest.Pong(i))
@@ -186,7 +187,7 @@ func TestStalledSessionsLetOthersSend(t *testing.T) {
 		s := next(t, sessions)
 		for range 100 {
 			send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
-			peer.Ack(peer.WantType("the text", cryo.TypeUTF8))
+			peer.Ack(peer.WantType("the text", wire.UTF8))
 			send.wantSuccess(t)
 		}
 	})
@@ -265,7 +266,7 @@ func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
 			}
 			return nil
 		})
-		frame, err := cryo.AppendFrame(nil, &cryo.Frame{SID: sid, Type: cryo.TypeBinary, Payload: make([]byte, 32)})
+		frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.Binary, Payload: make([]byte, 32)})
 		require.NoError(t, err)
 		peer.Conn().StopReading()
 		_, err = peer.Conn().Write(bytes.Repeat(raw(end, 0x82, frame), messages))
@@ -273,7 +274,7 @@ func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
 		acking.wantSuccess(t)
 		peer.Conn().ReadOn()
 		for range messages {
-			peer.WantType("an acknowledgement", cryo.TypeAck)
+			peer.WantType("an acknowledgement", wire.Ack)
 		}
 		peer.WantIdle("that's all", instant)
 		require.NoError(t, s.Err())
@@ -282,11 +283,11 @@ func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
 
 func TestAnswersThatNobodyReadsDoNotPileUpWithoutBound(t *testing.T) {
 	for name, c := range map[string]struct {
-		frame  cryo.Frame
-		answer cryo.Type
+		frame  wire.Frame
+		answer wire.Type
 	}{
-		"refusals":            {cryotest.Text(1, ""), cryo.TypeError},
-		"refusals of streams": {cryo.Frame{Type: cryo.TypeTxStart, Ack: 1, Size: -1}, cryo.TypeTxCancel},
+		"refusals":            {cryotest.Text(1, ""), wire.Error},
+		"refusals of streams": {wire.Frame{Type: wire.TxStart, Ack: 1, Size: -1}, wire.TxCancel},
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Nothing more is read until they are written.
@@ -314,7 +315,7 @@ func TestTwoEndsThatOnlySendCannotBlockEachOther(t *testing.T) {
 		defer cut(client)
 		batch := make([]cryo.Outgoing, 50_000)
 		for i := range batch {
-			batch[i].Type = cryo.TypeUTF8
+			batch[i].Kind = cryo.KindText
 		}
 		up := start(func() error { return client.SendBatch(t.Context(), batch) })
 		down := start(func() error { return next(t, sessions).SendBatch(t.Context(), batch) })
@@ -355,7 +356,7 @@ func TestSmallFramesOvertakeALargeBatch(t *testing.T) {
 		peer.Conn().StopReading()
 		batch := make([]cryo.Outgoing, 20)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Type: cryo.TypeBinary, Payload: make([]byte, 1<<20)}
+			batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, 1<<20)}
 		}
 		send := start(func() error { return s.SendBatch(t.Context(), batch) })
 		send.wantBlocked(t)
@@ -363,11 +364,11 @@ func TestSmallFramesOvertakeALargeBatch(t *testing.T) {
 		require.NoError(t, receive(t, s).Ack())
 		peer.Conn().ReadOn()
 
-		peer.Ack(peer.WantType("the first of the batch, which was being written", cryo.TypeBinary))
+		peer.Ack(peer.WantType("the first of the batch, which was being written", wire.Binary))
 		peer.WantFrame("the acknowledgement", cryotest.Acked(8))
 		peer.WantFrame("the pong", cryotest.Pong(7))
 		for range len(batch) - 1 {
-			peer.Ack(peer.WantType("the rest of the batch", cryo.TypeBinary))
+			peer.Ack(peer.WantType("the rest of the batch", wire.Binary))
 		}
 		send.wantSuccess(t)
 	})

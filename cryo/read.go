@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // unaskedPong is how often, at least, a dialling end that may not see pings says
@@ -31,7 +33,7 @@ func (s *Session) read() {
 			s.readFailed(err)
 			return
 		}
-		f, err := ParseFrame(b)
+		f, err := wire.Parse(b)
 		switch {
 		case err != nil:
 			s.protocolError(&ProtocolError{Err: err})
@@ -57,7 +59,7 @@ func (s *Session) nextMessage() ([]byte, error) {
 	full := s.budget.wait(&s.held) != nil
 	if full || s.ws.left > len(chunkMemory{})/2 {
 		var err error
-		if head, err = s.ws.readHead(s.small[:0], headerSize); err != nil {
+		if head, err = s.ws.readHead(s.small[:0], wire.HeaderSize); err != nil {
 			return nil, err
 		}
 	}
@@ -67,12 +69,12 @@ func (s *Session) nextMessage() ([]byte, error) {
 	}
 	n := len(head) + s.ws.left
 	switch {
-	case isChunk(head) && fitsChunk(n):
+	case wire.IsChunk(head) && fitsChunk(n):
 		s.chunk = chunkPool.Get().(*chunkMemory)
 		return s.ws.readMessage(append(s.chunk[:0], head...))
 	case n <= len(s.small) && s.ws.final:
 		b, err := s.ws.readMessage(append(s.small[:0], head...))
-		if err == nil && isData(b) {
+		if err == nil && wire.IsData(b) {
 			b = append(s.blocks.take(n, s.conn.waiting()), b...)
 		}
 		return b, err
@@ -136,12 +138,12 @@ func (s *Session) isEnding() bool {
 }
 
 // handle acts on one frame.
-func (s *Session) handle(f *Frame) {
+func (s *Session) handle(f *wire.Frame) {
 	switch f.Type {
-	case TypeAck:
+	case wire.Ack:
 		s.handleAnswer(f, nil)
 		return
-	case TypeError:
+	case wire.Error:
 		// A refusal of one of our frames is never acknowledged: the refuser
 		// may have a frame pending under the same number (protocol, "ERROR").
 		if s.handleAnswer(f, &RejectedError{Text: s.words(f.Text())}) {
@@ -153,13 +155,13 @@ func (s *Session) handle(f *Frame) {
 	}
 
 	switch f.Type {
-	case TypeUTF8, TypeBinary, TypeError:
+	case wire.UTF8, wire.Binary, wire.Error:
 		s.deliver(f)
-	case TypePingPong:
+	case wire.PingPong:
 		s.handlePing(f)
-	case TypeEndpointInfo:
+	case wire.EndpointInfo:
 		s.handleEndpointInfo(f)
-	case TypeBye:
+	case wire.Bye:
 		// Who says BYE closes, and most have by now. cryo-server doesn't after
 		// a long reason, so our close frame goes out at once.
 		s.out.acknowledge([]uint32{f.Ack})
@@ -173,7 +175,7 @@ func (s *Session) handle(f *Frame) {
 // reports whether the number is one of ours. A peer can foresee our numbers. An answer
 // to a frame that it can't have yet must not complete a send: the sender would use the
 // payload's memory again, and the peer get what is in it by then.
-func (s *Session) handleAnswer(f *Frame, err error) bool {
+func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	switch s.pend.answer(f.Ack, err) {
 	case answerTaken:
 		return true
@@ -190,7 +192,7 @@ func (s *Session) handleAnswer(f *Frame, err error) bool {
 
 // handleStream acts on one TX frame. cryo-server too knows none before the
 // client's ENDPOINT_INFO.
-func (s *Session) handleStream(f *Frame) {
+func (s *Session) handleStream(f *wire.Frame) {
 	if !s.dialing {
 		select {
 		case <-s.peerKnown:
@@ -199,30 +201,30 @@ func (s *Session) handleStream(f *Frame) {
 		}
 	}
 	switch f.Type {
-	case TypeTxFlow:
+	case wire.TxFlow:
 		s.outgoing.setFlow(f.Flow)
 		s.out.acknowledge([]uint32{f.Ack})
-	case TypeTxCancel:
+	case wire.TxCancel:
 		// Stopped first: nothing of the stream follows the acknowledgement.
 		if !s.outgoing.cancelled(f.Tx) {
 			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for the stream %d before its TX_START was sent", f.Tx)})
 			return
 		}
 		s.out.acknowledge([]uint32{f.Ack})
-	case TypeTxFetch:
+	case wire.TxFetch:
 		s.out.acknowledge([]uint32{f.Ack})
 		s.outgoing.fetched(f.Tx, f.Start, f.End)
-	case TypeTxStart:
+	case wire.TxStart:
 		s.incoming.start(f)
-	case TypeTxChunk:
+	case wire.TxChunk:
 		s.incoming.chunk(f)
-	case TypeTxFinish:
+	case wire.TxFinish:
 		s.incoming.finish(f)
 	}
 }
 
-func (s *Session) handlePing(f *Frame) {
-	if string(f.Payload) != pingText {
+func (s *Session) handlePing(f *wire.Frame) {
+	if string(f.Payload) != wire.Ping {
 		return // a pong is never answered
 	}
 	s.out.pong(f.Ack)
@@ -260,9 +262,9 @@ func (s *Session) sayAlive() {
 	}
 }
 
-func (s *Session) handleEndpointInfo(f *Frame) {
-	if f.Version != ProtocolVersion {
-		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("protocol version %d, only %d is known", f.Version, ProtocolVersion)})
+func (s *Session) handleEndpointInfo(f *wire.Frame) {
+	if f.Version != wire.Version {
+		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("protocol version %d, only %d is known", f.Version, wire.Version)})
 		return
 	}
 	s.out.acknowledge([]uint32{f.Ack})
@@ -274,8 +276,8 @@ func (s *Session) handleEndpointInfo(f *Frame) {
 }
 
 // endpointInfo is what this end says of itself.
-func (s *Session) endpointInfo() Frame {
-	return Frame{SID: s.id, Type: TypeEndpointInfo, Version: ProtocolVersion, Features: FeatureTransactions}
+func (s *Session) endpointInfo() wire.Frame {
+	return wire.Frame{SID: s.id, Type: wire.EndpointInfo, Version: wire.Version, Features: wire.FeatureStreams}
 }
 
 // sayEndpointInfo sends it without insisting on an acknowledgement.

@@ -2,7 +2,7 @@ package cryo
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"runtime"
 	"slices"
 	"strings"
@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // messageOverhead is what a received message counts beside its payload, for
@@ -26,9 +28,9 @@ const maxErrorText = 1024
 // the session's end too; a second Ack or Reject does nothing, be it on a copy. Its
 // methods may be called from any goroutine.
 type Message struct {
-	// Type is TypeUTF8, TypeBinary, or TypeError for a message that the peer's
+	// Kind is KindText, KindBinary, or KindError for a message that the peer's
 	// application sent as an error.
-	Type Type
+	Kind Kind
 	// Payload is the receiver's to keep. UTF8DATA is passed on as it came,
 	// valid UTF-8 or not.
 	Payload []byte
@@ -76,7 +78,7 @@ func (m *Message) Reject(text string) error {
 
 func (m *Message) reject(text string) error {
 	defer m.session.release(m.weight())
-	if m.Type == TypeError {
+	if m.Kind == KindError {
 		return nil // an ERROR is not answered with an ERROR
 	}
 	return m.session.reject(m.number, text)
@@ -170,9 +172,9 @@ func (s *Session) refuseWaiting() {
 }
 
 // deliver puts a received message into the queue. Reading goroutine.
-func (s *Session) deliver(f *Frame) {
-	m := Message{Type: f.Type, Payload: f.Payload, session: s, number: f.Ack, read: s.conn.readAt}
-	if f.Type == TypeError {
+func (s *Session) deliver(f *wire.Frame) {
+	m := Message{Kind: kindOf(f.Type), Payload: f.Payload, session: s, number: f.Ack, read: s.conn.readAt}
+	if f.Type == wire.Error {
 		m.Payload = []byte(f.Text())
 	}
 	m.size = int64(len(m.Payload))
@@ -204,9 +206,9 @@ func (s *Session) words(text string) string {
 }
 
 func (s *Session) refuse(m *Message) {
-	s.opts.OnRefused(m.Type)
+	s.opts.OnRefused(m.Kind)
 	_ = m.reject("this session receives no messages") // after the end nobody hears it
-	if m.Type == TypeError {
+	if m.Kind == KindError {
 		s.reports.Do(func() {
 			s.log.Warn("The peer reports an error (at most one such line a second)", "session", s.id, "text", m.LogText())
 		})
@@ -216,11 +218,11 @@ func (s *Session) refuse(m *Message) {
 // overflow refuses a message for which there is no room.
 func (s *Session) overflow(m *Message) {
 	s.reportNoRoom()
-	if m.Type == TypeError {
+	if m.Kind == KindError {
 		s.refuse(m)
 		return
 	}
-	s.opts.OnRefused(m.Type)
+	s.opts.OnRefused(m.Kind)
 	_ = m.reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
 }
 
@@ -242,7 +244,7 @@ func (s *Session) acknowledge(numbers []uint32, weight int64) error {
 }
 
 func (s *Session) reject(number uint32, text string) error {
-	if !s.out.control(Frame{SID: s.id, Type: TypeError, Ack: number, Payload: []byte(cutText(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
+	if !s.out.control(wire.Frame{SID: s.id, Type: wire.Error, Ack: number, Payload: []byte(cutText(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
 		return s.Err()
 	}
 	return nil
@@ -373,4 +375,4 @@ func (q *inbox) signal() {
 	}
 }
 
-var errNotAMessage = fmt.Errorf("only %v and %v can be sent as messages", TypeUTF8, TypeBinary)
+var errNotAMessage = errors.New("only text and binary can be sent as messages")

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestMessagesAreReceivedInOrderAsTheyCame(t *testing.T) {
@@ -27,18 +28,18 @@ func TestMessagesAreReceivedInOrderAsTheyCame(t *testing.T) {
 			cryotest.Text(1<<32-1, "not \xff text"), cryotest.Binary(0, ""),
 		)
 		for _, want := range []struct {
-			typ     cryo.Type
+			kind    cryo.Kind
 			number  uint32
 			payload string
 		}{
-			{cryo.TypeUTF8, 3, "grüße"},
-			{cryo.TypeBinary, 1, "\x00\xff"},
-			{cryo.TypeUTF8, 4, ""},
-			{cryo.TypeUTF8, 1<<32 - 1, "not \xff text"},
-			{cryo.TypeBinary, 0, ""},
+			{cryo.KindText, 3, "grüße"},
+			{cryo.KindBinary, 1, "\x00\xff"},
+			{cryo.KindText, 4, ""},
+			{cryo.KindText, 1<<32 - 1, "not \xff text"},
+			{cryo.KindBinary, 0, ""},
 		} {
 			m := receive(t, s)
-			require.Equal(t, want.typ, m.Type)
+			require.Equal(t, want.kind, m.Kind)
 			require.Equal(t, want.number, m.Number())
 			require.Equal(t, want.payload, string(m.Payload))
 			require.Same(t, s, m.Session())
@@ -107,7 +108,7 @@ func TestManyReceiveAtOnce(t *testing.T) {
 		}
 		acked := map[uint32]bool{}
 		for range messages {
-			acked[peer.WantType("an acknowledgement", cryo.TypeAck).Ack] = true
+			acked[peer.WantType("an acknowledgement", wire.Ack).Ack] = true
 		}
 		require.Len(t, acked, messages)
 		peer.WriteClose(4000, "")
@@ -192,10 +193,10 @@ func TestACopyOfAMessageIsSettledWithIt(t *testing.T) {
 					}
 					for i := range size {
 						if f := peer.Next("an answer"); name == "Reject" {
-							require.Equal(t, cryo.TypeError, f.Type)
+							require.Equal(t, wire.Error, f.Type)
 							require.Equal(t, "no", string(f.Payload))
 						} else {
-							require.Equal(t, cryo.TypeAck, f.Type)
+							require.Equal(t, wire.Ack, f.Type)
 							require.Equal(t, size-1-i, f.Ack)
 						}
 					}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestTextsOfRefusalsAreFitForTheWire(t *testing.T) {
@@ -32,7 +33,7 @@ func TestErrorsOfThePeersApplicationAreMessages(t *testing.T) {
 			cryotest.Error(end.first, "with a number of ours that was not issued yet"),
 		)
 		m := receive(t, s)
-		require.Equal(t, cryo.TypeError, m.Type)
+		require.Equal(t, cryo.KindError, m.Kind)
 		require.Equal(t, "out of paper", string(m.Payload))
 		peer.WantIdle("no acknowledgement yet", instant)
 		require.NoError(t, m.Ack())
@@ -63,7 +64,7 @@ func TestASessionThatOnlySendsRefusesMessages(t *testing.T) {
 		require.Less(t, len(lines.text()), 2000, "and not at length")
 
 		send := start(func() error { return s.SendUTF8(t.Context(), "still sends") })
-		peer.Ack(peer.WantType("the text", cryo.TypeUTF8))
+		peer.Ack(peer.WantType("the text", wire.UTF8))
 		send.wantSuccess(t)
 	})
 }

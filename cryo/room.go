@@ -1,6 +1,10 @@
 package cryo
 
-import "time"
+import (
+	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
 
 // Where reading pauses: until there is room for what is received and not settled,
 // for a large message that is coming in, or for the answers that are not written.
@@ -19,19 +23,19 @@ const (
 func (s *Session) awaitRoom(head []byte, full bool) {
 	s.noRoom = false
 	switch {
-	case full && isData(head):
+	case full && wire.IsData(head):
 		// Other frames are read on: they may be the handshake, or
 		// acknowledgements that our senders wait for.
-		s.noRoom = !s.waitForRoom(isChunk(head))
+		s.noRoom = !s.waitForRoom(wire.IsChunk(head))
 	case !full && s.overflowing && s.budget.relaxed(&s.held):
 		s.overflowing = false
 	}
-	for !s.noRoom && s.enterIntake(isData(head)) && !s.noRoom {
-		if !isData(head) || s.budget.wait(&s.held) == nil || s.isEnding() {
+	for !s.noRoom && s.enterIntake(wire.IsData(head)) && !s.noRoom {
+		if !wire.IsData(head) || s.budget.wait(&s.held) == nil || s.isEnding() {
 			return
 		}
 		s.leaveIntake() // while it waited, others took what room there was
-		s.noRoom = !s.waitForRoom(isChunk(head))
+		s.noRoom = !s.waitForRoom(wire.IsChunk(head))
 	}
 }
 
@@ -83,7 +87,7 @@ func (s *Session) pause() (resume func()) {
 // skipPayload reads a large message that is refused, without memory for it: what
 // there is to know of it is in its first bytes.
 func (s *Session) skipPayload(head []byte) ([]byte, error) {
-	b, err := s.ws.readHead(head, chunkStart-len(head))
+	b, err := s.ws.readHead(head, wire.ChunkHeaderSize-len(head))
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +103,7 @@ func (s *Session) enterIntake(refusable bool) (waited bool) {
 	case n <= int64(largeMessage) || s.coming > 0:
 		return false
 	case !s.ws.final:
-		n = maxFrame // who knows
+		n = wire.MaxFrame // who knows
 	}
 	if room := s.intake.take(n); room != nil {
 		waited = true

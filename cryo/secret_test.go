@@ -16,6 +16,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 var secrets = []string{
@@ -161,7 +162,7 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s, peer := dialled(t, cryo.DialOptions{})
 				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
-				peer.WriteFrames(cryotest.Error(peer.WantType("the text", cryo.TypeUTF8).Ack, words))
+				peer.WriteFrames(cryotest.Error(peer.WantType("the text", wire.UTF8).Ack, words))
 				require.Equal(t, &cryo.RejectedError{Text: redacted}, send.result(t))
 
 				peer.WriteFrames(cryotest.Error(5, words))

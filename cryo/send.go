@@ -4,24 +4,33 @@ import (
 	"context"
 	"fmt"
 	"unicode/utf8"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Outgoing is a message to be sent.
 type Outgoing struct {
-	Type Type // TypeUTF8 or TypeBinary
-	// Payload is at most 16 MiB, and valid UTF-8 for TypeUTF8. It must not be
+	Kind Kind // KindText or KindBinary
+	// Payload is at most 16 MiB, and valid UTF-8 for KindText. It must not be
 	// changed before the send is over; after one that was cancelled it may still
 	// be being written, so don't use its memory again.
 	Payload []byte
 }
 
+func (m *Outgoing) frameType() wire.Type {
+	if m.Kind == KindText {
+		return wire.UTF8
+	}
+	return wire.Binary
+}
+
 func (m *Outgoing) check() error {
 	switch {
-	case m.Type != TypeUTF8 && m.Type != TypeBinary:
+	case m.Kind != KindText && m.Kind != KindBinary:
 		return errNotAMessage
 	case len(m.Payload) > MaxPayload:
 		return fmt.Errorf("message of %d bytes: one frame carries at most 16 MiB, larger data travels as a stream", len(m.Payload))
-	case m.Type == TypeUTF8 && !utf8.Valid(m.Payload):
+	case m.Kind == KindText && !utf8.Valid(m.Payload):
 		return fmt.Errorf("text of %d bytes is not valid UTF-8: send it as binary", len(m.Payload))
 	default:
 		return nil
@@ -30,12 +39,12 @@ func (m *Outgoing) check() error {
 
 // SendUTF8 sends a text and waits for its acknowledgement; see SendBatch.
 func (s *Session) SendUTF8(ctx context.Context, text string) error {
-	return s.sendOne(ctx, Outgoing{Type: TypeUTF8, Payload: []byte(text)})
+	return s.sendOne(ctx, Outgoing{Kind: KindText, Payload: []byte(text)})
 }
 
 // SendBinary sends bytes and waits for their acknowledgement; see SendBatch.
 func (s *Session) SendBinary(ctx context.Context, data []byte) error {
-	return s.sendOne(ctx, Outgoing{Type: TypeBinary, Payload: data})
+	return s.sendOne(ctx, Outgoing{Kind: KindBinary, Payload: data})
 }
 
 func (s *Session) sendOne(ctx context.Context, m Outgoing) error {
@@ -91,19 +100,19 @@ func (g *Sending) Wait(ctx context.Context) error {
 // checkedBatch is what can be sent of a batch of messages.
 type checkedBatch struct {
 	size   int
-	frames []Frame     // without session id and number
-	failed *BatchError // names the messages that are no frames; nil if there are none
+	frames []wire.Frame // without session id and number
+	failed *BatchError  // names the messages that are no frames; nil if there are none
 }
 
 func checkBatch(messages []Outgoing) checkedBatch {
-	b := checkedBatch{size: len(messages), frames: make([]Frame, 0, len(messages))}
+	b := checkedBatch{size: len(messages), frames: make([]wire.Frame, 0, len(messages))}
 	for i := range messages {
 		m := &messages[i]
 		if err := m.check(); err != nil {
 			b.failed = b.failed.with(i, b.size, err)
 			continue
 		}
-		b.frames = append(b.frames, Frame{Type: m.Type, Payload: m.Payload})
+		b.frames = append(b.frames, wire.Frame{Type: m.frameType(), Payload: m.Payload})
 	}
 	return b
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestSendReturnsWhenThePeerHasAcknowledged(t *testing.T) {
@@ -59,7 +60,7 @@ func TestSendFailsWithThePeersRefusalWhichIsNeverAcknowledged(t *testing.T) {
 func TestARefusalIsNotRepeatedAtLength(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendUTF8(t.Context(), "no") })
-		peer.WantType("the text", cryo.TypeUTF8)
+		peer.WantType("the text", wire.UTF8)
 		peer.WriteFrames(cryotest.Error(end.first, string(bytes.Repeat([]byte("€"), 1<<20))))
 		rejected, ok := errors.AsType[*cryo.RejectedError](send.result(t))
 		require.True(t, ok)
@@ -85,7 +86,7 @@ func TestSendTellsWhyItsContextWasCancelled(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		send := start(func() error { return s.SendUTF8(ctx, "first") })
-		peer.WantType("the text", cryo.TypeUTF8)
+		peer.WantType("the text", wire.UTF8)
 		cancel(errors.New("the pipeline stops"))
 		require.EqualError(t, send.result(t), "waiting for the acknowledgement: the pipeline stops")
 	})
@@ -133,7 +134,7 @@ func TestALateRefusalIsNeitherAcknowledgedNorReceived(t *testing.T) {
 func TestSendFailsWithTheEndOfTheSession(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendUTF8(t.Context(), "lost") })
-		peer.WantType("the text", cryo.TypeUTF8)
+		peer.WantType("the text", wire.UTF8)
 		peer.WriteClose(4002, "out of order")
 		err := send.result(t)
 		require.ErrorIs(t, err, net.ErrClosed)
@@ -150,7 +151,7 @@ func TestSendFailsWithTheEndOfTheSession(t *testing.T) {
 func TestSendFailsWithALostConnection(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendUTF8(t.Context(), "lost") })
-		peer.WantType("the text", cryo.TypeUTF8)
+		peer.WantType("the text", wire.UTF8)
 		peer.Conn().Cut()
 		err := send.result(t)
 		require.ErrorIs(t, err, net.ErrClosed)
@@ -164,12 +165,12 @@ func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
 		huge := make([]byte, cryo.MaxPayload+1)
 		send := start(func() error {
 			return s.SendBatch(t.Context(), []cryo.Outgoing{
-				{Type: cryo.TypeUTF8, Payload: []byte("zero")},
-				{Type: cryo.TypeUTF8, Payload: []byte("not \xff text")},
-				{Type: cryo.TypeBinary, Payload: []byte("two")},
-				{Type: cryo.TypeBinary, Payload: huge},
-				{Type: cryo.TypeError, Payload: []byte("four")},
-				{Type: cryo.TypeUTF8, Payload: []byte("five")},
+				{Kind: cryo.KindText, Payload: []byte("zero")},
+				{Kind: cryo.KindText, Payload: []byte("not \xff text")},
+				{Kind: cryo.KindBinary, Payload: []byte("two")},
+				{Kind: cryo.KindBinary, Payload: huge},
+				{Kind: cryo.KindError, Payload: []byte("four")},
+				{Kind: cryo.KindText, Payload: []byte("five")},
 			})
 		})
 		peer.WantFrame("the first", cryotest.Text(end.first, "zero"))
@@ -188,7 +189,7 @@ func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
 		require.EqualError(t, batch.Errs[1], "text of 10 bytes is not valid UTF-8: send it as binary")
 		require.Equal(t, &cryo.RejectedError{Text: "no"}, batch.Errs[2])
 		require.EqualError(t, batch.Errs[3], "message of 16777217 bytes: one frame carries at most 16 MiB, larger data travels as a stream")
-		require.EqualError(t, batch.Errs[4], "only UTF8DATA and BINARYDATA can be sent as messages")
+		require.EqualError(t, batch.Errs[4], "only text and binary can be sent as messages")
 		require.NoError(t, batch.Errs[5])
 		require.EqualError(t, err, "4 of 6 messages not acknowledged, the first: text of 10 bytes is not valid UTF-8: send it as binary")
 
@@ -225,7 +226,7 @@ func TestTheLargestMessagePasses(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		large := bytes.Repeat([]byte("0123456789abcdef"), cryo.MaxPayload/16)
 		send := start(func() error { return s.SendBinary(t.Context(), large) })
-		f := peer.WantType("16 MiB", cryo.TypeBinary)
+		f := peer.WantType("16 MiB", wire.Binary)
 		require.True(t, bytes.Equal(large, f.Payload))
 		peer.Ack(f)
 		send.wantSuccess(t)
@@ -246,7 +247,7 @@ func TestWhatNobodyWaitsForAnyMoreIsNotSent(t *testing.T) {
 		require.ErrorIs(t, second.result(t), context.Canceled)
 
 		peer.Conn().ReadOn()
-		peer.Ack(peer.WantType("the first", cryo.TypeBinary))
+		peer.Ack(peer.WantType("the first", wire.Binary))
 		first.wantSuccess(t)
 		peer.WantFrame("the third", cryotest.Text(end.first+2, "third"))
 		peer.WriteFrames(cryotest.Acked(end.first + 2))
@@ -271,7 +272,7 @@ func TestManySendAtOnce(t *testing.T) {
 		seen := map[string]bool{}
 		numbers := map[uint32]bool{}
 		for range 2 * senders * each {
-			f := peer.WantType("a text", cryo.TypeUTF8)
+			f := peer.WantType("a text", wire.UTF8)
 			seen[string(f.Payload)], numbers[f.Ack] = true, true
 			peer.Ack(f)
 		}
@@ -285,7 +286,7 @@ func TestManySendAtOnce(t *testing.T) {
 func texts(list ...string) []cryo.Outgoing {
 	var batch []cryo.Outgoing
 	for _, text := range list {
-		batch = append(batch, cryo.Outgoing{Type: cryo.TypeUTF8, Payload: []byte(text)})
+		batch = append(batch, cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(text)})
 	}
 	return batch
 }

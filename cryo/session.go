@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Defaults of [SessionOptions].
@@ -59,11 +61,11 @@ type SessionOptions struct {
 	// OnLateAck is called when the peer acknowledges or refuses a frame for
 	// which nobody waits any more: it has arrived, but was taken for lost.
 	// OnRefused is called when the session itself refuses what it received: a
-	// message of the type, or for TypeTxStart a stream. Both are for counting:
+	// message, or for KindStream a stream. Both are for counting:
 	// they run on the reading goroutine, OnRefused on that of Session.Refuse too,
 	// and must not wait. Default: none.
 	OnLateAck func()
-	OnRefused func(Type)
+	OnRefused func(Kind)
 
 	token *secret // that the peer's words are not repeated with; nil is none
 }
@@ -86,7 +88,7 @@ func (o SessionOptions) withDefaults() SessionOptions {
 		o.OnLateAck = func() {}
 	}
 	if o.OnRefused == nil {
-		o.OnRefused = func(Type) {}
+		o.OnRefused = func(Kind) {}
 	}
 	return o
 }
@@ -261,7 +263,7 @@ func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
 	reason = cutText(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 	last := farewell{code: code, reason: reason}
 	if bye {
-		last.bye = &Frame{SID: s.id, Type: TypeBye, Ack: s.pend.number(), Payload: []byte(reason)}
+		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
 	s.out.sayLast(last)
 }

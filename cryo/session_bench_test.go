@@ -40,7 +40,7 @@ func connected(b *testing.B) (client, server *cryo.Session) {
 func benchMessages(n int) []cryo.Outgoing {
 	batch := make([]cryo.Outgoing, n)
 	for i := range batch {
-		batch[i] = cryo.Outgoing{Type: cryo.TypeBinary, Payload: make([]byte, benchPayload)}
+		batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, benchPayload)}
 	}
 	return batch
 }

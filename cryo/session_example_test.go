@@ -20,7 +20,7 @@ func taker() *httptest.Server {
 				if err != nil {
 					return // the session has ended
 				}
-				fmt.Printf("%v: %s\n", m.Type, m.Payload)
+				fmt.Printf("%v: %s\n", m.Kind, m.Payload)
 				_ = m.Ack()
 			}
 		},
@@ -37,7 +37,7 @@ func ExampleSession_SendUTF8() {
 	must(s.SendUTF8(ctx, "grüße"))
 	fmt.Println("delivered")
 	// Output:
-	// UTF8DATA: grüße
+	// text: grüße
 	// delivered
 }
 
@@ -51,7 +51,7 @@ func ExampleSession_SendBinary() {
 	must(s.SendBinary(ctx, []byte("bytes")))
 	fmt.Println("delivered")
 	// Output:
-	// BINARYDATA: bytes
+	// binary: bytes
 	// delivered
 }
 

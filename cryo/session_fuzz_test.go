@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // What a peer does in FuzzSession: a byte, the length of what follows in another,
@@ -34,7 +35,7 @@ func FuzzSession(f *testing.F) {
 		f.Add(false, script)
 		f.Add(true, script)
 	}
-	valid, malformed := readVectors(f)
+	valid, malformed := cryotest.Vectors(f)
 	var all []byte
 	for _, v := range valid {
 		frame := v.Bytes[8:]
@@ -119,7 +120,7 @@ func play(peer *cryotest.Peer, script []byte) {
 // answerOurs makes an ACK or ERROR whose number is 0x40000000 or more one for a number
 // of the session, counted from its first: they are others in each session.
 func answerOurs(frame []byte, first uint32) {
-	if len(frame) < 13 || frame[8] != byte(cryo.TypeAck) && frame[8] != byte(cryo.TypeError) {
+	if len(frame) < 13 || frame[8] != byte(wire.Ack) && frame[8] != byte(wire.Error) {
 		return
 	}
 	if n := binary.BigEndian.Uint32(frame[9:]); n >= dialledFrom {

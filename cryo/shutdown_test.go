@@ -13,6 +13,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
@@ -31,7 +32,7 @@ func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
 			peer.WantFrame("BYE", cryotest.Bye(peer.First+1, "server is shutting down"))
 			peer.WantClose("the end", 4000, "server is shutting down")
 		}
-		require.Equal(t, "server is shutting down", string(early.WantType("BYE", cryo.TypeBye).Payload))
+		require.Equal(t, "server is shutting down", string(early.WantType("BYE", wire.Bye).Payload))
 		shutdown.wantBlocked(t)
 
 		status, _, body := knock(t, l, "x-cryo-sid=5&authorization="+url.QueryEscape("Bearer "+token), upgrade())
@@ -72,7 +73,7 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		<-ghost.Ending()
 
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
-		peer.WantType("BYE", cryo.TypeBye)
+		peer.WantType("BYE", wire.Bye)
 		peer.WriteClose(4000, "")
 		shutdown.wantBlocked(t)
 		l.release()

@@ -346,7 +346,7 @@ func (s *storm) sendMessages(r *rand.Rand, from, to *cryo.Session) {
 		ids := make([]uint64, len(batch))
 		for i := range batch {
 			ids[i], batch[i].Payload = s.payload(r)
-			batch[i].Type = cryo.TypeBinary
+			batch[i].Kind = cryo.KindBinary
 		}
 		patience := time.Minute
 		if r.IntN(4) == 0 {

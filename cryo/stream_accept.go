@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const (
@@ -88,13 +90,13 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 // pulled from: it stops working.
 func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
 	switch flow {
-	case FlowPush:
-	case FlowPull:
+	case wire.FlowPush:
+	case wire.FlowPull:
 		s.incoming.pull()
 	default:
 		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
 	}
-	errs, err := s.sendFrames(ctx, []outgoing{{Frame: Frame{SID: s.id, Type: TypeTxFlow, Flow: flow}}})
+	errs, err := s.sendFrames(ctx, []outgoing{{Frame: wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}}})
 	if err == nil && errs != nil {
 		err = errs[0]
 	}
@@ -155,8 +157,8 @@ func (in *incomingStreams) pull() {
 }
 
 // start takes TX_START. Reading goroutine.
-func (in *incomingStreams) start(f *Frame) {
-	name := anonymous
+func (in *incomingStreams) start(f *wire.Frame) {
+	name := wire.Anonymous
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
 		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
 	}
@@ -167,7 +169,7 @@ func (in *incomingStreams) start(f *Frame) {
 	case in.open[f.Tx] != nil:
 		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
 	case in.s.refusing.Load(), len(in.announced) >= maxAnnounced, max(len(f.Payload), len(name)) > maxStreamName:
-		in.s.opts.OnRefused(TypeTxStart)
+		in.s.opts.OnRefused(KindStream)
 		in.s.cancel(f.Tx)
 	default:
 		st := &IncomingStream{
@@ -182,14 +184,14 @@ func (in *incomingStreams) start(f *Frame) {
 
 // chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
-func (in *incomingStreams) chunk(f *Frame) {
+func (in *incomingStreams) chunk(f *wire.Frame) {
 	if st := in.find(f.Tx); st != nil {
 		st.chunk(f)
 	}
 }
 
 // finish takes TX_FINISH. Reading goroutine.
-func (in *incomingStreams) finish(f *Frame) {
+func (in *incomingStreams) finish(f *wire.Frame) {
 	if in.finished(f) {
 		in.s.out.acknowledge([]uint32{f.Ack})
 	}
@@ -197,7 +199,7 @@ func (in *incomingStreams) finish(f *Frame) {
 
 // finished reports whether the stream of a TX_FINISH is acknowledged already. It holds
 // the mutex all the time: a stream is remembered in the moment in which it is closed.
-func (in *incomingStreams) finished(f *Frame) bool {
+func (in *incomingStreams) finished(f *wire.Frame) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if st := in.open[f.Tx]; st != nil {
@@ -259,12 +261,12 @@ func (in *incomingStreams) refuse() {
 	waiting := slices.Clone(in.announced)
 	in.mu.Unlock()
 	for _, st := range waiting {
-		in.s.opts.OnRefused(TypeTxStart)
+		in.s.opts.OnRefused(KindStream)
 		_ = st.Reject() // after the end of the session nobody hears it
 	}
 }
 
 // cancel says TX_CANCEL, which names the peer's transaction.
 func (s *Session) cancel(tx uint32) bool {
-	return s.out.control(Frame{SID: s.id, Type: TypeTxCancel, Ack: s.pend.number(), Tx: tx})
+	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: s.pend.number(), Tx: tx})
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestNoMoreStreamsAreOpenThanMayBe(t *testing.T) {
@@ -77,7 +78,7 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 		peer.WantIdle("a place was free", time.Hour)
 		s.Refuse(true)
 		for range 256 {
-			peer.WantType("TX_CANCEL of all of them", cryo.TypeTxCancel)
+			peer.WantType("TX_CANCEL of all of them", wire.TxCancel)
 		}
 		peer.WantIdle("and no more", instant)
 	})
@@ -91,7 +92,7 @@ func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
 			st := acceptStream(t, s)
 			read := start(func() error { return wantRest(t, st, "x") })
 			peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-			peer.WantType("TX_FETCH", cryo.TypeTxFetch)
+			peer.WantType("TX_FETCH", wire.TxFetch)
 			peer.WriteFrames(txChunk(tx, 0, "x"))
 			read.wantSuccess(t)
 			require.NoError(t, st.Ack(), "it is whole by its size")

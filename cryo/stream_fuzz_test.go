@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // FuzzStreams has a raw peer send any sequence of frames about streams, well
@@ -62,30 +63,30 @@ func FuzzStreams(f *testing.F) {
 			for len(script) >= 4 && len(script) < 400 {
 				op, a, b, c := script[0], script[1], script[2], script[3]
 				script = script[4:]
-				frame := cryo.Frame{SID: peer.SID, Ack: uint32(b), Tx: uint32(a)}
+				frame := wire.Frame{SID: peer.SID, Ack: uint32(b), Tx: uint32(a)}
 				at, xor := -1, byte(0)
 				switch op {
 				case start:
-					frame.Type, frame.Size, frame.Payload = cryo.TypeTxStart, int32(max(int8(b), -1)), []byte("n")
+					frame.Type, frame.Size, frame.Payload = wire.TxStart, int32(max(int8(b), -1)), []byte("n")
 				case chunk:
-					frame.Type, frame.Seq, frame.Payload = cryo.TypeTxChunk, uint32(b), []byte(strings.Repeat("x", int(c)))
+					frame.Type, frame.Seq, frame.Payload = wire.TxChunk, uint32(b), []byte(strings.Repeat("x", int(c)))
 				case finish:
-					frame.Type = cryo.TypeTxFinish
+					frame.Type = wire.TxFinish
 				case flow:
-					frame.Type, frame.Flow = cryo.TypeTxFlow, cryo.Flow(a%2)
+					frame.Type, frame.Flow = wire.TxFlow, cryo.Flow(a%2)
 				case fetch:
-					frame.Type, frame.Start, frame.End = cryo.TypeTxFetch, uint32(b), uint32(c)
+					frame.Type, frame.Start, frame.End = wire.TxFetch, uint32(b), uint32(c)
 				case cancel:
-					frame.Type = cryo.TypeTxCancel
+					frame.Type = wire.TxCancel
 				case ack:
-					frame.Type, frame.Ack = cryo.TypeAck, peer.First+uint32(a)
+					frame.Type, frame.Ack = wire.Ack, peer.First+uint32(a)
 				case flip:
-					frame.Type, at, xor = cryo.TypeTxStart, int(a), b
+					frame.Type, at, xor = wire.TxStart, int(a), b
 				default:
 					time.Sleep(time.Duration(a) * time.Second)
 					continue
 				}
-				bytes, err := cryo.AppendFrame(nil, &frame)
+				bytes, err := wire.Append(nil, &frame)
 				require.NoError(t, err)
 				if at >= 0 {
 					bytes[at%len(bytes)] ^= xor

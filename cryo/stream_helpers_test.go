@@ -14,33 +14,34 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // quiet keeps the heartbeat out of tests that let time pass.
 var quiet = cryo.SessionOptions{HeartbeatInterval: 24 * time.Hour}
 
-func txStart(number, tx uint32, size int32, name string) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxStart, Ack: number, Tx: tx, Size: size, Payload: payload(name)}
+func txStart(number, tx uint32, size int32, name string) wire.Frame {
+	return wire.Frame{Type: wire.TxStart, Ack: number, Tx: tx, Size: size, Payload: payload(name)}
 }
 
-func txChunk(tx, seq uint32, data string) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Seq: seq, Payload: payload(data)}
+func txChunk(tx, seq uint32, data string) wire.Frame {
+	return wire.Frame{Type: wire.TxChunk, Tx: tx, Seq: seq, Payload: payload(data)}
 }
 
-func txFinish(number, tx uint32) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxFinish, Ack: number, Tx: tx}
+func txFinish(number, tx uint32) wire.Frame {
+	return wire.Frame{Type: wire.TxFinish, Ack: number, Tx: tx}
 }
 
-func txFlow(number uint32, flow cryo.Flow) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxFlow, Ack: number, Flow: flow}
+func txFlow(number uint32, flow cryo.Flow) wire.Frame {
+	return wire.Frame{Type: wire.TxFlow, Ack: number, Flow: flow}
 }
 
-func txFetch(number, tx, start, end uint32) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxFetch, Ack: number, Tx: tx, Start: start, End: end}
+func txFetch(number, tx, start, end uint32) wire.Frame {
+	return wire.Frame{Type: wire.TxFetch, Ack: number, Tx: tx, Start: start, End: end}
 }
 
-func txCancel(number, tx uint32) cryo.Frame {
-	return cryo.Frame{Type: cryo.TypeTxCancel, Ack: number, Tx: tx}
+func txCancel(number, tx uint32) wire.Frame {
+	return wire.Frame{Type: wire.TxCancel, Ack: number, Tx: tx}
 }
 
 func payload(text string) []byte {
@@ -151,7 +152,7 @@ func opening(t *testing.T, s *cryo.Session, peer *cryotest.Peer, opts *cryo.Stre
 		st, err = s.OpenStream(t.Context(), opts)
 		return err
 	})
-	f := peer.WantType("TX_START", cryo.TypeTxStart)
+	f := peer.WantType("TX_START", wire.TxStart)
 	peer.Ack(f)
 	open.wantSuccess(t)
 	t.Cleanup(st.Abandon)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestWriteBlocksWhileThePeerDoesNotRead(t *testing.T) {
@@ -80,9 +81,9 @@ func TestMessagesAreNotStarvedByStreams(t *testing.T) {
 		for range streams {
 			sending.Go(func() { _ = s.SendStream(ctx, endless{}, nil) })
 		}
-		var starts []cryo.Frame
+		var starts []wire.Frame
 		for range streams {
-			starts = append(starts, peer.WantType("TX_START", cryo.TypeTxStart))
+			starts = append(starts, peer.WantType("TX_START", wire.TxStart))
 		}
 		peer.Ack(starts...)
 		for i := range 10 {
@@ -95,12 +96,12 @@ func TestMessagesAreNotStarvedByStreams(t *testing.T) {
 			between := 0
 			for {
 				f := peer.Next("a chunk or the message")
-				if f.Type == cryo.TypeUTF8 {
+				if f.Type == wire.UTF8 {
 					require.Equal(t, fmt.Sprint(i), string(f.Payload))
 					peer.Ack(f)
 					break
 				}
-				require.Equal(t, cryo.TypeTxChunk, f.Type)
+				require.Equal(t, wire.TxChunk, f.Type)
 				between += len(f.Payload)
 			}
 			text.wantSuccess(t)

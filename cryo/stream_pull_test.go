@@ -12,13 +12,14 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // setIncomingFlow has a session ask for a flow, of a raw peer.
 func setIncomingFlow(t *testing.T, s *cryo.Session, peer *cryotest.Peer, flow cryo.Flow) {
 	t.Helper()
 	set := start(func() error { return s.SetIncomingFlowControl(t.Context(), flow) })
-	f := peer.WantType("TX_FLOW", cryo.TypeTxFlow)
+	f := peer.WantType("TX_FLOW", wire.TxFlow)
 	require.Equal(t, flow, f.Flow)
 	set.wantBlocked(t)
 	peer.Ack(f)
@@ -116,7 +117,7 @@ func TestEachTXFinishOfAStreamIsAcknowledgedOnce(t *testing.T) {
 			st := acceptStream(t, s)
 			read := start(func() error { return wantRest(t, st, "x") })
 			peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-			peer.WantType("TX_FETCH", cryo.TypeTxFetch)
+			peer.WantType("TX_FETCH", wire.TxFetch)
 			peer.WriteFrames(txChunk(5, 0, "x"))
 			read.wantSuccess(t)
 
@@ -146,16 +147,16 @@ func TestAnEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
 func TestAPulledStreamOfAnotherSizeIsBroken(t *testing.T) {
 	for name, c := range map[string]struct {
 		size   int32
-		frames []cryo.Frame
+		frames []wire.Frame
 		came   string
 	}{
-		"short":             {4, []cryo.Frame{txChunk(5, 0, "abc"), txFinish(2, 5)}, "abc"},
-		"nothing of it":     {4, []cryo.Frame{txFinish(2, 5)}, ""},
-		"long":              {4, []cryo.Frame{txChunk(5, 0, "abcde")}, ""},
-		"long by a chunk":   {4, []cryo.Frame{txChunk(5, 0, "abcd"), txChunk(5, 1, "e")}, "abcd"},
-		"not empty":         {0, []cryo.Frame{txChunk(5, 0, "a")}, ""},
-		"another chunk":     {4, []cryo.Frame{txChunk(5, 1, "abcd")}, ""},
-		"more than fetched": {4, []cryo.Frame{txChunk(5, 0, "ab"), txChunk(5, 0, "ab")}, "ab"},
+		"short":             {4, []wire.Frame{txChunk(5, 0, "abc"), txFinish(2, 5)}, "abc"},
+		"nothing of it":     {4, []wire.Frame{txFinish(2, 5)}, ""},
+		"long":              {4, []wire.Frame{txChunk(5, 0, "abcde")}, ""},
+		"long by a chunk":   {4, []wire.Frame{txChunk(5, 0, "abcd"), txChunk(5, 1, "e")}, "abcd"},
+		"not empty":         {0, []wire.Frame{txChunk(5, 0, "a")}, ""},
+		"another chunk":     {4, []wire.Frame{txChunk(5, 1, "abcd")}, ""},
+		"more than fetched": {4, []wire.Frame{txChunk(5, 0, "ab"), txChunk(5, 0, "ab")}, "ab"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -163,10 +164,10 @@ func TestAPulledStreamOfAnotherSizeIsBroken(t *testing.T) {
 				p.wantFetch(0, uint32(min(c.size, 1)))
 				p.WriteFrames(c.frames...)
 				f := p.Next("TX_CANCEL, or one TX_FETCH before it")
-				if f.Type == cryo.TypeTxFetch {
-					f = p.WantType("TX_CANCEL", cryo.TypeTxCancel)
+				if f.Type == wire.TxFetch {
+					f = p.WantType("TX_CANCEL", wire.TxCancel)
 				}
-				require.Equal(t, cryo.TypeTxCancel, f.Type)
+				require.Equal(t, wire.TxCancel, f.Type)
 				require.Equal(t, uint32(5), f.Tx)
 				require.ErrorIs(t, wantRest(t, p.st, c.came), cryo.ErrStreamBroken)
 				require.ErrorIs(t, p.st.Ack(), cryo.ErrStreamBroken)
@@ -229,7 +230,7 @@ func TestASizeIsHeldAgainstAPushedStreamToo(t *testing.T) {
 				continue
 			}
 			require.ErrorIs(t, read.result(t), cryo.ErrStreamBroken)
-			peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
+			peer.WantType("TX_CANCEL", wire.TxCancel)
 		}
 	})
 }
@@ -238,7 +239,7 @@ func TestAStreamThatMeetsAnotherFlowOnItsWayIsPulledAllTheSame(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setIncomingFlow(t, s, peer, cryo.FlowPull)
 		set := start(func() error { return s.SetIncomingFlowControl(t.Context(), cryo.FlowPush) })
-		f := peer.WantType("TX_FLOW", cryo.TypeTxFlow)
+		f := peer.WantType("TX_FLOW", wire.TxFlow)
 		peer.WriteFrames(txStart(1, 5, 3, ""), cryotest.Acked(f.Ack))
 		set.wantSuccess(t)
 		p := &pull{peer, t, acceptStream(t, s), end.first + 2}

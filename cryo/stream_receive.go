@@ -6,6 +6,8 @@ import (
 	"io"
 	"sync"
 	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const (
@@ -207,7 +209,7 @@ func (st *IncomingStream) fetchLocked() {
 		return
 	}
 	st.fetching = true
-	st.s.out.control(Frame{SID: st.s.id, Type: TypeTxFetch, Ack: st.s.pend.number(), Tx: st.tx, Start: from, End: to})
+	st.s.out.control(wire.Frame{SID: st.s.id, Type: wire.TxFetch, Ack: st.s.pend.number(), Tx: st.tx, Start: from, End: to})
 }
 
 // Ack tells the peer that the whole stream has been delivered: TX_FINISH is
@@ -317,7 +319,7 @@ func (st *IncomingStream) checkIdle() {
 }
 
 // chunk takes a chunk. Reading goroutine.
-func (st *IncomingStream) chunk(f *Frame) {
+func (st *IncomingStream) chunk(f *wire.Frame) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil || st.settled != unsettled {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestAReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
@@ -320,7 +321,7 @@ func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 3 {
 			require.NoError(t, incoming(t, s, peer, 1, 5).Reject())
-			peer.WantType("TX_CANCEL", cryo.TypeTxCancel)
+			peer.WantType("TX_CANCEL", wire.TxCancel)
 			st := incoming(t, s, peer, 2, 5)
 			peer.WriteFrames(txFinish(3, 5))
 			peer.WantIdle("not acknowledged by itself", instant)
@@ -344,7 +345,7 @@ func TestANumberThatIsOpenTwiceEndsTheSession(t *testing.T) {
 }
 
 func TestABrokenStreamIsCancelledAfterWhatCame(t *testing.T) {
-	for name, frames := range map[string][]cryo.Frame{
+	for name, frames := range map[string][]wire.Frame{
 		"a chunk is missing":       {txChunk(5, 2, "x")},
 		"a chunk comes twice":      {txChunk(5, 0, "<")},
 		"a chunk from nowhere":     {txChunk(5, 1<<31, "x")},
@@ -385,7 +386,7 @@ func TestChunksBeforeTheStartIsAcknowledgedBreakAStream(t *testing.T) {
 }
 
 func TestFramesOfStreamsBeforeTheClientsEndpointInfoAreIgnored(t *testing.T) {
-	for name, f := range map[string]cryo.Frame{
+	for name, f := range map[string]wire.Frame{
 		"TX_START":  txStart(1, 0, -1, "early"),
 		"TX_CHUNK":  txChunk(0, 0, "early"),
 		"TX_FINISH": txFinish(1, 0),

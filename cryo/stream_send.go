@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Defaults and bounds of [StreamOptions].
@@ -55,7 +57,7 @@ type StreamOptions struct {
 
 func (o StreamOptions) withDefaults() (StreamOptions, error) {
 	if o.Name == "" {
-		o.Name = anonymous
+		o.Name = wire.Anonymous
 	}
 	if o.ChunkBytes == 0 {
 		o.ChunkBytes = DefaultChunkBytes
@@ -174,7 +176,7 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 // start announces the stream. The frame's number is awaited: a receiver may
 // lose chunks that come before it has answered.
 func (st *OutgoingStream) start(size int32) error {
-	err := st.await(Frame{SID: st.s.id, Type: TypeTxStart, Tx: st.tx, Size: size, Payload: []byte(st.opts.Name)})
+	err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxStart, Tx: st.tx, Size: size, Payload: []byte(st.opts.Name)})
 	if err != nil {
 		return fmt.Errorf("opening the stream %q: %w", st.opts.Name, err)
 	}
@@ -287,7 +289,7 @@ func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
 			return st.failed(err)
 		}
 	}
-	f := Frame{SID: st.s.id, Type: TypeTxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
+	f := wire.Frame{SID: st.s.id, Type: wire.TxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
 	if !st.s.out.sendOf(st, outgoing{Frame: f}) {
 		st.release(len(chunk))
 		return st.failed(st.ended())
@@ -358,7 +360,7 @@ func (st *OutgoingStream) Finish() error {
 }
 
 func (st *OutgoingStream) finish() error {
-	if err := st.await(Frame{SID: st.s.id, Type: TypeTxFinish, Tx: st.tx}); err != nil {
+	if err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxFinish, Tx: st.tx}); err != nil {
 		return fmt.Errorf("finishing the stream %q: %w", st.opts.Name, err)
 	}
 	return nil
@@ -367,7 +369,7 @@ func (st *OutgoingStream) finish() error {
 // await sends TX_START or TX_FINISH and waits for its acknowledgement, or for
 // the end of the stream: a peer that cancels after TX_FINISH does not
 // acknowledge that.
-func (st *OutgoingStream) await(f Frame) error {
+func (st *OutgoingStream) await(f wire.Frame) error {
 	batch, err := st.s.pend.register(1, func(_ int, number uint32) { f.Ack = number })
 	if err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestAStreamIsAnnouncedSentAndFinishedStepByStep(t *testing.T) {
@@ -109,7 +110,7 @@ func TestACancelledStreamStopsAtEachStep(t *testing.T) {
 			_, err := s.OpenStream(t.Context(), nil)
 			return err
 		})
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		cancel(0)
 		require.ErrorIs(t, open.result(t), cryo.ErrStreamCancelled)
 		peer.Ack(f) // too late
@@ -125,7 +126,7 @@ func TestACancelledStreamStopsAtEachStep(t *testing.T) {
 
 		st, tx = opening(t, s, peer, nil)
 		finish := start(st.Finish)
-		f = peer.WantType("TX_FINISH", cryo.TypeTxFinish)
+		f = peer.WantType("TX_FINISH", wire.TxFinish)
 		finish.wantBlocked(t)
 		cancel(tx)
 		require.ErrorIs(t, finish.result(t), cryo.ErrStreamCancelled)
@@ -162,8 +163,8 @@ func TestWhatComesFirstCountsWhenAStreamIsAcknowledgedAndCancelled(t *testing.T)
 			for _, cancelFirst := range []bool{false, true} {
 				st, tx := opening(t, s, peer, nil)
 				finish := start(st.Finish)
-				f := peer.WantType("TX_FINISH", cryo.TypeTxFinish)
-				last := []cryo.Frame{cryotest.Acked(f.Ack), txCancel(1, tx)}
+				f := peer.WantType("TX_FINISH", wire.TxFinish)
+				last := []wire.Frame{cryotest.Acked(f.Ack), txCancel(1, tx)}
 				if cancelFirst {
 					last[0], last[1] = last[1], last[0]
 				}
@@ -196,15 +197,15 @@ func TestNothingOfAStreamFollowsTheAcknowledgementOfItsCancel(t *testing.T) {
 		for len(over) < streams {
 			f := peer.Next("a frame of a stream")
 			switch f.Type {
-			case cryo.TypeTxStart:
+			case wire.TxStart:
 				peer.Ack(f)
-			case cryo.TypeTxChunk, cryo.TypeTxFinish:
+			case wire.TxChunk, wire.TxFinish:
 				require.False(t, over[f.Tx], "%v of a cancelled stream", f.Type)
-				if !cancelled[f.Tx] && (f.Type == cryo.TypeTxFinish || f.Seq == f.Tx) {
+				if !cancelled[f.Tx] && (f.Type == wire.TxFinish || f.Seq == f.Tx) {
 					cancelled[f.Tx] = true
 					peer.WriteFrames(txCancel(f.Tx, f.Tx))
 				}
-			case cryo.TypeAck:
+			case wire.Ack:
 				over[f.Ack] = true
 			}
 		}
@@ -230,13 +231,13 @@ func TestAnErrorThatNamesAStepIsARefusalOfTheStream(t *testing.T) {
 			_, err := s.OpenStream(t.Context(), nil)
 			return err
 		})
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		peer.WriteFrames(cryotest.Error(f.Ack, refused.Text))
 		require.ErrorAs(t, open.result(t), &refused)
 
 		st, _ := opening(t, s, peer, nil)
 		finish := start(st.Finish)
-		f = peer.WantType("TX_FINISH", cryo.TypeTxFinish)
+		f = peer.WantType("TX_FINISH", wire.TxFinish)
 		peer.WriteFrames(cryotest.Error(f.Ack, refused.Text))
 		require.ErrorAs(t, finish.result(t), &refused)
 		peer.WantIdle("a refusal is never acknowledged", instant)
@@ -254,7 +255,7 @@ func TestASourcesErrorIsReturnedAndTheStreamAbandoned(t *testing.T) {
 			{io.MultiReader(strings.NewReader("a"), idler{}), io.ErrNoProgress},
 		} {
 			send := start(func() error { return s.SendStream(t.Context(), c.source, nil) })
-			peer.Ack(peer.WantType("TX_START", cryo.TypeTxStart))
+			peer.Ack(peer.WantType("TX_START", wire.TxStart))
 			require.Equal(t, c.err, send.result(t))
 			time.Sleep(time.Hour)
 			require.LessOrEqual(t, peer.Skip(), 1, "a chunk at most, and no TX_FINISH")
@@ -301,7 +302,7 @@ func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
 			st, err = s.OpenStream(ctx, nil)
 			return err
 		})
-		peer.Ack(peer.WantType("TX_START", cryo.TypeTxStart))
+		peer.Ack(peer.WantType("TX_START", wire.TxStart))
 		open.wantSuccess(t)
 		cause := errors.New("the pipeline stops")
 		cancel(cause)
@@ -313,7 +314,7 @@ func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
 
 		finished, tx := opening(t, s, peer, nil)
 		finish := start(finished.Finish)
-		peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		finish.wantSuccess(t)
 		finished.Abandon()
 		require.Error(t, finished.Finish())
@@ -363,12 +364,12 @@ func TestTheStepTimeoutBoundsEachStepOfAStream(t *testing.T) {
 var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, func(io.Reader) error) *call{
 	"TX_START": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
 		step := start(func() error { return send(strings.NewReader("x")) })
-		peer.WantType("TX_START", cryo.TypeTxStart)
+		peer.WantType("TX_START", wire.TxStart)
 		return step
 	},
 	"room": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
 		step := start(func() error { return send(endless{}) })
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		peer.Conn().StopReading()
 		peer.Ack(f)
 		return step
@@ -376,13 +377,13 @@ var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, fun
 	"TX_FETCH": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
 		setFlow(peer, cryo.FlowPull)
 		step := start(func() error { return send(strings.NewReader("x")) })
-		peer.Ack(peer.WantType("TX_START", cryo.TypeTxStart))
+		peer.Ack(peer.WantType("TX_START", wire.TxStart))
 		return step
 	},
 	"TX_FINISH": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
 		step := start(func() error { return send(strings.NewReader("")) })
-		peer.Ack(peer.WantType("TX_START", cryo.TypeTxStart))
-		peer.WantType("TX_FINISH", cryo.TypeTxFinish)
+		peer.Ack(peer.WantType("TX_START", wire.TxStart))
+		peer.WantType("TX_FINISH", wire.TxFinish)
 		return step
 	},
 }

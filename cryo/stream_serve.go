@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // maxFetches is how many TX_FETCH of one stream wait to be served; more are
@@ -171,7 +173,7 @@ func (o *outgoingStreams) add(st *OutgoingStream) {
 	}
 	st.tx = o.nextTx
 	o.nextTx++
-	if st.pull = o.flow == FlowPull; st.pull {
+	if st.pull = o.flow == wire.FlowPull; st.pull {
 		st.fetches = make(chan fetch, maxFetches)
 	}
 	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)

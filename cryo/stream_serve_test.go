@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // pulled is a stream of ours that a raw peer pulls: "abcdefghij" in chunks of 4.
@@ -103,13 +104,13 @@ func TestWhatIsAskedForBeforeTheStartIsAcknowledgedComesAfterIt(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, cryo.FlowPull)
 		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader("abc"), nil) })
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		peer.WriteFrames(txFetch(1, 0, 0, 1))
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantIdle("no chunk yet", time.Hour)
 		peer.Ack(f)
 		peer.WantFrame("the chunk", txChunk(0, 0, "abc"))
-		peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		send.wantSuccess(t)
 	})
 }
@@ -121,13 +122,13 @@ func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
 		_, _ = past.Seek(10, io.SeekStart)
 		for tx, source := range []io.Reader{strings.NewReader(""), io.MultiReader(), past} {
 			send := start(func() error { return s.SendStream(t.Context(), source, nil) })
-			f := peer.WantType("TX_START", cryo.TypeTxStart)
+			f := peer.WantType("TX_START", wire.TxStart)
 			require.Zero(t, f.Size)
 			peer.Ack(f)
 			peer.WantIdle("no TX_FINISH by itself", time.Hour)
 			peer.WriteFrames(txFetch(1, uint32(tx), 0, 0))
 			peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
-			peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+			peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 			send.wantSuccess(t)
 		}
 	})
@@ -139,7 +140,7 @@ func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
 		send := start(func() error {
 			return s.SendStream(t.Context(), strings.NewReader("abcdef"), &cryo.StreamOptions{ChunkBytes: 3})
 		})
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		for range 100 {
 			peer.WriteFrames(txFetch(1, 0, 0, 1))
 			peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
@@ -152,7 +153,7 @@ func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
 		peer.WriteFrames(txFetch(1, 0, 1, 2))
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantFrame("the other chunk", txChunk(0, 1, "def"))
-		peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		send.wantSuccess(t)
 	})
 }
@@ -175,13 +176,13 @@ func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
 		require.NoError(t, err)
 		peer.WantIdle("not announced before its size is known", time.Hour)
 		finish := start(pulled.Finish)
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		require.Equal(t, int32(5), f.Size)
 		peer.Ack(f)
 		peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantFrame("the chunk", txChunk(f.Tx, 0, "later"))
-		peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		finish.wantSuccess(t)
 
 		_, tx = opening(t, s, peer, nil)
@@ -217,13 +218,13 @@ func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 		_, err = source.Seek(1, io.SeekStart)
 		require.NoError(t, err)
 		send := start(func() error { return s.SendStream(t.Context(), source, nil) })
-		f := peer.WantType("TX_START", cryo.TypeTxStart)
+		f := peer.WantType("TX_START", wire.TxStart)
 		require.Equal(t, int32(math.MaxInt32), f.Size)
 		peer.Ack(f)
 		peer.WriteFrames(txFetch(1, f.Tx, 32767, 32768))
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantFrame("the last chunk", txChunk(f.Tx, 32767, strings.Repeat("\x00", 65535)))
-		peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		send.wantSuccess(t)
 	})
 }
@@ -245,7 +246,7 @@ func TestWhatCanNotBeReadAgainIsKeptWithinABound(t *testing.T) {
 		peer.WantIdle("neither was announced", time.Hour)
 
 		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader("0123456789a"), opts) })
-		require.Equal(t, int32(11), peer.WantType("TX_START of what can be read again", cryo.TypeTxStart).Size)
+		require.Equal(t, int32(11), peer.WantType("TX_START of what can be read again", wire.TxStart).Size)
 		send.wantBlocked(t)
 	})
 }
@@ -339,13 +340,13 @@ func TestWhatIsPulledIsSentFromWhereItStands(t *testing.T) {
 				require.NoError(t, err)
 				// It is not kept in memory.
 				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{MaxSpoolBytes: 1}) })
-				f := peer.WantType("TX_START", cryo.TypeTxStart)
+				f := peer.WantType("TX_START", wire.TxStart)
 				require.Equal(t, int32(3), f.Size)
 				peer.Ack(f)
 				peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
 				peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 				peer.WantFrame("what is there", txChunk(f.Tx, 0, "abc"))
-				peer.Ack(peer.WantType("TX_FINISH", cryo.TypeTxFinish))
+				peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 				send.wantSuccess(t)
 				rest, err := io.ReadAll(source)
 				require.NoError(t, err)
@@ -371,7 +372,7 @@ func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
 				setFlow(peer, cryo.FlowPull)
 				source := file(t, "abcdefghij")
 				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{ChunkBytes: 4}) })
-				f := peer.WantType("TX_START", cryo.TypeTxStart)
+				f := peer.WantType("TX_START", wire.TxStart)
 				require.Equal(t, int32(10), f.Size)
 				peer.Ack(f)
 				peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
@@ -383,7 +384,7 @@ func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
 				require.EqualError(t, send.result(t), c.err)
 				time.Sleep(time.Hour)
 				for _, f := range peer.Taken() {
-					require.Equal(t, cryo.TypeTxChunk, f.Type, "no TX_FINISH")
+					require.Equal(t, wire.TxChunk, f.Type, "no TX_FINISH")
 					require.Equal(t, uint32(1), f.Seq, "nor the last chunk")
 				}
 			})

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const (
@@ -41,7 +43,7 @@ var (
 // down to half of it, and is used again when it was read. That spares a stream a
 // fresh 64 KiB for each of its chunks, which have to be zeroed and miss the caches:
 // 1.4 times as many.
-type chunkMemory [chunkStart + DefaultChunkBytes]byte
+type chunkMemory [wire.ChunkHeaderSize + DefaultChunkBytes]byte
 
 // fitsChunk tells whether a frame of n bytes fits, and uses more than half: what
 // is counted as held is to be near to what is in memory.

@@ -9,6 +9,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // The framing of WebSocket (RFC 6455), over a connection that gorilla/websocket
@@ -98,7 +100,7 @@ func (w *webSocket) nextFrame(continues bool) error {
 		case length64:
 			length = binary.BigEndian.Uint64(head[2:])
 		}
-		if length > maxFrame {
+		if length > wire.MaxFrame {
 			return errTooLong
 		}
 		w.key = 0
@@ -113,7 +115,7 @@ func (w *webSocket) nextFrame(continues bool) error {
 
 		switch op := int(first & opcode); op {
 		case opContinuation, websocket.TextMessage, websocket.BinaryMessage:
-			if w.size+length > maxFrame {
+			if w.size+length > wire.MaxFrame {
 				return errTooLong
 			}
 			w.text = w.text && continues || op == websocket.TextMessage

@@ -15,6 +15,8 @@ import (
 
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // tapeConn gives what was recorded in pieces of some size, and records.
@@ -108,7 +110,7 @@ func hearByLibrary(t *testing.T, tape []byte, piece int) (h heard) {
 	}
 	ws, err := newUpgrader().Upgrade(hijacked{httptest.NewRecorder(), &tapeConn{tape: tape, piece: piece}}, r, nil)
 	require.NoError(t, err)
-	ws.SetReadLimit(maxFrame)
+	ws.SetReadLimit(wire.MaxFrame)
 	ws.SetPingHandler(func(data string) error { h.pings = append(h.pings, data); return nil })
 	for {
 		kind, message, err := ws.ReadMessage()
@@ -216,10 +218,10 @@ func (c *endlessConn) Read(p []byte) (int, error) {
 func (c *endlessConn) Write(p []byte) (int, error) { return len(p), nil }
 
 func TestParsingAndAcknowledgingDoNotAllocate(t *testing.T) {
-	for _, f := range []Frame{{Type: TypeAck, Ack: 1}, {Type: TypeBinary, Ack: 1, Payload: make([]byte, 8)}} {
+	for _, f := range []wire.Frame{{Type: wire.Ack, Ack: 1}, {Type: wire.Binary, Ack: 1, Payload: make([]byte, 8)}} {
 		recorded := &tapeConn{}
 		ws := &webSocket{conn: &transport{Conn: recorded}, masks: true}
-		head, err := appendHeader(nil, &f)
+		head, err := wire.AppendHeader(nil, &f)
 		require.NoError(t, err)
 		require.NoError(t, ws.write(websocket.BinaryMessage, head, f.Payload))
 		require.NoError(t, ws.conn.flush())
@@ -231,7 +233,7 @@ func TestParsingAndAcknowledgingDoNotAllocate(t *testing.T) {
 				panic("no message")
 			}
 			message, _ := reader.readMessage(memory.take(reader.left, reader.conn.waiting()))
-			if _, err := ParseFrame(message); err != nil {
+			if _, err := wire.Parse(message); err != nil {
 				panic(err)
 			}
 		}), "reading %v: one allocation serves many", f.Type)
@@ -277,7 +279,7 @@ func TestWhatIsLargeIsWrittenFromWhereItIs(t *testing.T) {
 	payload := bytes.Repeat([]byte("x"), writeDirect+gatherBytes)
 	for name, send := range map[string]func(s *Session){
 		"a message": func(s *Session) {
-			s.StartBatch([]Outgoing{{Type: TypeBinary, Payload: payload}})
+			s.StartBatch([]Outgoing{{Kind: KindBinary, Payload: payload}})
 		},
 		"the chunk of a stream": func(s *Session) {
 			st, err := s.newStream(t.Context(), &StreamOptions{ChunkBytes: len(payload)})

@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // maxUnwritten bounds the memory of acknowledgements and other small frames that
@@ -45,14 +47,14 @@ type queued struct {
 	wsPing  bool
 	wsPong  []byte // the newest WebSocket ping's data; older ones need no answer
 	acks    []uint32
-	control []Frame // small frames of our own accord
+	control []wire.Frame // small frames of our own accord
 	data    []outgoing
 }
 
 // outgoing is a frame that somebody waits for, or a stream's chunk. It leaves the
 // outbox once: written, or dropped.
 type outgoing struct {
-	Frame
+	wire.Frame
 	batch  *sendBatch
 	index  int             // in the batch
 	stream *OutgoingStream // whose frame it is; learns what becomes of it
@@ -68,14 +70,14 @@ func (f *outgoing) progressed(bit uint32) (before uint32) {
 
 // released is called once, when the frame has left the outbox.
 func (f *outgoing) released() {
-	if f.Type == TypeTxChunk {
+	if f.Type == wire.TxChunk {
 		f.stream.release(len(f.Payload))
 	}
 }
 
 // farewell ends the WebSocket.
 type farewell struct {
-	bye    *Frame // nil: none
+	bye    *wire.Frame // nil: none
 	code   int
 	reason string
 }
@@ -119,7 +121,7 @@ func (o *outbox) startLocked() {
 	}
 }
 
-func (o *outbox) controlLocked(f Frame) {
+func (o *outbox) controlLocked(f wire.Frame) {
 	o.queued.control = append(o.queued.control, f)
 	o.unwritten += controlCost + len(f.Payload)
 }
@@ -132,7 +134,7 @@ func (o *outbox) acknowledge(numbers []uint32) bool {
 	case o.closed || o.last != nil:
 		return false
 	case len(numbers) == 1 && o.canWriteAtOnceLocked():
-		o.writeAtOnceLocked(&outgoing{Frame: Frame{SID: o.s.id, Type: TypeAck, Ack: numbers[0]}})
+		o.writeAtOnceLocked(&outgoing{Frame: wire.Frame{SID: o.s.id, Type: wire.Ack, Ack: numbers[0]}})
 	default:
 		o.queued.acks = append(o.queued.acks, numbers...)
 		o.unwritten += ackCost * len(numbers)
@@ -153,7 +155,7 @@ func (o *outbox) canWriteAtOnceLocked() bool { return !o.writing && o.s.conn.can
 func (o *outbox) writeAtOnceLocked(f *outgoing) {
 	o.writing = true
 	o.mu.Unlock()
-	var head [ackEnd]byte
+	var head [wire.AckHeaderSize]byte
 	_, err := o.writeData(f, head[:0])
 	written := err == nil && o.s.conn.flushAtOnce()
 	o.mu.Lock()
@@ -164,7 +166,7 @@ func (o *outbox) writeAtOnceLocked(f *outgoing) {
 	}
 }
 
-func (o *outbox) control(f Frame) bool {
+func (o *outbox) control(f wire.Frame) bool {
 	return o.add(func() { o.controlLocked(f) })
 }
 
@@ -205,7 +207,7 @@ func (o *outbox) pong(number uint32) {
 			return // as many answers are on their way
 		}
 		o.pongs++
-		o.controlLocked(Frame{SID: o.s.id, Type: TypePingPong, Ack: number, Payload: []byte(pongText)})
+		o.controlLocked(wire.Frame{SID: o.s.id, Type: wire.PingPong, Ack: number, Payload: []byte(wire.Pong)})
 	})
 }
 
@@ -218,7 +220,7 @@ func (o *outbox) ping(cryo bool) {
 		}
 		o.queued.wsPing = true
 		if cryo {
-			o.controlLocked(Frame{SID: o.s.id, Type: TypePingPong, Ack: number, Payload: []byte(pingText)})
+			o.controlLocked(wire.Frame{SID: o.s.id, Type: wire.PingPong, Ack: number, Payload: []byte(wire.Ping)})
 		}
 	})
 }
@@ -330,7 +332,7 @@ func (o *outbox) next() (q queued, last *farewell, ok bool) {
 func splitData(data []outgoing) (now, later []outgoing) {
 	size := 0
 	for i := range data {
-		if size += ackEnd + len(data[i].Payload); size >= gatherBytes {
+		if size += wire.AckHeaderSize + len(data[i].Payload); size >= gatherBytes {
 			return data[:i+1], data[i+1:]
 		}
 	}
@@ -384,7 +386,7 @@ func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	if err == nil && q.wsPong != nil {
 		err = o.s.ws.write(websocket.PongMessage, nil, q.wsPong)
 	}
-	ack := Frame{SID: o.s.id, Type: TypeAck}
+	ack := wire.Frame{SID: o.s.id, Type: wire.Ack}
 	for i := 0; i < len(q.acks) && err == nil; i++ {
 		ack.Ack = q.acks[i]
 		scratch, err = o.writeFrame(&ack, scratch)
@@ -408,7 +410,7 @@ func (o *outbox) makeRoom(data []outgoing) {
 	size := 0
 	for i := range data {
 		if n := len(data[i].Payload); o.s.ws.copies(n) {
-			size += maxFrameHead + ackEnd + n
+			size += maxFrameHead + wire.AckHeaderSize + n
 		}
 	}
 	if size > 0 {
@@ -430,7 +432,7 @@ func (o *outbox) writeData(f *outgoing, scratch []byte) ([]byte, error) {
 	if f.progressed(frameWritten)&frameAnswered != 0 {
 		o.s.pend.written(f.Ack, f.batch)
 	}
-	if f.Type == TypeTxStart {
+	if f.Type == wire.TxStart {
 		f.stream.announced.Store(true)
 	}
 	return scratch, nil
@@ -438,8 +440,8 @@ func (o *outbox) writeData(f *outgoing, scratch []byte) ([]byte, error) {
 
 // writeFrame puts one frame into one WebSocket message. Many of them are gathered
 // into one write.
-func (o *outbox) writeFrame(f *Frame, scratch []byte) ([]byte, error) {
-	scratch, err := appendHeader(scratch[:0], f)
+func (o *outbox) writeFrame(f *wire.Frame, scratch []byte) ([]byte, error) {
+	scratch, err := wire.AppendHeader(scratch[:0], f)
 	if err != nil {
 		return scratch, err
 	}

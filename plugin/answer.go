@@ -169,8 +169,8 @@ func (a *answer) parcels() ([]parcel, error) {
 		to := &a.items[0]
 		if part, ok := to.of.(*scanned); ok {
 			list[i].isStream, list[i].name = true, part.transfer.stream.Name()
-		} else if list[i].Type = cryo.TypeUTF8; to.message.Type == cryo.TypeBinary || !utf8.Valid(payload) {
-			list[i].Type = cryo.TypeBinary
+		} else if list[i].Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
+			list[i].Kind = cryo.KindBinary
 		}
 	}
 	return list, nil

@@ -44,7 +44,7 @@ func TestAMessageIsAcknowledgedWhenItsAnswerIs(t *testing.T) {
 		for _, text := range []string{"hello", "world"} {
 			sent := send(peer, text)
 			answer := receiveTexts(t, peer, strings.ToUpper(text))[0]
-			require.Equal(t, cryo.TypeUTF8, answer.Type)
+			require.Equal(t, cryo.KindText, answer.Kind)
 			sent.wantPending(t, "the answer is not acknowledged")
 			require.NoError(t, answer.Ack())
 			sent.wantAcked(t, "and now it is")
@@ -57,20 +57,20 @@ func TestAnAnswerIsOfTheKindOfTheMessage(t *testing.T) {
 	answeredBy(t, "", []string{`mapping: 'root = if content() == "ff00" { content().decode("hex") }'`}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for _, c := range []struct {
 			sent    string
-			as      cryo.Type
+			as      cryo.Kind
 			want    string
-			wanted  cryo.Type
+			wanted  cryo.Kind
 			because string
 		}{
-			{"text", cryo.TypeUTF8, "text", cryo.TypeUTF8, "text to text"},
-			{"bytes", cryo.TypeBinary, "bytes", cryo.TypeBinary, "bytes to bytes, even if they are text"},
-			{"ff00", cryo.TypeUTF8, "\xff\x00", cryo.TypeBinary, "what is no text can't go as text"},
+			{"text", cryo.KindText, "text", cryo.KindText, "text to text"},
+			{"bytes", cryo.KindBinary, "bytes", cryo.KindBinary, "bytes to bytes, even if they are text"},
+			{"ff00", cryo.KindText, "\xff\x00", cryo.KindBinary, "what is no text can't go as text"},
 		} {
 			sent := sendAny(func() error {
-				return peer.SendBatch(t.Context(), []cryo.Outgoing{{Type: c.as, Payload: []byte(c.sent)}})
+				return peer.SendBatch(t.Context(), []cryo.Outgoing{{Kind: c.as, Payload: []byte(c.sent)}})
 			})
 			answer := receiveTexts(t, peer, c.want)[0]
-			require.Equal(t, c.wanted, answer.Type, c.because)
+			require.Equal(t, c.wanted, answer.Kind, c.because)
 			require.NoError(t, answer.Ack())
 			sent.wantAcked(t, c.because)
 		}

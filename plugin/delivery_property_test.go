@@ -579,7 +579,7 @@ func (w *world) sendBurst(l *line, ids []string) {
 		}
 		messages := make([]cryo.Outgoing, len(ids))
 		for i, id := range ids {
-			messages[i] = cryo.Outgoing{Type: cryo.TypeUTF8, Payload: messageOf(id)}
+			messages[i] = cryo.Outgoing{Kind: cryo.KindText, Payload: messageOf(id)}
 		}
 		err := s.SendBatch(w.end, messages)
 		errs := make([]error, len(ids))

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func TestConnectingTwiceKeepsTheSession(t *testing.T) {
@@ -54,7 +55,7 @@ func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 		connecting.wantAcked(t, "connected")
 
 		closing := sendAny(func() error { return out.Close(context.Background()) })
-		again.WantType("BYE", cryo.TypeBye)
+		again.WantType("BYE", wire.Bye)
 		again.WantClose("the client's close frame", 4000, "")
 		require.NoError(t, again.WS.Close())
 		closing.wantAcked(t, "closed")
@@ -226,7 +227,7 @@ func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {
 		peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Text(1, "not for a test"))
 		peer.WantFrame("the acknowledgement", cryotest.Acked(0))
 		peer.WriteFrames(cryotest.Acked(peer.First))
-		bye := peer.WantType("BYE", cryo.TypeBye)
+		bye := peer.WantType("BYE", wire.Bye)
 		require.Equal(t, "connection test", string(bye.Payload))
 		peer.WantClose("the client's close frame", 4000, "connection test")
 		require.NoError(t, peer.WS.Close())

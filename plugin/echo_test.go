@@ -11,8 +11,8 @@ import (
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // An echo on a shared session: a request is acknowledged when its answer is, and
@@ -27,9 +27,9 @@ type echoed struct{ acks, refusals, answers int }
 // client with one queue does. It reads meanwhile, or only when all is sent, until
 // each message has its verdict.
 func talk(peer *cryotest.Peer, n int, readsMeanwhile bool) (got echoed, err error) {
-	frame := func(f cryo.Frame) []byte {
+	frame := func(f wire.Frame) []byte {
 		f.SID = peer.SID
-		b, _ := cryo.AppendFrame(nil, &f)
+		b, _ := wire.Append(nil, &f)
 		return b
 	}
 	answers, sent := make(chan uint32, 10*n), make(chan error, 1)
@@ -65,16 +65,16 @@ func talk(peer *cryotest.Peer, n int, readsMeanwhile bool) (got echoed, err erro
 		if _, b, err = peer.WS.ReadMessage(); err != nil {
 			break
 		}
-		var f cryo.Frame
-		if f, err = cryo.ParseFrame(b); err != nil {
+		var f wire.Frame
+		if f, err = wire.Parse(b); err != nil {
 			break
 		}
 		switch f.Type {
-		case cryo.TypeAck:
+		case wire.Ack:
 			got.acks++
-		case cryo.TypeError:
+		case wire.Error:
 			got.refusals++
-		case cryo.TypeBinary:
+		case wire.Binary:
 			got.answers++
 			answers <- f.Ack
 		}
@@ -167,13 +167,13 @@ func (e *engine) quietClient(t *testing.T) *cryotest.Peer {
 func handshake(t *testing.T, peer *cryotest.Peer) {
 	t.Helper()
 	peer.WriteFrames(cryotest.EndpointInfo(0))
-	for _, want := range []cryo.Type{cryo.TypeAck, cryo.TypeEndpointInfo} {
+	for _, want := range []wire.Type{wire.Ack, wire.EndpointInfo} {
 		_, b, err := peer.WS.ReadMessage()
 		require.NoError(t, err)
-		f, err := cryo.ParseFrame(b)
+		f, err := wire.Parse(b)
 		require.NoError(t, err)
 		require.Equal(t, want, f.Type)
-		if want == cryo.TypeEndpointInfo {
+		if want == wire.EndpointInfo {
 			peer.Ack(f)
 		}
 	}
@@ -191,7 +191,7 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 		}
 		synctest.Wait()
 		f := e.give("m")
-		client.Ack(client.WantType("the broadcast", cryo.TypeUTF8))
+		client.Ack(client.WantType("the broadcast", wire.UTF8))
 		require.ErrorContains(t, next(t, f.verdict), "none within ack_timeout (3s)")
 		for settled := 0; settled < 10; {
 			a := e.arrival()
@@ -200,7 +200,7 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 		}
 		acknowledged := make(map[uint32]bool) // in the order of the deliveries, which is any
 		for len(acknowledged) < 10 {
-			acknowledged[client.WantType("the session goes on", cryo.TypeAck).Ack] = true
+			acknowledged[client.WantType("the session goes on", wire.Ack).Ack] = true
 		}
 	})
 }
@@ -219,7 +219,7 @@ func TestABroadcastIsDeliveredWhenOnlyASessionThatIsNotReadIsLate(t *testing.T) 
 		synctest.Wait()
 		begin := time.Now()
 		f := e.give("m")
-		client.Ack(client.WantType("the broadcast", cryo.TypeUTF8))
+		client.Ack(client.WantType("the broadcast", wire.UTF8))
 		require.NoError(t, receiveTexts(t, other, "m")[0].Ack())
 		f.wantDelivered(t, "one has acknowledged, and the other may have")
 		require.Equal(t, 3*time.Second, time.Since(begin))
@@ -257,7 +257,7 @@ func TestAnEchoByResponsesFinishesOrRefusesWhatIsTooMuch(t *testing.T) {
 				peer := server.NextPeer()
 				_, b, err := peer.WS.ReadMessage()
 				require.NoError(t, err)
-				info, err := cryo.ParseFrame(b)
+				info, err := wire.Parse(b)
 				require.NoError(t, err)
 				peer.WriteFrames(cryotest.EndpointInfo(0), cryotest.Acked(info.Ack))
 				_, _, err = peer.WS.ReadMessage() // that ours was heard

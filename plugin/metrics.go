@@ -55,7 +55,7 @@ func newSessionMetrics(m meter) sessionMetrics {
 // watch lets sessions with these options count.
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
 	opts.OnLateAck = func() { m.lateAcks.Incr(1) }
-	opts.OnRefused = func(t cryo.Type) { m.refused.Incr(1, messageTypeName(t)) }
+	opts.OnRefused = func(t cryo.Kind) { m.refused.Incr(1, messageTypeName(t)) }
 }
 
 // dialMetrics are those of a component that dials.
@@ -120,7 +120,7 @@ func newReceiveMetrics(m meter) receiveMetrics {
 func (m *receiveMetrics) took(messages []cryo.Message) {
 	var t tally
 	for i := range messages {
-		t.add(messages[i].Type, len(messages[i].Payload))
+		t.add(messages[i].Kind, len(messages[i].Payload))
 	}
 	t.count(m.received, m.receivedBytes)
 }
@@ -177,9 +177,9 @@ func (m *sendMetrics) awaited(ctx context.Context, messages int, began time.Time
 func (m *sendMetrics) settled(messages []parcel, errs []error) {
 	var sent, rejected tally
 	for i := range messages {
-		t := messages[i].Type
+		t := messages[i].Kind
 		if messages[i].isStream {
-			t = cryo.TypeTxStart
+			t = cryo.KindStream
 		}
 		if errs[i] == nil {
 			sent.add(t, len(messages[i].Payload))
@@ -201,9 +201,9 @@ func isRejection(err error) bool {
 // raised once.
 type tally [4]struct{ messages, bytes int64 }
 
-var tallied = [...]cryo.Type{cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError, cryo.TypeTxStart}
+var tallied = [...]cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}
 
-func (t *tally) add(typ cryo.Type, bytes int) {
+func (t *tally) add(typ cryo.Kind, bytes int) {
 	for i := range tallied {
 		if tallied[i] == typ {
 			t[i].messages++

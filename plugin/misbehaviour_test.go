@@ -19,6 +19,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // What clients do that come wrongly, and servers that answer wrongly; what peers
@@ -162,7 +163,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			}
 		}
 	}
-	upgraded := func(say func(ws *websocket.Conn, peer func(cryo.Frame))) func(http.ResponseWriter, *http.Request) {
+	upgraded := func(say func(ws *websocket.Conn, peer func(wire.Frame))) func(http.ResponseWriter, *http.Request) {
 		return func(w http.ResponseWriter, r *http.Request) {
 			ws, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
 			if err != nil {
@@ -170,9 +171,9 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			}
 			defer ws.Close()
 			sid, _ := strconv.ParseUint(r.URL.Query().Get("x-cryo-sid"), 10, 64)
-			say(ws, func(f cryo.Frame) {
+			say(ws, func(f wire.Frame) {
 				f.SID = sid
-				b, _ := cryo.AppendFrame(nil, &f)
+				b, _ := wire.Append(nil, &f)
 				_ = ws.WriteMessage(websocket.BinaryMessage, b)
 			})
 			for {
@@ -183,16 +184,16 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 		}
 	}
 	shaken := func(then func(ws *websocket.Conn)) func(http.ResponseWriter, *http.Request) {
-		return upgraded(func(ws *websocket.Conn, say func(cryo.Frame)) {
+		return upgraded(func(ws *websocket.Conn, say func(wire.Frame)) {
 			say(cryotest.EndpointInfo(0))
-			var info cryo.Frame
+			var info wire.Frame
 			for range 2 { // the client's own, and its acknowledgement of ours, in any order: nothing is left to be written
 				_, message, err := ws.ReadMessage()
-				f, malformed := cryo.ParseFrame(message)
+				f, malformed := wire.Parse(message)
 				if err != nil || malformed != nil {
 					return
 				}
-				if f.Type == cryo.TypeEndpointInfo {
+				if f.Type == wire.EndpointInfo {
 					info = f
 				}
 			}
@@ -208,8 +209,8 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 		{"speaks no HTTP", reply("what?\r\n\r\n"), "malformed HTTP"},
 		{"hangs up", reply(""), "EOF"},
 		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server answered the upgrade with 200 OK: hi"},
-		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(cryo.Frame)) {}), "no session after 5s"},
-		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(cryo.Frame)) {
+		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "no session after 5s"},
+		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(wire.Frame)) {
 			info := cryotest.EndpointInfo(0)
 			info.Version = 2
 			say(info)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Sessions of the output cryo that end in the middle of a batch.
@@ -326,7 +327,7 @@ func TestAServerThatHangsWhileABatchWaitsForASession(t *testing.T) {
 		peer := server.NextPeer()
 		peer.ServerHandshake()
 		f := e.give("m")
-		peer.WantType("the message", cryo.TypeUTF8)
+		peer.WantType("the message", wire.UTF8)
 		peer.Conn().Cut()
 		begin := time.Now()
 		hanging := server.NextPeer() // its handshake does not begin
@@ -337,7 +338,7 @@ func TestAServerThatHangsWhileABatchWaitsForASession(t *testing.T) {
 		f.wantPending(t, "the attempt goes on")
 		time.Sleep(10 * time.Second)
 		hanging.ServerHandshake()
-		m := hanging.WantType("the next message", cryo.TypeUTF8)
+		m := hanging.WantType("the next message", wire.UTF8)
 		require.Equal(t, "next", string(m.Payload))
 		hanging.Ack(m)
 		f.wantDelivered(t, "on the session of that attempt")

@@ -86,7 +86,7 @@ func TestTheOrderOfASessionsMessagesIsKept(t *testing.T) {
 		peer := e.dial()
 		var batch []cryo.Outgoing
 		for _, text := range words("m%d", 1000) {
-			batch = append(batch, cryo.Outgoing{Type: cryo.TypeUTF8, Payload: []byte(text)})
+			batch = append(batch, cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(text)})
 		}
 		sent := sendAny(func() error { return peer.SendBatch(context.Background(), batch) })
 		var got []string

@@ -286,15 +286,15 @@ func (r *receiver) wantedItems(left []item) []item {
 
 func (r *receiver) wants(it *item) bool {
 	m := it.message
-	if r.conf.types[m.Type] {
+	if r.conf.types[m.Kind] {
 		return true
 	}
-	if m.Type == cryo.TypeError {
+	if m.Kind == cryo.KindError {
 		r.errorLines.do(r.log, func(log *service.Logger) {
 			log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", it.source.id, m.LogText())
 		})
 	}
-	r.metrics.filtered.Incr(1, messageTypeName(m.Type))
+	r.metrics.filtered.Incr(1, messageTypeName(m.Kind))
 	_ = m.Ack() // if the session has ended, nobody waits for it
 	return false
 }

@@ -31,21 +31,21 @@ const (
 )
 
 // messageTypes are the values of message_types and of cryo_message_type.
-var messageTypes = map[string]cryo.Type{
-	"utf8":   cryo.TypeUTF8,
-	"binary": cryo.TypeBinary,
-	"error":  cryo.TypeError,
+var messageTypes = map[string]cryo.Kind{
+	"utf8":   cryo.KindText,
+	"binary": cryo.KindBinary,
+	"error":  cryo.KindError,
 
-	messageTypeStream: cryo.TypeTxStart,
+	messageTypeStream: cryo.KindStream,
 }
 
-func messageTypeName(t cryo.Type) string {
+func messageTypeName(t cryo.Kind) string {
 	switch t {
-	case cryo.TypeUTF8:
+	case cryo.KindText:
 		return "utf8"
-	case cryo.TypeBinary:
+	case cryo.KindBinary:
 		return "binary"
-	case cryo.TypeTxStart:
+	case cryo.KindStream:
 		return messageTypeStream
 	default:
 		return "error"
@@ -180,7 +180,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 }
 
 type receiveConfig struct {
-	types         map[cryo.Type]bool
+	types         map[cryo.Kind]bool
 	sessions      bool // are told of
 	onReceipt     bool // acknowledge: received
 	shared        bool // by several sessions: maxInFlight, and the streams' maxOpen
@@ -206,7 +206,7 @@ func receiveConfigFromParsed(conf *service.ParsedConfig, sessions bool) (c recei
 	if err != nil {
 		return c, err
 	}
-	c.types = make(map[cryo.Type]bool)
+	c.types = make(map[cryo.Kind]bool)
 	for _, name := range names {
 		if sessions && name == messageTypeSession {
 			c.sessions = true

@@ -56,7 +56,7 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 
 // describe gives a message its metadata.
 func (it *item) describe(m *service.Message) {
-	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Type))
+	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Kind))
 	m.MetaSetMut(metaAckID, int64(it.message.Number()))
 	it.source.describe(m)
 }

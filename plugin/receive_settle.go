@@ -197,7 +197,7 @@ func (r *receiver) reject(items []item, cause error) {
 // refuse rejects one item, and counts it.
 func (r *receiver) refuse(it item) {
 	if it.message != nil {
-		r.metrics.rejected.Incr(1, messageTypeName(it.message.Type))
+		r.metrics.rejected.Incr(1, messageTypeName(it.message.Kind))
 	}
 	it.reject()
 }

@@ -20,7 +20,7 @@ import (
 
 // acceptStreams takes the streams of a session until it ends.
 func (r *receiver) acceptStreams(src *source) {
-	if r.conf.streams.pull && r.conf.types[cryo.TypeTxStart] {
+	if r.conf.streams.pull && r.conf.types[cryo.KindStream] {
 		ctx, cancel := context.WithTimeout(r.stopped, flowTime)
 		err := src.session.SetIncomingFlowControl(ctx, cryo.FlowPull)
 		cancel()
@@ -72,7 +72,7 @@ func (r *receiver) leaveStream(src *source, st *cryo.IncomingStream) {
 const flowTime = 10 * time.Second
 
 func (r *receiver) wantsStream(name string) bool {
-	return r.conf.types[cryo.TypeTxStart] && (len(r.conf.streams.names) == 0 || slices.Contains(r.conf.streams.names, name))
+	return r.conf.types[cryo.KindStream] && (len(r.conf.streams.names) == 0 || slices.Contains(r.conf.streams.names, name))
 }
 
 // discard takes a stream that nobody wants to its end, and acknowledges it.

@@ -54,7 +54,7 @@ func BenchmarkAnOutageDrains(b *testing.B) {
 		v.failed.Store(0)
 		batch := make([]cryo.Outgoing, messages)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Type: cryo.TypeUTF8, Payload: fmt.Append(nil, "message ", i)}
+			batch[i] = cryo.Outgoing{Kind: cryo.KindText, Payload: fmt.Append(nil, "message ", i)}
 		}
 		sending := client.StartBatch(batch)
 		for v.failed.Load() < 3*messages {

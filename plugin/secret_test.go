@@ -20,6 +20,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // secrets are tokens that are easy to leak in one disguise or another.
@@ -197,7 +198,7 @@ func TestARefusalThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.raw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
-			f := peer.WantType("the message", cryo.TypeUTF8)
+			f := peer.WantType("the message", wire.UTF8)
 			peer.WriteFrames(cryotest.Error(f.Ack, "not with "+peer.Request.URL.Query().Get("authorization")))
 		})
 		e.run(fromOnce, "cryo: { url: ws://"+somewhere+", token: '"+secrets[0]+"' }")

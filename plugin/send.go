@@ -166,7 +166,7 @@ func (s *sender) prepare(batch service.MessageBatch) (messages []parcel, errs []
 			}
 			messages[i].isStream = true
 		} else {
-			messages[i].Type, errs[i] = typeOf(messages[i].Payload, name)
+			messages[i].Kind, errs[i] = typeOf(messages[i].Payload, name)
 		}
 	}
 	return messages, errs
@@ -182,17 +182,17 @@ func asReceived(m *service.Message) string {
 	}
 }
 
-func typeOf(payload []byte, name string) (cryo.Type, error) {
+func typeOf(payload []byte, name string) (cryo.Kind, error) {
 	switch name {
 	case "utf8":
-		return cryo.TypeUTF8, nil
+		return cryo.KindText, nil
 	case "binary":
-		return cryo.TypeBinary, nil
+		return cryo.KindBinary, nil
 	case messageTypeAuto:
 		if utf8.Valid(payload) {
-			return cryo.TypeUTF8, nil
+			return cryo.KindText, nil
 		}
-		return cryo.TypeBinary, nil
+		return cryo.KindBinary, nil
 	default:
 		return 0, fmt.Errorf("field %s: unknown message type %s, it has to be auto, utf8, binary or stream", fieldMessageType, name)
 	}

@@ -59,19 +59,19 @@ func TestWhatIsNotAcknowledgedFailsItsBatch(t *testing.T) {
 func TestTheTypeOfAMessage(t *testing.T) {
 	for _, tt := range []struct {
 		messageType, received, payload string
-		want                           cryo.Type
+		want                           cryo.Kind
 	}{
-		{"auto", "", "text", cryo.TypeUTF8},
-		{"auto", "", "", cryo.TypeUTF8},
-		{"auto", "", "\xff\xfe", cryo.TypeBinary},
-		{"auto", "binary", "text", cryo.TypeBinary},
-		{"auto", "utf8", "text", cryo.TypeUTF8},
-		{"auto", "utf8", "\xff now compressed", cryo.TypeBinary},
-		{"auto", "error", "text", cryo.TypeUTF8},
-		{"utf8", "binary", "text", cryo.TypeUTF8},
-		{"binary", "utf8", "text", cryo.TypeBinary},
-		{"binary", "", "", cryo.TypeBinary},
-		{"${! @kind }", "", "text", cryo.TypeBinary},
+		{"auto", "", "text", cryo.KindText},
+		{"auto", "", "", cryo.KindText},
+		{"auto", "", "\xff\xfe", cryo.KindBinary},
+		{"auto", "binary", "text", cryo.KindBinary},
+		{"auto", "utf8", "text", cryo.KindText},
+		{"auto", "utf8", "\xff now compressed", cryo.KindBinary},
+		{"auto", "error", "text", cryo.KindText},
+		{"utf8", "binary", "text", cryo.KindText},
+		{"binary", "utf8", "text", cryo.KindBinary},
+		{"binary", "", "", cryo.KindBinary},
+		{"${! @kind }", "", "text", cryo.KindBinary},
 	} {
 		t.Run(fmt.Sprintf("%s, received as %q, %q", tt.messageType, tt.received, tt.payload), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -84,7 +84,7 @@ func TestTheTypeOfAMessage(t *testing.T) {
 				}
 				f := e.giveBatch(batch)
 				m := receive(t, server.session())
-				require.Equal(t, tt.want, m.Type)
+				require.Equal(t, tt.want, m.Kind)
 				require.Equal(t, tt.payload, string(m.Payload))
 				require.NoError(t, m.Ack())
 				f.wantDelivered(t, "acknowledged")

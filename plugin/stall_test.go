@@ -18,8 +18,8 @@ import (
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // An output that hangs, in front of a server that ends sessions without pongs.
@@ -55,9 +55,9 @@ func (p *published) play(ws *websocket.Conn, sid uint64) error {
 	var playing sync.WaitGroup
 	defer playing.Wait()
 	defer ws.Close()
-	say := func(f cryo.Frame) error {
+	say := func(f wire.Frame) error {
 		f.SID = sid
-		b, err := cryo.AppendFrame(nil, &f)
+		b, err := wire.Append(nil, &f)
 		if err != nil {
 			return err
 		}
@@ -71,11 +71,11 @@ func (p *published) play(ws *websocket.Conn, sid uint64) error {
 		if err != nil {
 			return err
 		}
-		f, err := cryo.ParseFrame(b)
+		f, err := wire.Parse(b)
 		if err != nil {
 			return err
 		}
-		if info = f.Type == cryo.TypeEndpointInfo; info { // or its ACK of ours
+		if info = f.Type == wire.EndpointInfo; info { // or its ACK of ours
 			if err := say(cryotest.Acked(f.Ack)); err != nil {
 				return err
 			}
@@ -130,13 +130,13 @@ func (p *published) play(ws *websocket.Conn, sid uint64) error {
 				return err
 			}
 		}
-		f, err := cryo.ParseFrame(b)
+		f, err := wire.Parse(b)
 		switch {
 		case err != nil:
 			return err
-		case f.Type == cryo.TypePingPong:
+		case f.Type == wire.PingPong:
 			alive.Store(true)
-		case f.Type == cryo.TypeAck && p.written.Load() > 0:
+		case f.Type == wire.Ack && p.written.Load() > 0:
 			acked++
 			p.acked.Add(1)
 		}

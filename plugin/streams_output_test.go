@@ -13,6 +13,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // atBothOutputs runs a test with each of the outputs in a pipeline that tries
@@ -87,11 +88,11 @@ func TestAStreamTravelsInChunksOfTheSizeThatIsSet(t *testing.T) {
 		sizes := make(chan int, 100)
 		e.raw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
-			start := peer.WantType("the stream", cryo.TypeTxStart)
+			start := peer.WantType("the stream", wire.TxStart)
 			peer.Ack(start)
 			for {
 				f := peer.Next("a part of the stream")
-				if f.Type == cryo.TypeTxFinish {
+				if f.Type == wire.TxFinish {
 					peer.Ack(f)
 					return
 				}

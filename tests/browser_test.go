@@ -19,6 +19,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // The page of config/browser, in a headless Chromium.
@@ -129,7 +130,7 @@ func TestBrowsersTalkThroughAPipeline(t *testing.T) {
 
 	browser.send("grüße")
 	m := receive(t, other)
-	require.Equal(t, cryo.TypeUTF8, m.Type)
+	require.Equal(t, cryo.KindText, m.Kind)
 	name, words, _ := strings.Cut(string(m.Payload), ": ")
 	require.Regexp(t, `^\d{1,4}$`, name)
 	require.Equal(t, "grüße", words)
@@ -214,9 +215,9 @@ func TestABrowserSpeaksCryo(t *testing.T) {
 	browser.wantLine("received", "error: oh", "message")
 
 	browser.send("good")
-	good := peer.WantType("a message", cryo.TypeUTF8)
+	good := peer.WantType("a message", wire.UTF8)
 	browser.send("bad")
-	bad := peer.WantType("a message", cryo.TypeUTF8)
+	bad := peer.WantType("a message", wire.UTF8)
 	require.Equal(t, "bad", string(bad.Payload))
 	peer.WriteFrames(cryotest.Error(bad.Ack, "no"))
 	browser.wantLine("sent", "bad", "not delivered: no")
@@ -225,14 +226,14 @@ func TestABrowserSpeaksCryo(t *testing.T) {
 	browser.wantLine("sent", "good", delivered)
 
 	browser.sendFile("file", []byte("content"))
-	opening := peer.WantType("a stream", cryo.TypeTxStart)
+	opening := peer.WantType("a stream", wire.TxStart)
 	require.Equal(t, "file", string(opening.Payload))
 	require.EqualValues(t, -1, opening.Size)
 	peer.Ack(opening)
-	chunk := peer.WantType("its chunk, once it is acknowledged", cryo.TypeTxChunk)
+	chunk := peer.WantType("its chunk, once it is acknowledged", wire.TxChunk)
 	require.Equal(t, "content", string(chunk.Payload))
-	finish := peer.WantType("its end", cryo.TypeTxFinish)
-	peer.WriteFrames(cryo.Frame{Type: cryo.TypeTxCancel, Ack: 11, Tx: finish.Tx})
+	finish := peer.WantType("its end", wire.TxFinish)
+	peer.WriteFrames(wire.Frame{Type: wire.TxCancel, Ack: 11, Tx: finish.Tx})
 	peer.WantFrame("it is cancelled", cryotest.Acked(11))
 	browser.wantLine("sent", "file", "not delivered: the server refused the stream")
 
@@ -246,16 +247,16 @@ func TestABrowserComesBackAndSendsAgainWhatWasNotAcknowledged(t *testing.T) {
 	peer := server.NextPeer()
 	peer.ServerHandshake()
 	browser.send("one")
-	peer.Ack(peer.WantType("the first message", cryo.TypeUTF8))
+	peer.Ack(peer.WantType("the first message", wire.UTF8))
 	browser.wantLine("sent", "one", delivered)
 	browser.send("two")
-	peer.WantType("the second message", cryo.TypeUTF8)
+	peer.WantType("the second message", wire.UTF8)
 	require.NoError(t, peer.WS.Close())
 
 	again := server.NextPeer()
 	require.Equal(t, peer.SID, again.SID, "the session's id stays")
 	again.ServerHandshake()
-	two := again.WantType("the second message again", cryo.TypeUTF8)
+	two := again.WantType("the second message again", wire.UTF8)
 	require.Equal(t, "two", string(two.Payload))
 	browser.wantLine("sent", "two", pending)
 	again.Ack(two)

@@ -36,7 +36,7 @@ func TestRequestResponse(t *testing.T) {
 		for i, c := range clients {
 			answer := receive(t, c)
 			require.Equal(t, strings.ToUpper(text)+" for "+strconv.FormatUint(c.ID(), 10), string(answer.Payload))
-			require.Equal(t, cryo.TypeUTF8, answer.Type)
+			require.Equal(t, cryo.KindText, answer.Kind)
 			wantPending(t, asked[i], "the answer is not acknowledged")
 			require.NoError(t, answer.Ack())
 			require.NoError(t, next(t, asked[i]))

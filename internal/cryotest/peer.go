@@ -10,7 +10,7 @@ import (
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Patience is how long a Peer waits for what it wants; virtual time under
@@ -43,7 +43,7 @@ type Peer struct {
 
 // event is a frame, or the end of reading: err.
 type event struct {
-	frame cryo.Frame
+	frame wire.Frame
 	err   error
 }
 
@@ -63,18 +63,18 @@ func (p *Peer) Conn() *Conn {
 }
 
 // WriteFrames sends frames, each in one message.
-func (p *Peer) WriteFrames(frames ...cryo.Frame) {
+func (p *Peer) WriteFrames(frames ...wire.Frame) {
 	p.tb.Helper()
 	require.NoError(p.tb, p.TryWriteFrames(frames...))
 }
 
 // TryWriteFrames is WriteFrames for when it may fail.
-func (p *Peer) TryWriteFrames(frames ...cryo.Frame) error {
+func (p *Peer) TryWriteFrames(frames ...wire.Frame) error {
 	for _, f := range frames {
 		if f.SID == 0 {
 			f.SID = p.SID
 		}
-		b, err := cryo.AppendFrame(nil, &f)
+		b, err := wire.Append(nil, &f)
 		if err != nil {
 			return err
 		}
@@ -98,10 +98,10 @@ func (p *Peer) write(kind int, b []byte) error {
 }
 
 // Ack acknowledges frames.
-func (p *Peer) Ack(frames ...cryo.Frame) {
+func (p *Peer) Ack(frames ...wire.Frame) {
 	p.tb.Helper()
 	for _, f := range frames {
-		p.WriteFrames(cryo.Frame{Type: cryo.TypeAck, Ack: f.Ack})
+		p.WriteFrames(wire.Frame{Type: wire.Ack, Ack: f.Ack})
 	}
 }
 
@@ -128,9 +128,9 @@ func (p *Peer) read() {
 		if err == nil && kind != websocket.BinaryMessage {
 			err = errors.New("not a binary message")
 		}
-		var f cryo.Frame
+		var f wire.Frame
 		if err == nil {
-			f, err = cryo.ParseFrame(b)
+			f, err = wire.Parse(b)
 		}
 		if len(f.Payload) == 0 {
 			f.Payload = nil // so that frames can be compared
@@ -145,10 +145,10 @@ func (p *Peer) read() {
 func (p *Peer) add(e event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.pongs && e.err == nil && e.frame.Type == cryo.TypePingPong && string(e.frame.Payload) == "ping" {
+	if p.pongs && e.err == nil && e.frame.Type == wire.PingPong && string(e.frame.Payload) == "ping" {
 		pong := e.frame
 		pong.Payload = []byte("pong")
-		b, _ := cryo.AppendFrame(nil, &pong)
+		b, _ := wire.Append(nil, &pong)
 		go func() { _ = p.write(websocket.BinaryMessage, b) }()
 		return
 	}
@@ -189,7 +189,7 @@ func (p *Peer) take() (e event, ok bool) {
 }
 
 // WantType wants a frame of a type next, and returns it.
-func (p *Peer) WantType(what string, typ cryo.Type) cryo.Frame {
+func (p *Peer) WantType(what string, typ wire.Type) wire.Frame {
 	p.tb.Helper()
 	e := p.next(what)
 	require.NoError(p.tb, e.err, "wanted: %s", what)
@@ -200,7 +200,7 @@ func (p *Peer) WantType(what string, typ cryo.Type) cryo.Frame {
 }
 
 // WantFrame wants exactly this frame next.
-func (p *Peer) WantFrame(what string, want cryo.Frame) {
+func (p *Peer) WantFrame(what string, want wire.Frame) {
 	p.tb.Helper()
 	e := p.next(what)
 	require.NoError(p.tb, e.err, "wanted: %s", what)
@@ -246,7 +246,7 @@ func (p *Peer) WantIdle(what string, during time.Duration) {
 }
 
 // Taken gives the frames that have come.
-func (p *Peer) Taken() (frames []cryo.Frame) {
+func (p *Peer) Taken() (frames []wire.Frame) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for len(p.events) > 0 && p.events[0].err == nil {
@@ -262,7 +262,7 @@ func (p *Peer) Skip() (frames int) { return len(p.Taken()) }
 // WantEndpointInfo wants the other end's ENDPOINT_INFO next, which sets First.
 func (p *Peer) WantEndpointInfo(what string) {
 	p.tb.Helper()
-	f := p.WantType(what, cryo.TypeEndpointInfo)
+	f := p.WantType(what, wire.EndpointInfo)
 	p.First = f.Ack
 	want := EndpointInfo(p.First)
 	want.SID = p.SID
@@ -287,7 +287,7 @@ func (p *Peer) ServerHandshake() {
 }
 
 // Next wants any frame, and returns it.
-func (p *Peer) Next(what string) cryo.Frame {
+func (p *Peer) Next(what string) wire.Frame {
 	p.tb.Helper()
 	e := p.next(what)
 	require.NoError(p.tb, e.err, "wanted: %s", what)
@@ -295,7 +295,7 @@ func (p *Peer) Next(what string) cryo.Frame {
 }
 
 // Try waits for any frame, or for the end of the connection, which is the error.
-func (p *Peer) Try(what string) (cryo.Frame, error) {
+func (p *Peer) Try(what string) (wire.Frame, error) {
 	p.tb.Helper()
 	e := p.next(what)
 	return e.frame, e.err

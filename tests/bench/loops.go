@@ -13,7 +13,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // The measure: loops over gorilla/websocket that acknowledge, and do nothing
@@ -132,9 +132,9 @@ func (l gatheringListener) Accept() (net.Conn, error) {
 	return &gathering{Conn: conn}, err
 }
 
-func frame(f cryo.Frame) []byte {
+func frame(f wire.Frame) []byte {
 	f.SID = loopSession
-	b, err := cryo.AppendFrame(nil, &f)
+	b, err := wire.Append(nil, &f)
 	if err != nil {
 		fatal(err)
 	}
@@ -142,7 +142,7 @@ func frame(f cryo.Frame) []byte {
 }
 
 // next reads a message into memory that the next one will use again.
-func (l *loop) next() (f cryo.Frame, err error) {
+func (l *loop) next() (f wire.Frame, err error) {
 	_, r, err := l.ws.NextReader()
 	if err != nil {
 		return f, err
@@ -155,7 +155,7 @@ func (l *loop) next() (f cryo.Frame, err error) {
 		read, err := r.Read(l.buf[n:])
 		n += read
 		if err == io.EOF {
-			return cryo.ParseFrame(l.buf[:n])
+			return wire.Parse(l.buf[:n])
 		}
 		if err != nil {
 			return f, err
@@ -166,7 +166,7 @@ func (l *loop) next() (f cryo.Frame, err error) {
 // acknowledge answers what comes, until the connection ends.
 func (l *loop) acknowledge() {
 	defer close(l.ended)
-	ack := frame(cryo.Frame{Type: cryo.TypeAck})
+	ack := frame(wire.Frame{Type: wire.Ack})
 	for {
 		f, err := l.next()
 		if err != nil {
@@ -223,7 +223,7 @@ func (l *loop) run(spec peerSpec, source bool) (do func(n int) error) {
 		return nil
 	}
 	go l.count()
-	message := frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: text(spec.Size)})
+	message := frame(wire.Frame{Type: wire.UTF8, Payload: text(spec.Size)})
 	return func(n int) error { return l.send(n, message, spec.Window) }
 }
 

@@ -15,9 +15,9 @@ import (
 	_ "github.com/redpanda-data/benthos/v4/public/components/io"
 	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
-
 	_ "github.com/cryo-connect/cryo-connect/plugin"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // running is a load under way: some subject, and its peer.
@@ -209,10 +209,10 @@ func (m *minimal) Connect(context.Context) error {
 		return err
 	}
 	m.loop = l
-	return m.write(cryo.Frame{Type: cryo.TypeEndpointInfo, Version: cryo.ProtocolVersion})
+	return m.write(wire.Frame{Type: wire.EndpointInfo, Version: wire.Version})
 }
 
-func (m *minimal) write(f cryo.Frame) error {
+func (m *minimal) write(f wire.Frame) error {
 	m.writing.Lock()
 	defer m.writing.Unlock()
 	return m.loop.ws.WriteMessage(websocket.BinaryMessage, frame(f))
@@ -222,7 +222,7 @@ func (m *minimal) Close(context.Context) error { return m.loop.ws.Close() }
 
 func (m *minimal) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	f, err := m.loop.next()
-	for err == nil && f.Type != cryo.TypeUTF8 {
+	for err == nil && f.Type != wire.UTF8 {
 		f, err = m.loop.next()
 	}
 	if err != nil { // the peer has ended
@@ -234,7 +234,7 @@ func (m *minimal) ReadBatch(ctx context.Context) (service.MessageBatch, service.
 		if err != nil {
 			fatal(err)
 		}
-		return m.write(cryo.Frame{Type: cryo.TypeAck, Ack: number})
+		return m.write(wire.Frame{Type: wire.Ack, Ack: number})
 	}, nil
 }
 

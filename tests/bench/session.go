@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // session is one connection of a peer, with a goroutine that reads.
@@ -18,7 +18,7 @@ type session struct {
 	spec peerSpec
 	id   uint64
 	conn net.Conn
-	w    *wire // nil where lines are spoken
+	w    *webSocket // nil where lines are spoken
 
 	number    uint32
 	settled   atomic.Int64  // frames of ours that were acknowledged
@@ -38,7 +38,7 @@ func newSession(spec peerSpec, conn net.Conn, id uint64) (*session, error) {
 		return s, nil
 	}
 	client := spec.Dial != ""
-	s.w = newWire(conn, client)
+	s.w = newWebSocket(conn, client)
 	if err := s.w.upgrade(fmt.Sprintf("/?authorization=Bearer+%s&x-cryo-sid=%d", token, id)); err != nil {
 		return nil, err
 	}
@@ -47,7 +47,7 @@ func newSession(spec peerSpec, conn net.Conn, id uint64) (*session, error) {
 		return s, nil
 	}
 	if client {
-		s.w.append(s.frame(cryo.Frame{Type: cryo.TypeEndpointInfo, Version: cryo.ProtocolVersion}))
+		s.w.append(s.frame(wire.Frame{Type: wire.EndpointInfo, Version: wire.Version}))
 	}
 	go s.read()
 	<-s.connected
@@ -57,9 +57,9 @@ func newSession(spec peerSpec, conn net.Conn, id uint64) (*session, error) {
 	return s, nil
 }
 
-func (s *session) frame(f cryo.Frame) []byte {
+func (s *session) frame(f wire.Frame) []byte {
 	f.SID = s.id
-	b, err := cryo.AppendFrame(nil, &f)
+	b, err := wire.Append(nil, &f)
 	if err != nil {
 		fatal(err)
 	}
@@ -78,7 +78,7 @@ func (s *session) read() {
 		}
 	}
 	var head [ackBytes]byte
-	ack := s.frame(cryo.Frame{Type: cryo.TypeAck})
+	ack := s.frame(wire.Frame{Type: wire.Ack})
 	for {
 		n, err := s.w.next(head[:])
 		if err != nil {
@@ -88,18 +88,18 @@ func (s *session) read() {
 			continue // the rest of a fragmented message
 		}
 		number := binary.BigEndian.Uint32(head[9:])
-		switch cryo.Type(head[8]) {
-		case cryo.TypeAck:
+		switch wire.Type(head[8]) {
+		case wire.Ack:
 			settled++
 			if s.sentAt != nil {
 				s.latency = append(s.latency, time.Since(s.sentAt[number]))
 			}
 			continue
-		case cryo.TypeTxChunk, cryo.TypePingPong:
+		case wire.TxChunk, wire.PingPong:
 			continue
-		case cryo.TypeEndpointInfo:
+		case wire.EndpointInfo:
 			s.id = binary.BigEndian.Uint64(head[:])
-			ack = s.frame(cryo.Frame{Type: cryo.TypeAck})
+			ack = s.frame(wire.Frame{Type: wire.Ack})
 			close(s.connected)
 		}
 		binary.BigEndian.PutUint32(ack[9:], number)
@@ -202,7 +202,7 @@ func (s *session) write(b block, n int) error {
 }
 
 func (s *session) messageBlock(payload []byte, n int) block {
-	return s.block(s.frame(cryo.Frame{Type: cryo.TypeUTF8, Payload: payload}), 9, n)
+	return s.block(s.frame(wire.Frame{Type: wire.UTF8, Payload: payload}), 9, n)
 }
 
 // messages sends within the window.
@@ -259,16 +259,16 @@ func (s *session) pace(n int, rate float64, payload []byte) error {
 func (s *session) stream(n int, chunk []byte) error {
 	s.number++
 	tx, start := s.number, s.settled.Load()
-	announce := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9, 1)
+	announce := s.block(s.frame(wire.Frame{Type: wire.TxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9, 1)
 	if _, err := s.conn.Write(announce.bytes); err != nil {
 		return err
 	}
 	s.wait(start + 1)
-	if err := s.write(s.block(s.frame(cryo.Frame{Type: cryo.TypeTxChunk, Tx: tx, Payload: chunk}), 13, n), n); err != nil {
+	if err := s.write(s.block(s.frame(wire.Frame{Type: wire.TxChunk, Tx: tx, Payload: chunk}), 13, n), n); err != nil {
 		return err
 	}
 	s.number++
-	finish := s.block(s.frame(cryo.Frame{Type: cryo.TypeTxFinish, Ack: s.number, Tx: tx}), 9, 1)
+	finish := s.block(s.frame(wire.Frame{Type: wire.TxFinish, Ack: s.number, Tx: tx}), 9, 1)
 	if _, err := s.conn.Write(finish.bytes); err != nil {
 		return err
 	}

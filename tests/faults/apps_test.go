@@ -165,7 +165,7 @@ func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, strea
 func (q *queue) sendBatch(ctx context.Context, s *cryo.Session, sent []int) error {
 	batch := make([]cryo.Outgoing, len(sent))
 	for n, i := range sent {
-		batch[n] = cryo.Outgoing{Type: cryo.TypeUTF8, Payload: []byte(q.units[i][0])}
+		batch[n] = cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(q.units[i][0])}
 	}
 	err := s.SendBatch(ctx, batch)
 	var errs []error

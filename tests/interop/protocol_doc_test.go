@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 const protocolDoc = "../../docs/protocol.md"
@@ -33,20 +34,20 @@ func TestExamplesOfTheProtocol(t *testing.T) {
 	examples := examplePattern.FindAllStringSubmatch(string(doc), -1)
 	require.Len(t, examples, len(blockPattern.FindAll(doc, -1)), "an example that can't be read")
 	published := vectors(t)
-	shown := make(map[cryo.Type]bool)
+	shown := make(map[wire.Type]bool)
 	for _, example := range examples {
 		about := example[1]
-		wire, err := hex.DecodeString(strings.Join(strings.Fields(example[2]), ""))
+		encoded, err := hex.DecodeString(strings.Join(strings.Fields(example[2]), ""))
 		require.NoError(t, err, "%s", about)
-		require.Contains(t, published, string(wire), "no published package has written: %s", about)
+		require.Contains(t, published, string(encoded), "no published package has written: %s", about)
 
 		said := describedFrame(t, about)
-		read, err := cryo.ParseFrame(wire)
+		read, err := wire.Parse(encoded)
 		require.NoError(t, err, "%s", about)
 		require.Equal(t, string(said.Payload), string(read.Payload), "%s", about)
-		written, err := cryo.AppendFrame(nil, &said)
+		written, err := wire.Append(nil, &said)
 		require.NoError(t, err, "%s", about)
-		require.Equal(t, wire, written, "%s", about)
+		require.Equal(t, encoded, written, "%s", about)
 		shown[read.Type] = true
 	}
 	require.Len(t, shown, 13, "some types have no example")
@@ -62,16 +63,16 @@ func TestTypesOfTheProtocol(t *testing.T) {
 	for _, row := range rows {
 		n, err := strconv.ParseUint(row[1], 10, 8)
 		require.NoError(t, err)
-		require.Equal(t, cryo.Type(n).String(), row[2])
-		require.Equal(t, cryo.Type(n) != cryo.TypeTxChunk, row[3] != "", "the number of %s", row[2])
+		require.Equal(t, wire.Type(n).String(), row[2])
+		require.Equal(t, wire.Type(n) != wire.TxChunk, row[3] != "", "the number of %s", row[2])
 	}
 }
 
 // describedFrame makes a frame of an example's first line.
-func describedFrame(t *testing.T, about string) cryo.Frame {
+func describedFrame(t *testing.T, about string) wire.Frame {
 	t.Helper()
 	name, _, _ := strings.Cut(about, " ")
-	f := cryo.Frame{Type: typeNamed(t, name)}
+	f := wire.Frame{Type: typeNamed(t, name)}
 	fields := fieldPattern.FindAllStringSubmatch(about, -1)
 	require.Equal(t, about, name+rejoined(fields), "a field that can't be read")
 	for _, field := range fields {
@@ -129,10 +130,10 @@ func rejoined(fields [][]string) string {
 	return b.String()
 }
 
-func typeNamed(t *testing.T, name string) cryo.Type {
+func typeNamed(t *testing.T, name string) wire.Type {
 	t.Helper()
 	for n := range 256 {
-		if typ := cryo.Type(n); typ.String() == name {
+		if typ := wire.Type(n); typ.String() == name {
 			return typ
 		}
 	}
@@ -144,7 +145,7 @@ func typeNamed(t *testing.T, name string) cryo.Type {
 // names.
 func vectors(t *testing.T) map[string]string {
 	t.Helper()
-	text, err := os.ReadFile("../../cryo/testdata/vectors.json")
+	text, err := os.ReadFile("../../internal/cryotest/testdata/vectors.json")
 	require.NoError(t, err)
 	var file struct {
 		Valid []struct{ Name, Hex string }
@@ -152,9 +153,9 @@ func vectors(t *testing.T) map[string]string {
 	require.NoError(t, json.Unmarshal(text, &file))
 	found := make(map[string]string)
 	for _, v := range file.Valid {
-		wire, err := hex.DecodeString(v.Hex)
+		encoded, err := hex.DecodeString(v.Hex)
 		require.NoError(t, err)
-		found[string(wire)] = v.Name
+		found[string(encoded)] = v.Name
 	}
 	return found
 }

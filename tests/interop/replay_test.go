@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // A session of the library, fed with a recorded package's half, says what
@@ -48,7 +49,7 @@ type replay struct {
 	unasked  []entry
 	numbers  map[uint32]uint32 // of the session's frames: recorded → actual
 	txs      map[uint32]uint32 // of its streams, likewise
-	theirs   map[uint32]cryo.Frame
+	theirs   map[uint32]wire.Frame
 	messages map[uint32]*cryo.Message
 	streams  map[uint32]*incoming
 	calls    []*call
@@ -74,7 +75,7 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 	t.Cleanup(cancel)
 	r := &replay{
 		t: t, tr: tr, ctx: ctx, said: make(chan entry, 1000), accept: make(chan *cryo.Session, 1),
-		numbers: make(map[uint32]uint32), txs: make(map[uint32]uint32), theirs: make(map[uint32]cryo.Frame),
+		numbers: make(map[uint32]uint32), txs: make(map[uint32]uint32), theirs: make(map[uint32]wire.Frame),
 		messages: make(map[uint32]*cryo.Message), streams: make(map[uint32]*incoming),
 	}
 	options := cryo.SessionOptions{SendOnly: tr.sendsOnly, HeartbeatInterval: quiet}
@@ -169,30 +170,30 @@ func (r *replay) theSession() *cryo.Session {
 }
 
 // feed says a frame of the package to the session, with the session's numbers.
-func (r *replay) feed(f cryo.Frame) {
+func (r *replay) feed(f wire.Frame) {
 	r.t.Helper()
 	switch f.Type {
-	case cryo.TypeAck, cryo.TypeError:
+	case wire.Ack, wire.Error:
 		own, ours := r.numbers[f.Ack]
 		if ours {
 			f.Ack = own
 		} else {
 			r.theirs[f.Ack] = f
 		}
-	case cryo.TypeTxFetch, cryo.TypeTxCancel:
+	case wire.TxFetch, wire.TxCancel:
 		r.theirs[f.Ack] = f
 		f.Tx = r.txs[f.Tx]
-	case cryo.TypeTxChunk, cryo.TypePingPong:
+	case wire.TxChunk, wire.PingPong:
 	default:
 		r.theirs[f.Ack] = f
 	}
 	r.peer.WriteFrames(f)
 
-	message := f.Type == cryo.TypeUTF8 || f.Type == cryo.TypeBinary || f.Type == cryo.TypeError && r.theirs[f.Ack].Type == cryo.TypeError
+	message := f.Type == wire.UTF8 || f.Type == wire.Binary || f.Type == wire.Error && r.theirs[f.Ack].Type == wire.Error
 	if message && !r.tr.sendsOnly {
 		m, err := r.theSession().Receive(r.ctx)
 		require.NoError(r.t, err)
-		require.Equal(r.t, f.Type, m.Type)
+		require.Equal(r.t, kinds[f.Type], m.Kind)
 		require.Equal(r.t, string(f.Payload), string(m.Payload))
 		r.messages[f.Ack] = m
 	}
@@ -200,31 +201,31 @@ func (r *replay) feed(f cryo.Frame) {
 
 // act does what the application did to make the session say a frame. Nothing
 // for what a session says by itself.
-func (r *replay) act(f *cryo.Frame, at int) {
+func (r *replay) act(f *wire.Frame, at int) {
 	r.t.Helper()
 	switch f.Type {
-	case cryo.TypeAck:
+	case wire.Ack:
 		r.acknowledge(f.Ack)
-	case cryo.TypeError:
+	case wire.Error:
 		if m := r.messages[f.Ack]; m != nil {
 			require.NoError(r.t, m.Reject(string(f.Payload)))
 		}
-	case cryo.TypeTxCancel:
+	case wire.TxCancel:
 		if st := r.streams[f.Tx]; st != nil {
 			require.NoError(r.t, st.stream.Reject())
 		}
-	case cryo.TypeUTF8:
+	case wire.UTF8:
 		r.call(describe(f), func(s *cryo.Session) error { return s.SendUTF8(r.ctx, string(f.Payload)) })
-	case cryo.TypeBinary:
+	case wire.Binary:
 		r.call(describe(f), func(s *cryo.Session) error { return s.SendBinary(r.ctx, f.Payload) })
-	case cryo.TypeTxStart:
+	case wire.TxStart:
 		data, chunk := r.outgoing(f, at)
 		r.call(describe(f), func(s *cryo.Session) error {
 			return s.SendStream(r.ctx, bytes.NewReader(data), &cryo.StreamOptions{Name: string(f.Payload), ChunkBytes: chunk})
 		})
-	case cryo.TypeTxFlow:
+	case wire.TxFlow:
 		r.call(describe(f), func(s *cryo.Session) error { return s.SetIncomingFlowControl(r.ctx, f.Flow) })
-	case cryo.TypeBye:
+	case wire.Bye:
 		r.call(describe(f), func(s *cryo.Session) error { return s.Close(r.ctx, string(f.Payload)) })
 	}
 }
@@ -242,11 +243,11 @@ func (r *replay) acknowledge(number uint32) {
 	f, ok := r.theirs[number]
 	require.True(r.t, ok, "an ACK for %d, which the package has not used", number)
 	switch f.Type {
-	case cryo.TypeUTF8, cryo.TypeBinary, cryo.TypeError:
+	case wire.UTF8, wire.Binary, wire.Error:
 		require.NoError(r.t, r.messages[number].Ack())
-	case cryo.TypeTxStart:
+	case wire.TxStart:
 		r.receive(&f)
-	case cryo.TypeTxFinish:
+	case wire.TxFinish:
 		st := r.streams[f.Tx]
 		select {
 		case <-st.read:
@@ -260,7 +261,7 @@ func (r *replay) acknowledge(number uint32) {
 }
 
 // receive reads a stream, which makes the session take it.
-func (r *replay) receive(f *cryo.Frame) {
+func (r *replay) receive(f *wire.Frame) {
 	r.t.Helper()
 	stream, err := r.theSession().AcceptStream(r.ctx)
 	require.NoError(r.t, err)
@@ -277,14 +278,14 @@ func (r *replay) receive(f *cryo.Frame) {
 
 // outgoing is the data of a stream that the session sends. What was never
 // recorded of one that was cancelled is made up.
-func (r *replay) outgoing(f *cryo.Frame, at int) (data []byte, chunk int) {
+func (r *replay) outgoing(f *wire.Frame, at int) (data []byte, chunk int) {
 	r.t.Helper()
 	for i := at; i < len(r.tr.entries); i++ {
 		e := &r.tr.entries[i]
 		if !e.ours || e.wire == nil {
 			continue
 		}
-		if c := e.frame(r.t); c.Type == cryo.TypeTxChunk && c.Tx == f.Tx {
+		if c := e.frame(r.t); c.Type == wire.TxChunk && c.Tx == f.Tx {
 			chunk = max(chunk, len(c.Payload))
 		}
 	}
@@ -301,7 +302,7 @@ func (r *replay) chunks(tx uint32, ours bool) []byte {
 	var data []byte
 	for i := range r.tr.entries {
 		if e := &r.tr.entries[i]; e.ours == ours && e.wire != nil {
-			if c := e.frame(r.t); c.Type == cryo.TypeTxChunk && c.Tx == tx {
+			if c := e.frame(r.t); c.Type == wire.TxChunk && c.Tx == tx {
 				data = append(data, c.Payload...)
 			}
 		}
@@ -331,7 +332,7 @@ func (r *replay) leftOver() (all []string) {
 }
 
 // wantFrame wants the session to say a frame.
-func (r *replay) wantFrame(want *cryo.Frame, e *entry) {
+func (r *replay) wantFrame(want *wire.Frame, e *entry) {
 	r.t.Helper()
 	for {
 		i := slices.IndexFunc(r.unasked, func(got entry) bool { return got.wire != nil && r.equal(want, got.frame(r.t)) })
@@ -348,34 +349,34 @@ func (r *replay) wantFrame(want *cryo.Frame, e *entry) {
 	}
 }
 
-func isAnswer(typ cryo.Type) bool {
-	return typ == cryo.TypeAck || typ == cryo.TypeError || typ == cryo.TypePingPong || typ == cryo.TypeTxFetch || typ == cryo.TypeTxCancel
+func isAnswer(typ wire.Type) bool {
+	return typ == wire.Ack || typ == wire.Error || typ == wire.PingPong || typ == wire.TxFetch || typ == wire.TxCancel
 }
 
 // equal compares a recorded frame of ours with one that was said, and learns
 // the numbers from the first that suits.
-func (r *replay) equal(want *cryo.Frame, got cryo.Frame) bool {
+func (r *replay) equal(want *wire.Frame, got wire.Frame) bool {
 	expected := *want
 	switch expected.Type {
-	case cryo.TypeAck, cryo.TypeError, cryo.TypePingPong: // the peer's numbers
-	case cryo.TypeTxChunk, cryo.TypeTxFinish:
+	case wire.Ack, wire.Error, wire.PingPong: // the peer's numbers
+	case wire.TxChunk, wire.TxFinish:
 		expected.Tx, expected.Ack = r.txs[expected.Tx], got.Ack
-	case cryo.TypeTxStart:
+	case wire.TxStart:
 		expected.Tx, expected.Ack = got.Tx, got.Ack
 	default:
 		expected.Ack = got.Ack
 	}
-	a, errA := cryo.AppendFrame(nil, &expected)
-	b, errB := cryo.AppendFrame(nil, &got)
+	a, errA := wire.Append(nil, &expected)
+	b, errB := wire.Append(nil, &got)
 	if errA != nil || errB != nil || !bytes.Equal(a, b) {
 		return false
 	}
 	switch want.Type {
-	case cryo.TypeAck, cryo.TypeError, cryo.TypePingPong, cryo.TypeTxChunk:
+	case wire.Ack, wire.Error, wire.PingPong, wire.TxChunk:
 	default:
 		r.numbers[want.Ack] = got.Ack
 	}
-	if want.Type == cryo.TypeTxStart {
+	if want.Type == wire.TxStart {
 		r.txs[want.Tx] = got.Tx
 	}
 	return true
@@ -395,3 +396,5 @@ func (r *replay) wantClose(want *entry) {
 		r.next(want.String())
 	}
 }
+
+var kinds = map[wire.Type]cryo.Kind{wire.UTF8: cryo.KindText, wire.Binary: cryo.KindBinary, wire.Error: cryo.KindError}

@@ -11,7 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // A transcript is what both ends of a real session said: one frame or close a
@@ -39,9 +39,9 @@ const (
 	sendsOnlyRole = ", to send only"
 )
 
-func (e *entry) frame(t *testing.T) cryo.Frame {
+func (e *entry) frame(t *testing.T) wire.Frame {
 	t.Helper()
-	f, err := cryo.ParseFrame(e.wire)
+	f, err := wire.Parse(e.wire)
 	require.NoError(t, err, "%x", e.wire)
 	return f
 }
@@ -54,7 +54,7 @@ func (e *entry) String() string {
 	if e.wire == nil {
 		return strings.TrimSpace(fmt.Sprintf("%s close %d %s", who, e.code, e.reason))
 	}
-	f, err := cryo.ParseFrame(e.wire)
+	f, err := wire.Parse(e.wire)
 	about := fmt.Sprint(err)
 	if err == nil {
 		about = describe(&f)
@@ -63,21 +63,21 @@ func (e *entry) String() string {
 }
 
 // describe tells a frame to people.
-func describe(f *cryo.Frame) string {
+func describe(f *wire.Frame) string {
 	s := f.Type.String()
-	if f.Type != cryo.TypeTxChunk {
+	if f.Type != wire.TxChunk {
 		s += fmt.Sprintf(" %d", f.Ack)
 	}
 	switch f.Type {
-	case cryo.TypeTxStart:
+	case wire.TxStart:
 		s += fmt.Sprintf(" tx %d, %d bytes", f.Tx, f.Size)
-	case cryo.TypeTxChunk:
+	case wire.TxChunk:
 		s += fmt.Sprintf(" tx %d, chunk %d", f.Tx, f.Seq)
-	case cryo.TypeTxFinish, cryo.TypeTxCancel:
+	case wire.TxFinish, wire.TxCancel:
 		s += fmt.Sprintf(" tx %d", f.Tx)
-	case cryo.TypeTxFlow:
+	case wire.TxFlow:
 		s += fmt.Sprintf(" flow %d", f.Flow)
-	case cryo.TypeTxFetch:
+	case wire.TxFetch:
 		s += fmt.Sprintf(" tx %d, chunks [%d,%d)", f.Tx, f.Start, f.End)
 	}
 	if len(f.Payload) > 0 {
@@ -149,14 +149,14 @@ func transcripts(t *testing.T) []string {
 // written by the library without a change of one byte.
 func TestRecordedFramesComeBackTheSame(t *testing.T) {
 	t.Parallel()
-	types := make(map[cryo.Type]bool)
+	types := make(map[wire.Type]bool)
 	for _, file := range transcripts(t) {
 		for i, e := range readTranscript(t, file).entries {
 			if e.wire == nil {
 				continue
 			}
 			f := e.frame(t)
-			b, err := cryo.AppendFrame(nil, &f)
+			b, err := wire.Append(nil, &f)
 			require.NoError(t, err)
 			require.Equal(t, e.wire, b, "%s, frame %d: %s", file, i, describe(&f))
 			types[f.Type] = true

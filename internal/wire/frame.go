@@ -1,4 +1,7 @@
-package cryo
+// Package wire is the codec of Cryo: its thirteen frames, as bytes. It is pure: no
+// goroutine, no lock, no memory of its own. Nothing outside it knows a byte offset of a
+// frame.
+package wire
 
 import (
 	"encoding/binary"
@@ -7,81 +10,82 @@ import (
 	"strings"
 )
 
-// The codec: pure functions over byte slices. Nothing outside this file knows
-// a byte offset of a frame.
-
 // MaxPayload is the most bytes that the payload of one frame may have: 16 MiB. Longer data travels as a stream.
 const MaxPayload = 16 << 20
 
-// ProtocolVersion is the only version of the protocol there is, as announced
+// Version is the only version of the protocol there is, as announced
 // in ENDPOINT_INFO.
-const ProtocolVersion = 1
+const Version = 1
 
-// FeatureTransactions is the bit of ENDPOINT_INFO's features that says that an
+// FeatureStreams is the bit of ENDPOINT_INFO's features that says that an
 // endpoint understands streams.
-const FeatureTransactions uint64 = 1
+const FeatureStreams uint64 = 1
 
+// Sizes in bytes.
 const (
-	headerSize = 8 + 1                       // sid, type
-	chunkStart = headerSize + 4 + 4          // … tx, seq: a TX_CHUNK's bytes
-	ackEnd     = headerSize + 4              // … and the ack number, which all types but TX_CHUNK have
-	maxFrame   = ackEnd + 4 + 4 + MaxPayload // a TX_START with the longest name, behind its tx and size
+	HeaderSize      = 8 + 1                              // session id and type, which every frame has
+	AckHeaderSize   = HeaderSize + 4                     // … and the number, which all types but TX_CHUNK have
+	ChunkHeaderSize = HeaderSize + 4 + 4                 // a TX_CHUNK's, in front of its bytes
+	MaxFrame        = AckHeaderSize + 4 + 4 + MaxPayload // a TX_START with the longest name, behind its tx and size
+)
 
-	pingText  = "ping"      // PING_PONG's payload, one way …
-	pongText  = "pong"      // … and the other
-	anonymous = "anonymous" // what an empty stream name means
+// Texts of the protocol.
+const (
+	Ping      = "ping"      // PING_PONG's payload, one way …
+	Pong      = "pong"      // … and the other
+	Anonymous = "anonymous" // an empty stream name
 )
 
 // Type is a frame's type: the byte at offset 8.
 type Type byte
 
-// The thirteen frame types. Each comment gives the layout behind the session
+// The thirteen types of frames. Each comment gives the layout behind the session
 // id (u64) and the type byte, and in parentheses the chapter of the protocol's
 // description; integers are big-endian, text is UTF-8.
 const (
-	TypeTxStart      Type = 0   // ack u32 · tx u32 · size i32 (-1 = unknown) · name: opens a stream ("Streams")
-	TypeTxChunk      Type = 1   // tx u32 · seq u32 · bytes: never acknowledged ("Streams")
-	TypeTxFinish     Type = 2   // ack u32 · tx u32: the stream is whole ("Streams")
-	TypeTxFlow       Type = 3   // ack u32 · flow u8: how the peer shall send streams from now on ("Streams")
-	TypeTxFetch      Type = 4   // ack u32 · tx u32 · start u32 · end u32: asks for chunks by index, half open ("Streams")
-	TypeTxCancel     Type = 5   // ack u32 · tx u32: the receiver wants no more of the peer's stream ("Streams")
-	TypeBinary       Type = 249 // ack u32 · bytes: BINARYDATA ("Acknowledgements")
-	TypeUTF8         Type = 250 // ack u32 · text: UTF8DATA ("Acknowledgements")
-	TypePingPong     Type = 251 // ack u32 · "ping" or "pong" ("Heartbeat")
-	TypeError        Type = 252 // ack u32 · text: a refusal of the peer's frame, or an application's message ("ERROR")
-	TypeAck          Type = 253 // ack u32 of the peer's frame ("Acknowledgements")
-	TypeBye          Type = 254 // ack u32 · reason: the end is near ("Closing")
-	TypeEndpointInfo Type = 255 // ack u32 · version u32 · features u64 ("Transport and handshake")
+	TxStart      Type = 0   // ack u32 · tx u32 · size i32 (-1 = unknown) · name: opens a stream ("Streams")
+	TxChunk      Type = 1   // tx u32 · seq u32 · bytes: never acknowledged ("Streams")
+	TxFinish     Type = 2   // ack u32 · tx u32: the stream is whole ("Streams")
+	TxFlow       Type = 3   // ack u32 · flow u8: how the peer shall send streams from now on ("Streams")
+	TxFetch      Type = 4   // ack u32 · tx u32 · start u32 · end u32: asks for chunks by index, half open ("Streams")
+	TxCancel     Type = 5   // ack u32 · tx u32: the receiver wants no more of the peer's stream ("Streams")
+	Binary       Type = 249 // ack u32 · bytes: BINARYDATA ("Acknowledgements")
+	UTF8         Type = 250 // ack u32 · text: UTF8DATA ("Acknowledgements")
+	PingPong     Type = 251 // ack u32 · "ping" or "pong" ("Heartbeat")
+	Error        Type = 252 // ack u32 · text: a refusal of the peer's frame, or an application's message ("ERROR")
+	Ack          Type = 253 // ack u32 of the peer's frame ("Acknowledgements")
+	Bye          Type = 254 // ack u32 · reason: the end is near ("Closing")
+	EndpointInfo Type = 255 // ack u32 · version u32 · features u64 ("Transport and handshake")
 )
 
 // String gives the type's name as the protocol writes it.
 func (t Type) String() string {
 	switch t {
-	case TypeTxStart:
+	case TxStart:
 		return "TX_START"
-	case TypeTxChunk:
+	case TxChunk:
 		return "TX_CHUNK"
-	case TypeTxFinish:
+	case TxFinish:
 		return "TX_FINISH"
-	case TypeTxFlow:
+	case TxFlow:
 		return "TX_FLOW"
-	case TypeTxFetch:
+	case TxFetch:
 		return "TX_FETCH"
-	case TypeTxCancel:
+	case TxCancel:
 		return "TX_CANCEL"
-	case TypeBinary:
+	case Binary:
 		return "BINARYDATA"
-	case TypeUTF8:
+	case UTF8:
 		return "UTF8DATA"
-	case TypePingPong:
+	case PingPong:
 		return "PING_PONG"
-	case TypeError:
+	case Error:
 		return "ERROR"
-	case TypeAck:
+	case Ack:
 		return "ACK"
-	case TypeBye:
+	case Bye:
 		return "BYE"
-	case TypeEndpointInfo:
+	case EndpointInfo:
 		return "ENDPOINT_INFO"
 	default:
 		return fmt.Sprintf("unassigned type %d", byte(t))
@@ -128,7 +132,7 @@ type FrameError struct {
 }
 
 func (e *FrameError) Error() string {
-	if e.Size < headerSize {
+	if e.Size < HeaderSize {
 		return fmt.Sprintf("malformed frame of %d bytes: %s", e.Size, e.Problem)
 	}
 	return fmt.Sprintf("malformed %v frame of %d bytes: %s", e.Type, e.Size, e.Problem)
@@ -141,11 +145,11 @@ func (f *Frame) Text() string {
 	return strings.ToValidUTF8(strings.TrimRight(string(f.Payload), "\x00"), "\uFFFD")
 }
 
-// ParseFrame reads one frame. The payload is a part of b, not a copy, and has
+// Parse reads one frame. The payload is a part of b, not a copy, and has
 // no room to append into what lies behind it; bytes behind a fixed layout are
 // ignored, as the published peers do. The error is always a [*FrameError].
-func ParseFrame(b []byte) (Frame, error) {
-	if len(b) < headerSize {
+func Parse(b []byte) (Frame, error) {
+	if len(b) < HeaderSize {
 		return Frame{}, &FrameError{Size: len(b), Problem: "shorter than session id and type"}
 	}
 	f := Frame{SID: binary.BigEndian.Uint64(b), Type: Type(b[8])}
@@ -156,7 +160,7 @@ func ParseFrame(b []byte) (Frame, error) {
 	if len(b) < fixed {
 		return Frame{}, &FrameError{Type: f.Type, Size: len(b), Problem: fmt.Sprintf("shorter than its %d bytes", fixed)}
 	}
-	f.readFields(b[headerSize:fixed])
+	f.readFields(b[HeaderSize:fixed])
 	if f.Type.hasPayload() {
 		f.Payload = slices.Clip(b[fixed:])
 	}
@@ -166,91 +170,92 @@ func ParseFrame(b []byte) (Frame, error) {
 	return f, nil
 }
 
-// isData tells from a frame's first bytes whether it carries what a session
+// IsData reports from a frame's first bytes whether it carries what a session
 // receives and holds: a message, or a part of a stream.
-func isData(head []byte) bool {
-	if len(head) < headerSize {
+func IsData(head []byte) bool {
+	if len(head) < HeaderSize {
 		return false
 	}
 	switch Type(head[8]) {
-	case TypeUTF8, TypeBinary, TypeError, TypeTxChunk:
+	case UTF8, Binary, Error, TxChunk:
 		return true
 	default:
 		return false
 	}
 }
 
-func isChunk(head []byte) bool { return len(head) == headerSize && Type(head[8]) == TypeTxChunk }
+// IsChunk reports whether a frame whose first HeaderSize bytes these are is a TX_CHUNK.
+func IsChunk(head []byte) bool { return len(head) == HeaderSize && Type(head[8]) == TxChunk }
 
 // readFields reads what stands between the type byte and the payload.
 func (f *Frame) readFields(b []byte) {
-	if f.Type != TypeTxChunk {
+	if f.Type != TxChunk {
 		f.Ack = binary.BigEndian.Uint32(b)
 		b = b[4:]
 	}
 	switch f.Type {
-	case TypeTxStart:
+	case TxStart:
 		f.Tx = binary.BigEndian.Uint32(b)
 		// The published peers take every negative size for unknown.
 		f.Size = max(int32(binary.BigEndian.Uint32(b[4:])), -1)
-	case TypeTxChunk:
+	case TxChunk:
 		f.Tx = binary.BigEndian.Uint32(b)
 		f.Seq = binary.BigEndian.Uint32(b[4:])
-	case TypeTxFinish, TypeTxCancel:
+	case TxFinish, TxCancel:
 		f.Tx = binary.BigEndian.Uint32(b)
-	case TypeTxFlow:
+	case TxFlow:
 		f.Flow = Flow(b[0])
-	case TypeTxFetch:
+	case TxFetch:
 		f.Tx = binary.BigEndian.Uint32(b)
 		f.Start = binary.BigEndian.Uint32(b[4:])
 		f.End = binary.BigEndian.Uint32(b[8:])
-	case TypeEndpointInfo:
+	case EndpointInfo:
 		f.Version = binary.BigEndian.Uint32(b)
 		f.Features = binary.BigEndian.Uint64(b[4:])
 	}
 }
 
-// AppendFrame appends the frame's bytes to b. The error is always a
+// Append appends the frame's bytes to b. The error is always a
 // [*FrameError]; b comes back unchanged with it.
-func AppendFrame(b []byte, f *Frame) ([]byte, error) {
-	b, err := appendHeader(b, f)
+func Append(b []byte, f *Frame) ([]byte, error) {
+	b, err := AppendHeader(b, f)
 	if err != nil {
 		return b, err
 	}
 	return append(b, f.Payload...), nil
 }
 
-// appendHeader appends all of a frame but its payload, which is its last part,
+// AppendHeader appends all of a frame but its payload, which is its last part,
 // so that a writer need not copy a large one.
-func appendHeader(b []byte, f *Frame) ([]byte, error) {
+func AppendHeader(b []byte, f *Frame) ([]byte, error) {
 	fixed, known := f.Type.fixedSize()
 	if !known {
-		return b, &FrameError{Type: f.Type, Size: headerSize + len(f.Payload), Problem: "no such frame type"}
+		return b, &FrameError{Type: f.Type, Size: HeaderSize + len(f.Payload), Problem: "no such frame type"}
 	}
 	if problem := f.problem(); problem != "" {
 		return b, &FrameError{Type: f.Type, Size: fixed + len(f.Payload), Problem: problem}
 	}
 	b = binary.BigEndian.AppendUint64(b, f.SID)
 	b = append(b, byte(f.Type))
-	if f.Type != TypeTxChunk {
+	if f.Type != TxChunk {
 		b = binary.BigEndian.AppendUint32(b, f.Ack)
 	}
 	switch f.Type {
-	case TypeTxStart:
+	case TxStart:
 		b = binary.BigEndian.AppendUint32(b, f.Tx)
 		b = binary.BigEndian.AppendUint32(b, uint32(f.Size))
-	case TypeTxChunk:
+	case TxChunk:
 		b = binary.BigEndian.AppendUint32(b, f.Tx)
 		b = binary.BigEndian.AppendUint32(b, f.Seq)
-	case TypeTxFinish, TypeTxCancel:
+	case TxFinish, TxCancel:
 		b = binary.BigEndian.AppendUint32(b, f.Tx)
-	case TypeTxFlow:
+	case TxFlow:
 		b = append(b, byte(f.Flow))
-	case TypeTxFetch:
+	case TxFetch:
 		b = binary.BigEndian.AppendUint32(b, f.Tx)
 		b = binary.BigEndian.AppendUint32(b, f.Start)
 		b = binary.BigEndian.AppendUint32(b, f.End)
-	case TypeEndpointInfo:
+	case EndpointInfo:
 		b = binary.BigEndian.AppendUint32(b, f.Version)
 		b = binary.BigEndian.AppendUint64(b, f.Features)
 	}
@@ -261,20 +266,20 @@ func appendHeader(b []byte, f *Frame) ([]byte, error) {
 // is such a type.
 func (t Type) fixedSize() (size int, known bool) {
 	switch t {
-	case TypeTxStart:
-		return ackEnd + 4 + 4, true // tx, size
-	case TypeTxChunk:
-		return chunkStart, true // tx, seq
-	case TypeTxFinish, TypeTxCancel:
-		return ackEnd + 4, true // tx
-	case TypeTxFlow:
-		return ackEnd + 1, true // flow
-	case TypeTxFetch:
-		return ackEnd + 4 + 4 + 4, true // tx, start, end
-	case TypeEndpointInfo:
-		return ackEnd + 4 + 8, true // version, features
-	case TypeBinary, TypeUTF8, TypePingPong, TypeError, TypeAck, TypeBye:
-		return ackEnd, true
+	case TxStart:
+		return AckHeaderSize + 4 + 4, true // tx, size
+	case TxChunk:
+		return ChunkHeaderSize, true // tx, seq
+	case TxFinish, TxCancel:
+		return AckHeaderSize + 4, true // tx
+	case TxFlow:
+		return AckHeaderSize + 1, true // flow
+	case TxFetch:
+		return AckHeaderSize + 4 + 4 + 4, true // tx, start, end
+	case EndpointInfo:
+		return AckHeaderSize + 4 + 8, true // version, features
+	case Binary, UTF8, PingPong, Error, Ack, Bye:
+		return AckHeaderSize, true
 	default:
 		return 0, false
 	}
@@ -283,7 +288,7 @@ func (t Type) fixedSize() (size int, known bool) {
 // hasPayload tells the types that end with text or bytes.
 func (t Type) hasPayload() bool {
 	switch t {
-	case TypeTxStart, TypeTxChunk, TypeBinary, TypeUTF8, TypePingPong, TypeError, TypeBye:
+	case TxStart, TxChunk, Binary, UTF8, PingPong, Error, Bye:
 		return true
 	default:
 		return false
@@ -298,11 +303,11 @@ func (f *Frame) problem() string {
 		return "payload over 16 MiB"
 	case len(f.Payload) > 0 && !f.Type.hasPayload():
 		return "this type carries no payload"
-	case f.Type == TypePingPong && string(f.Payload) != pingText && string(f.Payload) != pongText:
+	case f.Type == PingPong && string(f.Payload) != Ping && string(f.Payload) != Pong:
 		return "neither ping nor pong"
-	case f.Type == TypeTxFlow && f.Flow > FlowPull:
+	case f.Type == TxFlow && f.Flow > FlowPull:
 		return fmt.Sprintf("flow %d is neither push (0) nor pull (1)", f.Flow)
-	case f.Type == TypeTxStart && f.Size < -1:
+	case f.Type == TxStart && f.Size < -1:
 		return fmt.Sprintf("size %d is neither a size nor -1", f.Size)
 	default:
 		return ""

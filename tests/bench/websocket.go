@@ -11,10 +11,10 @@ import (
 	"net/http"
 )
 
-// wire is one end of a WebSocket as a peer has it: no more than the benchmarks
+// webSocket is one end of a WebSocket as a peer has it: no more than the benchmarks
 // need, so that the peer costs little beside what is measured. Writes are
 // gathered until flush, or until there is nothing more to read.
-type wire struct {
+type webSocket struct {
 	conn    net.Conn
 	client  bool // masks, with a key of zeros
 	in      *bufio.Reader
@@ -28,14 +28,14 @@ const (
 	writeAhead = 256 << 10
 )
 
-func newWire(conn net.Conn, client bool) *wire {
-	w := &wire{conn: conn, client: client, onPause: func() {}}
+func newWebSocket(conn net.Conn, client bool) *webSocket {
+	w := &webSocket{conn: conn, client: client, onPause: func() {}}
 	w.in = bufio.NewReaderSize(pausing{w}, readAhead)
 	return w
 }
 
 // pausing reads from the network behind a flush.
-type pausing struct{ w *wire }
+type pausing struct{ w *webSocket }
 
 func (p pausing) Read(b []byte) (int, error) {
 	if err := p.w.flush(); err != nil {
@@ -45,7 +45,7 @@ func (p pausing) Read(b []byte) (int, error) {
 	return p.w.conn.Read(b)
 }
 
-func (w *wire) flush() error {
+func (w *webSocket) flush() error {
 	if len(w.out) == 0 {
 		return nil
 	}
@@ -55,7 +55,7 @@ func (w *wire) flush() error {
 }
 
 // upgrade does the WebSocket handshake for either end.
-func (w *wire) upgrade(path string) error {
+func (w *webSocket) upgrade(path string) error {
 	if w.client {
 		fmt.Fprintf(w.conn, "GET %s HTTP/1.1\r\nHost: %v\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
 			"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n", path, w.conn.RemoteAddr())
@@ -76,7 +76,7 @@ func (w *wire) upgrade(path string) error {
 }
 
 // append gathers a binary message.
-func (w *wire) append(message []byte) {
+func (w *webSocket) append(message []byte) {
 	w.out = appendHead(w.out, len(message), w.client)
 	w.out = append(w.out, message...)
 }
@@ -104,7 +104,7 @@ func appendHead(b []byte, size int, client bool) []byte {
 
 // next reads a WebSocket frame, and gives the first bytes of its payload; none
 // of one that continues a message.
-func (w *wire) next(head []byte) (n int, err error) {
+func (w *webSocket) next(head []byte) (n int, err error) {
 	if _, err := w.in.Discard(w.last); err != nil {
 		return 0, err
 	}
@@ -148,4 +148,4 @@ func (w *wire) next(head []byte) (n int, err error) {
 }
 
 // drain reads and forgets.
-func (w *wire) drain() { _, _ = io.Copy(io.Discard, w.in) }
+func (w *webSocket) drain() { _, _ = io.Copy(io.Discard, w.in) }

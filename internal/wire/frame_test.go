@@ -1,176 +1,105 @@
-package cryo_test
+package wire_test
 
 import (
 	"bytes"
 	"encoding/hex"
-	"encoding/json"
 	"math"
-	"os"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // layouts has every frame type: its name in the protocol and in vectors.json,
-// and what stands on the wire.
+// and what stands on the encoded.
 var layouts = []struct {
-	typ     cryo.Type
+	typ     wire.Type
 	name    string
 	vector  string
 	fixed   int // bytes in front of the payload
 	payload bool
 }{
-	{cryo.TypeTxStart, "TX_START", "tx_start", 21, true},
-	{cryo.TypeTxChunk, "TX_CHUNK", "tx_chunk", 17, true},
-	{cryo.TypeTxFinish, "TX_FINISH", "tx_finish", 17, false},
-	{cryo.TypeTxFlow, "TX_FLOW", "tx_flow", 14, false},
-	{cryo.TypeTxFetch, "TX_FETCH", "tx_fetch", 25, false},
-	{cryo.TypeTxCancel, "TX_CANCEL", "tx_cancel", 17, false},
-	{cryo.TypeBinary, "BINARYDATA", "binary", 13, true},
-	{cryo.TypeUTF8, "UTF8DATA", "utf8", 13, true},
-	{cryo.TypePingPong, "PING_PONG", "ping_pong", 13, true},
-	{cryo.TypeError, "ERROR", "error", 13, true},
-	{cryo.TypeAck, "ACK", "ack", 13, false},
-	{cryo.TypeBye, "BYE", "bye", 13, true},
-	{cryo.TypeEndpointInfo, "ENDPOINT_INFO", "endpoint_info", 25, false},
-}
-
-// vector is a frame that the reference wrote, with the fields it put in.
-type vector struct {
-	Name  string
-	Bytes hexBytes `json:"hex"`
-	Note  string
-
-	Type       string
-	SID        uint64 `json:"sid,string"`
-	Ack        uint32
-	Version    uint32
-	Features   uint64 `json:"features,string"`
-	Tx         uint32
-	Seq        uint32
-	Size       int32
-	Start, End uint32
-	Behaviour  string
-
-	// At most one of these, by type.
-	Stream, Text, Reason string
-	Payload              hexBytes `json:"payload_hex"`
-}
-
-func (v vector) frame() cryo.Frame {
-	f := cryo.Frame{
-		SID: v.SID, Ack: v.Ack, Version: v.Version, Features: v.Features,
-		Tx: v.Tx, Seq: v.Seq, Size: v.Size, Start: v.Start, End: v.End,
-		Flow:    map[string]cryo.Flow{"push": cryo.FlowPush, "pull": cryo.FlowPull}[v.Behaviour],
-		Payload: []byte(v.Stream + v.Text + v.Reason + string(v.Payload)),
-	}
-	for _, l := range layouts {
-		if l.vector == v.Type {
-			f.Type = l.typ
-		}
-	}
-	return f
-}
-
-// malformed is a byte sequence and what the reference said to it.
-type malformed struct {
-	Name      string
-	Bytes     hexBytes `json:"hex"`
-	Reference string
-}
-
-type hexBytes []byte
-
-func (h *hexBytes) UnmarshalText(text []byte) (err error) {
-	*h, err = hex.AppendDecode(nil, text)
-	return err
-}
-
-func readVectors(tb testing.TB) (valid []vector, bad []malformed) {
-	tb.Helper()
-	file, err := os.Open("testdata/vectors.json")
-	require.NoError(tb, err)
-	defer file.Close()
-
-	var vectors struct {
-		About     string
-		Valid     []vector
-		Malformed []malformed
-	}
-	decoder := json.NewDecoder(file)
-	decoder.DisallowUnknownFields() // a field of the reference that nobody compares
-	require.NoError(tb, decoder.Decode(&vectors))
-	require.NotEmpty(tb, vectors.Valid)
-	require.NotEmpty(tb, vectors.Malformed)
-	return vectors.Valid, vectors.Malformed
+	{wire.TxStart, "TX_START", "tx_start", 21, true},
+	{wire.TxChunk, "TX_CHUNK", "tx_chunk", 17, true},
+	{wire.TxFinish, "TX_FINISH", "tx_finish", 17, false},
+	{wire.TxFlow, "TX_FLOW", "tx_flow", 14, false},
+	{wire.TxFetch, "TX_FETCH", "tx_fetch", 25, false},
+	{wire.TxCancel, "TX_CANCEL", "tx_cancel", 17, false},
+	{wire.Binary, "BINARYDATA", "binary", 13, true},
+	{wire.UTF8, "UTF8DATA", "utf8", 13, true},
+	{wire.PingPong, "PING_PONG", "ping_pong", 13, true},
+	{wire.Error, "ERROR", "error", 13, true},
+	{wire.Ack, "ACK", "ack", 13, false},
+	{wire.Bye, "BYE", "bye", 13, true},
+	{wire.EndpointInfo, "ENDPOINT_INFO", "endpoint_info", 25, false},
 }
 
 // requireFrame compares all fields; a nil payload is as good as an empty one.
-func requireFrame(tb testing.TB, want, got cryo.Frame) {
+func requireFrame(tb testing.TB, want, got wire.Frame) {
 	tb.Helper()
 	require.True(tb, bytes.Equal(want.Payload, got.Payload), "payload %q instead of %q", got.Payload, want.Payload)
 	want.Payload, got.Payload = nil, nil
 	require.Equal(tb, want, got)
 }
 
-func requireParses(tb testing.TB, want cryo.Frame, wire []byte) {
+func requireParses(tb testing.TB, want wire.Frame, encoded []byte) {
 	tb.Helper()
-	got, err := cryo.ParseFrame(wire)
+	got, err := wire.Parse(encoded)
 	require.NoError(tb, err)
 	requireFrame(tb, want, got)
 }
 
-func requireParseRefused(tb testing.TB, wire []byte) *cryo.FrameError {
+func requireParseRefused(tb testing.TB, encoded []byte) *wire.FrameError {
 	tb.Helper()
-	f, err := cryo.ParseFrame(wire)
-	var refusal *cryo.FrameError
+	f, err := wire.Parse(encoded)
+	var refusal *wire.FrameError
 	require.ErrorAs(tb, err, &refusal)
 	require.Zero(tb, f, "a frame beside an error")
 	return refusal
 }
 
-func requireAppendRefused(tb testing.TB, f cryo.Frame) *cryo.FrameError {
+func requireAppendRefused(tb testing.TB, f wire.Frame) *wire.FrameError {
 	tb.Helper()
-	b, err := cryo.AppendFrame([]byte("in front"), &f)
-	var refusal *cryo.FrameError
+	b, err := wire.Append([]byte("in front"), &f)
+	var refusal *wire.FrameError
 	require.ErrorAs(tb, err, &refusal)
 	require.Equal(tb, "in front", string(b), "a refused frame left something behind")
 	return refusal
 }
 
 // sample is a frame of the type that may be written.
-func sample(typ cryo.Type) cryo.Frame {
-	f := cryo.Frame{SID: 1, Type: typ}
-	if typ == cryo.TypePingPong {
+func sample(typ wire.Type) wire.Frame {
+	f := wire.Frame{SID: 1, Type: typ}
+	if typ == wire.PingPong {
 		f.Payload = []byte("ping")
 	}
 	return f
 }
 
-func appendFrame(tb testing.TB, b []byte, f cryo.Frame) []byte {
+func appendFrame(tb testing.TB, b []byte, f wire.Frame) []byte {
 	tb.Helper()
-	b, err := cryo.AppendFrame(b, &f)
+	b, err := wire.Append(b, &f)
 	require.NoError(tb, err)
 	return b
 }
 
 func TestFramesOfTheReferenceParseAndSerialiseToTheSameBytes(t *testing.T) {
-	valid, _ := readVectors(t)
+	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
-			requireParses(t, v.frame(), v.Bytes)
-			require.Equal(t, "in front"+string(v.Bytes), string(appendFrame(t, []byte("in front"), v.frame())))
+			requireParses(t, v.Frame(), v.Bytes)
+			require.Equal(t, "in front"+string(v.Bytes), string(appendFrame(t, []byte("in front"), v.Frame())))
 		})
 	}
 }
 
 func TestEveryTypeHasAFrameOfTheReference(t *testing.T) {
-	valid, _ := readVectors(t)
-	seen := map[cryo.Type]bool{}
+	valid, _ := cryotest.Vectors(t)
+	seen := map[wire.Type]bool{}
 	for _, v := range valid {
-		seen[cryo.Type(v.Bytes[8])] = true
+		seen[wire.Type(v.Bytes[8])] = true
 	}
 	for _, l := range layouts {
 		require.True(t, seen[l.typ], l.name)
@@ -178,11 +107,11 @@ func TestEveryTypeHasAFrameOfTheReference(t *testing.T) {
 }
 
 func TestMalformedFramesAreTakenAsTheReferenceTakesThem(t *testing.T) {
-	_, bad := readVectors(t)
+	_, bad := cryotest.Vectors(t)
 	for _, m := range bad {
 		t.Run(m.Name, func(t *testing.T) {
 			if m.Reference == "accepted" {
-				_, err := cryo.ParseFrame(m.Bytes)
+				_, err := wire.Parse(m.Bytes)
 				require.NoError(t, err)
 				return
 			}
@@ -204,36 +133,36 @@ func TestBytesBehindAFixedLayoutAreIgnored(t *testing.T) {
 }
 
 func TestInvalidUTF8PassesUnchanged(t *testing.T) {
-	f := cryo.Frame{Type: cryo.TypeUTF8, Payload: []byte("a\xffb\x00")}
+	f := wire.Frame{Type: wire.UTF8, Payload: []byte("a\xffb\x00")}
 	requireParses(t, f, appendFrame(t, nil, f))
 }
 
 func TestEveryNegativeStreamSizeMeansUnknown(t *testing.T) {
-	unknown := cryo.Frame{Type: cryo.TypeTxStart, Size: -1}
+	unknown := wire.Frame{Type: wire.TxStart, Size: -1}
 	for name, size := range map[string]string{"-1": "ffffffff", "-2": "fffffffe", "least": "80000000"} {
 		t.Run(name, func(t *testing.T) {
-			wire, err := hex.DecodeString("0000000000000000" + "00" + "00000000" + "00000000" + size)
+			encoded, err := hex.DecodeString("0000000000000000" + "00" + "00000000" + "00000000" + size)
 			require.NoError(t, err)
-			requireParses(t, unknown, wire)
+			requireParses(t, unknown, encoded)
 		})
 	}
 }
 
 func TestTruncatedFramesAreRefusedUpToTheirPayload(t *testing.T) {
-	valid, _ := readVectors(t)
+	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
-			whole := v.frame()
+			whole := v.Frame()
 			fixed := len(v.Bytes) - len(whole.Payload)
 			for size := range v.Bytes {
-				wire := bytes.Clone(v.Bytes[:size]) // what lies behind is out of reach
-				if size < fixed || whole.Type == cryo.TypePingPong {
-					require.Equal(t, size, requireParseRefused(t, wire).Size)
+				encoded := bytes.Clone(v.Bytes[:size]) // what lies behind is out of reach
+				if size < fixed || whole.Type == wire.PingPong {
+					require.Equal(t, size, requireParseRefused(t, encoded).Size)
 					continue
 				}
 				cut := whole
 				cut.Payload = whole.Payload[:size-fixed]
-				requireParses(t, cut, wire)
+				requireParses(t, cut, encoded)
 			}
 		})
 	}
@@ -249,46 +178,46 @@ func TestFixedPartsHaveTheirSizes(t *testing.T) {
 }
 
 func TestThirteenTypesAreKnownAndAllOthersRefused(t *testing.T) {
-	names := map[cryo.Type]string{}
+	names := map[wire.Type]string{}
 	for _, l := range layouts {
 		names[l.typ] = l.name
 	}
 	require.Len(t, names, 13)
 
 	for b := range math.MaxUint8 + 1 {
-		typ := cryo.Type(b)
+		typ := wire.Type(b)
 		if name, known := names[typ]; known {
 			require.Equal(t, name, typ.String())
 			requireParses(t, sample(typ), appendFrame(t, nil, sample(typ)))
 			continue
 		}
 		require.Contains(t, typ.String(), "unassigned")
-		wire := make([]byte, 64)
-		wire[8] = byte(typ)
-		require.Equal(t, typ, requireParseRefused(t, wire).Type)
+		encoded := make([]byte, 64)
+		encoded[8] = byte(typ)
+		require.Equal(t, typ, requireParseRefused(t, encoded).Type)
 		require.Equal(t, typ, requireAppendRefused(t, sample(typ)).Type)
 	}
 }
 
 func TestPayloadsOf16MiBPassAndOneByteMoreIsRefused(t *testing.T) {
 	const limit = 16 << 20
-	require.Equal(t, limit, cryo.MaxPayload)
+	require.Equal(t, limit, wire.MaxPayload)
 
 	payload := make([]byte, limit+1)
-	wire := make([]byte, 0, limit+64)
+	encoded := make([]byte, 0, limit+64)
 	for _, l := range layouts {
-		if !l.payload || l.typ == cryo.TypePingPong {
+		if !l.payload || l.typ == wire.PingPong {
 			continue
 		}
 		t.Run(l.name, func(t *testing.T) {
 			f := sample(l.typ)
 			f.Payload = payload[:limit]
-			wire = appendFrame(t, wire[:0], f)
-			requireParses(t, f, wire)
+			encoded = appendFrame(t, encoded[:0], f)
+			requireParses(t, f, encoded)
 
 			f.Payload = payload
 			tooLong := l.fixed + limit + 1
-			require.Equal(t, tooLong, requireParseRefused(t, append(wire, 0)).Size)
+			require.Equal(t, tooLong, requireParseRefused(t, append(encoded, 0)).Size)
 			require.Equal(t, tooLong, requireAppendRefused(t, f).Size)
 		})
 	}
@@ -309,17 +238,17 @@ func TestTypesWithoutAPayloadAreNotWrittenWithOne(t *testing.T) {
 
 func TestFramesThatNobodyUnderstandsAreNotWritten(t *testing.T) {
 	tests := map[string]struct {
-		frame cryo.Frame
+		frame wire.Frame
 		says  string
 	}{
-		"unknown type":     {cryo.Frame{Type: 6}, "malformed unassigned type 6 frame of 9 bytes: no such frame type"},
-		"flow 2":           {cryo.Frame{Type: cryo.TypeTxFlow, Flow: 2}, "malformed TX_FLOW frame of 14 bytes: flow 2 is neither push (0) nor pull (1)"},
-		"pang":             {cryo.Frame{Type: cryo.TypePingPong, Payload: []byte("pang")}, "malformed PING_PONG frame of 17 bytes: neither ping nor pong"},
-		"ping and more":    {cryo.Frame{Type: cryo.TypePingPong, Payload: []byte("pings")}, "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
-		"ping of nothing":  {cryo.Frame{Type: cryo.TypePingPong}, "malformed PING_PONG frame of 13 bytes: neither ping nor pong"},
-		"stream size -2":   {cryo.Frame{Type: cryo.TypeTxStart, Size: -2}, "malformed TX_START frame of 21 bytes: size -2 is neither a size nor -1"},
-		"ACK with a byte":  {cryo.Frame{Type: cryo.TypeAck, Payload: []byte{0}}, "malformed ACK frame of 14 bytes: this type carries no payload"},
-		"17 MiB of binary": {cryo.Frame{Type: cryo.TypeBinary, Payload: make([]byte, 17<<20)}, "malformed BINARYDATA frame of 17825805 bytes: payload over 16 MiB"},
+		"unknown type":     {wire.Frame{Type: 6}, "malformed unassigned type 6 frame of 9 bytes: no such frame type"},
+		"flow 2":           {wire.Frame{Type: wire.TxFlow, Flow: 2}, "malformed TX_FLOW frame of 14 bytes: flow 2 is neither push (0) nor pull (1)"},
+		"pang":             {wire.Frame{Type: wire.PingPong, Payload: []byte("pang")}, "malformed PING_PONG frame of 17 bytes: neither ping nor pong"},
+		"ping and more":    {wire.Frame{Type: wire.PingPong, Payload: []byte("pings")}, "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
+		"ping of nothing":  {wire.Frame{Type: wire.PingPong}, "malformed PING_PONG frame of 13 bytes: neither ping nor pong"},
+		"stream size -2":   {wire.Frame{Type: wire.TxStart, Size: -2}, "malformed TX_START frame of 21 bytes: size -2 is neither a size nor -1"},
+		"ACK with a byte":  {wire.Frame{Type: wire.Ack, Payload: []byte{0}}, "malformed ACK frame of 14 bytes: this type carries no payload"},
+		"17 MiB of binary": {wire.Frame{Type: wire.Binary, Payload: make([]byte, 17<<20)}, "malformed BINARYDATA frame of 17825805 bytes: payload over 16 MiB"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -330,8 +259,8 @@ func TestFramesThatNobodyUnderstandsAreNotWritten(t *testing.T) {
 
 func TestRefusalsOfReceivedBytesSayWhatTheyAre(t *testing.T) {
 	tests := map[string]struct {
-		wire string
-		says string
+		encoded string
+		says    string
 	}{
 		"nothing":      {"", "malformed frame of 0 bytes: shorter than session id and type"},
 		"no type":      {"00000000", "malformed frame of 8 bytes: shorter than session id and type"},
@@ -342,16 +271,16 @@ func TestRefusalsOfReceivedBytesSayWhatTheyAre(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			require.EqualError(t, requireParseRefused(t, []byte(test.wire)), test.says)
+			require.EqualError(t, requireParseRefused(t, []byte(test.encoded)), test.says)
 		})
 	}
 }
 
 func TestAPayloadIsAPartOfTheBytesAndCannotGrowIntoTheNext(t *testing.T) {
-	first := appendFrame(t, nil, cryo.Frame{Type: cryo.TypeUTF8, Payload: []byte("first")})
+	first := appendFrame(t, nil, wire.Frame{Type: wire.UTF8, Payload: []byte("first")})
 	both := append(bytes.Clone(first), "second"...)
 
-	f, err := cryo.ParseFrame(both[:len(first)])
+	f, err := wire.Parse(both[:len(first)])
 	require.NoError(t, err)
 	require.Same(t, &both[len(first)-len("first")], &f.Payload[0])
 	_ = append(f.Payload, "!!!"...)
@@ -372,7 +301,7 @@ func TestTextIsFitForReading(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			f := cryo.Frame{Type: cryo.TypeBye, Payload: []byte(test.payload)}
+			f := wire.Frame{Type: wire.Bye, Payload: []byte(test.payload)}
 			require.Equal(t, test.want, f.Text())
 			require.Equal(t, test.payload, string(f.Payload), "the payload itself was changed")
 		})
@@ -380,76 +309,76 @@ func TestTextIsFitForReading(t *testing.T) {
 }
 
 func TestFramesAreReadAndWrittenWithoutAllocating(t *testing.T) {
-	valid, _ := readVectors(t)
+	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
-			f, buffer := v.frame(), make([]byte, 0, len(v.Bytes))
+			f, buffer := v.Frame(), make([]byte, 0, len(v.Bytes))
 			var err error
-			require.Zero(t, testing.AllocsPerRun(100, func() { _, err = cryo.ParseFrame(v.Bytes) }), "reading")
+			require.Zero(t, testing.AllocsPerRun(100, func() { _, err = wire.Parse(v.Bytes) }), "reading")
 			require.NoError(t, err)
-			require.Zero(t, testing.AllocsPerRun(100, func() { _, err = cryo.AppendFrame(buffer, &f) }), "writing")
+			require.Zero(t, testing.AllocsPerRun(100, func() { _, err = wire.Append(buffer, &f) }), "writing")
 			require.NoError(t, err)
 		})
 	}
 }
 
 func FuzzParseFrame(f *testing.F) {
-	valid, bad := readVectors(f)
+	valid, bad := cryotest.Vectors(f)
 	for _, v := range valid {
 		f.Add([]byte(v.Bytes))
 	}
 	for _, m := range bad {
 		f.Add([]byte(m.Bytes))
 	}
-	f.Fuzz(func(t *testing.T, wire []byte) {
-		parsed, err := cryo.ParseFrame(wire)
+	f.Fuzz(func(t *testing.T, encoded []byte) {
+		parsed, err := wire.Parse(encoded)
 		if err != nil {
-			requireParseRefused(t, wire)
+			requireParseRefused(t, encoded)
 			return
 		}
 		again := appendFrame(t, nil, parsed)
 		requireParses(t, parsed, again)
 		if parsed.Size != -1 { // which may have been any negative size
-			require.True(t, bytes.HasPrefix(wire, again), "%x became %x", wire, again)
+			require.True(t, bytes.HasPrefix(encoded, again), "%x became %x", encoded, again)
 		}
 	})
 }
 
 func FuzzFrameRoundTrip(f *testing.F) {
-	valid, _ := readVectors(f)
+	valid, _ := cryotest.Vectors(f)
 	for _, v := range valid {
-		s := v.frame()
+		s := v.Frame()
 		f.Add(s.SID, byte(s.Type), byte(s.Flow), s.Ack, s.Tx, s.Seq, s.Start, s.End, s.Size, s.Version, s.Features, s.Payload)
 	}
 	f.Fuzz(func(t *testing.T, sid uint64, typ, flow byte, ack, tx, seq, start, end uint32, size int32, version uint32, features uint64, payload []byte) {
-		written := cryo.Frame{
-			SID: sid, Type: cryo.Type(typ), Flow: cryo.Flow(flow), Ack: ack, Tx: tx, Seq: seq, Start: start, End: end,
+		written := wire.Frame{
+			SID: sid, Type: wire.Type(typ), Flow: wire.Flow(flow), Ack: ack, Tx: tx, Seq: seq, Start: start, End: end,
 			Size: size, Version: version, Features: features, Payload: payload,
 		}
-		wire, err := cryo.AppendFrame(nil, &written)
+		encoded, err := wire.Append(nil, &written)
 		if err != nil {
 			requireAppendRefused(t, written)
 			return
 		}
-		requireParses(t, onlyItsFields(written), wire)
+		requireParses(t, onlyItsFields(written), encoded)
 	})
 }
 
 // onlyItsFields is the frame without what its type has no place for.
-func onlyItsFields(f cryo.Frame) cryo.Frame {
-	only := cryo.Frame{SID: f.SID, Type: f.Type, Ack: f.Ack, Payload: f.Payload}
+func onlyItsFields(f wire.Frame) wire.Frame {
+	only := wire.Frame{SID: f.SID, Type: f.Type, Ack: f.Ack, Payload: f.Payload}
 	switch f.Type {
-	case cryo.TypeTxStart:
+	case wire.TxStart:
 		only.Tx, only.Size = f.Tx, f.Size
-	case cryo.TypeTxChunk:
+	case wire.TxChunk:
 		only.Ack, only.Tx, only.Seq = 0, f.Tx, f.Seq
-	case cryo.TypeTxFinish, cryo.TypeTxCancel:
+	case wire.TxFinish, wire.TxCancel:
 		only.Tx = f.Tx
-	case cryo.TypeTxFlow:
+	case wire.TxFlow:
 		only.Flow = f.Flow
-	case cryo.TypeTxFetch:
+	case wire.TxFetch:
 		only.Tx, only.Start, only.End = f.Tx, f.Start, f.End
-	case cryo.TypeEndpointInfo:
+	case wire.EndpointInfo:
 		only.Version, only.Features = f.Version, f.Features
 	}
 	return only

@@ -1,0 +1,57 @@
+package cryo
+
+import "github.com/cryo-connect/cryo-connect/internal/wire"
+
+// MaxPayload is the most bytes that a message, or a chunk of a stream, may have: 16 MiB.
+// Longer data travels as a stream.
+const MaxPayload = wire.MaxPayload
+
+// Kind is what a message is.
+type Kind int
+
+// The kinds of messages, and of what [SessionOptions.OnRefused] counts.
+const (
+	KindText   Kind = iota + 1 // text (UTF8DATA)
+	KindBinary                 // bytes (BINARYDATA)
+	KindError                  // what the peer's application sent as an error (ERROR); received only
+	KindStream                 // a stream; no message has this kind
+)
+
+// String returns the kind as a word.
+func (k Kind) String() string {
+	switch k {
+	case KindText:
+		return "text"
+	case KindBinary:
+		return "binary"
+	case KindError:
+		return "error"
+	case KindStream:
+		return "stream"
+	default:
+		return "unknown kind"
+	}
+}
+
+// kindOf is the kind of the message in a frame.
+func kindOf(t wire.Type) Kind {
+	switch t {
+	case wire.UTF8:
+		return KindText
+	case wire.Binary:
+		return KindBinary
+	default:
+		return KindError
+	}
+}
+
+// Flow is who sets the pace at which the chunks of a stream travel (TX_FLOW).
+type Flow = wire.Flow
+
+// The values of [Flow].
+const (
+	// FlowPush lets chunks follow TX_START's acknowledgement without asking.
+	FlowPush = wire.FlowPush
+	// FlowPull sends only the chunks that TX_FETCH asked for.
+	FlowPull = wire.FlowPull
+)
