@@ -12,6 +12,8 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+
+	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
 // Who may come in.
@@ -72,7 +74,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 			cause = errors.New(refused.sentence)
 		}
 		// Here and not for each refusal: much work may be made of a long token.
-		cause = newSecret(refused.token).redact(cause)
+		cause = redact.New(refused.token).Error(cause)
 		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
 			"left_out", max(s.refused.Swap(0)-1, 0))
 	})

@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
 // DefaultConnectTimeout is the default of [DialOptions].
@@ -108,7 +110,7 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 		opts = *options
 	}
 	opts.SessionOptions = opts.withDefaults()
-	opts.token = newSecret(opts.Token)
+	opts.token = redact.New(opts.Token)
 	if opts.ConnectTimeout <= 0 {
 		opts.ConnectTimeout = DefaultConnectTimeout
 	}
@@ -272,25 +274,25 @@ const (
 
 // handshakeError makes an error of a failed upgrade in which the token does not
 // appear, whatever the server answered.
-func handshakeError(err error, resp *http.Response, token *secret) error {
+func handshakeError(err error, resp *http.Response, token *redact.Secret) error {
 	switch {
 	case resp == nil:
-		return token.redact(err)
+		return token.Error(err)
 	case resp.StatusCode == http.StatusSwitchingProtocols:
-		return token.redact(fmt.Errorf("upgrade: %w", err))
+		return token.Error(fmt.Errorf("upgrade: %w", err))
 	}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // what there is of it
-	text := token.redactText(string(body))
+	text := token.Text(string(body))
 	if len(body) == maxRefusal {
-		text = token.redactEnd(text)
+		text = token.End(text)
 	}
 	text = withoutMarkup(text)
 	// A page of cryo-server says the status again, which the error says already.
 	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
-	text = token.redactText(text) // again: it may have been broken into lines
+	text = token.Text(text) // again: it may have been broken into lines
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
-		Sentence:   cutText(strings.ToValidUTF8(text, ""), maxSentence),
+		Sentence:   redact.Cut(strings.ToValidUTF8(text, ""), maxSentence),
 		// Not of the sentence: the token may be a part of these words.
 		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}

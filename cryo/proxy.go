@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"golang.org/x/net/proxy"
+
+	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
 // Connecting through a proxy. The WebSocket library could, but puts TLS on top of
@@ -89,7 +91,7 @@ func askForTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	}
 	if resp.StatusCode != http.StatusOK {
 		words := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
-		return errors.New(cutText(cmp.Or(words, "status "+resp.Status), maxSentence))
+		return errors.New(redact.Cut(cmp.Or(words, "status "+resp.Status), maxSentence))
 	}
 	return nil
 }

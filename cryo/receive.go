@@ -9,8 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
+	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -202,7 +202,7 @@ func (s *Session) deliver(f *wire.Frame) {
 
 // words are the peer's, as they may be repeated in errors and log lines.
 func (s *Session) words(text string) string {
-	return cutText(s.opts.token.redactText(text), maxErrorText)
+	return redact.Cut(s.opts.token.Text(text), maxErrorText)
 }
 
 func (s *Session) refuse(m *Message) {
@@ -244,7 +244,7 @@ func (s *Session) acknowledge(numbers []uint32, weight int64) error {
 }
 
 func (s *Session) reject(number uint32, text string) error {
-	if !s.out.control(wire.Frame{SID: s.id, Type: wire.Error, Ack: number, Payload: []byte(cutText(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
+	if !s.out.control(wire.Frame{SID: s.id, Type: wire.Error, Ack: number, Payload: []byte(redact.Cut(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
 		return s.Err()
 	}
 	return nil
@@ -280,18 +280,6 @@ func (s *Session) Release(n int) {
 }
 
 func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
-
-// cutText shortens a text to at most limit bytes, on a rune's boundary. What was
-// cut off is not kept in memory.
-func cutText(text string, limit int) string {
-	if len(text) <= limit {
-		return text
-	}
-	for limit > 0 && !utf8.RuneStart(text[limit]) {
-		limit--
-	}
-	return strings.Clone(text[:limit])
-}
 
 // inbox is a session's queue of received messages. Its bound is the budget's.
 type inbox struct {

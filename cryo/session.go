@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -67,7 +68,7 @@ type SessionOptions struct {
 	OnLateAck func()
 	OnRefused func(Kind)
 
-	token *secret // that the peer's words are not repeated with; nil is none
+	token *redact.Secret // that the peer's words are not repeated with; nil is none
 }
 
 func (o SessionOptions) withDefaults() SessionOptions {
@@ -260,7 +261,7 @@ func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
 		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
-	reason = cutText(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
+	reason = redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 	last := farewell{code: code, reason: reason}
 	if bye {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}

@@ -1,4 +1,5 @@
-package cryo
+// Package redact keeps a token out of errors and log lines.
+package redact
 
 import (
 	"encoding/json"
@@ -7,11 +8,13 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
-// secret is a token that no error and no log line may repeat, in any of the
-// spellings in which a server or a library echoes it. The zero value is none.
-type secret struct {
+// Secret is a token that no error and no log line may repeat, in any of the
+// spellings in which a server or a library echoes it. The zero value, and
+// nil, is none.
+type Secret struct {
 	spellings []string
 	replacer  *strings.Replacer
 	short     bool
@@ -30,9 +33,10 @@ const minToken = 6
 // minWord is how long a part of a token is that gives it away.
 const minWord = 4
 
-func newSecret(token string) *secret {
+// New returns the secret of a token; an empty one is none.
+func New(token string) *Secret {
 	if token == "" {
-		return &secret{}
+		return &Secret{}
 	}
 	plain := []string{token, url.QueryEscape(token), url.PathEscape(token), html.EscapeString(token)}
 	for word := range strings.FieldsSeq(token) { // into which an HTTP library cuts a line
@@ -41,7 +45,7 @@ func newSecret(token string) *secret {
 		}
 	}
 	// Longer ones come first: the replacer takes the first that fits.
-	s := &secret{short: len(token) < minToken}
+	s := &Secret{short: len(token) < minToken}
 	var pairs []string
 	for _, spelling := range plain {
 		inJSON, _ := json.Marshal(spelling) // a string never fails
@@ -57,15 +61,16 @@ func newSecret(token string) *secret {
 	return s
 }
 
-// redact returns an error without the token, the very same where there is none.
-func (s *secret) redact(err error) error {
-	if text := s.redactText(err.Error()); text != err.Error() {
+// Error returns an error without the token, the very same where there is none.
+func (s *Secret) Error(err error) error {
+	if text := s.Text(err.Error()); text != err.Error() {
 		return errors.New(text)
 	}
 	return err
 }
 
-func (s *secret) redactText(text string) string {
+// Text returns a text without the token.
+func (s *Secret) Text(text string) string {
 	if s == nil || s.replacer == nil {
 		return text
 	}
@@ -76,8 +81,8 @@ func (s *secret) redactText(text string) string {
 	return without
 }
 
-// redactEnd takes away what the token may begin with where a text was cut off.
-func (s *secret) redactEnd(text string) string {
+// End takes away what the token may begin with where a text was cut off.
+func (s *Secret) End(text string) string {
 	for _, spelling := range s.spellings {
 		for n := len(spelling) - 1; n > 0; n-- {
 			switch before, ok := strings.CutSuffix(text, spelling[:n]); {
@@ -89,4 +94,16 @@ func (s *secret) redactEnd(text string) string {
 		}
 	}
 	return text
+}
+
+// Cut shortens a text to at most limit bytes, on a rune's boundary. What was
+// cut off is not kept in memory.
+func Cut(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	for limit > 0 && !utf8.RuneStart(text[limit]) {
+		limit--
+	}
+	return strings.Clone(text[:limit])
 }
