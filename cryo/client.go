@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // DefaultConnectTimeout is the default of [DialOptions].
@@ -140,9 +141,16 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 }
 
 func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) {
-	conn, err := upgrade(ctx, u, opts)
+	query := u.Query()
+	maps.Copy(query, opts.Query)
+	query.Set(paramAuthorization, bearer+" "+opts.Token)
+	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
+	withQuery := *u
+	withQuery.RawQuery = query.Encode()
+	withQuery.Fragment = ""
+	conn, resp, err := ws.Dial(ctx, &withQuery, &ws.DialOptions{Header: opts.Header, TLS: opts.TLS, Proxy: opts.Proxy, NetDial: opts.NetDial}) //nolint:bodyclose // the library leaves nothing to close
 	if err != nil {
-		return nil, err
+		return nil, handshakeError(err, resp, opts.token)
 	}
 	s := newSession(opts.SessionID, true, conn, newMemory(opts.MaxBufferBytes), opts.SessionOptions, nil)
 	errs, err := s.sendFrames(ctx, []outgoing{{Frame: s.endpointInfo()}})
@@ -155,111 +163,6 @@ func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) 
 		return nil, fmt.Errorf("handshake of Cryo: %w", err)
 	}
 	return s, nil
-}
-
-// upgrade connects and opens the WebSocket.
-func upgrade(ctx context.Context, u *url.URL, opts *DialOptions) (*transport, error) {
-	query := u.Query()
-	maps.Copy(query, opts.Query)
-	query.Set(paramAuthorization, bearer+" "+opts.Token)
-	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
-	withQuery := *u
-	withQuery.RawQuery = query.Encode()
-	withQuery.Fragment = ""
-
-	proxy, err := proxyFor(u, opts.Proxy)
-	if err != nil {
-		return nil, err
-	}
-	netDial := netDialFunc(opts.NetDial)
-	if netDial == nil {
-		netDial = (&net.Dialer{}).DialContext
-	}
-	stop := func() bool { return true }
-	var connect netDialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := netDial(ctx, network, address)
-		if err == nil {
-			// The library watches the context's deadline, but not its end. It sets
-			// deadlines, so that one of ours would not be sure to last.
-			stop = context.AfterFunc(ctx, func() { _ = c.Close() })
-		}
-		return c, err
-	}
-	if proxy != nil {
-		if connect, err = connect.through(proxy, opts.TLS); err != nil {
-			return nil, err
-		}
-	}
-	var conn *transport
-	wrap := func(c net.Conn, err error) (net.Conn, error) {
-		if err != nil {
-			return nil, err
-		}
-		conn = &transport{Conn: c}
-		return conn, nil
-	}
-	dialer := newWebSocketDialer()
-	dialer.NetDialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		return wrap(connect(ctx, network, address))
-	}
-	dialer.NetDialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		return wrap(dialTLS(ctx, connect, network, address, opts.TLS))
-	}
-
-	_, resp, err := dialer.DialContext(ctx, withQuery.String(), opts.Header) //nolint:bodyclose // the library leaves nothing to close
-	ended := !stop()
-	switch {
-	case err != nil && conn != nil:
-		_ = conn.Close() // unless the library did
-	case err != nil: // not even connected
-	case ended:
-		err = errors.Join(ctx.Err(), conn.Close())
-	case resp.Header.Get("Sec-WebSocket-Extensions") != "":
-		err = errors.Join(errors.New("the server uses a WebSocket extension that was not asked for"), conn.Close())
-	}
-	if err != nil && proxy != nil && resp == nil {
-		err = fmt.Errorf("through the proxy %s: %w", proxy.Host, err)
-	}
-	if err != nil {
-		return nil, handshakeError(err, resp, opts.token)
-	}
-	return conn, nil
-}
-
-func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL, error) {
-	if proxy == nil {
-		return nil, nil
-	}
-	asked := &url.URL{Scheme: strings.Replace(u.Scheme, "ws", "http", 1), Host: u.Host, Path: u.Path}
-	p, err := proxy(&http.Request{Method: http.MethodGet, URL: asked, Host: u.Host})
-	if err != nil {
-		return nil, fmt.Errorf("choosing a proxy: %w", err)
-	}
-	return p, nil
-}
-
-func dialTLS(ctx context.Context, dial netDialFunc, network, address string, config *tls.Config) (net.Conn, error) {
-	c, err := dial(ctx, network, address)
-	if err != nil {
-		return nil, err
-	}
-	if config == nil {
-		config = &tls.Config{MinVersion: tls.VersionTLS12}
-	}
-	config = config.Clone()
-	if config.ServerName == "" {
-		if config.ServerName, _, err = net.SplitHostPort(address); err != nil {
-			return nil, errors.Join(err, c.Close())
-		}
-	}
-	secured := tls.Client(c, config)
-	if err := secured.HandshakeContext(ctx); err != nil {
-		if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-			err = fmt.Errorf("this server does not speak TLS, is its URL ws:// instead of wss://? %w", err)
-		}
-		return nil, errors.Join(err, c.Close())
-	}
-	return secured, nil
 }
 
 var (

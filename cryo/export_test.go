@@ -1,5 +1,7 @@
 package cryo
 
+import "github.com/cryo-connect/cryo-connect/internal/ws"
+
 // Awaited is how many numbers somebody waits for.
 func (s *Session) Awaited() int {
 	s.pend.mu.Lock()
@@ -25,4 +27,4 @@ func (st *OutgoingStream) Queued() int {
 func (st *OutgoingStream) Tx() uint32 { return st.tx }
 
 // Poison has memory that is used again overwritten as soon as it is free, or ends that.
-func Poison(on bool) { poisoned.Store(on) }
+func Poison(on bool) { ws.Poisoning.Store(on) }

@@ -8,6 +8,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/cryo-connect/cryo-connect/internal/wire"
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // unaskedPong is how often, at least, a dialling end that may not see pings says
@@ -49,37 +50,37 @@ func (s *Session) read() {
 }
 
 func (s *Session) nextMessage() ([]byte, error) {
-	if err := s.ws.next(); err != nil {
+	if err := s.conn.Next(); err != nil {
 		return nil, err
 	}
-	if s.ws.text {
+	if s.conn.Text() {
 		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
 	}
 	var head []byte
 	full := s.budget.wait(&s.held) != nil
-	if full || s.ws.left > len(chunkMemory{})/2 {
+	if full || s.conn.Left() > len(chunkMemory{})/2 {
 		var err error
-		if head, err = s.ws.readHead(s.small[:0], wire.HeaderSize); err != nil {
+		if head, err = s.conn.ReadHead(s.small[:0], wire.HeaderSize); err != nil {
 			return nil, err
 		}
 	}
 	s.awaitRoom(head, full)
-	if s.noRoom && s.ws.size > uint64(largeMessage) {
+	if s.noRoom && s.conn.Size() > uint64(largeMessage) {
 		return s.skipPayload(head)
 	}
-	n := len(head) + s.ws.left
+	n := len(head) + s.conn.Left()
 	switch {
 	case wire.IsChunk(head) && fitsChunk(n):
 		s.chunk = chunkPool.Get().(*chunkMemory)
-		return s.ws.readMessage(append(s.chunk[:0], head...))
-	case n <= len(s.small) && s.ws.final:
-		b, err := s.ws.readMessage(append(s.small[:0], head...))
+		return s.conn.ReadRest(append(s.chunk[:0], head...))
+	case n <= len(s.small) && s.conn.Final():
+		b, err := s.conn.ReadRest(append(s.small[:0], head...))
 		if err == nil && wire.IsData(b) {
-			b = append(s.blocks.take(n, s.conn.waiting()), b...)
+			b = append(s.blocks.take(n, s.conn.Buffered()), b...)
 		}
 		return b, err
 	default:
-		return s.ws.readMessage(append(s.blocks.take(n, s.conn.waiting()), head...))
+		return s.conn.ReadRest(append(s.blocks.take(n, s.conn.Buffered()), head...))
 	}
 }
 
@@ -97,7 +98,7 @@ func (s *Session) keepPayload() *chunkMemory {
 func (s *Session) readFailed(err error) {
 	var (
 		closed *websocket.CloseError
-		framed *framingError
+		framed *ws.Error
 	)
 	switch {
 	case errors.As(err, &closed):
@@ -113,8 +114,8 @@ func (s *Session) readFailed(err error) {
 		// Not WebSocket, or a message over the limit. Closing a socket with
 		// unread data would reset it and could take the close frame and queued
 		// acknowledgements along.
-		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.code, framed.problem, false)
-		s.conn.discard()
+		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem, false)
+		s.conn.DiscardAll()
 		s.out.wait()
 	default:
 		s.begin(fmt.Errorf("connection lost: %w", err))
@@ -231,7 +232,7 @@ func (s *Session) handlePing(f *wire.Frame) {
 	if !s.dialing {
 		return
 	}
-	s.conn.got.Store(0)
+	s.conn.ResetReceived()
 	now := time.Now()
 	every := now.Sub(s.lastPing)
 	s.mu.Lock()
@@ -249,7 +250,7 @@ func (s *Session) handlePing(f *wire.Frame) {
 // cryo-server ends sessions without pongs. A listening end keeps quiet:
 // cryo-client-node answers a pong with a ping. Runs on the timer's goroutine.
 func (s *Session) sayAlive() {
-	unseen := s.conn.got.Load() >= pingsBehind || s.paused.Load()
+	unseen := s.conn.Received() >= pingsBehind || s.paused.Load()
 	s.mu.Lock()
 	number := s.pingAck
 	if !s.stopped {
@@ -257,7 +258,7 @@ func (s *Session) sayAlive() {
 	}
 	s.mu.Unlock()
 	if unseen {
-		s.conn.got.Store(0)
+		s.conn.ResetReceived()
 		s.out.pong(number)
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // messageOverhead is what a received message counts beside its payload, for
@@ -173,7 +174,7 @@ func (s *Session) refuseWaiting() {
 
 // deliver puts a received message into the queue. Reading goroutine.
 func (s *Session) deliver(f *wire.Frame) {
-	m := Message{Kind: kindOf(f.Type), Payload: f.Payload, session: s, number: f.Ack, read: s.conn.readAt}
+	m := Message{Kind: kindOf(f.Type), Payload: f.Payload, session: s, number: f.Ack, read: s.conn.LastRead()}
 	if f.Type == wire.Error {
 		m.Payload = []byte(f.Text())
 	}
@@ -189,7 +190,7 @@ func (s *Session) deliver(f *wire.Frame) {
 	}
 	s.keepPayload()
 	s.inbox.put(m)
-	if m.size < readDirect && s.conn.drained() {
+	if m.size < ws.ReadDirect && s.conn.Drained() {
 		// Whoever takes it goes first: our next read would only find that there is
 		// nothing. Round trips of one message at a time became 1.05 times as many.
 		// Behind a larger one nothing was read ahead, whatever has come.

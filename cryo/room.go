@@ -79,7 +79,7 @@ func (s *Session) pause() (resume func()) {
 	return func() {
 		now := time.Now()
 		s.resumed.Store(&now)
-		s.conn.heard.Store(true) // the silence was ours
+		s.conn.Excuse() // the silence was ours
 		s.paused.Store(false)
 	}
 }
@@ -87,22 +87,22 @@ func (s *Session) pause() (resume func()) {
 // skipPayload reads a large message that is refused, without memory for it: what
 // there is to know of it is in its first bytes.
 func (s *Session) skipPayload(head []byte) ([]byte, error) {
-	b, err := s.ws.readHead(head, wire.ChunkHeaderSize-len(head))
+	b, err := s.conn.ReadHead(head, wire.ChunkHeaderSize-len(head))
 	if err != nil {
 		return nil, err
 	}
-	return b, s.ws.skipRest()
+	return b, s.conn.Discard()
 }
 
 // enterIntake waits until there is memory for the message that is read now, if that
 // is known to be large, and keeps it until leaveIntake. It reports whether it had to
 // wait.
 func (s *Session) enterIntake(refusable bool) (waited bool) {
-	n := int64(s.ws.size)
+	n := int64(s.conn.Size())
 	switch {
 	case n <= int64(largeMessage) || s.coming > 0:
 		return false
-	case !s.ws.final:
+	case !s.conn.Final():
 		n = wire.MaxFrame // who knows
 	}
 	if room := s.intake.take(n); room != nil {

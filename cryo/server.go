@@ -1,13 +1,10 @@
 package cryo
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/netip"
 	"sync"
@@ -16,6 +13,8 @@ import (
 
 	"github.com/gorilla/websocket"
 	"golang.org/x/time/rate"
+
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // Defaults of [ServerOptions].
@@ -74,7 +73,7 @@ type ServerOptions struct {
 type Server struct {
 	opts     ServerOptions
 	memory   memory
-	upgrader *websocket.Upgrader
+	upgrader *ws.Upgrader
 	refusals rate.Sometimes // of log lines
 	refused  atomic.Int64   // since the last of them
 
@@ -119,17 +118,15 @@ func NewServer(options ServerOptions) *Server {
 	s := &Server{
 		opts:     opts,
 		memory:   newMemory(opts.MaxBufferBytes),
-		upgrader: newUpgrader(),
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}
-	s.upgrader.CheckOrigin = func(*http.Request) bool { return true } // asked before, with a sentence of ours
-	s.upgrader.Error = func(w http.ResponseWriter, r *http.Request, status int, reason error) {
+	s.upgrader = ws.NewUpgrader(func(w http.ResponseWriter, r *http.Request, status int, reason error) {
 		w.Header().Set("Sec-Websocket-Version", "13")
 		s.refuse(w, r, &refusal{status: status, sentence: reason.Error()})
-	}
+	})
 	return s
 }
 
@@ -164,15 +161,14 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // open upgrades the request and starts the session.
 func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
-	h := &hijacker{ResponseWriter: w}
-	_, err := s.upgrader.Upgrade(h, u.Request, nil)
+	conn, err := s.upgrader.Upgrade(w, u.Request)
 	if err != nil { // answered by the upgrader
 		s.remove(u.SessionID, e)
 		return nil
 	}
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.session = newSession(id, false, h.conn, s.memory, s.opts.SessionOptions, func() { s.ended(id, e) })
+	e.session = newSession(id, false, conn, s.memory, s.opts.SessionOptions, func() { s.ended(id, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	e.decided = closed // not announced, whatever it does until it has ended
@@ -317,23 +313,4 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-// hijacker gives the upgrader a connection that can gather writes.
-type hijacker struct {
-	http.ResponseWriter
-	conn *transport
-}
-
-func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	c, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
-	}
-	if rw.Reader.Buffered() > 0 {
-		// No client sends before the answer; one that does is not let in.
-		return nil, nil, errors.Join(errors.New("data before the upgrade's answer"), c.Close())
-	}
-	h.conn = &transport{Conn: c}
-	return h.conn, rw, nil
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // Defaults of [SessionOptions].
@@ -107,8 +108,7 @@ type Session struct {
 	opts    SessionOptions
 	log     *slog.Logger
 
-	ws       *webSocket
-	conn     *transport
+	conn     *ws.Conn
 	out      *outbox
 	pend     *pending
 	inbox    *inbox
@@ -152,7 +152,7 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *transport, m memory, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOptions, onEnd func()) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
@@ -165,7 +165,7 @@ func newSession(id uint64, dialing bool, conn *transport, m memory, opts Session
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.out = newOutbox(s)
-	s.ws = &webSocket{conn: conn, masks: dialing, onPing: s.out.answerWebSocketPing, onMore: func() { s.enterIntake(false) }}
+	conn.Start(s.out.answerWebSocketPing, func() { s.enterIntake(false) })
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
@@ -230,6 +230,9 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 		return ctx.Err()
 	}
 }
+
+// maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.
+const maxControlText = 123
 
 // Close codes of the WebSocket (protocol, "Closing").
 const (
@@ -304,7 +307,7 @@ func (s *Session) finish() {
 // beat asks the peer for a sign of life, and ends the session when none came
 // since the beat before last. Runs on the timer's goroutine, one at a time.
 func (s *Session) beat() {
-	if s.conn.alive() || s.paused.Load() {
+	if s.conn.Alive() || s.paused.Load() {
 		s.silent = 0
 	} else {
 		s.silent++

@@ -8,6 +8,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/cryo-connect/cryo-connect/internal/wire"
+	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
 // maxUnwritten bounds the memory of acknowledgements and other small frames that
@@ -148,7 +149,7 @@ func (o *outbox) acknowledge(numbers []uint32) bool {
 // sends one message at a time waits for that, and for its acknowledgement. Round
 // trips became 1.06 times as many as with a goroutine that is started for an
 // acknowledgement, and 1.07 times again as many as with one for the message.
-func (o *outbox) canWriteAtOnceLocked() bool { return !o.writing && o.s.conn.canWriteAtOnce() }
+func (o *outbox) canWriteAtOnceLocked() bool { return !o.writing && o.s.conn.CanTryFlush() }
 
 // writeAtOnceLocked writes a frame in place of the writing goroutine, to which it
 // leaves what the network doesn't take, and what is queued meanwhile.
@@ -157,7 +158,7 @@ func (o *outbox) writeAtOnceLocked(f *outgoing) {
 	o.mu.Unlock()
 	var head [wire.AckHeaderSize]byte
 	_, err := o.writeData(f, head[:0])
-	written := err == nil && o.s.conn.flushAtOnce()
+	written := err == nil && o.s.conn.TryFlush()
 	o.mu.Lock()
 	if o.writing = false; !written || o.last != nil || !o.queued.empty() {
 		o.startLocked()
@@ -332,7 +333,7 @@ func (o *outbox) next() (q queued, last *farewell, ok bool) {
 func splitData(data []outgoing) (now, later []outgoing) {
 	size := 0
 	for i := range data {
-		if size += wire.AckHeaderSize + len(data[i].Payload); size >= gatherBytes {
+		if size += wire.AckHeaderSize + len(data[i].Payload); size >= ws.GatherBytes {
 			return data[:i+1], data[i+1:]
 		}
 	}
@@ -359,7 +360,7 @@ func (o *outbox) write() {
 		runtime.Gosched()
 	}
 	var scratch []byte
-	err := o.s.conn.flush() // what is left of what was to be written at once
+	err := o.s.conn.Flush() // what is left of what was to be written at once
 	for {
 		if err != nil {
 			o.s.fail(fmt.Errorf("connection lost: writing: %w", err))
@@ -381,10 +382,10 @@ func (o *outbox) write() {
 func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	var err error
 	if q.wsPing {
-		err = o.s.ws.write(websocket.PingMessage, nil, nil)
+		err = o.s.conn.Write(websocket.PingMessage, nil, nil)
 	}
 	if err == nil && q.wsPong != nil {
-		err = o.s.ws.write(websocket.PongMessage, nil, q.wsPong)
+		err = o.s.conn.Write(websocket.PongMessage, nil, q.wsPong)
 	}
 	ack := wire.Frame{SID: o.s.id, Type: wire.Ack}
 	for i := 0; i < len(q.acks) && err == nil; i++ {
@@ -401,7 +402,7 @@ func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 	if err != nil {
 		return scratch, err
 	}
-	return scratch, o.s.conn.flush()
+	return scratch, o.s.conn.Flush()
 }
 
 // makeRoom takes the buffer that data needs at once, or it would outgrow one after
@@ -409,12 +410,12 @@ func (o *outbox) writeAll(q *queued, scratch []byte) ([]byte, error) {
 func (o *outbox) makeRoom(data []outgoing) {
 	size := 0
 	for i := range data {
-		if n := len(data[i].Payload); o.s.ws.copies(n) {
-			size += maxFrameHead + wire.AckHeaderSize + n
+		if n := len(data[i].Payload); o.s.conn.Copies(n) {
+			size += ws.MaxHead + wire.AckHeaderSize + n
 		}
 	}
 	if size > 0 {
-		o.s.conn.makeRoom(size)
+		o.s.conn.MakeRoom(size)
 	}
 }
 
@@ -422,7 +423,7 @@ func (o *outbox) makeRoom(data []outgoing) {
 // before its end is in the network, so an answer that comes before the mark is not to what
 // was sent. One that is written from where it is may be answered before the write returns.
 func (o *outbox) writeData(f *outgoing, scratch []byte) ([]byte, error) {
-	if !o.s.ws.copies(len(f.Payload)) {
+	if !o.s.conn.Copies(len(f.Payload)) {
 		f.progressed(frameSending)
 	}
 	scratch, err := o.writeFrame(&f.Frame, scratch)
@@ -445,7 +446,7 @@ func (o *outbox) writeFrame(f *wire.Frame, scratch []byte) ([]byte, error) {
 	if err != nil {
 		return scratch, err
 	}
-	return scratch, o.s.ws.write(websocket.BinaryMessage, scratch, f.Payload)
+	return scratch, o.s.conn.Write(websocket.BinaryMessage, scratch, f.Payload)
 }
 
 func (o *outbox) writeLast(last *farewell) error {
@@ -454,11 +455,11 @@ func (o *outbox) writeLast(last *farewell) error {
 			return err
 		}
 	}
-	if err := o.s.ws.write(websocket.CloseMessage, nil, websocket.FormatCloseMessage(last.code, last.reason)); err != nil {
+	if err := o.s.conn.Write(websocket.CloseMessage, nil, websocket.FormatCloseMessage(last.code, last.reason)); err != nil {
 		return err
 	}
-	if err := o.s.conn.flush(); err != nil {
+	if err := o.s.conn.Flush(); err != nil {
 		return err
 	}
-	return o.s.conn.closeWrite()
+	return o.s.conn.CloseWrite()
 }

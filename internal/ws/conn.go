@@ -1,4 +1,11 @@
-package cryo
+// Package ws reads and writes WebSocket messages (RFC 6455) over a connection that
+// gorilla/websocket has opened or upgraded. It knows nothing of what the messages carry.
+//
+// gorilla's own reader and writer serve any message from any goroutine in any number of
+// frames, and allocate for it. Here each message is written as one frame into the buffer
+// of the next write to the network, and read into the memory that it keeps:
+// docs/performance.md has what that saves.
+package ws
 
 import (
 	"errors"
@@ -8,26 +15,26 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+)
 
-	"github.com/gorilla/websocket"
+// MaxMessage bounds the messages that are read, in bytes: one frame of Cryo.
+const MaxMessage = 8 + 1 + 4 + 4 + 4 + 16<<20
 
-	"github.com/cryo-connect/cryo-connect/internal/wire"
+// Sizes that callers plan with, in bytes.
+const (
+	GatherBytes = 256 << 10 // what is written at once, at most
+	WriteDirect = 256 << 10 // a payload of so much is written from where it is, unless it is masked
+	ReadDirect  = 16 << 10  // what a message lacks by so much is read without a buffer
 )
 
 const (
-	gatherBytes    = 256 << 10 // written at once, at most
-	gatherSome     = 32 << 10  // … by a session that has less to say, which may be slow to take it
-	gatherSmall    = 4 << 10   // … and by one that has little
-	writeDirect    = 256 << 10 // a payload of so much is written from where it is, unless it is masked
-	readBytes      = 128 << 10 // read at once, while data flows: 1.3 times as many messages of 16 KiB as with half of it
-	readSmall      = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
-	readDirect     = 16 << 10  // what a message lacks by so much is read without a buffer
-	minBlock       = 512       // payload memory: allocated in blocks of as much as waits to be read …
-	maxBlock       = 16 << 10  // … within these bounds, so that a message that is kept long keeps little else
-	maxTrusted     = 128 << 10 // memory is given for messages that have not come yet, up to so much …
-	trustFactor    = 16        // … and then up to so many times what has come: 2.4 times as many messages of 1 MiB as by doubling
-	maxAnswer      = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
-	maxControlText = 123       // text of a WebSocket close frame, and of BYE (peers.md: more ends the Node client)
+	gatherSome  = 32 << 10  // written at once by a session that has less to say, which may be slow to take it …
+	gatherSmall = 4 << 10   // … and by one that has little
+	readBytes   = 128 << 10 // read at once, while data flows
+	readSmall   = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
+	minGrowth   = 16 << 10  // memory is allocated for what has not come yet by so much …
+	trustFactor = 16        // … or by so many times what has come, if that is more
+	maxAnswer   = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
 )
 
 // Buffers are held only while data flows, so that idle sessions cost little.
@@ -35,33 +42,16 @@ var (
 	readPool  = bufferPool(readBytes)
 	smallPool = bufferPool(gatherSmall)
 	somePool  = bufferPool(gatherSome)
-	largePool = bufferPool(gatherBytes)
-	chunkPool = sync.Pool{New: func() any { return new(chunkMemory) }}
+	largePool = bufferPool(GatherBytes)
 )
 
-// chunkMemory holds one frame of a stream, with chunks of the default size or
-// down to half of it, and is used again when it was read. That spares a stream a
-// fresh 64 KiB for each of its chunks, which have to be zeroed and miss the caches:
-// 1.4 times as many.
-type chunkMemory [wire.ChunkHeaderSize + DefaultChunkBytes]byte
-
-// fitsChunk tells whether a frame of n bytes fits, and uses more than half: what
-// is counted as held is to be near to what is in memory.
-func fitsChunk(n int) bool { return n > len(chunkMemory{})/2 && n <= len(chunkMemory{}) }
-
-func (m *chunkMemory) giveBack() {
-	if m != nil {
-		poison(m[:])
-		chunkPool.Put(m)
-	}
-}
-
-// poisoned is set by tests: memory that is used again is overwritten as soon as it is
+// Poisoning is for tests: memory that is used again is overwritten as soon as it is
 // free, so that whoever still uses it is found.
-var poisoned atomic.Bool
+var Poisoning atomic.Bool
 
-func poison(free []byte) {
-	if !poisoned.Load() || len(free) == 0 {
+// Poison overwrites free memory, if Poisoning is on.
+func Poison(free []byte) {
+	if !Poisoning.Load() || len(free) == 0 {
 		return
 	}
 	free[0] = 0xDB
@@ -76,6 +66,66 @@ func bufferPool(size int) *sync.Pool {
 		return &b
 	}}
 }
+
+// Conn is one end of a WebSocket. One goroutine may read, and one write; Close may be
+// called from any.
+type Conn struct {
+	t      *transport
+	masks  bool              // this end dialled: it masks, and the other doesn't
+	onPing func(data []byte) // on the reading goroutine; the data is valid until it returns
+	onMore func()            // likewise, before a further fragment of a message is read
+
+	// Owned by the reading goroutine.
+	text  bool   // the message is text
+	size  uint64 // of the message so far
+	left  int    // bytes of the frame that are not read yet
+	final bool   // it is the message's last
+	key   uint32 // of its mask; 0 is none
+}
+
+// New returns one end of a WebSocket whose handshake is done. masks is true at the end
+// that dialled.
+func New(c net.Conn, masks bool) *Conn { return &Conn{t: &transport{Conn: c}, masks: masks} }
+
+// Start sets what is called by the reading goroutine, before it reads: onPing for each
+// ping, with its data, which is valid until it returns; onFragment before a further
+// fragment of a message is read by ReadRest.
+func (c *Conn) Start(onPing func(data []byte), onFragment func()) {
+	c.onPing, c.onMore = onPing, onFragment
+}
+
+// Close closes the network connection at once.
+func (c *Conn) Close() error { return c.t.Close() }
+
+// RemoteAddr is the peer's network address.
+func (c *Conn) RemoteAddr() net.Addr { return c.t.RemoteAddr() }
+
+// Buffered is how many bytes are read ahead of what was asked for.
+func (c *Conn) Buffered() int { return c.t.waiting() }
+
+// Drained reports whether all that has come is read, and was little.
+func (c *Conn) Drained() bool { return c.t.drained() }
+
+// LastRead is when the network was last read from. Reading goroutine.
+func (c *Conn) LastRead() time.Time { return c.t.readAt }
+
+// Received is how many bytes have come since ResetReceived. From any goroutine.
+func (c *Conn) Received() int64 { return c.t.got.Load() }
+
+// ResetReceived makes Received count anew. From any goroutine.
+func (c *Conn) ResetReceived() { c.t.got.Store(0) }
+
+// DiscardAll reads until the connection ends, and keeps nothing. Reading goroutine.
+func (c *Conn) DiscardAll() { c.t.discard() }
+
+// Alive reports whether the peer gave a sign of life since the last call: it was heard,
+// or it took what was being written then. A large message may keep a slow line busy for
+// longer than silence is borne, with our pings behind it. What is written without waiting
+// proves nothing, the kernel takes that. One goroutine may call it.
+func (c *Conn) Alive() bool { return c.t.alive() }
+
+// Excuse has the silence so far forgiven, since it was this end that did not read.
+func (c *Conn) Excuse() { c.t.heard.Store(true) }
 
 // transport is the network connection below the WebSocket. It reads in large
 // pieces as long as much comes, and collects what is written until flush. One
@@ -165,7 +215,7 @@ func (t *transport) fill() error {
 
 func (t *transport) release() {
 	if t.large != nil {
-		poison((*t.large)[:readBytes])
+		Poison((*t.large)[:readBytes])
 		readPool.Put(t.large)
 		t.large = nil
 	}
@@ -179,7 +229,7 @@ func (t *transport) readFull(p []byte) error {
 		if p = p[n:]; len(p) == 0 {
 			return nil
 		}
-		if len(p) < readDirect {
+		if len(p) < ReadDirect {
 			if err := t.fill(); err != nil {
 				return err
 			}
@@ -231,7 +281,7 @@ func (t *transport) write(p []byte) (written int, err error) {
 	defer t.sending.Store(false)
 	for len(p) > 0 && err == nil {
 		var n int
-		n, err = t.Conn.Write(p[:min(len(p), gatherBytes)])
+		n, err = t.Conn.Write(p[:min(len(p), GatherBytes)])
 		t.pieces.Add(1)
 		written += n
 		p = p[n:]
@@ -239,10 +289,6 @@ func (t *transport) write(p []byte) (written int, err error) {
 	return written, err
 }
 
-// alive tells whether the peer gave a sign of life since the last beat: it was
-// heard, or it took what was being written then. A large message may keep a slow
-// line busy for longer than silence is borne, with our pings behind it. What is
-// written without waiting proves nothing, the kernel takes that.
 func (t *transport) alive() bool {
 	sending, written := t.sending.Load(), t.pieces.Load()
 	took := t.wasSending && written != t.hadWritten
@@ -292,7 +338,7 @@ func (t *transport) flushAtOnce() bool {
 // written at once. It may have to be flushed for that. What is appended counts
 // when gathered is told of it.
 func (t *transport) reserve(n int) ([]byte, error) {
-	if t.wbuf != nil && len(*t.wbuf)+n > gatherBytes {
+	if t.wbuf != nil && len(*t.wbuf)+n > GatherBytes {
 		if err := t.flush(); err != nil {
 			return nil, err
 		}
@@ -307,7 +353,7 @@ func (t *transport) makeRoom(n int) {
 	if t.wbuf != nil {
 		n += len(*t.wbuf)
 	}
-	n = min(n, gatherBytes)
+	n = min(n, GatherBytes)
 	if t.wbuf != nil && n <= cap(*t.wbuf) {
 		return
 	}
@@ -327,7 +373,7 @@ func (t *transport) gathered(b []byte) { *t.wbuf = b }
 func (t *transport) writeThrough(payload []byte) error {
 	buf := t.wbuf
 	t.wbuf = nil
-	first := min(len(payload), gatherBytes-len(*buf)) // one piece for alive
+	first := min(len(payload), GatherBytes-len(*buf)) // one piece for alive
 	pieces := net.Buffers{*buf, payload[:first]}
 	t.sending.Store(true)
 	_, err := pieces.WriteTo(t.Conn)
@@ -352,7 +398,7 @@ func poolFor(size int) *sync.Pool {
 }
 
 func recycle(buf *[]byte) {
-	poison(*buf)
+	Poison(*buf)
 	poolFor(cap(*buf)).Put(buf)
 }
 
@@ -363,47 +409,4 @@ func (t *transport) closeWrite() error {
 		return c.CloseWrite()
 	}
 	return nil
-}
-
-// blocks hands out memory for received frames: 1.05 times as many messages of up to
-// 1 KiB as with an allocation each. The memory of a frame is handed out again for the
-// next one, unless keep is called between the two. Nothing is ever returned, so no
-// path through the reading of a frame can return the memory of another one.
-type blocks struct {
-	free  []byte
-	taken int // bytes at the start of free, in use by the frame that is handled now
-}
-
-// take returns empty memory for a frame of n bytes, or for a part of one that is
-// large. waiting is how many more bytes wait to be read.
-func (b *blocks) take(n, waiting int) []byte {
-	n = min(n, maxTrusted)
-	b.taken = 0
-	if n > maxBlock/2 {
-		return make([]byte, 0, n)
-	}
-	if n > len(b.free) {
-		b.free = make([]byte, max(n, min(max(waiting, minBlock), maxBlock)))
-	}
-	memory := b.free[:0:n]
-	if waiting <= n && len(b.free)-n > minBlock {
-		b.free = nil // nothing follows: an idle session keeps no large block
-	} else {
-		b.taken = n
-	}
-	poison(memory[:n])
-	return memory
-}
-
-// keep leaves the memory that was taken last to whoever has it now.
-func (b *blocks) keep() { b.free, b.taken = b.free[b.taken:], 0 }
-
-// newWebSocketDialer and newUpgrader agree on small buffers, as only the
-// handshake uses them, and on no compression.
-func newWebSocketDialer() *websocket.Dialer {
-	return &websocket.Dialer{ReadBufferSize: readSmall, WriteBufferSize: readSmall}
-}
-
-func newUpgrader() *websocket.Upgrader {
-	return &websocket.Upgrader{ReadBufferSize: readSmall, WriteBufferSize: readSmall}
 }

@@ -1,4 +1,4 @@
-package cryo
+package ws
 
 import (
 	"bufio"
@@ -15,12 +15,13 @@ import (
 	"strings"
 
 	"golang.org/x/net/proxy"
-
-	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
 // Connecting through a proxy. The WebSocket library could, but puts TLS on top of
 // the connection then, where nothing of ours can be.
+
+// maxProxyWords bounds what is repeated of a proxy's words, in bytes.
+const maxProxyWords = 200
 
 type netDialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -91,7 +92,8 @@ func askForTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	}
 	if resp.StatusCode != http.StatusOK {
 		words := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
-		return errors.New(redact.Cut(cmp.Or(words, "status "+resp.Status), maxSentence))
+		words = words[:min(len(words), maxProxyWords)]
+		return errors.New(cmp.Or(strings.ToValidUTF8(words, ""), fmt.Sprintf("status %d", resp.StatusCode)))
 	}
 	return nil
 }

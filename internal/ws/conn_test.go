@@ -1,4 +1,4 @@
-package cryo
+package ws
 
 import (
 	"bufio"
@@ -25,7 +25,7 @@ func (c *scriptedConn) Read(p []byte) (int, error) {
 }
 
 func TestTheEndIsReadAfterTheData(t *testing.T) {
-	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * readDirect, 2 * readBytes} {
+	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * ReadDirect, 2 * readBytes} {
 		conn := &transport{Conn: &scriptedConn{data: make([]byte, size)}}
 		for read := 0; read < size; {
 			n := min(100, size-read)
@@ -99,10 +99,10 @@ func (c *brokenConn) Write(p []byte) (int, error) {
 }
 
 func TestAWriteInPiecesSaysHowFarItGot(t *testing.T) {
-	conn := &transport{Conn: &brokenConn{room: gatherBytes + 10}}
-	n, err := conn.Write(make([]byte, 3*gatherBytes))
+	conn := &transport{Conn: &brokenConn{room: GatherBytes + 10}}
+	n, err := conn.Write(make([]byte, 3*GatherBytes))
 	require.Equal(t, errBroken, err)
-	require.Equal(t, gatherBytes+10, n)
+	require.Equal(t, GatherBytes+10, n)
 	require.False(t, conn.sending.Load())
 
 	conn = &transport{Conn: &brokenConn{room: 10}}

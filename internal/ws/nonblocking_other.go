@@ -1,6 +1,6 @@
 //go:build !unix
 
-package cryo
+package ws
 
 import "net"
 

@@ -1,0 +1,287 @@
+package ws
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"slices"
+	"strconv"
+	"unicode/utf8"
+
+	"github.com/gorilla/websocket"
+)
+
+// Bits and values of a frame's first two bytes.
+const (
+	finalBit  = 0x80
+	maskBit   = 0x80
+	opcode    = 0x0F
+	lengthOf  = 0x7F
+	length16  = 126 // two bytes of length follow
+	length64  = 127 // eight do
+	maskBytes = 4
+
+	opContinuation = 0
+
+	maxControl   = 125 // bytes of a control frame's payload
+	maxFrameHead = 2 + 8 + maskBytes
+)
+
+// Error is what is wrong with what the peer sent, by RFC 6455.
+type Error struct {
+	Code    int    // the close code for it: 1002, or 1009 for what is too long
+	Problem string // in words
+}
+
+func (e *Error) Error() string { return "websocket: " + e.Problem }
+
+var errTooLong = &Error{websocket.CloseMessageTooBig, "read limit exceeded"}
+
+func broken(problem string) error { return &Error{websocket.CloseProtocolError, problem} }
+
+// Next goes to the next message. The one before must be read to its end, or discarded. A
+// close frame is a [*websocket.CloseError], and what breaks the rules an [*Error].
+func (c *Conn) Next() error {
+	c.size = 0
+	return c.nextFrame(false)
+}
+
+// Text reports whether the message is text.
+func (c *Conn) Text() bool { return c.text }
+
+// Size is how many bytes of the message are known of: of its fragments so far.
+func (c *Conn) Size() uint64 { return c.size }
+
+// Final reports whether the present fragment is the message's last.
+func (c *Conn) Final() bool { return c.final }
+
+// Left is how many bytes of the present fragment are not read yet.
+func (c *Conn) Left() int { return c.left }
+
+// nextFrame goes to the next data frame, and acts on control frames before it. A
+// close frame is a [*websocket.CloseError].
+func (c *Conn) nextFrame(continues bool) error {
+	for {
+		head, err := c.t.peek(2)
+		if err != nil {
+			return err
+		}
+		first, second := head[0], head[1]
+		if err := c.check(first, second, continues); err != nil {
+			return err
+		}
+		size := 2
+		switch second & lengthOf {
+		case length16:
+			size += 2
+		case length64:
+			size += 8
+		}
+		if head, err = c.t.peek(size); err != nil {
+			return err
+		}
+		length := uint64(second & lengthOf)
+		switch length {
+		case length16:
+			length = uint64(binary.BigEndian.Uint16(head[2:]))
+		case length64:
+			length = binary.BigEndian.Uint64(head[2:])
+		}
+		if length > MaxMessage {
+			return errTooLong
+		}
+		c.key = 0
+		if second&maskBit != 0 {
+			if head, err = c.t.peek(size + maskBytes); err != nil {
+				return err
+			}
+			c.key = binary.LittleEndian.Uint32(head[size:])
+			size += maskBytes
+		}
+		c.t.skip(size)
+
+		switch op := int(first & opcode); op {
+		case opContinuation, websocket.TextMessage, websocket.BinaryMessage:
+			if c.size+length > MaxMessage {
+				return errTooLong
+			}
+			c.text = c.text && continues || op == websocket.TextMessage
+			c.size += length
+			c.left, c.final = int(length), first&finalBit != 0
+			return nil
+		default:
+			if err := c.control(op, int(length)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// check judges a frame's first two bytes.
+func (c *Conn) check(first, second byte, continues bool) error {
+	for i, name := range []string{"RSV1", "RSV2", "RSV3"} {
+		if first&(0x40>>i) != 0 {
+			return broken(name + " set")
+		}
+	}
+	switch op := int(first & opcode); op {
+	case websocket.CloseMessage, websocket.PingMessage, websocket.PongMessage:
+		if second&lengthOf > maxControl {
+			return broken("len > 125 for control")
+		}
+		if first&finalBit == 0 {
+			return broken("FIN not set on control")
+		}
+	case websocket.TextMessage, websocket.BinaryMessage:
+		if continues {
+			return broken("data before FIN")
+		}
+	case opContinuation:
+		if !continues {
+			return broken("continuation after FIN")
+		}
+	default:
+		return broken("bad opcode " + strconv.Itoa(op))
+	}
+	if second&maskBit != 0 == c.masks {
+		return broken("bad MASK")
+	}
+	return nil
+}
+
+// control acts on a control frame.
+func (c *Conn) control(op, length int) error {
+	payload, err := c.t.peek(length)
+	if err != nil {
+		return err
+	}
+	mask(payload, c.key)
+	c.t.skip(length)
+	switch op {
+	case websocket.PingMessage:
+		c.onPing(payload)
+	case websocket.CloseMessage:
+		closed := &websocket.CloseError{Code: websocket.CloseNoStatusReceived}
+		if len(payload) >= 2 {
+			closed.Code, closed.Text = int(binary.BigEndian.Uint16(payload)), string(payload[2:])
+			if !mayClose(closed.Code) {
+				return broken("bad close code " + strconv.Itoa(closed.Code))
+			}
+			if !utf8.ValidString(closed.Text) {
+				return broken("invalid utf8 payload in close frame")
+			}
+		}
+		return closed
+	}
+	return nil
+}
+
+// mayClose tells the codes that may stand in a close frame.
+func mayClose(code int) bool {
+	switch code {
+	case websocket.CloseNoStatusReceived, websocket.CloseAbnormalClosure, websocket.CloseTLSHandshake, 1004:
+		return false
+	default:
+		return code >= websocket.CloseNormalClosure && code <= websocket.CloseTryAgainLater || code >= 3000 && code <= 4999
+	}
+}
+
+// ReadHead appends the message's first bytes, up to n or its end.
+func (c *Conn) ReadHead(b []byte, n int) ([]byte, error) {
+	for n > 0 {
+		if c.left == 0 {
+			if c.final {
+				break
+			}
+			if err := c.nextFrame(true); err != nil {
+				return b, err
+			}
+		}
+		part := min(n, c.left)
+		n -= part
+		var err error
+		if b, err = c.append(b, part); err != nil {
+			return b, err
+		}
+	}
+	return b, nil
+}
+
+// ReadRest reads the rest of the message behind its head, into what is free of
+// the head's memory, or into other.
+func (c *Conn) ReadRest(message []byte) ([]byte, error) {
+	for {
+		for c.left > 0 {
+			// Memory is only given for what has come, or nearly: the length is
+			// the peer's word.
+			if cap(message) == len(message) {
+				message = slices.Grow(message, min(c.left, max(trustFactor*len(message), minGrowth)))
+			}
+			var err error
+			if message, err = c.append(message, min(c.left, cap(message)-len(message))); err != nil {
+				return nil, err
+			}
+		}
+		if c.final {
+			return slices.Clip(message), nil
+		}
+		if err := c.nextFrame(true); err != nil {
+			return nil, err
+		}
+		c.onMore()
+	}
+}
+
+// Discard reads the rest of the message, and forgets it.
+func (c *Conn) Discard() error {
+	for {
+		for c.left > 0 {
+			if c.t.waiting() == 0 {
+				if err := c.t.fill(); err != nil {
+					return err
+				}
+			}
+			n := min(c.left, c.t.waiting())
+			c.t.skip(n)
+			c.left -= n
+		}
+		if c.final {
+			return nil
+		}
+		if err := c.nextFrame(true); err != nil {
+			return err
+		}
+	}
+}
+
+// append reads n bytes of the frame.
+func (c *Conn) append(b []byte, n int) ([]byte, error) {
+	b = slices.Grow(b, n)
+	part := b[len(b) : len(b)+n]
+	if err := c.t.readFull(part); err != nil {
+		return b, err
+	}
+	c.key = mask(part, c.key)
+	c.left -= n
+	return b[:len(b)+n], nil
+}
+
+// mask applies a key, or takes it off, and gives it as it is for what follows. Byte by
+// byte there were 1.1 times fewer messages of 1 KiB, and 1.4 times fewer of 64 KiB.
+func mask(b []byte, key uint32) uint32 {
+	if key == 0 {
+		return 0
+	}
+	wide := uint64(key)<<32 | uint64(key)
+	for len(b) >= 32 {
+		binary.LittleEndian.PutUint64(b, binary.LittleEndian.Uint64(b)^wide)
+		binary.LittleEndian.PutUint64(b[8:], binary.LittleEndian.Uint64(b[8:])^wide)
+		binary.LittleEndian.PutUint64(b[16:], binary.LittleEndian.Uint64(b[16:])^wide)
+		binary.LittleEndian.PutUint64(b[24:], binary.LittleEndian.Uint64(b[24:])^wide)
+		b = b[32:]
+	}
+	for i := range b {
+		b[i] ^= byte(key)
+		key = bits.RotateLeft32(key, -8)
+	}
+	return key
+}
