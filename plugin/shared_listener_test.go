@@ -271,6 +271,7 @@ func TestAnAddressIsOpenedAgainWhenItIsFree(t *testing.T) {
 		require.Equal(t, 1, e.log.count("Listening for Cryo clients on"))
 		require.NoError(t, client.WS.Close())
 		stopped.wantAcked(t, "stopped")
+		synctest.Wait() // the second listens
 		m := send(e.dial(), "hello")
 		e.arrival().deliver()
 		m.wantAcked(t, "delivered")
