@@ -163,17 +163,85 @@ func TestARefusalIsRepeatedShortly(t *testing.T) {
 	})
 }
 
-func TestAnExtensionThatNobodyAskedForIsNotTaken(t *testing.T) {
+// upgraded is a server's 101 to a request, with further lines.
+func upgraded(r *http.Request, upgrade, more string) string {
+	return "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + upgrade + "\r\n" +
+		"Sec-WebSocket-Accept: " + acceptKey(r.Header.Get("Sec-Websocket-Key")) + "\r\n" + more + "\r\n"
+}
+
+func TestAnUpgradeThatWasNotAskedForIsNotAccepted(t *testing.T) {
+	const (
+		extension   = "the server uses a WebSocket extension that was not asked for"
+		subprotocol = "the server uses a subprotocol that was not asked for"
+		protocol    = "the server upgrades to something else than WebSocket alone"
+		accept      = "the server sent more than one Sec-WebSocket-Accept"
+	)
+	for name, c := range map[string]struct {
+		asked, upgrade, more string
+		problem              string // empty: accepted
+	}{
+		"compression":                        {"", "websocket", "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover; client_no_context_takeover\r\n", extension},
+		"any extension":                      {"", "websocket", "Sec-WebSocket-Extensions: x\r\n", extension},
+		"an extension in a second line":      {"", "websocket", "Sec-WebSocket-Extensions:\r\nSec-WebSocket-Extensions: x\r\n", extension},
+		"an empty list of extensions":        {"", "WebSocket", "Sec-WebSocket-Extensions:\r\n", ""},
+		"a subprotocol":                      {"", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"another subprotocol":                {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"a subprotocol in another case":      {"cryo", "websocket", "Sec-WebSocket-Protocol: Cryo\r\n", subprotocol},
+		"two subprotocols":                   {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: cryo, mqtt\r\n", subprotocol},
+		"a second subprotocol in a line":     {"cryo", "websocket", "Sec-WebSocket-Protocol: cryo\r\nSec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"the subprotocol that was asked for": {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: mqtt\r\n", ""},
+		"no subprotocol, asked for one":      {"cryo", "websocket", "", ""},
+		"two protocols":                      {"", "websocket, h2c", "", protocol},
+		"two protocols in two lines":         {"", "websocket\r\nUpgrade: h2c", "", protocol},
+		"two values of Sec-WebSocket-Accept": {"", "websocket", "Sec-WebSocket-Accept: x\r\n", accept},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, header := range []string{"Sec-Websocket-Protocol", "sec-websocket-protocol"} {
+				synctest.Test(t, func(t *testing.T) {
+					opts := &cryo.DialOptions{Token: token}
+					if c.asked != "" {
+						opts.Header = http.Header{header: {c.asked}}
+					}
+					opts.NetDial = answer(t, func(r *http.Request) string {
+						if got := r.Header.Get("Sec-Websocket-Protocol"); got != c.asked {
+							t.Errorf("asked for the subprotocol %q", got)
+						}
+						return upgraded(r, c.upgrade, c.more)
+					}).Dial
+					_, err := cryo.Dial(t.Context(), memoryURL, opts)
+					if c.problem == "" {
+						require.ErrorContains(t, err, "dialling ws://cryo.test: handshake of Cryo: ")
+						return
+					}
+					require.EqualError(t, err, "dialling ws://cryo.test: upgrade: "+c.problem)
+				})
+			}
+		})
+	}
+}
+
+func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
+	const informational = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\nX: y\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\nLink: </y>\r\n\r\n"
 	synctest.Test(t, func(t *testing.T) {
-		l := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Connection", "Upgrade")
-			w.Header().Set("Upgrade", "websocket")
-			w.Header().Set("Sec-Websocket-Accept", acceptKey(r.Header.Get("Sec-Websocket-Key")))
-			w.Header().Set("Sec-Websocket-Extensions", "permessage-deflate; server_no_context_takeover; client_no_context_takeover")
-			w.WriteHeader(http.StatusSwitchingProtocols)
-		}))
+		l := answer(t, func(r *http.Request) string { return informational + upgraded(r, "websocket", "") })
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-		require.EqualError(t, err, "dialling ws://cryo.test: upgrade: the server uses a WebSocket extension that was not asked for")
+		require.ErrorContains(t, err, "dialling ws://cryo.test: handshake of Cryo: ")
+
+		err = dialAnswer(t, informational+"HTTP/1.1 401 Unauthorized\r\n\r\nSession already exists")
+		require.ErrorIs(t, err, cryo.ErrSessionExists)
+		for reply, problem := range map[string]string{
+			informational:                        "unexpected EOF",
+			"HTTP/1.1 103 Early Hints\r\nLink: ": "unexpected EOF",
+			"":                                   "unexpected EOF",
+			"HTTP/1.1 1":                         `malformed HTTP status code "1"`,
+		} {
+			require.EqualError(t, dialAnswer(t, reply), "dialling ws://cryo.test: "+problem, "%q", reply)
+		}
+
+		begin := time.Now()
+		err = dialAnswer(t, strings.Repeat(informational, 20_000))
+		require.ErrorContains(t, err, "the answer is too long")
+		require.Zero(t, time.Since(begin))
 	})
 }
 

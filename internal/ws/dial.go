@@ -1,6 +1,7 @@
 package ws
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -8,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/gorilla/websocket"
@@ -54,7 +57,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 			return nil, err
 		}
 		conn = &transport{Conn: c}
-		return conn, nil
+		return &finalResponse{transport: conn}, nil
 	}
 	dialer := &websocket.Dialer{ReadBufferSize: readSmall, WriteBufferSize: readSmall} // for the handshake alone
 	dialer.NetDialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -72,8 +75,10 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	case err != nil: // not even connected
 	case ended:
 		err = errors.Join(ctx.Err(), conn.Close())
-	case resp.Header.Get("Sec-WebSocket-Extensions") != "":
-		err = errors.Join(errors.New("the server uses a WebSocket extension that was not asked for"), conn.Close())
+	default:
+		if err = checkResponse(resp.Header, opts.Header); err != nil {
+			_ = conn.Close()
+		}
 	}
 	if err != nil && proxy != nil && resp == nil {
 		err = fmt.Errorf("through the proxy %s: %w", proxy.Host, err)
@@ -82,6 +87,101 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 		return nil, resp, err
 	}
 	return &Conn{t: conn, masks: true}, nil, nil
+}
+
+// checkResponse checks what the library does not check in a server's 101 (RFC 6455, 4.1).
+func checkResponse(response, request http.Header) error {
+	if upgrade := response.Values("Upgrade"); len(upgrade) != 1 || !strings.EqualFold(upgrade[0], "websocket") {
+		return errors.New("the server upgrades to something else than WebSocket alone")
+	}
+	if len(response.Values("Sec-WebSocket-Accept")) != 1 {
+		return errors.New("the server sent more than one Sec-WebSocket-Accept")
+	}
+	if len(listed(response, "Sec-WebSocket-Extensions")) > 0 {
+		return errors.New("the server uses a WebSocket extension that was not asked for")
+	}
+	chosen, asked := listed(response, "Sec-WebSocket-Protocol"), listed(request, "Sec-WebSocket-Protocol")
+	if len(chosen) > 1 || len(chosen) == 1 && !slices.Contains(asked, chosen[0]) {
+		return errors.New("the server uses a subprotocol that was not asked for")
+	}
+	return nil
+}
+
+// listed returns the elements of a header's list, over all its lines. The header's name
+// may be in any case: the library sends a caller's names as they are.
+func listed(header http.Header, name string) []string {
+	var elements []string
+	for key, lines := range header {
+		if !strings.EqualFold(key, name) {
+			continue
+		}
+		for element := range strings.SplitSeq(strings.Join(lines, ","), ",") {
+			if element = strings.TrimSpace(element); element != "" {
+				elements = append(elements, element)
+			}
+		}
+	}
+	return elements
+}
+
+// finalResponse skips the informational responses (RFC 9110, 15.2) before a server's
+// final one, for which the library takes them.
+type finalResponse struct {
+	*transport
+	found bool
+	line  []byte // what is not read yet of the final response's first line
+}
+
+func (r *finalResponse) Read(p []byte) (int, error) {
+	for !r.found {
+		line, err := r.readLine()
+		if err != nil && len(line) == 0 {
+			return 0, err
+		}
+		if err == nil && informational.Match(line) {
+			if err := r.skipHeaders(); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		r.found, r.line = true, line // an error comes again
+	}
+	if len(r.line) > 0 {
+		n := copy(p, r.line)
+		r.line = r.line[n:]
+		return n, nil
+	}
+	return r.transport.Read(p)
+}
+
+// 101 is a final response.
+var informational = regexp.MustCompile(`^HTTP/1\.[0-9] 1(?:[1-9][0-9]|0[02-9])[ \r\n]`)
+
+func (r *finalResponse) skipHeaders() error {
+	for {
+		line, err := r.readLine()
+		if err != nil {
+			return err
+		}
+		if len(bytes.TrimRight(line, "\r\n")) == 0 {
+			return nil
+		}
+	}
+}
+
+// readLine reads to the end of a line. It is bounded by what the handshake may read.
+func (r *finalResponse) readLine() ([]byte, error) {
+	var (
+		line []byte
+		b    [1]byte
+	)
+	for b[0] != '\n' {
+		if _, err := r.transport.Read(b[:]); err != nil {
+			return line, err
+		}
+		line = append(line, b[0])
+	}
+	return line, nil
 }
 
 func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL, error) {
