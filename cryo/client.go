@@ -132,7 +132,8 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
 			<-ctx.Done() // the connection's deadline, which is the same, was faster
 		}
-		if ctx.Err() != nil {
+		// A server that has answered has refused, whatever ended its sentence.
+		if _, refused := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !refused {
 			err = context.Cause(ctx)
 		}
 		return nil, fmt.Errorf("dialling %s: %w", target, err)

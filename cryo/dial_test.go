@@ -156,6 +156,52 @@ func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
 	})
 }
 
+func TestARefusalIsReportedWhateverEndsItsSentence(t *testing.T) {
+	for name, c := range map[string]struct {
+		head string
+		end  func(c *cryotest.Conn, cancel func()) // of the body; nil: it stalls
+		took time.Duration
+	}{
+		"it stalls":                {"", nil, cryo.DefaultConnectTimeout},
+		"it stalls before its end": {"Content-Length: 1000\r\n", nil, cryo.DefaultConnectTimeout},
+		"the context ends":         {"", func(_ *cryotest.Conn, cancel func()) { cancel() }, time.Second},
+		"the connection is lost":   {"Content-Length: 1000\r\n", func(c *cryotest.Conn, _ func()) { c.Cut() }, time.Second},
+		"the connection ends":      {"Content-Length: 1000\r\n", func(c *cryotest.Conn, _ func()) { _ = c.Close() }, time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for sentence, want := range map[string]error{
+				"The session already exists": cryo.ErrSessionExists,
+				"The token was ref":          cryo.ErrUnauthorized,
+				"":                           cryo.ErrUnauthorized,
+			} {
+				synctest.Test(t, func(t *testing.T) {
+					begin := time.Now()
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					_, err := cryo.Dial(ctx, memoryURL, &cryo.DialOptions{
+						Token: token,
+						NetDial: func(context.Context, string, string) (net.Conn, error) {
+							client, server := cryotest.Pipe()
+							_, err := io.WriteString(server, "HTTP/1.1 401 Unauthorized\r\n"+c.head+"\r\n"+sentence)
+							if c.end != nil {
+								time.AfterFunc(time.Second, func() { c.end(server, cancel) })
+							}
+							return client, err
+						},
+					})
+					problem := "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized"
+					if sentence != "" {
+						problem += ": " + sentence
+					}
+					require.EqualError(t, err, problem)
+					require.ErrorIs(t, err, want)
+					require.Equal(t, c.took, time.Since(begin))
+				})
+			}
+		})
+	}
+}
+
 func TestARefusalIsRepeatedShortly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, "HTTP/1.1 302 Found\r\nLocation: http://elsewhere.test\r\n\r\n"+strings.Repeat("€", 1000))
