@@ -41,7 +41,8 @@ type DialOptions struct {
 	// SessionID is the id to connect with. A client that reconnects uses the
 	// one it had. Default: a random one; see [NewSessionID].
 	SessionID uint64
-	// Query has further parameters for the URL.
+	// Query has further parameters for the URL. Those that Dial sets, authorization
+	// and x-cryo-sid, are an error.
 	Query url.Values
 	// Header has further headers for the upgrade.
 	Header http.Header
@@ -71,35 +72,48 @@ func NewSessionID() uint64 {
 }
 
 // CheckURL tells why a URL can't be dialled: it has to be ws or wss with a
-// host, without user and password, and must not carry the parameters that Dial
-// sets. The error does not repeat the URL's query.
+// host, without user and password, and its query must be valid and not carry the
+// parameters that Dial sets. The error does not repeat the URL's query.
 func CheckURL(rawURL string) error {
-	_, err := parseURL(rawURL)
+	_, _, err := parseURL(rawURL)
 	return err
 }
 
-func parseURL(rawURL string) (*url.URL, error) {
-	u, err := url.Parse(rawURL)
+func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
+	u, err = url.Parse(rawURL)
 	if err != nil {
 		// url.Parse repeats its input, which may hold a secret.
 		if e := (*url.Error)(nil); errors.As(err, &e) {
 			err = e.Err
 		}
-		return nil, fmt.Errorf("not a URL: %w", err)
+		return nil, nil, fmt.Errorf("not a URL: %w", err)
 	}
+	query, queryErr := url.ParseQuery(u.RawQuery)
 	switch {
 	case u.Scheme != "ws" && u.Scheme != "wss":
-		return nil, fmt.Errorf("the scheme is %q, it has to be ws or wss", u.Scheme)
+		return nil, nil, fmt.Errorf("the scheme is %q, it has to be ws or wss", u.Scheme)
 	case u.Hostname() == "":
-		return nil, errors.New("the URL has no host")
+		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:
-		return nil, errors.New("a WebSocket URL has no user and password, Cryo's authorization is the token")
-	case u.Query().Has(paramAuthorization):
-		return nil, fmt.Errorf("the parameter %s is made from the token", paramAuthorization)
-	case u.Query().Has(paramSessionID):
-		return nil, fmt.Errorf("the parameter %s is made from the session's id", paramSessionID)
+		return nil, nil, errors.New("a WebSocket URL has no user and password, Cryo's authorization is the token")
+	case queryErr != nil: // it repeats a part of the query
+		return nil, nil, errors.New("the URL's query is invalid: escape each semicolon as %3B and each percent sign as %25")
 	}
-	return u, nil
+	if err := checkQuery(query); err != nil {
+		return nil, nil, err
+	}
+	return u, query, nil
+}
+
+// checkQuery reports parameters that Dial sets.
+func checkQuery(query url.Values) error {
+	switch {
+	case query.Has(paramAuthorization):
+		return fmt.Errorf("the parameter %s is made from the token", paramAuthorization)
+	case query.Has(paramSessionID):
+		return fmt.Errorf("the parameter %s is made from the session's id", paramSessionID)
+	}
+	return nil
 }
 
 // Dial opens a session with a Cryo server. It returns when the server has
@@ -118,16 +132,20 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 	if opts.SessionID == 0 {
 		opts.SessionID = NewSessionID()
 	}
-	u, err := parseURL(rawURL)
+	u, query, err := parseURL(rawURL)
+	if err == nil {
+		err = checkQuery(opts.Query)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("dialling: %w", err)
 	}
+	maps.Copy(query, opts.Query)
 	target := (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
 		fmt.Errorf("no session after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
 	defer cancel()
-	s, err := dial(ctx, u, &opts)
+	s, err := dial(ctx, u, query, &opts)
 	if err != nil {
 		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
 			<-ctx.Done() // the connection's deadline, which is the same, was faster
@@ -141,9 +159,7 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 	return s, nil
 }
 
-func dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Session, error) {
-	query := u.Query()
-	maps.Copy(query, opts.Query)
+func dial(ctx context.Context, u *url.URL, query url.Values, opts *DialOptions) (*Session, error) {
 	query.Set(paramAuthorization, bearer+" "+opts.Token)
 	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
 	withQuery := *u

@@ -23,6 +23,7 @@ import (
 )
 
 func TestCheckURL(t *testing.T) {
+	const badQuery = "the URL's query is invalid: escape each semicolon as %3B and each percent sign as %25"
 	for rawURL, problem := range map[string]string{
 		"ws://example.com":                "",
 		"wss://example.com:8443/path?a=b": "",
@@ -39,6 +40,12 @@ func TestCheckURL(t *testing.T) {
 		"ws://example.com:port?key=s3cret":        `not a URL: invalid port ":port" after host`,
 		"ws://exa mple.com?key=s3cret":            `not a URL: invalid character " " in host name`,
 		"ws://example.com/\x7f?key=s3cret":        "not a URL: net/url: invalid control character in URL",
+		"ws://example.com?a=b&tenant=s3;cret":     badQuery,
+		"ws://example.com?a=b&key=s3cret%zz":      badQuery,
+		"ws://example.com?key=s3cret%":            badQuery,
+		"ws://example.com?s3%4":                   badQuery,
+		"ws://example.com?;authorization=x":       badQuery,
+		"ws://example.com?a=%3B%25&&b&=":          "",
 	} {
 		t.Run(rawURL, func(t *testing.T) {
 			err := cryo.CheckURL(rawURL)
@@ -64,7 +71,7 @@ func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
 			s, err = cryo.Dial(t.Context(), "ws://example.com/some/path?x=1&y=#part", &cryo.DialOptions{
 				SessionID: sid,
 				Token:     token,
-				Query:     url.Values{"tenant": {"a b", "c&d"}, "x-cryo-sid": {"overruled"}},
+				Query:     url.Values{"tenant": {"a b", "c&d"}},
 				Header:    http.Header{"X-Tenant": {"acme"}, "Host": {"other.example.com"}},
 				NetDial: func(ctx context.Context, network, addr string) (net.Conn, error) {
 					address = network + " " + addr
@@ -90,6 +97,23 @@ func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
 		require.Empty(t, r.Header.Get("Sec-Websocket-Extensions"))
 		require.Empty(t, r.Header.Get("Sec-Websocket-Protocol"))
 	})
+}
+
+func TestParametersThatDialSetsCannotBeSetByQuery(t *testing.T) {
+	for name, problem := range map[string]string{
+		"authorization": "dialling: the parameter authorization is made from the token",
+		"x-cryo-sid":    "dialling: the parameter x-cryo-sid is made from the session's id",
+	} {
+		for _, values := range [][]string{{"s3cret"}, {}} {
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
+				Query: url.Values{name: values},
+				NetDial: func(context.Context, string, string) (net.Conn, error) {
+					return nil, errors.New("dialled")
+				},
+			})
+			require.EqualError(t, err, problem)
+		}
+	}
 }
 
 func TestDialChoosesASessionID(t *testing.T) {
