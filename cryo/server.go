@@ -164,6 +164,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	conn, err := s.upgrader.Upgrade(w, u.Request)
 	if err != nil { // answered by the upgrader
 		s.remove(u.SessionID, e)
+		s.free()
 		return nil
 	}
 	id := u.SessionID // the session must not keep the request
@@ -233,8 +234,10 @@ func (s *Server) ended(id uint64, e *entry) {
 	if announced && s.opts.OnSessionEnd != nil {
 		s.opts.OnSessionEnd(e.session)
 	}
+	s.free()
 }
 
+// remove makes an entry's id available again.
 func (s *Server) remove(id uint64, e *entry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -242,6 +245,12 @@ func (s *Server) remove(id uint64, e *entry) {
 		delete(s.entries, id)
 		s.count(e, -1)
 	}
+}
+
+// free frees the slot of an entry that was removed, last of all: Shutdown waits for it.
+func (s *Server) free() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.places--
 	s.idleLocked()
 }
@@ -282,9 +291,9 @@ func (s *Server) Sessions() []*Session {
 
 const shutdownReason = "server is shutting down"
 
-// Shutdown refuses new clients, says BYE to all sessions and returns when they
-// have ended and their goroutines are gone; see [Session.Close]. The context's
-// end cuts their connections.
+// Shutdown denies new clients, sends BYE to all sessions and returns when they
+// have ended, OnSessionEnd has returned for each of them, and their goroutines are
+// gone; see [Session.Close]. The context's end closes their connections at once.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true

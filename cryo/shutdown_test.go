@@ -82,6 +82,28 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 	})
 }
 
+func TestShutdownWaitsForOnSessionEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ending, mayReturn := make(chan *cryo.Session, 1), make(chan struct{})
+		server, l, sessions := serve(t, cryo.ServerOptions{OnSessionEnd: func(s *cryo.Session) {
+			ending <- s
+			<-mayReturn
+		}})
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		peer.Conn().Cut()
+		require.Same(t, s, next(t, ending))
+		_, known := server.Session(sid)
+		require.False(t, known)
+
+		shutdown := start(func() error { return server.Shutdown(t.Context()) })
+		shutdown.wantBlocked(t)
+		close(mayReturn)
+		shutdown.wantSuccess(t)
+	})
+}
+
 // slowListener has a first connection whose Close hangs, as that of TLS can.
 type slowListener struct {
 	*cryotest.Listener
