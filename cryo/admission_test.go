@@ -241,6 +241,50 @@ func TestAFullServerRefuses(t *testing.T) {
 	})
 }
 
+func TestSessionsThatAreStillClosingCountToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sessions := make(chan *cryo.Session, 4)
+		server := cryo.NewServer(cryo.ServerOptions{
+			Authorize:   cryo.Tokens(token),
+			MaxSessions: 2,
+			OnSession:   func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
+		})
+		l := &slowListener{Listener: cryotest.Listen(), slow: 100, closing: make(chan struct{})}
+		defer l.release()
+		cryotest.ServeOn(t, l, server)
+		comes := func(id uint64) *cryo.Session {
+			t.Helper()
+			join(t, l.Listener, id).ClientHandshake()
+			return next(t, sessions)
+		}
+		full := func(id uint64) {
+			t.Helper()
+			status, _, body := knock(t, l.Listener, fmt.Sprintf("x-cryo-sid=%d&authorization=", id)+url.QueryEscape("Bearer "+token), upgrade())
+			require.Equal(t, 503, status)
+			require.Equal(t, "The server has as many sessions as it may.", body)
+		}
+		first := comes(1)
+		second := comes(1) // the first is closing
+		full(2)
+		third := comes(1)
+		fourth := comes(1) // as many are closing as there may be sessions
+		full(1)
+		full(2)
+		require.NoError(t, fourth.Err(), "the session that could not be taken over is connected")
+		require.Len(t, server.Sessions(), 1)
+
+		l.release()
+		require.ErrorIs(t, wantEnded(t, first), cryo.ErrTakenOver)
+		require.ErrorIs(t, wantEnded(t, second), cryo.ErrTakenOver)
+		require.ErrorIs(t, wantEnded(t, third), cryo.ErrTakenOver)
+		synctest.Wait()
+		comes(2)
+		full(3)
+		comes(1)
+		require.NoError(t, server.Shutdown(t.Context()))
+	})
+}
+
 func TestAnIDBelongsToTheTokenThatItCameWith(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{Authorize: cryo.Tokens(token, "another")})

@@ -47,8 +47,10 @@ type ServerOptions struct {
 	// OnRefusal is called when a client is not let in, with the answer's status,
 	// on the request's goroutine.
 	OnRefusal func(status int)
-	// MaxSessions bounds the sessions, those in handshake included; more are
-	// refused with 503. Default 10,000.
+	// MaxSessions bounds the sessions, those in handshake and those whose connection
+	// is still closing included; more are refused with 503. A client that takes its
+	// own session over is let in by a full server too, until there are twice as many
+	// with those that are closing. Default 10,000.
 	MaxSessions int
 	// MaxSessionsPerAddress bounds the sessions of one IP address, or of one
 	// IPv6 network of 64 bits, by the request's RemoteAddr; more are refused

@@ -63,7 +63,7 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 			Authorize: cryo.Tokens(token),
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 		})
-		l := &slowListener{Listener: cryotest.Listen(), closing: make(chan struct{})}
+		l := &slowListener{Listener: cryotest.Listen(), slow: 1, closing: make(chan struct{})}
 		defer l.release()
 		cryotest.ServeOn(t, l, server)
 		join(t, l.Listener, sid).ClientHandshake()
@@ -104,9 +104,10 @@ func TestShutdownWaitsForOnSessionEnd(t *testing.T) {
 	})
 }
 
-// slowListener has a first connection whose Close hangs, as that of TLS can.
+// slowListener has first connections whose Close hangs, as that of TLS can.
 type slowListener struct {
 	*cryotest.Listener
+	slow     int // connections
 	closing  chan struct{}
 	accepted int
 	once     sync.Once
@@ -116,7 +117,7 @@ func (l *slowListener) release() { l.once.Do(func() { close(l.closing) }) }
 
 func (l *slowListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	if l.accepted++; l.accepted == 1 {
+	if l.accepted++; l.accepted <= l.slow {
 		c = &slowConn{c, l.closing}
 	}
 	return c, err
