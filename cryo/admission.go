@@ -61,6 +61,7 @@ type refusal struct {
 	sentence string // for the client
 	cause    error  // for the log; nil if the sentence says it all
 	token    string // what the log must not repeat
+	answered bool   // on the connection already
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
@@ -78,7 +79,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
 			"left_out", max(s.refused.Swap(0)-1, 0))
 	})
-	http.Error(w, refused.sentence, refused.status)
+	if !refused.answered {
+		http.Error(w, refused.sentence, refused.status)
+	}
 }
 
 // admit judges a request and takes a place for its session.
@@ -95,7 +98,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		refused := &refusal{http.StatusUnauthorized, "The token was refused.", fmt.Errorf("authorizing: %w", err), u.Token}
+		refused := &refusal{status: http.StatusUnauthorized, sentence: "The token was refused.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
 			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Sentence
 		}

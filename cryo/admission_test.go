@@ -1,6 +1,7 @@
 package cryo_test
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -108,22 +109,126 @@ func with(h http.Header, name, value string) http.Header {
 	return h
 }
 
+// knockRaw sends a request word for word, and returns the whole of the answer.
+func knockRaw(t *testing.T, l *cryotest.Listener, request string) string {
+	t.Helper()
+	c, err := l.Dial(t.Context(), "", "")
+	require.NoError(t, err)
+	defer c.Close()
+	_, err = io.WriteString(c, request)
+	require.NoError(t, err)
+	answer, err := http.ReadResponse(bufio.NewReader(c), nil)
+	require.NoError(t, err)
+	defer answer.Body.Close()
+	var b strings.Builder
+	require.NoError(t, answer.Write(&b))
+	return b.String()
+}
+
+func TestARequestThatIsNoValidUpgradeLeavesALiveSessionAlone(t *testing.T) {
+	const (
+		webSocket = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+		version   = "Sec-WebSocket-Version: 13\r\n"
+		key       = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+		noUpgrade  = "This is a Cryo server: connect with a Cryo client, over WebSocket."
+		badMethod  = "The method of an upgrade must be GET."
+		badVersion = "The upgrade must have one header Sec-WebSocket-Version: 13."
+		badKey     = "The upgrade must have one header Sec-WebSocket-Key: 16 bytes in base64."
+	)
+	for name, c := range map[string]struct {
+		method, protocol, headers string
+		status                    int
+		header, value             string // of the answer
+		sentence                  string
+	}{
+		"no upgrade":               {"GET", "1.1", "", 426, "Connection", "upgrade", noUpgrade},
+		"no Connection":            {"GET", "1.1", "Upgrade: websocket\r\n" + version + key, 426, "Upgrade", "websocket", noUpgrade},
+		"another protocol":         {"GET", "1.1", "Connection: Upgrade\r\nUpgrade: h2c\r\n" + version + key, 426, "Upgrade", "websocket", noUpgrade},
+		"HTTP/1.0":                 {"GET", "1.0", webSocket + version + key, 426, "Upgrade", "websocket", noUpgrade},
+		"POST":                     {"POST", "1.1", webSocket + version + key + "Content-Length: 0\r\n", 405, "Allow", "GET", badMethod},
+		"PUT":                      {"PUT", "1.1", webSocket + version + key, 405, "Allow", "GET", badMethod},
+		"no key":                   {"GET", "1.1", webSocket + version, 400, "", "", badKey},
+		"an empty key":             {"GET", "1.1", webSocket + version + "Sec-WebSocket-Key:\r\n", 400, "", "", badKey},
+		"a short key":              {"GET", "1.1", webSocket + version + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n", 400, "", "", badKey},
+		"two keys":                 {"GET", "1.1", webSocket + version + key + key, 400, "", "", badKey},
+		"no version":               {"GET", "1.1", webSocket + key, 400, "Sec-Websocket-Version", "13", badVersion},
+		"another version":          {"GET", "1.1", webSocket + key + "Sec-WebSocket-Version: 8\r\n", 400, "Sec-Websocket-Version", "13", badVersion},
+		"a list of versions":       {"GET", "1.1", webSocket + key + "Sec-WebSocket-Version: 8, 13\r\n", 400, "Sec-Websocket-Version", "13", badVersion},
+		"two versions, ours last":  {"GET", "1.1", webSocket + key + "Sec-WebSocket-Version: 8\r\n" + version, 400, "Sec-Websocket-Version", "13", badVersion},
+		"two versions, ours first": {"GET", "1.1", webSocket + key + version + "Sec-WebSocket-Version: 8\r\n", 400, "Sec-Websocket-Version", "13", badVersion},
+		"the same version twice":   {"GET", "1.1", webSocket + key + version + version, 400, "Sec-Websocket-Version", "13", badVersion},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				statuses := make(chan int, 1)
+				server, l, sessions := serve(t, cryo.ServerOptions{OnRefusal: func(status int) { statuses <- status }})
+				join(t, l, 1).ClientHandshake()
+				s := next(t, sessions)
+				answer := knockRaw(t, l, c.method+" /?x-cryo-sid=1&authorization="+url.QueryEscape("Bearer "+token)+" HTTP/"+c.protocol+"\r\nHost: cryo.test\r\n"+c.headers+"\r\n")
+				synctest.Wait()
+				require.NoError(t, s.Err())
+				require.Equal(t, []*cryo.Session{s}, server.Sessions())
+				require.Contains(t, answer, fmt.Sprintf(" %d %s\r\n", c.status, http.StatusText(c.status)))
+				require.Contains(t, answer, c.sentence)
+				if c.header != "" {
+					require.Contains(t, answer, "\r\n"+c.header+": "+c.value+"\r\n")
+				}
+				if c.status != 426 {
+					require.Equal(t, c.status, next(t, statuses))
+				}
+				require.Empty(t, statuses)
+			})
+		})
+	}
+}
+
 func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
-		c, err := l.Dial(t.Context(), "", "")
-		require.NoError(t, err)
-		_, err = io.WriteString(c, "GET /?x-cryo-sid=1&authorization="+url.QueryEscape("Bearer "+token)+" HTTP/1.1\r\nHost: cryo.test\r\n"+
-			"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"+
-			"\x82\x80\x00\x00\x00\x00")
-		require.NoError(t, err)
-		reply, err := io.ReadAll(c)
-		require.NoError(t, err)
-		require.Empty(t, reply)
-		synctest.Wait()
-		join(t, l, 2).ClientHandshake() // its place is free again
-		require.EqualValues(t, 2, next(t, sessions).ID())
-	})
+	request := "GET /?x-cryo-sid=1&authorization=" + url.QueryEscape("Bearer "+token) + " HTTP/1.1\r\nHost: cryo.test\r\n" +
+		"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+	for name, early := range map[string]string{
+		"a frame":           "\r\n\x82\x80\x00\x00\x00\x00",
+		"a byte":            "\r\n\x82",
+		"a body":            "Content-Length: 5\r\n\r\nearly",
+		"a megabyte":        "\r\n" + strings.Repeat("x", 1<<20),
+		"a further request": "\r\n" + request + "\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				lines, httpLines := &logged{}, &logged{}
+				statuses := make(chan int, 1)
+				server := cryo.NewServer(cryo.ServerOptions{
+					SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
+					Authorize:      cryo.Tokens(token),
+					MaxSessions:    1,
+					OnRefusal:      func(status int) { statuses <- status },
+				})
+				l := cryotest.Listen()
+				listening := &http.Server{Handler: server, ErrorLog: slog.NewLogLogger(httpLines.handler(), slog.LevelError)}
+				serving := start(func() error { return listening.Serve(l) })
+				defer listening.Close()
+				c, err := l.Dial(t.Context(), "", "")
+				require.NoError(t, err)
+				defer c.Close()
+				go func() { _, _ = io.WriteString(c, request+early) }() // it may not be read to its end
+				reply, err := io.ReadAll(c)
+				require.NoError(t, err)
+				require.Equal(t, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 62\r\n\r\n"+
+					"The client must not send data before the upgrade is answered.\n", string(reply))
+				require.Equal(t, 400, next(t, statuses))
+				synctest.Wait()
+				require.Contains(t, lines.text(), "The client must not send data before the upgrade is answered.")
+
+				peer := join(t, l, 2) // its slot is free again
+				peer.ClientHandshake()
+				require.NoError(t, peer.WS.Close())
+				require.NoError(t, server.Shutdown(t.Context()))
+				require.NoError(t, listening.Close())
+				require.ErrorIs(t, serving.result(t), http.ErrServerClosed)
+				require.Empty(t, httpLines.text())
+			})
+		})
+	}
 }
 
 func TestNobodyMayComeInByDefault(t *testing.T) {

@@ -115,7 +115,7 @@ func TestAServerTellsWithWhichStatusItRefuses(t *testing.T) {
 		status, header, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+"+url.QueryEscape(token), handshake)
 		require.Equal(t, 400, status)
 		require.Equal(t, "13", header.Get("Sec-Websocket-Version"))
-		require.Contains(t, body, "unsupported version")
+		require.Contains(t, body, "The upgrade must have one header Sec-WebSocket-Version: 13.")
 		require.Equal(t, []int{400, 401, 400}, statuses)
 	})
 }

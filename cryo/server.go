@@ -4,14 +4,15 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/gorilla/websocket"
 	"golang.org/x/time/rate"
 
 	"github.com/cryo-connect/cryo-connect/internal/ws"
@@ -75,7 +76,6 @@ type ServerOptions struct {
 type Server struct {
 	opts     ServerOptions
 	memory   memory
-	upgrader *ws.Upgrader
 	refusals rate.Sometimes // of log lines
 	refused  atomic.Int64   // since the last of them
 
@@ -117,7 +117,7 @@ func NewServer(options ServerOptions) *Server {
 	if opts.CheckOrigin == nil {
 		opts.CheckOrigin = func(*http.Request) bool { return true }
 	}
-	s := &Server{
+	return &Server{
 		opts:     opts,
 		memory:   newMemory(opts.MaxBufferBytes),
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
@@ -125,21 +125,20 @@ func NewServer(options ServerOptions) *Server {
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}
-	s.upgrader = ws.NewUpgrader(func(w http.ResponseWriter, r *http.Request, status int, reason error) {
-		w.Header().Set("Sec-Websocket-Version", "13")
-		s.refuse(w, r, &refusal{status: status, sentence: reason.Error()})
-	})
-	return s
 }
 
-// ServeHTTP answers an upgrade: 426 to what is none, 401 without a valid token
-// or with the id of another's session, 403 to an origin that is not allowed, 429
-// when there are too many from one address, 503 when the server is full or closing.
-// Nothing but the token is judged before the token.
+// ServeHTTP answers an upgrade: 426 to a request that is none, 400 or 405 to one that is
+// not valid, 401 without a valid token or with the id of another's session, 403 to an
+// origin that is not allowed, 429 when there are too many from one address, 503 when the
+// server is full or closing. Whatever is no part of the request is judged after the token.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !websocket.IsWebSocketUpgrade(r) {
-		w.Header().Set("Upgrade", "websocket")
-		http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", http.StatusUpgradeRequired)
+	if invalid := ws.CheckUpgrade(r); invalid != nil {
+		maps.Copy(w.Header(), invalid.Header)
+		if invalid.Status == http.StatusUpgradeRequired { // a browser, or a health check: nothing to log
+			http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", invalid.Status)
+			return
+		}
+		s.refuse(w, r, &refusal{status: invalid.Status, sentence: invalid.Sentence})
 		return
 	}
 	u, e, refused := s.admit(r)
@@ -163,10 +162,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // open upgrades the request and starts the session.
 func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
-	conn, err := s.upgrader.Upgrade(w, u.Request)
-	if err != nil { // answered by the upgrader
+	conn, err := ws.Upgrade(w, u.Request)
+	if err != nil {
 		s.remove(u.SessionID, e)
 		s.free()
+		if failed, ok := errors.AsType[*ws.UpgradeError](err); ok {
+			s.refuse(w, u.Request, &refusal{status: failed.Status, sentence: failed.Sentence, answered: failed.Answered})
+		}
 		return nil
 	}
 	id := u.SessionID // the session must not keep the request

@@ -2,50 +2,115 @@ package ws
 
 import (
 	"bufio"
-	"errors"
+	"encoding/base64"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"time"
 
 	"github.com/gorilla/websocket"
 )
 
-// Upgrader accepts WebSockets. It is safe for concurrent use.
-type Upgrader struct{ upgrader websocket.Upgrader }
-
-// NewUpgrader makes one. refuse answers a request that is no valid upgrade, with the
-// status and why. Origins are the caller's to check.
-func NewUpgrader(refuse func(w http.ResponseWriter, r *http.Request, status int, reason error)) *Upgrader {
-	return &Upgrader{websocket.Upgrader{
-		ReadBufferSize: readSmall, WriteBufferSize: readSmall, // for the handshake alone
-		CheckOrigin: func(*http.Request) bool { return true },
-		Error:       refuse,
-	}}
+// UpgradeError is the reason for which a request is not upgraded.
+type UpgradeError struct {
+	Status   int
+	Sentence string      // the answer's text
+	Header   http.Header // of the answer
+	Answered bool        // on the connection, which is closed
 }
 
-// Upgrade answers an upgrade and takes the connection over. An error has been answered.
-func (u *Upgrader) Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
-	h := &hijacker{ResponseWriter: w}
-	if _, err := u.upgrader.Upgrade(h, r, nil); err != nil {
+func (e *UpgradeError) Error() string { return e.Sentence }
+
+// CheckUpgrade checks that a request is a valid upgrade (RFC 6455, 4.2.1), so that
+// nothing is done for one that is none. The library takes HTTP/1.0, lists of versions
+// and repeated headers too. Origins are the caller's to check.
+func CheckUpgrade(r *http.Request) *UpgradeError {
+	version, key := r.Header.Values("Sec-WebSocket-Version"), r.Header.Values("Sec-WebSocket-Key")
+	switch {
+	case !websocket.IsWebSocketUpgrade(r), !r.ProtoAtLeast(1, 1): // HTTP/1.0 has no upgrades (RFC 9110, 7.8)
+		return &UpgradeError{
+			Status: http.StatusUpgradeRequired, Sentence: "This is a WebSocket server.",
+			Header: http.Header{"Connection": {"upgrade"}, "Upgrade": {"websocket"}},
+		}
+	case r.Method != http.MethodGet:
+		return &UpgradeError{
+			Status: http.StatusMethodNotAllowed, Sentence: "The method of an upgrade must be GET.",
+			Header: http.Header{"Allow": {http.MethodGet}},
+		}
+	case len(version) != 1 || version[0] != "13":
+		return &UpgradeError{
+			Status: http.StatusBadRequest, Sentence: "The upgrade must have one header Sec-WebSocket-Version: 13.",
+			Header: http.Header{"Sec-Websocket-Version": {"13"}},
+		}
+	case len(key) != 1 || !isKey(key[0]):
+		return &UpgradeError{
+			Status: http.StatusBadRequest, Sentence: "The upgrade must have one header Sec-WebSocket-Key: 16 bytes in base64.",
+		}
+	}
+	return nil
+}
+
+func isKey(key string) bool {
+	nonce, err := base64.StdEncoding.DecodeString(key)
+	return err == nil && len(nonce) == 16
+}
+
+var upgrader = websocket.Upgrader{
+	ReadBufferSize: readSmall, WriteBufferSize: readSmall, // for the handshake alone
+	CheckOrigin: func(*http.Request) bool { return true },
+	Error:       func(http.ResponseWriter, *http.Request, int, error) {}, // the caller answers
+}
+
+// Upgrade answers an upgrade that CheckUpgrade has passed, and takes the connection
+// over. An [*UpgradeError] is to be answered, unless it was; any other error is of the
+// network.
+func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
+	c, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, &UpgradeError{Status: http.StatusInternalServerError, Sentence: "This connection can't be upgraded: " + err.Error()}
+	}
+	if rw.Reader.Buffered() > 0 {
+		e := &UpgradeError{
+			Status: http.StatusBadRequest, Sentence: "The client must not send data before the upgrade is answered.", Answered: true,
+		}
+		answer(c, e)
+		return nil, e
+	}
+	h := &takenOver{ResponseWriter: w, conn: &transport{Conn: c}, rw: rw}
+	if _, err := upgrader.Upgrade(h, r, nil); err != nil {
+		_ = c.Close() // unless the library did
 		return nil, err
 	}
 	return &Conn{t: h.conn}, nil
 }
 
-// hijacker gives the upgrader a connection that can gather writes.
-type hijacker struct {
+// takenOver gives the library a connection that can gather writes.
+type takenOver struct {
 	http.ResponseWriter
 	conn *transport
+	rw   *bufio.ReadWriter
 }
 
-func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	c, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
+func (h *takenOver) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.conn, h.rw, nil }
+
+const (
+	lingerTime  = 500 * time.Millisecond
+	lingerBytes = 256 << 10
+)
+
+// answer answers on a connection that is no longer the HTTP server's, and closes it.
+// What the client still sends is read for a moment: closing a socket with unread data
+// resets it, and can discard the answer.
+func answer(c net.Conn, e *UpgradeError) {
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(lingerTime))
+	if _, err := fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s\n",
+		e.Status, http.StatusText(e.Status), len(e.Sentence)+1, e.Sentence); err != nil {
+		return
 	}
-	if rw.Reader.Buffered() > 0 {
-		// No client sends before the answer; one that does is not let in.
-		return nil, nil, errors.Join(errors.New("data before the upgrade's answer"), c.Close())
+	if half, ok := c.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
 	}
-	h.conn = &transport{Conn: c}
-	return h.conn, rw, nil
+	_, _ = io.CopyN(io.Discard, c, lingerBytes)
 }
