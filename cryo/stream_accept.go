@@ -29,8 +29,8 @@ const (
 // StreamLimits bound what a session's received streams may cost. A zero value
 // means its default.
 type StreamLimits struct {
-	// MaxOpenStreams bounds the streams that are accepted and not settled.
-	// Default 16.
+	// MaxOpenStreams bounds the streams that are accepted and not settled. A
+	// failed one no longer counts once Read has returned its error. Default 16.
 	MaxOpenStreams int
 	// MaxStreamBytes cancels a stream that is longer. Default: any length is
 	// taken, for what has been read is no longer held here.
@@ -115,7 +115,7 @@ type incomingStreams struct {
 	pulls      bool // this end has asked to pull
 	open       map[uint32]*IncomingStream
 	announced  []*IncomingStream // of those, nobody has accepted yet
-	places     int               // taken by streams that are accepted and not settled
+	slots      int               // in use by streams that are accepted, and neither settled nor failed
 	changed    chan struct{}     // closed and replaced when a stream may be accepted
 	remembered []uint32          // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
 }
@@ -124,16 +124,17 @@ func newIncomingStreams(s *Session) *incomingStreams {
 	return &incomingStreams{s: s, limits: s.opts.StreamLimits, open: make(map[uint32]*IncomingStream), changed: make(chan struct{})}
 }
 
-// accept gives an announced stream of one of the names and takes a place for
+// accept gives an announced stream of one of the names and acquires a slot for
 // it, or a channel that is closed when it is worth asking again.
 func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struct{}) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.places < in.limits.MaxOpenStreams {
+	if in.slots < in.limits.MaxOpenStreams {
 		for i, st := range in.announced {
 			if len(names) == 0 || slices.Contains(names, st.name) {
 				in.announced = slices.Delete(in.announced, i, i+1)
-				in.places++
+				in.slots++
+				st.slot = true
 				st.limit(in.limits)
 				return st, nil
 			}
@@ -223,36 +224,51 @@ func (in *incomingStreams) forgetLocked(tx uint32) bool {
 	return i >= 0
 }
 
-// settled frees the stream's place. Of an acknowledged one, the TX_FINISH that is still
+// failed releases the slot of a stream that the peer was told to stop, when Read has
+// returned its error: its receiver need not settle it.
+func (in *incomingStreams) failed(st *IncomingStream) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.removeLocked(st)
+}
+
+// removeLocked takes a stream out of the tables and releases its slot, once.
+func (in *incomingStreams) removeLocked(st *IncomingStream) {
+	if in.open[st.tx] == st {
+		delete(in.open, st.tx)
+	}
+	if i := slices.Index(in.announced, st); i >= 0 {
+		in.announced = slices.Delete(in.announced, i, i+1)
+	}
+	if st.slot {
+		st.slot = false
+		in.slots--
+		in.changedLocked()
+	}
+	if in.s.refusing.Load() {
+		in.s.budget.wake() // what follows may be discarded now
+	}
+}
+
+// settled releases the stream's slot. Of an acknowledged one, the TX_FINISH that is still
 // to come is acknowledged then, of so many streams; of others it stays unanswered.
 func (in *incomingStreams) settled(st *IncomingStream) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.open[st.tx] == st {
-		delete(in.open, st.tx)
-	}
 	if st.awaitsFinish() {
 		if len(in.remembered) == maxRemembered {
 			in.remembered = in.remembered[1:]
 		}
 		in.remembered = append(in.remembered, st.tx)
 	}
-	if i := slices.Index(in.announced, st); i >= 0 {
-		in.announced = slices.Delete(in.announced, i, i+1)
-	} else {
-		in.places--
-	}
-	in.changedLocked()
-	if in.s.refusing.Load() {
-		in.s.budget.wake() // what follows may be discarded now
-	}
+	in.removeLocked(st)
 }
 
 // holds tells whether chunks may be kept: a stream is accepted and not settled.
 func (in *incomingStreams) holds() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.places > 0
+	return in.slots > 0
 }
 
 // refuse rejects the streams that nobody has accepted.

@@ -63,6 +63,44 @@ func TestABrokenStreamKeepsItsPlaceUntilItIsSettled(t *testing.T) {
 	})
 }
 
+func TestAFailedStreamWhoseErrorWasReadNoLongerCountsAsOpen(t *testing.T) {
+	limited := quiet
+	limited.MaxOpenStreams = 1
+	limited.MaxStreamBytes = 10
+	limited.StreamIdleTimeout = time.Minute
+	for name, failure := range map[string]struct {
+		cause func(peer *cryotest.Peer, tx uint32)
+		want  error
+	}{
+		"broken": {
+			func(peer *cryotest.Peer, tx uint32) { peer.WriteFrames(txChunk(tx, 7, "out of order")) },
+			cryo.ErrStreamBroken,
+		},
+		"too long": {
+			func(peer *cryotest.Peer, tx uint32) { peer.WriteFrames(txChunk(tx, 1, "more than ten")) },
+			cryo.ErrStreamTooLong,
+		},
+		"idle": {func(*cryotest.Peer, uint32) {}, cryo.ErrStreamIdle},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, limited, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				for i := range uint32(4) {
+					st := incoming(t, s, peer, 10+i, i)
+					failure.cause(peer, i)
+					require.ErrorIs(t, wantRest(t, st, ""), failure.want)
+					peer.WantType("TX_CANCEL", wire.TxCancel)
+					if i%2 == 0 {
+						require.ErrorIs(t, st.Ack(), failure.want, "this frees no second slot")
+					}
+				}
+				incoming(t, s, peer, 200, 500)
+				peer.WriteFrames(txStart(201, 501, -1, "in"))
+				wantNoStream(t, s)
+			})
+		})
+	}
+}
+
 func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for tx := range uint32(256) {

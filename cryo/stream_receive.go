@@ -35,7 +35,9 @@ var (
 
 // IncomingStream is a stream that the peer sends. It is read as an [io.Reader],
 // by one goroutine at a time, and then settled by Ack or Reject, from any. Until
-// then it counts as open, and what of it is not read against MaxBufferBytes.
+// then it counts as open, and what of it is not read against MaxBufferBytes. A
+// stream of which Read has returned an error other than io.EOF no longer counts,
+// and need not be settled.
 type IncomingStream struct {
 	s     *Session
 	tx    uint32
@@ -43,6 +45,8 @@ type IncomingStream struct {
 	size  int64  // -1: unknown
 	pull  bool   // chunks come only when fetched
 	start uint32 // TX_START's number
+
+	slot bool // whether it counts as open; guarded by the mutex of incomingStreams
 
 	arrived chan struct{} // holds a token when there is something new for Read
 
@@ -120,18 +124,26 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 	for {
 		n, err := st.take(p)
 		if n > 0 || err != nil || len(p) == 0 {
-			return n, err
+			return n, st.ended(err)
 		}
 		select {
 		case <-st.arrived:
 		case <-st.s.done:
 			// Nothing more comes. What came before the end was queued before.
 			if n, err := st.take(p); n > 0 || err != nil {
-				return n, err
+				return n, st.ended(err)
 			}
 			return 0, fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, st.Received(), st.s.Err())
 		}
 	}
+}
+
+// ended returns the error of Read, and releases the slot of a stream that has failed.
+func (st *IncomingStream) ended(err error) error {
+	if err != nil && err != io.EOF && err != errStreamSettled { //nolint:errorlint // they are take's own
+		st.s.incoming.failed(st)
+	}
+	return err
 }
 
 func (st *IncomingStream) take(p []byte) (int, error) {
