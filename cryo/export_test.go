@@ -1,6 +1,10 @@
 package cryo
 
-import "github.com/cryo-connect/cryo-connect/internal/ws"
+import (
+	"sync"
+
+	"github.com/cryo-connect/cryo-connect/internal/ws"
+)
 
 // Awaited is how many numbers somebody waits for.
 func (s *Session) Awaited() int {
@@ -28,3 +32,23 @@ func (st *OutgoingStream) Tx() uint32 { return st.tx }
 
 // Poison has memory that is used again overwritten as soon as it is free, or ends that.
 func Poison(on bool) { ws.Poisoning.Store(on) }
+
+// Unlocked reports whether none of the session's locks is held, nor one of its received
+// streams'. Others may hold one for a moment: ask again.
+func (s *Session) Unlocked() bool {
+	locks := []*sync.Mutex{&s.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu, &s.budget.mu, &s.intake.mu}
+	if !s.incoming.mu.TryLock() {
+		return false
+	}
+	for _, st := range s.incoming.open {
+		locks = append(locks, &st.mu)
+	}
+	s.incoming.mu.Unlock()
+	for _, mu := range locks {
+		if !mu.TryLock() {
+			return false
+		}
+		mu.Unlock()
+	}
+	return true
+}

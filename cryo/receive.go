@@ -210,9 +210,7 @@ func (s *Session) refuse(m *Message) {
 	s.opts.OnRefused(m.Kind)
 	_ = m.reject("this session receives no messages") // after the end nobody hears it
 	if m.Kind == KindError {
-		s.reports.Do(func() {
-			s.log.Warn("The peer reports an error (at most one such line a second)", "session", s.id, "text", m.LogText())
-		})
+		s.report("The peer reports an error (at most one such line a second)", "text", m.LogText())
 	}
 }
 
@@ -228,10 +226,18 @@ func (s *Session) overflow(m *Message) {
 }
 
 func (s *Session) reportNoRoom() {
-	s.reports.Do(func() {
-		s.log.Warn("Refusing what a session sends: too much of it is not acknowledged yet, and acknowledgements that we wait for are behind it (at most one such line a second)",
-			"session", s.id, "max_buffer_bytes", s.opts.MaxBufferBytes)
-	})
+	s.report("Refusing what a session sends: too much of it is not acknowledged yet, and acknowledgements that we wait for are behind it (at most one such line a second)",
+		"max_buffer_bytes", s.opts.MaxBufferBytes)
+}
+
+// report logs a warning, at most one a second. Logging is outside of the limit's lock:
+// a handler may call the session.
+func (s *Session) report(message string, attrs ...any) {
+	due := false
+	s.reports.Do(func() { due = true })
+	if due {
+		s.log.Warn(message, append([]any{"session", s.id}, attrs...)...)
+	}
 }
 
 // acknowledge queues acknowledgements before it gives their room back: what is

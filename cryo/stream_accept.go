@@ -163,31 +163,49 @@ func (in *incomingStreams) start(f *wire.Frame) {
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
 		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
 	}
+	switch in.announce(f, name) {
+	case startRepeated:
+		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
+	case startRefused:
+		in.s.opts.OnRefused(KindStream)
+		in.s.cancel(f.Tx)
+	}
+}
+
+// started is what becomes of a TX_START.
+type started int
+
+const (
+	startAnnounced started = iota // AcceptStream hands it out
+	startRepeated                 // the number is open
+	startRefused
+)
+
+func (in *incomingStreams) announce(f *wire.Frame, name string) started {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.forgetLocked(f.Tx) // whatever becomes of this one, it is another stream
 	switch {
 	case in.open[f.Tx] != nil:
-		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
+		return startRepeated
 	case in.s.refusing.Load(), len(in.announced) >= maxAnnounced, max(len(f.Payload), len(name)) > maxStreamName:
-		in.s.opts.OnRefused(KindStream)
-		in.s.cancel(f.Tx)
-	default:
-		st := &IncomingStream{
-			s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
-			pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
-		}
-		in.open[f.Tx] = st
-		in.announced = append(in.announced, st)
-		in.changedLocked()
+		return startRefused
 	}
+	st := &IncomingStream{
+		s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
+		pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
+	}
+	in.open[f.Tx] = st
+	in.announced = append(in.announced, st)
+	in.changedLocked()
+	return startAnnounced
 }
 
 // chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
 func (in *incomingStreams) chunk(f *wire.Frame) {
-	if st := in.find(f.Tx); st != nil {
-		st.chunk(f)
+	if st := in.find(f.Tx); st != nil && !st.chunk(f) {
+		in.s.reportNoRoom()
 	}
 }
 

@@ -330,12 +330,13 @@ func (st *IncomingStream) checkIdle() {
 	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.limits.StreamIdleTimeout, st.received))
 }
 
-// chunk takes a chunk. Reading goroutine.
-func (st *IncomingStream) chunk(f *wire.Frame) {
+// chunk takes a chunk. It reports false when the stream ends because the receive buffer
+// is full. Reading goroutine.
+func (st *IncomingStream) chunk(f *wire.Frame) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil || st.settled != unsettled {
-		return // cancelled; what was under way is discarded
+		return true // cancelled; what was under way is discarded
 	}
 	if len(f.Payload) > 0 {
 		st.active = time.Now() // an empty chunk keeps no stream open
@@ -355,8 +356,8 @@ func (st *IncomingStream) chunk(f *wire.Frame) {
 	case limit > 0 && after > limit:
 		st.failLocked(fmt.Errorf("%w: over %d bytes", ErrStreamTooLong, limit))
 	case st.s.noRoom:
-		st.s.reportNoRoom()
 		st.failLocked(ErrNoRoom)
+		return false
 	default:
 		st.nextSeq++
 		st.received = after
@@ -368,6 +369,7 @@ func (st *IncomingStream) chunk(f *wire.Frame) {
 		st.fetchLocked()
 		st.signal()
 	}
+	return true
 }
 
 // awaitsFinish reports whether the stream is acknowledged and its TX_FINISH has not come.
