@@ -269,6 +269,10 @@ func (s *Session) handleEndpointInfo(f *wire.Frame) {
 		return
 	}
 	s.out.acknowledge([]uint32{f.Ack})
+	streamless := f.Features&wire.FeatureStreams == 0
+	if s.streamless.Store(streamless); streamless {
+		s.outgoing.stopAll(ErrStreamsUnsupported)
+	}
 	select {
 	case <-s.peerKnown: // told before
 	default:

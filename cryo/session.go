@@ -119,14 +119,15 @@ type Session struct {
 	held     int64        // of the budget; guarded by its mutex
 	kept     atomic.Int64 // of held, what Hold has counted
 
-	reports   rate.Sometimes            // of log lines
-	refusing  atomic.Bool               // received messages are refused
-	paused    atomic.Bool               // nothing is read until messages are settled
-	resumed   atomic.Pointer[time.Time] // when reading last went on after a pause
-	peerKnown chan struct{}             // closed when the peer's ENDPOINT_INFO has come
-	onEnd     func()                    // the server's; before done is closed
-	heartbeat *time.Timer
-	silent    int // heartbeats without a sign of life; owned by the heartbeat
+	reports    rate.Sometimes            // of log lines
+	refusing   atomic.Bool               // received messages are refused
+	paused     atomic.Bool               // nothing is read until messages are settled
+	resumed    atomic.Pointer[time.Time] // when reading last went on after a pause
+	peerKnown  chan struct{}             // closed when the peer's ENDPOINT_INFO has come
+	streamless atomic.Bool               // the peer's last ENDPOINT_INFO announces no streams
+	onEnd      func()                    // the server's; before done is closed
+	heartbeat  *time.Timer
+	silent     int // heartbeats without a sign of life; owned by the heartbeat
 
 	mu      sync.Mutex
 	cause   error         // the first cause of the end; never changes then

@@ -33,6 +33,10 @@ const (
 // (TX_CANCEL): it was not delivered.
 var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 
+// ErrStreamsUnsupported: the peer's ENDPOINT_INFO does not announce streams, so none
+// can be sent to it. A peer that has sent no ENDPOINT_INFO may still accept streams.
+var ErrStreamsUnsupported = errors.New("the peer does not support streams: its ENDPOINT_INFO does not announce them")
+
 var errStreamAbandoned = errors.New("the stream was abandoned, or is finished")
 
 // StreamOptions are what the sender of a stream can set. A zero value means its
@@ -115,6 +119,8 @@ var _ interface {
 // chunks may follow. The context bounds the whole stream, Finish included; when
 // it ends, the stream is abandoned.
 //
+// A peer that has announced that it knows no streams gives [ErrStreamsUnsupported].
+//
 // If the peer has asked to pull (TX_FLOW), nothing is announced before Finish:
 // what is written is kept in memory, up to MaxSpoolBytes.
 func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
@@ -132,7 +138,7 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 // SendStream sends all that the source has as one stream, and returns when the
 // peer has acknowledged the whole. If the source fails, its error is returned
 // and the stream abandoned; a source that blocks is not interrupted. Of a
-// [*bytes.Reader] holds what ReadFrom says.
+// [*bytes.Reader] holds what ReadFrom says, and of the peer what OpenStream does.
 //
 // When the peer pulls, the stream's size is announced first. It is known of a regular
 // file, a [*bytes.Reader], a [*strings.Reader], and an [*io.SectionReader] of one of
@@ -170,6 +176,10 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	st := &OutgoingStream{s: s, opts: opts, room: make(chan struct{}, 1)}
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	s.outgoing.add(st)
+	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
+		st.stop(ErrStreamsUnsupported)
+		return nil, st.failed(ErrStreamsUnsupported)
+	}
 	return st, nil
 }
 

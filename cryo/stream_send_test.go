@@ -413,3 +413,49 @@ func TestStreamsOfAnEndedSessionFailWithItsCause(t *testing.T) {
 		synctest.Wait()
 	})
 }
+
+func TestNoStreamIsSentToAPeerThatHasAnnouncedNone(t *testing.T) {
+	without := cryotest.EndpointInfo(1)
+	without.Features = 0
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		opening := start(func() error {
+			_, err := s.OpenStream(t.Context(), nil)
+			return err
+		})
+		peer.WantType("TX_START: it was announced", wire.TxStart)
+		opening.wantBlocked(t)
+
+		peer.WriteFrames(without)
+		peer.WantFrame("ENDPOINT_INFO acknowledged", cryotest.Acked(1))
+		require.ErrorIs(t, opening.result(t), cryo.ErrStreamsUnsupported, "it was on its way")
+		_, err := s.OpenStream(t.Context(), nil)
+		require.ErrorIs(t, err, cryo.ErrStreamsUnsupported)
+		require.ErrorIs(t, s.SendStream(t.Context(), strings.NewReader("x"), nil), cryo.ErrStreamsUnsupported)
+		require.NotErrorIs(t, err, context.Canceled)
+		peer.WantIdle("nothing was sent", instant)
+		require.NoError(t, s.Err())
+
+		peer.WriteFrames(cryotest.EndpointInfo(2))
+		peer.WantFrame("ENDPOINT_INFO acknowledged", cryotest.Acked(2))
+		openStream := start(func() error {
+			_, err := s.OpenStream(t.Context(), nil)
+			return err
+		})
+		peer.Ack(peer.WantType("TX_START: it is announced again", wire.TxStart))
+		openStream.wantSuccess(t)
+	})
+}
+
+func TestAStreamIsSentToAServerThatNeverAnnouncedAnything(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		var s *cryo.Session
+		peer, dial := diallingTo(t, cryo.DialOptions{SessionOptions: quiet}, &s)
+		peer.WantEndpointInfo("the client's ENDPOINT_INFO")
+		peer.WriteFrames(cryotest.Acked(peer.First))
+		dial.wantSuccess(t)
+		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader(""), nil) })
+		peer.Ack(peer.WantType("TX_START", wire.TxStart))
+		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
+		send.wantSuccess(t)
+	})
+}

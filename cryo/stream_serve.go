@@ -5,8 +5,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -185,6 +187,16 @@ func (o *outgoingStreams) remove(st *OutgoingStream) {
 	defer o.mu.Unlock()
 	if o.open[st.tx] == st {
 		delete(o.open, st.tx)
+	}
+}
+
+// stopAll ends all streams for a reason.
+func (o *outgoingStreams) stopAll(cause error) {
+	o.mu.Lock()
+	open := slices.Collect(maps.Values(o.open))
+	o.mu.Unlock()
+	for _, st := range open {
+		st.stop(cause)
 	}
 }
 
