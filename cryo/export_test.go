@@ -13,6 +13,16 @@ func (s *Session) Awaited() int {
 	return s.pend.waiting
 }
 
+// Visited is how many entries, of the queue and of those that are awaited, were looked at
+// to give up sends.
+func (s *Session) Visited() int {
+	s.pend.mu.Lock()
+	defer s.pend.mu.Unlock()
+	s.out.mu.Lock()
+	defer s.out.mu.Unlock()
+	return s.pend.visited + s.out.visited
+}
+
 // Held is how many bytes are received and not settled.
 func (s *Session) Held() int64 {
 	s.budget.mu.Lock()

@@ -23,8 +23,12 @@ type sendBatch struct {
 	one      [1]atomic.Uint32 // progress of a batch of one frame
 
 	// Guarded by the pending's mutex until done is closed.
-	left int     // frames not settled yet
-	errs []error // by index; nil until one fails
+	numbers []uint32  // by index
+	first   [1]uint32 // numbers of a batch of one frame
+	left    int       // frames not settled yet
+	errs    []error   // by index; nil until one fails
+
+	backlog backlog
 }
 
 // The progress of a frame. It is settled when it is written and answered, whichever
@@ -38,9 +42,9 @@ const (
 func newSendBatch(size int) *sendBatch {
 	b := &sendBatch{done: make(chan struct{}), left: size}
 	if size == 1 {
-		b.progress = b.one[:]
+		b.progress, b.numbers = b.one[:], b.first[:]
 	} else {
-		b.progress = make([]atomic.Uint32, size)
+		b.progress, b.numbers = make([]atomic.Uint32, size), make([]uint32, size)
 	}
 	return b
 }
@@ -73,6 +77,7 @@ type pending struct {
 	table   []waiter            // its size is a power of two, or 0; at most half of it is taken
 	waiting int                 // taken places
 	given   map[uint32]struct{} // numbers that were given up: what comes for them is late; nil is none
+	visited int                 // entries that abandon has looked at
 	ended   error               // set at the end of the session: nobody can wait any more
 }
 
@@ -128,6 +133,7 @@ func (p *pending) register(size int, assign func(i int, number uint32)) (*sendBa
 	for i := range size {
 		n := p.numberLocked()
 		*p.place(n) = waiter{b, i, n}
+		b.numbers[i] = n
 		assign(i, n)
 	}
 	p.waiting += size
@@ -254,9 +260,10 @@ func (p *pending) issued(number uint32) bool {
 func (p *pending) abandon(b *sendBatch, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for i := range p.table {
-		if w := &p.table[i]; w.batch == b {
-			p.giveUpLocked(w.number)
+	for _, number := range b.numbers {
+		p.visited++
+		if w := p.findLocked(number); w != nil && w.batch == b {
+			p.giveUpLocked(number)
 			p.settleLocked(w, err)
 		}
 	}

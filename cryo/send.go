@@ -214,7 +214,7 @@ func (s *Session) await(ctx context.Context, batch *sendBatch) []error {
 	case <-ctx.Done():
 		// In this order: as long as a number is awaited, its frame is written or queued.
 		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", context.Cause(ctx)))
-		s.out.withdraw(func(f *outgoing) bool { return f.batch == batch })
+		s.out.withdraw(&batch.backlog)
 	}
 	return batch.errs
 }

@@ -104,6 +104,7 @@ type OutgoingStream struct {
 	spool bytes.Buffer
 
 	announced atomic.Bool // TX_START is written: the peer may know the stream
+	backlog   backlog
 
 	mu       sync.Mutex
 	queued   int     // bytes of chunks that wait to be written, with their overhead
@@ -429,7 +430,7 @@ func (st *OutgoingStream) noProgress(wanted string) error {
 func (st *OutgoingStream) Abandon() { st.stop(errStreamAbandoned) }
 
 // stop ends the stream for a reason; the first one counts. When it returns,
-// nothing of the stream is queued, and nothing will be. An acknowledgement that
+// nothing of the stream is queued to be written, and nothing will be. An acknowledgement that
 // comes later doesn't change the outcome any more.
 func (st *OutgoingStream) stop(cause error) {
 	st.s.outgoing.remove(st)
@@ -441,5 +442,5 @@ func (st *OutgoingStream) stop(cause error) {
 	if awaiting != nil {
 		st.s.pend.settle(*awaiting, context.Cause(st.ctx))
 	}
-	st.s.out.withdraw(func(f *outgoing) bool { return f.stream == st })
+	st.s.out.withdraw(&st.backlog)
 }

@@ -18,6 +18,7 @@ const (
 	maxUnwritten = 1 << 20
 	ackCost      = 4
 	controlCost  = 128 // and the payload
+	outgoingCost = 128 // and the payload; towards the share that is withdrawn
 )
 
 // atOnceBytes bounds the payload of what is written without queueing.
@@ -34,6 +35,9 @@ type outbox struct {
 
 	mu        sync.Mutex
 	queued    queued
+	cost      int           // of the queued data
+	withdrawn int           // the part of it that nobody waits for any more
+	visited   int           // queued frames that withdrawals have looked at
 	unwritten int           // cost of acks and control frames, those being written included
 	drained   chan struct{} // closed when unwritten falls; nil when nobody waits
 	pongs     int           // of the queued control frames
@@ -52,6 +56,12 @@ type queued struct {
 	data    []outgoing
 }
 
+// backlog is what the outbox holds of a batch or a stream. Guarded by the outbox's mutex.
+type backlog struct {
+	cost      int  // of the queued frames
+	withdrawn bool // these are not written any more
+}
+
 // outgoing is a frame that somebody waits for, or a stream's chunk. It leaves the
 // outbox once: written, or dropped.
 type outgoing struct {
@@ -60,6 +70,17 @@ type outgoing struct {
 	index  int             // in the batch
 	stream *OutgoingStream // whose frame it is; learns what becomes of it
 }
+
+// backlog is that which the frame is part of.
+func (f *outgoing) backlog() *backlog {
+	if f.stream != nil {
+		return &f.stream.backlog
+	}
+	return &f.batch.backlog
+}
+
+// cost is what the frame takes of the queue, in bytes.
+func (f *outgoing) cost() int { return outgoingCost + len(f.Payload) }
 
 // progressed sets a bit of the frame's progress, and returns the bits that were set before.
 func (f *outgoing) progressed(bit uint32) (before uint32) {
@@ -181,7 +202,7 @@ func (o *outbox) send(frames []outgoing) bool {
 	case len(frames) == 1 && len(frames[0].Payload) <= atOnceBytes && o.canWriteAtOnceLocked():
 		o.writeAtOnceLocked(&frames[0])
 	default:
-		o.queued.data = append(o.queued.data, frames...)
+		o.queueLocked(frames...)
 		o.startLocked()
 	}
 	return true
@@ -194,7 +215,7 @@ func (o *outbox) sendOf(st *OutgoingStream, f outgoing) (sent bool) {
 	f.stream = st
 	o.add(func() {
 		if st.ctx.Err() == nil {
-			o.queued.data = append(o.queued.data, f)
+			o.queueLocked(f)
 			sent = true
 		}
 	})
@@ -240,15 +261,52 @@ func (o *outbox) sayLast(f farewell) {
 	}
 }
 
-// withdraw takes back frames that nobody waits for any more. One that is being
-// written may still arrive.
-func (o *outbox) withdraw(which func(*outgoing) bool) {
+func (o *outbox) queueLocked(frames ...outgoing) {
+	o.queued.data = append(o.queued.data, frames...)
+	for i := range frames {
+		cost := frames[i].cost()
+		frames[i].backlog().cost += cost
+		o.cost += cost
+	}
+}
+
+// dequeuedLocked is called for each frame of the queue that leaves it. It reports whether
+// the frame is still to be written.
+func (o *outbox) dequeuedLocked(f *outgoing) bool {
+	b, cost := f.backlog(), f.cost()
+	b.cost -= cost
+	o.cost -= cost
+	if b.withdrawn {
+		o.withdrawn -= cost
+		f.released()
+	}
+	return !b.withdrawn
+}
+
+// withdraw takes back the frames of a batch or a stream. One that is being written may
+// still arrive. They are marked, and leave the queue at their turn, or as soon as more
+// than half of it is withdrawn: so a withdrawal costs time in proportion to its own
+// frames, however long the queue is.
+func (o *outbox) withdraw(b *backlog) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if b.withdrawn {
+		return
+	}
+	b.withdrawn = true
+	o.withdrawn += b.cost
+	if 2*o.withdrawn > o.cost {
+		o.compactLocked()
+	}
+}
+
+func (o *outbox) compactLocked() {
+	o.visited += len(o.queued.data)
 	kept := o.queued.data[:0]
 	for i := range o.queued.data {
-		if f := &o.queued.data[i]; which(f) {
-			f.released()
+		f := &o.queued.data[i]
+		if f.backlog().withdrawn {
+			o.dequeuedLocked(f)
 		} else {
 			kept = append(kept, *f)
 		}
@@ -279,7 +337,7 @@ func (o *outbox) close() {
 	for i := range o.queued.data {
 		o.queued.data[i].released()
 	}
-	o.queued = queued{}
+	o.queued, o.cost, o.withdrawn = queued{}, 0, 0
 	o.wakeLocked()
 }
 
@@ -311,8 +369,9 @@ func (o *outbox) wakeLocked() {
 func (o *outbox) next() (q queued, last *farewell, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	q, o.queued = o.queued, queued{}
-	q.data, o.queued.data = splitData(q.data)
+	data := o.dequeueLocked()
+	q, o.queued = o.queued, queued{data: o.queued.data}
+	q.data = data
 	o.pongs = 0
 	switch {
 	case !o.closed && !q.empty():
@@ -327,17 +386,28 @@ func (o *outbox) next() (q queued, last *farewell, ok bool) {
 	}
 }
 
-// splitData cuts off about as much data as is written at once. What is small
+// dequeueLocked takes about as much data as is written at once. What is small
 // goes out in between: a pong that waited for a large batch could come too late
 // for the peer.
-func splitData(data []outgoing) (now, later []outgoing) {
-	size := 0
-	for i := range data {
-		if size += wire.AckHeaderSize + len(data[i].Payload); size >= ws.GatherBytes {
-			return data[:i+1], data[i+1:]
+func (o *outbox) dequeueLocked() (now []outgoing) {
+	data := o.queued.data
+	size, kept, n := 0, 0, 0
+	for n < len(data) && size < ws.GatherBytes {
+		f := &data[n]
+		n++
+		if !o.dequeuedLocked(f) {
+			continue
+		}
+		size += wire.AckHeaderSize + len(f.Payload)
+		if kept++; kept < n {
+			data[kept-1] = *f
 		}
 	}
-	return data, nil
+	clear(data[kept:n])
+	if o.queued.data = data[n:]; n == len(data) {
+		o.queued.data = nil
+	}
+	return data[:kept]
 }
 
 func (o *outbox) written(q *queued) {
