@@ -120,7 +120,7 @@ func (m *Message) weight() int64 { return m.size + messageOverhead }
 
 // Receive waits for the next message. Messages that came before the end of the
 // session are still handed out after it; then the session's cause is returned.
-// Whoever doesn't want these says Refuse.
+// Whoever doesn't want these calls Refuse before, or Discard afterwards.
 func (s *Session) Receive(ctx context.Context) (*Message, error) {
 	batch, err := s.ReceiveBatch(ctx, 1)
 	if err != nil {
@@ -160,6 +160,18 @@ func (s *Session) Refuse(on bool) {
 	}
 }
 
+// Discard drops the received messages that nobody has taken, and those that still
+// come, unanswered, and releases their memory, which on a server counts against
+// MaxBufferBytes of all its sessions. Call it after Close, or when the session has
+// ended, if nobody will receive what is left; a [Server] without OnSession calls it for
+// its sessions when they have ended. It can't be undone, and is no way to refuse: a
+// peer that is still connected waits for answers; see [Session.Refuse].
+func (s *Session) Discard() {
+	if weight := s.inbox.discard(); weight > 0 {
+		s.release(weight)
+	}
+}
+
 func (s *Session) refuseWaiting() {
 	for {
 		batch, _ := s.inbox.take(64)
@@ -189,7 +201,10 @@ func (s *Session) deliver(f *wire.Frame) {
 		return
 	}
 	s.keepPayload()
-	s.inbox.put(m)
+	if !s.inbox.put(m) {
+		s.release(m.weight())
+		return
+	}
 	if m.size < ws.ReadDirect && s.conn.Drained() {
 		// Whoever takes it goes first: our next read would only find that there is
 		// nothing. Round trips of one message at a time became 1.05 times as many.
@@ -292,10 +307,11 @@ func (s *Session) release(weight int64) { s.budget.give(&s.held, weight) }
 type inbox struct {
 	ready chan struct{} // holds a token when there may be something to take
 
-	mu       sync.Mutex
-	messages []Message
-	start    []Message // where the room of messages starts
-	ended    bool
+	mu        sync.Mutex
+	messages  []Message
+	start     []Message // where the room of messages starts
+	ended     bool
+	discarded bool // nothing is queued any more
 }
 
 // maxIdleQueue bounds the room for messages that an empty queue keeps.
@@ -303,15 +319,31 @@ const maxIdleQueue = 256
 
 func newInbox() *inbox { return &inbox{ready: make(chan struct{}, 1)} }
 
-func (q *inbox) put(m Message) {
+// put queues a message. It reports false when the queue was discarded.
+func (q *inbox) put(m Message) bool {
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.discarded {
+		return false
+	}
 	moves := len(q.messages) == cap(q.messages)
 	q.messages = append(q.messages, m)
 	if moves {
 		q.start = q.messages[:0]
 	}
-	q.mu.Unlock()
 	q.signal()
+	return true
+}
+
+// discard empties the queue for good, and returns the weight of what was in it.
+func (q *inbox) discard() (weight int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i := range q.messages {
+		weight += q.messages[i].weight()
+	}
+	q.messages, q.start, q.discarded = nil, nil, true
+	return weight
 }
 
 // end lets take report the end once the queue is empty.

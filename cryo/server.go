@@ -238,6 +238,9 @@ func (s *Server) ended(id uint64, e *entry) {
 	if announced && s.opts.OnSessionEnd != nil {
 		s.opts.OnSessionEnd(e.session)
 	}
+	if s.opts.OnSession == nil {
+		e.session.Discard() // nobody was given it to receive from
+	}
 	s.free()
 }
 

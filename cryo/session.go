@@ -219,7 +219,9 @@ func (s *Session) Paused() bool { return s.paused.Load() }
 // still arrives is discarded until the peer closes too, for at most
 // CloseTimeout or until the context is done; then the connection is cut.
 // Close returns when the session's goroutines are gone, and may be called more
-// than once. Its error is the context's.
+// than once. Its error is the context's. Messages that were received can still be
+// taken; if nobody does, call Discard, or they count against the MaxBufferBytes of
+// a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
 	s.goodbye(ErrClosed, closeGraceful, reason, true)
 	select {
