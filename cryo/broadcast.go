@@ -11,9 +11,9 @@ import "context"
 // bytes, a frame is the same memory for all sessions until it is written.
 func Broadcast(ctx context.Context, sessions []*Session, messages []Outgoing) []error {
 	errs := make([]error, len(sessions))
-	if err := ctx.Err(); err != nil {
+	if ctx.Err() != nil {
 		for i := range errs {
-			errs[i] = allFailed(len(messages), err)
+			errs[i] = allFailed(len(messages), contextError(ctx))
 		}
 		return errs
 	}

@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -142,3 +143,19 @@ type endedError struct{ cause error }
 
 func (e *endedError) Error() string   { return "session ended: " + e.cause.Error() }
 func (e *endedError) Unwrap() []error { return []error{e.cause, net.ErrClosed} }
+
+// contextError is the error of a wait that its context has ended. It matches the context's
+// cause and ctx.Err() with errors.Is.
+func contextError(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if errors.Is(cause, err) {
+		return cause
+	}
+	return &causedError{cause, err}
+}
+
+// causedError reads as the cause of a context's end.
+type causedError struct{ cause, err error }
+
+func (e *causedError) Error() string   { return e.cause.Error() }
+func (e *causedError) Unwrap() []error { return []error{e.cause, e.err} }

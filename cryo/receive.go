@@ -144,7 +144,7 @@ func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]Message, error
 		select {
 		case <-s.inbox.ready:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, contextError(ctx)
 		}
 	}
 }

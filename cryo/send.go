@@ -57,14 +57,14 @@ func (s *Session) sendOne(ctx context.Context, m Outgoing) error {
 
 // SendBatch sends messages in order, gathered into few writes, and waits until
 // the peer has acknowledged each. A [*BatchError] names those that it has not,
-// and why: a [*RejectedError], the context's error (with a deadline that is
-// the time to wait), the session's end, or a message that can't be sent. These
+// and why: a [*RejectedError], the context's error and its cause (with a deadline
+// that is the time to wait), the session's end, or a message that can't be sent. These
 // may or may not have arrived; sending them again makes delivery at least once.
 //
 // A message that can't be sent fails alone; the others are sent.
 func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {
-	if err := ctx.Err(); err != nil {
-		return allFailed(len(messages), err)
+	if ctx.Err() != nil {
+		return allFailed(len(messages), contextError(ctx))
 	}
 	g := s.start(checkBatch(messages))
 	return g.Wait(ctx)
@@ -181,8 +181,8 @@ func (e *BatchError) orNil() error {
 // sendFrames numbers the frames, sends them and waits until all are settled.
 // errs is by index, nil when all were acknowledged; err says that none was sent.
 func (s *Session) sendFrames(ctx context.Context, frames []outgoing) (errs []error, err error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
+	if ctx.Err() != nil {
+		return nil, contextError(ctx)
 	}
 	batch, err := s.queue(frames)
 	if err != nil {
@@ -213,7 +213,7 @@ func (s *Session) await(ctx context.Context, batch *sendBatch) []error {
 	case <-batch.done:
 	case <-ctx.Done():
 		// In this order: as long as a number is awaited, its frame is written or queued.
-		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", context.Cause(ctx)))
+		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", contextError(ctx)))
 		s.out.withdraw(&batch.backlog)
 	}
 	return batch.errs

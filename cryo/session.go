@@ -230,7 +230,7 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 	case <-ctx.Done():
 		_ = s.conn.Close()
 		<-s.done
-		return ctx.Err()
+		return contextError(ctx)
 	}
 }
 

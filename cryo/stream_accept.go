@@ -78,7 +78,7 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 		case <-s.ending:
 			return nil, s.Err()
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, contextError(ctx)
 		}
 	}
 }

@@ -88,7 +88,8 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 // Finish or Abandon has to be called.
 type OutgoingStream struct {
 	s       *Session
-	ctx     context.Context // the caller's, ended early when the peer cancels or this end abandons
+	parent  context.Context // the caller's
+	ctx     context.Context // ends early when the peer cancels or this end abandons
 	cancel  context.CancelCauseFunc
 	unwatch func() bool // of the context's end
 	opts    StreamOptions
@@ -174,7 +175,7 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	if err != nil {
 		return nil, err
 	}
-	st := &OutgoingStream{s: s, opts: opts, room: make(chan struct{}, 1)}
+	st := &OutgoingStream{s: s, parent: ctx, opts: opts, room: make(chan struct{}, 1)}
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	s.outgoing.add(st)
 	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
@@ -319,16 +320,25 @@ func (st *OutgoingStream) waitForRoom(cost int) error {
 		case <-st.s.ending:
 			return st.s.Err()
 		case <-st.ctx.Done():
-			return context.Cause(st.ctx)
+			return st.cause()
 		}
 	}
 	return nil
 }
 
+// cause is why the stream's context has ended.
+func (st *OutgoingStream) cause() error {
+	cause := context.Cause(st.ctx)
+	if st.parent.Err() != nil && errors.Is(cause, context.Cause(st.parent)) {
+		return contextError(st.parent)
+	}
+	return cause
+}
+
 // ended is why nothing more of the stream is sent; nil while it may be.
 func (st *OutgoingStream) ended() error {
 	if st.ctx.Err() != nil {
-		return context.Cause(st.ctx)
+		return st.cause()
 	}
 	return st.s.Err()
 }
@@ -397,7 +407,7 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 	case <-late:
 		st.s.pend.abandon(batch, st.noProgress("the acknowledgement"))
 	case <-st.ctx.Done():
-		st.s.pend.abandon(batch, context.Cause(st.ctx))
+		st.s.pend.abandon(batch, st.cause())
 	}
 	if batch.errs != nil {
 		return batch.errs[0]
@@ -440,7 +450,7 @@ func (st *OutgoingStream) stop(cause error) {
 	awaiting := st.awaiting
 	st.mu.Unlock()
 	if awaiting != nil {
-		st.s.pend.settle(*awaiting, context.Cause(st.ctx))
+		st.s.pend.settle(*awaiting, st.cause())
 	}
 	st.s.out.withdraw(&st.backlog)
 }

@@ -149,7 +149,7 @@ func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
 	case <-st.s.ending:
 		return fetch{}, st.s.Err()
 	case <-st.ctx.Done():
-		return fetch{}, context.Cause(st.ctx)
+		return fetch{}, st.cause()
 	}
 }
 
