@@ -173,7 +173,7 @@ func TestADiallingEndSaysThatItIsAliveWhileItDoesNotRead(t *testing.T) {
 	})
 }
 
-func TestUnaskedPongsKeepToHalfTheShortestIntervalOfPings(t *testing.T) {
+func TestUnaskedPongsKeepToHalfTheLastIntervalOfPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
 		for i, pause := range []time.Duration{0, 12 * time.Second, 8 * time.Second, 9 * time.Second} {
@@ -185,7 +185,7 @@ func TestUnaskedPongsKeepToHalfTheShortestIntervalOfPings(t *testing.T) {
 		begin := time.Now()
 		for i := range 3 {
 			peer.WantFrame("an unasked pong with the last ping's number", cryotest.Pong(3))
-			require.Equal(t, time.Duration(1+i)*4*time.Second, time.Since(begin))
+			require.Equal(t, time.Duration(1+i)*4500*time.Millisecond, time.Since(begin))
 		}
 
 		// Pings that pile up meanwhile come all at once, which says nothing.
@@ -202,8 +202,35 @@ func TestUnaskedPongsKeepToHalfTheShortestIntervalOfPings(t *testing.T) {
 		fill(t, s, peer)
 		begin = time.Now()
 		peer.WantFrame("an unasked pong", cryotest.Pong(13))
-		require.Equal(t, 4*time.Second, time.Since(begin))
+		require.Equal(t, 4500*time.Millisecond, time.Since(begin))
 	})
+}
+
+func TestUnaskedPongsComeLessOftenAgainWhenPingsDo(t *testing.T) {
+	for _, want := range []struct{ last, every time.Duration }{
+		{110 * time.Millisecond, 55 * time.Millisecond},
+		{1010 * time.Millisecond, 505 * time.Millisecond},
+		{time.Hour + 10*time.Millisecond, 5 * time.Second},
+	} {
+		t.Run(want.last.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				opts := smallBuffer
+				opts.HeartbeatInterval = 24 * time.Hour
+				s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
+				for _, pause := range []time.Duration{0, 100 * time.Millisecond, want.last} {
+					time.Sleep(pause)
+					peer.WriteFrames(cryotest.Ping(7))
+					peer.WantFrame("the answer", cryotest.Pong(7))
+				}
+				fill(t, s, peer)
+				begin := time.Now()
+				for i := range 3 {
+					peer.WantFrame("an unasked pong", cryotest.Pong(7))
+					require.Equal(t, time.Duration(1+i)*want.every, time.Since(begin))
+				}
+			})
+		})
+	}
 }
 
 // TestAStalledPipelineDoesNotCostTheSession plays cryo-server, which ends a

@@ -11,16 +11,16 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// unaskedPong is how often, at least, a dialling end that may not see pings says
-// that it is alive; more often if half the shortest interval between pings that it
-// has seen is less.
-const unaskedPong = 5 * time.Second
+// Bounds of the interval at which a dialling end that may not see pings sends pongs
+// unasked. It is half the last interval between two pings, and the longest one before
+// these have come.
+const (
+	minUnaskedPong = 50 * time.Millisecond
+	maxUnaskedPong = 5 * time.Second
+)
 
 // pingsBehind is how many bytes without a ping may have one behind them.
 const pingsBehind = 16 << 10
-
-// minPingEvery is the shortest interval between pings that is believed.
-const minPingEvery = 100 * time.Millisecond
 
 // read is the reading goroutine. It never waits for the network but to read, nor
 // for the writer.
@@ -234,12 +234,14 @@ func (s *Session) handlePing(f *wire.Frame) {
 	}
 	s.conn.ResetReceived()
 	now := time.Now()
+	// Pings that piled up while we didn't read come late, and then all at once.
 	every := now.Sub(s.lastPing)
+	resumed := s.resumed.Load()
+	told := !s.lastPing.IsZero() && every >= 2*minUnaskedPong && (resumed == nil || s.lastPing.After(*resumed))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// Pings that piled up while we didn't read come all at once.
-	if !s.lastPing.IsZero() && every >= minPingEvery {
-		s.pongEvery = min(s.pongEvery, every/2)
+	if told {
+		s.pongEvery = min(every/2, maxUnaskedPong)
 	}
 	s.lastPing, s.pingAck = now, f.Ack
 	s.showLife.Reset(s.pongEvery)

@@ -173,7 +173,7 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOp
 	s.mu.Lock() // a timer's function may run before the assignment otherwise
 	s.heartbeat = time.AfterFunc(opts.HeartbeatInterval, s.beat)
 	if dialing {
-		s.pongEvery = unaskedPong
+		s.pongEvery = maxUnaskedPong
 		s.showLife = time.AfterFunc(s.pongEvery, s.sayAlive)
 	}
 	s.mu.Unlock()
