@@ -301,6 +301,7 @@ func (s *Session) finish() {
 	err := s.Err()
 	s.pend.end(err)
 	s.inbox.end()
+	s.incoming.end()
 	if s.onEnd != nil {
 		s.onEnd()
 	}

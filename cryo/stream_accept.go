@@ -3,6 +3,7 @@ package cryo
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -287,6 +288,16 @@ func (in *incomingStreams) holds() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.slots > 0
+}
+
+// end stops what the streams would still do by themselves, at the end of the session.
+func (in *incomingStreams) end() {
+	in.mu.Lock()
+	open := slices.Collect(maps.Values(in.open))
+	in.mu.Unlock()
+	for _, st := range open {
+		st.stopIdle()
+	}
 }
 
 // refuse rejects the streams that nobody has accepted.

@@ -3,9 +3,11 @@ package cryo_test
 import (
 	"errors"
 	"io"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/stretchr/testify/require"
 
@@ -305,4 +307,36 @@ func TestALongNameIsRefusedHoweverLongItIs(t *testing.T) {
 		}
 		serving(t, s, peer)
 	})
+}
+
+func TestAnOpenStreamKeepsNoEndedSessionInMemory(t *testing.T) {
+	long := quiet
+	long.StreamIdleTimeout = 24 * time.Hour
+	for name, run := range map[string]func(s *cryo.Session, peer *cryotest.Peer) *cryo.IncomingStream{
+		"a stream that is read": func(s *cryo.Session, peer *cryotest.Peer) *cryo.IncomingStream {
+			return incoming(t, s, peer, 1, 0)
+		},
+		"a stream that has failed": func(s *cryo.Session, peer *cryotest.Peer) *cryo.IncomingStream {
+			st := incoming(t, s, peer, 1, 0)
+			peer.WriteFrames(txChunk(0, 7, "out of order"))
+			require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamBroken)
+			return st
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var (
+				stream  weak.Pointer[cryo.IncomingStream]
+				session weak.Pointer[cryo.Session]
+			)
+			func() {
+				s, peer := accepted(t, cryo.ServerOptions{SessionOptions: long})
+				stream, session = weak.Make(run(s, peer)), weak.Make(s)
+				cut(s)
+			}()
+			require.Eventually(t, func() bool {
+				runtime.GC()
+				return stream.Value() == nil && session.Value() == nil
+			}, cryotest.Patience, time.Millisecond)
+		})
+	}
 }

@@ -201,7 +201,9 @@ func (st *IncomingStream) acceptOnce() {
 	st.accepted = true
 	st.active = time.Now()
 	st.s.out.acknowledge([]uint32{st.start})
-	st.idle = time.AfterFunc(st.limits.StreamIdleTimeout, st.checkIdle)
+	if !st.s.isEnding() {
+		st.idle = time.AfterFunc(st.limits.StreamIdleTimeout, st.checkIdle)
+	}
 	st.fetchLocked()
 }
 
@@ -278,11 +280,22 @@ func (st *IncomingStream) settle(as settlement) error {
 	return err
 }
 
-// dropLocked gives up what was not read.
-func (st *IncomingStream) dropLocked() {
+// stopIdle is called when the session has ended: the timer would keep both in memory.
+func (st *IncomingStream) stopIdle() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.stopIdleLocked()
+}
+
+func (st *IncomingStream) stopIdleLocked() {
 	if st.idle != nil {
 		st.idle.Stop()
 	}
+}
+
+// dropLocked gives up what was not read.
+func (st *IncomingStream) dropLocked() {
+	st.stopIdleLocked()
 	st.s.release(int64(st.buffered + len(st.chunks)*chunkOverhead))
 	for _, c := range st.chunks {
 		c.memory.giveBack()
@@ -297,6 +310,7 @@ func (st *IncomingStream) failLocked(err error) {
 		return
 	}
 	st.failed = err
+	st.stopIdleLocked()
 	st.s.cancel(st.tx)
 	st.signal()
 }
