@@ -33,8 +33,8 @@ const (
 // (TX_CANCEL): it was not delivered.
 var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 
-// ErrStreamsUnsupported: the peer's ENDPOINT_INFO does not announce streams, so none
-// can be sent to it. A peer that has sent no ENDPOINT_INFO may still accept streams.
+// ErrStreamsUnsupported is returned for a stream to a peer whose ENDPOINT_INFO does not
+// announce streams. A peer that has sent no ENDPOINT_INFO may still accept streams.
 var ErrStreamsUnsupported = errors.New("the peer does not support streams: its ENDPOINT_INFO does not announce them")
 
 var errStreamAbandoned = errors.New("the stream was abandoned, or is finished")
