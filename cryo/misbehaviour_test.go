@@ -228,6 +228,7 @@ func brokenWebSocket() (rows []misbehaviour) {
 		{"begins a message within another", func(e end) []byte { return append(raw(e, 0x02, []byte("x")), raw(e, 0x82, nil)...) }, "websocket: data before FIN"},
 		{"masks what it should not, or not what it should", func(e end) []byte { e.dialled = !e.dialled; return raw(e, 0x82, nil) }, "websocket: bad MASK"},
 		{"closes with a code that there is not", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xED}) }, "websocket: bad close code 1005"},
+		{"closes with half a code", func(e end) []byte { return raw(e, 0x88, []byte{0x03}) }, "websocket: close frame of one byte"},
 		{"closes with words that are no text", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xE8, 0xFF}) }, "websocket: invalid utf8 payload in close frame"},
 	} {
 		rows = append(rows, misbehaviour{

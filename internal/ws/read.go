@@ -161,6 +161,9 @@ func (c *Conn) control(op, length int) error {
 		c.onPing(payload)
 	case websocket.CloseMessage:
 		closed := &websocket.CloseError{Code: websocket.CloseNoStatusReceived}
+		if len(payload) == 1 {
+			return broken("close frame of one byte")
+		}
 		if len(payload) >= 2 {
 			closed.Code, closed.Text = int(binary.BigEndian.Uint16(payload)), string(payload[2:])
 			if !mayClose(closed.Code) {
@@ -175,13 +178,19 @@ func (c *Conn) control(op, length int) error {
 	return nil
 }
 
-// mayClose tells the codes that may stand in a close frame.
+const (
+	closeReserved   = 1004 // has no meaning yet
+	closeBadGateway = 1014 // registered at IANA after RFC 6455; gorilla does not know it
+)
+
+// mayClose reports whether a close frame may carry the code: those of RFC 6455, 7.4, and
+// those that IANA has registered since.
 func mayClose(code int) bool {
 	switch code {
-	case websocket.CloseNoStatusReceived, websocket.CloseAbnormalClosure, websocket.CloseTLSHandshake, 1004:
+	case closeReserved, websocket.CloseNoStatusReceived, websocket.CloseAbnormalClosure:
 		return false
 	default:
-		return code >= websocket.CloseNormalClosure && code <= websocket.CloseTryAgainLater || code >= 3000 && code <= 4999
+		return code >= websocket.CloseNormalClosure && code <= closeBadGateway || code >= 3000 && code <= 4999
 	}
 }
 
