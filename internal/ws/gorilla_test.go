@@ -54,20 +54,20 @@ type read struct {
 	size int
 }
 
-// readHere reads a tape with this package. How each message gets into memory is
-// drawn from seed.
-func readHere(t *testing.T, tape []byte, dialled bool, seed uint64) (all []read, end string) {
-	draw := rand.New(rand.NewPCG(seed, 1))
-	c := New(&tapeConn{tape: tape, piece: pieces(seed)}, dialled)
+// readHere reads messages with this package until the end. Each is read in the way that
+// comes next.
+func readHere(t *testing.T, conn net.Conn, dialled bool, next func() way) (all []read, end string) {
+	c := New(conn, dialled)
 	c.Start(func(data []byte) { all = append(all, read{"ping", string(data), len(data)}) }, func() {})
 	for {
-		message, whole, err := readOne(c, draw)
+		w := next()
+		message, err := w.read(c)
 		if err != nil {
 			return all, endOf(err)
 		}
 		require.True(t, c.Final())
 		require.Zero(t, c.Left())
-		if whole {
+		if !w.discards {
 			require.Len(t, message, int(c.Size()))
 		}
 		kind := "binary"
@@ -78,22 +78,44 @@ func readHere(t *testing.T, tape []byte, dialled bool, seed uint64) (all []read,
 	}
 }
 
-// readOne reads a message in one of the ways in which sessions do.
-func readOne(c *Conn, draw *rand.Rand) (message []byte, whole bool, err error) {
+// way is one of those in which sessions read a message.
+type way struct {
+	memory   int // bytes of memory that there are for it
+	head     int // of its bytes, read before the rest
+	discards bool
+}
+
+func (w way) read(c *Conn) (message []byte, err error) {
 	if err = c.Next(); err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	memory := make([]byte, 0, draw.IntN(2)*draw.IntN(5000))
-	if draw.IntN(2) == 0 {
-		if memory, err = c.ReadHead(memory, 1<<draw.IntN(20)); err != nil {
-			return nil, false, err
-		}
+	if message, err = c.ReadHead(make([]byte, 0, w.memory), w.head); err != nil {
+		return nil, err
 	}
-	if draw.IntN(4) == 0 {
-		return memory, false, c.Discard()
+	if w.discards {
+		return message, c.Discard()
 	}
-	message, err = c.ReadRest(memory)
-	return message, true, err
+	return c.ReadRest(message)
+}
+
+// ways are drawn from seed.
+func ways(seed uint64) func() way {
+	draw := rand.New(rand.NewPCG(seed, 1))
+	return func() way {
+		return way{draw.IntN(2) * draw.IntN(5000), draw.IntN(2) << draw.IntN(20), draw.IntN(4) == 0}
+	}
+}
+
+// requireReads wants a reader to have returned all of this, but for the rest of what it
+// has discarded.
+func requireReads(t *testing.T, want, got []read) {
+	t.Helper()
+	require.Len(t, got, len(want))
+	for i, r := range want {
+		require.Equal(t, r.kind, got[i].kind)
+		require.Equal(t, r.size, got[i].size)
+		require.True(t, strings.HasPrefix(r.data, got[i].data), "another payload of number %d", i)
+	}
 }
 
 // pieces are the sizes of what arrives at once: each a byte if seed is 0.
@@ -226,6 +248,56 @@ func closePayload(tape []byte) []byte {
 	}
 }
 
+// frame is one on the wire, valid or not.
+type frame struct {
+	first   byte // FIN, the reserved bits and the opcode
+	payload []byte
+	form    byte
+}
+
+// Forms of a frame's length and mask.
+const (
+	formMinimal   = iota
+	form16        // two bytes of length, needed or not
+	form64        // eight bytes of length, needed or not
+	formLimit     // the length is that of the largest message, less the payload's
+	formTopBit    // the length's highest bit is set
+	formOtherMask // masked where it must not be, or not where it must be
+)
+
+func (f frame) appendTo(tape []byte, masked bool) []byte {
+	if f.form == formOtherMask {
+		masked = !masked
+	}
+	size := uint64(len(f.payload))
+	if f.form == formLimit {
+		size = MaxMessage - size
+	}
+	var second byte
+	if masked {
+		second = 0x80
+	}
+	switch {
+	case f.form == formTopBit:
+		tape = binary.BigEndian.AppendUint64(append(tape, f.first, second|127), 1<<63|size)
+	case f.form == form64, size > 0xFFFF:
+		tape = binary.BigEndian.AppendUint64(append(tape, f.first, second|127), size)
+	case f.form == form16, size > 125:
+		tape = binary.BigEndian.AppendUint16(append(tape, f.first, second|126), uint16(size))
+	default:
+		tape = append(tape, f.first, second|byte(size))
+	}
+	if !masked {
+		return append(tape, f.payload...)
+	}
+	key := binary.BigEndian.AppendUint32(nil, uint32(len(tape))*0x9E3779B9+0x01020304)
+	tape = append(tape, key...)
+	for i, b := range f.payload {
+		tape = append(tape, b^key[i%4])
+	}
+	return tape
+}
+
 // A script is a tape in short: four bytes for each frame. Most scripts are nearly
 // valid, so that a fuzzer gets far.
 //
@@ -236,8 +308,9 @@ func closePayload(tape []byte) []byte {
 type step struct{ kind, form, class, size byte }
 
 var (
-	opcodes    = [16]byte{0, 1, 2, 8, 9, 10, 0, 0, 0, 1, 1, 2, 2, 9, 9, 10}
-	closeCodes = [16]uint16{1000, 1001, 1002, 1003, 1004, 1005, 1006, 1012, 1013, 1014, 1015, 1016, 2999, 3000, 4999, 5000}
+	opcodes         = [16]byte{0, 1, 2, 8, 9, 10, 0, 0, 0, 1, 1, 2, 2, 9, 9, 10}
+	reservedOpcodes = [10]byte{3, 4, 5, 6, 7, 11, 12, 13, 14, 15}
+	closeCodes      = [16]uint16{1000, 1001, 1002, 1003, 1004, 1005, 1006, 1012, 1013, 1014, 1015, 1016, 2999, 3000, 4999, 5000}
 )
 
 // Kinds of steps: the opcodes are indexes.
@@ -251,72 +324,36 @@ const (
 	ponging = 5
 )
 
-// Forms of heads.
+// Forms of steps, behind those of frames.
 const (
-	formMinimal   = 0
-	formRSV1      = 1
-	formRSV2      = 2
-	formRSV3      = 3
-	formReserved  = 4 // a data opcode without meaning, or a control opcode if the class is odd
-	formOtherMask = 5 // masked where it must not be, or not where it must be
-	form16        = 6 // two bytes of length, needed or not
-	form64        = 7 // eight bytes of length, needed or not
-	formLimit     = 8 // the length is that of the largest message, less size
-	formTopBit    = 9 // the length's highest bit is set
-	forms         = 10
+	formRSV      = formOtherMask + 1 + iota // one of the reserved bits is set, by the class
+	formReserved                            // an opcode without meaning, by the class
+	forms
 
 	tapeBytes = 1 << 20 // where a tape ends at the latest, or little later
 )
 
 func tapeOf(script []byte, masked bool) (tape []byte) {
-	for n := 0; len(script) >= 4 && len(tape) < tapeBytes; n++ {
-		tape = step{script[0], script[1], script[2], script[3]}.appendTo(tape, masked, n)
+	for len(script) >= 4 && len(tape) < tapeBytes {
+		tape = step{script[0], script[1], script[2], script[3]}.frame().appendTo(tape, masked)
 		script = script[4:]
 	}
 	return tape
 }
 
-func (s step) appendTo(tape []byte, masked bool, n int) []byte {
-	first, form := opcodes[s.kind&0x0F], s.form%forms
-	payload := s.payload(first)
+func (s step) frame() frame {
+	f := frame{first: opcodes[s.kind&0x0F], form: s.form % forms}
+	f.payload = s.payload(f.first)
 	if s.kind&more == 0 {
-		first |= 0x80
+		f.first |= 0x80
 	}
-	switch form {
-	case formRSV1, formRSV2, formRSV3:
-		first |= 0x80 >> form
+	switch f.form {
+	case formRSV:
+		f.first |= 0x40 >> (s.class % 3)
 	case formReserved:
-		first = first&0xF0 | 3 + s.class%5 + s.class&1*8
-	case formOtherMask:
-		masked = !masked
+		f.first = f.first&0xF0 | reservedOpcodes[s.class%10]
 	}
-	size := uint64(len(payload))
-	if form == formLimit {
-		size = MaxMessage - size
-	}
-	var second byte
-	if masked {
-		second = 0x80
-	}
-	switch {
-	case form == formTopBit:
-		tape = binary.BigEndian.AppendUint64(append(tape, first, second|127), 1<<63|size)
-	case form == form64, size > 0xFFFF:
-		tape = binary.BigEndian.AppendUint64(append(tape, first, second|127), size)
-	case form == form16, size > 125:
-		tape = binary.BigEndian.AppendUint16(append(tape, first, second|126), uint16(size))
-	default:
-		tape = append(tape, first, second|byte(size))
-	}
-	key := make([]byte, 4)
-	if masked {
-		binary.BigEndian.PutUint32(key, uint32(n)*0x9E3779B9+0x01020304)
-		tape = append(tape, key...)
-	}
-	for i := range payload {
-		payload[i] ^= key[i%4]
-	}
-	return append(tape, payload...)
+	return f
 }
 
 func (s step) payload(op byte) []byte {
@@ -332,9 +369,14 @@ func (s step) payload(op byte) []byte {
 	case s.class >= 0x80: // around the bounds of the forms of lengths
 		size = []int{125, 126, 127, 65535, 65536, 16384, 131072, 4096}[s.size%8]
 	}
+	return pattern(size)
+}
+
+// pattern is a payload in which a part that is missing, or twice, shows.
+func pattern(size int) []byte {
 	b := make([]byte, size)
 	for i := range b {
-		b[i] = byte(i ^ i>>8 ^ i>>16 ^ int(s.size))
+		b[i] = byte(i ^ i>>8 ^ i>>16 ^ size)
 	}
 	return b
 }
@@ -375,9 +417,9 @@ func FuzzWebSocketReadsAsTheLibraryDoes(f *testing.F) {
 	seed(step{bin | more, 0, 0, 5}, step{cont, 0, 0, 5}, step{cont, 0, 0, 5}, closes)
 	seed(step{bin | more, 0, 0, 5}, closes)
 	// Odd heads.
-	for form := byte(formRSV1); form < forms; form++ {
+	for form := range byte(forms) {
 		for _, kind := range []byte{bin, pinging, closing} {
-			for class := range byte(5) {
+			for class := range byte(10) {
 				seed(step{text, 0, 0, 5}, step{kind, form, class, 4}, closes)
 			}
 		}
@@ -411,14 +453,9 @@ func FuzzWebSocketReadsAsTheLibraryDoes(f *testing.F) {
 		if !raw {
 			tape = tapeOf(script, !dialled)
 		}
-		here, end := readHere(t, tape, dialled, seed)
+		here, end := readHere(t, &tapeConn{tape: tape, piece: pieces(seed)}, dialled, ways(seed))
 		there, endThere, reason := readByGorilla(t, tape, dialled, seed)
-		require.Len(t, here, len(there))
-		for i, r := range there {
-			require.Equal(t, r.kind, here[i].kind)
-			require.Equal(t, r.size, here[i].size)
-			require.True(t, strings.HasPrefix(r.data, here[i].data), "another payload of message %d", i)
-		}
+		requireReads(t, there, here)
 		if end == endTooBig && endThere == endLost {
 			// Lengths are checked here before the mask's key has come, and there after it.
 			_, endThere, reason = readByGorilla(t, append(tape, 0, 0, 0, 0), dialled, seed)

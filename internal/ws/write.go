@@ -9,7 +9,8 @@ import (
 // others are written from where they are.
 func (c *Conn) Copies(n int) bool { return c.masks || n < WriteDirect }
 
-// Write gathers a message of two parts, as one frame.
+// Write gathers a message of two parts, as one frame. The head is short: with the frame's
+// own, it fits into what is written at once.
 func (c *Conn) Write(op int, head, payload []byte) error {
 	room := maxFrameHead + len(head)
 	if c.Copies(len(payload)) {
