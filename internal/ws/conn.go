@@ -245,9 +245,10 @@ func (t *transport) readFull(p []byte) error {
 	}
 }
 
-// discard reads all that comes, and forgets it.
+// discard reads all that comes, and forgets it. What was read ahead goes first: it may
+// fill the buffer, and fill needs some of it.
 func (t *transport) discard() {
-	for t.fill() == nil {
+	for t.ahead = nil; t.fill() == nil; {
 		t.ahead = nil
 	}
 	t.release()

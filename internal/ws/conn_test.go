@@ -82,6 +82,20 @@ func TestALargeBufferIsHeldOnlyWhileDataFlows(t *testing.T) {
 	}
 }
 
+func TestAllIsDiscardedWhateverWasReadAhead(t *testing.T) {
+	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * readBytes} {
+		for peeked := range 3 {
+			c := &offeredConn{arrived: size}
+			conn := &Conn{t: &transport{Conn: c}}
+			_, err := conn.t.peek(min(peeked, size))
+			require.NoError(t, err)
+			conn.DiscardAll()
+			require.Zero(t, c.arrived, "of %d bytes, %d of them seen", size, peeked)
+			require.Zero(t, conn.Buffered())
+		}
+	}
+}
+
 // brokenConn takes some bytes and breaks then.
 type brokenConn struct {
 	net.Conn
