@@ -393,7 +393,7 @@ func scriptOf(steps ...step) (script []byte) {
 func FuzzWebSocketReadsAsTheLibraryDoes(f *testing.F) {
 	seed := func(steps ...step) {
 		for _, dialled := range []bool{false, true} {
-			for draw := range uint64(6) {
+			for draw := range uint64(3) {
 				f.Add(scriptOf(steps...), false, dialled, draw)
 			}
 		}

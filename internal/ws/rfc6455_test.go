@@ -225,7 +225,11 @@ func TestReadingFollowsRFC6455(t *testing.T) {
 				if want == "" {
 					want = endLost
 				}
-				for _, w := range []way{{}, {memory: 4096, head: 3}, {head: 1 << 30}, {discards: true}, {head: 3, discards: true}} {
+				ways := []way{{memory: 4096, head: 3}, {discards: true}, {}, {head: 1 << 30}, {head: 3, discards: true}}
+				if len(tape) > 1<<20 {
+					ways = ways[:2] // the others take long
+				}
+				for _, w := range ways {
 					for _, singly := range []bool{false, true} {
 						here, peer := overTCP(t)
 						var sending sync.WaitGroup
