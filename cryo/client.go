@@ -71,7 +71,7 @@ func NewSessionID() uint64 {
 	}
 }
 
-// CheckURL tells why a URL can't be dialled: it has to be ws or wss with a
+// CheckURL tells why a URL can't be dialled: it must be ws or wss with a
 // host, without user and password, and its query must be valid and not carry the
 // parameters that Dial sets. The error does not repeat the URL's query.
 func CheckURL(rawURL string) error {
@@ -91,7 +91,7 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	query, queryErr := url.ParseQuery(u.RawQuery)
 	switch {
 	case u.Scheme != "ws" && u.Scheme != "wss":
-		return nil, nil, fmt.Errorf("the scheme is %q, it has to be ws or wss", u.Scheme)
+		return nil, nil, fmt.Errorf("the scheme is %q, it must be ws or wss", u.Scheme)
 	case u.Hostname() == "":
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:

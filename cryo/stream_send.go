@@ -121,7 +121,8 @@ var _ interface {
 // chunks may follow. The context bounds the whole stream, Finish included; when
 // it ends, the stream is abandoned.
 //
-// A peer that has announced that it knows no streams gives [ErrStreamsUnsupported].
+// If the peer's ENDPOINT_INFO announces no streams, OpenStream returns
+// [ErrStreamsUnsupported].
 //
 // If the peer has asked to pull (TX_FLOW), nothing is announced before Finish:
 // what is written is kept in memory, up to MaxSpoolBytes.
@@ -139,8 +140,8 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 
 // SendStream sends all that the source has as one stream, and returns when the
 // peer has acknowledged the whole. If the source fails, its error is returned
-// and the stream abandoned; a source that blocks is not interrupted. Of a
-// [*bytes.Reader] holds what ReadFrom says, and of the peer what OpenStream does.
+// and the stream abandoned; a source that blocks is not interrupted. See ReadFrom
+// for a [*bytes.Reader], and OpenStream for a peer without streams.
 //
 // When the peer pulls, the stream's size is announced first. It is known of a regular
 // file, a [*bytes.Reader], a [*strings.Reader], and an [*io.SectionReader] of one of

@@ -77,9 +77,9 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		start              string // contained in the error at start; like lint if empty
 	}{
 		// Where to dial.
-		{"input", "cryo", `{ url: "localhost:8080" }`, "field url has to begin with ws:// or wss://", `it has to be ws or wss`},
-		{"input", "cryo", `{ url: "" }`, "field url has to begin with ws:// or wss://", `it has to be ws or wss`},
-		{"output", "cryo", `{ url: "http://localhost:8080" }`, "field url has to begin with ws:// or wss://", `field url: the scheme is "http", it has to be ws or wss`},
+		{"input", "cryo", `{ url: "localhost:8080" }`, "field url has to begin with ws:// or wss://", `it must be ws or wss`},
+		{"input", "cryo", `{ url: "" }`, "field url has to begin with ws:// or wss://", `it must be ws or wss`},
+		{"output", "cryo", `{ url: "http://localhost:8080" }`, "field url has to begin with ws:// or wss://", `field url: the scheme is "http", it must be ws or wss`},
 		{"input", "cryo", `{ url: "ws:///path" }`, "field url has no host", "field url: the URL has no host"},
 		{"input", "cryo", `{ url: "ws://:8080" }`, "field url has no host", "field url: the URL has no host"},
 		{"output", "cryo", `{ url: "wss://me:pass@localhost" }`, "field url has no place for user and password: Cryo's authorization is the token", "no user and password"},

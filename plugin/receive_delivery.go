@@ -62,7 +62,7 @@ func (it *item) describe(m *service.Message) {
 }
 
 // split separates the items of a delivered batch that have no synchronous response
-// from those whose response has to be acknowledged first.
+// from those whose response must be acknowledged first.
 func (d *delivery) split(answers []*answer) (delivered []item, answered []*answer) {
 	if answers == nil {
 		return d.items, nil

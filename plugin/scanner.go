@@ -79,7 +79,7 @@ map sizes {
     this.map_each(e -> e.apply("sizes")).flatten()
   } else { [] }
 }
-root = this.apply("sizes").filter(s -> s.type() == "number" && (s < 1 || s > 1073741824)).map_each(s -> "field size of the scanner chunker has to be at least 1 and at most 1 GiB (1073741824), got %v".format(s))`
+root = this.apply("sizes").filter(s -> s.type() == "number" && (s < 1 || s > 1073741824)).map_each(s -> "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got %v".format(s))`
 
 // checkChunks finds chunks of a size that the scanner chunker panics at, or of which
 // it makes no message.
@@ -89,7 +89,7 @@ func checkChunks(config any) error {
 		for key, value := range c {
 			chunker, _ := value.(map[string]any)
 			if size, ok := chunker["size"].(int); key == scannerChunker && ok && (size < 1 || size > maxChunk) {
-				return fmt.Errorf("field size of the scanner %s has to be at least 1 and at most 1 GiB (%d), got %d", scannerChunker, maxChunk, size)
+				return fmt.Errorf("field size of the scanner %s must be at least 1 and at most 1 GiB (%d), got %d", scannerChunker, maxChunk, size)
 			}
 			if err := checkChunks(value); err != nil {
 				return err

@@ -15,9 +15,9 @@ import (
 // UpgradeError is the reason for which a request is not upgraded.
 type UpgradeError struct {
 	Status   int
-	Sentence string      // the answer's text
-	Header   http.Header // of the answer
-	Answered bool        // on the connection, which is closed
+	Sentence string      // response body
+	Header   http.Header // further response headers; may be nil
+	Answered bool        // the response is written and the connection closed
 }
 
 func (e *UpgradeError) Error() string { return e.Sentence }
@@ -63,8 +63,8 @@ var upgrader = websocket.Upgrader{
 }
 
 // Upgrade answers an upgrade that CheckUpgrade has passed, and takes the connection
-// over. An [*UpgradeError] is to be answered, unless it was; any other error is of the
-// network.
+// over. The caller must answer an [*UpgradeError] that is not Answered; any other error is
+// the network's.
 func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 	c, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {

@@ -46,7 +46,7 @@ func (c *Conn) Write(op int, head, payload []byte) error {
 	}
 }
 
-// appendHead begins a frame of so many bytes, and gives the key of its mask.
+// appendHead begins a frame of so many bytes, and returns the key of its mask.
 func (c *Conn) appendHead(b []byte, op, size int) (_ []byte, key uint32) {
 	second := byte(0)
 	if c.masks {
