@@ -170,11 +170,7 @@ func dial(ctx context.Context, u *url.URL, query url.Values, opts *DialOptions) 
 		return nil, handshakeError(err, resp, opts.token)
 	}
 	s := newSession(opts.SessionID, true, conn, newMemory(opts.MaxBufferBytes), opts.SessionOptions, nil)
-	errs, err := s.sendFrames(ctx, []outgoing{{Frame: s.endpointInfo()}})
-	if err == nil && errs != nil {
-		err = errs[0]
-	}
-	if err != nil {
+	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
 		s.fail(err)
 		<-s.done
 		return nil, fmt.Errorf("handshake of Cryo: %w", err)

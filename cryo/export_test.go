@@ -13,16 +13,6 @@ func (s *Session) Awaited() int {
 	return s.pend.waiting
 }
 
-// Visited is how many entries, of the queue and of those that are awaited, were looked at
-// to give up sends.
-func (s *Session) Visited() int {
-	s.pend.mu.Lock()
-	defer s.pend.mu.Unlock()
-	s.out.mu.Lock()
-	defer s.out.mu.Unlock()
-	return s.pend.visited + s.out.visited
-}
-
 // Held is how many bytes are received and not settled.
 func (s *Session) Held() int64 {
 	s.budget.mu.Lock()
@@ -32,9 +22,9 @@ func (s *Session) Held() int64 {
 
 // Queued is how many bytes of a stream wait to be written.
 func (st *OutgoingStream) Queued() int {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	return st.queued
+	st.window.mu.Lock()
+	defer st.window.mu.Unlock()
+	return st.window.used
 }
 
 // Tx is the stream's number.

@@ -62,13 +62,11 @@ func TestParsingAndAcknowledgingDoNotAllocate(t *testing.T) {
 		}), "reading %v: one allocation serves many", f.Type)
 	}
 
-	s := &Session{id: 1, conn: ws.New(&endlessConn{}, true)}
-	s.out = newOutbox(s)
-	q := queued{acks: make([]uint32, 64)}
-	scratch := make([]byte, 0, 64)
+	w := newWriter(ws.New(&endlessConn{}, true), 1, newAckTable(dialingNumbers, 0), nil)
+	q := queue{acks: make([]uint32, 64)}
 	require.Zero(t, testing.AllocsPerRun(1000, func() {
-		if _, err := s.out.writeAll(&q, scratch); err != nil {
-			panic(err)
+		if w.gather(&q) != nil || w.conn.Flush() != nil {
+			panic("not written")
 		}
 	}), "64 acknowledgements")
 }

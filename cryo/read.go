@@ -178,17 +178,14 @@ func (s *Session) handle(f *wire.Frame) {
 // payload's memory again, and the peer get what is in it by then.
 func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	switch s.pend.answer(f.Ack, err) {
-	case answerTaken:
-		return true
-	case answerEarly:
+	case answerForeign:
+		return false
+	case answerPremature:
 		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
-		return true
-	}
-	if s.pend.late(f.Ack) {
+	case answerLate:
 		s.opts.OnLateAck()
-		return true
 	}
-	return s.pend.issued(f.Ack)
+	return true
 }
 
 // handleStream acts on one TX frame. cryo-server too knows none before the

@@ -3,6 +3,7 @@ package cryo
 import (
 	"context"
 	"fmt"
+	"slices"
 	"unicode/utf8"
 
 	"github.com/cryo-connect/cryo-connect/internal/wire"
@@ -12,8 +13,8 @@ import (
 type Outgoing struct {
 	Kind Kind // KindText or KindBinary
 	// Payload is at most 16 MiB, and valid UTF-8 for KindText. It must not be
-	// changed before the send is over; after one that was cancelled it may still
-	// be being written, so don't use its memory again.
+	// changed before the send is over, or its context; then it may still be being
+	// written until [Sending.Done] is closed.
 	Payload []byte
 }
 
@@ -66,8 +67,7 @@ func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {
 	if ctx.Err() != nil {
 		return allFailed(len(messages), contextError(ctx))
 	}
-	g := s.start(checkBatch(messages))
-	return g.Wait(ctx)
+	return s.queue(messages, checkAll(messages)).Wait(ctx)
 }
 
 // StartBatch is SendBatch without the wait: it queues the messages and returns
@@ -75,146 +75,132 @@ func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {
 // among batches that it waits for elsewhere. What is queued is in memory until
 // it is written; the caller bounds that by waiting.
 func (s *Session) StartBatch(messages []Outgoing) *Sending {
-	g := s.start(checkBatch(messages))
-	return &g
+	return s.queue(messages, checkAll(messages))
 }
 
-// Sending is a batch on its way to a peer.
+// Sending is a batch on its way to a peer. Its methods may be called from any goroutine.
 type Sending struct {
-	s     *Session
-	batch checkedBatch
-	wait  *sendBatch // of the messages that could be sent; nil if none was
-	err   error      // why none was
+	s    *Session
+	call call
 }
 
-// Wait waits until the peer has acknowledged each message, and returns what
-// [Session.SendBatch] does. When the context is done, what is not written yet is
-// taken back. It has to be called.
+// Done is closed when it is known what has become of each message, and the memory of
+// their payloads is not in use any more.
+func (g *Sending) Done() <-chan struct{} { return g.call.done }
+
+// Wait waits for Done, and returns what [Session.SendBatch] does. When the context is
+// done before that, it withdraws the messages that are not written yet, and returns at
+// once: a payload may be in use then until Done is closed. Wait must be called.
 func (g *Sending) Wait(ctx context.Context) error {
-	if g.wait == nil {
-		return g.batch.errors(nil, g.err)
+	if errs := g.s.await(ctx, &g.call); errs != nil {
+		return &BatchError{Errs: errs}
 	}
-	return g.batch.errors(g.s.await(ctx, g.wait), nil)
+	return nil
 }
 
-// checkedBatch is what can be sent of a batch of messages.
-type checkedBatch struct {
-	size   int
-	frames []wire.Frame // without session id and number
-	failed *BatchError  // names the messages that are no frames; nil if there are none
+// Broadcast sends the same messages to several sessions side by side, and waits
+// until each peer has acknowledged, or the context is done. The errors are by
+// session: each is what [Session.SendBatch] returns. A slow session holds up
+// nobody but the caller.
+//
+// The messages are checked once, and their payloads are not copied: until they are
+// written, they are the same memory for all sessions.
+func Broadcast(ctx context.Context, sessions []*Session, messages []Outgoing) []error {
+	errs := make([]error, len(sessions))
+	if ctx.Err() != nil {
+		for i := range errs {
+			errs[i] = allFailed(len(messages), contextError(ctx))
+		}
+		return errs
+	}
+	invalid := checkAll(messages)
+	sendings := make([]*Sending, len(sessions))
+	for i, s := range sessions {
+		sendings[i] = s.queue(messages, invalid)
+	}
+	for i := range sendings {
+		errs[i] = sendings[i].Wait(ctx)
+	}
+	return errs
 }
 
-func checkBatch(messages []Outgoing) checkedBatch {
-	b := checkedBatch{size: len(messages), frames: make([]wire.Frame, 0, len(messages))}
+// checkAll returns the errors of the messages that can't be sent, by index; nil if all can.
+func checkAll(messages []Outgoing) (invalid []error) {
 	for i := range messages {
-		m := &messages[i]
-		if err := m.check(); err != nil {
-			b.failed = b.failed.with(i, b.size, err)
-			continue
+		if err := messages[i].check(); err != nil {
+			if invalid == nil {
+				invalid = make([]error, len(messages))
+			}
+			invalid[i] = err
 		}
-		b.frames = append(b.frames, wire.Frame{Type: m.frameType(), Payload: m.Payload})
 	}
-	return b
-}
-
-// errors gets back from the frames that were sent to the messages. errs are the
-// frames' errors, nil if there are none; err that of all of them.
-func (b *checkedBatch) errors(errs []error, err error) error {
-	if err == nil && errs == nil {
-		return b.failed.orNil()
-	}
-	result := &BatchError{Errs: make([]error, b.size)}
-	sent := 0
-	for i := range result.Errs {
-		switch {
-		case b.failed != nil && b.failed.Errs[i] != nil:
-			result.Errs[i] = b.failed.Errs[i]
-			continue
-		case err != nil:
-			result.Errs[i] = err
-		default:
-			result.Errs[i] = errs[sent]
-		}
-		sent++
-	}
-	return result
+	return invalid
 }
 
 func allFailed(size int, err error) error {
-	var failed *BatchError
-	for i := range size {
-		failed = failed.with(i, size, err)
+	if size == 0 {
+		return nil
 	}
-	return failed.orNil()
+	return &BatchError{Errs: slices.Repeat([]error{err}, size)}
 }
 
-func (s *Session) start(b checkedBatch) Sending {
-	g := Sending{s: s, batch: b}
-	if len(b.frames) == 0 {
-		return g
+// queue makes frames of the messages that are not invalid, and queues them.
+func (s *Session) queue(messages []Outgoing, invalid []error) *Sending {
+	g := &Sending{s: s}
+	size := len(messages)
+	for _, err := range invalid {
+		if err != nil {
+			size--
+		}
 	}
-	frames := make([]outgoing, len(b.frames))
-	for i := range frames {
-		frames[i].Frame = b.frames[i]
-		frames[i].SID = s.id
+	g.call.init(size)
+	g.call.errs = slices.Clone(invalid)
+	n := 0
+	for i := range messages {
+		if invalid != nil && invalid[i] != nil {
+			continue
+		}
+		f := &g.call.frames[n]
+		f.Frame = wire.Frame{SID: s.id, Type: messages[i].frameType(), Payload: messages[i].Payload}
+		f.index = i
+		n++
 	}
-	g.wait, g.err = s.queue(frames)
+	if size > 0 {
+		s.start(&g.call)
+	}
 	return g
 }
 
-// with notes a failure, and makes the error if there is none yet.
-func (e *BatchError) with(i, size int, err error) *BatchError {
-	if e == nil {
-		e = &BatchError{Errs: make([]error, size)}
-	}
-	e.Errs[i] = err
-	return e
-}
-
-func (e *BatchError) orNil() error {
-	if e == nil {
-		return nil
-	}
-	return e
-}
-
-// sendFrames numbers the frames, sends them and waits until all are settled.
-// errs is by index, nil when all were acknowledged; err says that none was sent.
-func (s *Session) sendFrames(ctx context.Context, frames []outgoing) (errs []error, err error) {
+// sendFrame sends a frame and waits for its answer.
+func (s *Session) sendFrame(ctx context.Context, f wire.Frame) error {
 	if ctx.Err() != nil {
-		return nil, contextError(ctx)
+		return contextError(ctx)
 	}
-	batch, err := s.queue(frames)
-	if err != nil {
-		return nil, err
+	c := newCall(f)
+	s.start(c)
+	if errs := s.await(ctx, c); errs != nil {
+		return errs[0]
 	}
-	return s.await(ctx, batch), nil
+	return nil
 }
 
-// queue numbers the frames and queues them; the error says that the session has
-// ended.
-func (s *Session) queue(frames []outgoing) (*sendBatch, error) {
-	batch, err := s.pend.register(len(frames), func(i int, number uint32) { frames[i].Ack = number })
-	if err != nil {
-		return nil, err
+// start numbers the frames of a call, and queues them. In this order: no answer can come
+// for a number that nobody waits for. If the session ends in between, the frames are in the
+// table, and what isn't cancelled here its end settles.
+func (s *Session) start(c *call) {
+	s.pend.register(c)
+	if !s.out.send(c.frames) {
+		s.out.cancel(c, s.Err())
 	}
-	for i := range frames {
-		frames[i].batch, frames[i].index = batch, i
-	}
-	if !s.out.send(frames) {
-		s.pend.abandon(batch, s.Err())
-	}
-	return batch, nil
 }
 
-// await gives the errors by frame, nil when all were acknowledged.
-func (s *Session) await(ctx context.Context, batch *sendBatch) []error {
+// await waits for a call, and cancels it when the context is done. It returns the errors by
+// index, or nil if there is none.
+func (s *Session) await(ctx context.Context, c *call) []error {
 	select {
-	case <-batch.done:
+	case <-c.done:
 	case <-ctx.Done():
-		// In this order: as long as a number is awaited, its frame is written or queued.
-		s.pend.abandon(batch, fmt.Errorf("waiting for the acknowledgement: %w", contextError(ctx)))
-		s.out.withdraw(&batch.backlog)
+		s.out.cancel(c, fmt.Errorf("waiting for the acknowledgement: %w", contextError(ctx)))
 	}
-	return batch.errs
+	return s.pend.errors(c)
 }

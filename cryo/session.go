@@ -109,8 +109,8 @@ type Session struct {
 	log     *slog.Logger
 
 	conn     *ws.Conn
-	out      *outbox
-	pend     *pending
+	out      *writer
+	pend     *ackTable
 	inbox    *inbox
 	budget   *budget
 	intake   *intake
@@ -158,14 +158,14 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOp
 	if dialing {
 		base = dialingNumbers
 	}
-	numbers := newPending(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
+	numbers := newAckTable(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, pend: numbers, inbox: newInbox(), budget: m.budget, intake: m.intake,
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
-	s.out = newOutbox(s)
+	s.out = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.out.answerWebSocketPing, func() { s.enterIntake(false) })
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
@@ -268,11 +268,11 @@ func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
 	}
 	s.mu.Unlock()
 	reason = redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
-	last := farewell{code: code, reason: reason}
+	last := closeFrame{code: code, reason: reason}
 	if bye {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
-	s.out.sayLast(last)
+	s.out.queueClose(last)
 }
 
 // fail ends the session at once.
@@ -295,7 +295,7 @@ func (s *Session) finish() {
 		s.cut.Stop()
 	}
 	s.mu.Unlock()
-	s.out.close()
+	s.out.abort()
 	_ = s.conn.Close()
 	s.out.wait()
 	err := s.Err()

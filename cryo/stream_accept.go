@@ -97,11 +97,7 @@ func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
 	default:
 		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
 	}
-	errs, err := s.sendFrames(ctx, []outgoing{{Frame: wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}}})
-	if err == nil && errs != nil {
-		err = errs[0]
-	}
-	if err != nil {
+	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}); err != nil {
 		return fmt.Errorf("setting the flow control: %w", err)
 	}
 	return nil

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"sync"
-	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -96,7 +95,7 @@ type OutgoingStream struct {
 	tx      uint32
 	pull    bool
 	fetches chan fetch    // the peer's wishes; not where pull is false
-	room    chan struct{} // holds a token when queued has fallen
+	window  window
 
 	// Owned by the sender.
 	seq uint32 // the next chunk's
@@ -104,12 +103,10 @@ type OutgoingStream struct {
 	// size comes first then, and chunks are asked for by index.
 	spool bytes.Buffer
 
-	announced atomic.Bool // TX_START is written: the peer may know the stream
-	backlog   backlog
-
-	mu       sync.Mutex
-	queued   int     // bytes of chunks that wait to be written, with their overhead
-	awaiting *uint32 // the number of TX_START or TX_FINISH while its acknowledgement is due
+	mu       sync.Mutex   // held while something of the stream is queued, or stopped
+	queued   [][]outFrame // those of which the writer may still have some, in order
+	opening  *call        // of TX_START
+	awaiting *call        // of TX_START or TX_FINISH, while its acknowledgement is due
 }
 
 var _ interface {
@@ -176,7 +173,7 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	if err != nil {
 		return nil, err
 	}
-	st := &OutgoingStream{s: s, parent: ctx, opts: opts, room: make(chan struct{}, 1)}
+	st := &OutgoingStream{s: s, parent: ctx, opts: opts, window: window{freed: make(chan struct{}, 1)}}
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	s.outgoing.add(st)
 	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
@@ -296,26 +293,26 @@ func (st *OutgoingStream) keep(chunk []byte) error {
 
 // sendChunk waits for room and queues a chunk.
 func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
-	cost := len(chunk) + chunkOverhead
-	if !st.reserve(cost) {
-		if err := st.waitForRoom(cost); err != nil {
+	if !st.window.acquire(len(chunk)) {
+		if err := st.waitForWindow(len(chunk)); err != nil {
 			return st.failed(err)
 		}
 	}
-	f := wire.Frame{SID: st.s.id, Type: wire.TxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
-	if !st.s.out.sendOf(st, outgoing{Frame: f}) {
-		st.release(len(chunk))
+	f := make([]outFrame, 1)
+	f[0].Frame = wire.Frame{SID: st.s.id, Type: wire.TxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
+	f[0].window = &st.window
+	if !st.enqueue(f) {
 		return st.failed(st.ended())
 	}
 	return nil
 }
 
-func (st *OutgoingStream) waitForRoom(cost int) error {
+func (st *OutgoingStream) waitForWindow(chunk int) error {
 	late, stop := st.clock()
 	defer stop()
-	for !st.reserve(cost) {
+	for !st.window.acquire(chunk) {
 		select {
-		case <-st.room:
+		case <-st.window.freed:
 		case <-late:
 			return st.noProgress("room")
 		case <-st.s.ending:
@@ -348,26 +345,36 @@ func (st *OutgoingStream) failed(cause error) error {
 	return fmt.Errorf("sending the stream %q: %w", st.opts.Name, cause)
 }
 
-// reserve counts bytes as queued if there is room for them.
-func (st *OutgoingStream) reserve(cost int) bool {
+// enqueue hands frames to the writer, unless the stream was stopped. Stopping ends the
+// stream's context first, and withdraws what is queued then under the same lock: so nothing
+// of a stream is queued behind the acknowledgement of its TX_CANCEL.
+func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.queued > 0 && st.queued+cost > streamWindow {
+	if st.ctx.Err() != nil {
+		st.s.pend.drop(frames)
 		return false
 	}
-	st.queued += cost
-	return true
+	if c := frames[0].call; c != nil {
+		st.awaiting = c
+		if frames[0].Type == wire.TxStart {
+			st.opening = c
+		}
+	}
+	for len(st.queued) > 0 && st.queued[0][0].is(frameReleased) {
+		st.queued[0] = nil
+		st.queued = st.queued[1:]
+	}
+	st.queued = append(st.queued, frames)
+	return st.s.out.send(frames)
 }
 
-// release is called when a chunk is written, or won't be.
-func (st *OutgoingStream) release(chunk int) {
+// announced reports whether TX_START may have been sent, so that the peer may know the
+// stream.
+func (st *OutgoingStream) announced() bool {
 	st.mu.Lock()
-	st.queued -= chunk + chunkOverhead
-	st.mu.Unlock()
-	select {
-	case st.room <- struct{}{}:
-	default:
-	}
+	defer st.mu.Unlock()
+	return st.opening != nil && st.opening.frames[0].is(frameTaken)
 }
 
 // Finish says that the stream is whole and waits until the peer has
@@ -392,34 +399,27 @@ func (st *OutgoingStream) finish() error {
 // the end of the stream: a peer that cancels after TX_FINISH does not
 // acknowledge that.
 func (st *OutgoingStream) await(f wire.Frame) error {
-	batch, err := st.s.pend.register(1, func(_ int, number uint32) { f.Ack = number })
-	if err != nil {
-		return err
-	}
-	st.setAwaiting(&f.Ack)
-	defer st.setAwaiting(nil)
+	c := newCall(f)
+	st.s.pend.register(c)
 	late, stop := st.clock()
 	defer stop()
-	if !st.s.out.sendOf(st, outgoing{Frame: f, batch: batch}) {
-		st.s.pend.abandon(batch, st.ended())
+	if !st.enqueue(c.frames) {
+		st.s.out.cancel(c, st.ended())
 	}
 	select {
-	case <-batch.done:
+	case <-c.done:
 	case <-late:
-		st.s.pend.abandon(batch, st.noProgress("the acknowledgement"))
+		st.s.out.cancel(c, st.noProgress("the acknowledgement"))
 	case <-st.ctx.Done():
-		st.s.pend.abandon(batch, st.cause())
+		st.s.out.cancel(c, st.cause())
 	}
-	if batch.errs != nil {
-		return batch.errs[0]
+	st.mu.Lock()
+	st.awaiting = nil
+	st.mu.Unlock()
+	if errs := st.s.pend.errors(c); errs != nil {
+		return errs[0]
 	}
 	return nil
-}
-
-func (st *OutgoingStream) setAwaiting(number *uint32) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.awaiting = number
 }
 
 // clock starts the time of one step.
@@ -448,10 +448,12 @@ func (st *OutgoingStream) stop(cause error) {
 	st.unwatch()
 	st.cancel(cause)
 	st.mu.Lock()
-	awaiting := st.awaiting
-	st.mu.Unlock()
-	if awaiting != nil {
-		st.s.pend.settle(*awaiting, st.cause())
+	defer st.mu.Unlock()
+	if st.awaiting != nil {
+		st.s.pend.cancel(st.awaiting, st.cause())
 	}
-	st.s.out.withdraw(&st.backlog)
+	for _, frames := range st.queued {
+		st.s.out.withdraw(frames)
+	}
+	st.queued = nil
 }

@@ -214,7 +214,7 @@ func (o *outgoingStreams) cancelled(tx uint32) bool {
 	switch {
 	case st == nil:
 		return true
-	case !st.announced.Load():
+	case !st.announced():
 		return false
 	default:
 		st.stop(ErrStreamCancelled)

@@ -1,0 +1,322 @@
+package cryo
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
+
+// Our own numbers stay within one of two ranges of 2^30, so that they meet
+// neither each other's nor those of the published peers, which start at 0: an
+// ERROR that carries one of our numbers can then only be a rejection (protocol,
+// "ERROR"). Each session starts at another number of its range, so that an answer
+// that was meant for an older connection of the same session meets no frame.
+const (
+	dialingNumbers   uint32 = 0x40000000
+	listeningNumbers uint32 = 0xC0000000
+	numberMask       uint32 = 1<<30 - 1
+)
+
+// call is a wait for the answers to its frames. Each frame must leave both the writer,
+// which releases it, and the ackTable, which settles it. The last of these closes done.
+type call struct {
+	frames []outFrame
+	left   atomic.Int64 // releases and settlements that are still to come
+	done   chan struct{}
+	errs   []error     // by outFrame.index; nil without an error; guarded by the ackTable's mutex
+	one    [1]outFrame // memory of frames, if there is one
+}
+
+// init makes a call of so many frames, which the caller fills in.
+func (c *call) init(frames int) {
+	if frames == 1 {
+		c.frames = c.one[:]
+	} else {
+		c.frames = make([]outFrame, frames)
+	}
+	for i := range c.frames {
+		c.frames[i].call, c.frames[i].index = c, i
+	}
+	c.done = make(chan struct{})
+	c.left.Store(2 * int64(frames))
+	if frames == 0 {
+		close(c.done)
+	}
+}
+
+// newCall is a call of one frame.
+func newCall(f wire.Frame) *call {
+	c := &call{}
+	c.init(1)
+	c.frames[0].Frame = f
+	return c
+}
+
+// leave counts a release or a settlement.
+func (c *call) leave() {
+	if c.left.Add(-1) == 0 {
+		close(c.done)
+	}
+}
+
+// outFrame is a frame of a call, or a stream's chunk.
+type outFrame struct {
+	wire.Frame
+	call   *call         // nil for a chunk, which nobody answers
+	index  int           // in call.errs
+	window *window       // of a chunk's stream; nil for other frames
+	state  atomic.Uint32 // the bits below, which are set and never cleared
+}
+
+const (
+	frameTaken    uint32 = 1 << iota // the writer has begun with it: the peer may have all of it
+	frameReleased                    // it has left the writer: its payload is not in use any more
+	frameWritten                     // … because its last byte was copied or written
+	frameAnswered                    // by the peer; a rejection is in call.errs
+)
+
+func (f *outFrame) is(bits uint32) bool { return f.state.Load()&bits != 0 }
+
+// ackTable numbers this end's acknowledged frames and finds the one that an answer is for.
+// A frame is in it from its registration until it is settled: when it is both written and
+// answered, or its call is cancelled, or at the end of the session. A number has its slot by
+// its last bits, and is passed over while another one is there: see docs/performance.md,
+// "What was found".
+//
+// Its mutex may be locked by who holds a stream's, and never by who holds the writer's.
+type ackTable struct {
+	mu       sync.Mutex
+	base     uint32
+	first    uint32              // offset of the first number within the range
+	next     uint32              // offset of the next number behind the first
+	wrapped  bool                // all numbers of the range were used once
+	slots    []*outFrame         // a power of two of them, or none; at most half are not nil
+	waiting  int                 // slots that are not nil
+	timedOut map[uint32]struct{} // numbers of cancelled calls: what comes for them is late; nil is none
+	ended    error               // set at the end of the session: nothing is registered any more
+}
+
+// The numbers of slots: when they are made, and when there are no frames and they are kept.
+const (
+	minSlots     = 4
+	maxIdleSlots = 128
+)
+
+// maxTimedOut bounds the numbers of cancelled calls that are remembered. Beyond it they
+// are forgotten, all of them: they are for counting only.
+const maxTimedOut = 16 << 10
+
+func newAckTable(base, first uint32) *ackTable { return &ackTable{base: base, first: first} }
+
+func (t *ackTable) slot(number uint32) **outFrame { return &t.slots[int(number)&(len(t.slots)-1)] }
+
+// number returns a number that nobody waits for.
+func (t *ackTable) number() uint32 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.numberLocked()
+}
+
+func (t *ackTable) numberLocked() uint32 {
+	for {
+		n := t.base | (t.first+t.next)&numberMask
+		t.next = (t.next + 1) & numberMask
+		t.wrapped = t.wrapped || t.next == 0
+		if len(t.slots) == 0 || *t.slot(n) == nil {
+			return n
+		}
+	}
+}
+
+// register numbers the frames of a call. After the end of the session they are settled
+// with its cause.
+func (t *ackTable) register(c *call) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ended != nil {
+		for i := range c.frames {
+			t.failLocked(&c.frames[i], t.ended)
+			c.leave()
+		}
+		return
+	}
+	t.growLocked(len(c.frames))
+	for i := range c.frames {
+		f := &c.frames[i]
+		f.Ack = t.numberLocked()
+		*t.slot(f.Ack) = f
+	}
+	t.waiting += len(c.frames)
+}
+
+// growLocked makes slots for so many more frames.
+func (t *ackTable) growLocked(n int) {
+	size := max(len(t.slots), minSlots)
+	for size < 2*(t.waiting+n) {
+		size *= 2
+	}
+	if size == len(t.slots) {
+		return
+	}
+	old := t.slots
+	t.slots = make([]*outFrame, size)
+	for _, f := range old {
+		if f != nil {
+			*t.slot(f.Ack) = f
+		}
+	}
+}
+
+// outcome is that of a peer's answer to a number.
+type outcome int
+
+const (
+	answerForeign   outcome = iota // the number is not one of ours
+	answerUnknown                  // it is, and nobody waits for it
+	answerLate                     // nobody waits for it any more; reported once a number
+	answerTaken                    // its frame is settled, now or when it is written
+	answerPremature                // its frame was not sent yet
+)
+
+// answer takes the peer's answer to a number: nil is its ACK, and err a rejection.
+func (t *ackTable) answer(number uint32, err error) outcome {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.findLocked(number)
+	switch {
+	case f == nil:
+		return t.unawaitedLocked(number)
+	case !f.is(frameTaken):
+		return answerPremature
+	case f.is(frameAnswered):
+		return answerTaken // the first answer counts
+	}
+	t.failLocked(f, err)
+	if f.state.Or(frameAnswered)&frameWritten != 0 {
+		t.settleLocked(f, nil)
+	}
+	return answerTaken
+}
+
+func (t *ackTable) unawaitedLocked(number uint32) outcome {
+	if _, late := t.timedOut[number]; late {
+		delete(t.timedOut, number)
+		return answerLate
+	}
+	if number&^numberMask == t.base && (t.wrapped || (number-t.first)&numberMask < t.next) {
+		return answerUnknown
+	}
+	return answerForeign
+}
+
+// released is called once for each frame, when it has left the writer: as written, or
+// dropped. If it is dropped, the caller may hold the writer's mutex.
+func (t *ackTable) released(f *outFrame, written bool) {
+	size := len(f.Payload)
+	f.Payload = nil // it is the caller's again, or garbage, long before a large call is over
+	if !written {
+		f.state.Or(frameReleased)
+	} else if f.state.Or(frameReleased|frameWritten)&frameAnswered != 0 {
+		t.settle(f)
+	}
+	if f.window != nil {
+		f.window.release(size)
+	}
+	if f.call != nil {
+		f.call.leave()
+	}
+}
+
+// drop releases frames that the writer doesn't take.
+func (t *ackTable) drop(frames []outFrame) {
+	for i := range frames {
+		t.released(&frames[i], false)
+	}
+}
+
+// settle settles a frame that was answered before it was written, unless its call was
+// cancelled meanwhile.
+func (t *ackTable) settle(f *outFrame) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.findLocked(f.Ack) == f {
+		t.settleLocked(f, nil)
+	}
+}
+
+// findLocked returns the frame that a number belongs to, or nil.
+func (t *ackTable) findLocked(number uint32) *outFrame {
+	if t.waiting == 0 {
+		return nil
+	}
+	f := *t.slot(number)
+	if f == nil || f.Ack != number {
+		return nil
+	}
+	return f
+}
+
+// settleLocked removes a frame. A large table is not kept when it is empty.
+func (t *ackTable) settleLocked(f *outFrame, err error) {
+	t.failLocked(f, err)
+	*t.slot(f.Ack) = nil
+	if t.waiting--; t.waiting == 0 && len(t.slots) > maxIdleSlots {
+		t.slots = nil
+	}
+	f.call.leave()
+}
+
+// failLocked records an error of a frame, if there is one.
+func (t *ackTable) failLocked(f *outFrame, err error) {
+	if err == nil {
+		return
+	}
+	if f.call.errs == nil {
+		f.call.errs = make([]error, len(f.call.frames))
+	}
+	f.call.errs[f.index] = err
+}
+
+// cancel settles what is left of a call with err.
+func (t *ackTable) cancel(c *call, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range c.frames {
+		f := &c.frames[i]
+		if t.findLocked(f.Ack) != f {
+			continue
+		}
+		if t.timedOut == nil || len(t.timedOut) == maxTimedOut {
+			t.timedOut = make(map[uint32]struct{})
+		}
+		t.timedOut[f.Ack] = struct{}{}
+		t.settleLocked(f, err)
+	}
+}
+
+// errors returns those of a call of which all frames are settled, by index; nil is none.
+func (t *ackTable) errors(c *call) []error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return c.errs
+}
+
+// awaited reports whether an answer is waited for.
+func (t *ackTable) awaited() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.waiting > 0
+}
+
+// end settles all frames with err, and those that are registered later.
+func (t *ackTable) end(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended = err
+	for _, f := range t.slots {
+		if f != nil {
+			t.settleLocked(f, err)
+		}
+	}
+}
