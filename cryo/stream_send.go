@@ -444,7 +444,7 @@ func (st *OutgoingStream) Abandon() { st.stop(errStreamAbandoned) }
 // nothing of the stream is queued to be written, and nothing will be. An acknowledgement that
 // comes later doesn't change the outcome any more.
 func (st *OutgoingStream) stop(cause error) {
-	st.s.outgoing.remove(st)
+	defer st.s.outgoing.remove(st) // last: the TX_CANCEL of an unknown stream is acknowledged without a wait for this
 	st.unwatch()
 	st.cancel(cause)
 	st.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -187,22 +188,30 @@ func TestNothingOfAStreamFollowsTheAcknowledgementOfItsCancel(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 		const streams = 20
 		var sending sync.WaitGroup
-		for range streams {
+		var abandon [streams]context.CancelFunc // by name
+		for i := range streams {
+			var ctx context.Context
+			ctx, abandon[i] = context.WithCancel(t.Context())
 			sending.Go(func() {
 				source := io.LimitReader(endless{}, 40_000)
-				_ = s.SendStream(t.Context(), source, &cryo.StreamOptions{ChunkBytes: 1000})
+				_ = s.SendStream(ctx, source, &cryo.StreamOptions{Name: strconv.Itoa(i), ChunkBytes: 1000})
 			})
 		}
 		over, cancelled := make(map[uint32]bool), make(map[uint32]bool)
+		named := make(map[uint32]int)
 		for len(over) < streams {
 			f := peer.Next("a frame of a stream")
 			switch f.Type {
 			case wire.TxStart:
+				named[f.Tx], _ = strconv.Atoi(string(f.Payload))
 				peer.Ack(f)
 			case wire.TxChunk, wire.TxFinish:
 				require.False(t, over[f.Tx], "%v of a cancelled stream", f.Type)
 				if !cancelled[f.Tx] && (f.Type == wire.TxFinish || f.Seq == f.Tx) {
 					cancelled[f.Tx] = true
+					if f.Tx%2 == 0 { // at the same time
+						sending.Go(abandon[named[f.Tx]])
+					}
 					peer.WriteFrames(txCancel(f.Tx, f.Tx))
 				}
 			case wire.Ack:

@@ -1,0 +1,140 @@
+package cryo
+
+import (
+	"errors"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/ws"
+)
+
+// busyWriter is a writer whose last writer has not come back, so that all is queued.
+func busyWriter() *writer {
+	w := newWriter(ws.New(&endlessConn{}, false), 1, newAckTable(dialingNumbers, 0), func(error) {})
+	w.active = true
+	return w
+}
+
+// queueCalls queues so many calls of so many frames.
+func queueCalls(w *writer, calls, frames int) (all []*call) {
+	for range calls {
+		c, _ := registered(w.acks, frames)
+		w.send(c.frames)
+		all = append(all, c)
+	}
+	return all
+}
+
+var errCancelled = errors.New("cancelled")
+
+// The others' places in the queue are empty, so that whoever looks at one of them panics. Only
+// compacting looks at all; it is known by a queue that is shorter, and has to be rare.
+func TestCancellingASendCostsTimeInItsOwnFramesOnly(t *testing.T) {
+	t.Run("without compaction", func(t *testing.T) {
+		w := busyWriter()
+		queueCalls(w, 100, 3)
+		c := queueCalls(w, 1, 10)[0]
+		queueCalls(w, 100, 3)
+		for i, f := range w.queue.data {
+			if f.call != c {
+				w.queue.data[i] = nil
+			}
+		}
+		w.cancel(c, errCancelled)
+		require.True(t, isDone(c))
+		require.Len(t, w.queue.data, 610)
+		require.Equal(t, 10, w.withdrawn)
+		require.Equal(t, 600, w.acks.waiting)
+	})
+	for name, order := range map[string]func([]*call){
+		"the oldest first": func([]*call) {},
+		"in any order":     func(c []*call) { rand.Shuffle(len(c), func(i, j int) { c[i], c[j] = c[j], c[i] }) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			const calls, frames = 10_000, 3
+			w := busyWriter()
+			all := queueCalls(w, calls, frames)
+			order(all)
+			compacted := 0 // frames
+			for _, c := range all {
+				before := len(w.queue.data)
+				w.cancel(c, errCancelled)
+				require.True(t, isDone(c))
+				if len(w.queue.data) < before {
+					compacted += before
+				}
+			}
+			require.Empty(t, w.queue.data)
+			require.LessOrEqual(t, compacted, 2*calls*frames)
+			require.Zero(t, w.acks.waiting)
+		})
+	}
+}
+
+func TestWithdrawnFramesThatAreTakenAtTheirTurnCountNoMore(t *testing.T) {
+	w := busyWriter()
+	all := queueCalls(w, 100, 1)
+	for i := 0; i < 100; i += 4 {
+		w.cancel(all[i], errCancelled)
+	}
+	require.Equal(t, 25, w.withdrawn)
+	q := w.take()
+	require.Len(t, q.data, 75)
+	require.Zero(t, w.withdrawn)
+	require.NoError(t, w.gather(&q))
+	require.NoError(t, w.conn.Flush())
+	require.True(t, w.put(&q, nil, true))
+	for i, c := range all {
+		if i%4 == 0 {
+			require.True(t, isDone(c))
+			continue
+		}
+		require.False(t, isDone(c))
+		require.Equal(t, answerTaken, w.acks.answer(c.frames[0].Ack, nil))
+		require.True(t, isDone(c))
+	}
+}
+
+// What is withdrawn was not taken, and what is taken is not withdrawn.
+func TestAFrameThatWasTakenIsWrittenAndNotWithdrawn(t *testing.T) {
+	w := busyWriter()
+	c := queueCalls(w, 1, 2)[0]
+	q := w.take()
+	w.cancel(c, errCancelled)
+	require.False(t, isDone(c), "its payloads are in use")
+	require.Zero(t, w.withdrawn)
+	require.NoError(t, w.gather(&q))
+	require.True(t, isDone(c))
+	for i := range c.frames {
+		require.True(t, c.frames[i].is(frameWritten))
+	}
+}
+
+func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
+	w := busyWriter()
+	all := queueCalls(w, 20, 3)
+	all[0].frames[1].Payload = make([]byte, MaxPayload+1) // can't be written
+	w.cancel(all[19], errCancelled)
+	ends := 0
+	w.failed = func(error) { ends++ }
+	q := w.take()
+	all = append(all, queueCalls(w, 2, 3)...) // behind what is being written
+	require.True(t, w.put(&q, w.gather(&q), true))
+	require.Equal(t, 1, ends)
+	end := errors.New("the end")
+	late := queueCalls(w, 1, 3)[0]
+	w.cancel(late, end)
+	w.acks.end(end)
+	for _, c := range append(all, late) {
+		require.True(t, isDone(c))
+		require.Zero(t, c.left.Load())
+		for i := range c.frames {
+			require.True(t, c.frames[i].is(frameReleased))
+			require.Equal(t, c == all[0] && i == 0, c.frames[i].is(frameWritten))
+		}
+	}
+	require.Equal(t, []error{end, end, end}, all[0].errs, "it was not answered")
+	require.Equal(t, []error{errCancelled, errCancelled, errCancelled}, all[19].errs)
+}
