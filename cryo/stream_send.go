@@ -90,11 +90,11 @@ type OutgoingStream struct {
 	parent  context.Context // the caller's
 	ctx     context.Context // ends early when the peer cancels or this end abandons
 	cancel  context.CancelCauseFunc
-	unwatch func() bool // of the context's end
+	unwatch func() bool // of the context's end; guarded by mu
 	opts    StreamOptions
 	tx      uint32
 	pull    bool
-	fetches chan fetch    // the peer's wishes; not where pull is false
+	fetches chan fetch // the peer's wishes; not where pull is false
 	window  window
 
 	// Owned by the sender.
@@ -103,7 +103,7 @@ type OutgoingStream struct {
 	// size comes first then, and chunks are asked for by index.
 	spool bytes.Buffer
 
-	mu       sync.Mutex   // held while something of the stream is queued, or stopped
+	mu       sync.Mutex   // held while something of the stream is queued, and while it is stopped
 	queued   [][]outFrame // those of which the writer may still have some, in order
 	opening  *call        // of TX_START
 	awaiting *call        // of TX_START or TX_FINISH, while its acknowledgement is due
@@ -291,7 +291,7 @@ func (st *OutgoingStream) keep(chunk []byte) error {
 	return nil
 }
 
-// sendChunk waits for room and queues a chunk.
+// sendChunk waits until the window has space for a chunk, and queues it.
 func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
 	if !st.window.acquire(len(chunk)) {
 		if err := st.waitForWindow(len(chunk)); err != nil {
@@ -346,8 +346,8 @@ func (st *OutgoingStream) failed(cause error) error {
 }
 
 // enqueue hands frames to the writer, unless the stream was stopped. Stopping ends the
-// stream's context first, and withdraws what is queued then under the same lock: so nothing
-// of a stream is queued behind the acknowledgement of its TX_CANCEL.
+// stream's context and withdraws what is queued under the same lock: so nothing of a stream
+// is queued behind the acknowledgement of its TX_CANCEL.
 func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -445,10 +445,10 @@ func (st *OutgoingStream) Abandon() { st.stop(errStreamAbandoned) }
 // comes later doesn't change the outcome any more.
 func (st *OutgoingStream) stop(cause error) {
 	defer st.s.outgoing.remove(st) // last: the TX_CANCEL of an unknown stream is acknowledged without a wait for this
-	st.unwatch()
-	st.cancel(cause)
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	st.unwatch()
+	st.cancel(cause)
 	if st.awaiting != nil {
 		st.s.pend.cancel(st.awaiting, st.cause())
 	}

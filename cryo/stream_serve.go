@@ -178,7 +178,9 @@ func (o *outgoingStreams) add(st *OutgoingStream) {
 	if st.pull = o.flow == wire.FlowPull; st.pull {
 		st.fetches = make(chan fetch, maxFetches)
 	}
+	st.mu.Lock()
 	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)
+	st.mu.Unlock()
 	o.open[st.tx] = st
 }
 

@@ -3,6 +3,7 @@ package cryo_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -177,7 +178,9 @@ func TestEverySendIsDoneAtTheEnd(t *testing.T) {
 						require.ErrorIs(t, err, net.ErrClosed)
 					}
 				}
-				require.NoError(t, unanswered.Wait(t.Context()).(*cryo.BatchError).Errs[1])
+				batch, ok := errors.AsType[*cryo.BatchError](unanswered.Wait(t.Context()))
+				require.True(t, ok)
+				require.NoError(t, batch.Errs[1], "it was acknowledged")
 				require.Zero(t, s.Awaited())
 			})
 		})

@@ -35,8 +35,11 @@ const maxFrameHeader = wire.AckHeaderSize + 12
 const maxIdleSlice = 16
 
 // writer is the queue of what a session sends, and writes it. Nobody waits for the network
-// here: whoever queues something and finds nobody writing becomes the writer. It tries a
-// small frame in place, and starts a goroutine for all else, which ends when nothing is left.
+// here: whoever queues something while nobody writes is the writer. It writes a small frame in
+// place, as far as the network takes it without waiting, and starts a goroutine for all else,
+// which ends when nothing is left. Each frame of data leaves the writer once, by
+// ackTable.released: copied, written, not written because of an error, withdrawn before it was
+// taken, or dropped when nothing is written any more.
 //
 // Its mutex may be locked by who holds a stream's. Who holds it locks no other but a
 // window's.
@@ -162,7 +165,7 @@ func (w *writer) controlLocked(f wire.Frame) {
 	w.unwritten += controlCost + len(f.Payload)
 }
 
-// pong answers a ping, or says unasked that we are alive.
+// pong queues the answer to a ping, or a keepalive that looks like one.
 func (w *writer) pong(number uint32) {
 	w.enqueue(func(*queue) {
 		if w.pongs == maxPongs {
@@ -173,7 +176,7 @@ func (w *writer) pong(number uint32) {
 	})
 }
 
-// ping asks for a sign of life, by WebSocket and, if wanted, by Cryo too.
+// ping queues a heartbeat: a ping of WebSocket and, if wanted, one of Cryo.
 func (w *writer) ping(cryo bool) {
 	number := w.acks.number()
 	w.enqueue(func(q *queue) {
@@ -232,6 +235,9 @@ func (w *writer) withdraw(frames []outFrame) {
 
 func (w *writer) compactLocked() {
 	w.queue.data = slices.DeleteFunc(w.queue.data, func(f *outFrame) bool { return f.is(frameReleased) })
+	if len(w.queue.data) == 0 {
+		w.queue.data = nil // it may have been long
+	}
 	w.withdrawn = 0
 }
 

@@ -125,6 +125,7 @@ func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
 	require.Equal(t, 1, ends)
 	end := errors.New("the end")
 	late := queueCalls(w, 1, 3)[0]
+	require.EqualValues(t, 3, late.left.Load(), "all are released")
 	w.cancel(late, end)
 	w.acks.end(end)
 	for _, c := range append(all, late) {
