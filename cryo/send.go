@@ -12,9 +12,9 @@ import (
 // Outgoing is a message to be sent.
 type Outgoing struct {
 	Kind Kind // KindText or KindBinary
-	// Payload is at most 16 MiB, and valid UTF-8 for KindText. It must not be
-	// changed before the send is over, or its context; then it may still be being
-	// written until [Sending.Done] is closed.
+	// Payload is at most 16 MiB, and valid UTF-8 for KindText. Its memory must not be
+	// changed until the send returns. After a send that its context has ended, it may
+	// still be being written; with StartBatch, until [Sending.Done] is closed.
 	Payload []byte
 }
 
@@ -84,13 +84,15 @@ type Sending struct {
 	call call
 }
 
-// Done is closed when it is known what has become of each message, and the memory of
-// their payloads is not in use any more.
+// Done is closed when each message is acknowledged, rejected or given up, and the memory
+// of the payloads is not in use any more.
 func (g *Sending) Done() <-chan struct{} { return g.call.done }
 
 // Wait waits for Done, and returns what [Session.SendBatch] does. When the context is
-// done before that, it withdraws the messages that are not written yet, and returns at
-// once: a payload may be in use then until Done is closed. Wait must be called.
+// done before that, it gives up what is not acknowledged, withdraws what is not written,
+// and returns at once; a payload may be in use then until Done is closed. A later Wait
+// returns the same. Wait must be called, because what is not given up is waited for until
+// the session ends.
 func (g *Sending) Wait(ctx context.Context) error {
 	if errs := g.s.await(ctx, &g.call); errs != nil {
 		return &BatchError{Errs: errs}
@@ -185,8 +187,8 @@ func (s *Session) sendFrame(ctx context.Context, f wire.Frame) error {
 }
 
 // start numbers the frames of a call, and queues them. In this order: no answer can come
-// for a number that nobody waits for. If the session ends in between, the frames are in the
-// table, and what isn't cancelled here its end settles.
+// for a number that nobody waits for. If the session ends in between, the writer drops the
+// frames, and either its end settles them or cancel does, whichever is first.
 func (s *Session) start(c *call) {
 	s.pend.register(c)
 	if !s.out.send(c.frames) {

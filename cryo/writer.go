@@ -354,7 +354,7 @@ func (w *writer) takeDataLocked() []*outFrame {
 			w.withdrawn--
 			continue
 		}
-		f.state.Or(frameTaken) // before any byte leaves: an answer that comes earlier is to nothing
+		f.state.Or(frameTaken) // before any byte leaves: an earlier answer is premature
 		size += wire.AckHeaderSize + len(f.Payload)
 		data[kept] = f
 		kept++

@@ -29,8 +29,8 @@ func queueCalls(w *writer, calls, frames int) (all []*call) {
 
 var errCancelled = errors.New("cancelled")
 
-// The others' places in the queue are empty, so that whoever looks at one of them panics. Only
-// compacting looks at all; it is known by a queue that is shorter, and has to be rare.
+// The pointers to other calls' frames are nil in the queue, so that a look at one of them
+// panics. Only compaction looks at all; it shows in a queue that is shorter, and must be rare.
 func TestCancellingASendCostsTimeInItsOwnFramesOnly(t *testing.T) {
 	t.Run("without compaction", func(t *testing.T) {
 		w := busyWriter()
