@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -138,4 +139,18 @@ func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
 	}
 	require.Equal(t, []error{end, end, end}, all[0].errs, "it was not answered")
 	require.Equal(t, []error{errCancelled, errCancelled, errCancelled}, all[19].errs)
+}
+
+// Otherwise an answer that comes in between would be one to a frame that was not sent, which
+// ends the session.
+func TestACancelledCallsNumbersAreGivenUpBeforeItsFramesAreWithdrawn(t *testing.T) {
+	w := busyWriter()
+	c := queueCalls(w, 1, 1)[0]
+	w.mu.Lock()
+	go w.cancel(c, errCancelled)
+	require.Eventually(t, func() bool {
+		return w.acks.answer(c.frames[0].Ack, nil) == answerLate
+	}, 10*time.Second, time.Millisecond)
+	w.mu.Unlock()
+	<-c.done
 }
