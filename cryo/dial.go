@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -58,6 +59,17 @@ type DialOptions struct {
 	ConnectTimeout time.Duration
 	// NetDial opens the network connection. Default: net.Dialer's.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+func (o DialOptions) withDefaults() DialOptions {
+	o.SessionOptions = o.SessionOptions.withDefaults()
+	if o.ConnectTimeout <= 0 {
+		o.ConnectTimeout = DefaultConnectTimeout
+	}
+	if o.SessionID == 0 {
+		o.SessionID = NewSessionID()
+	}
+	return o
 }
 
 // NewSessionID chooses a session id at random. It is never 0.
@@ -119,33 +131,49 @@ func checkQuery(query url.Values) error {
 // Dial opens a session with a Cryo server. It returns when the server has
 // acknowledged our ENDPOINT_INFO, so everything may be sent then. The context
 // bounds Dial, not the session. A refusal by the server is a [*HandshakeError].
+// Dial makes one attempt; a [Client] dials again.
 func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, error) {
 	var opts DialOptions
 	if options != nil {
 		opts = *options
 	}
-	opts.SessionOptions = opts.withDefaults()
-	opts.token = redact.New(opts.Token)
-	if opts.ConnectTimeout <= 0 {
-		opts.ConnectTimeout = DefaultConnectTimeout
-	}
-	if opts.SessionID == 0 {
-		opts.SessionID = NewSessionID()
-	}
-	u, query, err := parseURL(rawURL)
-	if err == nil {
-		err = checkQuery(opts.Query)
-	}
+	t, err := newTarget(rawURL, opts.Query)
 	if err != nil {
 		return nil, fmt.Errorf("dialling: %w", err)
 	}
-	maps.Copy(query, opts.Query)
-	target := (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	return t.dial(ctx, opts.withDefaults())
+}
 
+// target is the address of a server.
+type target struct {
+	url   *url.URL
+	query url.Values // the URL's and the options'
+}
+
+func newTarget(rawURL string, further url.Values) (*target, error) {
+	u, query, err := parseURL(rawURL)
+	if err == nil {
+		err = checkQuery(further)
+	}
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(query, further)
+	return &target{u, query}, nil
+}
+
+// String returns the address without its query, for errors and log lines.
+func (t *target) String() string {
+	return (&url.URL{Scheme: t.url.Scheme, Host: t.url.Host, Path: t.url.Path}).String()
+}
+
+// dial makes one attempt, with all options set.
+func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
+	opts.token = redact.New(opts.Token)
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
 		fmt.Errorf("no session after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
 	defer cancel()
-	s, err := dial(ctx, u, query, &opts)
+	s, err := t.open(ctx, &opts)
 	if err != nil {
 		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
 			<-ctx.Done() // the connection's deadline, which is the same, was faster
@@ -154,15 +182,17 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 		if _, refused := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !refused {
 			err = context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("dialling %s: %w", target, err)
+		return nil, fmt.Errorf("dialling %s: %w", t, err)
 	}
 	return s, nil
 }
 
-func dial(ctx context.Context, u *url.URL, query url.Values, opts *DialOptions) (*Session, error) {
+// open opens the WebSocket and the session.
+func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) {
+	query := maps.Clone(t.query)
 	query.Set(paramAuthorization, bearer+" "+opts.Token)
 	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
-	withQuery := *u
+	withQuery := *t.url
 	withQuery.RawQuery = query.Encode()
 	withQuery.Fragment = ""
 	conn, resp, err := ws.Dial(ctx, &withQuery, &ws.DialOptions{Header: opts.Header, TLS: opts.TLS, Proxy: opts.Proxy, NetDial: opts.NetDial}) //nolint:bodyclose // the library leaves nothing to close
@@ -175,6 +205,7 @@ func dial(ctx context.Context, u *url.URL, query url.Values, opts *DialOptions) 
 		<-s.done
 		return nil, fmt.Errorf("handshake of Cryo: %w", err)
 	}
+	s.acked.Store(false) // that was only the handshake's
 	return s, nil
 }
 
@@ -208,10 +239,24 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	text = token.Text(text) // again: it may have been broken into lines
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
+		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
 		Sentence:   redact.Cut(strings.ToValidUTF8(text, ""), maxSentence),
 		// Not of the sentence: the token may be a part of these words.
 		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}
+}
+
+// retryAfter returns the wait that a Retry-After asks for, in seconds or until a date
+// (RFC 9110, 10.2.3); 0 if it is neither, or over.
+func retryAfter(value string) time.Duration {
+	if date, err := http.ParseTime(value); err == nil {
+		return max(time.Until(date), 0)
+	}
+	seconds, err := strconv.ParseUint(value, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) { // the largest number stands for larger ones
+		return 0
+	}
+	return time.Duration(min(seconds, uint64(math.MaxInt64/time.Second))) * time.Second
 }
 
 func withoutMarkup(text string) string {

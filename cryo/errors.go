@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"time"
 )
 
 // Why a session ended. Every error that a session returns after its end wraps
@@ -41,7 +42,10 @@ var (
 type HandshakeError struct {
 	StatusCode int    // the HTTP status
 	Sentence   string // the body's text without markup and without the token
-	exists     bool   // by the body, the refusal is that the session exists
+	// RetryAfter is the time that the server asks to wait before the next attempt, by
+	// its header Retry-After. 0: it asks for none, or for what is over or malformed.
+	RetryAfter time.Duration
+	exists     bool // by the body, the refusal is that the session exists
 }
 
 func (e *HandshakeError) Error() string {

@@ -142,6 +142,7 @@ func (s *Session) isEnding() bool {
 func (s *Session) handle(f *wire.Frame) {
 	switch f.Type {
 	case wire.Ack:
+		s.acked.Store(true) // before the wait for it ends, or Dial could not take it back
 		s.handleAnswer(f, nil)
 		return
 	case wire.Error:

@@ -124,6 +124,7 @@ type Session struct {
 	paused     atomic.Bool               // nothing is read until messages are settled
 	resumed    atomic.Pointer[time.Time] // when reading last went on after a pause
 	peerKnown  chan struct{}             // closed when the peer's ENDPOINT_INFO has come
+	acked      atomic.Bool               // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
 	streamless atomic.Bool               // the peer's last ENDPOINT_INFO announces no streams
 	onEnd      func()                    // the server's; before done is closed
 	heartbeat  *time.Timer
