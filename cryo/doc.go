@@ -3,8 +3,9 @@
 //
 // # Usage
 //
-// [Dial] opens a session with a server; [Server] is an [net/http.Handler] that
-// accepts them. A [Session] sends with [Session.SendUTF8], [Session.SendBinary]
+// [Dial] opens a session with a server, and a [Client] another one when that is
+// lost; [Server] is an [net/http.Handler] that accepts them. A [Session] sends
+// with [Session.SendUTF8], [Session.SendBinary]
 // and [Session.SendBatch], which return when the peer has acknowledged, and
 // receives with [Session.Receive] and [Session.ReceiveBatch]. A received
 // message is acknowledged by [Message.Ack], when it has been delivered and not
@@ -18,10 +19,11 @@
 // delivered. A stream that was cut off never reads as a whole one: Read returns
 // [io.EOF] only after the sender said that nothing is missing.
 //
-// A session is one connection. A client that lost its own dials again, with the
-// same [DialOptions.SessionID] if it wants to be the same session for the
-// server. Numbers of messages belong to their connection: a message's Ack goes
-// to the session that it came from, or nowhere.
+// A session is one connection. A [Client] has one after the other, with the same
+// id for the server: [Client.Send] returns when the messages are acknowledged on
+// one of them, [Client.Await] returns the session to receive from. Numbers of
+// messages belong to their connection: a message's Ack goes to the session that
+// it came from, or nowhere.
 //
 // # Cancellation
 //

@@ -1,0 +1,454 @@
+package cryo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// The waits of a Client; see its comment.
+const (
+	ghostWait     = time.Second
+	tokenWait     = 30 * time.Second
+	firstWait     = 250 * time.Millisecond
+	maxWait       = 10 * time.Second
+	maxRetryAfter = 5 * time.Minute
+	minLifetime   = time.Second // of a session that is no failure
+)
+
+const (
+	// maxLost bounds the sessions that end one after the other while Client.Send waits for
+	// the acknowledgement of a message: the message may be what ends them.
+	maxLost = 10
+	// maxResendWait bounds the random wait before a message that two sessions have not
+	// acknowledged is sent on the next one. Another sender's message may be what ends them:
+	// at times, each of the others is sent before it.
+	maxResendWait = 200 * time.Millisecond
+)
+
+// ClientOptions are the options of a [Client]. A zero value means its default.
+type ClientOptions struct {
+	// DialOptions are those of each attempt. The session id stays the same: SessionID, or a
+	// random one that NewClient chooses. Logger also receives attempts that failed while
+	// Await or Send waited, at most one line a second.
+	DialOptions
+
+	// TokenFunc returns the token of an attempt, for tokens that expire or are rotated. It is
+	// called for each attempt, on a goroutine of the Client, never twice at the same time. Its
+	// context ends with ConnectTimeout and with Close, and it must return then. Its error is
+	// that of a failed attempt. Default: Token; it is an error to set both.
+	TokenFunc func(context.Context) (string, error)
+
+	// OnSession is called with each new session, before a method of the Client returns it,
+	// and OnSessionEnd when Done of that session is closed, before the next one is dialled. The
+	// calls alternate, on a goroutine of the Client that waits for them: start a goroutine
+	// for what takes long, such as receiving. They must not call Connect, Await, Send or
+	// Close of the Client. Default: none.
+	OnSession    func(*Session)
+	OnSessionEnd func(*Session)
+}
+
+// Client has sessions with one server, one at a time: when a session is wanted and there is
+// none, or it has ended, the Client dials, with the same session id as before. It never dials
+// without a caller who wants a session, and all of them share one attempt.
+//
+// A session that was lost is dialled again without a wait. After a failed attempt, the wait is
+//
+//   - the time that the server asks for by Retry-After, if it does, but at least 250 ms and at most
+//     5 minutes, and up to a quarter more at random;
+//   - else 1 s after [ErrSessionExists], which passes by itself, and 30 s after
+//     [ErrUnauthorized];
+//   - else 250 ms, doubled with each further failure up to 10 s, and shortened by up to a
+//     quarter at random.
+//
+// A session that ends within a second counts as a failed attempt of the last kind: as the first
+// one, if the peer has acknowledged something on it. A session that lasts longer lets the
+// waits begin at 250 ms again.
+//
+// What the server sends must be received, from each session; a Client that only sends sets
+// SendOnly.
+//
+// All methods may be called from any goroutine. A Client has at most one goroutine for a
+// session and one for an attempt, and none before the first attempt and after Close.
+type Client struct {
+	target *target
+	opts   ClientOptions
+	closed context.Context // done when Close is called; that of each attempt
+	close  context.CancelFunc
+
+	mu       sync.Mutex
+	session  *Session      // the last one; nil before the first
+	gone     chan struct{} // closed when session is over, and OnSessionEnd has returned
+	attempt  *attempt      // in flight; nil if none is
+	failures int           // in a row
+	due      time.Time     // earliest time of the next attempt
+	reports  rate.Sometimes
+}
+
+// attempt is one attempt to connect. Its callers wait under their own contexts, and it goes on
+// without them: others may come, and the session is there for the next.
+type attempt struct {
+	awaited bool          // a failure is returned to nobody, so it is logged; guarded by the Client's mu
+	done    chan struct{} // closed when the following are set
+	session *Session
+	err     error // a *RetryError, or errClientClosed
+}
+
+// RetryError is the failure of an attempt of a [Client] to connect. The next attempt may succeed.
+type RetryError struct {
+	Err   error         // of the attempt: that of Dial, or of TokenFunc
+	After time.Duration // time until the next attempt, from the failure on
+}
+
+func (e *RetryError) Error() string {
+	return fmt.Sprintf("%v (next attempt after %v)", e.Err, e.After.Round(time.Millisecond))
+}
+
+func (e *RetryError) Unwrap() error { return e.Err }
+
+// errClientClosed is the error of a Client that was closed.
+var errClientClosed error = &causedError{fmt.Errorf("client %w", ErrClosed), net.ErrClosed}
+
+// NewClient makes a Client for a server. It checks the URL and the options, and dials nothing.
+// The Client must be closed if it was used.
+func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
+	var opts ClientOptions
+	if options != nil {
+		opts = *options
+	}
+	t, err := newTarget(rawURL, opts.Query)
+	if err == nil && opts.Token != "" && opts.TokenFunc != nil {
+		err = errors.New("both Token and TokenFunc are set")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("making a client: %w", err)
+	}
+	opts.DialOptions = opts.DialOptions.withDefaults()
+	opts.Header = opts.Header.Clone()
+	closed, cancel := context.WithCancel(context.Background())
+	return &Client{
+		target: t, opts: opts, closed: closed, close: cancel,
+		reports: rate.Sometimes{First: 1, Interval: time.Second},
+	}, nil
+}
+
+// Session returns the session if one is connected, else nil.
+func (c *Client) Session() *Session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.sessionLocked()
+}
+
+func (c *Client) sessionLocked() *Session {
+	if c.session == nil || c.session.Err() != nil {
+		return nil
+	}
+	return c.session
+}
+
+// Connect returns the session if one is connected. Else it waits until the last session is
+// over and the next attempt is due, and returns its result: a session or a [*RetryError], with
+// the time until the attempt after it. The context bounds the wait and not the attempt, whose
+// session the next caller gets. After Close the error is [ErrClosed].
+func (c *Client) Connect(ctx context.Context) (*Session, error) { return c.connect(ctx, false) }
+
+// Await is Connect until an attempt succeeds, the context is done, or the Client is closed. The
+// error wraps that of the last attempt, too. An attempt that fails is logged, and followed by
+// another one whatever its error is: a token can become valid again. Use Connect to decide
+// otherwise.
+//
+// To receive, receive from the session until it has ended, and await the next one. Where other
+// goroutines await sessions as well, a session may come and go unseen in between: use OnSession
+// of [ClientOptions] to see each.
+func (c *Client) Await(ctx context.Context) (*Session, error) {
+	var last *RetryError
+	for {
+		s, err := c.connect(ctx, true)
+		failed, ok := err.(*RetryError) //nolint:errorlint // an attempt's; a context's cause may wrap another
+		switch {
+		case ok:
+			last = failed
+		case err != nil && last != nil:
+			return nil, fmt.Errorf("%w; the last attempt: %w", err, last.Err)
+		default:
+			return s, err
+		}
+	}
+}
+
+func (c *Client) connect(ctx context.Context, awaited bool) (*Session, error) {
+	s, a, err := c.join(ctx, awaited)
+	if a == nil {
+		return s, err
+	}
+	select {
+	case <-a.done:
+		return a.session, a.err
+	case <-ctx.Done():
+		return nil, c.waitError(ctx)
+	}
+}
+
+// join returns the session that is connected, or the attempt in flight, which it begins if
+// there is none.
+func (c *Client) join(ctx context.Context, awaited bool) (*Session, *attempt, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed.Err() != nil {
+		return nil, nil, errClientClosed
+	}
+	if ctx.Err() != nil {
+		return nil, nil, c.waitError(ctx)
+	}
+	if s := c.sessionLocked(); s != nil {
+		return s, nil, nil
+	}
+	if c.attempt == nil {
+		c.attempt = &attempt{done: make(chan struct{})}
+		go c.run(c.attempt, c.gone)
+	}
+	c.attempt.awaited = c.attempt.awaited || awaited
+	return nil, c.attempt, nil
+}
+
+func (c *Client) waitError(ctx context.Context) error {
+	return fmt.Errorf("waiting for a session with %s: %w", c.target, contextError(ctx))
+}
+
+// run makes an attempt, and follows its session until that is over.
+func (c *Client) run(a *attempt, lastGone <-chan struct{}) {
+	s, err := c.dial(lastGone)
+	began := time.Now()
+	if s != nil && c.opts.OnSession != nil {
+		c.opts.OnSession(s)
+	}
+	gone := make(chan struct{})
+	c.mu.Lock()
+	c.attempt = nil
+	switch {
+	case s != nil: // even after Close, which waits for the attempt and closes its session
+		c.session, c.gone = s, gone
+	case c.closed.Err() != nil:
+		err = errClientClosed
+	default:
+		err = c.failedLocked(err)
+	}
+	report := err != nil && a.awaited && c.closed.Err() == nil
+	c.mu.Unlock()
+	if report {
+		c.report(err)
+	}
+	a.session, a.err = s, err
+	close(a.done)
+	if s != nil {
+		c.follow(s, began)
+		close(gone)
+	}
+}
+
+// dial waits until nothing is left of the last session, which the server would reject this
+// one for, and until the attempt is due. Then it makes it.
+func (c *Client) dial(lastGone <-chan struct{}) (*Session, error) {
+	if lastGone != nil {
+		select {
+		case <-lastGone:
+		case <-c.closed.Done():
+			return nil, errClientClosed
+		}
+	}
+	c.mu.Lock()
+	due := c.due
+	c.mu.Unlock()
+	if !pause(c.closed, time.Until(due)) {
+		return nil, errClientClosed
+	}
+	opts := c.opts.DialOptions
+	if c.opts.TokenFunc != nil {
+		ctx, cancel := context.WithTimeout(c.closed, opts.ConnectTimeout)
+		defer cancel()
+		var err error
+		if opts.Token, err = c.opts.TokenFunc(ctx); err != nil {
+			return nil, fmt.Errorf("dialling %s: token: %w", c.target, err)
+		}
+	}
+	return c.target.dial(c.closed, opts)
+}
+
+// follow waits for the end of a session, and decides from it when the next attempt is due.
+func (c *Client) follow(s *Session, began time.Time) {
+	<-s.Ending()
+	ended := time.Now()
+	<-s.Done() // all acknowledgements have been read
+	if c.opts.OnSessionEnd != nil {
+		c.opts.OnSessionEnd(s)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	short := ended.Sub(began) < minLifetime
+	if !short || s.acked.Load() {
+		c.failures = 0
+	}
+	if short {
+		c.due = ended.Add(c.backOffLocked())
+	}
+}
+
+// failedLocked sets when the attempt after one that failed is due.
+func (c *Client) failedLocked(err error) error {
+	var (
+		wait   time.Duration
+		denied *HandshakeError
+	)
+	switch {
+	case errors.As(err, &denied) && denied.RetryAfter > 0:
+		wait = min(max(denied.RetryAfter, firstWait), maxRetryAfter)
+		wait += rand.N(wait / 4) //nolint:gosec // no secret
+	case errors.Is(err, ErrSessionExists):
+		wait = ghostWait
+	case errors.Is(err, ErrUnauthorized):
+		wait = tokenWait
+	default:
+		wait = c.backOffLocked()
+	}
+	c.due = time.Now().Add(wait)
+	return &RetryError{Err: err, After: wait}
+}
+
+// backOffLocked counts a failure and returns the wait until the next attempt.
+func (c *Client) backOffLocked() time.Duration {
+	wait := min(firstWait<<min(c.failures, 10), maxWait)
+	c.failures++
+	return wait - rand.N(wait/4) //nolint:gosec // no secret
+}
+
+// report logs a failed attempt. Logging is outside of the limit's lock: a handler may call the
+// Client.
+func (c *Client) report(err error) {
+	due := false
+	c.reports.Do(func() { due = true })
+	if due {
+		c.opts.Logger.Warn("Connecting failed, retrying (at most one such line a second)", "error", err)
+	}
+}
+
+// Send sends messages in order, on the session that is connected or on the next one, and
+// waits until each is acknowledged. When the session ends before that, those that it has not
+// acknowledged are sent again on the next session: they may arrive twice. The context bounds all of it.
+//
+// A [*BatchError] names the messages that were not acknowledged, and why: a [*RejectedError], or a
+// message that can't be sent, neither of which is sent again; the context's error and its cause;
+// [ErrClosed] after Close; or the end of the last of 10 sessions on which it was sent and that
+// ended, one after the other, without acknowledging or rejecting any of what was left: the
+// message may be what ends them.
+func (c *Client) Send(ctx context.Context, messages []Outgoing) error {
+	errs := make([]error, len(messages))
+	left := make([]int, len(messages)) // indexes of messages without a verdict
+	for i := range left {
+		left[i] = i
+	}
+	for lost := 0; len(left) > 0; {
+		s, err := c.Await(ctx)
+		if err != nil {
+			for _, i := range left {
+				errs[i] = afterLoss(errs[i], err)
+			}
+			break
+		}
+		if lost > 1 {
+			pause(ctx, rand.N(maxResendWait)) //nolint:gosec // no secret
+		}
+		if s.Err() != nil {
+			continue // nothing of it was sent there
+		}
+		before := len(left)
+		left = sendLeft(ctx, s, messages, left, errs)
+		if lost++; len(left) < before {
+			lost = 1
+		}
+		if lost == maxLost {
+			for _, i := range left {
+				errs[i] = fmt.Errorf("%d sessions have ended without acknowledging it, the last: %w", maxLost, errs[i])
+			}
+			break
+		}
+	}
+	for _, err := range errs {
+		if err != nil {
+			return &BatchError{Errs: errs}
+		}
+	}
+	return nil
+}
+
+// sendLeft sends the messages with these indexes on a session. It sets their errors, and
+// returns the indexes of those that have no verdict because the session has ended.
+func sendLeft(ctx context.Context, s *Session, messages []Outgoing, left []int, errs []error) []int {
+	part := messages
+	if len(left) < len(messages) {
+		part = make([]Outgoing, len(left))
+		for at, i := range left {
+			part[at] = messages[i]
+		}
+	}
+	err := s.SendBatch(ctx, part)
+	failed, isBatch := errors.AsType[*BatchError](err)
+	lost := left[:0]
+	for at, i := range left {
+		errs[i] = err
+		if isBatch {
+			errs[i] = failed.Errs[at]
+		}
+		if _, ended := errors.AsType[*endedError](errs[i]); ended {
+			lost = append(lost, i)
+		}
+	}
+	return lost
+}
+
+// afterLoss is the error of a message for which no session came; lost is the end of the
+// session on which it was sent, nil if it was not.
+func afterLoss(lost, err error) error {
+	if lost == nil {
+		return err
+	}
+	return fmt.Errorf("%w; %w", lost, err)
+}
+
+// Close ends the attempt in flight and all that waits for a session, and closes the session as
+// [Session.Close] does. It returns when the goroutines of the Client are gone, and may be
+// called more than once. Its error is the context's. The Client dials no more.
+func (c *Client) Close(ctx context.Context, reason string) error {
+	c.close()
+	c.mu.Lock()
+	a := c.attempt
+	c.mu.Unlock()
+	if a != nil {
+		<-a.done
+	}
+	c.mu.Lock()
+	s, gone := c.session, c.gone
+	c.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	err := s.Close(ctx, reason)
+	<-gone
+	return err
+}
+
+// pause waits, and reports whether the context was done before the wait was over.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return ctx.Err() == nil
+}
