@@ -2,18 +2,12 @@ package cryo
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
-	"maps"
 	"math"
 	"os"
-	"slices"
 	"strings"
-	"sync"
 	"time"
-
-	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // maxFetches is how many TX_FETCH of one stream wait to be served; more are
@@ -151,91 +145,4 @@ func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
 	case <-st.ctx.Done():
 		return fetch{}, st.cause()
 	}
-}
-
-// outgoingStreams are those that this end sends on a session.
-type outgoingStreams struct {
-	mu     sync.Mutex
-	nextTx uint32
-	flow   Flow // as the peer has asked for
-	open   map[uint32]*OutgoingStream
-}
-
-func newOutgoingStreams() *outgoingStreams {
-	return &outgoingStreams{open: make(map[uint32]*OutgoingStream)}
-}
-
-// add gives a stream its number, and how it has to be sent. It is complete when
-// it becomes known: the peer may name a number before it was told.
-func (o *outgoingStreams) add(st *OutgoingStream) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for o.open[o.nextTx] != nil {
-		o.nextTx++
-	}
-	st.tx = o.nextTx
-	o.nextTx++
-	if st.pull = o.flow == wire.FlowPull; st.pull {
-		st.fetches = make(chan fetch, maxFetches)
-	}
-	st.mu.Lock()
-	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)
-	st.mu.Unlock()
-	o.open[st.tx] = st
-}
-
-func (o *outgoingStreams) remove(st *OutgoingStream) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.open[st.tx] == st {
-		delete(o.open, st.tx)
-	}
-}
-
-// stopAll ends all streams for a reason.
-func (o *outgoingStreams) stopAll(cause error) {
-	o.mu.Lock()
-	open := slices.Collect(maps.Values(o.open))
-	o.mu.Unlock()
-	for _, st := range open {
-		st.stop(cause)
-	}
-}
-
-// setFlow counts for the streams that are opened from then on.
-func (o *outgoingStreams) setFlow(flow Flow) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.flow = flow
-}
-
-// cancelled is the peer's TX_CANCEL. It reports false for a stream of which the peer
-// can't know yet. Reading goroutine.
-func (o *outgoingStreams) cancelled(tx uint32) bool {
-	st := o.find(tx)
-	switch {
-	case st == nil:
-		return true
-	case !st.announced():
-		return false
-	default:
-		st.stop(ErrStreamCancelled)
-		return true
-	}
-}
-
-// fetched is the peer's TX_FETCH. Reading goroutine.
-func (o *outgoingStreams) fetched(tx, start, end uint32) {
-	if st := o.find(tx); st != nil && st.pull {
-		select {
-		case st.fetches <- fetch{start, end}:
-		default:
-		}
-	}
-}
-
-func (o *outgoingStreams) find(tx uint32) *OutgoingStream {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.open[tx]
 }

@@ -60,49 +60,6 @@ func (s *Session) LimitStreams(limits StreamLimits) {
 	s.incoming.changedLocked()
 }
 
-// AcceptStream waits for the next stream that the peer announces, of one of the
-// names, or of any if there are none. The peer sends nothing of it before the
-// first Read. While [StreamLimits.MaxOpenStreams] are open, it waits. At most
-// 256 streams wait to be accepted; more are cancelled. After the end of the
-// session there are none: those that nobody has accepted hold no data.
-func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
-	for {
-		if err := s.Err(); err != nil {
-			return nil, err
-		}
-		st, changed := s.incoming.accept(names)
-		if st != nil {
-			return st, nil
-		}
-		select {
-		case <-changed:
-		case <-s.ending:
-			return nil, s.Err()
-		case <-ctx.Done():
-			return nil, contextError(ctx)
-		}
-	}
-}
-
-// SetIncomingFlowControl tells the peer how to send the streams that it opens
-// from then on, and waits for its acknowledgement (TX_FLOW). With FlowPull the
-// peer announces each stream's size and sends a chunk only when it is wanted,
-// at the price of a round trip a chunk. The published Node client can't be
-// pulled from: it stops working.
-func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
-	switch flow {
-	case wire.FlowPush:
-	case wire.FlowPull:
-		s.incoming.pull()
-	default:
-		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
-	}
-	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}); err != nil {
-		return fmt.Errorf("setting the flow control: %w", err)
-	}
-	return nil
-}
-
 // incomingStreams are those that the peer sends on a session.
 type incomingStreams struct {
 	s *Session
@@ -310,4 +267,91 @@ func (in *incomingStreams) refuse() {
 // cancel says TX_CANCEL, which names the peer's transaction.
 func (s *Session) cancel(tx uint32) bool {
 	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: s.pend.number(), Tx: tx})
+}
+
+// outgoingStreams are those that this end sends on a session.
+type outgoingStreams struct {
+	mu     sync.Mutex
+	nextTx uint32
+	flow   Flow // as the peer has asked for
+	open   map[uint32]*OutgoingStream
+}
+
+func newOutgoingStreams() *outgoingStreams {
+	return &outgoingStreams{open: make(map[uint32]*OutgoingStream)}
+}
+
+// add gives a stream its number, and how it has to be sent. It is complete when
+// it becomes known: the peer may name a number before it was told.
+func (o *outgoingStreams) add(st *OutgoingStream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for o.open[o.nextTx] != nil {
+		o.nextTx++
+	}
+	st.tx = o.nextTx
+	o.nextTx++
+	if st.pull = o.flow == wire.FlowPull; st.pull {
+		st.fetches = make(chan fetch, maxFetches)
+	}
+	st.mu.Lock()
+	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)
+	st.mu.Unlock()
+	o.open[st.tx] = st
+}
+
+func (o *outgoingStreams) remove(st *OutgoingStream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open[st.tx] == st {
+		delete(o.open, st.tx)
+	}
+}
+
+// stopAll ends all streams for a reason.
+func (o *outgoingStreams) stopAll(cause error) {
+	o.mu.Lock()
+	open := slices.Collect(maps.Values(o.open))
+	o.mu.Unlock()
+	for _, st := range open {
+		st.stop(cause)
+	}
+}
+
+// setFlow counts for the streams that are opened from then on.
+func (o *outgoingStreams) setFlow(flow Flow) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.flow = flow
+}
+
+// cancelled is the peer's TX_CANCEL. It reports false for a stream of which the peer
+// can't know yet. Reading goroutine.
+func (o *outgoingStreams) cancelled(tx uint32) bool {
+	st := o.find(tx)
+	switch {
+	case st == nil:
+		return true
+	case !st.announced():
+		return false
+	default:
+		st.stop(ErrStreamCancelled)
+		return true
+	}
+}
+
+// fetched is the peer's TX_FETCH. Reading goroutine.
+func (o *outgoingStreams) fetched(tx, start, end uint32) {
+	if st := o.find(tx); st != nil && st.pull {
+		select {
+		case st.fetches <- fetch{start, end}:
+		default:
+		}
+	}
+}
+
+func (o *outgoingStreams) find(tx uint32) *OutgoingStream {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.open[tx]
 }

@@ -1,0 +1,123 @@
+package cryo
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
+
+// What a session's user calls for streams.
+
+// OpenStream announces a stream and returns when the peer has taken it, so that
+// chunks may follow. The context bounds the whole stream, Finish included; when
+// it ends, the stream is abandoned.
+//
+// If the peer's ENDPOINT_INFO announces no streams, OpenStream returns
+// [ErrStreamsUnsupported].
+//
+// If the peer has asked to pull (TX_FLOW), nothing is announced before Finish:
+// what is written is kept in memory, up to MaxSpoolBytes.
+func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
+	st, err := s.newStream(ctx, options)
+	if err != nil || st.pull {
+		return st, err
+	}
+	if err := st.start(-1); err != nil {
+		st.Abandon()
+		return nil, err
+	}
+	return st, nil
+}
+
+// SendStream sends all that the source has as one stream, and returns when the
+// peer has acknowledged the whole. If the source fails, its error is returned
+// and the stream abandoned; a source that blocks is not interrupted. See ReadFrom
+// for a [*bytes.Reader], and OpenStream for a peer without streams.
+//
+// When the peer pulls, the stream's size is announced first. It is known of a regular
+// file, a [*bytes.Reader], a [*strings.Reader], and an [*io.SectionReader] of one of
+// these: they are read as the peer asks, and the stream fails if they have more or
+// fewer bytes by then. Any other source is read to its end first, and kept in memory,
+// up to MaxSpoolBytes.
+func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
+	st, err := s.newStream(ctx, options)
+	if err != nil {
+		return err
+	}
+	defer st.Abandon()
+	if st.pull {
+		if indexed, ok := indexedSource(source); ok {
+			return st.serve(indexed)
+		}
+	} else if err := st.start(-1); err != nil {
+		return err
+	}
+	if _, err := st.ReadFrom(source); err != nil {
+		return err
+	}
+	return st.Finish()
+}
+
+func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
+	var opts StreamOptions
+	if options != nil {
+		opts = *options
+	}
+	opts, err := opts.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	st := &OutgoingStream{s: s, parent: ctx, opts: opts, window: window{freed: make(chan struct{}, 1)}}
+	st.ctx, st.cancel = context.WithCancelCause(ctx)
+	s.outgoing.add(st)
+	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
+		st.stop(ErrStreamsUnsupported)
+		return nil, st.failed(ErrStreamsUnsupported)
+	}
+	return st, nil
+}
+
+// AcceptStream waits for the next stream that the peer announces, of one of the
+// names, or of any if there are none. The peer sends nothing of it before the
+// first Read. While [StreamLimits.MaxOpenStreams] are open, it waits. At most
+// 256 streams wait to be accepted; more are cancelled. After the end of the
+// session there are none: those that nobody has accepted hold no data.
+func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
+	for {
+		if err := s.Err(); err != nil {
+			return nil, err
+		}
+		st, changed := s.incoming.accept(names)
+		if st != nil {
+			return st, nil
+		}
+		select {
+		case <-changed:
+		case <-s.ending:
+			return nil, s.Err()
+		case <-ctx.Done():
+			return nil, contextError(ctx)
+		}
+	}
+}
+
+// SetIncomingFlowControl tells the peer how to send the streams that it opens
+// from then on, and waits for its acknowledgement (TX_FLOW). With FlowPull the
+// peer announces each stream's size and sends a chunk only when it is wanted,
+// at the price of a round trip a chunk. The published Node client can't be
+// pulled from: it stops working.
+func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
+	switch flow {
+	case wire.FlowPush:
+	case wire.FlowPull:
+		s.incoming.pull()
+	default:
+		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
+	}
+	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}); err != nil {
+		return fmt.Errorf("setting the flow control: %w", err)
+	}
+	return nil
+}
