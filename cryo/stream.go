@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -17,14 +18,19 @@ import (
 // If the peer's ENDPOINT_INFO announces no streams, OpenStream returns
 // [ErrStreamsUnsupported].
 //
-// If the peer has asked to pull (TX_FLOW), nothing is announced before Finish:
-// what is written is kept in memory, up to MaxSpoolBytes.
+// If the peer has asked to pull (TX_FLOW), it returns [ErrPeerPulls]: the size has to
+// be announced first. Use SendStream then.
 func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
 	st, err := s.newStream(ctx, options)
-	if err != nil || st.pull {
-		return st, err
+	if err != nil {
+		return nil, err
 	}
-	if err := st.start(-1); err != nil {
+	if st.pull {
+		err = st.failed(cmp.Or(st.ended(), ErrPeerPulls))
+	} else {
+		err = st.start(-1)
+	}
+	if err != nil {
 		st.Abandon()
 		return nil, err
 	}
@@ -36,11 +42,10 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 // and the stream abandoned; a source that blocks is not interrupted. See ReadFrom
 // for a [*bytes.Reader], and OpenStream for a peer without streams.
 //
-// When the peer pulls, the stream's size is announced first. It is known of a regular
-// file, a [*bytes.Reader], a [*strings.Reader], and an [*io.SectionReader] of one of
-// these: they are read as the peer asks, and the stream fails if they have more or
-// fewer bytes by then. Any other source is read to its end first, and kept in memory,
-// up to MaxSpoolBytes.
+// When the peer pulls, the stream's size is announced first, so the source must be a
+// regular file, a [*bytes.Reader], a [*strings.Reader], or an [*io.SectionReader] of one
+// of these; any other is [ErrNotSeekable]. It is read as the peer asks, and the stream
+// fails if it has more or fewer bytes by then.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
 	st, err := s.newStream(ctx, options)
 	if err != nil {
@@ -48,10 +53,13 @@ func (s *Session) SendStream(ctx context.Context, source io.Reader, options *Str
 	}
 	defer st.Abandon()
 	if st.pull {
-		if indexed, ok := indexedSource(source); ok {
-			return st.serve(indexed)
+		x, ok := indexedSource(source)
+		if !ok {
+			return st.failed(ErrNotSeekable)
 		}
-	} else if err := st.start(-1); err != nil {
+		return st.serve(x)
+	}
+	if err := st.start(-1); err != nil {
 		return err
 	}
 	if _, err := st.ReadFrom(source); err != nil {

@@ -15,8 +15,7 @@ import (
 
 // Defaults and bounds of [StreamOptions].
 const (
-	DefaultChunkBytes    = 64 << 10
-	DefaultMaxSpoolBytes = 64 << 20
+	DefaultChunkBytes = 64 << 10
 
 	maxStreamName = 1024 // bytes
 
@@ -36,6 +35,16 @@ var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 // announce streams. A peer that has sent no ENDPOINT_INFO may still accept streams.
 var ErrStreamsUnsupported = errors.New("the peer does not support streams: its ENDPOINT_INFO does not announce them")
 
+// Returned for a stream to a peer that has asked to pull (TX_FLOW): its size has to be
+// announced first, and its chunks are asked for by index.
+var (
+	// ErrPeerPulls: OpenStream doesn't know the size. Use SendStream.
+	ErrPeerPulls = errors.New("the peer pulls streams: their size must be known")
+	// ErrNotSeekable: the source of SendStream is neither a regular file nor in memory,
+	// or has another size than it reports.
+	ErrNotSeekable = errors.New("the peer pulls streams: their source must be a regular file or in memory")
+)
+
 var errStreamAbandoned = errors.New("the stream was abandoned, or is finished")
 
 // StreamOptions are what the sender of a stream can set. A zero value means its
@@ -53,9 +62,6 @@ type StreamOptions struct {
 	// TX_FINISH's acknowledgement. Who waits for longer gets an error that is
 	// a [context.DeadlineExceeded]. Default: the context alone.
 	StepTimeout time.Duration
-	// MaxSpoolBytes bounds what is kept in memory when the receiver pulls and
-	// the size of the source is not known; a longer one fails. Default 64 MiB.
-	MaxSpoolBytes int
 }
 
 func (o StreamOptions) withDefaults() (StreamOptions, error) {
@@ -64,9 +70,6 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 	}
 	if o.ChunkBytes == 0 {
 		o.ChunkBytes = DefaultChunkBytes
-	}
-	if o.MaxSpoolBytes == 0 {
-		o.MaxSpoolBytes = DefaultMaxSpoolBytes
 	}
 	if len(o.Name) > maxStreamName {
 		return o, fmt.Errorf("the stream's name has %d bytes, at most %d are possible", len(o.Name), maxStreamName)
@@ -96,12 +99,7 @@ type OutgoingStream struct {
 	pull    bool
 	fetches chan fetch // the peer's wishes; not where pull is false
 	window  window
-
-	// Owned by the sender.
-	seq uint32 // the next chunk's
-	// spool keeps what is written until Finish where the receiver pulls: the
-	// size comes first then, and chunks are asked for by index.
-	spool bytes.Buffer
+	seq     uint32 // the next chunk's; owned by the sender
 
 	mu       sync.Mutex   // held while something of the stream is queued, and while it is stopped
 	queued   [][]outFrame // those of which the writer may still have some, in order
@@ -169,11 +167,9 @@ func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
 		n, err := source.Read(buf)
 		if n > 0 {
 			chunk := buf[:n]
-			switch {
-			case st.pull: // copied to the spool
-			case n < len(buf)/2:
+			if n < len(buf)/2 {
 				chunk = bytes.Clone(chunk) // a small one must not keep much
-			default:
+			} else {
 				buf = nil
 			}
 			if err := st.write(chunk); err != nil {
@@ -195,31 +191,15 @@ func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
 	}
 }
 
-// write sends a chunk and keeps its memory, or copies it where the peer pulls.
-// What could not be written is missing, so the stream ends with that.
+// write sends a chunk and keeps its memory. What could not be written is missing, so
+// the stream ends with that.
 func (st *OutgoingStream) write(chunk []byte) error {
-	var err error
-	if st.pull {
-		err = st.keep(chunk)
-	} else {
-		err = st.sendChunk(st.seq, chunk)
-		st.seq++
-	}
+	err := st.sendChunk(st.seq, chunk)
+	st.seq++
 	if err != nil {
 		st.stop(err)
 	}
 	return err
-}
-
-func (st *OutgoingStream) keep(chunk []byte) error {
-	if err := st.ended(); err != nil {
-		return st.failed(err)
-	}
-	if st.spool.Len()+len(chunk) > st.opts.MaxSpoolBytes {
-		return fmt.Errorf("the peer pulls the stream %q, and the size of its source is not known: only %d bytes of it are kept", st.opts.Name, st.opts.MaxSpoolBytes)
-	}
-	st.spool.Write(chunk)
-	return nil
 }
 
 // sendChunk waits until the window has space for a chunk, and queues it.
@@ -313,13 +293,6 @@ func (st *OutgoingStream) announced() bool {
 // never whole. An [ErrStreamCancelled] is the peer's refusal.
 func (st *OutgoingStream) Finish() error {
 	defer st.Abandon()
-	if st.pull {
-		return st.serve(&indexed{bytes.NewReader(st.spool.Bytes()), 0, int64(st.spool.Len())})
-	}
-	return st.finish()
-}
-
-func (st *OutgoingStream) finish() error {
 	if err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxFinish, Tx: st.tx}); err != nil {
 		return fmt.Errorf("finishing the stream %q: %w", st.opts.Name, err)
 	}

@@ -24,7 +24,7 @@ type traffic struct {
 
 type streamPlan struct {
 	Size, Chunk, Read int  // bytes: in all, of a chunk, at a time at the other end
-	Indexed           bool // the source can be read by index
+	Indexed           bool // the source can be read by index, as it must be where it is pulled
 	Reject            bool
 }
 
@@ -60,8 +60,8 @@ func TestStreamsAndMessagesArriveIntactAndInOrder(t *testing.T) {
 				}
 			}
 			problem = errors.Join(run(
-				client.send(t, p.client), client.receive(t, p.server),
-				server.send(t, p.server), server.receive(t, p.client),
+				client.send(t, p.client, pulls == "server" || pulls == "both"), client.receive(t, p.server),
+				server.send(t, p.server, pulls == "client" || pulls == "both"), server.receive(t, p.client),
 			)...)
 		})
 		if problem != nil {
@@ -93,11 +93,11 @@ func run(jobs ...[]func() error) (errs []error) {
 
 func (p *streamPlan) data() []byte { return noise(p.Size) }
 
-func (plan traffic) send(t *testing.T, s *cryo.Session) (jobs []func() error) {
+func (plan traffic) send(t *testing.T, s *cryo.Session, pulled bool) (jobs []func() error) {
 	for i, p := range plan.Streams {
 		jobs = append(jobs, func() error {
 			var source io.Reader = bytes.NewReader(p.data())
-			if !p.Indexed {
+			if !p.Indexed && !pulled {
 				source = io.MultiReader(source)
 			}
 			err := s.SendStream(t.Context(), source, &cryo.StreamOptions{Name: fmt.Sprint(i), ChunkBytes: p.Chunk})

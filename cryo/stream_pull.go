@@ -36,11 +36,13 @@ func indexedSource(source io.Reader) (*indexed, bool) {
 		io.Seeker
 	})
 	from, err := at.Seek(0, io.SeekCurrent)
-	if err != nil || size <= from {
+	if err != nil {
 		return nil, false
 	}
-	var last [2]byte
-	if n, err := at.ReadAt(last[:], size-1); n != 1 || err != io.EOF { //nolint:errorlint // a source's own
+	size = max(size, from) // behind the end there is nothing
+	last := max(from, size-1)
+	var probe [2]byte
+	if n, err := at.ReadAt(probe[:], last); int64(n) != size-last || err != io.EOF { //nolint:errorlint // a source's own
 		return nil, false
 	}
 	if _, err := at.Seek(size, io.SeekStart); err != nil {
@@ -124,7 +126,7 @@ func (st *OutgoingStream) serve(x *indexed) error {
 			}
 		}
 		if asked.end >= count {
-			return st.finish()
+			return st.Finish()
 		}
 		if int64(asked.end) > reached {
 			reached = int64(asked.end)

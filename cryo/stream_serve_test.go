@@ -120,7 +120,7 @@ func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
 		setFlow(peer, cryo.FlowPull)
 		past := strings.NewReader("abc")
 		_, _ = past.Seek(10, io.SeekStart)
-		for tx, source := range []io.Reader{strings.NewReader(""), io.MultiReader(), past} {
+		for tx, source := range []io.Reader{strings.NewReader(""), file(t, ""), past} {
 			send := start(func() error { return s.SendStream(t.Context(), source, nil) })
 			f := peer.WantType("TX_START", wire.TxStart)
 			require.Zero(t, f.Size)
@@ -169,21 +169,17 @@ func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantIdle("a pushed stream can't be pulled", instant)
 
-		pulled, err := s.OpenStream(t.Context(), nil)
-		require.NoError(t, err)
-		setFlow(peer, cryo.FlowPush)
-		_, err = io.WriteString(pulled, "later")
-		require.NoError(t, err)
-		peer.WantIdle("not announced before its size is known", time.Hour)
-		finish := start(pulled.Finish)
+		sending := start(func() error { return s.SendStream(t.Context(), strings.NewReader("later"), nil) })
 		f := peer.WantType("TX_START", wire.TxStart)
 		require.Equal(t, int32(5), f.Size)
+		setFlow(peer, cryo.FlowPush)
 		peer.Ack(f)
+		peer.WantIdle("no chunk that was not asked for", time.Hour)
 		peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
 		peer.WantFrame("TX_FETCH acknowledged", cryotest.Acked(1))
 		peer.WantFrame("the chunk", txChunk(f.Tx, 0, "later"))
 		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
-		finish.wantSuccess(t)
+		sending.wantSuccess(t)
 
 		_, tx = opening(t, s, peer, nil)
 		require.Equal(t, uint32(2), tx)
@@ -229,31 +225,21 @@ func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 	})
 }
 
-func TestWhatCanNotBeReadAgainIsKeptWithinABound(t *testing.T) {
+func TestNoStreamIsOpenedForWritingToAPeerThatPulls(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, cryo.FlowPull)
-		opts := &cryo.StreamOptions{MaxSpoolBytes: 10}
-		err := s.SendStream(t.Context(), io.MultiReader(strings.NewReader("0123456789a")), opts)
-		require.ErrorContains(t, err, "only 10 bytes of it are kept")
-
-		st, err := s.OpenStream(t.Context(), opts)
-		require.NoError(t, err)
-		_, err = st.Write([]byte("0123456789"))
-		require.NoError(t, err)
-		_, err = st.Write([]byte("a"))
-		require.ErrorContains(t, err, "only 10 bytes of it are kept")
-		require.ErrorContains(t, st.Finish(), "only 10 bytes of it are kept")
-		peer.WantIdle("neither was announced", time.Hour)
-
-		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader("0123456789a"), opts) })
-		require.Equal(t, int32(11), peer.WantType("TX_START of what can be read again", wire.TxStart).Size)
-		send.wantBlocked(t)
+		_, err := s.OpenStream(t.Context(), &cryo.StreamOptions{Name: "log"})
+		require.ErrorIs(t, err, cryo.ErrPeerPulls)
+		require.EqualError(t, err, `sending the stream "log": the peer pulls streams: their size must be known`)
+		peer.WantIdle("nothing is announced", time.Hour)
+		setFlow(peer, cryo.FlowPush)
+		opening(t, s, peer, nil)
 	})
 }
 
 // Only where it is known what a source has may its size be announced. Others say that
 // they have nothing, or would have to be believed.
-func TestASourceWhoseSizeIsNotKnownIsReadBeforeItIsAnnounced(t *testing.T) {
+func TestASourceWhoseSizeIsNotKnownIsOnlyPushed(t *testing.T) {
 	open := func(name string) func(*testing.T) (io.Reader, string) {
 		return func(t *testing.T) (io.Reader, string) {
 			want, err := os.ReadFile(name)
@@ -280,7 +266,7 @@ func TestASourceWhoseSizeIsNotKnownIsReadBeforeItIsAnnounced(t *testing.T) {
 			require.NoError(t, w.Close())
 			return r, "abc"
 		},
-		"an empty file":                func(t *testing.T) (io.Reader, string) { return file(t, ""), "" },
+		"a reader of another type":     func(*testing.T) (io.Reader, string) { return io.MultiReader(strings.NewReader("abc")), "abc" },
 		"a type that says it is empty": func(*testing.T) (io.Reader, string) { return liar{strings.NewReader("abc")}, "abc" },
 		"a section of such a type": func(*testing.T) (io.Reader, string) {
 			return io.NewSectionReader(liar{strings.NewReader("abc")}, 0, 1<<40), "abc"
@@ -293,11 +279,13 @@ func TestASourceWhoseSizeIsNotKnownIsReadBeforeItIsAnnounced(t *testing.T) {
 					p := connect(t, quiet, quiet)
 					require.NoError(t, p.server.SetIncomingFlowControl(t.Context(), flow))
 					sending := start(func() error { return p.client.SendStream(t.Context(), from, nil) })
+					if flow == cryo.FlowPull {
+						require.ErrorIs(t, sending.result(t), cryo.ErrNotSeekable)
+						wantNoStream(t, p.server)
+						return
+					}
 					st := acceptStream(t, p.server)
 					require.NoError(t, wantRest(t, st, has))
-					if flow == cryo.FlowPull {
-						require.Equal(t, int64(len(has)), st.Size())
-					}
 					require.NoError(t, st.Ack())
 					sending.wantSuccess(t)
 				})
@@ -311,7 +299,7 @@ type liar struct{ *strings.Reader }
 
 func (liar) Seek(int64, int) (int64, error) { return 0, nil }
 
-func TestASourceWithoutAnEndFailsWherePulled(t *testing.T) {
+func TestASourceWithoutAnEndIsNotReadWherePulled(t *testing.T) {
 	device, err := os.Open("/dev/zero")
 	if err != nil {
 		t.Skip(err)
@@ -319,8 +307,8 @@ func TestASourceWithoutAnEndFailsWherePulled(t *testing.T) {
 	defer device.Close()
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, cryo.FlowPull)
-		err := s.SendStream(t.Context(), device, &cryo.StreamOptions{MaxSpoolBytes: 1 << 20})
-		require.ErrorContains(t, err, "only 1048576 bytes of it are kept")
+		require.ErrorIs(t, s.SendStream(t.Context(), device, nil), cryo.ErrNotSeekable)
+		require.ErrorIs(t, s.SendStream(t.Context(), vast{size: 1 << 40}.limited(), nil), cryo.ErrNotSeekable)
 		peer.WantIdle("nothing is announced", instant)
 	})
 }
@@ -338,8 +326,7 @@ func TestWhatIsPulledIsSentFromWhereItStands(t *testing.T) {
 				source := source(t)
 				_, err := source.Seek(2, io.SeekStart)
 				require.NoError(t, err)
-				// It is not kept in memory.
-				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{MaxSpoolBytes: 1}) })
+				send := start(func() error { return s.SendStream(t.Context(), source, nil) })
 				f := peer.WantType("TX_START", wire.TxStart)
 				require.Equal(t, int32(3), f.Size)
 				peer.Ack(f)
