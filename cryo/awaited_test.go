@@ -62,7 +62,7 @@ func takeAll(s *cryo.Session) {
 				_, _ = io.CopyN(io.Discard, st, int64(rand.IntN(20_000)))
 				switch st.Name() {
 				case "rejected":
-					_ = st.Reject()
+					_ = st.Close()
 				case "late":
 					time.Sleep(10 * time.Second)
 					fallthrough

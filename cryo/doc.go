@@ -41,7 +41,6 @@
 // A stream may have any length, or less than 2 GiB where the receiver pulls.
 // Unread bytes of received streams count as received and not settled; what was
 // read doesn't, so two streams that are both being read never stop each other.
-// A sent stream holds little more than a chunk in memory, but for one that is
-// pulled from a source whose size is not known, see [Session.SendStream].
+// A sent stream holds four chunks of the default size in memory, or one larger chunk.
 // Compression is never negotiated.
 package cryo

@@ -244,7 +244,7 @@ func TestAnAnswerToWhatWasTakenBackIsLate(t *testing.T) {
 func TestNothingOfAStreamWaitsToBeWrittenWhenItIsOver(t *testing.T) {
 	for name, over := range map[string]func(s *cryo.Session, peer *cryotest.Peer, st *cryo.OutgoingStream){
 		"written":   func(_ *cryo.Session, peer *cryotest.Peer, _ *cryo.OutgoingStream) { peer.Conn().ReadOn() },
-		"abandoned": func(_ *cryo.Session, _ *cryotest.Peer, st *cryo.OutgoingStream) { st.Abandon() },
+		"abandoned": func(_ *cryo.Session, _ *cryotest.Peer, st *cryo.OutgoingStream) { _ = st.Close() },
 		"cancelled": func(_ *cryo.Session, peer *cryotest.Peer, st *cryo.OutgoingStream) {
 			peer.WriteFrames(txCancel(1, st.Tx()))
 		},

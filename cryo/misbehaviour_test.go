@@ -343,7 +343,7 @@ func floods() []misbehaviour {
 			does: "storms with the chunks of a stream that was refused",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 0)
-				require.NoError(t, st.Reject())
+				require.NoError(t, st.Close())
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 				flooded(t, peer, 1000, func(i uint32) wire.Frame { return txChunk(0, 1+i, strings.Repeat("x", 10_000)) })
 				require.Zero(t, peer.Skip(), "they are ignored")
@@ -430,7 +430,7 @@ func strangeStreams() []misbehaviour {
 	rejected := func(t *testing.T, end end, peer *cryotest.Peer, st *cryo.IncomingStream, tx uint32) {
 		t.Helper()
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, tx))
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		peer.WantIdle("cancelled once, and never acknowledged", instant)
 	}
 	return []misbehaviour{

@@ -87,7 +87,7 @@ func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
 		require.NoError(t, <-answer.done)
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrNoRoom)
 		s.Release(90_000)
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		wantAmongPongs(t, peer, txCancel(end.first+1, 0))
 		wantFree(t, s, peer, 90_000, 0)
 	})

@@ -528,7 +528,7 @@ func (s *storm) writeStream(ctx context.Context, r *rand.Rand, from *cryo.Sessio
 	if err != nil {
 		return err
 	}
-	defer st.Abandon()
+	defer st.Close()
 	abandon := r.IntN(4) == 0
 	buf := make([]byte, 0, 100<<10)
 	for len(data) > 0 {
@@ -568,7 +568,7 @@ func (s *storm) readStream(r *rand.Rand, st *cryo.IncomingStream) {
 		return
 	}
 	want := stormNoise()[at : at+n]
-	defer func() { _ = st.Reject() }() // if it is not settled
+	defer func() { _ = st.Close() }() // if it is not settled
 	rejects, slow, tried, got := r.IntN(6) == 0, r.IntN(3) == 0, false, 0
 	buf := make([]byte, 1+size(r))
 	for {
@@ -585,7 +585,7 @@ func (s *storm) readStream(r *rand.Rand, st *cryo.IncomingStream) {
 			s.mu.Lock()
 			s.summary.cutShort++
 			s.mu.Unlock()
-			tried = tried || strings.Contains(err.Error(), "settled by this end") // by Refuse
+			tried = tried || errors.Is(err, cryo.ErrStreamClosed) // by Refuse
 			if r.IntN(2) == 0 && !tried && st.Ack() == nil {
 				s.t.Errorf("the stream %d, of which something is missing, can be acknowledged", id)
 			}

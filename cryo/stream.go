@@ -31,7 +31,7 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 		err = st.start(-1)
 	}
 	if err != nil {
-		st.Abandon()
+		_ = st.Close()
 		return nil, err
 	}
 	return st, nil
@@ -51,7 +51,7 @@ func (s *Session) SendStream(ctx context.Context, source io.Reader, options *Str
 	if err != nil {
 		return err
 	}
-	defer st.Abandon()
+	defer st.stop(ErrStreamClosed)
 	if st.pull {
 		x, ok := indexedSource(source)
 		if !ok {

@@ -29,7 +29,7 @@ func TestNoMoreStreamsAreOpenThanMayBe(t *testing.T) {
 			_, err := io.ReadAll(first)
 			return errors.Join(err, first.Ack())
 		}
-		for i, settle := range []func() error{second.Reject, finish} {
+		for i, settle := range []func() error{second.Close, finish} {
 			var st *cryo.IncomingStream
 			waiting := start(func() (err error) {
 				st, err = s.AcceptStream(t.Context(), "n")
@@ -257,8 +257,8 @@ func TestAStreamIsNotSilentWhileItIsOurTurn(t *testing.T) {
 		peer.WantIdle("it is our turn to settle it", time.Hour)
 		require.NoError(t, whole.Ack())
 		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
-		require.NoError(t, unread.Reject())
-		require.NoError(t, paused.Reject())
+		require.NoError(t, unread.Close())
+		require.NoError(t, paused.Close())
 	})
 }
 

@@ -54,17 +54,17 @@ func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 		"whole, Reject": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txFinish(2, 0))
 			synctest.Wait()
-			require.NoError(t, st.Reject())
+			require.NoError(t, st.Close())
 		},
-		"Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Reject()) },
+		"Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Close()) },
 		"half, Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
 			wantBytes(t, st, "ab")
-			require.NoError(t, st.Reject())
+			require.NoError(t, st.Close())
 		},
 		"broken, Reject": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txChunk(0, 17, "x"))
 			synctest.Wait()
-			require.NoError(t, st.Reject())
+			require.NoError(t, st.Close())
 		},
 		"too long, Ack": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txChunk(0, 3, strings.Repeat("x", 1000)))
@@ -75,7 +75,7 @@ func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 			wantBytes(t, st, "abcdef")
 			time.Sleep(cryo.DefaultStreamIdleTimeout)
 			require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamIdle)
-			require.NoError(t, st.Reject())
+			require.NoError(t, st.Close())
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -109,7 +109,7 @@ func TestALostSessionsStreamsGiveTheirRoomBackWhenTheyAreSettled(t *testing.T) {
 		other, otherPeer := open(1)
 		for id, settle := range []func(*cryo.IncomingStream) error{
 			(*cryo.IncomingStream).Ack,
-			(*cryo.IncomingStream).Reject,
+			(*cryo.IncomingStream).Close,
 			func(st *cryo.IncomingStream) error { _, err := io.ReadAll(st); return err },
 		} {
 			s, peer := open(10 + uint64(id))
@@ -185,7 +185,7 @@ func TestASmallChunkDoesNotKeepTheMemoryOfALargeFrame(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, int64(101), st.Received())
 		require.Less(t, heapInUse(), before+10<<20)
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 	})
 }
 

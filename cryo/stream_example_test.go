@@ -2,6 +2,7 @@ package cryo_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -23,17 +24,21 @@ func receiver(setUp func(context.Context, *cryo.Session)) *httptest.Server {
 				if err != nil {
 					return
 				}
-				data, err := io.ReadAll(st)
-				if err != nil {
-					log.Print(err) // cut off: not whole
-					_ = st.Reject()
-					continue
-				}
-				fmt.Printf("%s: %s\n", st.Name(), data)
-				_ = st.Ack()
+				printStream(st)
 			}
 		},
 	}))
+}
+
+func printStream(st *cryo.IncomingStream) {
+	defer st.Close() // does nothing after Ack
+	data, err := io.ReadAll(st)
+	if err != nil {
+		log.Print(err) // not whole
+		return
+	}
+	fmt.Printf("%s: %s\n", st.Name(), data)
+	_ = st.Ack()
 }
 
 func must(err error) {
@@ -76,7 +81,7 @@ func ExampleSession_OpenStream() {
 
 	st, err := s.OpenStream(ctx, &cryo.StreamOptions{Name: "log"})
 	must(err)
-	defer st.Abandon() // does nothing after Finish
+	defer st.Close() // abandons the stream, unless it is finished
 	for _, part := range []string{"bit", " by", " bit"} {
 		_, err := io.WriteString(st, part)
 		must(err)
@@ -106,16 +111,59 @@ func ExampleSession_AcceptStream() {
 
 	st, err := s.AcceptStream(ctx, "table.csv")
 	must(err)
+	defer st.Close() // cancels the stream, unless it is acknowledged
 	var file strings.Builder
 	if _, err := io.Copy(&file, st); err != nil {
-		_ = st.Reject() // what came is not the whole
-		return
+		return // what came is not the whole
 	}
 	must(st.Ack())
 	fmt.Print(file.String())
 	// Output:
 	// 1,2
 	// 3,4
+}
+
+// A stream that is closed before it is read to its end is cancelled: its sender learns
+// that it was not delivered.
+func ExampleIncomingStream_Close() {
+	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+		Authorize: cryo.Tokens("secret"),
+		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
+			st, err := s.AcceptStream(u.Request.Context())
+			must(err)
+			defer st.Close()
+			if st.Name() != "wanted" {
+				return
+			}
+			printStream(st)
+		},
+	}))
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	err := s.SendStream(ctx, strings.NewReader("data"), &cryo.StreamOptions{Name: "unwanted"})
+	fmt.Println(errors.Is(err, cryo.ErrStreamCancelled))
+	// Output:
+	// true
+}
+
+// A stream without Finish is not delivered, and Close says so.
+func ExampleOutgoingStream_Close() {
+	server := receiver(func(context.Context, *cryo.Session) {})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	st, err := s.OpenStream(ctx, &cryo.StreamOptions{Name: "half"})
+	must(err)
+	_, err = io.WriteString(st, "not all of i")
+	must(err)
+	fmt.Println(st.Close())
+	// Output:
+	// the stream "half" is not finished: the stream is closed
 }
 
 // A receiver that pulls knows each stream's size from the start, and gets a

@@ -167,11 +167,11 @@ func take(st *cryo.IncomingStream) {
 		if _, err := io.Copy(io.Discard, st); err == nil {
 			_ = st.Ack()
 		} else {
-			_ = st.Reject()
+			_ = st.Close()
 		}
 	case 1:
 		_, _ = io.CopyN(io.Discard, st, 5)
-		_ = st.Reject()
+		_ = st.Close()
 	case 2:
 		_ = st.Ack()
 	default:
@@ -188,7 +188,7 @@ func (app *fuzzed) stop() {
 	open := app.open
 	app.mu.Unlock()
 	for _, st := range open {
-		_ = st.Reject()
+		_ = st.Close()
 	}
 	app.all.Wait()
 	synctest.Wait()

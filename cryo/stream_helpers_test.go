@@ -155,7 +155,7 @@ func opening(t *testing.T, s *cryo.Session, peer *cryotest.Peer, opts *cryo.Stre
 	f := peer.WantType("TX_START", wire.TxStart)
 	peer.Ack(f)
 	open.wantSuccess(t)
-	t.Cleanup(st.Abandon)
+	t.Cleanup(func() { _ = st.Close() })
 	return st, f.Tx
 }
 

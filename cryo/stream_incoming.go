@@ -29,15 +29,14 @@ var (
 	// in vain; see MaxBufferBytes in [SessionOptions].
 	ErrNoRoom = errors.New("no room for the stream: too much of its session is not acknowledged yet")
 
-	errStreamSettled = errors.New("the stream was settled by this end before it was read to its end")
-	errStreamUnread  = errors.New("the stream can't be acknowledged before it is read to io.EOF")
+	errStreamUnread = errors.New("the stream can't be acknowledged before it is read to io.EOF")
 )
 
-// IncomingStream is a stream that the peer sends. It is read as an [io.Reader],
-// by one goroutine at a time, and then settled by Ack or Reject, from any. Until
-// then it counts as open, and what of it is not read against MaxBufferBytes. A
-// stream of which Read has returned an error other than io.EOF no longer counts,
-// and need not be settled.
+// IncomingStream is a stream that the peer sends. It is read by one goroutine at a
+// time, and then settled by Ack or Close, from any; Close after Ack does nothing, so
+// defer it. Until then it counts as open, and what of it is not read against
+// MaxBufferBytes. A stream of which Read has returned an error other than io.EOF no
+// longer counts, and need not be settled.
 type IncomingStream struct {
 	s     *Session
 	tx    uint32
@@ -64,9 +63,10 @@ type IncomingStream struct {
 	failed   error   // why nothing more comes though the stream is not whole; the peer is told to stop
 	readOut  bool    // Read has returned io.EOF
 	settled  settlement
+	unacked  error // why Ack fails, once the stream is settled; nil if it is acknowledged
 }
 
-var _ io.Reader = (*IncomingStream)(nil)
+var _ io.ReadCloser = (*IncomingStream)(nil)
 
 // chunk is what is left to be read of a chunk, and its memory if that can be used
 // again.
@@ -118,7 +118,8 @@ func (st *IncomingStream) Received() int64 {
 // Read reads what came, and waits for more. io.EOF means that the stream is
 // whole. A stream that was cut off by the end of its session gives
 // [io.ErrUnexpectedEOF], after all that came; others end with
-// [ErrStreamIdle], [ErrStreamTooLong], [ErrStreamBroken] or [ErrNoRoom].
+// [ErrStreamIdle], [ErrStreamTooLong], [ErrStreamBroken] or [ErrNoRoom]. Close, from
+// another goroutine, ends a Read that waits with [ErrStreamClosed].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
@@ -140,7 +141,7 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 
 // ended returns the error of Read, and releases the slot of a stream that has failed.
 func (st *IncomingStream) ended(err error) error {
-	if err != nil && err != io.EOF && err != errStreamSettled { //nolint:errorlint // they are take's own
+	if err != nil && err != io.EOF && err != ErrStreamClosed { //nolint:errorlint // they are take's own
 		st.s.incoming.failed(st)
 	}
 	return err
@@ -175,7 +176,7 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 	case st.failed != nil:
 		return 0, st.failed
 	case st.settled == rejected:
-		return 0, errStreamSettled
+		return 0, ErrStreamClosed
 	case st.wholeLocked():
 		st.readOut = true
 		return 0, io.EOF
@@ -229,35 +230,45 @@ func (st *IncomingStream) fetchLocked() {
 // Ack tells the peer that the whole stream has been delivered: TX_FINISH is
 // acknowledged, now or when it comes. Call it when Read has returned io.EOF and all
 // that was read is safe. Before that it is an error, also where exactly all bytes were
-// read, and the stream stays as it is: read on, or call Reject, as nothing else ends a
+// read, and the stream stays as it is: read on, or call Close, as nothing else ends a
 // stream that has come whole. After the end of the session, and for a stream that was
 // cancelled already because it fell silent, was too long or broken, nothing can be
-// acknowledged: then Ack settles the stream and returns the cause. A stream is settled
-// once: a second Ack or Reject does nothing.
+// acknowledged: then Ack settles the stream and returns the cause. After Close it returns
+// [ErrStreamClosed], and a second time what it has returned before.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
 
-// Reject tells the peer to stop (TX_CANCEL), and that the stream is not
-// delivered: its TX_FINISH is never acknowledged. After the end of the session
-// it does nothing, and says so with the cause.
-func (st *IncomingStream) Reject() error { return st.settle(rejected) }
+// Close gives the stream up unless it is acknowledged: the peer is told to stop
+// (TX_CANCEL), and its TX_FINISH is never acknowledged. Once Ack has settled the stream,
+// and a second time, it does nothing and returns nil. After the end of the session the
+// peer can't be told; then Close returns the cause.
+func (st *IncomingStream) Close() error { return st.settle(rejected) }
 
-// settle says it to the peer, once.
+// settle says it to the peer, once. Of Ack and Close the first one counts.
 func (st *IncomingStream) settle(as settlement) error {
 	st.mu.Lock()
+	if st.settled != unsettled {
+		defer st.mu.Unlock()
+		if as == acknowledged {
+			return st.unacked
+		}
+		return nil
+	}
 	var err error
 	switch {
-	case st.settled != unsettled:
-		st.mu.Unlock()
-		return nil
-	case as == acknowledged && st.failed != nil:
+	case as == rejected:
+		st.unacked = ErrStreamClosed
+	case st.failed != nil:
 		as, err = rejected, st.failed
-	case as == acknowledged && !st.readOut && st.s.isEnding():
+	case !st.readOut && st.s.isEnding():
 		as, err = rejected, st.s.Err()
-	case as == acknowledged && !st.readOut:
+	case !st.readOut:
 		st.mu.Unlock()
 		return errStreamUnread
 	}
 	st.settled = as
+	if err != nil {
+		st.unacked = err
+	}
 	finish, failed := st.finish, st.failed
 	st.dropLocked()
 	st.mu.Unlock()
@@ -274,8 +285,14 @@ func (st *IncomingStream) settle(as settlement) error {
 	default: // it is pulled, and remembered
 		heard = !st.s.isEnding()
 	}
-	if !heard && err == nil {
-		err = st.s.Err()
+	if heard || err != nil {
+		return err
+	}
+	err = st.s.Err()
+	if as == acknowledged {
+		st.mu.Lock()
+		st.unacked = err
+		st.mu.Unlock()
 	}
 	return err
 }

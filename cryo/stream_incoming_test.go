@@ -39,7 +39,7 @@ func TestAReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
 		require.NoError(t, st.Ack())
 		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(8))
 		require.NoError(t, st.Ack())
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		peer.WantIdle("a stream is settled once", time.Hour)
 		require.NoError(t, wantRest(t, st, ""), "and its end stays its end")
 	})
@@ -77,20 +77,20 @@ func TestReadingNothingLetsThePeerSend(t *testing.T) {
 func TestARejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 7, -1, "unread"))
-		require.NoError(t, acceptStream(t, s).Reject())
+		require.NoError(t, acceptStream(t, s).Close())
 		peer.WantFrame("TX_CANCEL of the peer's number, and no ACK", txCancel(end.first, 7))
 
 		half := incoming(t, s, peer, 2, 8)
-		require.NoError(t, half.Reject())
+		require.NoError(t, half.Close())
 		peer.WantFrame("TX_CANCEL", txCancel(end.first+1, 8))
 		_, err := half.Read(make([]byte, 1))
-		require.ErrorContains(t, err, "settled")
+		require.ErrorIs(t, err, cryo.ErrStreamClosed)
 
 		whole := incoming(t, s, peer, 3, 9)
 		peer.WriteFrames(txFinish(4, 9))
 		require.NoError(t, wantRest(t, whole, ""))
-		require.NoError(t, whole.Reject())
-		require.NoError(t, whole.Ack())
+		require.NoError(t, whole.Close())
+		require.ErrorIs(t, whole.Ack(), cryo.ErrStreamClosed)
 		peer.WantFrame("TX_CANCEL", txCancel(end.first+2, 9))
 
 		for tx := uint32(7); tx < 10; tx++ {
@@ -109,15 +109,15 @@ func TestAReaderLearnsThatItsStreamWasSettled(t *testing.T) {
 			return err
 		})
 		read.wantBlocked(t)
-		require.NoError(t, st.Reject())
-		require.ErrorContains(t, read.result(t), "settled")
+		require.NoError(t, st.Close())
+		require.ErrorIs(t, read.result(t), cryo.ErrStreamClosed)
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 
 		st = incoming(t, s, peer, 1, 2)
 		peer.WriteFrames(txChunk(2, 1, "unread"), txFinish(2, 2))
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		_, err := st.Read(make([]byte, 1))
-		require.ErrorContains(t, err, "settled", "what was thrown away is no end")
+		require.ErrorIs(t, err, cryo.ErrStreamClosed, "what was thrown away is no end")
 	})
 }
 
@@ -146,7 +146,7 @@ func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
 
 		st = incoming(t, s, peer, 3, 8)
 		require.EqualError(t, st.Ack(), unread)
-		require.NoError(t, st.Reject(), "it may be given up")
+		require.NoError(t, st.Close(), "it may be given up")
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 8))
 		peer.WriteFrames(txFinish(4, 8))
 		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)
@@ -176,11 +176,11 @@ func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T)
 						require.NoError(t, st.Ack())
 						sending.wantSuccess(t)
 					case "rejected":
-						require.NoError(t, st.Reject())
+						require.NoError(t, st.Close())
 						require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
 					default:
 						require.ErrorIs(t, <-sending.done, context.DeadlineExceeded)
-						require.NoError(t, st.Reject())
+						require.NoError(t, st.Close())
 					}
 				})
 			})
@@ -194,7 +194,7 @@ func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) 
 	for name, another := range map[string]func(t *testing.T, s *cryo.Session, peer *cryotest.Peer){
 		"rejected": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			peer.WriteFrames(txStart(3, 5, -1, ""))
-			require.NoError(t, acceptStream(t, s).Reject())
+			require.NoError(t, acceptStream(t, s).Close())
 		},
 		"refused": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			s.Refuse(true)
@@ -211,7 +211,7 @@ func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) 
 		},
 		"broken": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			peer.WriteFrames(txStart(3, 5, -1, ""), txChunk(5, 0, "early"))
-			require.NoError(t, acceptStream(t, s).Reject())
+			require.NoError(t, acceptStream(t, s).Close())
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -246,7 +246,7 @@ func TestTheEndOfTheSessionIsToldWhoeverSettlesLater(t *testing.T) {
 		require.ErrorIs(t, err, io.ErrUnexpectedEOF)
 		require.ErrorIs(t, err, net.ErrClosed)
 		require.ErrorContains(t, err, "after 4 bytes")
-		require.Equal(t, cause, half.Reject())
+		require.Equal(t, cause, half.Close())
 		require.Equal(t, cause, fresh.Ack(), "TX_FINISH will never be acknowledged")
 		_, err = s.AcceptStream(t.Context())
 		require.Equal(t, cause, err)
@@ -320,7 +320,7 @@ func TestNamesComeAsTextAndWithinABound(t *testing.T) {
 func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 3 {
-			require.NoError(t, incoming(t, s, peer, 1, 5).Reject())
+			require.NoError(t, incoming(t, s, peer, 1, 5).Close())
 			peer.WantType("TX_CANCEL", wire.TxCancel)
 			st := incoming(t, s, peer, 2, 5)
 			peer.WriteFrames(txFinish(3, 5))
@@ -365,7 +365,7 @@ func TestABrokenStreamIsCancelledAfterWhatCame(t *testing.T) {
 				peer.WriteFrames(cryotest.Acked(end.first), txChunk(5, 1, "y"), txFinish(3, 5))
 				require.ErrorIs(t, wantRest(t, st, "<"), cryo.ErrStreamBroken)
 				require.ErrorIs(t, st.Ack(), cryo.ErrStreamBroken)
-				require.NoError(t, st.Reject())
+				require.NoError(t, st.Close())
 				peer.WantIdle("cancelled once, and never acknowledged", time.Hour)
 				serving(t, s, peer)
 			})
@@ -379,7 +379,7 @@ func TestChunksBeforeTheStartIsAcknowledgedBreakAStream(t *testing.T) {
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
 		st := acceptStream(t, s)
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamBroken)
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		peer.WantIdle("TX_START stays unacknowledged", time.Hour)
 		wantFree(t, s, peer, cryo.DefaultMaxBufferBytes, 0)
 	})

@@ -43,7 +43,7 @@ func TestWriteBlocksWhileThePeerDoesNotRead(t *testing.T) {
 				if chunk == 1 {
 					require.LessOrEqual(t, taken, 30_000, "many small chunks weigh more than their bytes")
 				}
-				st.Abandon()
+				_ = st.Close()
 				require.Error(t, writing.result(t))
 			})
 		})
@@ -64,7 +64,7 @@ func TestSmallReadsKeepLittleMemory(t *testing.T) {
 		})
 		reading.wantBlocked(t)
 		require.Less(t, heapInUse(), before+8<<20)
-		st.Abandon()
+		_ = st.Close()
 		require.Error(t, reading.result(t))
 	})
 }

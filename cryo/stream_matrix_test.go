@@ -169,7 +169,7 @@ func openAndFinish(ctx context.Context, s *cryo.Session, opts *cryo.StreamOption
 	if err != nil {
 		return err
 	}
-	defer st.Abandon()
+	defer st.Close()
 	if err := fill(st); err != nil {
 		return err
 	}
@@ -210,7 +210,7 @@ var matrixEndings = []struct {
 		require.NoError(t, st.Ack())
 		sending.wantSuccess(t)
 		require.NoError(t, st.Ack(), "once more does nothing")
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		_, err = st.Read(make([]byte, 1))
 		require.Equal(t, io.EOF, err)
 		m.serves(t)
@@ -219,20 +219,20 @@ var matrixEndings = []struct {
 		sending := m.send(t.Context(), 0)
 		st := m.accept(t)
 		sending.wantBlocked(t)
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
 		_, err := st.Read(make([]byte, 1))
-		require.ErrorContains(t, err, "settled by this end")
+		require.ErrorIs(t, err, cryo.ErrStreamClosed)
 		m.serves(t)
 	}},
 	{"cancel in mid-stream", long, func(t *testing.T, m *matrix) {
 		sending := m.send(t.Context(), 0)
 		st := m.half(t)
 		sending.wantBlocked(t)
-		require.NoError(t, st.Reject())
+		require.NoError(t, st.Close())
 		require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
 		_, err := st.Read(make([]byte, 1))
-		require.ErrorContains(t, err, "settled by this end")
+		require.ErrorIs(t, err, cryo.ErrStreamClosed)
 		m.serves(t)
 	}},
 	{"cancel after TX_FINISH", short, func(t *testing.T, m *matrix) {
@@ -241,8 +241,8 @@ var matrixEndings = []struct {
 		_, err := io.Copy(io.Discard, st)
 		require.NoError(t, err)
 		sending.wantBlocked(t)
-		require.NoError(t, st.Reject())
-		require.NoError(t, st.Ack(), "too late")
+		require.NoError(t, st.Close())
+		require.ErrorIs(t, st.Ack(), cryo.ErrStreamClosed)
 		require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
 		m.serves(t)
 	}},
@@ -258,7 +258,7 @@ var matrixEndings = []struct {
 		require.ErrorIs(t, err, net.ErrClosed)
 		require.ErrorContains(t, err, m.to.Err().Error())
 		require.Equal(t, m.to.Err(), st.Ack())
-		require.NoError(t, st.Reject(), "settled already")
+		require.NoError(t, st.Close(), "settled already")
 	}},
 	{"closed by the sender's end", long, func(t *testing.T, m *matrix) {
 		sending := m.send(t.Context(), 0)
@@ -271,7 +271,7 @@ var matrixEndings = []struct {
 		closed, ok := errors.AsType[*cryo.PeerClosedError](err)
 		require.True(t, ok, "%v", err)
 		require.Equal(t, "done", closed.Reason)
-		require.Equal(t, m.to.Err(), st.Reject())
+		require.Equal(t, m.to.Err(), st.Close())
 		closing.wantSuccess(t)
 	}},
 	{"closed by the receiver's end", long, func(t *testing.T, m *matrix) {

@@ -45,7 +45,9 @@ var (
 	ErrNotSeekable = errors.New("the peer pulls streams: their source must be a regular file or in memory")
 )
 
-var errStreamAbandoned = errors.New("the stream was abandoned, or is finished")
+// ErrStreamClosed is returned by the methods of a stream that this end has closed, or
+// finished.
+var ErrStreamClosed = errors.New("the stream is closed")
 
 // StreamOptions are what the sender of a stream can set. A zero value means its
 // default.
@@ -86,12 +88,12 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 // OutgoingStream is a stream that this end sends. The protocol has no word for
 // a sender that gives up: a stream without Finish is never taken for a whole
 // one, and ends at the other side by its idle time-out or with the session.
-// One goroutine at a time may use it, but Abandon may be called from any.
-// Finish or Abandon has to be called.
+// One goroutine at a time may use it, but Close may be called from any. Finish or
+// Close must be called; Close after Finish does nothing, so defer it.
 type OutgoingStream struct {
 	s       *Session
 	parent  context.Context // the caller's
-	ctx     context.Context // ends early when the peer cancels or this end abandons
+	ctx     context.Context // ends early when the peer cancels or this end closes
 	cancel  context.CancelCauseFunc
 	unwatch func() bool // of the context's end; guarded by mu
 	opts    StreamOptions
@@ -105,10 +107,11 @@ type OutgoingStream struct {
 	queued   [][]outFrame // those of which the writer may still have some, in order
 	opening  *call        // of TX_START
 	awaiting *call        // of TX_START or TX_FINISH, while its acknowledgement is due
+	finished bool         // the peer has acknowledged TX_FINISH
 }
 
 var _ interface {
-	io.Writer
+	io.WriteCloser
 	io.ReaderFrom
 } = (*OutgoingStream)(nil)
 
@@ -292,10 +295,13 @@ func (st *OutgoingStream) announced() bool {
 // acknowledged it, which means that it was delivered. Without it a stream is
 // never whole. An [ErrStreamCancelled] is the peer's refusal.
 func (st *OutgoingStream) Finish() error {
-	defer st.Abandon()
+	defer st.stop(ErrStreamClosed)
 	if err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxFinish, Tx: st.tx}); err != nil {
 		return fmt.Errorf("finishing the stream %q: %w", st.opts.Name, err)
 	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.finished = true
 	return nil
 }
 
@@ -339,10 +345,20 @@ func (st *OutgoingStream) noProgress(wanted string) error {
 	return fmt.Errorf("waiting for %s: no progress for %v: %w", wanted, st.opts.StepTimeout, context.DeadlineExceeded)
 }
 
-// Abandon gives the stream up, if it is not finished: nothing more of it is
-// sent. It may be called at any time, and after Finish does nothing. The end of
+// Close abandons the stream unless Finish has succeeded: nothing more of it is sent, and
+// a Finish that waits returns [ErrStreamClosed]. It returns nil only if Finish has
+// succeeded, so that code which knows no more than an [io.WriteCloser] takes no stream
+// for delivered that is not; otherwise it returns what has ended the stream. The end of
 // the stream's context abandons it too.
-func (st *OutgoingStream) Abandon() { st.stop(errStreamAbandoned) }
+func (st *OutgoingStream) Close() error {
+	st.stop(ErrStreamClosed)
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.finished {
+		return nil
+	}
+	return fmt.Errorf("the stream %q is not finished: %w", st.opts.Name, st.cause())
+}
 
 // stop ends the stream for a reason; the first one counts. When it returns,
 // nothing of the stream is queued to be written, and nothing will be. An acknowledgement that

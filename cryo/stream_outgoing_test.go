@@ -299,11 +299,14 @@ func TestAStreamThatMissesAChunkCanNotBeFinished(t *testing.T) {
 func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		abandoned, _ := opening(t, s, peer, nil)
-		abandoned.Abandon()
-		abandoned.Abandon()
+		for range 2 {
+			err := abandoned.Close()
+			require.ErrorIs(t, err, cryo.ErrStreamClosed, "it is not delivered")
+			require.EqualError(t, err, `the stream "anonymous" is not finished: the stream is closed`)
+		}
 		_, err := abandoned.Write([]byte("x"))
-		require.ErrorContains(t, err, "abandoned")
-		require.ErrorContains(t, abandoned.Finish(), "abandoned")
+		require.ErrorIs(t, err, cryo.ErrStreamClosed)
+		require.ErrorIs(t, abandoned.Finish(), cryo.ErrStreamClosed)
 
 		ctx, cancel := context.WithCancelCause(t.Context())
 		var st *cryo.OutgoingStream
@@ -318,6 +321,7 @@ func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
 		_, err = st.Write([]byte("x"))
 		require.ErrorIs(t, err, cause)
 		require.ErrorIs(t, st.Finish(), cause)
+		require.ErrorIs(t, st.Close(), cause)
 		require.ErrorIs(t, s.SendStream(ctx, strings.NewReader("x"), nil), cause)
 		peer.WantIdle("nothing", time.Hour)
 
@@ -325,10 +329,11 @@ func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
 		finish := start(finished.Finish)
 		peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish))
 		finish.wantSuccess(t)
-		finished.Abandon()
-		require.Error(t, finished.Finish())
+		require.NoError(t, finished.Close())
+		require.ErrorIs(t, finished.Finish(), cryo.ErrStreamClosed)
 		_, err = finished.ReadFrom(bytes.NewReader([]byte("x")))
-		require.Error(t, err)
+		require.ErrorIs(t, err, cryo.ErrStreamClosed)
+		require.NoError(t, finished.Close())
 		require.Equal(t, uint32(3), tx, "a stream whose context had ended took a number, and said nothing")
 	})
 }

@@ -129,10 +129,10 @@ func (plan traffic) receive(t *testing.T, s *cryo.Session) (jobs []func() error)
 			}
 			got, err := readBy(st, p.Read)
 			if err != nil || !bytes.Equal(p.data(), got) {
-				return errors.Join(fmt.Errorf("stream %d: %d of %d bytes", i, len(got), p.Size), err, st.Reject())
+				return errors.Join(fmt.Errorf("stream %d: %d of %d bytes", i, len(got), p.Size), err, st.Close())
 			}
 			if p.Reject {
-				return st.Reject()
+				return st.Close()
 			}
 			return st.Ack()
 		})

@@ -99,7 +99,7 @@ func TestAPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
 					p.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
 					return
 				}
-				require.NoError(t, p.st.Reject())
+				require.NoError(t, p.st.Close())
 				p.wantCancel()
 				p.WriteFrames(txFinish(2, 5))
 				p.WantIdle("TX_FINISH is never acknowledged", time.Hour)

@@ -260,7 +260,7 @@ func (in *incomingStreams) refuse() {
 	in.mu.Unlock()
 	for _, st := range waiting {
 		in.s.opts.OnRefused(KindStream)
-		_ = st.Reject() // after the end of the session nobody hears it
+		_ = st.Close() // after the end of the session nobody hears it
 	}
 }
 
@@ -295,7 +295,7 @@ func (o *outgoingStreams) add(st *OutgoingStream) {
 		st.fetches = make(chan fetch, maxFetches)
 	}
 	st.mu.Lock()
-	st.unwatch = context.AfterFunc(st.ctx, st.Abandon)
+	st.unwatch = context.AfterFunc(st.ctx, func() { st.stop(ErrStreamClosed) })
 	st.mu.Unlock()
 	o.open[st.tx] = st
 }

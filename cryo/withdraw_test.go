@@ -247,7 +247,7 @@ func TestAnAbandonedStreamsChunksLeaveTheQueueUnwritten(t *testing.T) {
 			_, err = kept.Write([]byte(strings.Repeat("kept", 100)))
 			require.NoError(t, err)
 		}
-		abandoned.Abandon()
+		_ = abandoned.Close()
 		peer.Conn().ReadOn()
 		peer.Ack(peer.WantType("what was being written", wire.Binary))
 		require.NoError(t, first.Wait(t.Context()))

@@ -95,7 +95,7 @@ func TestEachPartOfAStreamIsAnsweredByAStream(t *testing.T) {
 func TestAStreamWhoseAnswerIsRefusedIsCancelled(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := sendStream(peer, "file", "content")
-		require.NoError(t, acceptStream(t, peer).Reject())
+		require.NoError(t, acceptStream(t, peer).Close())
 		sent.cancelled(t, "it was not delivered")
 	})
 }

@@ -112,7 +112,7 @@ func TestOutputsCountStreams(t *testing.T) {
 				require.NoError(t, err)
 				require.NoError(t, stream.Ack())
 			} else {
-				require.NoError(t, stream.Reject())
+				require.NoError(t, stream.Close())
 			}
 			require.Equal(t, take, next(t, f.verdict) == nil)
 		}

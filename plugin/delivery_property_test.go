@@ -425,7 +425,7 @@ func (w *world) receive(o *out, s *cryo.Session) {
 			streams.Go(func() {
 				content, err := io.ReadAll(st)
 				if err == nil {
-					w.act(o, s, content, st.Ack, st.Reject)
+					w.act(o, s, content, st.Ack, st.Close)
 				}
 			})
 		}

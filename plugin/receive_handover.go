@@ -102,7 +102,7 @@ func (h *handover) reject() (rejected, lost int) {
 		}
 	}
 	for _, st := range h.streams {
-		_ = st.Reject() // if the session has ended, the sender knows
+		_ = st.Close() // if the session has ended, the sender knows
 		rejected++
 	}
 	return rejected, lost

@@ -79,11 +79,11 @@ func (r *receiver) wantsStream(name string) bool {
 // Cancelling it would save its bytes, but to a sender that looks like a failure,
 // after which it may send the stream again, and again.
 func (r *receiver) discard(st *cryo.IncomingStream) {
-	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
+	defer context.AfterFunc(r.stopped, func() { _ = st.Close() })()
 	n, err := io.Copy(io.Discard, st)
 	r.metrics.receivedBytes.Incr(n, messageTypeStream)
 	if err != nil {
-		_ = st.Reject() // if the session has ended, the sender knows
+		_ = st.Close() // if the session has ended, the sender knows
 		return
 	}
 	r.metrics.filtered.Incr(1, messageTypeStream)
@@ -119,7 +119,7 @@ func (t *transfer) done(err error) {
 	}
 	t.settled = true
 	if err != nil {
-		_ = t.stream.Reject() // after the end of the session the sender knows
+		_ = t.stream.Close() // after the end of the session the sender knows
 		if t.source.session.Err() == nil {
 			t.r.metrics.rejected.Incr(1, messageTypeStream)
 		}
@@ -153,7 +153,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	}
 	r.metrics.streamsOpen.add(1)
 	// Whoever waits in Read learns of the end of the input.
-	defer context.AfterFunc(r.stopped, func() { _ = st.Reject() })()
+	defer context.AfterFunc(r.stopped, func() { _ = st.Close() })()
 
 	t := &transfer{r: r, source: src, stream: st, pending: 1}
 	err := r.scanAll(src, t)

@@ -27,7 +27,7 @@ func open(t *testing.T, s *cryo.Session, name string) *cryo.OutgoingStream {
 	t.Helper()
 	st, err := s.OpenStream(context.Background(), &cryo.StreamOptions{Name: name})
 	require.NoError(t, err)
-	t.Cleanup(st.Abandon)
+	t.Cleanup(func() { _ = st.Close() })
 	return st
 }
 

@@ -121,7 +121,7 @@ func TestABatchTravelsAsOneStreamThroughArchive(t *testing.T) {
 				st, content := readStream(t, peer)
 				require.Equal(t, want, content)
 				f.wantPending(t, "not acknowledged")
-				require.NoError(t, st.Reject())
+				require.NoError(t, st.Close())
 				st, content = readStream(t, peer)
 				require.Equal(t, want, content, "all of it again")
 				require.NoError(t, st.Ack())
@@ -140,11 +140,11 @@ func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
 		for i := range 4 {
 			switch i {
 			case 1: // unread
-				require.NoError(t, acceptStream(t, peer).Reject())
+				require.NoError(t, acceptStream(t, peer).Close())
 			case 2: // behind its end
 				st, _ := readStream(t, peer)
 				synctest.Wait()
-				require.NoError(t, st.Reject())
+				require.NoError(t, st.Close())
 			default:
 				st, content := readStream(t, peer)
 				require.Equal(t, fmt.Sprintf("m%d", i), content)
@@ -184,7 +184,7 @@ func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
 				readStream(t, peer)
 			} else {
 				st := acceptStream(t, peer)
-				defer func() { _ = st.Reject() }()
+				defer func() { _ = st.Close() }()
 			}
 			err = next(t, f.verdict)
 			require.ErrorIs(t, err, context.DeadlineExceeded)
@@ -260,7 +260,7 @@ func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) 
 			st, content := readStream(t, c)
 			require.Equal(t, "news", content)
 			if i == 1 {
-				require.NoError(t, st.Reject())
+				require.NoError(t, st.Close())
 			} else {
 				require.NoError(t, st.Ack())
 			}
@@ -269,7 +269,7 @@ func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) 
 
 		f = e.give("refused")
 		for _, c := range clients {
-			require.NoError(t, acceptStream(t, c).Reject())
+			require.NoError(t, acceptStream(t, c).Close())
 		}
 		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by any of 3 sessions: ")
 	})

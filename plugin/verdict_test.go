@@ -158,7 +158,7 @@ func TestWhatIsBehindALateStreamIsSentAllTheSame(t *testing.T) {
 		f := e.give("s0", "m1", "s2", "m3", "m4", "s5")
 		late := acceptStream(t, peer)
 		require.Equal(t, "s0", late.Name())
-		defer func() { _ = late.Reject() }() // it is not read
+		defer func() { _ = late.Close() }() // it is not read
 		for _, m := range receiveTexts(t, peer, "m1", "m3", "m4") {
 			require.NoError(t, m.Ack())
 		}

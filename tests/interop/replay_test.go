@@ -212,7 +212,7 @@ func (r *replay) act(f *wire.Frame, at int) {
 		}
 	case wire.TxCancel:
 		if st := r.streams[f.Tx]; st != nil {
-			require.NoError(r.t, st.stream.Reject())
+			require.NoError(r.t, st.stream.Close())
 		}
 	case wire.UTF8:
 		r.call(describe(f), func(s *cryo.Session) error { return s.SendUTF8(r.ctx, string(f.Payload)) })
