@@ -98,7 +98,7 @@ func TestNoNumberStaysAwaited(t *testing.T) {
 		t.Run(fmt.Sprint(flow), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				opts := quiet
-				opts.MaxOpenStreams, opts.StreamIdleTimeout = 200, time.Minute
+				opts.StreamIdleTimeout = time.Minute
 				p := connect(t, opts, opts)
 				ends := []*cryo.Session{p.client, p.server}
 				var taking, sending sync.WaitGroup

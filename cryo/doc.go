@@ -38,6 +38,7 @@
 // A message is at most [MaxPayload] bytes. What is received and not settled is
 // bounded by [SessionOptions.MaxBufferBytes]; beyond it the session stops
 // reading, and a dialling end lets the server know that it is alive.
+// A session has at most 256 received streams that are announced or open.
 // A stream may have any length, or less than 2 GiB where the receiver pulls.
 // Unread bytes of received streams count as received and not settled; what was
 // read doesn't, so two streams that are both being read never stop each other.

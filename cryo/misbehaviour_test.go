@@ -456,8 +456,10 @@ func strangeStreams() []misbehaviour {
 		{
 			does: "sends chunks before TX_START is acknowledged",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				peer.WriteFrames(txStart(1, 5, -1, ""), txChunk(5, 0, "x"))
-				rejected(t, end, peer, acceptStream(t, s), 5)
+				peer.WriteFrames(txStart(1, 5, -1, ""))
+				st := acceptStream(t, s)
+				peer.WriteFrames(txChunk(5, 0, "x"))
+				rejected(t, end, peer, st, 5)
 			},
 		},
 		{

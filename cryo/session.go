@@ -22,6 +22,7 @@ import (
 const (
 	DefaultHeartbeatInterval = 15 * time.Second
 	DefaultMaxBufferBytes    = 32 << 20
+	DefaultStreamIdleTimeout = 60 * time.Second
 	DefaultCloseTimeout      = 5 * time.Second
 )
 
@@ -52,9 +53,10 @@ type SessionOptions struct {
 	// queued acknowledgements to be written and for the peer to close. Default
 	// 5 s.
 	CloseTimeout time.Duration
-	// StreamLimits are those of received streams. A session's own can be changed
-	// by [Session.LimitStreams].
-	StreamLimits
+	// StreamIdleTimeout is after how long without a byte an open received stream is
+	// cancelled. Time does not count while bytes of it wait to be read, or reading is
+	// paused. Default 60 s. See [IncomingStream.SetIdleTimeout].
+	StreamIdleTimeout time.Duration
 	// SendOnly refuses received messages with an ERROR and streams with
 	// TX_CANCEL, from the start.
 	SendOnly bool
@@ -82,7 +84,9 @@ func (o SessionOptions) withDefaults() SessionOptions {
 	if o.CloseTimeout <= 0 {
 		o.CloseTimeout = DefaultCloseTimeout
 	}
-	o.StreamLimits = o.StreamLimits.withDefaults()
+	if o.StreamIdleTimeout <= 0 {
+		o.StreamIdleTimeout = DefaultStreamIdleTimeout
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}

@@ -178,7 +178,6 @@ func (s *storm) options() cryo.SessionOptions {
 	r := s.random()
 	opts := quiet
 	opts.MaxBufferBytes = []int{1_000, 3_000, 10_000, 30_000, 100_000, cryo.DefaultMaxBufferBytes}[r.IntN(6)]
-	opts.MaxOpenStreams = 1 + r.IntN(4)
 	opts.CloseTimeout = 5 * time.Second / s.fast
 	return opts
 }
@@ -251,14 +250,12 @@ func (s *storm) run(client, server *cryo.Session, lose func()) stormSummary {
 // trouble holds memory for a while, and receives nothing for a while.
 func (s *storm) trouble(r *rand.Rand, session *cryo.Session, stop chan struct{}) {
 	for {
-		what, size := r.IntN(4), r.IntN(40_000)
+		what, size := r.IntN(3), r.IntN(40_000)
 		switch what {
 		case 0:
 			session.Refuse(true)
 		case 1:
 			session.Hold(size)
-		case 2:
-			session.LimitStreams(cryo.StreamLimits{MaxOpenStreams: 1 + r.IntN(4), MaxStreamBytes: int64(r.IntN(1 << 20))})
 		default:
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute/s.fast)
 			err := session.SetIncomingFlowControl(ctx, cryo.Flow(r.IntN(2)))

@@ -89,9 +89,11 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 
 // AcceptStream waits for the next stream that the peer announces, of one of the
 // names, or of any if there are none. The peer sends nothing of it before the
-// first Read. While [StreamLimits.MaxOpenStreams] are open, it waits. At most
-// 256 streams wait to be accepted; more are cancelled. After the end of the
-// session there are none: those that nobody has accepted hold no data.
+// first Read. At most 256 streams of a session are announced or open: a further one is
+// cancelled, or the one that waits longest to be accepted, if that is longer than
+// [SessionOptions.StreamIdleTimeout]. Streams that wait are not cancelled otherwise.
+// After the end of the session there are none: those that nobody has accepted hold no
+// data.
 func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
 	for {
 		if err := s.Err(); err != nil {

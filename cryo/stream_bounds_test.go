@@ -1,8 +1,6 @@
 package cryo_test
 
 import (
-	"errors"
-	"io"
 	"runtime"
 	"strings"
 	"testing"
@@ -16,60 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestNoMoreStreamsAreOpenThanMayBe(t *testing.T) {
-	two := quiet
-	two.MaxOpenStreams = 2
-	atBothEnds(t, two, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		for tx := range uint32(5) {
-			peer.WriteFrames(txStart(10+tx, tx, -1, "n"))
-		}
-		first, second := acceptStream(t, s), acceptStream(t, s)
-		finish := func() error {
-			peer.WriteFrames(txFinish(20, 0))
-			_, err := io.ReadAll(first)
-			return errors.Join(err, first.Ack())
-		}
-		for i, settle := range []func() error{second.Close, finish} {
-			var st *cryo.IncomingStream
-			waiting := start(func() (err error) {
-				st, err = s.AcceptStream(t.Context(), "n")
-				return err
-			})
-			time.Sleep(time.Hour)
-			waiting.wantBlocked(t)
-			require.NoError(t, settle())
-			waiting.wantSuccess(t)
-			require.Equal(t, uint32(2+i), st.Tx(), "it came later")
-		}
-		peer.WantFrame("of the second", txCancel(end.first, 1))
-		peer.WantFrame("of the first", cryotest.Acked(10))
-		peer.WantFrame("of all of the first", cryotest.Acked(20))
-		wantNoStream(t, s)
-		s.Refuse(true)
-		peer.WantFrame("the one that still waits", txCancel(end.first+1, 4))
-		s.Refuse(false)
-		wantNoStream(t, s)
-	})
-}
-
-func TestABrokenStreamKeepsItsPlaceUntilItIsSettled(t *testing.T) {
-	one := quiet
-	one.MaxOpenStreams = 1
-	atBothEnds(t, one, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		st := incoming(t, s, peer, 1, 0)
-		peer.WriteFrames(txChunk(0, 7, "x"), txStart(2, 1, -1, ""))
-		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
-		wantNoStream(t, s)
-		require.ErrorIs(t, st.Ack(), cryo.ErrStreamBroken)
-		require.Equal(t, uint32(1), acceptStream(t, s).Tx())
-	})
-}
-
-func TestAFailedStreamWhoseErrorWasReadNoLongerCountsAsOpen(t *testing.T) {
-	limited := quiet
-	limited.MaxOpenStreams = 1
-	limited.MaxStreamBytes = 10
-	limited.StreamIdleTimeout = time.Minute
+func TestAFailedStreamNoLongerCountsAsOpen(t *testing.T) {
 	for name, failure := range map[string]struct {
 		cause func(peer *cryotest.Peer, tx uint32)
 		want  error
@@ -78,29 +23,48 @@ func TestAFailedStreamWhoseErrorWasReadNoLongerCountsAsOpen(t *testing.T) {
 			func(peer *cryotest.Peer, tx uint32) { peer.WriteFrames(txChunk(tx, 7, "out of order")) },
 			cryo.ErrStreamBroken,
 		},
-		"too long": {
-			func(peer *cryotest.Peer, tx uint32) { peer.WriteFrames(txChunk(tx, 1, "more than ten")) },
-			cryo.ErrStreamTooLong,
-		},
-		"idle": {func(*cryotest.Peer, uint32) {}, cryo.ErrStreamIdle},
+		"idle": {func(*cryotest.Peer, uint32) { time.Sleep(cryo.DefaultStreamIdleTimeout) }, cryo.ErrStreamIdle},
 	} {
 		t.Run(name, func(t *testing.T) {
-			atBothEnds(t, limited, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				for i := range uint32(4) {
-					st := incoming(t, s, peer, 10+i, i)
-					failure.cause(peer, i)
-					require.ErrorIs(t, wantRest(t, st, ""), failure.want)
-					peer.WantType("TX_CANCEL", wire.TxCancel)
-					if i%2 == 0 {
-						require.ErrorIs(t, st.Ack(), failure.want, "this frees no second slot")
-					}
+			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				const number = 5
+				var failed []*cryo.IncomingStream
+				for range 300 {
+					st := incoming(t, s, peer, 10, number)
+					failure.cause(peer, number)
+					require.Equal(t, uint32(number), peer.WantType("TX_CANCEL: the number is free", wire.TxCancel).Tx)
+					failed = append(failed, st)
 				}
-				incoming(t, s, peer, 200, 500)
-				peer.WriteFrames(txStart(201, 501, -1, "in"))
-				wantNoStream(t, s)
+				st := incoming(t, s, peer, 10, number)
+				peer.WriteFrames(txFinish(11, number))
+				require.NoError(t, wantRest(t, st, ""))
+				for i, st := range failed {
+					if i%2 == 0 {
+						require.ErrorIs(t, wantRest(t, st, ""), failure.want)
+					}
+					require.ErrorIs(t, st.Ack(), failure.want)
+					require.NoError(t, st.Close())
+				}
+				peer.WantIdle("nothing of them is acknowledged or cancelled again", time.Second)
+				require.NoError(t, st.Ack(), "it is another stream")
+				peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(11))
 			})
 		})
 	}
+}
+
+func TestABrokenStreamIsCancelledOnceWhoeverEndsItFirst(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		for i := range uint32(200) {
+			st := incoming(t, s, peer, 1, i)
+			closing := start(st.Close)
+			peer.WriteFrames(txChunk(i, 7, "out of order"), txFinish(2, i))
+			closing.wantSuccess(t)
+			require.Equal(t, i, peer.WantType("TX_CANCEL", wire.TxCancel).Tx)
+			require.Error(t, st.Ack())
+		}
+		peer.WantIdle("once each, and nothing is acknowledged", instant)
+	})
 }
 
 func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
@@ -108,19 +72,66 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 		for tx := range uint32(256) {
 			peer.WriteFrames(txStart(1, tx, -1, ""))
 		}
-		peer.WantIdle("256 wait", time.Hour)
+		peer.WantIdle("256 wait", cryo.DefaultStreamIdleTimeout)
 		for i := range uint32(10) {
 			peer.WriteFrames(txStart(1, 256+i, -1, ""))
 			peer.WantFrame("TX_CANCEL", txCancel(end.first+i, 256+i))
 		}
-		require.Zero(t, acceptStream(t, s).Tx())
+		accepted := acceptStream(t, s)
+		require.Zero(t, accepted.Tx())
 		peer.WriteFrames(txStart(1, 300, -1, ""))
-		peer.WantIdle("a place was free", time.Hour)
+		peer.WantFrame("an open stream counts too", txCancel(end.first+10, 300))
+		require.NoError(t, accepted.Close())
+		peer.WantFrame("TX_CANCEL", txCancel(end.first+11, 0))
+		peer.WriteFrames(txStart(1, 301, -1, ""))
+		peer.WantIdle("a slot was free", instant)
 		s.Refuse(true)
 		for range 256 {
 			peer.WantType("TX_CANCEL of all of them", wire.TxCancel)
 		}
 		peer.WantIdle("and no more", instant)
+	})
+}
+
+// A serial consumer may let streams wait for as long as it likes. Only where there are too
+// many, those that nobody seems to want make way, the oldest first.
+func TestAStreamThatNobodyAcceptsMakesWayForAnotherWhenThereAreTooMany(t *testing.T) {
+	var rejected []cryo.Kind
+	counting := quiet
+	counting.OnRefused = func(kind cryo.Kind) { rejected = append(rejected, kind) }
+	counting.StreamIdleTimeout = 10 * time.Second
+	atBothEnds(t, counting, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		rejected = nil
+		names := []string{"unwanted", "wanted"}
+		for tx := range uint32(256) {
+			peer.WriteFrames(txStart(1, tx, -1, names[tx%2]))
+		}
+		peer.WantIdle("none is cancelled for being waited with", 10*time.Second+instant)
+		first := acceptStream(t, s, "unwanted")
+		require.Zero(t, first.Tx())
+		for i := range uint32(200) {
+			peer.WriteFrames(txStart(1, 1000+i, -1, "wanted"))
+			peer.WantFrame("the oldest that nobody has accepted", txCancel(end.first+i, 1+i))
+		}
+		require.Len(t, rejected, 200)
+		require.Equal(t, cryo.KindStream, rejected[0])
+		require.Equal(t, uint32(201), acceptStream(t, s, "wanted").Tx())
+		require.Equal(t, uint32(202), acceptStream(t, s, "unwanted").Tx())
+		for tx := uint32(203); tx < 256; tx++ {
+			require.Equal(t, tx, acceptStream(t, s).Tx())
+		}
+		peer.WriteFrames(txStart(1, 2000, -1, "wanted"))
+		peer.WantFrame("those that wait are too young", txCancel(end.first+200, 2000))
+		require.Equal(t, uint32(1000), acceptStream(t, s).Tx())
+
+		peer.WriteFrames(txChunk(1, 0, "late"), txFinish(2, 1))
+		peer.WantIdle("nothing of those that were cancelled is acknowledged", time.Hour)
+		peer.WriteFrames(txFinish(3, 0))
+		reading := start(func() error { return wantRest(t, first, "") })
+		peer.WantFrame("TX_START acknowledged: an accepted one stays", cryotest.Acked(1))
+		reading.wantSuccess(t)
+		require.NoError(t, first.Ack())
+		peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(3))
 	})
 }
 
@@ -144,25 +155,6 @@ func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
 			peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(tx))
 		}
 		peer.WantIdle("the first were forgotten", instant)
-	})
-}
-
-func TestAStreamThatIsTooLongIsCancelledAfterWhatIsAllowed(t *testing.T) {
-	six := quiet
-	six.MaxStreamBytes = 6
-	atBothEnds(t, six, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		fits := incoming(t, s, peer, 1, 0)
-		peer.WriteFrames(txChunk(0, 1, "abcde"), txChunk(0, 2, ""), txFinish(2, 0))
-		require.NoError(t, wantRest(t, fits, "abcde"))
-
-		long := incoming(t, s, peer, 1, 1)
-		peer.WriteFrames(txChunk(1, 1, "abc"), txChunk(1, 2, "def"), txChunk(1, 3, "g"), txFinish(3, 1))
-		peer.WantFrame("TX_CANCEL", txCancel(end.first, 1))
-		require.ErrorIs(t, wantRest(t, long, "abc"), cryo.ErrStreamTooLong)
-		require.Equal(t, int64(4), long.Received())
-		require.ErrorIs(t, long.Ack(), cryo.ErrStreamTooLong)
-		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)
-		wantFree(t, s, peer, cryo.DefaultMaxBufferBytes, 0)
 	})
 }
 
@@ -214,6 +206,29 @@ func TestASilentStreamIsCancelled(t *testing.T) {
 		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)
 		serving(t, s, peer)
 	})
+}
+
+func TestAStreamMayHaveAnIdleTimeoutOfItsOwn(t *testing.T) {
+	idle := quiet
+	idle.StreamIdleTimeout = 10 * time.Second
+	for name, c := range map[string]struct{ set, want time.Duration }{
+		"shorter":       {time.Second, time.Second},
+		"longer":        {time.Hour, time.Hour},
+		"the session's": {0, 10 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, idle, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+				peer.WriteFrames(txStart(1, 0, -1, ""))
+				st := acceptStream(t, s)
+				st.SetIdleTimeout(c.set)
+				read := start(func() error { return wantRest(t, st, "") })
+				peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+				peer.WantIdle("silence", c.want-instant)
+				peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
+				require.ErrorIs(t, read.result(t), cryo.ErrStreamIdle)
+			})
+		})
+	}
 }
 
 func TestEmptyChunksKeepNoStreamOpen(t *testing.T) {

@@ -51,27 +51,22 @@ func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 			require.NoError(t, wantRest(t, st, "abcdef"))
 			require.NoError(t, st.Ack())
 		},
-		"whole, Reject": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
+		"whole, Close": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txFinish(2, 0))
 			synctest.Wait()
 			require.NoError(t, st.Close())
 		},
-		"Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Close()) },
-		"half, Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
+		"Close": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { require.NoError(t, st.Close()) },
+		"half, Close": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
 			wantBytes(t, st, "ab")
 			require.NoError(t, st.Close())
 		},
-		"broken, Reject": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
+		"broken, Close": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
 			peer.WriteFrames(txChunk(0, 17, "x"))
 			synctest.Wait()
 			require.NoError(t, st.Close())
 		},
-		"too long, Ack": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
-			peer.WriteFrames(txChunk(0, 3, strings.Repeat("x", 1000)))
-			synctest.Wait()
-			require.ErrorIs(t, st.Ack(), cryo.ErrStreamTooLong)
-		},
-		"silent, Reject": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
+		"silent, Close": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
 			wantBytes(t, st, "abcdef")
 			time.Sleep(cryo.DefaultStreamIdleTimeout)
 			require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamIdle)
@@ -79,9 +74,7 @@ func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			opts := bounded()
-			opts.MaxStreamBytes = 100
-			atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+			atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 0)
 				peer.WriteFrames(txChunk(0, 1, "abc"), txChunk(0, 2, "def"))
 				wantFree(t, s, peer, 90_000, 6+2*chunkWeight)

@@ -44,7 +44,6 @@ func FuzzStreams(f *testing.F) {
 	f.Fuzz(func(t *testing.T, script []byte, pull, dials bool) {
 		synctest.Test(t, func(t *testing.T) {
 			opts := bounded()
-			opts.MaxOpenStreams, opts.MaxStreamBytes = 3, 600
 			var (
 				s        *cryo.Session
 				peer     *cryotest.Peer

@@ -21,8 +21,6 @@ const (
 var (
 	// ErrStreamIdle: nothing of the stream came for too long.
 	ErrStreamIdle = errors.New("the stream fell silent")
-	// ErrStreamTooLong: the stream has more bytes than are taken.
-	ErrStreamTooLong = errors.New("the stream is too long")
 	// ErrStreamBroken: chunks were missing, or the size was not as announced.
 	ErrStreamBroken = errors.New("the stream is broken")
 	// ErrNoRoom: a chunk could not be held, and waiting with it would have been
@@ -35,35 +33,34 @@ var (
 // IncomingStream is a stream that the peer sends. It is read by one goroutine at a
 // time, and then settled by Ack or Close, from any; Close after Ack does nothing, so
 // defer it. Until then it counts as open, and what of it is not read against
-// MaxBufferBytes. A stream of which Read has returned an error other than io.EOF no
-// longer counts, and need not be settled.
+// MaxBufferBytes. A stream that has failed is cancelled and no longer counts, and need
+// not be settled when it is read to its error.
 type IncomingStream struct {
 	s     *Session
 	tx    uint32
 	name  string
-	size  int64  // -1: unknown
-	pull  bool   // chunks come only when fetched
-	start uint32 // TX_START's number
-
-	slot bool // whether it counts as open; guarded by the mutex of incomingStreams
+	size  int64     // -1: unknown
+	pull  bool      // chunks come only when fetched
+	start uint32    // TX_START's number
+	since time.Time // when TX_START came
 
 	arrived chan struct{} // holds a token when there is something new for Read
 
-	mu       sync.Mutex
-	limits   StreamLimits // as they were when it was accepted
-	accepted bool         // TX_START is acknowledged
-	idle     *time.Timer  // set when accepted
-	active   time.Time    // when something last happened
-	chunks   []chunk
-	buffered int   // bytes in chunks
-	received int64 // bytes that came
-	nextSeq  uint32
-	fetching bool    // a TX_FETCH is under way
-	finish   *uint32 // TX_FINISH's number, when it has come
-	failed   error   // why nothing more comes though the stream is not whole; the peer is told to stop
-	readOut  bool    // Read has returned io.EOF
-	settled  settlement
-	unacked  error // why Ack fails, once the stream is settled; nil if it is acknowledged
+	mu          sync.Mutex
+	idleTimeout time.Duration
+	accepted    bool        // TX_START is acknowledged
+	idle        *time.Timer // set when accepted
+	active      time.Time   // when something last happened
+	chunks      []chunk
+	buffered    int   // bytes in chunks
+	received    int64 // bytes that came
+	nextSeq     uint32
+	fetching    bool    // a TX_FETCH is under way
+	finish      *uint32 // TX_FINISH's number, when it has come
+	failed      error   // why nothing more comes though the stream is not whole; the peer is told to stop
+	readOut     bool    // Read has returned io.EOF
+	settled     settlement
+	unacked     error // why Ack fails, once the stream is settled; nil if it is acknowledged
 }
 
 var _ io.ReadCloser = (*IncomingStream)(nil)
@@ -83,13 +80,6 @@ const (
 	acknowledged
 	rejected
 )
-
-// limit sets the limits that count for the stream, before it is accepted.
-func (st *IncomingStream) limit(limits StreamLimits) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.limits = limits
-}
 
 // Name is the stream's name, at most 1,024 bytes of UTF-8. It comes from the
 // peer: don't make a path of it as it is.
@@ -115,36 +105,39 @@ func (st *IncomingStream) Received() int64 {
 	return st.received
 }
 
+// SetIdleTimeout sets another time than [SessionOptions.StreamIdleTimeout] for the
+// stream; 0 is that one. Call it before the first Read.
+func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
+	if d <= 0 {
+		d = st.s.opts.StreamIdleTimeout
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.idleTimeout = d
+}
+
 // Read reads what came, and waits for more. io.EOF means that the stream is
 // whole. A stream that was cut off by the end of its session gives
 // [io.ErrUnexpectedEOF], after all that came; others end with
-// [ErrStreamIdle], [ErrStreamTooLong], [ErrStreamBroken] or [ErrNoRoom]. Close, from
+// [ErrStreamIdle], [ErrStreamBroken] or [ErrNoRoom]. Close, from
 // another goroutine, ends a Read that waits with [ErrStreamClosed].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
 		n, err := st.take(p)
 		if n > 0 || err != nil || len(p) == 0 {
-			return n, st.ended(err)
+			return n, err
 		}
 		select {
 		case <-st.arrived:
 		case <-st.s.done:
 			// Nothing more comes. What came before the end was queued before.
 			if n, err := st.take(p); n > 0 || err != nil {
-				return n, st.ended(err)
+				return n, err
 			}
 			return 0, fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, st.Received(), st.s.Err())
 		}
 	}
-}
-
-// ended returns the error of Read, and releases the slot of a stream that has failed.
-func (st *IncomingStream) ended(err error) error {
-	if err != nil && err != io.EOF && err != ErrStreamClosed { //nolint:errorlint // they are take's own
-		st.s.incoming.failed(st)
-	}
-	return err
 }
 
 func (st *IncomingStream) take(p []byte) (int, error) {
@@ -203,7 +196,7 @@ func (st *IncomingStream) acceptOnce() {
 	st.active = time.Now()
 	st.s.out.acknowledge([]uint32{st.start})
 	if !st.s.isEnding() {
-		st.idle = time.AfterFunc(st.limits.StreamIdleTimeout, st.checkIdle)
+		st.idle = time.AfterFunc(st.idleTimeout, st.checkIdle)
 	}
 	st.fetchLocked()
 }
@@ -232,7 +225,7 @@ func (st *IncomingStream) fetchLocked() {
 // that was read is safe. Before that it is an error, also where exactly all bytes were
 // read, and the stream stays as it is: read on, or call Close, as nothing else ends a
 // stream that has come whole. After the end of the session, and for a stream that was
-// cancelled already because it fell silent, was too long or broken, nothing can be
+// cancelled already because it fell silent or was broken, nothing can be
 // acknowledged: then Ack settles the stream and returns the cause. After Close it returns
 // [ErrStreamClosed], and a second time what it has returned before.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
@@ -269,15 +262,14 @@ func (st *IncomingStream) settle(as settlement) error {
 	if err != nil {
 		st.unacked = err
 	}
-	finish, failed := st.finish, st.failed
+	finish := st.finish
 	st.dropLocked()
 	st.mu.Unlock()
 	st.signal()
-	st.s.incoming.settled(st) // before the answer, after which the number may be used again
 
 	heard := true
 	switch {
-	case failed != nil: // cancelled already
+	case !st.s.incoming.settled(st): // it has failed, and is cancelled already
 	case as == rejected:
 		heard = st.s.cancel(st.tx)
 	case finish != nil:
@@ -321,15 +313,20 @@ func (st *IncomingStream) dropLocked() {
 }
 
 // failLocked ends a stream of which no more is taken: what came can be read before
-// the error. The peer is told to stop.
+// the error. Without the lock, cancelFailed is called then.
 func (st *IncomingStream) failLocked(err error) {
 	if st.failed != nil || st.settled != unsettled {
 		return
 	}
 	st.failed = err
 	st.stopIdleLocked()
-	st.s.cancel(st.tx)
 	st.signal()
+}
+
+func (st *IncomingStream) hasFailed() bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.failed != nil
 }
 
 func (st *IncomingStream) signal() {
@@ -340,8 +337,13 @@ func (st *IncomingStream) signal() {
 }
 
 // checkIdle cancels a stream that is silent. Silence that is ours doesn't count:
-// unread bytes, and pauses of reading.
+// unread bytes, and pauses of reading. Timer's goroutine.
 func (st *IncomingStream) checkIdle() {
+	st.failIdle()
+	st.s.incoming.cancelFailed(st)
+}
+
+func (st *IncomingStream) failIdle() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.wholeLocked() || st.failed != nil || st.settled != unsettled || st.s.isEnding() {
@@ -353,12 +355,12 @@ func (st *IncomingStream) checkIdle() {
 	} else if t := st.s.resumed.Load(); t != nil && t.After(active) {
 		active = *t
 	}
-	left := st.limits.StreamIdleTimeout - time.Since(active)
+	left := st.idleTimeout - time.Since(active)
 	if left > 0 {
 		st.idle.Reset(left)
 		return
 	}
-	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.limits.StreamIdleTimeout, st.received))
+	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.idleTimeout, st.received))
 }
 
 // chunk takes a chunk. It reports false when the stream ends because the receive buffer
@@ -374,7 +376,6 @@ func (st *IncomingStream) chunk(f *wire.Frame) bool {
 	}
 	st.fetching = false
 	after := st.received + int64(len(f.Payload))
-	limit := st.limits.MaxStreamBytes
 	switch {
 	case !st.accepted:
 		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
@@ -384,8 +385,6 @@ func (st *IncomingStream) chunk(f *wire.Frame) bool {
 		st.failLocked(fmt.Errorf("%w: chunk %d where %d was due", ErrStreamBroken, f.Seq, st.nextSeq))
 	case st.size >= 0 && after > st.size:
 		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
-	case limit > 0 && after > limit:
-		st.failLocked(fmt.Errorf("%w: over %d bytes", ErrStreamTooLong, limit))
 	case st.s.noRoom:
 		st.failLocked(ErrNoRoom)
 		return false

@@ -48,11 +48,10 @@ func TestStreamsAndMessagesArriveIntactAndInOrder(t *testing.T) {
 		client, server := trafficPlans.Draw(rt, "client"), trafficPlans.Draw(rt, "server")
 		pulls := rapid.SampledFrom([]string{"", "client", "server", "both"}).Draw(rt, "pulls")
 		buffer := rapid.IntRange(1, 1<<20).Draw(rt, "buffer")
-		open := rapid.IntRange(1, 5).Draw(rt, "open")
 		var problem error
 		synctest.Test(t, func(t *testing.T) {
 			opts := quiet
-			opts.MaxBufferBytes, opts.MaxOpenStreams = buffer, open
+			opts.MaxBufferBytes = buffer
 			p := connect(t, opts, opts)
 			for name, s := range map[string]*cryo.Session{"client": p.client, "server": p.server} {
 				if pulls == name || pulls == "both" {

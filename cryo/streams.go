@@ -13,93 +13,44 @@ import (
 )
 
 const (
-	// maxAnnounced is how many streams wait to be accepted at most; more are
-	// cancelled. They hold no data: the sender waits too.
-	maxAnnounced = 256
+	// maxStreams is how many received streams of a session are announced, or accepted and
+	// neither settled nor failed. They hold no data before the first Read.
+	maxStreams = 256
 	// maxRemembered is how many acknowledged streams are remembered, to acknowledge
 	// their TX_FINISH when it comes.
 	maxRemembered = 1024
 )
 
-// Defaults of [StreamLimits].
-const (
-	DefaultMaxOpenStreams    = 16
-	DefaultStreamIdleTimeout = 60 * time.Second
-)
-
-// StreamLimits bound what a session's received streams may cost. A zero value
-// means its default.
-type StreamLimits struct {
-	// MaxOpenStreams bounds the streams that are accepted and not settled. A
-	// failed one no longer counts once Read has returned its error. Default 16.
-	MaxOpenStreams int
-	// MaxStreamBytes cancels a stream that is longer. Default: any length is
-	// taken, for what has been read is no longer held here.
-	MaxStreamBytes int64
-	// StreamIdleTimeout cancels an open stream of which nothing came for so
-	// long, empty chunks aside. Time does not count while bytes of it wait to be
-	// read, or reading is paused. Default 60 s.
-	StreamIdleTimeout time.Duration
-}
-
-func (l StreamLimits) withDefaults() StreamLimits {
-	if l.MaxOpenStreams <= 0 {
-		l.MaxOpenStreams = DefaultMaxOpenStreams
-	}
-	if l.StreamIdleTimeout <= 0 {
-		l.StreamIdleTimeout = DefaultStreamIdleTimeout
-	}
-	return l
-}
-
-// LimitStreams sets other limits for the streams that are accepted from then on.
-func (s *Session) LimitStreams(limits StreamLimits) {
-	s.incoming.mu.Lock()
-	defer s.incoming.mu.Unlock()
-	s.incoming.limits = limits.withDefaults()
-	s.incoming.changedLocked()
-}
-
-// incomingStreams are those that the peer sends on a session.
+// incomingStreams are those that the peer sends on a session. Whoever takes a stream out
+// of the table sends its last answer: so the peer gets one, and gets it when the number
+// may be used again.
 type incomingStreams struct {
 	s *Session
 
 	mu         sync.Mutex
-	limits     StreamLimits
-	pulls      bool // this end has asked to pull
-	open       map[uint32]*IncomingStream
-	announced  []*IncomingStream // of those, nobody has accepted yet
-	slots      int               // in use by streams that are accepted, and neither settled nor failed
-	changed    chan struct{}     // closed and replaced when a stream may be accepted
-	remembered []uint32          // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
+	pulls      bool                       // this end has asked to pull
+	open       map[uint32]*IncomingStream // neither settled nor failed
+	announced  []*IncomingStream          // of those, nobody has accepted yet; the oldest first
+	changed    chan struct{}              // closed and replaced when a stream is announced
+	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
-	return &incomingStreams{s: s, limits: s.opts.StreamLimits, open: make(map[uint32]*IncomingStream), changed: make(chan struct{})}
+	return &incomingStreams{s: s, open: make(map[uint32]*IncomingStream), changed: make(chan struct{})}
 }
 
-// accept gives an announced stream of one of the names and acquires a slot for
-// it, or a channel that is closed when it is worth asking again.
+// accept returns an announced stream of one of the names, or a channel that is closed
+// when it is worth asking again.
 func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struct{}) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.slots < in.limits.MaxOpenStreams {
-		for i, st := range in.announced {
-			if len(names) == 0 || slices.Contains(names, st.name) {
-				in.announced = slices.Delete(in.announced, i, i+1)
-				in.slots++
-				st.slot = true
-				st.limit(in.limits)
-				return st, nil
-			}
+	for i, st := range in.announced {
+		if len(names) == 0 || slices.Contains(names, st.name) {
+			in.announced = slices.Delete(in.announced, i, i+1)
+			return st, nil
 		}
 	}
 	return nil, in.changed
-}
-
-func (in *incomingStreams) changedLocked() {
-	close(in.changed)
-	in.changed = make(chan struct{})
 }
 
 // pull is said before TX_FLOW is sent. From then on the streams that announce a
@@ -117,13 +68,22 @@ func (in *incomingStreams) start(f *wire.Frame) {
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
 		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
 	}
-	switch in.announce(f, name) {
+	outcome, evicted := in.announce(f, name)
+	if evicted != nil {
+		in.reject(evicted.tx)
+	}
+	switch outcome {
 	case startRepeated:
 		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is open", f.Tx)})
-	case startRefused:
-		in.s.opts.OnRefused(KindStream)
-		in.s.cancel(f.Tx)
+	case startRejected:
+		in.reject(f.Tx)
 	}
+}
+
+// reject cancels a stream that nobody has accepted.
+func (in *incomingStreams) reject(tx uint32) {
+	in.s.opts.OnRefused(KindStream)
+	in.s.cancel(tx)
 }
 
 // started is what becomes of a TX_START.
@@ -132,53 +92,72 @@ type started int
 const (
 	startAnnounced started = iota // AcceptStream hands it out
 	startRepeated                 // the number is open
-	startRefused
+	startRejected
 )
 
-func (in *incomingStreams) announce(f *wire.Frame, name string) started {
+// announce adds a stream. Where the table is full, it evicts the stream that waits
+// longest to be accepted, if that is longer than an open one may be idle.
+func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started, evicted *IncomingStream) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.forgetLocked(f.Tx) // whatever becomes of this one, it is another stream
 	switch {
 	case in.open[f.Tx] != nil:
-		return startRepeated
-	case in.s.refusing.Load(), len(in.announced) >= maxAnnounced, max(len(f.Payload), len(name)) > maxStreamName:
-		return startRefused
+		return startRepeated, nil
+	case in.s.refusing.Load(), max(len(f.Payload), len(name)) > maxStreamName:
+		return startRejected, nil
+	case len(in.open) == maxStreams:
+		if len(in.announced) == 0 || time.Since(in.announced[0].since) <= in.s.opts.StreamIdleTimeout {
+			return startRejected, nil
+		}
+		evicted = in.announced[0]
+		in.removeLocked(evicted)
 	}
 	st := &IncomingStream{
 		s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
 		pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
+		since: time.Now(), idleTimeout: in.s.opts.StreamIdleTimeout,
 	}
 	in.open[f.Tx] = st
 	in.announced = append(in.announced, st)
-	in.changedLocked()
-	return startAnnounced
+	close(in.changed)
+	in.changed = make(chan struct{})
+	return startAnnounced, evicted
 }
 
 // chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
 func (in *incomingStreams) chunk(f *wire.Frame) {
-	if st := in.find(f.Tx); st != nil && !st.chunk(f) {
+	st := in.find(f.Tx)
+	if st == nil {
+		return
+	}
+	kept := st.chunk(f)
+	in.cancelFailed(st)
+	if !kept {
 		in.s.reportNoRoom()
 	}
 }
 
-// finish takes TX_FINISH. Reading goroutine.
+// finish takes TX_FINISH. It holds the mutex while it asks whether the stream is
+// acknowledged already: a stream is remembered in the moment in which it is closed.
+// Reading goroutine.
 func (in *incomingStreams) finish(f *wire.Frame) {
-	if in.finished(f) {
+	in.mu.Lock()
+	st := in.open[f.Tx]
+	acknowledged := false
+	if st != nil {
+		acknowledged = st.finished(f.Ack)
+	} else {
+		acknowledged = in.forgetLocked(f.Tx)
+	}
+	in.mu.Unlock()
+	if acknowledged {
 		in.s.out.acknowledge([]uint32{f.Ack})
 	}
-}
-
-// finished reports whether the stream of a TX_FINISH is acknowledged already. It holds
-// the mutex all the time: a stream is remembered in the moment in which it is closed.
-func (in *incomingStreams) finished(f *wire.Frame) bool {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if st := in.open[f.Tx]; st != nil {
-		return st.finished(f.Ack)
+	if st != nil {
+		in.cancelFailed(st)
 	}
-	return in.forgetLocked(f.Tx)
 }
 
 func (in *incomingStreams) find(tx uint32) *IncomingStream {
@@ -196,35 +175,44 @@ func (in *incomingStreams) forgetLocked(tx uint32) bool {
 	return i >= 0
 }
 
-// failed releases the slot of a stream that the peer was told to stop, when Read has
-// returned its error: its receiver need not settle it.
-func (in *incomingStreams) failed(st *IncomingStream) {
+// cancelFailed tells the peer to stop a stream that has failed. It no longer counts as
+// open then: what came of it may still be read, and its receiver need not settle it.
+func (in *incomingStreams) cancelFailed(st *IncomingStream) {
+	if !st.hasFailed() {
+		return
+	}
 	in.mu.Lock()
-	defer in.mu.Unlock()
-	in.removeLocked(st)
+	accepted := !slices.Contains(in.announced, st)
+	removed := in.removeLocked(st)
+	in.mu.Unlock()
+	switch {
+	case !removed: // its receiver was faster
+	case accepted:
+		in.s.cancel(st.tx)
+	default: // it has broken the protocol, and nobody will know it
+		in.reject(st.tx)
+	}
 }
 
-// removeLocked takes a stream out of the tables and releases its slot, once.
-func (in *incomingStreams) removeLocked(st *IncomingStream) {
-	if in.open[st.tx] == st {
-		delete(in.open, st.tx)
+// removeLocked takes a stream out of the table, and reports whether it was there.
+func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
+	if in.open[st.tx] != st {
+		return false
 	}
+	delete(in.open, st.tx)
 	if i := slices.Index(in.announced, st); i >= 0 {
 		in.announced = slices.Delete(in.announced, i, i+1)
-	}
-	if st.slot {
-		st.slot = false
-		in.slots--
-		in.changedLocked()
 	}
 	if in.s.refusing.Load() {
 		in.s.budget.wake() // what follows may be discarded now
 	}
+	return true
 }
 
-// settled releases the stream's slot. Of an acknowledged one, the TX_FINISH that is still
-// to come is acknowledged then, of so many streams; of others it stays unanswered.
-func (in *incomingStreams) settled(st *IncomingStream) {
+// settled takes a stream out of the table, and reports whether it was there. Of an
+// acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
+// streams; of others it stays unanswered.
+func (in *incomingStreams) settled(st *IncomingStream) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if st.awaitsFinish() {
@@ -233,14 +221,15 @@ func (in *incomingStreams) settled(st *IncomingStream) {
 		}
 		in.remembered = append(in.remembered, st.tx)
 	}
-	in.removeLocked(st)
+	return in.removeLocked(st)
 }
 
-// holds tells whether chunks may be kept: a stream is accepted and not settled.
+// holds tells whether chunks may be kept: a stream is accepted, and neither settled nor
+// failed.
 func (in *incomingStreams) holds() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	return in.slots > 0
+	return len(in.open) > len(in.announced)
 }
 
 // end stops what the streams would still do by themselves, at the end of the session.
@@ -257,10 +246,12 @@ func (in *incomingStreams) end() {
 func (in *incomingStreams) refuse() {
 	in.mu.Lock()
 	waiting := slices.Clone(in.announced)
+	for _, st := range waiting {
+		in.removeLocked(st)
+	}
 	in.mu.Unlock()
 	for _, st := range waiting {
-		in.s.opts.OnRefused(KindStream)
-		_ = st.Close() // after the end of the session nobody hears it
+		in.reject(st.tx)
 	}
 }
 

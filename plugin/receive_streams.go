@@ -28,14 +28,15 @@ func (r *receiver) acceptStreams(src *source) {
 			r.log.Warnf("Session %s does not let its streams be pulled, they are pushed: %v", src.id, err)
 		}
 	}
-	src.session.LimitStreams(cryo.StreamLimits{ // max_bytes is not for those that are discarded
-		MaxOpenStreams:    r.conf.streams.maxOpen,
-		StreamIdleTimeout: r.conf.streams.idleTimeout,
-	})
 	var taken sync.WaitGroup
 	defer taken.Wait()
+	// A session could have more streams accepted than may ever be taken, each with a
+	// goroutine that waits for a place.
+	accepted := make(chan struct{}, r.conf.streams.maxOpen)
 	take := func(st *cryo.IncomingStream) {
+		st.SetIdleTimeout(r.conf.streams.idleTimeout)
 		taken.Go(func() {
+			defer func() { <-accepted }()
 			switch {
 			case r.draining.Err() != nil:
 				r.leaveStream(src, st)
@@ -49,9 +50,17 @@ func (r *receiver) acceptStreams(src *source) {
 	left := src.streams
 	src.streams = nil
 	for _, st := range left {
+		accepted <- struct{}{}
 		take(st)
 	}
 	for {
+		select {
+		case accepted <- struct{}{}:
+		case <-r.draining.Done():
+			return
+		case <-src.session.Ending():
+			return
+		}
 		st, err := src.session.AcceptStream(r.draining)
 		if err != nil {
 			return
@@ -235,6 +244,10 @@ func readerFailed(batch service.MessageBatch) error {
 	return nil
 }
 
+// errTooLong is the end of a stream that has more than max_bytes, or one of whose
+// messages has.
+var errTooLong = errors.New("the stream is too long")
+
 // wholeReader remembers how a stream ended. Some scanners read ahead, on a
 // goroutine of their own.
 type wholeReader struct {
@@ -256,7 +269,7 @@ func (w *wholeReader) Read(p []byte) (int, error) {
 	n, err := w.stream.Read(p)
 	w.bytes.Incr(int64(n), messageTypeStream)
 	if w.read += int64(n); w.limit > 0 && w.read > w.limit {
-		n, err = 0, fmt.Errorf("%w: over %d bytes", cryo.ErrStreamTooLong, w.limit)
+		n, err = 0, fmt.Errorf("%w: over %d bytes", errTooLong, w.limit)
 	}
 	if err != nil {
 		w.mu.Lock()

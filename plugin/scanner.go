@@ -11,8 +11,6 @@ import (
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"gopkg.in/yaml.v3"
-
-	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // Scanners cut streams into messages. They are the engine's, with two bounds that
@@ -268,7 +266,7 @@ func (r *boundedReader) Read(p []byte) (n int, err error) {
 }
 
 func tooLarge(maxBytes int64) error {
-	return fmt.Errorf("%w: a message of more than %d bytes", cryo.ErrStreamTooLong, maxBytes)
+	return fmt.Errorf("%w: a message of more than %d bytes", errTooLong, maxBytes)
 }
 
 // tarScanners are the engine's scanners for archives, which bound no file: a sparse

@@ -5,8 +5,6 @@ import (
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
-
-	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // What can be set of received streams.
@@ -19,6 +17,8 @@ const (
 	fieldMaxBytes    = "max_bytes"
 	fieldMaxOpen     = "max_open"
 	fieldIdleTimeout = "idle_timeout"
+
+	defaultMaxOpen = 16
 
 	flowPush = "push"
 	flowPull = "pull"
@@ -51,8 +51,8 @@ func streamsField() *service.ConfigField {
 			Default(64<<20).
 			LintRule(`root = if this.type() == "number" && this < 0 { "field max_bytes can't be negative, got %v".format(this) }`),
 		positiveInt(fieldMaxOpen).
-			Description("How many streams are taken at a time, from all sessions together. Senders of others wait. Where several sessions can be connected, one of them gets no more than it leaves free for others: at most half, and at least one. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
-			Default(cryo.DefaultMaxOpenStreams),
+			Description("How many streams are taken at a time, from all sessions together. Senders of others wait. One session has at most 256. Where several sessions can be connected, one of them gets no more than it leaves free for others: at most half, and at least one. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory.").
+			Default(defaultMaxOpen),
 		positiveDuration(fieldIdleTimeout).
 			Description("A stream of which nothing came for so long is cancelled. Time in which the pipeline is what it waits for doesn't count.").
 			Default("60s"),

@@ -360,6 +360,7 @@ func TestOneClientCannotKeepAllStreamsForItself(t *testing.T) {
 			}
 		}
 		require.Equal(t, 4, opened, "half of them")
+		e.wantMetrics("no more wait here than may be taken", map[string]int64{"cryo_received{message_type=stream}": 8})
 		for i := range 3 { // others get theirs, each its own half of the rest
 			stream := sendStream(e.dial(), "modest", fmt.Sprintf("%d\n", i))
 			e.want(fmt.Sprint(i))[0].deliver()
