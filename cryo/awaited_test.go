@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // fates are what may become of a message or a stream; its text or name tells its
@@ -94,7 +95,7 @@ func takeAll(s *cryo.Session) {
 // when its sender has stopped waiting, in a session that lives and in one that
 // was lost.
 func TestNoNumberStaysAwaited(t *testing.T) {
-	for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+	for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 		t.Run(fmt.Sprint(flow), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				opts := quiet
@@ -103,7 +104,7 @@ func TestNoNumberStaysAwaited(t *testing.T) {
 				ends := []*cryo.Session{p.client, p.server}
 				var taking, sending sync.WaitGroup
 				for _, s := range ends {
-					require.NoError(t, s.SetIncomingFlowControl(t.Context(), flow))
+					useFlow(t, s, flow)
 					taking.Go(func() { takeAll(s) })
 					sending.Go(func() { sendAll(t, s) })
 				}

@@ -38,9 +38,7 @@ func TestEveryWaitThatItsContextEndsMatchesTheContextsErrorAndItsCause(t *testin
 			_, err := s.AcceptStream(ctx)
 			return err
 		},
-		"SetIncomingFlowControl": func(ctx context.Context, s *cryo.Session) error {
-			return s.SetIncomingFlowControl(ctx, wire.FlowPush)
-		},
+		"PullStreams": func(ctx context.Context, s *cryo.Session) error { return s.PullStreams(ctx) },
 		"OpenStream": func(ctx context.Context, s *cryo.Session) error {
 			_, err := s.OpenStream(ctx, nil)
 			return err

@@ -49,7 +49,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 		},
 		"ACK of a flow": {
 			func(t *testing.T, s *cryo.Session, _ []byte) error {
-				return s.SetIncomingFlowControl(t.Context(), cryo.FlowPull)
+				return s.PullStreams(t.Context())
 			},
 			cryotest.Acked, "ACK for the frame %d before it was sent",
 		},

@@ -19,7 +19,7 @@ func TestAPeerThatFetchesTheSameForEverHoldsNoSender(t *testing.T) {
 	for _, end0 := range []uint32{0, 1} {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
-			setFlow(peer, cryo.FlowPull)
+			setFlow(peer, wire.FlowPull)
 			send := start(func() error {
 				return s.SendStream(context.Background(), strings.NewReader("abcdefghij"), &cryo.StreamOptions{ChunkBytes: 4, StepTimeout: time.Second})
 			})

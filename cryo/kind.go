@@ -44,14 +44,3 @@ func kindOf(t wire.Type) Kind {
 		return KindError
 	}
 }
-
-// Flow is who sets the pace at which the chunks of a stream travel (TX_FLOW).
-type Flow = wire.Flow
-
-// The values of [Flow].
-const (
-	// FlowPush lets chunks follow TX_START's acknowledgement without asking.
-	FlowPush = wire.FlowPush
-	// FlowPull sends only the chunks that TX_FETCH asked for.
-	FlowPull = wire.FlowPull
-)

@@ -324,7 +324,7 @@ func floods() []misbehaviour {
 		{
 			does: "sends 20,000 TX_FLOW and reads no acknowledgement",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				flooded(t, peer, 20_000, func(i uint32) wire.Frame { return txFlow(i, cryo.FlowPush) })
+				flooded(t, peer, 20_000, func(i uint32) wire.Frame { return txFlow(i, wire.FlowPush) })
 				require.Equal(t, 20_000, peer.Skip(), "each is acknowledged, when it reads")
 			},
 		},

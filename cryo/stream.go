@@ -113,21 +113,16 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 	}
 }
 
-// SetIncomingFlowControl tells the peer how to send the streams that it opens
-// from then on, and waits for its acknowledgement (TX_FLOW). With FlowPull the
-// peer announces each stream's size and sends a chunk only when it is wanted,
-// at the price of a round trip a chunk. The published Node client can't be
-// pulled from: it stops working.
-func (s *Session) SetIncomingFlowControl(ctx context.Context, flow Flow) error {
-	switch flow {
-	case wire.FlowPush:
-	case wire.FlowPull:
-		s.incoming.pull()
-	default:
-		return fmt.Errorf("setting the flow control: %v is neither push nor pull", flow)
-	}
-	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: flow}); err != nil {
-		return fmt.Errorf("setting the flow control: %w", err)
+// PullStreams asks the peer to send the streams that it opens from then on only as
+// they are wanted (TX_FLOW), and waits for its acknowledgement. The peer announces each
+// stream's size then, and sends a chunk when it is asked for, at the price of a round
+// trip a chunk. Without it streams are pushed: chunks come as fast as the network and
+// MaxBufferBytes let them. The published Node client can't be pulled from: it stops
+// working.
+func (s *Session) PullStreams(ctx context.Context) error {
+	s.incoming.pull()
+	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: wire.FlowPull}); err != nil {
+		return fmt.Errorf("asking to pull streams: %w", err)
 	}
 	return nil
 }

@@ -137,7 +137,7 @@ func TestAStreamThatNobodyAcceptsMakesWayForAnotherWhenThereAreTooMany(t *testin
 
 func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		pullStreams(t, s, peer)
 		for tx := range uint32(1030) {
 			peer.WriteFrames(txStart(1, tx, 1, ""))
 			st := acceptStream(t, s)

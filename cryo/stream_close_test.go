@@ -70,7 +70,7 @@ func (x *scriptedStream) run(t *testing.T) {
 	const started, finished = 1, 2
 	s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 	if x.Pull {
-		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		pullStreams(t, s, peer)
 	}
 	peer.WriteFrames(txStart(started, 0, int32(x.Announced), "n"))
 	st := acceptStream(t, s)

@@ -168,9 +168,9 @@ func ExampleOutgoingStream_Close() {
 
 // A receiver that pulls knows each stream's size from the start, and gets a
 // chunk when it wants one.
-func ExampleSession_SetIncomingFlowControl() {
+func ExampleSession_PullStreams() {
 	server := receiver(func(ctx context.Context, s *cryo.Session) {
-		must(s.SetIncomingFlowControl(ctx, cryo.FlowPull))
+		must(s.PullStreams(ctx))
 		_ = s.SendUTF8(ctx, "I pull") // so that the client begins then
 	})
 	defer server.Close()
@@ -182,6 +182,14 @@ func ExampleSession_SetIncomingFlowControl() {
 	must(err)
 	_ = m.Ack()
 	must(s.SendStream(ctx, strings.NewReader("piece by piece"), &cryo.StreamOptions{Name: "slow", ChunkBytes: 5}))
+
+	pipe, _ := io.Pipe() // has no size, and can't be read by index
+	err = s.SendStream(ctx, pipe, nil)
+	fmt.Println(errors.Is(err, cryo.ErrNotSeekable))
+	_, err = s.OpenStream(ctx, nil)
+	fmt.Println(errors.Is(err, cryo.ErrPeerPulls))
 	// Output:
 	// slow: piece by piece
+	// true
+	// true
 }

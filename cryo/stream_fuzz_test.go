@@ -72,7 +72,7 @@ func FuzzStreams(f *testing.F) {
 				case finish:
 					frame.Type = wire.TxFinish
 				case flow:
-					frame.Type, frame.Flow = wire.TxFlow, cryo.Flow(a%2)
+					frame.Type, frame.Flow = wire.TxFlow, wire.Flow(a%2)
 				case fetch:
 					frame.Type, frame.Start, frame.End = wire.TxFetch, uint32(b), uint32(c)
 				case cancel:
@@ -127,7 +127,7 @@ func startFuzzed(t *testing.T, s *cryo.Session, pull bool) *fuzzed {
 	ctx, cancel := context.WithCancel(t.Context())
 	app.cancel = cancel
 	if pull {
-		app.all.Go(func() { _ = s.SetIncomingFlowControl(ctx, cryo.FlowPull) })
+		app.all.Go(func() { _ = s.PullStreams(ctx) })
 		synctest.Wait()
 	}
 	for range 2 {

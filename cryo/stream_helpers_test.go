@@ -32,8 +32,16 @@ func txFinish(number, tx uint32) wire.Frame {
 	return wire.Frame{Type: wire.TxFinish, Ack: number, Tx: tx}
 }
 
-func txFlow(number uint32, flow cryo.Flow) wire.Frame {
+func txFlow(number uint32, flow wire.Flow) wire.Frame {
 	return wire.Frame{Type: wire.TxFlow, Ack: number, Flow: flow}
+}
+
+// useFlow has a session get its streams so. Without a word they are pushed.
+func useFlow(t *testing.T, s *cryo.Session, flow wire.Flow) {
+	t.Helper()
+	if flow == wire.FlowPull {
+		require.NoError(t, s.PullStreams(t.Context()))
+	}
 }
 
 func txFetch(number, tx, start, end uint32) wire.Frame {

@@ -156,12 +156,12 @@ func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
 // The sender of a stream that its receiver tries to acknowledge too early is not left
 // alone: the stream goes on, and ends one way or the other.
 func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T) {
-	for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+	for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 		for _, fate := range []string{"read on", "rejected", "left alone"} {
 			t.Run(fmt.Sprint(flow, ", ", fate), func(t *testing.T) {
 				inBubble(t, func(t *testing.T) {
 					p := connect(t, quiet, quiet)
-					require.NoError(t, p.server.SetIncomingFlowControl(t.Context(), flow))
+					useFlow(t, p.server, flow)
 					text := strings.Repeat("x", 1<<20)
 					sending := start(func() error {
 						return p.client.SendStream(t.Context(), strings.NewReader(text), &cryo.StreamOptions{StepTimeout: time.Hour})
@@ -394,7 +394,7 @@ func TestFramesOfStreamsBeforeTheClientsEndpointInfoAreIgnored(t *testing.T) {
 		"TX_START":  txStart(1, 0, -1, "early"),
 		"TX_CHUNK":  txChunk(0, 0, "early"),
 		"TX_FINISH": txFinish(1, 0),
-		"TX_FLOW":   txFlow(1, cryo.FlowPull),
+		"TX_FLOW":   txFlow(1, wire.FlowPull),
 		"TX_FETCH":  txFetch(1, 0, 0, 1),
 		"TX_CANCEL": txCancel(1, 0),
 	} {

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Every way a stream can go, with a session of ours at both ends. The receiver
@@ -22,7 +23,7 @@ import (
 // reads it.
 func TestStreamMatrix(t *testing.T) {
 	for _, direction := range []string{"client to server", "server to client"} {
-		for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+		for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 			for _, source := range matrixSources {
 				for _, ending := range matrixEndings {
 					t.Run(fmt.Sprintf("%s/%v/%s/%s", direction, flow, source.name, ending.name), func(t *testing.T) {
@@ -34,14 +35,12 @@ func TestStreamMatrix(t *testing.T) {
 							if direction == "server to client" {
 								m.from, m.to = p.server, p.client
 							}
-							if flow == cryo.FlowPull {
-								require.NoError(t, m.to.SetIncomingFlowControl(t.Context(), flow))
-								if source.unseekable != nil {
-									require.ErrorIs(t, m.send(t.Context(), 0).result(t), source.unseekable)
-									wantNoStream(t, m.to)
-									m.serves(t)
-									return
-								}
+							useFlow(t, m.to, flow)
+							if flow == wire.FlowPull && source.unseekable != nil {
+								require.ErrorIs(t, m.send(t.Context(), 0).result(t), source.unseekable)
+								wantNoStream(t, m.to)
+								m.serves(t)
+								return
 							}
 							ending.test(t, m)
 						})
@@ -55,7 +54,7 @@ func TestStreamMatrix(t *testing.T) {
 // matrix is one cell.
 type matrix struct {
 	pair
-	flow     cryo.Flow
+	flow     wire.Flow
 	source   matrixSource
 	data     []byte
 	from, to *cryo.Session
@@ -73,7 +72,7 @@ func (m *matrix) accept(t *testing.T) *cryo.IncomingStream {
 	t.Helper()
 	st := acceptStream(t, m.to, "n")
 	size := int64(-1)
-	if m.flow == cryo.FlowPull {
+	if m.flow == wire.FlowPull {
 		size = int64(len(m.data))
 	}
 	require.Equal(t, "n", st.Name())
@@ -298,7 +297,7 @@ var matrixEndings = []struct {
 	}},
 	{"source fails", short, func(t *testing.T, m *matrix) {
 		sending := m.send(t.Context(), len(m.data)*3/4)
-		if m.flow == cryo.FlowPull { // only a file and memory are read as the peer asks
+		if m.flow == wire.FlowPull { // only a file and memory are read as the peer asks
 			require.ErrorIs(t, sending.result(t), cryo.ErrNotSeekable)
 			wantNoStream(t, m.to)
 			m.serves(t)

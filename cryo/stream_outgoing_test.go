@@ -389,7 +389,7 @@ var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, fun
 		return step
 	},
 	"TX_FETCH": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		step := start(func() error { return send(strings.NewReader("x")) })
 		peer.Ack(peer.WantType("TX_START", wire.TxStart))
 		return step
@@ -403,7 +403,7 @@ var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, fun
 }
 
 // setFlow has a peer say how it wants streams.
-func setFlow(peer *cryotest.Peer, flow cryo.Flow) {
+func setFlow(peer *cryotest.Peer, flow wire.Flow) {
 	peer.WriteFrames(txFlow(99, flow))
 	peer.WantFrame("TX_FLOW acknowledged", cryotest.Acked(99))
 }
@@ -411,7 +411,7 @@ func setFlow(peer *cryotest.Peer, flow cryo.Flow) {
 func TestStreamsOfAnEndedSessionFailWithItsCause(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, _ := opening(t, s, peer, nil)
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		cut(s)
 		_, err := st.Write([]byte("x"))
 		require.ErrorIs(t, err, cryo.ErrClosed)
@@ -419,7 +419,7 @@ func TestStreamsOfAnEndedSessionFailWithItsCause(t *testing.T) {
 		_, err = s.OpenStream(t.Context(), nil)
 		require.ErrorIs(t, err, cryo.ErrClosed)
 		require.ErrorIs(t, s.SendStream(t.Context(), strings.NewReader("x"), nil), cryo.ErrClosed)
-		require.ErrorIs(t, s.SetIncomingFlowControl(t.Context(), cryo.FlowPull), cryo.ErrClosed)
+		require.ErrorIs(t, s.PullStreams(t.Context()), cryo.ErrClosed)
 		synctest.Wait()
 	})
 }

@@ -55,7 +55,7 @@ func TestStreamsAndMessagesArriveIntactAndInOrder(t *testing.T) {
 			p := connect(t, opts, opts)
 			for name, s := range map[string]*cryo.Session{"client": p.client, "server": p.server} {
 				if pulls == name || pulls == "both" {
-					require.NoError(t, s.SetIncomingFlowControl(t.Context(), cryo.FlowPull))
+					require.NoError(t, s.PullStreams(t.Context()))
 				}
 			}
 			problem = errors.Join(run(

@@ -15,15 +15,15 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// setIncomingFlow has a session ask for a flow, of a raw peer.
-func setIncomingFlow(t *testing.T, s *cryo.Session, peer *cryotest.Peer, flow cryo.Flow) {
+// pullStreams has a session ask to pull, of a raw peer.
+func pullStreams(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 	t.Helper()
-	set := start(func() error { return s.SetIncomingFlowControl(t.Context(), flow) })
+	asking := start(func() error { return s.PullStreams(t.Context()) })
 	f := peer.WantType("TX_FLOW", wire.TxFlow)
-	require.Equal(t, flow, f.Flow)
-	set.wantBlocked(t)
+	require.Equal(t, wire.FlowPull, f.Flow)
+	asking.wantBlocked(t)
 	peer.Ack(f)
-	set.wantSuccess(t)
+	asking.wantSuccess(t)
 }
 
 // pull is a raw peer's stream that our session pulls.
@@ -37,7 +37,7 @@ type pull struct {
 // pullFrom has the raw peer announce a stream of that size, as number 5.
 func pullFrom(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer, size int32) *pull {
 	t.Helper()
-	setIncomingFlow(t, s, peer, cryo.FlowPull)
+	pullStreams(t, s, peer)
 	peer.WriteFrames(txStart(1, 5, size, "n"))
 	p := &pull{Peer: peer, t: t, st: acceptStream(t, s), number: end.first + 1}
 	require.Equal(t, int64(size), p.st.Size())
@@ -111,7 +111,7 @@ func TestAPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
 // TX_FINISH may come in the moment in which the stream is acknowledged.
 func TestEachTXFinishOfAStreamIsAcknowledgedOnce(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		pullStreams(t, s, peer)
 		for i := range uint32(300) {
 			peer.WriteFrames(txStart(1, 5, 1, ""))
 			st := acceptStream(t, s)
@@ -200,7 +200,7 @@ func TestPullingWaitsForTheReader(t *testing.T) {
 func TestStreamsWithoutASizeAreNotPulled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		before := incoming(t, s, peer, 1, 0) // started before the peer knows of the flow
-		setIncomingFlow(t, s, peer, cryo.FlowPull)
+		pullStreams(t, s, peer)
 		peer.WriteFrames(txChunk(0, 1, "abc"), txFinish(2, 0))
 		require.NoError(t, wantRest(t, before, "abc"))
 		after := incoming(t, s, peer, 3, 1)
@@ -235,43 +235,11 @@ func TestASizeIsHeldAgainstAPushedStreamToo(t *testing.T) {
 	})
 }
 
-func TestAStreamThatMeetsAnotherFlowOnItsWayIsPulledAllTheSame(t *testing.T) {
-	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setIncomingFlow(t, s, peer, cryo.FlowPull)
-		set := start(func() error { return s.SetIncomingFlowControl(t.Context(), cryo.FlowPush) })
-		f := peer.WantType("TX_FLOW", wire.TxFlow)
-		peer.WriteFrames(txStart(1, 5, 3, ""), cryotest.Acked(f.Ack))
-		set.wantSuccess(t)
-		p := &pull{peer, t, acceptStream(t, s), end.first + 2}
-		read := start(func() error { return wantRest(t, p.st, "abc") })
-		p.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-		p.wantFetch(0, 1)
-		p.WriteFrames(txChunk(5, 0, "abc"))
-		read.wantSuccess(t)
-	})
-}
-
-func TestAFlowThatIsNoneIsNotSent(t *testing.T) {
-	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		require.ErrorContains(t, s.SetIncomingFlowControl(t.Context(), cryo.Flow(2)), "neither push nor pull")
-		peer.WantIdle("nothing", instant)
-		serving(t, s, peer)
-	})
-}
-
-// Two sessions of ours, with a flow that changes while streams start.
-func TestTheFlowMayChangeWhileStreamsStart(t *testing.T) {
+// Two sessions of ours. A stream may meet TX_FLOW on its way.
+func TestPullingMayBeginWhileStreamsStart(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		p := connect(t, quiet, quiet)
 		const streams = 200
-		changing := start(func() error {
-			for i := range streams / 4 {
-				if err := p.server.SetIncomingFlowControl(t.Context(), cryo.Flow(i%2)); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
 		sending := start(func() error {
 			for i := range streams {
 				name := fmt.Sprint(i)
@@ -282,13 +250,23 @@ func TestTheFlowMayChangeWhileStreamsStart(t *testing.T) {
 			}
 			return nil
 		})
+		var pulling *call
+		pulled := 0
 		for i := range streams {
+			if i == streams/4 {
+				pulling = start(func() error { return p.server.PullStreams(t.Context()) })
+			}
 			st := acceptStream(t, p.server)
+			if st.Size() >= 0 {
+				pulled++
+			}
 			require.Equal(t, fmt.Sprint(i), st.Name())
 			require.NoError(t, wantRest(t, st, strings.Repeat(st.Name(), i)))
 			require.NoError(t, st.Ack())
 		}
-		changing.wantSuccess(t)
+		pulling.wantSuccess(t)
+		require.GreaterOrEqual(t, pulled, streams/2)
+		require.Less(t, pulled, streams)
 		sending.wantSuccess(t)
 		synctest.Wait()
 	})

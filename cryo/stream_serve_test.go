@@ -28,7 +28,7 @@ type pulled struct {
 
 func pulling(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) *pulled {
 	t.Helper()
-	setFlow(peer, cryo.FlowPull)
+	setFlow(peer, wire.FlowPull)
 	p := &pulled{Peer: peer, t: t, number: end.first}
 	p.sending = start(func() error {
 		return s.SendStream(t.Context(), strings.NewReader("abcdefghij"), &cryo.StreamOptions{Name: "n", ChunkBytes: 4})
@@ -76,7 +76,7 @@ func TestAPulledStreamIsSentAsItIsAskedFor(t *testing.T) {
 		"far past the end":           func(p *pulled) { p.fetch(math.MaxUint32-1, math.MaxUint32) },
 		"backwards, past the end":    func(p *pulled) { p.fetch(9, 3) },
 		"with others' in between":    func(p *pulled) { p.tx = 7; p.fetch(0, 3); p.tx = 0; p.fetch(0, 3, 0, 1, 2) },
-		"after a change of the flow": func(p *pulled) { setFlow(p.Peer, cryo.FlowPush); p.fetch(0, 3, 0, 1, 2) },
+		"after a change of the flow": func(p *pulled) { setFlow(p.Peer, wire.FlowPush); p.fetch(0, 3, 0, 1, 2) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -102,7 +102,7 @@ func TestAPulledStreamIsCancelledWhileNothingIsAskedFor(t *testing.T) {
 
 func TestWhatIsAskedForBeforeTheStartIsAcknowledgedComesAfterIt(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader("abc"), nil) })
 		f := peer.WantType("TX_START", wire.TxStart)
 		peer.WriteFrames(txFetch(1, 0, 0, 1))
@@ -117,7 +117,7 @@ func TestWhatIsAskedForBeforeTheStartIsAcknowledgedComesAfterIt(t *testing.T) {
 
 func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		past := strings.NewReader("abc")
 		_, _ = past.Seek(10, io.SeekStart)
 		for tx, source := range []io.Reader{strings.NewReader(""), file(t, ""), past} {
@@ -136,7 +136,7 @@ func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
 
 func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		send := start(func() error {
 			return s.SendStream(t.Context(), strings.NewReader("abcdef"), &cryo.StreamOptions{ChunkBytes: 3})
 		})
@@ -161,7 +161,7 @@ func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
 func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		pushed, tx := opening(t, s, peer, nil)
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		_, err := pushed.Write([]byte("x"))
 		require.NoError(t, err)
 		peer.WantFrame("pushed on", txChunk(tx, 0, "x"))
@@ -172,7 +172,7 @@ func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
 		sending := start(func() error { return s.SendStream(t.Context(), strings.NewReader("later"), nil) })
 		f := peer.WantType("TX_START", wire.TxStart)
 		require.Equal(t, int32(5), f.Size)
-		setFlow(peer, cryo.FlowPush)
+		setFlow(peer, wire.FlowPush)
 		peer.Ack(f)
 		peer.WantIdle("no chunk that was not asked for", time.Hour)
 		peer.WriteFrames(txFetch(1, f.Tx, 0, 1))
@@ -204,7 +204,7 @@ func file(t *testing.T, data string) *os.File {
 
 func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		source := file(t, "")
 		require.NoError(t, source.Truncate(2<<30)) // all zeros, and none of them on disk
 		err := s.SendStream(t.Context(), source, nil)
@@ -227,12 +227,12 @@ func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 
 func TestNoStreamIsOpenedForWritingToAPeerThatPulls(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		_, err := s.OpenStream(t.Context(), &cryo.StreamOptions{Name: "log"})
 		require.ErrorIs(t, err, cryo.ErrPeerPulls)
 		require.EqualError(t, err, `sending the stream "log": the peer pulls streams: their size must be known`)
 		peer.WantIdle("nothing is announced", time.Hour)
-		setFlow(peer, cryo.FlowPush)
+		setFlow(peer, wire.FlowPush)
 		opening(t, s, peer, nil)
 	})
 }
@@ -273,13 +273,13 @@ func TestASourceWhoseSizeIsNotKnownIsOnlyPushed(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, flow := range []cryo.Flow{cryo.FlowPush, cryo.FlowPull} {
+			for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 				from, has := source(t)
 				inBubble(t, func(t *testing.T) {
 					p := connect(t, quiet, quiet)
-					require.NoError(t, p.server.SetIncomingFlowControl(t.Context(), flow))
+					useFlow(t, p.server, flow)
 					sending := start(func() error { return p.client.SendStream(t.Context(), from, nil) })
-					if flow == cryo.FlowPull {
+					if flow == wire.FlowPull {
 						require.ErrorIs(t, sending.result(t), cryo.ErrNotSeekable)
 						wantNoStream(t, p.server)
 						return
@@ -306,7 +306,7 @@ func TestASourceWithoutAnEndIsNotReadWherePulled(t *testing.T) {
 	}
 	defer device.Close()
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		setFlow(peer, cryo.FlowPull)
+		setFlow(peer, wire.FlowPull)
 		require.ErrorIs(t, s.SendStream(t.Context(), device, nil), cryo.ErrNotSeekable)
 		require.ErrorIs(t, s.SendStream(t.Context(), vast{size: 1 << 40}.limited(), nil), cryo.ErrNotSeekable)
 		peer.WantIdle("nothing is announced", instant)
@@ -322,7 +322,7 @@ func TestWhatIsPulledIsSentFromWhereItStands(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				setFlow(peer, cryo.FlowPull)
+				setFlow(peer, wire.FlowPull)
 				source := source(t)
 				_, err := source.Seek(2, io.SeekStart)
 				require.NoError(t, err)
@@ -356,7 +356,7 @@ func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				setFlow(peer, cryo.FlowPull)
+				setFlow(peer, wire.FlowPull)
 				source := file(t, "abcdefghij")
 				send := start(func() error { return s.SendStream(t.Context(), source, &cryo.StreamOptions{ChunkBytes: 4}) })
 				f := peer.WantType("TX_START", wire.TxStart)

@@ -53,9 +53,8 @@ func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struc
 	return nil, in.changed
 }
 
-// pull is said before TX_FLOW is sent. From then on the streams that announce a
-// size are pulled, also those that meet a later TX_FLOW on their way: a pushed
-// one announces none.
+// pull is called before TX_FLOW is sent. From then on the streams that announce a size
+// are pulled: a pushed one, which may meet TX_FLOW on the way, announces none.
 func (in *incomingStreams) pull() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -264,7 +263,7 @@ func (s *Session) cancel(tx uint32) bool {
 type outgoingStreams struct {
 	mu     sync.Mutex
 	nextTx uint32
-	flow   Flow // as the peer has asked for
+	flow   wire.Flow // as the peer has asked for
 	open   map[uint32]*OutgoingStream
 }
 
@@ -310,7 +309,7 @@ func (o *outgoingStreams) stopAll(cause error) {
 }
 
 // setFlow counts for the streams that are opened from then on.
-func (o *outgoingStreams) setFlow(flow Flow) {
+func (o *outgoingStreams) setFlow(flow wire.Flow) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.flow = flow

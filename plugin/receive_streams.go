@@ -22,7 +22,7 @@ import (
 func (r *receiver) acceptStreams(src *source) {
 	if r.conf.streams.pull && r.conf.types[cryo.KindStream] {
 		ctx, cancel := context.WithTimeout(r.stopped, flowTime)
-		err := src.session.SetIncomingFlowControl(ctx, cryo.FlowPull)
+		err := src.session.PullStreams(ctx)
 		cancel()
 		if err != nil && src.session.Err() == nil {
 			r.log.Warnf("Session %s does not let its streams be pulled, they are pushed: %v", src.id, err)

@@ -12,7 +12,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -114,7 +113,7 @@ func describedFrame(t *testing.T, about string) wire.Frame {
 		case "end":
 			f.End = uint32(n)
 		case "flow":
-			f.Flow = cryo.Flow(n)
+			f.Flow = wire.Flow(n)
 		default:
 			require.Fail(t, "unknown field", "%s in: %s", key, about)
 		}

@@ -224,7 +224,8 @@ func (r *replay) act(f *wire.Frame, at int) {
 			return s.SendStream(r.ctx, bytes.NewReader(data), &cryo.StreamOptions{Name: string(f.Payload), ChunkBytes: chunk})
 		})
 	case wire.TxFlow:
-		r.call(describe(f), func(s *cryo.Session) error { return s.SetIncomingFlowControl(r.ctx, f.Flow) })
+		require.Equal(r.t, wire.FlowPull, f.Flow, "this library asks for nothing else")
+		r.call(describe(f), func(s *cryo.Session) error { return s.PullStreams(r.ctx) })
 	case wire.Bye:
 		r.call(describe(f), func(s *cryo.Session) error { return s.Close(r.ctx, string(f.Payload)) })
 	}
