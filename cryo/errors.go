@@ -38,6 +38,15 @@ var (
 	ErrUnauthorized = errors.New("the server refused the token")
 )
 
+// Why something can't be sent, whatever the peer does. Nothing of it was sent.
+var (
+	// ErrTooLarge: a message has more than [MaxPayload] bytes, a stream's name more than
+	// 1,024, or a stream that the peer pulls 2 GiB or more.
+	ErrTooLarge = errors.New("too large")
+	// ErrInvalidUTF8: a text, or a stream's name, is not valid UTF-8.
+	ErrInvalidUTF8 = errors.New("not valid UTF-8")
+)
+
 // HandshakeError is a server's refusal of the WebSocket upgrade.
 type HandshakeError struct {
 	StatusCode int    // the HTTP status

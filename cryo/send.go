@@ -30,9 +30,9 @@ func (m *Outgoing) check() error {
 	case m.Kind != KindText && m.Kind != KindBinary:
 		return errNotAMessage
 	case len(m.Payload) > MaxPayload:
-		return fmt.Errorf("message of %d bytes: one frame carries at most 16 MiB, larger data travels as a stream", len(m.Payload))
+		return fmt.Errorf("message of %d bytes is %w: one frame carries at most 16 MiB, larger data travels as a stream", len(m.Payload), ErrTooLarge)
 	case m.Kind == KindText && !utf8.Valid(m.Payload):
-		return fmt.Errorf("text of %d bytes is not valid UTF-8: send it as binary", len(m.Payload))
+		return fmt.Errorf("text of %d bytes is %w: send it as binary", len(m.Payload), ErrInvalidUTF8)
 	default:
 		return nil
 	}
@@ -59,8 +59,8 @@ func (s *Session) sendOne(ctx context.Context, m Outgoing) error {
 // SendBatch sends messages in order, gathered into few writes, and waits until
 // the peer has acknowledged each. A [*BatchError] names those that it has not,
 // and why: a [*RejectedError], the context's error and its cause (with a deadline
-// that is the time to wait), the session's end, or a message that can't be sent. These
-// may or may not have arrived; sending them again makes delivery at least once.
+// that is the time to wait), the session's end, or [ErrTooLarge] and [ErrInvalidUTF8] of a
+// message that can't be sent. Others may or may not have arrived; sending them again makes delivery at least once.
 //
 // A message that can't be sent fails alone; the others are sent.
 func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {

@@ -1,7 +1,6 @@
 package cryo_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -179,7 +178,7 @@ func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T)
 						require.NoError(t, st.Close())
 						require.ErrorIs(t, sending.result(t), cryo.ErrStreamCancelled)
 					default:
-						require.ErrorIs(t, <-sending.done, context.DeadlineExceeded)
+						require.ErrorIs(t, <-sending.done, cryo.ErrStepTimeout)
 						require.NoError(t, st.Close())
 					}
 				})

@@ -35,6 +35,11 @@ var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 // announce streams. A peer that has sent no ENDPOINT_INFO may still accept streams.
 var ErrStreamsUnsupported = errors.New("the peer does not support streams: its ENDPOINT_INFO does not announce them")
 
+// ErrStepTimeout is returned for a stream of which a step has taken longer than
+// [StreamOptions.StepTimeout]. It is no [context.DeadlineExceeded]: the caller's context
+// has not ended.
+var ErrStepTimeout = errors.New("no progress")
+
 // Returned for a stream to a peer that has asked to pull (TX_FLOW): its size has to be
 // announced first, and its chunks are asked for by index.
 var (
@@ -61,8 +66,8 @@ type StreamOptions struct {
 	ChunkBytes int
 	// StepTimeout bounds each single step: TX_START's acknowledgement, room for
 	// the next chunk, the next TX_FETCH where the receiver pulls, and
-	// TX_FINISH's acknowledgement. Who waits for longer gets an error that is
-	// a [context.DeadlineExceeded]. Default: the context alone.
+	// TX_FINISH's acknowledgement. What takes longer fails with
+	// [ErrStepTimeout]. Default: the context alone.
 	StepTimeout time.Duration
 }
 
@@ -74,10 +79,10 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 		o.ChunkBytes = DefaultChunkBytes
 	}
 	if len(o.Name) > maxStreamName {
-		return o, fmt.Errorf("the stream's name has %d bytes, at most %d are possible", len(o.Name), maxStreamName)
+		return o, fmt.Errorf("the stream's name is %w: it has %d bytes, at most %d are possible", ErrTooLarge, len(o.Name), maxStreamName)
 	}
 	if !utf8.ValidString(o.Name) {
-		return o, fmt.Errorf("the stream's name %q is not valid UTF-8", o.Name)
+		return o, fmt.Errorf("the stream's name %q is %w", o.Name, ErrInvalidUTF8)
 	}
 	if o.ChunkBytes < 1 || o.ChunkBytes > MaxPayload {
 		return o, fmt.Errorf("chunks of %d bytes: they have 1 to %d", o.ChunkBytes, MaxPayload)
@@ -342,7 +347,7 @@ func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
 }
 
 func (st *OutgoingStream) noProgress(wanted string) error {
-	return fmt.Errorf("waiting for %s: no progress for %v: %w", wanted, st.opts.StepTimeout, context.DeadlineExceeded)
+	return fmt.Errorf("waiting for %s: %w for %v", wanted, ErrStepTimeout, st.opts.StepTimeout)
 }
 
 // Close abandons the stream unless Finish has succeeded: nothing more of it is sent, and

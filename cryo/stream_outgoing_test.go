@@ -83,15 +83,22 @@ func TestEachWriteAndEachReadBecomesChunks(t *testing.T) {
 
 func TestStreamOptionsAreCheckedBeforeAnythingIsSaid(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		for _, opts := range []cryo.StreamOptions{
-			{Name: strings.Repeat("n", 1025)},
-			{Name: "caf\xe9"},
-			{ChunkBytes: -1},
-			{ChunkBytes: cryo.MaxPayload + 1},
+		for _, c := range []struct {
+			opts cryo.StreamOptions
+			want string
+			is   error
+		}{
+			{cryo.StreamOptions{Name: strings.Repeat("n", 1025)}, "the stream's name is too large: it has 1025 bytes, at most 1024 are possible", cryo.ErrTooLarge},
+			{cryo.StreamOptions{Name: "caf\xe9"}, `the stream's name "caf\xe9" is not valid UTF-8`, cryo.ErrInvalidUTF8},
+			{cryo.StreamOptions{ChunkBytes: -1}, "chunks of -1 bytes: they have 1 to 16777216", nil},
+			{cryo.StreamOptions{ChunkBytes: cryo.MaxPayload + 1}, "chunks of 16777217 bytes: they have 1 to 16777216", nil},
 		} {
-			_, err := s.OpenStream(t.Context(), &opts)
-			require.Error(t, err)
-			require.Error(t, s.SendStream(t.Context(), strings.NewReader("x"), &opts))
+			_, err := s.OpenStream(t.Context(), &c.opts)
+			require.EqualError(t, err, c.want)
+			if c.is != nil {
+				require.ErrorIs(t, err, c.is)
+			}
+			require.EqualError(t, s.SendStream(t.Context(), strings.NewReader("x"), &c.opts), c.want)
 		}
 		peer.WantIdle("nothing", instant)
 
@@ -283,13 +290,13 @@ func TestAStreamThatMissesAChunkCanNotBeFinished(t *testing.T) {
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{StepTimeout: time.Second})
 		peer.Conn().StopReading()
 		written, err := st.Write(make([]byte, 2<<20))
-		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorIs(t, err, cryo.ErrStepTimeout)
 		require.Less(t, written, 1<<20)
 		peer.Conn().ReadOn()
 		time.Sleep(time.Minute)
-		require.ErrorIs(t, st.Finish(), context.DeadlineExceeded)
+		require.ErrorIs(t, st.Finish(), cryo.ErrStepTimeout)
 		_, err = st.Write([]byte("x"))
-		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorIs(t, err, cryo.ErrStepTimeout)
 		time.Sleep(time.Minute)
 		peer.Skip()
 		serving(t, s, peer)
@@ -366,7 +373,10 @@ func TestTheStepTimeoutBoundsEachStepOfAStream(t *testing.T) {
 					took = time.Since(begin)
 					return err
 				})
-				require.ErrorIs(t, step.result(t), context.DeadlineExceeded)
+				err := step.result(t)
+				require.ErrorIs(t, err, cryo.ErrStepTimeout)
+				require.ErrorContains(t, err, ": no progress for 7s")
+				require.NotErrorIs(t, err, context.DeadlineExceeded, "the caller's context has not ended")
 				require.Equal(t, 7*time.Second, took)
 				require.NoError(t, s.Err())
 			})

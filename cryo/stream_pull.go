@@ -101,7 +101,7 @@ func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
 // for. The range that reaches the last chunk is followed by TX_FINISH.
 func (st *OutgoingStream) serve(x *indexed) error {
 	if x.size > math.MaxInt32 {
-		return fmt.Errorf("the peer pulls the stream %q, and only streams below 2 GiB can be pulled: it has %d bytes", st.opts.Name, x.size)
+		return fmt.Errorf("the stream %q of %d bytes is %w: the peer pulls, and only streams below 2 GiB can be pulled", st.opts.Name, x.size, ErrTooLarge)
 	}
 	if err := st.start(int32(x.size)); err != nil {
 		return err

@@ -208,7 +208,8 @@ func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 		source := file(t, "")
 		require.NoError(t, source.Truncate(2<<30)) // all zeros, and none of them on disk
 		err := s.SendStream(t.Context(), source, nil)
-		require.ErrorContains(t, err, "only streams below 2 GiB can be pulled")
+		require.EqualError(t, err, `the stream "anonymous" of 2147483648 bytes is too large: the peer pulls, and only streams below 2 GiB can be pulled`)
+		require.ErrorIs(t, err, cryo.ErrTooLarge)
 		peer.WantIdle("nothing is announced", instant)
 
 		_, err = source.Seek(1, io.SeekStart)

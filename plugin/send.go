@@ -289,7 +289,7 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parce
 		ChunkBytes:  s.chunkBytes,
 		StepTimeout: s.ackTimeout,
 	})
-	if errors.Is(err, context.DeadlineExceeded) && (ctx.Err() == nil || isLate(context.Cause(ctx))) {
+	if errors.Is(err, cryo.ErrStepTimeout) || errors.Is(err, context.DeadlineExceeded) && isLate(context.Cause(ctx)) {
 		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
 	s.metrics.settled([]parcel{*m}, []error{err})

@@ -187,7 +187,7 @@ func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
 				defer func() { _ = st.Close() }()
 			}
 			err = next(t, f.verdict)
-			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.ErrorIs(t, err, cryo.ErrStepTimeout)
 			require.ErrorContains(t, err, "none within ack_timeout (10s)")
 			require.Equal(t, 10*time.Second, time.Since(begin))
 			require.NoError(t, peer.Err(), "the session goes on")
