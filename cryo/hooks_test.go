@@ -82,6 +82,22 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		want("what waits is refused", 2)
 		session.Refuse(false)
 
+		peer.WriteFrames(txStart(9, 3, -1, "in"), txChunk(3, 0, "early"))
+		peer.WantType("TX_CANCEL", wire.TxCancel)
+		want("a stream breaks before it is accepted", 1)
+		for tx := range uint32(256) {
+			peer.WriteFrames(txStart(10, 1000+tx, -1, "in"))
+		}
+		time.Sleep(cryo.DefaultStreamIdleTimeout + instant)
+		peer.Skip() // a dialling end sends pongs
+		peer.WriteFrames(txStart(11, 2000, -1, "in"))
+		peer.WantFrame("TX_CANCEL", txCancel(end.first+3, 1000))
+		want("a stream makes way", 1)
+		session.Refuse(true)
+		want("all of them are refused", 256)
+		session.Refuse(false)
+		peer.Skip()
+
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("enough"))
 		defer cancel()
 		send := start(func() error { return session.SendUTF8(ctx, "out") })

@@ -55,7 +55,7 @@ func (s *Session) SendStream(ctx context.Context, source io.Reader, options *Str
 	if st.pull {
 		x, ok := indexedSource(source)
 		if !ok {
-			return st.failed(ErrNotSeekable)
+			return st.failed(cmp.Or(st.ended(), ErrNotSeekable))
 		}
 		return st.serve(x)
 	}

@@ -70,6 +70,22 @@ func ExampleSession_SendStream() {
 	// delivered
 }
 
+// What is larger than a message travels as a stream.
+func ExampleErrTooLarge() {
+	server := receiver(func(context.Context, *cryo.Session) {})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	err := s.SendBinary(ctx, make([]byte, cryo.MaxPayload+1))
+	if errors.Is(err, cryo.ErrTooLarge) { // then SendStream can send it
+		fmt.Println(err)
+	}
+	// Output:
+	// message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream
+}
+
 // Data that comes bit by bit. Without Finish the receiver never takes it for
 // whole.
 func ExampleSession_OpenStream() {

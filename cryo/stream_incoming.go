@@ -236,7 +236,9 @@ func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
 // peer can't be told; then Close returns the cause.
 func (st *IncomingStream) Close() error { return st.settle(rejected) }
 
-// settle says it to the peer, once. Of Ack and Close the first one counts.
+// settle sends the peer the outcome, once. Of Ack and Close the first one counts. A
+// failure that comes later finds the stream settled and changes nothing. One that came
+// before makes it rejected, and TX_CANCEL is sent by whoever takes it out of the table.
 func (st *IncomingStream) settle(as settlement) error {
 	st.mu.Lock()
 	if st.settled != unsettled {

@@ -29,7 +29,7 @@ type incomingStreams struct {
 
 	mu         sync.Mutex
 	pulls      bool                       // this end has asked to pull
-	open       map[uint32]*IncomingStream // neither settled nor failed
+	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
 	announced  []*IncomingStream          // of those, nobody has accepted yet; the oldest first
 	changed    chan struct{}              // closed and replaced when a stream is announced
 	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
@@ -144,14 +144,14 @@ func (in *incomingStreams) chunk(f *wire.Frame) {
 func (in *incomingStreams) finish(f *wire.Frame) {
 	in.mu.Lock()
 	st := in.open[f.Tx]
-	acknowledged := false
+	var delivered bool
 	if st != nil {
-		acknowledged = st.finished(f.Ack)
+		delivered = st.finished(f.Ack)
 	} else {
-		acknowledged = in.forgetLocked(f.Tx)
+		delivered = in.forgetLocked(f.Tx)
 	}
 	in.mu.Unlock()
-	if acknowledged {
+	if delivered {
 		in.s.out.acknowledge([]uint32{f.Ack})
 	}
 	if st != nil {
@@ -254,7 +254,7 @@ func (in *incomingStreams) refuse() {
 	}
 }
 
-// cancel says TX_CANCEL, which names the peer's transaction.
+// cancel sends TX_CANCEL, which names the peer's transaction.
 func (s *Session) cancel(tx uint32) bool {
 	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: s.pend.number(), Tx: tx})
 }
