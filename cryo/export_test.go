@@ -36,7 +36,7 @@ func Poison(on bool) { ws.Poisoning.Store(on) }
 // Unlocked reports whether none of the session's locks is held, nor one of its received
 // streams'. Others may hold one for a moment: ask again.
 func (s *Session) Unlocked() bool {
-	locks := []*sync.Mutex{&s.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu, &s.budget.mu, &s.intake.mu}
+	locks := []*sync.Mutex{&s.mu, &s.keepalive.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu, &s.budget.mu, &s.intake.mu}
 	if !s.incoming.mu.TryLock() {
 		return false
 	}

@@ -127,6 +127,38 @@ func TestASlowLineIsNotSilence(t *testing.T) {
 	})
 }
 
+func TestAVerySlowLineIsNoPeerTimeout(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.Read()
+		peer.Conn().ReadSlowly(7 << 10)
+		send := start(func() error { return s.SendBinary(t.Context(), make([]byte, 2<<20)) })
+		time.Sleep(5*time.Minute + time.Second)
+		require.NoError(t, s.Err())
+		peer.Conn().ReadSlowly(0)
+		peer.Ack(peer.WantType("all of it", wire.Binary))
+		require.NoError(t, send.result(t))
+	})
+}
+
+func TestAMessageThatComesInSlowlyIsNoPeerTimeout(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		message := cryotest.Binary(1, string(make([]byte, 500_000)))
+		message.SID = sid
+		frame, err := wire.Append(nil, &message)
+		require.NoError(t, err)
+		w, err := peer.WS.NextWriter(websocket.BinaryMessage) // and nothing is read, so no ping is answered
+		require.NoError(t, err)
+		for piece := range slices.Chunk(frame, 5_000) {
+			_, err := w.Write(piece)
+			require.NoError(t, err)
+			time.Sleep(2 * time.Second)
+		}
+		require.NoError(t, s.Err())
+		require.NoError(t, w.Close())
+		require.NoError(t, receive(t, s).Ack())
+	})
+}
+
 // fill makes a session stop reading: it has received a message that nobody
 // settles, and may not hold the one that waits.
 func fill(t *testing.T, s *cryo.Session, peer *cryotest.Peer) *cryo.Message {
@@ -155,6 +187,38 @@ func TestSilenceIsNobodysFaultWhileNothingIsRead(t *testing.T) {
 		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
 		require.GreaterOrEqual(t, time.Since(begin), 2*15*time.Second, "the pause doesn't count")
 		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
+	})
+}
+
+// The first ping to a peer that is gone may only make its system say so.
+func TestWhileReadsArePausedThereAreTwoWebSocketPingsAnInterval(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		begin := time.Now()
+		var pings []time.Duration
+		peer.WS.SetPingHandler(func(string) error { pings = append(pings, time.Since(begin)); return nil })
+		m := fill(t, s, peer)
+		peer.Read()
+		time.Sleep(52 * time.Second)
+		require.NoError(t, m.Ack())
+		require.NoError(t, receive(t, s).Ack()) // what waited
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		var seconds []float64
+		for _, at := range pings {
+			seconds = append(seconds, at.Seconds())
+		}
+		require.Equal(t, []float64{15, 22.5, 30, 37.5, 45, 52.5, 60, 75}, seconds)
+	})
+}
+
+func TestALostConnectionIsNoticedWhileReadsArePaused(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		fill(t, s, peer)
+		time.Sleep(time.Minute + time.Second)
+		peer.Conn().Cut()
+		begin := time.Now()
+		require.ErrorContains(t, wantEnded(t, s), "connection lost: writing")
+		require.LessOrEqual(t, time.Since(begin), 15*time.Second/2)
 	})
 }
 

@@ -3,24 +3,12 @@ package cryo
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/gorilla/websocket"
 
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
-
-// Bounds of the interval at which a dialling end that may not see pings sends pongs
-// unasked. It is half the last interval between two pings, and the longest one before
-// these have come.
-const (
-	minUnaskedPong = 50 * time.Millisecond
-	maxUnaskedPong = 5 * time.Second
-)
-
-// pingsBehind is how many bytes without a ping may have one behind them.
-const pingsBehind = 16 << 10
 
 // read is the reading goroutine. It never waits for the network but to read, nor
 // for the writer.
@@ -160,7 +148,9 @@ func (s *Session) handle(f *wire.Frame) {
 	case wire.UTF8, wire.Binary, wire.Error:
 		s.deliver(f)
 	case wire.PingPong:
-		s.handlePing(f)
+		if string(f.Payload) == wire.Ping { // a pong is never answered
+			s.keepalive.pinged(f.Ack)
+		}
 	case wire.EndpointInfo:
 		s.handleEndpointInfo(f)
 	case wire.Bye:
@@ -219,47 +209,6 @@ func (s *Session) handleStream(f *wire.Frame) {
 		s.incoming.chunk(f)
 	case wire.TxFinish:
 		s.incoming.finish(f)
-	}
-}
-
-func (s *Session) handlePing(f *wire.Frame) {
-	if string(f.Payload) != wire.Ping {
-		return // a pong is never answered
-	}
-	s.out.pong(f.Ack)
-	if !s.dialing {
-		return
-	}
-	s.conn.ResetReceived()
-	now := time.Now()
-	// Pings that piled up while we didn't read come late, and then all at once.
-	every := now.Sub(s.lastPing)
-	resumed := s.resumed.Load()
-	told := !s.lastPing.IsZero() && every >= 2*minUnaskedPong && (resumed == nil || s.lastPing.After(*resumed))
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if told {
-		s.pongEvery = min(every/2, maxUnaskedPong)
-	}
-	s.lastPing, s.pingAck = now, f.Ack
-	s.showLife.Reset(s.pongEvery)
-}
-
-// sayAlive says unasked that this end is alive, if pings may go unseen: nothing is
-// read, or so much came that they may be behind it, by a slow line or a slow pipeline.
-// cryo-server ends sessions without pongs. A listening end keeps quiet:
-// cryo-client-node answers a pong with a ping. Runs on the timer's goroutine.
-func (s *Session) sayAlive() {
-	unseen := s.conn.Received() >= pingsBehind || s.paused.Load()
-	s.mu.Lock()
-	number := s.pingAck
-	if !s.stopped {
-		s.showLife.Reset(s.pongEvery)
-	}
-	s.mu.Unlock()
-	if unseen {
-		s.conn.ResetReceived()
-		s.out.pong(number)
 	}
 }
 

@@ -29,12 +29,16 @@ const (
 // SessionOptions are what both ends of a session can set. A zero value means
 // its default.
 type SessionOptions struct {
-	// HeartbeatInterval is how often the peer is asked for a sign of life: by a
-	// WebSocket ping, and from a server by a Cryo ping too. A peer of which
-	// nothing at all arrived for two intervals, and that took nothing of what
-	// waits to be written, is taken for dead, so that is noticed within three.
-	// Time does not count while MaxBufferBytes keeps us from reading. Default
-	// 15 s.
+	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
+	// a server a Cryo ping too. The session ends with ErrSilent when, for two
+	// intervals, nothing at all was received and no backlog moved, so a peer that is
+	// lost is noticed within three. A backlog is what waits in the send buffer, as on a
+	// slow line that a large message occupies; it moves when the peer's system
+	// acknowledges 4 KiB of it, or all, within an interval. On systems other than
+	// Linux, and for connections other than TCP, the backlog in the send buffer is not
+	// known, only that of a write that waits for it: a message that fits the send
+	// buffer must get through within two intervals. Time does not count while
+	// MaxBufferBytes keeps the session from reading. Default 15 s.
 	HeartbeatInterval time.Duration
 	// MaxBufferBytes bounds what is received and not yet settled: payloads,
 	// and 256 bytes a message. Beyond it, at most one message late, reading
@@ -131,8 +135,7 @@ type Session struct {
 	acked      atomic.Bool               // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
 	streamless atomic.Bool               // the peer's last ENDPOINT_INFO announces no streams
 	onEnd      func()                    // the server's; before done is closed
-	heartbeat  *time.Timer
-	silent     int // heartbeats without a sign of life; owned by the heartbeat
+	keepalive  keepalive
 
 	mu      sync.Mutex
 	cause   error         // the first cause of the end; never changes then
@@ -140,10 +143,6 @@ type Session struct {
 	done    chan struct{} // closed when the goroutines are gone
 	stopped bool          // no timer must be set any more
 	cut     *time.Timer   // ends the goodbye; nil before it
-
-	showLife  *time.Timer   // of a dialling end
-	pongEvery time.Duration // that it says so unasked
-	pingAck   uint32        // the last ping's number
 
 	coming      int64     // of the intake, for the message that is read now; written by the reading goroutine
 	comingSince time.Time // while coming is not 0
@@ -154,7 +153,6 @@ type Session struct {
 	chunk       *chunkMemory // of the frame that is handled now, if it has this; nil when somebody keeps it
 	noRoom      bool         // for the data frame that is read now: it is refused
 	overflowing bool         // data without room is refused rather than waited with
-	lastPing    time.Time    // seen by a dialling end
 }
 
 // newSession starts a session over an upgraded connection.
@@ -175,13 +173,13 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOp
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
-	s.mu.Lock() // a timer's function may run before the assignment otherwise
-	s.heartbeat = time.AfterFunc(opts.HeartbeatInterval, s.beat)
-	if dialing {
-		s.pongEvery = maxUnaskedPong
-		s.showLife = time.AfterFunc(s.pongEvery, s.sayAlive)
+	s.keepalive = keepalive{
+		conn: conn, dialing: dialing, interval: opts.HeartbeatInterval,
+		paused: s.paused.Load, resumed: s.resumedAt,
+		ping: s.out.ping, pong: s.out.pong,
+		check: s.checkIncoming, timedOut: s.peerTimedOut,
 	}
-	s.mu.Unlock()
+	s.keepalive.start()
 	go s.read()
 	return s
 }
@@ -292,14 +290,11 @@ func (s *Session) fail(cause error) {
 func (s *Session) finish() {
 	s.mu.Lock()
 	s.stopped = true
-	s.heartbeat.Stop()
-	if s.dialing {
-		s.showLife.Stop()
-	}
 	if s.cut != nil {
 		s.cut.Stop()
 	}
 	s.mu.Unlock()
+	s.keepalive.stop()
 	s.out.abort()
 	_ = s.conn.Close()
 	s.out.wait()
@@ -313,33 +308,28 @@ func (s *Session) finish() {
 	close(s.done)
 }
 
-// beat asks the peer for a sign of life, and ends the session when none came
-// since the beat before last. Runs on the timer's goroutine, one at a time.
-func (s *Session) beat() {
-	if s.conn.Alive() || s.paused.Load() {
-		s.silent = 0
-	} else {
-		s.silent++
+// peerTimedOut ends the session of a peer that was not alive for so long.
+func (s *Session) peerTimedOut(d time.Duration) {
+	cause := fmt.Errorf("%w for %v", ErrSilent, d)
+	if s.out.crowded() != nil {
+		cause = fmt.Errorf("%w: it sends, and does not read the answers", cause)
 	}
-	if s.silent >= 2 {
-		cause := fmt.Errorf("%w for %v", ErrSilent, 2*s.opts.HeartbeatInterval)
-		if s.out.crowded() != nil {
-			cause = fmt.Errorf("%w: it sends, and does not read the answers", cause)
-		}
-		s.fail(cause)
-		return
-	}
-	if s.keepsOthersOut() {
-		s.goodbye(ErrSlow, closeClientError, ErrSlow.Error(), false)
-		return
-	}
-	s.out.ping(!s.dialing)
+	s.fail(cause)
+}
 
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.stopped {
-		s.heartbeat.Reset(s.opts.HeartbeatInterval)
+// checkIncoming ends the session if a message of it keeps others waiting.
+func (s *Session) checkIncoming() {
+	if !s.isEnding() && s.keepsOthersOut() {
+		s.goodbye(ErrSlow, closeClientError, ErrSlow.Error(), false)
 	}
+}
+
+// resumedAt is when the last pause of reading ended; zero before that.
+func (s *Session) resumedAt() time.Time {
+	if t := s.resumed.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
 }
 
 // keepsOthersOut tells whether a large message takes too long to come in while

@@ -89,7 +89,7 @@ root = if !$url.re_match("(?i)^wss?://") {
 
 func heartbeatField() *service.ConfigField {
 	return positiveDuration(fieldHeartbeatInterval).
-		Description("How often the other end is asked for a sign of life, by a WebSocket ping. One of which nothing at all was heard is given up within three intervals.").
+		Description("How often the other end is pinged, by a WebSocket ping. It is given up within three intervals when nothing at all was received from it, and nothing of what waits to be sent gets through: on a slow line, 4 KiB of a large message an interval are enough.").
 		Default("15s").
 		Advanced()
 }

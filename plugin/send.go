@@ -78,7 +78,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 		).
 			Description("For messages that travel as a `stream`."),
 		positiveDuration(fieldAckTimeout).
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again." + lost).
+			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. The time that the message takes on the line is part of it: at 30 kB/s, 50 s for 1.5 MB." + lost).
 			Default("30s"),
 		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
 			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),

@@ -34,6 +34,7 @@ const (
 	readSmall   = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
 	minGrowth   = 16 << 10  // memory is allocated for what has not come yet by so much …
 	trustFactor = 16        // … or by so many times what has come, if that is more
+	pieceBytes  = 16 << 10  // written at once where the kernel doesn't count what is delivered: a TLS record
 	maxAnswer   = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
 )
 
@@ -85,7 +86,12 @@ type Conn struct {
 
 // New returns one end of a WebSocket whose handshake is done. masks is true at the end
 // that dialled.
-func New(c net.Conn, masks bool) *Conn { return &Conn{t: &transport{Conn: c}, masks: masks} }
+func New(c net.Conn, masks bool) *Conn { return newConn(&transport{Conn: c}, masks) }
+
+func newConn(t *transport, masks bool) *Conn {
+	t.queue = sendQueueOf(t.Conn)
+	return &Conn{t: t, masks: masks}
+}
 
 // Start sets what is called by the reading goroutine, before it reads: onPing for each
 // ping, with its data, which is valid until it returns; onFragment before a further
@@ -118,28 +124,35 @@ func (c *Conn) ResetReceived() { c.t.got.Store(0) }
 // DiscardAll reads until the connection ends, and keeps nothing. Reading goroutine.
 func (c *Conn) DiscardAll() { c.t.discard() }
 
-// Alive reports whether the peer gave a sign of life since the last call: it was heard,
-// or it took what was being written then. A large message may keep a slow line busy for
-// longer than silence is borne, with our pings behind it. What is written without waiting
-// proves nothing, the kernel takes that. One goroutine may call it.
-func (c *Conn) Alive() bool { return c.t.alive() }
+// Heard reports whether anything has come since the last call. From any goroutine.
+func (c *Conn) Heard() bool { return c.t.heard.Swap(false) }
 
-// Excuse has the silence so far forgiven, since it was this end that did not read.
+// Excuse makes the next Heard report true, when this end has not read for some time.
 func (c *Conn) Excuse() { c.t.heard.Store(true) }
+
+// Progress returns how many bytes were delivered so far, and how many wait for that. On
+// Linux, a TCP connection's bytes are delivered when the peer's kernel has acknowledged
+// them, and those in the send buffer wait. Otherwise they are delivered when the kernel of
+// this end has accepted them, and only those of a write in progress wait: how much is in
+// the send buffer is not known. From any goroutine.
+func (c *Conn) Progress() (delivered, backlog int64) {
+	if c.t.queue != nil {
+		return c.t.queue.progress()
+	}
+	return c.t.accepted.Load(), c.t.unaccepted.Load()
+}
 
 // transport is the network connection below the WebSocket. It reads in large
 // pieces as long as much comes, and collects what is written until flush. One
 // goroutine reads, and one writes. The handshake uses it as a [net.Conn].
 type transport struct {
 	net.Conn
-	heard   atomic.Bool   // bytes were read since this was last cleared
-	got     atomic.Int64  // bytes that were read since this was last cleared
-	sending atomic.Bool   // a piece is being written
-	pieces  atomic.Uint64 // written so far
+	heard atomic.Bool  // bytes were read since this was last cleared
+	got   atomic.Int64 // bytes that were read since this was last cleared
 
-	// Owned by the heartbeat.
-	wasSending bool   // at the last beat
-	hadWritten uint64 // pieces, at the last beat
+	queue      *sendQueue   // nil where the kernel doesn't count what is delivered; only then these do:
+	accepted   atomic.Int64 // bytes that the connection has accepted
+	unaccepted atomic.Int64 // bytes of the write in progress that it has not
 
 	answered int // bytes that the handshake has read
 
@@ -151,9 +164,9 @@ type transport struct {
 	readAt time.Time       // of the last read
 
 	// Owned by the writing goroutine, or by who writes in its place.
-	wbuf  *[]byte // from a pool; what waits for flush
-	once  *atOnce // nil where the connection can't, and before it was asked
-	asked bool    // whether the connection can
+	wbuf  *[]byte            // from a pool; what waits for flush
+	tries *nonblockingWriter // nil where the connection can't, and before it was asked
+	asked bool               // whether the connection can
 }
 
 // Read is the handshake's: a byte at a time, so that it takes nothing of what
@@ -276,25 +289,21 @@ func (t *transport) read(p []byte) (int, error) {
 // Write is the handshake's, and writes at once.
 func (t *transport) Write(p []byte) (int, error) { return t.write(p) }
 
-// write writes to the network, in pieces, so that it shows whether it gets on.
+// write writes to the network, in pieces unless the kernel counts what is delivered.
 func (t *transport) write(p []byte) (written int, err error) {
-	t.sending.Store(true)
-	defer t.sending.Store(false)
+	if t.queue != nil {
+		return t.Conn.Write(p)
+	}
+	defer t.unaccepted.Store(0)
 	for len(p) > 0 && err == nil {
+		t.unaccepted.Store(int64(len(p)))
 		var n int
-		n, err = t.Conn.Write(p[:min(len(p), GatherBytes)])
-		t.pieces.Add(1)
+		n, err = t.Conn.Write(p[:min(len(p), pieceBytes)])
+		t.accepted.Add(int64(n))
 		written += n
 		p = p[n:]
 	}
 	return written, err
-}
-
-func (t *transport) alive() bool {
-	sending, written := t.sending.Load(), t.pieces.Load()
-	took := t.wasSending && written != t.hadWritten
-	t.wasSending, t.hadWritten = sending, written
-	return t.heard.Swap(false) || took
 }
 
 // flush writes what was gathered.
@@ -309,23 +318,20 @@ func (t *transport) flush() error {
 	return err
 }
 
-// canWriteAtOnce tells whether the connection can be written to without waiting:
-// TCP can, TLS can't.
-func (t *transport) canWriteAtOnce() bool {
+// canTryFlush reports whether the connection can be written to without waiting: TCP can,
+// TLS can't.
+func (t *transport) canTryFlush() bool {
 	if !t.asked {
-		t.once, t.asked = newAtOnce(t.Conn), true
+		t.tries, t.asked = newNonblockingWriter(t.Conn), true
 	}
-	return t.once != nil
+	return t.tries != nil
 }
 
-// flushAtOnce writes what was gathered, as far as that needs no waiting. It
-// reports false when some is left for flush, or there was an error, which flush
-// will meet too.
-func (t *transport) flushAtOnce() bool {
-	n := t.once.write(*t.wbuf)
-	if n > 0 {
-		t.pieces.Add(1)
-	}
+// tryFlush writes what was gathered, as far as that needs no waiting. It reports false
+// when some is left for flush, or there was an error, which flush will meet too.
+func (t *transport) tryFlush() bool {
+	n := t.tries.write(*t.wbuf)
+	t.accepted.Add(int64(n))
 	if n < len(*t.wbuf) {
 		*t.wbuf = slices.Delete(*t.wbuf, 0, n)
 		return false
@@ -369,23 +375,6 @@ func (t *transport) makeRoom(n int) {
 
 // gathered takes back what reserve gave, with what was appended.
 func (t *transport) gathered(b []byte) { *t.wbuf = b }
-
-// writeThrough writes what was gathered, and a payload behind it.
-func (t *transport) writeThrough(payload []byte) error {
-	buf := t.wbuf
-	t.wbuf = nil
-	first := min(len(payload), GatherBytes-len(*buf)) // one piece for alive
-	pieces := net.Buffers{*buf, payload[:first]}
-	t.sending.Store(true)
-	_, err := pieces.WriteTo(t.Conn)
-	t.pieces.Add(1)
-	t.sending.Store(false)
-	recycle(buf)
-	if err == nil {
-		_, err = t.write(payload[first:])
-	}
-	return err
-}
 
 func poolFor(size int) *sync.Pool {
 	switch {

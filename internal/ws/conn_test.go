@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -117,7 +118,8 @@ func TestAWriteInPiecesSaysHowFarItGot(t *testing.T) {
 	n, err := conn.Write(make([]byte, 3*GatherBytes))
 	require.Equal(t, errBroken, err)
 	require.Equal(t, GatherBytes+10, n)
-	require.False(t, conn.sending.Load())
+	require.EqualValues(t, n, conn.accepted.Load())
+	require.Zero(t, conn.unaccepted.Load())
 
 	conn = &transport{Conn: &brokenConn{room: 10}}
 	b, err := conn.reserve(100)
@@ -125,4 +127,33 @@ func TestAWriteInPiecesSaysHowFarItGot(t *testing.T) {
 	conn.gathered(append(b, make([]byte, 100)...))
 	require.Equal(t, errBroken, conn.flush())
 	require.NoError(t, conn.flush(), "nothing is left to write")
+}
+
+// stuckConn accepts nothing until it is told to.
+type stuckConn struct {
+	net.Conn
+	accept chan struct{}
+}
+
+func (c *stuckConn) Write(p []byte) (int, error) {
+	<-c.accept
+	return len(p), nil
+}
+
+func TestAWriteInProgressIsABacklogWhereTheKernelIsNotAsked(t *testing.T) {
+	conn := &stuckConn{accept: make(chan struct{})}
+	c := New(conn, false)
+	writing := make(chan error, 1)
+	go func() { writing <- c.Write(2, nil, make([]byte, WriteDirect)) }()
+	conn.accept <- struct{}{} // the head
+	conn.accept <- struct{}{}
+	require.Eventually(t, func() bool {
+		delivered, backlog := c.Progress()
+		return delivered > pieceBytes && backlog == WriteDirect-pieceBytes
+	}, 10*time.Second, time.Millisecond)
+	close(conn.accept)
+	require.NoError(t, <-writing)
+	delivered, backlog := c.Progress()
+	require.Greater(t, delivered, int64(WriteDirect))
+	require.Zero(t, backlog)
 }

@@ -86,7 +86,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	if err != nil {
 		return nil, resp, err
 	}
-	return &Conn{t: conn, masks: true}, nil, nil
+	return newConn(conn, true), nil, nil
 }
 
 // checkResponse checks what the library does not check in a server's 101 (RFC 6455, 4.1).

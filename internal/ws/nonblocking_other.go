@@ -4,9 +4,9 @@ package ws
 
 import "net"
 
-// atOnce is not known on this system.
-type atOnce struct{}
+// nonblockingWriter is not known on this system.
+type nonblockingWriter struct{}
 
-func newAtOnce(net.Conn) *atOnce { return nil }
+func newNonblockingWriter(net.Conn) *nonblockingWriter { return nil }
 
-func (*atOnce) write([]byte) int { return 0 }
+func (*nonblockingWriter) write([]byte) int { return 0 }

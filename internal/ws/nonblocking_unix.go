@@ -7,10 +7,10 @@ import (
 	"syscall"
 )
 
-// atOnce writes to a socket what the kernel takes without waiting. The standard
-// library's connections have no such call: their Write waits until all is taken,
-// and not even tries behind a deadline.
-type atOnce struct {
+// nonblockingWriter writes to a socket what the kernel accepts without waiting. The
+// standard library's connections have no such call: their Write waits until all is
+// accepted, and does not even try after a deadline.
+type nonblockingWriter struct {
 	raw syscall.RawConn
 	try func(fd uintptr) bool
 
@@ -18,9 +18,9 @@ type atOnce struct {
 	written int
 }
 
-// newAtOnce is nil for a connection that is no socket, and for one around a
-// socket: it may do more than that in its Write.
-func newAtOnce(conn net.Conn) *atOnce {
+// newNonblockingWriter returns nil for a connection that is no socket, and for one around
+// a socket: its Write may do more.
+func newNonblockingWriter(conn net.Conn) *nonblockingWriter {
 	var (
 		raw syscall.RawConn
 		err error
@@ -36,18 +36,18 @@ func newAtOnce(conn net.Conn) *atOnce {
 	if err != nil {
 		return nil
 	}
-	a := &atOnce{raw: raw}
-	a.try = func(fd uintptr) bool {
-		a.written, _ = syscall.Write(int(fd), a.data) // -1 with an error: the next Write has it too
+	w := &nonblockingWriter{raw: raw}
+	w.try = func(fd uintptr) bool {
+		w.written, _ = syscall.Write(int(fd), w.data) // -1 with an error: the next Write has it too
 		return true                                   // whatever it was: don't wait
 	}
-	return a
+	return w
 }
 
-// write gives how many bytes were taken.
-func (a *atOnce) write(data []byte) int {
-	a.data, a.written = data, 0
-	_ = a.raw.Write(a.try) // of a closed connection: nothing was written
-	a.data = nil
-	return max(a.written, 0)
+// write returns how many bytes were accepted.
+func (w *nonblockingWriter) write(data []byte) int {
+	w.data, w.written = data, 0
+	_ = w.raw.Write(w.try) // of a closed connection: nothing was written
+	w.data = nil
+	return max(w.written, 0)
 }

@@ -23,7 +23,7 @@ func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
 	defer func() { _ = far.Close() }()
 
 	tr := &transport{Conn: conn}
-	require.True(t, tr.canWriteAtOnce())
+	require.True(t, tr.canTryFlush())
 	var want []byte
 	for taken := true; taken; {
 		b, err := tr.reserve(1000)
@@ -33,7 +33,7 @@ func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
 		}
 		want = append(want, b...)
 		tr.gathered(b)
-		taken = tr.flushAtOnce()
+		taken = tr.tryFlush()
 		require.Less(t, len(want), 64<<20, "a socket that nobody reads is full at some time")
 	}
 
@@ -50,7 +50,7 @@ func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
 	b, err := tr.reserve(1)
 	require.NoError(t, err)
 	tr.gathered(append(b, 'x'))
-	require.False(t, tr.flushAtOnce(), "it is closed")
+	require.False(t, tr.tryFlush(), "it is closed")
 	require.Error(t, tr.flush())
 }
 
@@ -58,6 +58,6 @@ func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
 func TestOnlySocketsThemselvesAreWrittenToAtOnce(t *testing.T) {
 	near, far := net.Pipe()
 	defer func() { _, _ = near.Close(), far.Close() }()
-	require.False(t, (&transport{Conn: near}).canWriteAtOnce())
-	require.False(t, (&transport{Conn: struct{ *net.TCPConn }{&net.TCPConn{}}}).canWriteAtOnce())
+	require.False(t, (&transport{Conn: near}).canTryFlush())
+	require.False(t, (&transport{Conn: struct{ *net.TCPConn }{&net.TCPConn{}}}).canTryFlush())
 }

@@ -82,7 +82,7 @@ func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 		_ = c.Close() // unless the library did
 		return nil, err
 	}
-	return &Conn{t: h.conn}, nil
+	return newConn(h.conn, false), nil
 }
 
 // takenOver gives the library a connection that can gather writes.

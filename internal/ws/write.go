@@ -25,7 +25,11 @@ func (c *Conn) Write(op int, head, payload []byte) error {
 	b = append(b, head...)
 	if !c.Copies(len(payload)) {
 		c.t.gathered(b)
-		return c.t.writeThrough(payload)
+		if err := c.t.flush(); err != nil {
+			return err
+		}
+		_, err := c.t.write(payload)
+		return err
 	}
 	for {
 		n := min(len(payload), cap(b)-len(b))
@@ -79,11 +83,11 @@ func (c *Conn) Flush() error { return c.t.flush() }
 
 // CanTryFlush reports whether the connection can be written to without waiting: TCP can,
 // TLS can't.
-func (c *Conn) CanTryFlush() bool { return c.t.canWriteAtOnce() }
+func (c *Conn) CanTryFlush() bool { return c.t.canTryFlush() }
 
 // TryFlush writes what was gathered, as far as that needs no waiting. It reports false
 // when some is left for Flush, or there was an error, which Flush will meet too.
-func (c *Conn) TryFlush() bool { return c.t.flushAtOnce() }
+func (c *Conn) TryFlush() bool { return c.t.tryFlush() }
 
 // CloseWrite half-closes the connection: our last bytes arrive even where the peer's are
 // still unread here.

@@ -1,0 +1,160 @@
+package cryo
+
+import (
+	"sync"
+	"time"
+
+	"github.com/cryo-connect/cryo-connect/internal/ws"
+)
+
+// Bounds of the interval between unsolicited pongs. It is half the last interval between
+// two pings, and the longest before there were two.
+const (
+	minKeepaliveInterval = 50 * time.Millisecond
+	maxKeepaliveInterval = 5 * time.Second
+)
+
+// pingsBehind is how many bytes without a ping may have one behind them.
+const pingsBehind = 16 << 10
+
+// minProgress is how many bytes of a backlog must be delivered between two heartbeats,
+// unless the backlog is smaller.
+const minProgress = 4 << 10
+
+// keepalive notices by heartbeats that the peer is gone, and shows by unsolicited pongs of
+// a dialling end that this end is not. It reaches the session only through the functions
+// in its first part. They are called without a lock, by timers, and pong by the reading
+// goroutine too; they must not wait.
+type keepalive struct {
+	conn     *ws.Conn
+	dialing  bool
+	interval time.Duration         // between heartbeats
+	paused   func() bool           // whether reads are paused (backpressure)
+	resumed  func() time.Time      // end of the last pause; zero before there was one
+	ping     func(cryo bool)       // sends a ping, of WebSocket and, if wanted, of Cryo
+	pong     func(number uint32)   // sends a pong of Cryo
+	check    func()                // called at each heartbeat
+	timedOut func(d time.Duration) // called when the peer was not alive for so long; no heartbeat follows
+
+	// Owned by the heartbeat's timer, whose function runs once at a time.
+	missed             int   // heartbeats in a row at which the peer was not alive
+	delivered, backlog int64 // of the connection, at the last heartbeat
+	halfway            bool  // the timer fires between two heartbeats
+
+	lastPing time.Time // owned by the reading goroutine
+
+	mu                sync.Mutex
+	stopped           bool // no timer is set any more
+	heartbeatTimer    *time.Timer
+	keepaliveTimer    *time.Timer // nil at a listening end
+	keepaliveInterval time.Duration
+	pingNumber        uint32 // of the last ping
+}
+
+func (k *keepalive) start() {
+	k.mu.Lock() // a timer's function may run before the assignment otherwise
+	defer k.mu.Unlock()
+	k.heartbeatTimer = time.AfterFunc(k.interval, k.heartbeat)
+	if k.dialing {
+		k.keepaliveInterval = maxKeepaliveInterval
+		k.keepaliveTimer = time.AfterFunc(k.keepaliveInterval, k.sendKeepalive)
+	}
+}
+
+// stop stops the timers, for good.
+func (k *keepalive) stop() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.stopped = true
+	k.heartbeatTimer.Stop()
+	if k.dialing {
+		k.keepaliveTimer.Stop()
+	}
+}
+
+// heartbeat pings the peer, or reports that it timed out: at two heartbeats in a row it
+// was not alive. While reads are paused nothing can be heard, and time does not count; a
+// closed connection is noticed by writing only. The first ping to a peer that is gone makes
+// its system reset the connection, and the next one fails. So there is another ping halfway
+// between two heartbeats then.
+func (k *keepalive) heartbeat() {
+	if k.halfway {
+		k.halfway = false
+		k.ping(false) // Cryo pings keep their interval: peers derive their own from it
+		k.setHeartbeat(k.interval - k.interval/2)
+		return
+	}
+	paused := k.paused()
+	if k.alive() || paused {
+		k.missed = 0
+	} else if k.missed++; k.missed == 2 {
+		k.timedOut(2 * k.interval)
+		return
+	}
+	k.check()
+	k.ping(!k.dialing)
+	if k.halfway = paused; paused {
+		k.setHeartbeat(k.interval / 2)
+	} else {
+		k.setHeartbeat(k.interval)
+	}
+}
+
+func (k *keepalive) setHeartbeat(d time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.stopped {
+		k.heartbeatTimer.Reset(d)
+	}
+}
+
+// alive reports whether, since the last call, anything was received or some of the backlog
+// of that time was delivered. A large message may occupy a slow line for many heartbeats,
+// with our pings behind it. Bytes without a backlog prove nothing: they may be in buffers.
+func (k *keepalive) alive() bool {
+	delivered, backlog := k.conn.Progress()
+	progress := k.backlog > 0 && delivered-k.delivered >= min(k.backlog, minProgress)
+	k.delivered, k.backlog = delivered, backlog
+	return k.conn.Heard() || progress
+}
+
+// pinged answers a ping. Reading goroutine.
+func (k *keepalive) pinged(number uint32) {
+	k.pong(number)
+	if !k.dialing {
+		return
+	}
+	k.conn.ResetReceived()
+	now := time.Now()
+	// Pings that piled up while we didn't read come late, and then all at once.
+	every := now.Sub(k.lastPing)
+	regular := !k.lastPing.IsZero() && every >= 2*minKeepaliveInterval && k.lastPing.After(k.resumed())
+	k.lastPing = now
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if regular {
+		k.keepaliveInterval = min(every/2, maxKeepaliveInterval)
+	}
+	k.pingNumber = number
+	if !k.stopped {
+		k.keepaliveTimer.Reset(k.keepaliveInterval)
+	}
+}
+
+// sendKeepalive sends an unsolicited pong if pings may go unseen: reads are paused, or so
+// much came that they may be behind it, because the line or the pipeline is slow.
+// cryo-server ends sessions without pongs. A listening end sends none: cryo-client-node
+// answers a pong with a ping.
+func (k *keepalive) sendKeepalive() {
+	unseen := k.conn.Received() >= pingsBehind || k.paused()
+	k.mu.Lock()
+	number := k.pingNumber
+	if !k.stopped {
+		k.keepaliveTimer.Reset(k.keepaliveInterval)
+	}
+	k.mu.Unlock()
+	if unseen {
+		k.conn.ResetReceived()
+		k.pong(number)
+	}
+}
