@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -377,7 +378,7 @@ func (st *OutgoingStream) stop(cause error) {
 	if st.awaiting != nil {
 		st.s.pend.cancel(st.awaiting, st.cause())
 	}
-	for _, frames := range st.queued {
+	for _, frames := range slices.Backward(st.queued) { // so what is taken meanwhile misses nothing before it
 		st.s.out.withdraw(frames)
 	}
 	st.queued = nil
