@@ -1,0 +1,290 @@
+package quota_test
+
+import (
+	"math"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/quota"
+)
+
+// eightTimes is the fairness of a receive buffer.
+func eightTimes(held, free int64) bool { return (held+7)/8 <= free }
+
+func granted(r *quota.Request) bool {
+	select {
+	case <-r.Granted():
+		return true
+	default:
+		return false
+	}
+}
+
+func wantUsage(t *testing.T, s *quota.Share, held, free int64) {
+	t.Helper()
+	h, f := s.Usage()
+	require.Equal(t, []int64{held, free}, []int64{h, f}, "held and free")
+}
+
+func TestTheLastGrantMayExceedTheLimit(t *testing.T) {
+	q := quota.New(10, nil)
+	a, b := q.Share(), q.Share()
+	require.True(t, a.TryAcquire(9))
+	require.True(t, b.TryAcquire(100))
+	wantUsage(t, b, 100, -99)
+	require.False(t, a.TryAcquire(1))
+	require.False(t, a.TryAcquire(0), "nothing is free")
+	a.Force(5)
+	wantUsage(t, a, 14, -104)
+	b.Release(100)
+	wantUsage(t, b, 0, -4)
+	require.False(t, b.TryAcquire(0))
+	a.Release(14)
+	wantUsage(t, a, 0, 10)
+}
+
+func TestRequestsAreGrantedInOrderOfArrival(t *testing.T) {
+	q := quota.New(10, nil)
+	a := q.Share()
+	a.Force(10)
+	var requests []*quota.Request
+	for _, n := range []int64{6, 5, 0, 1} {
+		requests = append(requests, q.Share().Request(n))
+	}
+	state := func() (all []bool) {
+		for _, r := range requests {
+			all = append(all, granted(r))
+		}
+		return all
+	}
+	require.Equal(t, []bool{false, false, false, false}, state())
+	a.Release(1)
+	require.Equal(t, []bool{true, false, false, false}, state())
+	a.Release(5)
+	require.Equal(t, []bool{true, false, false, false}, state(), "the first has exceeded the limit by as much")
+	a.Release(4)
+	require.Equal(t, []bool{true, true, false, false}, state())
+	requests[0].Cancel()
+	require.Equal(t, []bool{true, true, true, true}, state(), "what was granted is free again")
+}
+
+func TestAHolderOverItsShareHoldsUpNobody(t *testing.T) {
+	q := quota.New(100, eightTimes)
+	greedy, modest := q.Share(), q.Share()
+	greedy.Force(95)
+	r := greedy.Request(1)
+	require.False(t, granted(r), "it may hold eight times what is free")
+	require.True(t, modest.TryAcquire(1))
+	require.True(t, granted(modest.Request(1)))
+	modest.Release(2)
+	require.False(t, granted(r))
+	greedy.Release(7)
+	require.True(t, granted(r))
+	wantUsage(t, greedy, 89, 11)
+}
+
+func TestACancelledRequestHoldsNothing(t *testing.T) {
+	q := quota.New(1, nil)
+	a, b, c := q.Share(), q.Share(), q.Share()
+	a.Force(1)
+	cancelled, next := b.Request(1), c.Request(1)
+	cancelled.Cancel()
+	a.Release(1)
+	require.False(t, granted(cancelled))
+	require.True(t, granted(next))
+	wantUsage(t, b, 0, 0)
+	next.Cancel()
+	wantUsage(t, c, 0, 1)
+}
+
+func TestAsMuchAsThereIsIsALimitToo(t *testing.T) {
+	for _, limit := range []int64{math.MaxInt64, math.MaxInt64 - 1, math.MaxInt64/8 + 1} {
+		s := quota.New(limit, eightTimes).Share()
+		for range 3 {
+			require.True(t, s.TryAcquire(1<<40))
+		}
+		s.Release(3 << 40)
+		wantUsage(t, s, 0, limit)
+	}
+}
+
+func TestOneHolderAPeriodIsToldThatOthersStarve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const period = time.Minute
+		q := quota.New(10, nil)
+		a, b, idle := q.Share(), q.Share(), q.Share()
+		a.Force(5)
+		b.Force(5)
+		time.Sleep(time.Hour)
+		require.False(t, a.Starved(period), "nobody waits")
+		first := q.Share().Request(5)
+		time.Sleep(period - 1)
+		second := q.Share().Request(5)
+		require.False(t, a.Starved(period))
+		time.Sleep(1)
+		require.False(t, idle.Starved(period), "it holds nothing")
+		require.True(t, a.Starved(period))
+		require.False(t, b.Starved(period), "one is enough")
+		time.Sleep(period - 1)
+		require.False(t, b.Starved(period))
+		a.Release(1)
+		require.True(t, granted(first))
+		time.Sleep(period - 1)
+		require.False(t, b.Starved(period), "one was granted in between")
+		time.Sleep(1)
+		require.True(t, b.Starved(period))
+		second.Cancel()
+		time.Sleep(time.Hour)
+		require.False(t, a.Starved(period))
+	})
+}
+
+// oracle does what a quota is to do, in the simplest way.
+type oracle struct {
+	limit   int64
+	held    []int64 // by share
+	waiting []waiting
+	granted []waiting
+}
+
+type waiting struct {
+	share   int
+	n       int64
+	request *quota.Request
+}
+
+func (o *oracle) used() (sum int64) {
+	for _, n := range o.held {
+		sum += n
+	}
+	return sum
+}
+
+func (o *oracle) allows(share int) bool {
+	return o.used() < o.limit && eightTimes(o.held[share], o.limit-o.used())
+}
+
+// grant grants what can be granted, in order.
+func (o *oracle) grant() {
+	o.waiting = slices.DeleteFunc(o.waiting, func(w waiting) bool {
+		if !o.allows(w.share) {
+			return false
+		}
+		o.held[w.share] += w.n
+		o.granted = append(o.granted, w)
+		return true
+	})
+}
+
+// one takes one of a list at random, if there is any.
+func one(r *rand.Rand, list *[]waiting) (w waiting, ok bool) {
+	if len(*list) == 0 {
+		return w, false
+	}
+	i := r.IntN(len(*list))
+	w = (*list)[i]
+	*list = slices.Delete(*list, i, i+1)
+	return w, true
+}
+
+func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	if given := os.Getenv("CRYO_SEED"); given != "" {
+		var err error
+		seed, err = strconv.ParseUint(given, 10, 64)
+		require.NoError(t, err, "CRYO_SEED")
+	}
+	t.Logf("CRYO_SEED=%d makes the same random choices", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	for range 100 {
+		o := oracle{limit: 1 + r.Int64N(200), held: make([]int64, 1+r.IntN(6))}
+		q := quota.New(o.limit, eightTimes)
+		shares := make([]*quota.Share, len(o.held))
+		for i := range shares {
+			shares[i] = q.Share()
+		}
+		for range 300 {
+			i, n := r.IntN(len(shares)), r.Int64N(20)
+			switch r.IntN(7) {
+			case 0:
+				allowed := o.allows(i)
+				require.Equal(t, allowed, shares[i].TryAcquire(n))
+				if allowed {
+					o.held[i] += n
+					o.granted = append(o.granted, waiting{share: i, n: n})
+				}
+			case 1, 2:
+				o.waiting = append(o.waiting, waiting{i, n, shares[i].Request(n)})
+			case 3:
+				if r.IntN(4) == 0 {
+					shares[i].Force(n)
+					o.held[i] += n
+					o.granted = append(o.granted, waiting{share: i, n: n})
+				}
+			case 4, 5:
+				if w, ok := one(r, &o.granted); ok {
+					if w.request != nil && r.IntN(3) == 0 {
+						w.request.Cancel() // it was not seen that it was granted
+					} else {
+						shares[w.share].Release(w.n)
+					}
+					o.held[w.share] -= w.n
+				}
+			case 6:
+				if w, ok := one(r, &o.waiting); ok {
+					w.request.Cancel()
+				}
+			}
+			o.grant()
+			for _, w := range o.granted {
+				require.True(t, w.request == nil || granted(w.request))
+			}
+			for _, w := range o.waiting {
+				require.False(t, granted(w.request))
+			}
+			for i, s := range shares {
+				held, free := s.Usage()
+				require.Equal(t, o.held[i], held)
+				require.Equal(t, o.limit-o.used(), free)
+			}
+		}
+	}
+}
+
+// Whatever many do at once, never more is granted than the limit and the last grant, and
+// nothing is left.
+func TestManyHoldersAtOnce(t *testing.T) {
+	const limit, most = 100, 7
+	q := quota.New(limit, eightTimes)
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			s := q.Share()
+			for i := range 500 {
+				n := int64(1 + i%most)
+				if i%3 != 0 || !s.TryAcquire(n) {
+					r := s.Request(n)
+					if i%5 == 0 {
+						r.Cancel()
+						continue
+					}
+					<-r.Granted()
+				}
+				if _, free := s.Usage(); free <= -most {
+					t.Error("too much is granted:", -free)
+				}
+				s.Release(n)
+			}
+		})
+	}
+	all.Wait()
+	wantUsage(t, q.Share(), 0, limit)
+}
