@@ -204,10 +204,22 @@ func (t *ackTable) unawaitedLocked(number uint32) outcome {
 		delete(t.timedOut, number)
 		return answerLate
 	}
-	if number&^numberMask == t.base && (t.wrapped || (number-t.first)&numberMask < t.next) {
+	if t.issuedLocked(number) {
 		return answerUnknown
 	}
 	return answerForeign
+}
+
+// issued reports whether a number is one of ours, awaited or not: an ERROR with it is an
+// answer.
+func (t *ackTable) issued(number uint32) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.issuedLocked(number)
+}
+
+func (t *ackTable) issuedLocked(number uint32) bool {
+	return number&^numberMask == t.base && (t.wrapped || (number-t.first)&numberMask < t.next)
 }
 
 // released is called once for each frame, when it has left the writer: as written, or

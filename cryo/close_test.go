@@ -24,7 +24,7 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 		synctest.Wait()
 		batch, err := s.ReceiveBatch(t.Context(), 3)
 		require.NoError(t, err)
-		require.NoError(t, cryo.AckBatch([]*cryo.Message{&batch[0], &batch[1]}))
+		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[0], batch[1]}))
 		require.NoError(t, s.Err())
 		closing := start(func() error { return s.Close(t.Context(), "that's all") })
 		<-s.Ending()

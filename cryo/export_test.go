@@ -15,9 +15,14 @@ func (s *Session) Awaited() int {
 
 // Held is how many bytes are received and not settled.
 func (s *Session) Held() int64 {
-	s.budget.mu.Lock()
-	defer s.budget.mu.Unlock()
-	return s.held
+	held, _ := s.limit.bytes.Usage()
+	return held
+}
+
+// ComingIn is how many bytes are reserved for a large message that is not whole.
+func (s *Session) ComingIn() int64 {
+	held, _ := s.limit.incoming.Usage()
+	return held
 }
 
 // Queued is how many bytes of a stream wait to be written.
@@ -36,7 +41,7 @@ func Poison(on bool) { ws.Poisoning.Store(on) }
 // Unlocked reports whether none of the session's locks is held, nor one of its received
 // streams'. Others may hold one for a moment: ask again.
 func (s *Session) Unlocked() bool {
-	locks := []*sync.Mutex{&s.mu, &s.keepalive.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu, &s.budget.mu, &s.intake.mu}
+	locks := []*sync.Mutex{&s.mu, &s.keepalive.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu}
 	if !s.incoming.mu.TryLock() {
 		return false
 	}

@@ -59,6 +59,14 @@ func raw(end end, first byte, payload []byte) []byte {
 	return append(b, payload...)
 }
 
+// tooLong is a message of sid's session that is longer than any frame.
+func tooLong(t *testing.T) []byte {
+	t.Helper()
+	frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.Binary})
+	require.NoError(t, err)
+	return append(frame, make([]byte, cryo.MaxPayload+100)...)
+}
+
 func TestALengthBeyondAllBoundsEndsTheSession(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		header := raw(end, 0x82, make([]byte, 1<<16))[:10]

@@ -194,10 +194,11 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		misbehaviour{
 			does: "sends messages longer than any frame, without end", problem: "websocket: read limit exceeded", code: websocket.CloseMessageTooBig,
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+				message := tooLong(t)
 				go func() {
 					var err error
 					for err == nil { // until the session has discarded enough of it
-						err = peer.WS.WriteMessage(websocket.BinaryMessage, make([]byte, cryo.MaxPayload+100))
+						err = peer.WS.WriteMessage(websocket.BinaryMessage, message)
 					}
 				}()
 			},

@@ -149,8 +149,9 @@ func TestAGoodbyeSurvivesUnreadData(t *testing.T) {
 	server := next(t, sessions)
 	peer.WriteFrames(cryotest.Text(1, "good"))
 	require.NoError(t, receive(t, server).Ack())
+	message := tooLong(t)
 	writing := start(func() error {
-		_ = peer.WS.WriteMessage(websocket.BinaryMessage, make([]byte, cryo.MaxPayload+100)) // may be cut off
+		_ = peer.WS.WriteMessage(websocket.BinaryMessage, message) // may be cut off
 		return nil
 	})
 	peer.WantFrame("an acknowledgement", cryotest.Acked(1))

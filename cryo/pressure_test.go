@@ -255,11 +255,7 @@ func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				var settled []*cryo.Message
-				for i := range batch {
-					settled = append(settled, &batch[i])
-				}
-				if err := cryo.AckBatch(settled); err != nil {
+				if err := cryo.AckBatch(batch); err != nil {
 					return err
 				}
 				left -= len(batch)

@@ -3,6 +3,7 @@ package cryo
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/gorilla/websocket"
 
@@ -14,72 +15,54 @@ import (
 // for the writer.
 func (s *Session) read() {
 	defer s.finish()
+	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, answers: s.pend.issued}
+	var in received
 	for {
 		s.waitForWriter()
-		b, err := s.nextMessage()
+		err := r.next(&in)
+		if err == nil {
+			s.handle(&in)
+		} else if broken, ok := errors.AsType[*ProtocolError](err); ok {
+			s.protocolError(broken)
+			err = s.conn.Discard()
+		}
+		in.drop()
+		for s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // see goodbye
+			s.conn.ReadOn()
+			err = s.conn.Discard()
+		}
 		if err != nil {
-			s.leaveIntake()
 			s.readFailed(err)
 			return
 		}
-		f, err := wire.Parse(b)
-		switch {
-		case err != nil:
-			s.protocolError(&ProtocolError{Err: err})
-		case f.SID != s.id:
-			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", f.Type, f.SID)})
-		default:
-			s.handle(&f)
-		}
-		s.chunk.giveBack()
-		s.chunk = nil
-		s.leaveIntake()
 	}
 }
 
-func (s *Session) nextMessage() ([]byte, error) {
-	if err := s.conn.Next(); err != nil {
-		return nil, err
-	}
-	if s.conn.Text() {
-		s.protocolError(&ProtocolError{Problem: "text message on the WebSocket"})
-	}
-	var head []byte
-	full := s.budget.wait(&s.held) != nil
-	if full || s.conn.Left() > len(chunkMemory{})/2 {
-		var err error
-		if head, err = s.conn.ReadHead(s.small[:0], wire.HeaderSize); err != nil {
-			return nil, err
+// waitForWriter pauses reading while too many small frames are unwritten. That
+// is the peer's doing: it has to show a sign of life meanwhile.
+func (s *Session) waitForWriter() {
+	for {
+		crowded := s.out.crowded()
+		if crowded == nil || s.isEnding() {
+			return
+		}
+		select {
+		case <-crowded:
+		case <-s.ending:
 		}
 	}
-	s.awaitRoom(head, full)
-	if s.noRoom && s.conn.Size() > uint64(largeMessage) {
-		return s.skipPayload(head)
-	}
-	n := len(head) + s.conn.Left()
+}
+
+// wants reports whether anybody takes a data frame.
+func (s *Session) wants(f *wire.Frame) bool {
 	switch {
-	case wire.IsChunk(head) && fitsChunk(n):
-		s.chunk = chunkPool.Get().(*chunkMemory)
-		return s.conn.ReadRest(append(s.chunk[:0], head...))
-	case n <= len(s.small) && s.conn.Final():
-		b, err := s.conn.ReadRest(append(s.small[:0], head...))
-		if err == nil && wire.IsData(b) {
-			b = append(s.blocks.take(n, s.conn.Buffered()), b...)
-		}
-		return b, err
+	case s.isEnding():
+		return false
+	case f.Type == wire.TxChunk:
+		return s.incoming.wants(f.Tx)
 	default:
-		return s.conn.ReadRest(append(s.blocks.take(n, s.conn.Buffered()), head...))
+		return !s.refusing.Load()
 	}
-}
-
-// keepPayload leaves the memory of the current frame to its receiver. If it is of the
-// chunk pool, it is returned, to be given back later. Reading goroutine.
-func (s *Session) keepPayload() *chunkMemory {
-	m := s.chunk
-	if s.chunk = nil; m == nil {
-		s.blocks.keep()
-	}
-	return m
 }
 
 // readFailed tells why there is nothing more to read.
@@ -126,8 +109,9 @@ func (s *Session) isEnding() bool {
 	}
 }
 
-// handle acts on one frame.
-func (s *Session) handle(f *wire.Frame) {
+// handle acts on one frame, and may take what it owns.
+func (s *Session) handle(in *received) {
+	f := &in.Frame
 	switch f.Type {
 	case wire.Ack:
 		s.acked.Store(true) // before the wait for it ends, or Dial could not take it back
@@ -146,7 +130,7 @@ func (s *Session) handle(f *wire.Frame) {
 
 	switch f.Type {
 	case wire.UTF8, wire.Binary, wire.Error:
-		s.deliver(f)
+		s.deliver(in)
 	case wire.PingPong:
 		if string(f.Payload) == wire.Ping { // a pong is never answered
 			s.keepalive.pinged(f.Ack)
@@ -159,7 +143,7 @@ func (s *Session) handle(f *wire.Frame) {
 		s.out.acknowledge([]uint32{f.Ack})
 		s.goodbye(&PeerClosedError{Reason: s.words(f.Text())}, closeGraceful, "", false)
 	default:
-		s.handleStream(f)
+		s.handleStream(in)
 	}
 }
 
@@ -181,7 +165,8 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 
 // handleStream acts on one TX frame. cryo-server too knows none before the
 // client's ENDPOINT_INFO.
-func (s *Session) handleStream(f *wire.Frame) {
+func (s *Session) handleStream(in *received) {
+	f := &in.Frame
 	if !s.dialing {
 		select {
 		case <-s.peerKnown:
@@ -206,7 +191,7 @@ func (s *Session) handleStream(f *wire.Frame) {
 	case wire.TxStart:
 		s.incoming.start(f)
 	case wire.TxChunk:
-		s.incoming.chunk(f)
+		s.incoming.chunk(in)
 	case wire.TxFinish:
 		s.incoming.finish(f)
 	}

@@ -131,7 +131,7 @@ func TestAckRejectAndAckBatchOnTheWire(t *testing.T) {
 		peer.WantFrame("the acknowledgement of b", cryotest.Acked(11))
 		require.NoError(t, batch[3].Reject("disk full"))
 		peer.WantFrame("the refusal of d", cryotest.Error(13, "disk full"))
-		require.NoError(t, cryo.AckBatch([]*cryo.Message{&batch[2], &batch[1], &batch[0], &batch[3]}))
+		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[2], batch[1], batch[0], batch[3]}))
 		peer.WantFrame("the acknowledgement of c", cryotest.Acked(12))
 		peer.WantFrame("the acknowledgement of a", cryotest.Acked(10))
 		peer.WantIdle("nothing for what was settled before", instant)
@@ -140,7 +140,7 @@ func TestAckRejectAndAckBatchOnTheWire(t *testing.T) {
 			require.NoError(t, batch[i].Ack())
 			require.NoError(t, batch[i].Reject("again"))
 		}
-		require.NoError(t, cryo.AckBatch([]*cryo.Message{&batch[0], &batch[1]}))
+		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[0], batch[1]}))
 		require.NoError(t, cryo.AckBatch(nil))
 		peer.WantIdle("nothing for what is settled twice", instant)
 	})
@@ -164,7 +164,7 @@ func TestWhoeverSettlesFirstDoes(t *testing.T) {
 	})
 }
 
-func TestACopyOfAMessageIsSettledWithIt(t *testing.T) {
+func TestAMessageIsSettledOnceInWhicheverSliceItIs(t *testing.T) {
 	for _, size := range []uint32{1, 3} { // of the batch
 		for name, settle := range map[string]func(*cryo.Message) error{
 			"Ack":      (*cryo.Message).Ack,
@@ -182,14 +182,14 @@ func TestACopyOfAMessageIsSettledWithIt(t *testing.T) {
 					slices.Reverse(batch) // to whoever has the slice, it may be sorted, too
 					for _, m := range batch {
 						again := m
-						require.NoError(t, settle(&m))
+						require.NoError(t, settle(m))
 						require.NoError(t, again.Ack())
 						require.NoError(t, again.Reject("again"))
 					}
 					for i := range batch {
 						require.NoError(t, batch[i].Reject("again"))
 						require.NoError(t, batch[i].Ack())
-						require.NoError(t, cryo.AckBatch([]*cryo.Message{&batch[i]}))
+						require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[i]}))
 					}
 					for i := range size {
 						if f := peer.Next("an answer"); name == "Reject" {

@@ -75,7 +75,7 @@ type ServerOptions struct {
 // HTTP/1.1 server.
 type Server struct {
 	opts     ServerOptions
-	memory   memory
+	buffer   receiveBuffer
 	refusals rate.Sometimes // of log lines
 	refused  atomic.Int64   // since the last of them
 
@@ -119,7 +119,7 @@ func NewServer(options ServerOptions) *Server {
 	}
 	return &Server{
 		opts:     opts,
-		memory:   newMemory(opts.MaxBufferBytes),
+		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
 		refusals: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
@@ -173,7 +173,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	}
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.session = newSession(id, false, conn, s.memory, s.opts.SessionOptions, func() { s.ended(id, e) })
+	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func() { s.ended(id, e) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	e.decided = closed // not announced, whatever it does until it has ended

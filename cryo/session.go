@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -40,12 +41,13 @@ type SessionOptions struct {
 	// buffer must get through within two intervals. Time does not count while
 	// MaxBufferBytes keeps the session from reading. Default 15 s.
 	HeartbeatInterval time.Duration
-	// MaxBufferBytes bounds what is received and not yet settled: payloads,
-	// and 256 bytes a message. Beyond it, at most one message late, reading
-	// pauses at the next message; what is no message is read on until then. A
-	// server's sessions share it: each may hold up to eight times what is left.
-	// As much again, and one message, may be taken by messages of more than 64 KiB
-	// that are still coming in: a further one is read when one of them is whole. A
+	// MaxBufferBytes bounds what is received and not yet settled: payloads, 256 bytes a
+	// message, and 128 bytes a chunk. When it is reached, data is no longer read; other
+	// frames are until then. A server's sessions share it: each may hold up to eight
+	// times what is left.
+	// As much again, and two messages, may be taken by messages of more than 64 KiB that
+	// are still coming in: a further one is read when one of them is whole. A message in
+	// fragments takes 1 MiB, and one that gets larger the largest, one at a time. A
 	// session that keeps others waiting with one for more than a minute ends with
 	// ErrSlow, at its next heartbeat.
 	// When a send waits for its acknowledgement, which may be behind what is not
@@ -120,21 +122,17 @@ type Session struct {
 	out      *writer
 	pend     *ackTable
 	inbox    *inbox
-	budget   *budget
-	intake   *intake
+	limit    *receiveLimit
 	incoming *incomingStreams
 	outgoing *outgoingStreams
-	held     int64        // of the budget; guarded by its mutex
-	kept     atomic.Int64 // of held, what Hold has counted
+	kept     atomic.Int64 // bytes that Hold has counted
 
-	reports    rate.Sometimes            // of log lines
-	refusing   atomic.Bool               // received messages are refused
-	paused     atomic.Bool               // nothing is read until messages are settled
-	resumed    atomic.Pointer[time.Time] // when reading last went on after a pause
-	peerKnown  chan struct{}             // closed when the peer's ENDPOINT_INFO has come
-	acked      atomic.Bool               // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
-	streamless atomic.Bool               // the peer's last ENDPOINT_INFO announces no streams
-	onEnd      func()                    // the server's; before done is closed
+	reports    rate.Sometimes // of log lines
+	refusing   atomic.Bool    // received messages are refused
+	peerKnown  chan struct{}  // closed when the peer's ENDPOINT_INFO has come
+	acked      atomic.Bool    // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
+	streamless atomic.Bool    // the peer's last ENDPOINT_INFO announces no streams
+	onEnd      func()         // the server's; before done is closed
 	keepalive  keepalive
 
 	mu      sync.Mutex
@@ -144,19 +142,10 @@ type Session struct {
 	stopped bool          // no timer must be set any more
 	cut     *time.Timer   // ends the goodbye; nil before it
 
-	coming      int64     // of the intake, for the message that is read now; written by the reading goroutine
-	comingSince time.Time // while coming is not 0
-
-	// Owned by the reading goroutine.
-	blocks      blocks
-	small       [32]byte     // the frame that is handled now, if it is as small and nobody keeps any of it: outputs need 1.05 times less processor time
-	chunk       *chunkMemory // of the frame that is handled now, if it has this; nil when somebody keeps it
-	noRoom      bool         // for the data frame that is read now: it is refused
-	overflowing bool         // data without room is refused rather than waited with
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func()) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
@@ -164,18 +153,22 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, m memory, opts SessionOp
 	numbers := newAckTable(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
-		conn: conn, pend: numbers, inbox: newInbox(), budget: m.budget, intake: m.intake,
+		conn: conn, pend: numbers, inbox: newInbox(),
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.out = newWriter(conn, id, numbers, s.fail)
-	conn.Start(s.out.answerWebSocketPing, func() { s.enterIntake(false) })
+	conn.Start(s.out.answerWebSocketPing)
+	s.limit = newReceiveLimit(conn, buffer, s.ending, numbers.awaited, s.wants)
+	// What the messages and streams hold that nobody has settled, nobody can settle any
+	// more when there is no session that they lead to.
+	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
 	s.refusing.Store(opts.SendOnly)
 	s.keepalive = keepalive{
 		conn: conn, dialing: dialing, interval: opts.HeartbeatInterval,
-		paused: s.paused.Load, resumed: s.resumedAt,
+		paused: s.limit.paused.Load, resumed: s.limit.resumedAt,
 		ping: s.out.ping, pong: s.out.pong,
 		check: s.checkIncoming, timedOut: s.peerTimedOut,
 	}
@@ -215,7 +208,7 @@ func (s *Session) Err() error {
 
 // Paused tells whether MaxBufferBytes keeps the session from reading now, so
 // that acknowledgements may have come which it has not seen.
-func (s *Session) Paused() bool { return s.paused.Load() }
+func (s *Session) Paused() bool { return s.limit.paused.Load() }
 
 // Close ends the session: queued acknowledgements are written, BYE tells the
 // reason (cut to 123 bytes), and the WebSocket is closed with code 4000. What
@@ -276,6 +269,9 @@ func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
 	s.out.queueClose(last)
+	if s.limit.readsLarge() {
+		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
+	}
 }
 
 // fail ends the session at once.
@@ -319,24 +315,7 @@ func (s *Session) peerTimedOut(d time.Duration) {
 
 // checkIncoming ends the session if a message of it keeps others waiting.
 func (s *Session) checkIncoming() {
-	if !s.isEnding() && s.keepsOthersOut() {
+	if !s.isEnding() && s.limit.keepsOthersOut() {
 		s.goodbye(ErrSlow, closeClientError, ErrSlow.Error(), false)
 	}
-}
-
-// resumedAt is when the last pause of reading ended; zero before that.
-func (s *Session) resumedAt() time.Time {
-	if t := s.resumed.Load(); t != nil {
-		return *t
-	}
-	return time.Time{}
-}
-
-// keepsOthersOut tells whether a large message takes too long to come in while
-// others have waited for as long for the memory that it has.
-func (s *Session) keepsOthersOut() bool {
-	s.mu.Lock()
-	late := s.coming > 0 && time.Since(s.comingSince) >= intakePatience
-	s.mu.Unlock()
-	return late && s.intake.starves()
 }

@@ -406,13 +406,13 @@ func (s *storm) receiveMessages(r *rand.Rand, session *cryo.Session) {
 	var settling sync.WaitGroup
 	defer settling.Wait()
 	for {
-		var batch []cryo.Message
+		var batch []*cryo.Message
 		if r.IntN(2) == 0 {
 			m, err := session.Receive(context.Background())
 			if err != nil {
 				return
 			}
-			batch = []cryo.Message{*m}
+			batch = []*cryo.Message{m}
 		} else {
 			var err error
 			if batch, err = session.ReceiveBatch(context.Background(), 1+r.IntN(9)); err != nil {
@@ -441,15 +441,14 @@ func (s *storm) receiveMessages(r *rand.Rand, session *cryo.Session) {
 }
 
 // settle settles messages after a while, each once, though it tries to do so twice.
-func (s *storm) settle(r *rand.Rand, session *cryo.Session, batch []cryo.Message, wait time.Duration) {
+func (s *storm) settle(r *rand.Rand, session *cryo.Session, batch []*cryo.Message, wait time.Duration) {
 	s.pause(r, wait)
 	var acknowledge []*cryo.Message
-	for i := range batch {
-		m := batch[i] // a copy
+	for _, m := range batch {
 		f := s.check(m.Payload, "a message, when it is settled")
 		if r.IntN(6) == 0 {
 			_ = m.Reject("no")
-			_ = batch[i].Ack()
+			_ = m.Ack()
 			continue
 		}
 		s.mu.Lock()
@@ -459,10 +458,10 @@ func (s *storm) settle(r *rand.Rand, session *cryo.Session, batch []cryo.Message
 			s.tiny[tinyKind{session, len(m.Payload)}]++
 		}
 		s.mu.Unlock()
-		acknowledge = append(acknowledge, &m, &batch[i])
+		acknowledge = append(acknowledge, m, m)
 		if r.IntN(2) == 0 {
 			_ = m.Ack()
-			_ = batch[i].Reject("too late")
+			_ = m.Reject("too late")
 		}
 	}
 	_ = cryo.AckBatch(acknowledge)

@@ -262,6 +262,7 @@ func TestAStreamIsNotSilentWhileItIsOurTurn(t *testing.T) {
 		time.Sleep(time.Hour + time.Second)
 		peer.Skip() // a dialling end says that it is alive
 		s.Release(100_000)
+		readsOn(t, s, peer)
 		peer.WantIdle("time begins when reading goes on", 10*time.Second-instant)
 		peer.WantFrame("and ends", txCancel(end.first+1, 1))
 		require.ErrorIs(t, wantRest(t, paused, ""), cryo.ErrStreamIdle)
@@ -289,6 +290,7 @@ func TestAPauseOfReadingIsNoSilenceAfterwards(t *testing.T) {
 		time.Sleep(9 * time.Second)
 		peer.Skip()
 		s.Release(100_000)
+		readsOn(t, s, peer)
 		time.Sleep(9 * time.Second)
 		peer.WriteFrames(txChunk(0, 1, "abc"), txFinish(2, 0))
 		require.NoError(t, wantRest(t, st, "abc"))
@@ -297,8 +299,15 @@ func TestAPauseOfReadingIsNoSilenceAfterwards(t *testing.T) {
 	})
 }
 
-// stopReading sends what a session without room waits at.
-func stopReading(peer *cryotest.Peer) { peer.WriteFrames(txChunk(unknownTx, 0, "")) }
+// stopReading sends what a session waits at whose receive buffer is full.
+func stopReading(peer *cryotest.Peer) { peer.WriteFrames(cryotest.Text(4711, "waits")) }
+
+// readsOn wants a session to read that.
+func readsOn(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+	t.Helper()
+	require.NoError(t, receive(t, s).Ack())
+	peer.WantFrame("the acknowledgement", cryotest.Acked(4711))
+}
 
 func TestASilentPulledStreamIsCancelled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {

@@ -187,25 +187,29 @@ func incoming(t *testing.T, s *cryo.Session, peer *cryotest.Peer, number, tx uin
 // the bound. Under synctest.
 func wantFree(t *testing.T, s *cryo.Session, peer *cryotest.Peer, bound, held int) {
 	t.Helper()
-	// A session without room stops at data, such as a chunk of no stream.
-	ping := func(n uint32) { peer.WriteFrames(txChunk(unknownTx, 0, ""), cryotest.Ping(n)) }
+	probe := func(n uint32) { peer.WriteFrames(cryotest.Text(n, "probe"), cryotest.Ping(n)) }
+	reads := func(n uint32) {
+		t.Helper()
+		peer.WantFrame("it reads", cryotest.Pong(n))
+		m := receive(t, s)
+		require.Equal(t, "probe", string(m.Payload))
+		require.NoError(t, m.Ack())
+		peer.WantFrame("and may acknowledge", cryotest.Acked(n))
+	}
 	most := bound * 8 / 9 // see MaxBufferBytes: eight times what is left
 	s.Hold(most - held)
 	for n := range uint32(3) {
-		ping(n)
-		peer.WantFrame("it reads", cryotest.Pong(n))
+		probe(n)
+		reads(n)
 	}
 	synctest.Wait() // it is waiting for a frame now
 	s.Hold(1)
-	ping(4)
+	probe(4)
 	peer.WantIdle("it doesn't read: less is held than there should be", instant)
 	s.Release(1)
-	peer.WantFrame("it reads on", cryotest.Pong(4))
+	reads(4)
 	s.Release(most - held)
 }
-
-// unknownTx is the number of no stream.
-const unknownTx = 4711
 
 // serving wants a raw peer to be answered: the session lives.
 func serving(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {

@@ -65,11 +65,18 @@ type IncomingStream struct {
 
 var _ io.ReadCloser = (*IncomingStream)(nil)
 
-// chunk is what is left to be read of a chunk, and its memory if that can be used
-// again.
+// chunk is what is left to be read of a chunk, and what is to be released when that is
+// nothing.
 type chunk struct {
 	left   []byte
-	memory *chunkMemory
+	hold   hold
+	pooled *chunkBuffer
+}
+
+func (c *chunk) release() {
+	c.pooled.release()
+	c.hold.release()
+	*c = chunk{}
 }
 
 // settlement is what the receiver has said of a stream.
@@ -143,23 +150,19 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 func (st *IncomingStream) take(p []byte) (int, error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	n, freed := 0, int64(0)
+	n := 0
 	for n < len(p) && len(st.chunks) > 0 {
 		first := &st.chunks[0]
 		k := copy(p[n:], first.left)
 		n += k
-		freed += int64(k)
 		if first.left = first.left[k:]; len(first.left) == 0 {
-			first.memory.giveBack()
-			*first = chunk{}
+			first.release()
 			st.chunks = st.chunks[1:]
-			freed += chunkOverhead
 		}
 	}
-	if freed > 0 {
+	if n > 0 {
 		st.buffered -= n
 		st.active = time.Now()
-		st.s.release(freed)
 		st.fetchLocked()
 		return n, nil
 	}
@@ -307,9 +310,8 @@ func (st *IncomingStream) stopIdleLocked() {
 // dropLocked gives up what was not read.
 func (st *IncomingStream) dropLocked() {
 	st.stopIdleLocked()
-	st.s.release(int64(st.buffered + len(st.chunks)*chunkOverhead))
-	for _, c := range st.chunks {
-		c.memory.giveBack()
+	for i := range st.chunks {
+		st.chunks[i].release()
 	}
 	st.chunks, st.buffered = nil, 0
 }
@@ -352,10 +354,10 @@ func (st *IncomingStream) failIdle() {
 		return
 	}
 	active := st.active
-	if st.buffered > 0 || st.s.paused.Load() {
+	if st.buffered > 0 || st.s.limit.paused.Load() {
 		active = time.Now()
-	} else if t := st.s.resumed.Load(); t != nil && t.After(active) {
-		active = *t
+	} else if t := st.s.limit.resumedAt(); t.After(active) {
+		active = t
 	}
 	left := st.idleTimeout - time.Since(active)
 	if left > 0 {
@@ -365,9 +367,16 @@ func (st *IncomingStream) failIdle() {
 	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.idleTimeout, st.received))
 }
 
+// wantsChunks reports whether the stream takes chunks. Any other is a violation, or late.
+func (st *IncomingStream) wantsChunks() bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.accepted && st.failed == nil && st.settled == unsettled
+}
+
 // chunk takes a chunk. It reports false when the stream ends because the receive buffer
 // is full. Reading goroutine.
-func (st *IncomingStream) chunk(f *wire.Frame) bool {
+func (st *IncomingStream) chunk(f *received) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil || st.settled != unsettled {
@@ -379,7 +388,7 @@ func (st *IncomingStream) chunk(f *wire.Frame) bool {
 	st.fetching = false
 	after := st.received + int64(len(f.Payload))
 	switch {
-	case !st.accepted:
+	case !st.accepted, f.decision == unwanted: // which was asked before it was accepted
 		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
 	case st.finish != nil:
 		st.failLocked(fmt.Errorf("%w: chunks after TX_FINISH", ErrStreamBroken))
@@ -387,16 +396,16 @@ func (st *IncomingStream) chunk(f *wire.Frame) bool {
 		st.failLocked(fmt.Errorf("%w: chunk %d where %d was due", ErrStreamBroken, f.Seq, st.nextSeq))
 	case st.size >= 0 && after > st.size:
 		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
-	case st.s.noRoom:
+	case f.decision == bufferFull:
 		st.failLocked(ErrNoRoom)
 		return false
 	default:
 		st.nextSeq++
 		st.received = after
 		if len(f.Payload) > 0 {
-			st.chunks = append(st.chunks, chunk{f.Payload, st.s.keepPayload()})
 			st.buffered += len(f.Payload)
-			st.s.budget.take(&st.s.held, int64(len(f.Payload))+chunkOverhead)
+			payload, held, pooled := f.take()
+			st.chunks = append(st.chunks, chunk{payload, held, pooled})
 		}
 		st.fetchLocked()
 		st.signal()

@@ -126,7 +126,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 
 // chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
-func (in *incomingStreams) chunk(f *wire.Frame) {
+func (in *incomingStreams) chunk(f *received) {
 	st := in.find(f.Tx)
 	if st == nil {
 		return
@@ -202,9 +202,7 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	if i := slices.Index(in.announced, st); i >= 0 {
 		in.announced = slices.Delete(in.announced, i, i+1)
 	}
-	if in.s.refusing.Load() {
-		in.s.budget.wake() // what follows may be discarded now
-	}
+	in.s.limit.reconsider() // what follows is discarded
 	return true
 }
 
@@ -223,12 +221,11 @@ func (in *incomingStreams) settled(st *IncomingStream) bool {
 	return in.removeLocked(st)
 }
 
-// holds tells whether chunks may be kept: a stream is accepted, and neither settled nor
-// failed.
-func (in *incomingStreams) holds() bool {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	return len(in.open) > len(in.announced)
+// wants reports whether the chunks of a stream are taken: it is accepted, and has neither
+// failed nor been settled.
+func (in *incomingStreams) wants(tx uint32) bool {
+	st := in.find(tx)
+	return st != nil && st.wantsChunks()
 }
 
 // end stops what the streams would still do by themselves, at the end of the session.

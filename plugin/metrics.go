@@ -117,10 +117,10 @@ func newReceiveMetrics(m meter) receiveMetrics {
 }
 
 // took counts messages that were received.
-func (m *receiveMetrics) took(messages []cryo.Message) {
+func (m *receiveMetrics) took(messages []*cryo.Message) {
 	var t tally
-	for i := range messages {
-		t.add(messages[i].Kind, len(messages[i].Payload))
+	for _, message := range messages {
+		t.add(message.Kind, len(message.Payload))
 	}
 	t.count(m.received, m.receivedBytes)
 }

@@ -20,7 +20,7 @@ const (
 )
 
 // held takes what has come to a client by now.
-func held(t *testing.T, s *cryo.Session) (messages []cryo.Message, texts []string) {
+func held(t *testing.T, s *cryo.Session) (messages []*cryo.Message, texts []string) {
 	t.Helper()
 	synctest.Wait()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -35,7 +35,7 @@ func held(t *testing.T, s *cryo.Session) (messages []cryo.Message, texts []strin
 	return messages, texts
 }
 
-func ackAll(t *testing.T, messages []cryo.Message) {
+func ackAll(t *testing.T, messages []*cryo.Message) {
 	t.Helper()
 	for i := range messages {
 		require.NoError(t, messages[i].Ack())
@@ -43,7 +43,7 @@ func ackAll(t *testing.T, messages []cryo.Message) {
 }
 
 // holderOf finds the one client that holds something.
-func holderOf(t *testing.T, clients []*cryo.Session) (holder *cryo.Session, messages []cryo.Message, texts []string) {
+func holderOf(t *testing.T, clients []*cryo.Session) (holder *cryo.Session, messages []*cryo.Message, texts []string) {
 	t.Helper()
 	for _, c := range clients {
 		if m, words := held(t, c); len(m) > 0 {

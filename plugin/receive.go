@@ -262,10 +262,10 @@ func (r *receiver) forget(src *source) {
 
 // wanted acknowledges the messages of types that are not asked for, and gives
 // the others.
-func (r *receiver) wanted(src *source, messages []cryo.Message) []item {
+func (r *receiver) wanted(src *source, messages []*cryo.Message) []item {
 	items := make([]item, 0, len(messages))
-	for i := range messages {
-		if it := (item{message: &messages[i], source: src}); r.wants(&it) {
+	for _, m := range messages {
+		if it := (item{message: m, source: src}); r.wants(&it) {
 			items = append(items, it)
 		}
 	}

@@ -149,43 +149,81 @@ func (f *Frame) Text() string {
 // no room to append into what lies behind it; bytes behind a fixed layout are
 // ignored, as the published peers do. The error is always a [*FrameError].
 func Parse(b []byte) (Frame, error) {
-	if len(b) < HeaderSize {
-		return Frame{}, &FrameError{Size: len(b), Problem: "shorter than session id and type"}
+	f, err := DecodeHeader(b[:min(len(b), HeaderLen(b))], len(b))
+	if err != nil {
+		return Frame{}, err
 	}
-	f := Frame{SID: binary.BigEndian.Uint64(b), Type: Type(b[8])}
-	fixed, known := f.Type.fixedSize()
-	if !known {
-		return Frame{}, &FrameError{Type: f.Type, Size: len(b), Problem: "no such frame type"}
+	if f.Type.HasPayload() {
+		f.Payload = slices.Clip(b[HeaderLen(b):])
 	}
-	if len(b) < fixed {
-		return Frame{}, &FrameError{Type: f.Type, Size: len(b), Problem: fmt.Sprintf("shorter than its %d bytes", fixed)}
-	}
-	f.readFields(b[HeaderSize:fixed])
-	if f.Type.hasPayload() {
-		f.Payload = slices.Clip(b[fixed:])
-	}
-	if problem := f.problem(); problem != "" {
-		return Frame{}, &FrameError{Type: f.Type, Size: len(b), Problem: problem}
+	if err := f.Check(len(b)); err != nil {
+		return Frame{}, err
 	}
 	return f, nil
 }
 
-// IsData reports from a frame's first bytes whether it carries what a session
-// receives and holds: a message, or a part of a stream.
-func IsData(head []byte) bool {
+// HeaderLen is how many bytes stand in front of the payload of a frame that begins so:
+// HeaderSize as long as that is not known, or where there is no such type.
+func HeaderLen(head []byte) int {
 	if len(head) < HeaderSize {
-		return false
+		return HeaderSize
 	}
-	switch Type(head[8]) {
+	size, known := Type(head[8]).fixedSize()
+	if !known {
+		return HeaderSize
+	}
+	return size
+}
+
+// MaxHeader is the largest HeaderLen.
+const MaxHeader = AckHeaderSize + 4 + 4 + 4
+
+// DecodeHeader reads all of a frame but its payload, which must be checked when it is
+// read. head is HeaderLen bytes, or the whole frame where that is shorter; size is how
+// many the frame has, for the error, which is always a [*FrameError].
+func DecodeHeader(head []byte, size int) (Frame, error) {
+	if len(head) < HeaderSize {
+		return Frame{}, &FrameError{Size: size, Problem: "shorter than session id and type"}
+	}
+	f := Frame{SID: binary.BigEndian.Uint64(head), Type: Type(head[8])}
+	fixed, known := f.Type.fixedSize()
+	if !known {
+		return Frame{}, &FrameError{Type: f.Type, Size: size, Problem: "no such frame type"}
+	}
+	if len(head) < fixed {
+		return Frame{}, &FrameError{Type: f.Type, Size: size, Problem: fmt.Sprintf("shorter than its %d bytes", fixed)}
+	}
+	f.readFields(head[HeaderSize:fixed])
+	if f.Type.HasPayload() && size-fixed > MaxPayload {
+		return Frame{}, PayloadTooLarge(f.Type, size)
+	}
+	return f, nil
+}
+
+// PayloadTooLarge is the error for a frame of more than MaxPayload.
+func PayloadTooLarge(t Type, size int) *FrameError {
+	return &FrameError{Type: t, Size: size, Problem: payloadTooLarge}
+}
+
+// Check returns what the protocol does not allow in a frame of a known type, as a
+// [*FrameError]; size is how many bytes the frame has.
+func (f *Frame) Check(size int) error {
+	if problem := f.problem(); problem != "" {
+		return &FrameError{Type: f.Type, Size: size, Problem: problem}
+	}
+	return nil
+}
+
+// IsData reports whether frames of the type carry what a session receives and holds: a
+// message, or a part of a stream.
+func (t Type) IsData() bool {
+	switch t {
 	case UTF8, Binary, Error, TxChunk:
 		return true
 	default:
 		return false
 	}
 }
-
-// IsChunk reports whether a frame whose first HeaderSize bytes these are is a TX_CHUNK.
-func IsChunk(head []byte) bool { return len(head) == HeaderSize && Type(head[8]) == TxChunk }
 
 // readFields reads what stands between the type byte and the payload.
 func (f *Frame) readFields(b []byte) {
@@ -285,8 +323,8 @@ func (t Type) fixedSize() (size int, known bool) {
 	}
 }
 
-// hasPayload tells the types that end with text or bytes.
-func (t Type) hasPayload() bool {
+// HasPayload reports the types that end with text or bytes.
+func (t Type) HasPayload() bool {
 	switch t {
 	case TxStart, TxChunk, Binary, UTF8, PingPong, Error, Bye:
 		return true
@@ -295,13 +333,15 @@ func (t Type) hasPayload() bool {
 	}
 }
 
+const payloadTooLarge = "payload over 16 MiB"
+
 // problem names what the protocol does not allow in a frame of a known type,
 // or is empty.
 func (f *Frame) problem() string {
 	switch {
 	case len(f.Payload) > MaxPayload:
-		return "payload over 16 MiB"
-	case len(f.Payload) > 0 && !f.Type.hasPayload():
+		return payloadTooLarge
+	case len(f.Payload) > 0 && !f.Type.HasPayload():
 		return "this type carries no payload"
 	case f.Type == PingPong && string(f.Payload) != Ping && string(f.Payload) != Pong:
 		return "neither ping nor pong"

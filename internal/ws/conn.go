@@ -32,8 +32,6 @@ const (
 	gatherSmall = 4 << 10   // … and by one that has little
 	readBytes   = 128 << 10 // read at once, while data flows
 	readSmall   = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
-	minGrowth   = 16 << 10  // memory is allocated for what has not come yet by so much …
-	trustFactor = 16        // … or by so many times what has come, if that is more
 	pieceBytes  = 16 << 10  // written at once where the kernel doesn't count what is delivered: a TLS record
 	maxAnswer   = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
 )
@@ -74,7 +72,6 @@ type Conn struct {
 	t      *transport
 	masks  bool              // this end dialled: it masks, and the other doesn't
 	onPing func(data []byte) // on the reading goroutine; the data is valid until it returns
-	onMore func()            // likewise, before a further fragment of a message is read
 
 	// Owned by the reading goroutine.
 	text  bool   // the message is text
@@ -90,15 +87,12 @@ func New(c net.Conn, masks bool) *Conn { return newConn(&transport{Conn: c}, mas
 
 func newConn(t *transport, masks bool) *Conn {
 	t.queue = sendQueueOf(t.Conn)
-	return &Conn{t: t, masks: masks}
+	return &Conn{t: t, masks: masks, final: true}
 }
 
-// Start sets what is called by the reading goroutine, before it reads: onPing for each
-// ping, with its data, which is valid until it returns; onFragment before a further
-// fragment of a message is read by ReadRest.
-func (c *Conn) Start(onPing func(data []byte), onFragment func()) {
-	c.onPing, c.onMore = onPing, onFragment
-}
+// Start sets what is called for each ping with its data, which is valid until it returns:
+// on the reading goroutine, before it reads on.
+func (c *Conn) Start(onPing func(data []byte)) { c.onPing = onPing }
 
 // Close closes the network connection at once.
 func (c *Conn) Close() error { return c.t.Close() }
@@ -108,6 +102,18 @@ func (c *Conn) RemoteAddr() net.Addr { return c.t.RemoteAddr() }
 
 // Buffered is how many bytes are read ahead of what was asked for.
 func (c *Conn) Buffered() int { return c.t.waiting() }
+
+// ReleaseBuffer gives a large read buffer back that holds little, because nothing will be
+// read for a while. Reading goroutine.
+func (c *Conn) ReleaseBuffer() { c.t.releaseMostlyRead() }
+
+// Interrupt makes the read that goes on, or the next one, fail with
+// [os.ErrDeadlineExceeded]. Nothing is lost by that: after ReadOn, a message can be read or
+// discarded from where it was interrupted. From any goroutine.
+func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
+
+// ReadOn ends an Interrupt. Reading goroutine.
+func (c *Conn) ReadOn() { _ = c.t.SetReadDeadline(time.Time{}) }
 
 // Drained reports whether all that has come is read, and was little.
 func (c *Conn) Drained() bool { return c.t.drained() }
@@ -234,27 +240,41 @@ func (t *transport) release() {
 	}
 }
 
-// readFull fills p.
-func (t *transport) readFull(p []byte) error {
+// releaseMostlyRead gives a large buffer back if less than a quarter of it waits, which
+// moves to memory of its own. So each piece that was read ahead moves once at most.
+func (t *transport) releaseMostlyRead() {
+	if t.large == nil || len(t.ahead) >= readBytes/4 {
+		return
+	}
+	memory := t.small[:]
+	if len(t.ahead) > len(memory) {
+		memory = make([]byte, len(t.ahead))
+	}
+	t.ahead = memory[:copy(memory, t.ahead)]
+	t.release()
+}
+
+// readFull fills p, and returns how much of it is filled.
+func (t *transport) readFull(p []byte) (filled int, err error) {
 	for {
-		n := copy(p, t.ahead)
+		n := copy(p[filled:], t.ahead)
 		t.skip(n)
-		if p = p[n:]; len(p) == 0 {
-			return nil
+		if filled += n; filled == len(p) {
+			return filled, nil
 		}
-		if len(p) < ReadDirect {
+		if len(p)-filled < ReadDirect {
 			if err := t.fill(); err != nil {
-				return err
+				return filled, err
 			}
 			continue
 		}
 		t.release()
 		t.bulk = false
-		n, err := t.read(p)
+		n, err := t.read(p[filled:])
 		if err != nil {
-			return err
+			return filled, err
 		}
-		p = p[n:]
+		filled += n
 	}
 }
 

@@ -30,12 +30,14 @@ func TestTheEndIsReadAfterTheData(t *testing.T) {
 		conn := &transport{Conn: &scriptedConn{data: make([]byte, size)}}
 		for read := 0; read < size; {
 			n := min(100, size-read)
-			require.NoError(t, conn.readFull(make([]byte, n)))
+			_, err := conn.readFull(make([]byte, n))
+			require.NoError(t, err)
 			read += n
 		}
 		for range 2 {
-			require.Equal(t, io.ErrUnexpectedEOF, conn.readFull(make([]byte, 100)))
-			_, err := conn.peek(1)
+			_, err := conn.readFull(make([]byte, 100))
+			require.Equal(t, io.ErrUnexpectedEOF, err)
+			_, err = conn.peek(1)
 			require.Equal(t, io.ErrUnexpectedEOF, err)
 		}
 	}
@@ -47,7 +49,8 @@ func TestTheHandshakeTakesNothingOfWhatFollows(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "handshake,", answer)
 	rest := make([]byte, len(" frame"))
-	require.NoError(t, conn.readFull(rest))
+	_, err = conn.readFull(rest)
+	require.NoError(t, err)
 	require.Equal(t, " frame", string(rest))
 }
 

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -58,7 +59,7 @@ type read struct {
 // comes next.
 func readHere(t *testing.T, conn net.Conn, dialled bool, next func() way) (all []read, end string) {
 	c := New(conn, dialled)
-	c.Start(func(data []byte) { all = append(all, read{"ping", string(data), len(data)}) }, func() {})
+	c.Start(func(data []byte) { all = append(all, read{"ping", string(data), len(data)}) })
 	for {
 		w := next()
 		message, err := w.read(c)
@@ -68,13 +69,13 @@ func readHere(t *testing.T, conn net.Conn, dialled bool, next func() way) (all [
 		require.True(t, c.Final())
 		require.Zero(t, c.Left())
 		if !w.discards {
-			require.Len(t, message, int(c.Size()))
+			require.Len(t, message, c.Size())
 		}
 		kind := "binary"
 		if c.Text() {
 			kind = "text"
 		}
-		all = append(all, read{kind, string(message), int(c.Size())})
+		all = append(all, read{kind, string(message), c.Size()})
 	}
 }
 
@@ -95,7 +96,29 @@ func (w way) read(c *Conn) (message []byte, err error) {
 	if w.discards {
 		return message, c.Discard()
 	}
-	return c.ReadRest(message)
+	return readRest(c, message)
+}
+
+// readRest reads the rest of a message, in parts of as much as there is memory for.
+func readRest(c *Conn, message []byte) ([]byte, error) {
+	for {
+		for c.Left() > 0 {
+			if len(message) == cap(message) {
+				message = slices.Grow(message, 4096)
+			}
+			part := message[len(message):min(cap(message), len(message)+c.Left())]
+			if err := c.ReadFull(part); err != nil {
+				return nil, err
+			}
+			message = message[:len(message)+len(part)]
+		}
+		if c.Final() {
+			return message, nil
+		}
+		if err := c.NextFragment(); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // ways are drawn from seed.

@@ -49,7 +49,7 @@ func (c *Conn) Next() error {
 func (c *Conn) Text() bool { return c.text }
 
 // Size is how many bytes of the message are known of: of its fragments so far.
-func (c *Conn) Size() uint64 { return c.size }
+func (c *Conn) Size() int { return int(c.size) }
 
 // Final reports whether the present fragment is the message's last.
 func (c *Conn) Final() bool { return c.final }
@@ -97,19 +97,18 @@ func (c *Conn) nextFrame(continues bool) error {
 			c.key = binary.LittleEndian.Uint32(head[size:])
 			size += maskBytes
 		}
-		c.t.skip(size)
-
 		switch op := int(first & opcode); op {
 		case opContinuation, websocket.TextMessage, websocket.BinaryMessage:
 			if c.size+length > MaxMessage {
 				return errTooLong
 			}
+			c.t.skip(size)
 			c.text = c.text && continues || op == websocket.TextMessage
 			c.size += length
 			c.left, c.final = int(length), first&finalBit != 0
 			return nil
 		default:
-			if err := c.control(op, int(length)); err != nil {
+			if err := c.control(op, size, int(length)); err != nil {
 				return err
 			}
 		}
@@ -148,14 +147,15 @@ func (c *Conn) check(first, second byte, continues bool) error {
 	return nil
 }
 
-// control acts on a control frame.
-func (c *Conn) control(op, length int) error {
-	payload, err := c.t.peek(length)
+// control acts on a control frame, of which the head is known.
+func (c *Conn) control(op, head, length int) error {
+	frame, err := c.t.peek(head + length)
 	if err != nil {
 		return err
 	}
+	c.t.skip(head + length)
+	payload := frame[head:]
 	mask(payload, c.key)
-	c.t.skip(length)
 	switch op {
 	case websocket.PingMessage:
 		c.onPing(payload)
@@ -194,51 +194,38 @@ func mayClose(code int) bool {
 	}
 }
 
-// ReadHead appends the message's first bytes, up to n or its end.
+// ReadHead appends the message's next bytes, up to n or its end.
 func (c *Conn) ReadHead(b []byte, n int) ([]byte, error) {
 	for n > 0 {
 		if c.left == 0 {
 			if c.final {
 				break
 			}
-			if err := c.nextFrame(true); err != nil {
+			if err := c.NextFragment(); err != nil {
 				return b, err
 			}
 		}
 		part := min(n, c.left)
 		n -= part
-		var err error
-		if b, err = c.append(b, part); err != nil {
+		b = slices.Grow(b, part)[:len(b)+part]
+		if err := c.ReadFull(b[len(b)-part:]); err != nil {
 			return b, err
 		}
 	}
 	return b, nil
 }
 
-// ReadRest reads the rest of the message behind its head, into what is free of
-// the head's memory, or into other.
-func (c *Conn) ReadRest(message []byte) ([]byte, error) {
-	for {
-		for c.left > 0 {
-			// Memory is only given for what has come, or nearly: the length is
-			// the peer's word.
-			if cap(message) == len(message) {
-				message = slices.Grow(message, min(c.left, max(trustFactor*len(message), minGrowth)))
-			}
-			var err error
-			if message, err = c.append(message, min(c.left, cap(message)-len(message))); err != nil {
-				return nil, err
-			}
-		}
-		if c.final {
-			return slices.Clip(message), nil
-		}
-		if err := c.nextFrame(true); err != nil {
-			return nil, err
-		}
-		c.onMore()
-	}
+// ReadFull fills b, which is at most what is left of the fragment.
+func (c *Conn) ReadFull(b []byte) error {
+	n, err := c.t.readFull(b)
+	c.key = mask(b[:n], c.key)
+	c.left -= n
+	return err
 }
+
+// NextFragment goes to the next fragment of the message. The one before must be read to
+// its end, and not be the last.
+func (c *Conn) NextFragment() error { return c.nextFrame(true) }
 
 // Discard reads the rest of the message, and forgets it.
 func (c *Conn) Discard() error {
@@ -256,22 +243,10 @@ func (c *Conn) Discard() error {
 		if c.final {
 			return nil
 		}
-		if err := c.nextFrame(true); err != nil {
+		if err := c.NextFragment(); err != nil {
 			return err
 		}
 	}
-}
-
-// append reads n bytes of the frame.
-func (c *Conn) append(b []byte, n int) ([]byte, error) {
-	b = slices.Grow(b, n)
-	part := b[len(b) : len(b)+n]
-	if err := c.t.readFull(part); err != nil {
-		return b, err
-	}
-	c.key = mask(part, c.key)
-	c.left -= n
-	return b[:len(b)+n], nil
 }
 
 // mask applies a key, or takes it off, and gives it as it is for what follows. Byte by

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"io"
 	"net"
-	"runtime"
 	"testing"
 	"time"
 
@@ -46,7 +45,7 @@ func inPiecesOf(n int) func() int { return func() int { return n } }
 
 func connOf(c net.Conn, masks bool) *Conn {
 	conn := New(c, masks)
-	conn.Start(func([]byte) {}, func() {})
+	conn.Start(func([]byte) {})
 	return conn
 }
 
@@ -64,30 +63,12 @@ func TestWhatIsWrittenIsRead(t *testing.T) {
 			reader := connOf(&tapeConn{tape: conn.taken, piece: inPiecesOf(piece)}, !masks)
 			for _, size := range sizes {
 				require.NoError(t, reader.Next())
-				message, err := reader.ReadRest(make([]byte, 0, min(reader.left, 4096)))
+				message, err := readRest(reader, make([]byte, 0, min(reader.left, 4096)))
 				require.NoError(t, err)
 				require.Equal(t, "head", string(message[:4]))
 				require.True(t, bytes.Equal(bytes.Repeat([]byte{1, 2, 3}, size)[:size], message[4:]), "%d bytes", size)
 			}
 			require.Equal(t, io.ErrUnexpectedEOF, reader.Next())
 		}
-	}
-}
-
-// A length is the peer's word: a session may not be made to allocate by it.
-func TestMemoryIsGivenForWhatHasCome(t *testing.T) {
-	conn := &tapeConn{}
-	writer := connOf(conn, true)
-	require.NoError(t, writer.Write(websocket.BinaryMessage, nil, make([]byte, (16<<20))))
-	require.NoError(t, writer.Flush())
-	for _, come := range []int{100, 1 << 20} {
-		ws := connOf(&tapeConn{tape: conn.taken[:come], piece: inPiecesOf(1 << 20)}, false)
-		require.NoError(t, ws.Next())
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		_, err := ws.ReadRest(make([]byte, 0, min(ws.left, 4096)))
-		runtime.ReadMemStats(&after)
-		require.Equal(t, io.ErrUnexpectedEOF, err)
-		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(trustFactor*come+4*minGrowth+4096), "%d bytes have come of %d", come, (16 << 20))
 	}
 }

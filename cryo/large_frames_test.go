@@ -3,6 +3,7 @@ package cryo_test
 import (
 	"context"
 	"encoding/binary"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -235,28 +236,187 @@ func TestALargeMessageMayTakeItsTimeWhereNobodyWaits(t *testing.T) {
 	})
 }
 
-// Of a message in fragments nobody knows how large it gets, so a large one counts as
-// the largest.
+// sendsFragment writes a fragment of a message, and wants the session to take it. first is
+// the fragment's first byte: 0x02 begins a message, 0x00 continues and 0x80 ends it.
+func sendsFragment(t *testing.T, peer *cryotest.Peer, first byte, payload []byte) {
+	t.Helper()
+	peer.Conn().StopReading()
+	sends(t, peer, raw(end{}, first, payload))
+}
+
+// encoded is a client's frame without WebSocket's part.
+func encoded(t *testing.T, peer *cryotest.Peer, f wire.Frame) []byte {
+	t.Helper()
+	f.SID = peer.SID
+	frame, err := wire.Append(nil, &f)
+	require.NoError(t, err)
+	return frame
+}
+
+// Of a message in fragments nobody knows how large it gets: it takes 1 MiB until more
+// has come.
 func TestALargeMessageInFragmentsIsBoundedToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 16 << 20}})
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 1 << 20}})
 		first, second := join(t, l, 1), join(t, l, 2)
 		first.ClientHandshake()
 		a := next(t, accepted)
 		second.ClientHandshake()
 		b := next(t, accepted)
-		fragments := bytesOf(t, first, cryotest.Binary(1, string(make([]byte, large))))
-		fragments[0] = 0x02 // not the last
-		last := []byte{0x80, 0x80, 0, 0, 0, 0}
-		sends(t, first, fragments)
+		sendsFragment(t, first, 0x02, encoded(t, first, cryotest.Binary(1, string(make([]byte, large)))))
 
 		require.NoError(t, second.WS.NetConn().SetWriteDeadline(time.Time{}))
 		waits := append(bytesOf(t, second, cryotest.Binary(2, string(make([]byte, large)))), bytesOf(t, second, cryotest.Ping(3))...)
 		go func() { _, _ = second.WS.NetConn().Write(waits) }()
 		second.WantIdle("the other is not read", 10*time.Second)
-		sends(t, first, last)
+		require.Equal(t, int64(1<<20), a.ComingIn())
+		require.Zero(t, b.ComingIn())
+		sendsFragment(t, first, 0x80, nil)
 		require.Len(t, receive(t, a).Payload, large)
 		require.Len(t, receive(t, b).Payload, large)
 		second.WantFrame("the answer to what was behind it", cryotest.Pong(3))
+		require.Zero(t, a.ComingIn()+b.ComingIn())
 	})
+}
+
+func TestUnfinishedFragmentsKeepNobodyElseOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{}) // 32 MiB
+		for i := range uint64(20) {
+			slow := join(t, l, sid-1-i)
+			slow.ClientHandshake()
+			next(t, sessions)
+			b := encoded(t, slow, cryotest.Binary(1, string(make([]byte, 66_000))))
+			sendsFragment(t, slow, 0x02, b[:1000])
+			sendsFragment(t, slow, 0x00, b[1000:])
+		}
+		synctest.Wait()
+		other, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{Token: token, NetDial: l.Dial})
+		require.NoError(t, err)
+		defer cut(other)
+		s := next(t, sessions)
+		for _, size := range []int{70_000, 1 << 20, 16 << 20} {
+			begin := time.Now()
+			send := start(func() error { return other.SendBinary(t.Context(), make([]byte, size)) })
+			require.NoError(t, receive(t, s).Ack())
+			send.wantSuccess(t)
+			require.Zero(t, time.Since(begin))
+		}
+	})
+}
+
+// What has outgrown 1 MiB may take the largest message, one at a time, and only while
+// others have left some of the receive buffer.
+func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound, part = 3 << 20, 900 << 10
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
+		var (
+			peers    []*cryotest.Peer
+			sessions []*cryo.Session
+		)
+		for i := range uint64(3) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			peers, sessions = append(peers, peer), append(sessions, next(t, accepted))
+		}
+		goesOn := func(i int, first byte) *call { // for as long as it takes
+			require.NoError(t, peers[i].WS.NetConn().SetWriteDeadline(time.Time{}))
+			return start(func() error {
+				_, err := peers[i].WS.NetConn().Write(raw(end{}, first, make([]byte, part)))
+				return err
+			})
+		}
+		wantComing := func(what string, want ...int64) {
+			t.Helper()
+			time.Sleep(time.Second)
+			require.Equal(t, want, []int64{sessions[0].ComingIn(), sessions[1].ComingIn()}, what)
+		}
+		for i := range 2 {
+			sendsFragment(t, peers[i], 0x02, encoded(t, peers[i], cryotest.Binary(1, string(make([]byte, part)))))
+		}
+		wantComing("what is small enough", 1<<20, 1<<20)
+
+		sessions[2].Hold(bound)
+		more := []*call{goesOn(0, 0x00), nil}
+		wantComing("the receive buffer is full", 1<<20, 1<<20)
+		sessions[2].Release(bound)
+		wantComing("the first may get as large as it likes", 16<<20, 1<<20)
+		more[0].wantSuccess(t)
+
+		more[1] = goesOn(1, 0x00)
+		wantComing("the second waits", 16<<20, 1<<20)
+		goesOn(0, 0x80).wantSuccess(t)
+		require.Len(t, receive(t, sessions[0]).Payload, 3*part)
+		wantComing("until the first is whole", 0, 16<<20)
+		more[1].wantSuccess(t)
+		goesOn(1, 0x80).wantSuccess(t)
+		require.Len(t, receive(t, sessions[1]).Payload, 3*part)
+		wantComing("nothing is left", 0, 0)
+	})
+}
+
+// A session that is ended for its message releases the memory at once, and not when its
+// peer is gone; and it is still told why, behind what was queued.
+func TestASessionThatKeepsOthersOutReleasesItsMemoryAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clients, sessions, rests, third := crowded(t)
+		trickle(t, clients, sessions, rests, 49*time.Second)
+		ended := -1
+		for ended < 0 {
+			trickle(t, clients, sessions, rests, time.Second)
+			ended = slices.IndexFunc(sessions, func(s *cryo.Session) bool { return s.Err() != nil })
+		}
+		synctest.Wait()
+		require.Zero(t, sessions[ended].ComingIn())
+		<-third
+		require.Len(t, receive(t, sessions[2]).Payload, large)
+		select {
+		case <-sessions[ended].Done():
+			require.FailNow(t, "its peer has not closed")
+		default:
+		}
+		// The rest is discarded from where it stopped: what follows is understood.
+		sends(t, clients[ended], rests[ended])
+		sends(t, clients[ended], raw(end{}, 0x88, nil))
+		begin := time.Now()
+		wantEnded(t, sessions[ended])
+		require.Zero(t, time.Since(begin))
+		require.ErrorIs(t, sessions[ended].Err(), cryo.ErrSlow)
+	})
+}
+
+// Data that comes when the session is ending can't be acknowledged: it gets no memory.
+func TestALargeMessageIsDiscardedWithoutMemoryOnceItsSessionIsEnding(t *testing.T) {
+	for name, before := range map[string]int{"begun before": large / 2, "begun after": 0} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				_, l, accepted := serve(t, cryo.ServerOptions{})
+				peer := join(t, l, sid)
+				peer.ClientHandshake()
+				s := next(t, accepted)
+				peer.Conn().StopReading()
+				b := bytesOf(t, peer, cryotest.Binary(1, string(make([]byte, large))))
+				sends(t, peer, b[:before])
+				synctest.Wait()
+				require.Equal(t, before > 0, s.ComingIn() > 0)
+				closing := start(func() error { return s.Close(t.Context(), "that's all") })
+				closing.wantBlocked(t)
+				require.Zero(t, s.ComingIn())
+				sends(t, peer, b[before:])
+				for range 20 {
+					sends(t, peer, b[:large/2])
+					synctest.Wait()
+					require.Zero(t, s.ComingIn())
+					sends(t, peer, b[large/2:])
+				}
+				sends(t, peer, raw(end{}, 0x88, nil))
+				closing.wantSuccess(t)
+				require.ErrorIs(t, s.Err(), cryo.ErrClosed)
+				require.Zero(t, s.Held())
+				_, err := s.Receive(t.Context())
+				require.ErrorIs(t, err, cryo.ErrClosed)
+			})
+		})
+	}
 }

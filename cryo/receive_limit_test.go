@@ -1,0 +1,408 @@
+package cryo_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
+
+// Chunks of a byte that wait to be read, each between messages that are acknowledged, hold
+// little more memory than they count.
+func TestHeldBytesAreAtLeastTheMemoryThatIsPinned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
+		st := incoming(t, s, peer, 1, 0)
+		const chunks = 5_000
+		text := strings.Repeat("m", 7_900)
+		go func() {
+			for {
+				m, err := s.Receive(context.Background())
+				if err != nil {
+					return
+				}
+				_ = m.Ack()
+			}
+		}()
+		before := heap()
+		for i := range uint32(chunks) {
+			peer.WriteFrames(cryotest.Text(1000+2*i, text), txChunk(0, 1+i, "c"), cryotest.Text(1001+2*i, text))
+			peer.WantType("an acknowledgement", wire.Ack)
+			peer.WantType("an acknowledgement", wire.Ack)
+		}
+		synctest.Wait()
+		require.EqualValues(t, chunks*(1+chunkWeight), s.Held())
+		require.Less(t, heap()-before, 2*s.Held(), "with what the tests keep")
+		require.NoError(t, st.Close())
+		require.Zero(t, s.Held())
+		cut(s)
+	})
+}
+
+// Whatever becomes of what was received, nothing is held in the end.
+func TestNothingIsHeldAfterTheLastSettle(t *testing.T) {
+	sends := func(peer *cryotest.Peer) {
+		peer.WriteFrames(
+			cryotest.Text(1000, "small"), cryotest.Binary(1001, string(make([]byte, 50_000))),
+			cryotest.Error(1002, "out of paper \xff\xfe"), cryotest.Binary(1003, string(make([]byte, 200_000))),
+			txChunk(0, 1, "a"), txChunk(0, 2, strings.Repeat("b", 40_000)), txChunk(0, 3, ""), txChunk(0, 4, strings.Repeat("c", 100_000)),
+			txChunk(7, 0, "of no stream"),
+		)
+	}
+	all := func(t *testing.T, s *cryo.Session) []*cryo.Message {
+		batch, err := s.ReceiveBatch(t.Context(), 10)
+		require.NoError(t, err)
+		return batch
+	}
+	twice := func(settle func(*cryo.Message)) func(*testing.T, *cryo.Session, *cryo.IncomingStream) {
+		return func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			var settling sync.WaitGroup
+			for _, m := range all(t, s) {
+				settling.Go(func() { settle(m) })
+				settling.Go(func() { settle(m) })
+			}
+			settling.Go(func() { _ = st.Close() })
+			settling.Go(func() { _ = st.Close() })
+			settling.Wait()
+		}
+	}
+	for name, settle := range map[string]func(*testing.T, *cryo.Session, *cryo.IncomingStream){
+		"Ack":    twice(func(m *cryo.Message) { _ = m.Ack() }),
+		"Reject": twice(func(m *cryo.Message) { _ = m.Reject("no") }),
+		"AckBatch, and the stream is read": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			batch := all(t, s)
+			require.NoError(t, cryo.AckBatch(append(batch, batch...)))
+			_, err := io.CopyN(io.Discard, st, 140_001)
+			require.NoError(t, err)
+		},
+		"begins to refuse": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			s.Refuse(true)
+			require.NoError(t, st.Close())
+		},
+		"discards": func(_ *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			s.Discard()
+			_ = st.Close()
+		},
+		"closes with a full queue": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			cut(s)
+			require.Error(t, st.Close())
+			for _, m := range all(t, s) {
+				require.Error(t, m.Ack())
+				require.NoError(t, m.Ack())
+			}
+		},
+		"closes, and discards then": func(_ *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+			cut(s)
+			s.Discard()
+			_, _ = io.ReadAll(st)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+				peer.Read()
+				st := incoming(t, s, peer, 1, 0)
+				sends(peer)
+				synctest.Wait()
+				require.Greater(t, s.Held(), int64(380_000))
+				settle(t, s, st)
+				synctest.Wait()
+				require.Zero(t, s.Held())
+				require.Zero(t, s.ComingIn())
+			})
+		})
+	}
+}
+
+func TestAFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: bounded()})
+		first, second := join(t, l, 1), join(t, l, 2)
+		first.ClientHandshake()
+		holds := next(t, sessions)
+		second.ClientHandshake()
+		waits := next(t, sessions)
+		holds.Hold(90_000)
+		for i, f := range []wire.Frame{cryotest.Text(1, "small"), cryotest.Binary(2, string(make([]byte, 60_000))), cryotest.Binary(3, string(make([]byte, 1<<20)))} {
+			b := bytesOf(t, second, f)
+			before := heap()
+			require.NoError(t, second.WS.NetConn().SetWriteDeadline(time.Time{}))
+			written := start(func() error {
+				_, err := second.WS.NetConn().Write(b)
+				return err
+			})
+			synctest.Wait()
+			require.True(t, waits.Paused())
+			require.Zero(t, waits.Held(), "frame %d", i)
+			require.Zero(t, waits.ComingIn(), "frame %d", i)
+			require.Less(t, heap()-before, int64(256<<10), "what is in the connection")
+			holds.Release(90_000)
+			written.wantSuccess(t)
+			require.NoError(t, receive(t, waits).Ack())
+			second.WantType("its acknowledgement", wire.Ack)
+			require.Zero(t, waits.Held())
+			holds.Hold(90_000)
+		}
+	})
+}
+
+// However a frame waits, for the receive buffer and then for what is coming in, a local
+// sender waits no longer than for one of both.
+func TestReadingStopsForTenSecondsAtMostWhileALocalSenderWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large, HeartbeatInterval: time.Hour}})
+		slow, waits := join(t, l, 1), join(t, l, 2)
+		slow.ClientHandshake()
+		holds := next(t, accepted)
+		waits.ClientHandshake()
+		s := next(t, accepted)
+		begin(t, slow, 100) // takes all that there is for what is coming in
+		synctest.Wait()
+		holds.Hold(large)
+
+		send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+		text := waits.WantType("the text", wire.UTF8)
+		begins(t, waits, cryotest.Acked(text.Ack))
+		since := time.Now()
+		time.Sleep(7 * time.Second)
+		require.True(t, s.Paused())
+		holds.Release(large) // by now it waits for the other
+		time.Sleep(time.Second)
+		require.True(t, s.Paused())
+		send.wantSuccess(t)
+		require.Equal(t, noRoomPatience, time.Since(since))
+		waits.Conn().ReadOn()
+		waits.WantFrame("the rejection", cryotest.Error(102, noRoom))
+	})
+}
+
+// An ERROR with one of our numbers is an answer, and no data.
+func TestARejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
+	atBothEnds(t, smallBuffer, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.WriteFrames(cryotest.Binary(1000, string(make([]byte, 2000))))
+		m := receive(t, s)
+		send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+		text := peer.WantType("the text", wire.UTF8)
+		begin := time.Now()
+		peer.WriteFrames(cryotest.Error(text.Ack, strings.Repeat("no ", 100_000)))
+		var rejected *cryo.RejectedError
+		require.ErrorAs(t, send.result(t), &rejected)
+		require.Equal(t, strings.Repeat("no ", 400)[:1024], rejected.Text)
+		require.Zero(t, time.Since(begin))
+		require.NoError(t, m.Ack())
+	})
+}
+
+func TestChunksThatNobodyTakesNeedNoCapacity(t *testing.T) {
+	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		st := incoming(t, s, peer, 1, 0)
+		s.Hold(90_000)
+		peer.WriteFrames(txChunk(unknownTx, 0, strings.Repeat("x", 100_000)), cryotest.Ping(1))
+		peer.WantFrame("a chunk of no stream is discarded", cryotest.Pong(1))
+		peer.WriteFrames(txChunk(0, 1, strings.Repeat("x", 30_000)), cryotest.Ping(2))
+		peer.WantIdle("a chunk of a stream waits", time.Second)
+		require.NoError(t, st.Close())
+		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
+		peer.WantFrame("until the stream takes no more", cryotest.Pong(2))
+		s.Release(90_000)
+		require.Zero(t, s.Held())
+	})
+}
+
+// unknownTx is the number of no stream.
+const unknownTx = 4711
+
+// What a frame's header tells is told before its payload has come.
+func TestAHeaderThatBreaksTheProtocolEndsTheSessionBeforeThePayloadComes(t *testing.T) {
+	for problem, f := range map[string]wire.Frame{
+		"BINARYDATA frame for the foreign session 7":                                               {SID: 7, Type: wire.Binary, Payload: make([]byte, large)},
+		fmt.Sprintf("malformed unassigned type 9 frame of %d bytes: no such frame type", large+13): {SID: sid, Type: 9},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s, peer := accepted(t, cryo.ServerOptions{})
+			kind := f.Type
+			f.Type, f.Payload = wire.Binary, make([]byte, large)
+			b := bytesOf(t, &cryotest.Peer{SID: f.SID}, f)
+			b[14+8] = byte(kind)
+			sends(t, peer, b[:14+13])
+			peer.WantClose("the end", 4001, "the peer broke the protocol: "+problem)
+			require.Error(t, s.Err())
+			sends(t, peer, b[14+13:]) // which is discarded
+			sends(t, peer, raw(end{}, 0x88, nil))
+			wantEnded(t, s)
+		})
+	}
+}
+
+// The last net: a session that nobody closes, receives from or discards holds the memory
+// of its server no longer than it is in memory.
+func TestASessionThatIsForgottenHoldsNothingOfItsServersReceiveBuffer(t *testing.T) {
+	_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
+	func() {
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		peer.WriteFrames(cryotest.Binary(1, string(make([]byte, 200_000))))
+		require.Eventually(t, func() bool { return s.Held() > 0 }, cryotest.Patience, time.Millisecond)
+		cut(s)
+	}()
+	peer := join(t, l, sid+1)
+	peer.ClientHandshake()
+	s := next(t, sessions)
+	peer.WriteFrames(cryotest.Text(2, "hello"))
+	require.Eventually(t, func() bool {
+		runtime.GC()
+		return !s.Paused() && s.Held() > 0
+	}, cryotest.Patience, time.Millisecond)
+	require.Equal(t, "hello", string(receive(t, s).Payload))
+}
+
+// rawTraffic is what a raw peer sends, and what its session's application does with it.
+type rawTraffic struct {
+	t    *testing.T
+	r    *rand.Rand
+	peer *cryotest.Peer
+
+	mu           sync.Mutex
+	alive        [][]byte          // payloads in the application's hands
+	sums         []uint32          // of these
+	acknowledged map[uint32]string // by the application
+}
+
+func (tr *rawTraffic) handedOut(payload []byte) {
+	if len(payload) == 0 {
+		return
+	}
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	tr.alive, tr.sums = append(tr.alive, payload), append(tr.sums, crc32.ChecksumIEEE(payload))
+}
+
+// check wants no payload to have changed, and none to share memory with another.
+func (tr *rawTraffic) check() {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for i, payload := range tr.alive {
+		require.Equal(tr.t, tr.sums[i], crc32.ChecksumIEEE(payload), "a payload of %d bytes has changed", len(payload))
+	}
+	start := func(b []byte) uintptr { return uintptr(unsafe.Pointer(&b[0])) }
+	sorted := slices.SortedFunc(slices.Values(tr.alive), func(a, b []byte) int { return int(start(a)) - int(start(b)) })
+	for i := 1; i < len(sorted); i++ {
+		require.LessOrEqual(tr.t, start(sorted[i-1])+uintptr(cap(sorted[i-1])), start(sorted[i]), "two payloads share memory")
+	}
+}
+
+// send writes a frame, in fragments now and then.
+func (tr *rawTraffic) send(end end, f wire.Frame) {
+	frame := encoded(tr.t, tr.peer, f)
+	first := byte(0x02)
+	for tr.r.IntN(4) == 0 && len(frame) > 1 {
+		n := 1 + tr.r.IntN(len(frame)-1)
+		_, err := tr.peer.Conn().Write(raw(end, first, frame[:n]))
+		require.NoError(tr.t, err)
+		first, frame = 0, frame[n:]
+	}
+	_, err := tr.peer.Conn().Write(raw(end, first|0x80, frame))
+	require.NoError(tr.t, err)
+}
+
+// Random traffic of a raw peer: of all sizes, whole and in fragments, with rejections,
+// frames that nobody takes, streams and a receive buffer that is full now and then.
+func TestAPayloadThatWasHandedOutNeverChangesAndNothingIsAcknowledgedUnasked(t *testing.T) {
+	cryo.Poison(true)
+	defer cryo.Poison(false)
+	for _, seed := range stormSeeds(t, 20, 2_000) {
+		opts := quiet
+		opts.MaxBufferBytes = []int{1_000, 100_000, 3 << 20}[seed%3]
+		atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+			t.Cleanup(func() {
+				if t.Failed() {
+					t.Logf("CRYO_SEED=%d makes the same random choices", seed)
+				}
+			})
+			tr := &rawTraffic{t: t, r: rand.New(rand.NewPCG(seed, 1)), peer: peer, acknowledged: map[uint32]string{}}
+			st := incoming(t, s, peer, 1, 0)
+			var application sync.WaitGroup
+			application.Go(func() { tr.takeMessages(s, rand.New(rand.NewPCG(seed, 2))) })
+			application.Go(func() { tr.readStream(st) })
+			seq := uint32(1)
+			var stream bytes.Buffer
+			for i := range uint32(100) {
+				payload := string(noise(size(tr.r)))
+				switch tr.r.IntN(8) {
+				case 0, 1:
+					tr.send(end, txChunk(0, seq, payload))
+					stream.WriteString(payload)
+					seq++
+				case 2:
+					tr.send(end, txChunk(unknownTx, 0, payload))
+				case 3:
+					tr.send(end, cryotest.Error(end.first+1<<20+i, payload)) // an answer to nothing
+				case 4:
+					tr.send(end, cryotest.Ping(i))
+				default:
+					tr.send(end, cryotest.Binary(2_000+i, payload))
+				}
+				if tr.r.IntN(10) == 0 {
+					time.Sleep(time.Duration(tr.r.IntN(20)) * time.Second)
+					tr.check()
+				}
+			}
+			tr.send(end, txFinish(5, 0))
+			time.Sleep(time.Hour)
+			tr.check()
+			for _, f := range peer.Taken() {
+				if f.Type == wire.Ack && f.Ack >= 2_000 {
+					require.Equal(t, "acknowledged", tr.acknowledged[f.Ack], "number %d", f.Ack)
+					tr.acknowledged[f.Ack] = "twice"
+				}
+			}
+			cut(s)
+			application.Wait()
+			require.Zero(t, s.Held())
+		})
+	}
+}
+
+func (tr *rawTraffic) takeMessages(s *cryo.Session, r *rand.Rand) {
+	for {
+		batch, err := s.ReceiveBatch(context.Background(), 1+r.IntN(5))
+		if err != nil {
+			return
+		}
+		for _, m := range batch {
+			tr.handedOut(m.Payload)
+		}
+		time.Sleep(time.Duration(r.IntN(3)) * time.Second)
+		for _, m := range batch {
+			if r.IntN(3) == 0 {
+				_ = m.Reject("no")
+				continue
+			}
+			tr.mu.Lock()
+			tr.acknowledged[m.Number()] = "acknowledged"
+			tr.mu.Unlock()
+			_ = m.Ack()
+		}
+	}
+}
+
+func (tr *rawTraffic) readStream(st *cryo.IncomingStream) {
+	_, _ = io.ReadAll(st)
+	_ = st.Ack()
+}
