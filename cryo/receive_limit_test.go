@@ -282,6 +282,7 @@ type rawTraffic struct {
 	alive        [][]byte          // payloads in the application's hands
 	sums         []uint32          // of these
 	acknowledged map[uint32]string // by the application
+	stream       []byte            // that was read
 }
 
 func (tr *rawTraffic) handedOut(payload []byte) {
@@ -374,6 +375,7 @@ func TestAPayloadThatWasHandedOutNeverChangesAndNothingIsAcknowledgedUnasked(t *
 			}
 			cut(s)
 			application.Wait()
+			require.True(t, bytes.HasPrefix(stream.Bytes(), tr.stream), "of a stream")
 			require.Zero(t, s.Held())
 		})
 	}
@@ -403,6 +405,6 @@ func (tr *rawTraffic) takeMessages(s *cryo.Session, r *rand.Rand) {
 }
 
 func (tr *rawTraffic) readStream(st *cryo.IncomingStream) {
-	_, _ = io.ReadAll(st)
+	tr.stream, _ = io.ReadAll(st)
 	_ = st.Ack()
 }
