@@ -356,6 +356,31 @@ func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
 	})
 }
 
+// What has some of its memory must not wait for what its own session is to settle, or
+// those that wait for that memory would, too.
+func TestALargeMessageInFragmentsGoesOnThoughItsSessionHoldsMoreThanItsShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 1 << 20
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
+		first, second := join(t, l, 1), join(t, l, 2)
+		first.ClientHandshake()
+		a := next(t, accepted)
+		second.ClientHandshake()
+		b := next(t, accepted)
+		sendsFragment(t, first, 0x02, encoded(t, first, cryotest.Binary(1, string(make([]byte, large)))))
+		a.Hold(bound - 1000)
+		begins(t, second)
+		time.Sleep(10 * time.Second)
+		require.True(t, b.Paused())
+		sendsFragment(t, first, 0x00, make([]byte, large))
+		sendsFragment(t, first, 0x80, nil)
+		m := receive(t, a)
+		require.Len(t, m.Payload, 2*large)
+		require.NoError(t, m.Ack())
+		require.Len(t, receive(t, b).Payload, large)
+	})
+}
+
 // A session that is ended for its message releases the memory at once, and not when its
 // peer is gone; and it is still told why, behind what was queued.
 func TestASessionThatKeepsOthersOutReleasesItsMemoryAtOnce(t *testing.T) {

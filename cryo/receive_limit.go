@@ -28,7 +28,7 @@ const (
 // most twice MaxBufferBytes and two payloads of 16 MiB, beside 64 KiB a session.
 //
 // Two payloads never wait for each other: the first reservation is made while nothing is
-// held, the second is that of the slot, which its owner leaves without another one.
+// held, and the second is that of the slot, whose owner needs no other one.
 type receiveBuffer struct{ bytes, incoming, slot *quota.Quota }
 
 func newReceiveBuffer(limit int) receiveBuffer {
@@ -96,6 +96,7 @@ type receiveLimit struct {
 	wants   func(*wire.Frame) bool // reports whether anybody takes the frame; no longer when the session is ending
 
 	bytes, incoming, slot *quota.Share
+	below                 *quota.Share // of bytes too, and holds nothing: it is granted whenever the limit is not reached
 
 	rejecting bool                      // what has no capacity is rejected at once while a sender waits
 	changed   chan struct{}             // holds a token when wants may have changed
@@ -107,7 +108,7 @@ type receiveLimit struct {
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, awaited func() bool, wants func(*wire.Frame) bool) *receiveLimit {
 	return &receiveLimit{
 		conn: conn, ending: ending, awaited: awaited, wants: wants,
-		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(),
+		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), below: b.bytes.Share(),
 		changed: make(chan struct{}, 1),
 	}
 }
@@ -138,20 +139,26 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 		return admitted
 	}
 	share, units := l.incoming, n
+	passes := l.bytes
+	if p.large() {
+		// It holds what others may be waiting for, so it must not wait for what its own
+		// session is to settle: the limit counts, and not its share.
+		passes = l.below
+	}
 	alone := p.large() || !final && size > mediumPayload
 	if alone {
 		share, units = l.slot, 1
 	}
 	l.largeFrom.Store(0) // the wait is not its own doing
 	for {
-		if _, d := l.acquire(l.bytes, 0, f, p); d != admitted {
+		if _, d := l.acquire(passes, 0, f, p); d != admitted {
 			return d
 		}
 		waited, d := l.acquire(share, units, f, p)
 		if d != admitted {
 			return d
 		}
-		if !waited || l.bytes.TryAcquire(0) {
+		if !waited || passes.TryAcquire(0) {
 			break
 		}
 		share.Release(units) // while it waited, others have filled the receive buffer
