@@ -141,7 +141,6 @@ type Session struct {
 	done    chan struct{} // closed when the goroutines are gone
 	stopped bool          // no timer must be set any more
 	cut     *time.Timer   // ends the goodbye; nil before it
-
 }
 
 // newSession starts a session over an upgraded connection.
