@@ -241,9 +241,9 @@ func upgraded(r *http.Request, upgrade, more string) string {
 
 func TestAnUpgradeThatWasNotAskedForIsNotAccepted(t *testing.T) {
 	const (
-		extension   = "the server uses a WebSocket extension that was not asked for"
-		subprotocol = "the server uses a subprotocol that was not asked for"
-		protocol    = "the server upgrades to something else than WebSocket alone"
+		extension   = "the server uses a WebSocket extension that was not requested"
+		subprotocol = "the server uses a subprotocol that was not requested"
+		protocol    = "the server upgrades to something other than WebSocket alone"
 		accept      = "the server sent more than one Sec-WebSocket-Accept"
 	)
 	for name, c := range map[string]struct {
@@ -310,7 +310,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 
 		begin := time.Now()
 		err = dialAnswer(t, strings.Repeat(informational, 20_000))
-		require.ErrorContains(t, err, "the answer is too long")
+		require.ErrorContains(t, err, "the response is too long")
 		require.Zero(t, time.Since(begin))
 	})
 }

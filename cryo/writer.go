@@ -417,7 +417,7 @@ func (w *writer) gather(q *queue) error {
 	for i := 0; i < len(q.control) && err == nil; i++ {
 		err = w.gatherFrame(&q.control[i])
 	}
-	w.makeRoom(q.data)
+	w.grow(q.data)
 	for _, f := range q.data {
 		if err == nil {
 			err = w.gatherFrame(&f.Frame)
@@ -432,9 +432,9 @@ func (w *writer) gather(q *queue) error {
 	return err
 }
 
-// makeRoom takes the buffer that data needs in one step, or it would outgrow one after
+// grow makes capacity for the data in one step, so that it does not outgrow one buffer after
 // the other.
-func (w *writer) makeRoom(data []*outFrame) {
+func (w *writer) grow(data []*outFrame) {
 	size := 0
 	for _, f := range data {
 		if n := len(f.Payload); w.conn.Copies(n) {
@@ -442,7 +442,7 @@ func (w *writer) makeRoom(data []*outFrame) {
 		}
 	}
 	if size > 0 {
-		w.conn.MakeRoom(size)
+		w.conn.Grow(size)
 	}
 }
 

@@ -11,26 +11,25 @@ import (
 	"unicode/utf8"
 )
 
-// Secret is a token that no error and no log line may repeat, in any of the
-// spellings in which a server or a library echoes it. The zero value, and
-// nil, is none.
+// Secret is a token that must not appear in errors and log lines, in any of the spellings
+// in which a server or a library repeats it. The zero value, and nil, is none.
 type Secret struct {
 	spellings []string
 	replacer  *strings.Replacer
 	short     bool
 }
 
-// redacted stands where the token was, and leftOut where a text was that has a
-// short one in it: among other letters of a word, [token] would spell it.
+// redacted replaces the token, and leftOut a whole text with a short token in it: within a
+// word, [token] would reveal it.
 const (
 	redacted = "[token]"
 	leftOut  = "(left out: the token may be in it)"
 )
 
-// minToken is how long a token is that is in no text by chance.
+// minToken is the length of a token that does not appear in a text by chance, in bytes.
 const minToken = 6
 
-// minWord is how long a part of a token is that gives it away.
+// minWord is the length of a part of a token that reveals it, in bytes.
 const minWord = 4
 
 // New returns the secret of a token; an empty one is none.
@@ -39,7 +38,7 @@ func New(token string) *Secret {
 		return &Secret{}
 	}
 	plain := []string{token, url.QueryEscape(token), url.PathEscape(token), html.EscapeString(token)}
-	for word := range strings.FieldsSeq(token) { // into which an HTTP library cuts a line
+	for word := range strings.FieldsSeq(token) { // an HTTP library splits lines at spaces
 		if len(word) >= minWord {
 			plain = append(plain, word)
 		}
@@ -81,7 +80,7 @@ func (s *Secret) Text(text string) string {
 	return without
 }
 
-// End takes away what the token may begin with where a text was cut off.
+// End removes a beginning of the token from the end of a truncated text.
 func (s *Secret) End(text string) string {
 	for _, spelling := range s.spellings {
 		for n := len(spelling) - 1; n > 0; n-- {
@@ -96,8 +95,8 @@ func (s *Secret) End(text string) string {
 	return text
 }
 
-// Cut shortens a text to at most limit bytes, on a rune's boundary. What was
-// cut off is not kept in memory.
+// Cut truncates a text to at most limit bytes, at a rune's boundary. The rest is not kept in
+// memory.
 func Cut(text string, limit int) string {
 	if len(text) <= limit {
 		return text

@@ -17,8 +17,7 @@ const MaxPayload = 16 << 20
 // in ENDPOINT_INFO.
 const Version = 1
 
-// FeatureStreams is the bit of ENDPOINT_INFO's features that says that an
-// endpoint understands streams.
+// FeatureStreams is the bit of ENDPOINT_INFO's features of an endpoint that supports streams.
 const FeatureStreams uint64 = 1
 
 // Sizes in bytes.
@@ -52,13 +51,13 @@ const (
 	Binary       Type = 249 // ack u32 · bytes: BINARYDATA ("Acknowledgements")
 	UTF8         Type = 250 // ack u32 · text: UTF8DATA ("Acknowledgements")
 	PingPong     Type = 251 // ack u32 · "ping" or "pong" ("Heartbeat")
-	Error        Type = 252 // ack u32 · text: a refusal of the peer's frame, or an application's message ("ERROR")
+	Error        Type = 252 // ack u32 · text: a rejection of the peer's frame, or an application's message ("ERROR")
 	Ack          Type = 253 // ack u32 of the peer's frame ("Acknowledgements")
-	Bye          Type = 254 // ack u32 · reason: the end is near ("Closing")
+	Bye          Type = 254 // ack u32 · reason: the sender is about to close ("Closing")
 	EndpointInfo Type = 255 // ack u32 · version u32 · features u64 ("Transport and handshake")
 )
 
-// String gives the type's name as the protocol writes it.
+// String returns the type's name as the protocol spells it.
 func (t Type) String() string {
 	switch t {
 	case TxStart:
@@ -92,13 +91,13 @@ func (t Type) String() string {
 	}
 }
 
-// Flow says who decides when a stream's chunks travel (TX_FLOW).
+// Flow is the end that decides when a stream's chunks are sent (TX_FLOW).
 type Flow byte
 
 const (
-	// FlowPush lets chunks follow TX_START's acknowledgement without asking.
+	// FlowPush is the sender, from TX_START's acknowledgement on.
 	FlowPush Flow = 0
-	// FlowPull sends only the chunks that TX_FETCH asked for.
+	// FlowPull is the receiver, by TX_FETCH.
 	FlowPull Flow = 1
 )
 
@@ -123,12 +122,12 @@ type Frame struct {
 	Payload []byte
 }
 
-// FrameError says why some bytes are not a Cryo frame, or why a frame can't be
-// written as one.
+// FrameError is the reason why some bytes are not a Cryo frame, or why a frame can't be
+// encoded.
 type FrameError struct {
 	Type    Type   // of the frame; meaningless where it is too short to have one
-	Size    int    // bytes of the frame, as it came or as it would have been written
-	Problem string // what is wrong, in words
+	Size    int    // of the frame, received or to be encoded, in bytes
+	Problem string // the violation
 }
 
 func (e *FrameError) Error() string {
@@ -138,16 +137,15 @@ func (e *FrameError) Error() string {
 	return fmt.Sprintf("malformed %v frame of %d bytes: %s", e.Type, e.Size, e.Problem)
 }
 
-// Text gives a payload that people read, BYE's reason or ERROR's text: invalid
-// UTF-8 is replaced and trailing NULs are dropped, because the published peers
-// cut these texts by their UTF-16 length.
+// Text returns BYE's reason or ERROR's text: invalid UTF-8 is replaced and trailing NULs
+// are dropped, because the published peers truncate these texts by their UTF-16 length.
 func (f *Frame) Text() string {
 	return strings.ToValidUTF8(strings.TrimRight(string(f.Payload), "\x00"), "\uFFFD")
 }
 
 // Parse reads one frame. The payload is a part of b, not a copy, and has
-// no room to append into what lies behind it; bytes behind a fixed layout are
-// ignored, as the published peers do. The error is always a [*FrameError].
+// no capacity behind it; bytes behind a fixed layout are ignored, as the published peers
+// do. The error is always a [*FrameError].
 func Parse(b []byte) (Frame, error) {
 	f, err := DecodeHeader(b[:min(len(b), HeaderLen(b))], len(b))
 	if err != nil {
@@ -162,8 +160,8 @@ func Parse(b []byte) (Frame, error) {
 	return f, nil
 }
 
-// HeaderLen is how many bytes stand in front of the payload of a frame that begins so:
-// HeaderSize as long as that is not known, or where there is no such type.
+// HeaderLen returns the number of bytes before the payload of a frame that begins with head:
+// HeaderSize while that is not known, or if there is no such type.
 func HeaderLen(head []byte) int {
 	if len(head) < HeaderSize {
 		return HeaderSize
@@ -178,9 +176,9 @@ func HeaderLen(head []byte) int {
 // MaxHeader is the largest HeaderLen.
 const MaxHeader = AckHeaderSize + 4 + 4 + 4
 
-// DecodeHeader reads all of a frame but its payload, which must be checked when it is
-// read. head is HeaderLen bytes, or the whole frame where that is shorter; size is how
-// many the frame has, for the error, which is always a [*FrameError].
+// DecodeHeader decodes a frame without its payload, for which Check must be called once it
+// is read. head is HeaderLen bytes, or the whole frame if that is shorter; size is the size of
+// the frame, for the error, which is always a [*FrameError].
 func DecodeHeader(head []byte, size int) (Frame, error) {
 	if len(head) < HeaderSize {
 		return Frame{}, &FrameError{Size: size, Problem: "shorter than session id and type"}
@@ -205,8 +203,8 @@ func PayloadTooLarge(t Type, size int) *FrameError {
 	return &FrameError{Type: t, Size: size, Problem: payloadTooLarge}
 }
 
-// Check returns what the protocol does not allow in a frame of a known type, as a
-// [*FrameError]; size is how many bytes the frame has.
+// Check returns a [*FrameError] if a frame of a known type violates the protocol. size is the
+// size of the frame, in bytes.
 func (f *Frame) Check(size int) error {
 	if problem := f.problem(); problem != "" {
 		return &FrameError{Type: f.Type, Size: size, Problem: problem}
@@ -214,8 +212,7 @@ func (f *Frame) Check(size int) error {
 	return nil
 }
 
-// IsData reports whether frames of the type carry what a session receives and holds: a
-// message, or a part of a stream.
+// IsData reports whether frames of the type carry a message or a part of a stream.
 func (t Type) IsData() bool {
 	switch t {
 	case UTF8, Binary, Error, TxChunk:
@@ -225,7 +222,7 @@ func (t Type) IsData() bool {
 	}
 }
 
-// readFields reads what stands between the type byte and the payload.
+// readFields decodes the fields between the type byte and the payload.
 func (f *Frame) readFields(b []byte) {
 	if f.Type != TxChunk {
 		f.Ack = binary.BigEndian.Uint32(b)
@@ -263,8 +260,8 @@ func Append(b []byte, f *Frame) ([]byte, error) {
 	return append(b, f.Payload...), nil
 }
 
-// AppendHeader appends all of a frame but its payload, which is its last part,
-// so that a writer need not copy a large one.
+// AppendHeader appends a frame without its payload, its last part, so that a large payload
+// need not be copied.
 func AppendHeader(b []byte, f *Frame) ([]byte, error) {
 	fixed, known := f.Type.fixedSize()
 	if !known {
@@ -300,8 +297,7 @@ func AppendHeader(b []byte, f *Frame) ([]byte, error) {
 	return b, nil
 }
 
-// fixedSize is how many bytes stand in front of the payload, and whether there
-// is such a type.
+// fixedSize returns the number of bytes before the payload, and whether there is such a type.
 func (t Type) fixedSize() (size int, known bool) {
 	switch t {
 	case TxStart:
@@ -323,7 +319,7 @@ func (t Type) fixedSize() (size int, known bool) {
 	}
 }
 
-// HasPayload reports the types that end with text or bytes.
+// HasPayload reports whether frames of the type end with text or bytes.
 func (t Type) HasPayload() bool {
 	switch t {
 	case TxStart, TxChunk, Binary, UTF8, PingPong, Error, Bye:
@@ -335,8 +331,8 @@ func (t Type) HasPayload() bool {
 
 const payloadTooLarge = "payload over 16 MiB"
 
-// problem names what the protocol does not allow in a frame of a known type,
-// or is empty.
+// problem describes how a frame of a known type violates the protocol; it is empty if the
+// frame does not.
 func (f *Frame) problem() string {
 	switch {
 	case len(f.Payload) > MaxPayload:

@@ -20,20 +20,20 @@ import (
 // MaxMessage bounds the messages that are read, in bytes: one frame of Cryo.
 const MaxMessage = 8 + 1 + 4 + 4 + 4 + 16<<20
 
-// Sizes that callers plan with, in bytes.
+// Sizes that callers may rely on, in bytes.
 const (
-	GatherBytes = 256 << 10 // what is written at once, at most
-	WriteDirect = 256 << 10 // a payload of so much is written from where it is, unless it is masked
-	ReadDirect  = 16 << 10  // what a message lacks by so much is read without a buffer
+	GatherBytes = 256 << 10 // most that one write gathers
+	WriteDirect = 256 << 10 // smallest payload that is written without a copy, unless it is masked
+	ReadDirect  = 16 << 10  // smallest missing part of a payload that is read without a buffer
 )
 
 const (
-	gatherSome  = 32 << 10  // written at once by a session that has less to say, which may be slow to take it …
-	gatherSmall = 4 << 10   // … and by one that has little
-	readBytes   = 128 << 10 // read at once, while data flows
-	readSmall   = 1152      // … and by a session that waits: a message of 1 KiB. It holds no other memory for that
-	pieceBytes  = 16 << 10  // written at once where the kernel doesn't count what is delivered: a TLS record
-	maxAnswer   = 1 << 20   // bytes of an answer to an upgrade, or to a proxy's CONNECT
+	gatherSome  = 32 << 10  // buffer of a session that writes less …
+	gatherSmall = 4 << 10   // … and of one that writes little
+	readBytes   = 128 << 10 // read buffer while data flows
+	readSmall   = 1152      // … and of an idle session, which has no other: enough for a message of 1 KiB
+	pieceBytes  = 16 << 10  // one TLS record; size of a write where the kernel does not count delivered bytes
+	maxResponse = 1 << 20   // bytes of the response to an upgrade or to a proxy's CONNECT
 )
 
 // Buffers are held only while data flows, so that idle sessions cost little.
@@ -44,8 +44,8 @@ var (
 	largePool = bufferPool(GatherBytes)
 )
 
-// Poisoning is for tests: memory that is used again is overwritten as soon as it is
-// free, so that whoever still uses it is found.
+// Poisoning is for tests: pooled memory is overwritten when it is returned, so that a use
+// after that is noticed.
 var Poisoning atomic.Bool
 
 // Poison overwrites free memory, if Poisoning is on.
@@ -100,14 +100,14 @@ func (c *Conn) Close() error { return c.t.Close() }
 // RemoteAddr is the peer's network address.
 func (c *Conn) RemoteAddr() net.Addr { return c.t.RemoteAddr() }
 
-// Buffered is how many bytes are read ahead of what was asked for.
-func (c *Conn) Buffered() int { return c.t.waiting() }
+// Buffered returns the number of bytes that are read ahead.
+func (c *Conn) Buffered() int { return len(c.t.ahead) }
 
-// ReleaseBuffer gives a large read buffer back that holds little, because nothing will be
-// read for a while. Reading goroutine.
+// ReleaseBuffer returns a large read buffer that holds little to its pool, because nothing
+// will be read for a while. Reading goroutine.
 func (c *Conn) ReleaseBuffer() { c.t.releaseMostlyRead() }
 
-// Interrupt makes the read that goes on, or the next one, fail with
+// Interrupt makes the read in progress, or the next one, fail with
 // [os.ErrDeadlineExceeded]. Nothing is lost by that: after ReadOn, a message can be read or
 // discarded from where it was interrupted. From any goroutine.
 func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
@@ -115,13 +115,13 @@ func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
 // ReadOn ends an Interrupt. Reading goroutine.
 func (c *Conn) ReadOn() { _ = c.t.SetReadDeadline(time.Time{}) }
 
-// Drained reports whether all that has come is read, and was little.
+// Drained reports whether everything received so far is read, and was little.
 func (c *Conn) Drained() bool { return c.t.drained() }
 
-// LastRead is when the network was last read from. Reading goroutine.
+// LastRead returns the time of the last read from the network. Reading goroutine.
 func (c *Conn) LastRead() time.Time { return c.t.readAt }
 
-// Received is how many bytes have come since ResetReceived. From any goroutine.
+// Received returns the number of bytes received since ResetReceived. From any goroutine.
 func (c *Conn) Received() int64 { return c.t.got.Load() }
 
 // ResetReceived makes Received count anew. From any goroutine.
@@ -130,7 +130,7 @@ func (c *Conn) ResetReceived() { c.t.got.Store(0) }
 // DiscardAll reads until the connection ends, and keeps nothing. Reading goroutine.
 func (c *Conn) DiscardAll() { c.t.discard() }
 
-// Heard reports whether anything has come since the last call. From any goroutine.
+// Heard reports whether anything was received since the last call. From any goroutine.
 func (c *Conn) Heard() bool { return c.t.heard.Swap(false) }
 
 // Excuse makes the next Heard report true, when this end has not read for some time.
@@ -160,37 +160,37 @@ type transport struct {
 	accepted   atomic.Int64 // bytes that the connection has accepted
 	unaccepted atomic.Int64 // bytes of the write in progress that it has not
 
-	answered int // bytes that the handshake has read
+	response int // bytes of the handshake's response that were read
 
 	// Owned by the reading goroutine.
 	ahead  []byte          // what was read ahead: a part of small, or of large
-	large  *[]byte         // from readPool; nil while small is read into
-	small  [readSmall]byte // memory of a session that waits
-	bulk   bool            // the last read filled what it was given: more is probably there
+	large  *[]byte         // from readPool; nil while small is in use
+	small  [readSmall]byte // buffer of an idle session
+	bulk   bool            // the last read filled its buffer: more is probably there
 	readAt time.Time       // of the last read
 
-	// Owned by the writing goroutine, or by who writes in its place.
-	wbuf  *[]byte            // from a pool; what waits for flush
-	tries *nonblockingWriter // nil where the connection can't, and before it was asked
-	asked bool               // whether the connection can
+	// Owned by the goroutine that writes.
+	wbuf        *[]byte            // from a pool; gathered for the next flush
+	nonblocking *nonblockingWriter // nil where the connection does not support it, and before probed
+	probed      bool               // nonblocking is known
 }
 
 // Read is the handshake's: a byte at a time, so that it takes nothing of what
 // follows it.
 func (t *transport) Read(p []byte) (int, error) {
-	if t.answered == maxAnswer {
-		return 0, errors.New("the answer is too long")
+	if t.response == maxResponse {
+		return 0, errors.New("the response is too long")
 	}
 	if _, err := t.peek(1); err != nil {
 		return 0, err
 	}
 	n := copy(p[:min(len(p), 1)], t.ahead)
 	t.skip(n)
-	t.answered += n
+	t.response += n
 	return n, nil
 }
 
-// peek gives the next n bytes, at most readSmall, and waits for them. They are
+// peek returns the next n bytes, at most readSmall, and waits for them. They are
 // valid until more is read.
 func (t *transport) peek(n int) ([]byte, error) {
 	for len(t.ahead) < n {
@@ -203,15 +203,12 @@ func (t *transport) peek(n int) ([]byte, error) {
 
 func (t *transport) skip(n int) { t.ahead = t.ahead[n:] }
 
-// waiting is how much has been read ahead.
-func (t *transport) waiting() int { return len(t.ahead) }
-
-// drained tells whether all that has come is read, and was little.
+// drained reports whether everything received so far is read, and was little.
 func (t *transport) drained() bool { return len(t.ahead) == 0 && t.large == nil }
 
-// fill reads more. A large buffer is taken when a read has filled the small one,
-// and given back as soon as a read leaves room in it: whoever waits for the
-// network for long doesn't hold one, unless what came fills the small one exactly.
+// fill reads more. It acquires a large buffer when a read has filled the small one, and
+// releases it as soon as a read does not fill it: a session that waits for the network
+// holds none, unless the last read filled the small buffer exactly.
 func (t *transport) fill() error {
 	buf := t.small[:]
 	switch {
@@ -240,8 +237,8 @@ func (t *transport) release() {
 	}
 }
 
-// releaseMostlyRead gives a large buffer back if less than a quarter of it waits, which
-// moves to memory of its own. So each piece that was read ahead moves once at most.
+// releaseMostlyRead releases a large buffer if less than a quarter of it is unread, and
+// copies that to memory of its own: so no byte is copied more than once.
 func (t *transport) releaseMostlyRead() {
 	if t.large == nil || len(t.ahead) >= readBytes/4 {
 		return
@@ -278,8 +275,8 @@ func (t *transport) readFull(p []byte) (filled int, err error) {
 	}
 }
 
-// discard reads all that comes, and forgets it. What was read ahead goes first: it may
-// fill the buffer, and fill needs some of it.
+// discard reads and drops everything. The bytes read ahead go first: they may fill the
+// buffer, and fill needs some of it.
 func (t *transport) discard() {
 	for t.ahead = nil; t.fill() == nil; {
 		t.ahead = nil
@@ -287,7 +284,7 @@ func (t *transport) discard() {
 	t.release()
 }
 
-// read reads from the network, and gives data or an error, never both.
+// read reads from the network, and returns data or an error, never both.
 func (t *transport) read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
 	if n > 0 {
@@ -300,13 +297,13 @@ func (t *transport) read(p []byte) (int, error) {
 	case nil:
 		err = io.ErrNoProgress
 	case io.EOF: //nolint:errorlint // a connection's own
-		// Nobody may take it for the end of something whole, such as a stream.
+		// It must not be mistaken for the end of something whole, such as a stream.
 		err = io.ErrUnexpectedEOF
 	}
 	return 0, err
 }
 
-// Write is the handshake's, and writes at once.
+// Write is the handshake's, and does not gather.
 func (t *transport) Write(p []byte) (int, error) { return t.write(p) }
 
 // write writes to the network, in pieces unless the kernel counts what is delivered.
@@ -341,16 +338,16 @@ func (t *transport) flush() error {
 // canTryFlush reports whether the connection can be written to without waiting: TCP can,
 // TLS can't.
 func (t *transport) canTryFlush() bool {
-	if !t.asked {
-		t.tries, t.asked = newNonblockingWriter(t.Conn), true
+	if !t.probed {
+		t.nonblocking, t.probed = newNonblockingWriter(t.Conn), true
 	}
-	return t.tries != nil
+	return t.nonblocking != nil
 }
 
 // tryFlush writes what was gathered, as far as that needs no waiting. It reports false
 // when some is left for flush, or there was an error, which flush will meet too.
 func (t *transport) tryFlush() bool {
-	n := t.tries.write(*t.wbuf)
+	n := t.nonblocking.write(*t.wbuf)
 	t.accepted.Add(int64(n))
 	if n < len(*t.wbuf) {
 		*t.wbuf = slices.Delete(*t.wbuf, 0, n)
@@ -361,22 +358,21 @@ func (t *transport) tryFlush() bool {
 	return true
 }
 
-// reserve gives what is gathered, with room for n bytes more, or as many as are
-// written at once. It may have to be flushed for that. What is appended counts
-// when gathered is told of it.
+// reserve returns the gathered bytes, with capacity for n more, or for as many as one write
+// gathers. It flushes first if they would exceed that. Appended bytes count when they are
+// passed to gathered.
 func (t *transport) reserve(n int) ([]byte, error) {
 	if t.wbuf != nil && len(*t.wbuf)+n > GatherBytes {
 		if err := t.flush(); err != nil {
 			return nil, err
 		}
 	}
-	t.makeRoom(n)
+	t.grow(n)
 	return *t.wbuf, nil
 }
 
-// makeRoom sees that so much more can be gathered in one buffer, or as much as is
-// written at once.
-func (t *transport) makeRoom(n int) {
+// grow makes capacity for n more bytes in one buffer, or for as many as one write gathers.
+func (t *transport) grow(n int) {
 	if t.wbuf != nil {
 		n += len(*t.wbuf)
 	}
@@ -393,7 +389,8 @@ func (t *transport) makeRoom(n int) {
 	t.wbuf = buf
 }
 
-// gathered takes back what reserve gave, with what was appended.
+// gathered replaces the gathered bytes by those that reserve has returned, with appended
+// ones.
 func (t *transport) gathered(b []byte) { *t.wbuf = b }
 
 func poolFor(size int) *sync.Pool {
@@ -412,8 +409,8 @@ func recycle(buf *[]byte) {
 	poolFor(cap(*buf)).Put(buf)
 }
 
-// closeWrite half-closes the connection: our last bytes arrive even where the
-// peer's are still unread here.
+// closeWrite half-closes the connection: our last bytes arrive even if the peer's are still
+// unread here.
 func (t *transport) closeWrite() error {
 	if c, ok := t.Conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()

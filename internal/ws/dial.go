@@ -16,7 +16,7 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// DialOptions are how a connection is opened. A zero value means its default.
+// DialOptions are the options of Dial. A zero value means its default.
 type DialOptions struct {
 	Header  http.Header                                                          // further headers of the upgrade
 	TLS     *tls.Config                                                          // of wss. Default: the system's certificates
@@ -24,9 +24,9 @@ type DialOptions struct {
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error) // Default: net.Dialer's
 }
 
-// Dial connects, through a proxy if there is one, and opens the WebSocket. The response is
-// that of a server that has answered something else, with the error; its body holds no
-// more than the WebSocket library keeps. The context bounds Dial alone.
+// Dial connects, through a proxy if there is one, and opens the WebSocket. If the server
+// has sent another response than 101, it is returned with the error; its body holds no more
+// than the WebSocket library keeps. The context bounds Dial alone.
 func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Response, error) {
 	proxy, err := proxyFor(u, opts.Proxy)
 	if err != nil {
@@ -40,8 +40,8 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	var connect netDialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := netDial(ctx, network, address)
 		if err == nil {
-			// The library watches the context's deadline, but not its end. It sets
-			// deadlines, so that one of ours would not be sure to last.
+			// The library watches the context's deadline, but not its cancellation, and
+			// sets deadlines itself, so that it could overwrite one of ours.
 			stop = context.AfterFunc(ctx, func() { _ = c.Close() })
 		}
 		return c, err
@@ -92,17 +92,17 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 // checkResponse checks what the library does not check in a server's 101 (RFC 6455, 4.1).
 func checkResponse(response, request http.Header) error {
 	if upgrade := response.Values("Upgrade"); len(upgrade) != 1 || !strings.EqualFold(upgrade[0], "websocket") {
-		return errors.New("the server upgrades to something else than WebSocket alone")
+		return errors.New("the server upgrades to something other than WebSocket alone")
 	}
 	if len(response.Values("Sec-WebSocket-Accept")) != 1 {
 		return errors.New("the server sent more than one Sec-WebSocket-Accept")
 	}
 	if len(listed(response, "Sec-WebSocket-Extensions")) > 0 {
-		return errors.New("the server uses a WebSocket extension that was not asked for")
+		return errors.New("the server uses a WebSocket extension that was not requested")
 	}
-	chosen, asked := listed(response, "Sec-WebSocket-Protocol"), listed(request, "Sec-WebSocket-Protocol")
-	if len(chosen) > 1 || len(chosen) == 1 && !slices.Contains(asked, chosen[0]) {
-		return errors.New("the server uses a subprotocol that was not asked for")
+	chosen, requested := listed(response, "Sec-WebSocket-Protocol"), listed(request, "Sec-WebSocket-Protocol")
+	if len(chosen) > 1 || len(chosen) == 1 && !slices.Contains(requested, chosen[0]) {
+		return errors.New("the server uses a subprotocol that was not requested")
 	}
 	return nil
 }
@@ -129,7 +129,7 @@ func listed(header http.Header, name string) []string {
 type finalResponse struct {
 	*transport
 	found bool
-	line  []byte // what is not read yet of the final response's first line
+	line  []byte // unread rest of the final response's first line
 }
 
 func (r *finalResponse) Read(p []byte) (int, error) {
@@ -169,7 +169,7 @@ func (r *finalResponse) skipHeaders() error {
 	}
 }
 
-// readLine reads to the end of a line. It is bounded by what the handshake may read.
+// readLine reads to the end of a line. maxResponse bounds it.
 func (r *finalResponse) readLine() ([]byte, error) {
 	var (
 		line []byte
@@ -188,8 +188,8 @@ func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL
 	if proxy == nil {
 		return nil, nil
 	}
-	asked := &url.URL{Scheme: strings.Replace(u.Scheme, "ws", "http", 1), Host: u.Host, Path: u.Path}
-	p, err := proxy(&http.Request{Method: http.MethodGet, URL: asked, Host: u.Host})
+	target := &url.URL{Scheme: strings.Replace(u.Scheme, "ws", "http", 1), Host: u.Host, Path: u.Path}
+	p, err := proxy(&http.Request{Method: http.MethodGet, URL: target, Host: u.Host})
 	if err != nil {
 		return nil, fmt.Errorf("choosing a proxy: %w", err)
 	}

@@ -17,11 +17,11 @@ import (
 	"golang.org/x/net/proxy"
 )
 
-// Connecting through a proxy. The WebSocket library could, but puts TLS on top of
-// the connection then, where nothing of ours can be.
+// Connecting through a proxy. The WebSocket library can do so too, but then adds TLS on top
+// of the connection by itself, so that the connection could not be wrapped.
 
-// maxProxyWords bounds what is repeated of a proxy's words, in bytes.
-const maxProxyWords = 200
+// maxProxyReason bounds the part of a proxy's reason phrase that an error repeats, in bytes.
+const maxProxyReason = 200
 
 type netDialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -34,7 +34,7 @@ func (f netDialFunc) Dial(network, address string) (net.Conn, error) {
 	return f(context.Background(), network, address)
 }
 
-// through gives a function that dials through a proxy.
+// through returns a function that dials through a proxy.
 func (f netDialFunc) through(via *url.URL, config *tls.Config) (netDialFunc, error) {
 	switch via.Scheme {
 	case "http", "https":
@@ -54,7 +54,7 @@ func (f netDialFunc) through(via *url.URL, config *tls.Config) (netDialFunc, err
 	}
 }
 
-// connect asks an HTTP proxy for a tunnel.
+// connect requests a tunnel from an HTTP proxy.
 func (f netDialFunc) connect(ctx context.Context, via *url.URL, config *tls.Config, network, address string) (net.Conn, error) {
 	host := net.JoinHostPort(via.Hostname(), cmp.Or(via.Port(), map[string]string{"http": "80", "https": "443"}[via.Scheme]))
 	var (
@@ -69,13 +69,13 @@ func (f netDialFunc) connect(ctx context.Context, via *url.URL, config *tls.Conf
 	if err != nil {
 		return nil, err
 	}
-	if err := askForTunnel(c, via.User, address); err != nil {
+	if err := requestTunnel(c, via.User, address); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
-func askForTunnel(c net.Conn, user *url.Userinfo, address string) error {
+func requestTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	req := &http.Request{Method: http.MethodConnect, URL: &url.URL{Opaque: address}, Host: address, Header: make(http.Header)}
 	if user != nil {
 		password, _ := user.Password()
@@ -84,16 +84,16 @@ func askForTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	if err := req.Write(c); err != nil {
 		return err
 	}
-	// Nothing is lost with the reader: behind the tunnel the client speaks first.
-	answer := bufio.NewReader(io.LimitReader(c, maxAnswer))
-	resp, err := http.ReadResponse(answer, req) //nolint:bodyclose // that would wait for a body of which nothing is wanted
+	// Nothing is lost with the reader: the client sends first through the tunnel.
+	response := bufio.NewReader(io.LimitReader(c, maxResponse))
+	resp, err := http.ReadResponse(response, req) //nolint:bodyclose // that would wait for a body that nobody needs
 	if err != nil {
 		return err
 	}
 	if resp.StatusCode != http.StatusOK {
-		words := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
-		words = words[:min(len(words), maxProxyWords)]
-		return errors.New(cmp.Or(strings.ToValidUTF8(words, ""), fmt.Sprintf("status %d", resp.StatusCode)))
+		reason := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
+		reason = reason[:min(len(reason), maxProxyReason)]
+		return errors.New(cmp.Or(strings.ToValidUTF8(reason, ""), fmt.Sprintf("status %d", resp.StatusCode)))
 	}
 	return nil
 }

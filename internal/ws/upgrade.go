@@ -12,7 +12,7 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// UpgradeError is the reason for which a request is not upgraded.
+// UpgradeError is the reason why a request is not upgraded.
 type UpgradeError struct {
 	Status   int
 	Sentence string      // response body
@@ -23,7 +23,7 @@ type UpgradeError struct {
 func (e *UpgradeError) Error() string { return e.Sentence }
 
 // CheckUpgrade checks that a request is a valid upgrade (RFC 6455, 4.2.1), so that
-// nothing is done for one that is none. The library takes HTTP/1.0, lists of versions
+// nothing is reserved for one that is not. The library takes HTTP/1.0, lists of versions
 // and repeated headers too. Origins are the caller's to check.
 func CheckUpgrade(r *http.Request) *UpgradeError {
 	version, key := r.Header.Values("Sec-WebSocket-Version"), r.Header.Values("Sec-WebSocket-Key")
@@ -59,12 +59,12 @@ func isKey(key string) bool {
 var upgrader = websocket.Upgrader{
 	ReadBufferSize: readSmall, WriteBufferSize: readSmall, // for the handshake alone
 	CheckOrigin: func(*http.Request) bool { return true },
-	Error:       func(http.ResponseWriter, *http.Request, int, error) {}, // the caller answers
+	Error:       func(http.ResponseWriter, *http.Request, int, error) {}, // the caller responds
 }
 
-// Upgrade answers an upgrade that CheckUpgrade has passed, and takes the connection
-// over. The caller must answer an [*UpgradeError] that is not Answered; any other error is
-// the network's.
+// Upgrade accepts an upgrade that CheckUpgrade has passed, and takes the connection over.
+// The caller must respond to an [*UpgradeError] that is not Answered; any other error is the
+// network's.
 func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 	c, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -74,10 +74,10 @@ func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 		e := &UpgradeError{
 			Status: http.StatusBadRequest, Sentence: "The client must not send data before the upgrade is answered.", Answered: true,
 		}
-		answer(c, e)
+		respond(c, e)
 		return nil, e
 	}
-	h := &takenOver{ResponseWriter: w, conn: &transport{Conn: c}, rw: rw}
+	h := &handedOver{ResponseWriter: w, conn: &transport{Conn: c}, rw: rw}
 	if _, err := upgrader.Upgrade(h, r, nil); err != nil {
 		_ = c.Close() // unless the library did
 		return nil, err
@@ -85,24 +85,24 @@ func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 	return newConn(h.conn, false), nil
 }
 
-// takenOver gives the library a connection that can gather writes.
-type takenOver struct {
+// handedOver passes the library a connection that can gather writes.
+type handedOver struct {
 	http.ResponseWriter
 	conn *transport
 	rw   *bufio.ReadWriter
 }
 
-func (h *takenOver) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.conn, h.rw, nil }
+func (h *handedOver) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.conn, h.rw, nil }
 
 const (
 	lingerTime  = 500 * time.Millisecond
 	lingerBytes = 256 << 10
 )
 
-// answer answers on a connection that is no longer the HTTP server's, and closes it.
-// What the client still sends is read for a moment: closing a socket with unread data
-// resets it, and can discard the answer.
-func answer(c net.Conn, e *UpgradeError) {
+// respond writes a response on a connection that is no longer the HTTP server's, and closes
+// it. It reads on for at most lingerTime: closing a socket with unread data resets it, and
+// can discard the response.
+func respond(c net.Conn, e *UpgradeError) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(lingerTime))
 	if _, err := fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s\n",

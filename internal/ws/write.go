@@ -5,18 +5,18 @@ import (
 	"math/rand/v2"
 )
 
-// Copies tells whether a payload of so many bytes is copied into what is gathered;
-// others are written from where they are.
+// Copies reports whether a payload of n bytes is copied into the write buffer; others are
+// written from the caller's memory.
 func (c *Conn) Copies(n int) bool { return c.masks || n < WriteDirect }
 
-// Write gathers a message of two parts, as one frame. The head is short: with the frame's
-// own, it fits into what is written at once.
+// Write gathers a message of two parts, as one frame. head and the frame's own header must
+// fit into GatherBytes.
 func (c *Conn) Write(op int, head, payload []byte) error {
-	room := maxFrameHead + len(head)
+	size := maxFrameHead + len(head)
 	if c.Copies(len(payload)) {
-		room += len(payload)
+		size += len(payload)
 	}
-	b, err := c.t.reserve(room)
+	b, err := c.t.reserve(size)
 	if err != nil {
 		return err
 	}
@@ -50,7 +50,7 @@ func (c *Conn) Write(op int, head, payload []byte) error {
 	}
 }
 
-// appendHead begins a frame of so many bytes, and returns the key of its mask.
+// appendHead begins a frame with a payload of size bytes, and returns the key of its mask.
 func (c *Conn) appendHead(b []byte, op, size int) (_ []byte, key uint32) {
 	second := byte(0)
 	if c.masks {
@@ -71,24 +71,23 @@ func (c *Conn) appendHead(b []byte, op, size int) (_ []byte, key uint32) {
 	return b, key
 }
 
-// MakeRoom takes the buffer for so many more bytes to be gathered, or for as many as are
-// written at once.
-func (c *Conn) MakeRoom(n int) { c.t.makeRoom(n) }
+// Grow makes capacity for n more bytes to be gathered, or for as many as one write gathers.
+func (c *Conn) Grow(n int) { c.t.grow(n) }
 
-// MaxHead is the most bytes that the head of a frame takes.
+// MaxHead is the size of the longest header of a frame, in bytes.
 const MaxHead = maxFrameHead
 
-// Flush writes what was gathered to the network.
+// Flush writes the gathered bytes to the network.
 func (c *Conn) Flush() error { return c.t.flush() }
 
 // CanTryFlush reports whether the connection can be written to without waiting: TCP can,
 // TLS can't.
 func (c *Conn) CanTryFlush() bool { return c.t.canTryFlush() }
 
-// TryFlush writes what was gathered, as far as that needs no waiting. It reports false
-// when some is left for Flush, or there was an error, which Flush will meet too.
+// TryFlush writes as much of the gathered bytes as the kernel accepts without waiting. It
+// reports false if some are left for Flush, or after an error, which Flush will return.
 func (c *Conn) TryFlush() bool { return c.t.tryFlush() }
 
-// CloseWrite half-closes the connection: our last bytes arrive even where the peer's are
-// still unread here.
+// CloseWrite half-closes the connection: our last bytes arrive even if the peer's are still
+// unread here.
 func (c *Conn) CloseWrite() error { return c.t.closeWrite() }
