@@ -210,3 +210,12 @@ func TestNobodyWaitsAfterTheEnd(t *testing.T) {
 	require.True(t, isDone(late))
 	require.Equal(t, []error{end, end}, acks.errors(late))
 }
+
+func TestCancelledNumbersAreForgottenWhenTheyAreTooMany(t *testing.T) {
+	acks := newAckTable(dialingNumbers, 0)
+	c, numbers := written(acks, maxTimedOut+1)
+	acks.cancel(c, errors.New("no answer"))
+	require.LessOrEqual(t, len(acks.timedOut), maxTimedOut)
+	require.Equal(t, answerUnknown, acks.answer(numbers[0], nil))
+	require.Equal(t, answerLate, acks.answer(numbers[maxTimedOut], nil))
+}

@@ -55,6 +55,26 @@ func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 	})
 }
 
+func TestARejectionByOneSessionIsNoneByAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sessions, peers := audience(t, 1, 2)
+		var errs []error
+		broadcast := start(func() error {
+			errs = cryo.Broadcast(t.Context(), sessions, texts("\xff", "a"))
+			return nil
+		})
+		peers[0].WriteFrames(cryotest.Error(peers[0].WantType("a", wire.UTF8).Ack, "no"))
+		peers[1].Ack(peers[1].WantType("a", wire.UTF8))
+		broadcast.wantSuccess(t)
+		for i, want := range []error{&cryo.RejectedError{Text: "no"}, nil} {
+			batch, ok := errors.AsType[*cryo.BatchError](errs[i])
+			require.True(t, ok)
+			require.ErrorContains(t, batch.Errs[0], "not valid UTF-8")
+			require.Equal(t, want, batch.Errs[1])
+		}
+	})
+}
+
 func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2, 3, 4, 5)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
@@ -153,4 +154,64 @@ func TestACancelledCallsNumbersAreGivenUpBeforeItsFramesAreWithdrawn(t *testing.
 	}, 10*time.Second, time.Millisecond)
 	w.mu.Unlock()
 	<-c.done
+}
+
+// A send that can't be queued is cancelled with the cause: without one it would have
+// succeeded.
+func TestTheCauseOfAFailedWriteIsReportedBeforeTheQueueIsClosed(t *testing.T) {
+	w := busyWriter()
+	reported := false
+	w.failed = func(error) {
+		reported = true
+		require.True(t, w.acknowledge([]uint32{1}))
+	}
+	queueCalls(w, 1, 1)
+	q := w.take()
+	require.True(t, w.put(&q, errors.New("lost"), true))
+	require.True(t, reported)
+	require.False(t, w.acknowledge([]uint32{1}))
+}
+
+func TestAnEmptyQueueKeepsLittleMemory(t *testing.T) {
+	for _, size := range []int{maxIdleSlice, 100 * maxIdleSlice} {
+		w := busyWriter()
+		queueCalls(w, size, 1)
+		w.acknowledge(make([]uint32, size))
+		q := w.take()
+		require.NoError(t, w.gather(&q))
+		require.True(t, w.put(&q, w.conn.Flush(), true))
+		require.LessOrEqual(t, cap(w.queue.data), maxIdleSlice)
+		require.LessOrEqual(t, cap(w.queue.acks), maxIdleSlice)
+	}
+}
+
+func TestNothingIsQueuedBehindTheEnd(t *testing.T) {
+	w := busyWriter()
+	before := queueCalls(w, 1, 1)[0]
+	w.queueClose(closeFrame{code: closeGraceful})
+	w.queueClose(closeFrame{code: closeClientError})
+	require.False(t, w.acknowledge([]uint32{1}))
+	require.False(t, w.control(wire.Frame{}))
+	behind := queueCalls(w, 1, 1)[0]
+	require.True(t, behind.frames[0].is(frameReleased))
+	require.Zero(t, w.unwritten)
+	q := w.take()
+	require.Equal(t, []*outFrame{&before.frames[0]}, q.data)
+	require.Nil(t, q.closing)
+	q = w.take()
+	require.True(t, q.empty())
+	require.Equal(t, closeGraceful, q.closing.code)
+	q = w.take()
+	require.Nil(t, q.closing, "it is written once")
+}
+
+func TestAPingIsNotQueuedBehindOneThatIsUnwritten(t *testing.T) {
+	w := busyWriter()
+	for range 3 {
+		w.ping(true)
+	}
+	require.Equal(t, 1, w.queue.frames())
+	w.take()
+	w.ping(true)
+	require.Equal(t, 1, w.queue.frames())
 }
