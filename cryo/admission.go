@@ -31,10 +31,10 @@ type Upgrade struct {
 // it has judged before: the client is told why, and not that its token was refused.
 type AdmissionError struct {
 	StatusCode int    // the HTTP status. Default 403; 401 would be a refused token
-	Sentence   string // the answer's text
+	Message    string // the answer's text
 }
 
-func (e *AdmissionError) Error() string { return e.Sentence }
+func (e *AdmissionError) Error() string { return e.Message }
 
 // Tokens authorizes clients that have one of the tokens, compared in constant
 // time. Without tokens nobody may come in.
@@ -100,7 +100,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	if err := s.opts.Authorize(u); err != nil {
 		refused := &refusal{status: http.StatusUnauthorized, sentence: "The token was refused.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
-			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Sentence
+			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Message
 		}
 		return nil, nil, refused
 	}

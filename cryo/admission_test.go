@@ -317,7 +317,7 @@ func TestAClientIsToldWhatElseThanItsTokenIsRefused(t *testing.T) {
 			_, l, _ := serve(t, cryo.ServerOptions{
 				SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
 				Authorize: func(u *cryo.Upgrade) error {
-					return fmt.Errorf("tenant 5: %w", &cryo.AdmissionError{StatusCode: status, Sentence: "The tenant has no more credit."})
+					return fmt.Errorf("tenant 5: %w", &cryo.AdmissionError{StatusCode: status, Message: "The tenant has no more credit."})
 				},
 				OnRefusal: func(status int) { statuses <- status },
 			})

@@ -178,7 +178,7 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
 			<-ctx.Done() // the connection's deadline, which is the same, was faster
 		}
-		// A server that has answered has refused, whatever ended its sentence.
+		// A server that has answered has refused, whatever ended its body.
 		if _, refused := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !refused {
 			err = context.Cause(ctx)
 		}
@@ -215,8 +215,8 @@ var (
 )
 
 const (
-	maxRefusal  = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
-	maxSentence = 200  // bytes of it that are repeated
+	maxRefusal = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
+	maxMessage = 200  // bytes of it that are repeated
 )
 
 // handshakeError makes an error of a failed upgrade in which the token does not
@@ -240,8 +240,8 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
-		Sentence:   redact.Cut(strings.ToValidUTF8(text, ""), maxSentence),
-		// Not of the sentence: the token may be a part of these words.
+		Message:    redact.Cut(strings.ToValidUTF8(text, ""), maxMessage),
+		// Not of the message: the token may be a part of these words.
 		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}
 }

@@ -176,7 +176,7 @@ func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
 		require.NotErrorIs(t, err, cryo.ErrSessionExists)
 		refusal, ok := errors.AsType[*cryo.HandshakeError](err)
 		require.True(t, ok)
-		require.Equal(t, &cryo.HandshakeError{StatusCode: 503, Sentence: "The session already exists, says who?"}, refusal)
+		require.Equal(t, &cryo.HandshakeError{StatusCode: 503, Message: "The session already exists, says who?"}, refusal)
 	})
 }
 

@@ -15,27 +15,27 @@ import (
 var (
 	// ErrClosed: this end called Close.
 	ErrClosed = errors.New("closed by this end")
-	// ErrSilent: the peer gave no sign of life for too long, not even an
-	// answer to a WebSocket ping.
-	ErrSilent = errors.New("no sign of life from the peer")
-	// ErrSlow: a message of the peer took more than a minute to come in, while
-	// others waited for the memory that is kept for it; see MaxBufferBytes in
+	// ErrPeerTimeout: nothing was received from the peer for two heartbeat intervals, not
+	// even a pong, and no backlog moved; see HeartbeatInterval in [SessionOptions].
+	ErrPeerTimeout = errors.New("peer timeout")
+	// ErrReceiveTimeout: a message of the peer took more than a minute to be received, while
+	// others waited for the memory that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
-	ErrSlow = errors.New("a large message takes too long while others wait: send it as a stream")
+	ErrReceiveTimeout = errors.New("receive timeout: a large message takes over a minute while others wait, send it as a stream")
 	// ErrTakenOver: the client came back with the same session id, token and certificate,
 	// so this session was a ghost.
 	ErrTakenOver = errors.New("taken over by a newer connection of the same client")
 )
 
-// Why a server refused an upgrade. A [*HandshakeError] matches one of these
-// with errors.Is.
+// Why a server rejected an upgrade. A [*HandshakeError] matches one of these with
+// errors.Is.
 var (
-	// ErrSessionExists: the server still has a live session with this id. A
-	// client that lost its connection meets its own ghost so; it passes by
-	// itself within seconds.
+	// ErrSessionExists: the server still has a live session with this id. After a lost
+	// connection that is the client's own last session, until the server notices its end:
+	// within seconds.
 	ErrSessionExists = errors.New("the server still has a session with this id")
-	// ErrUnauthorized: the token was refused, or is missing.
-	ErrUnauthorized = errors.New("the server refused the token")
+	// ErrUnauthorized: the token is missing, or was rejected.
+	ErrUnauthorized = errors.New("the server rejected the token")
 )
 
 // Why something can't be sent, whatever the peer does. Nothing of it was sent.
@@ -47,26 +47,26 @@ var (
 	ErrInvalidUTF8 = errors.New("not valid UTF-8")
 )
 
-// HandshakeError is a server's refusal of the WebSocket upgrade.
+// HandshakeError is a server's rejection of the WebSocket upgrade.
 type HandshakeError struct {
 	StatusCode int    // the HTTP status
-	Sentence   string // the body's text without markup and without the token
+	Message    string // the body's text without markup and without the token; at most 200 bytes
 	// RetryAfter is the time that the server asks to wait before the next attempt, by
-	// its header Retry-After. 0: it asks for none, or for what is over or malformed.
+	// its header Retry-After. 0: the header is missing, malformed, or in the past.
 	RetryAfter time.Duration
-	exists     bool // by the body, the refusal is that the session exists
+	exists     bool // the body reports that the session exists
 }
 
 func (e *HandshakeError) Error() string {
 	msg := fmt.Sprintf("the server answered the upgrade with %d %s", e.StatusCode, http.StatusText(e.StatusCode))
-	if e.Sentence != "" {
-		msg += ": " + e.Sentence
+	if e.Message != "" {
+		msg += ": " + e.Message
 	}
 	return msg
 }
 
-// Is tells a ghost of one's own from a refused token: the status is 401 for
-// both, only the sentence differs.
+// Is distinguishes a session that exists from a rejected token: the status is 401 for
+// both, only the message differs.
 func (e *HandshakeError) Is(target error) bool {
 	if e.StatusCode != http.StatusUnauthorized {
 		return false
@@ -74,8 +74,7 @@ func (e *HandshakeError) Is(target error) bool {
 	return target == ErrSessionExists && e.exists || target == ErrUnauthorized && !e.exists
 }
 
-// PeerClosedError is a normal end by the peer: it said BYE, or closed the
-// WebSocket.
+// PeerClosedError is a normal end by the peer: it sent BYE, or closed the WebSocket.
 type PeerClosedError struct {
 	Code   int    // the WebSocket close code; 0 when only BYE was seen
 	Reason string // the reason in BYE, else the one in the close frame
@@ -109,17 +108,17 @@ func (e *ProtocolError) Error() string {
 
 func (e *ProtocolError) Unwrap() error { return e.Err }
 
-// RejectedError is the peer's refusal of one message, by an ERROR frame that
-// names its number.
+// RejectedError is the peer's rejection of one message, by an ERROR frame with its
+// number.
 type RejectedError struct {
-	Text string // the peer's words
+	Text string // of the ERROR, at most 1 KiB, without the token that the session was dialled with
 }
 
 func (e *RejectedError) Error() string {
 	return fmt.Sprintf("rejected by the peer: %q", e.Text)
 }
 
-// BatchError tells which messages of a batch were not acknowledged.
+// BatchError reports which messages of a batch were not acknowledged.
 type BatchError struct {
 	Errs []error // by index; nil where the peer has acknowledged
 }
@@ -140,7 +139,7 @@ func (e *BatchError) Error() string {
 	return fmt.Sprintf("%d of %d messages not acknowledged, the first: %v", failed, len(e.Errs), first)
 }
 
-// Unwrap gives the messages' errors to errors.Is and errors.As.
+// Unwrap returns the messages' errors, for errors.Is and errors.As.
 func (e *BatchError) Unwrap() []error {
 	var errs []error
 	for _, err := range e.Errs {

@@ -88,8 +88,8 @@ func TestABlackHoleIsNoticedWithinThreeIntervals(t *testing.T) {
 			begin := time.Now()
 			<-s.Done()
 			require.LessOrEqual(t, time.Since(begin), 3*interval)
-			require.ErrorIs(t, s.Err(), cryo.ErrSilent)
-			require.EqualError(t, s.Err(), "session ended: no sign of life from the peer for 20s")
+			require.ErrorIs(t, s.Err(), cryo.ErrPeerTimeout)
+			require.EqualError(t, s.Err(), "session ended: peer timeout after 20s")
 		})
 	}
 }
@@ -106,7 +106,7 @@ func TestABlackHoleIsNoticedByWhoeverSendsIntoIt(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		require.LessOrEqual(t, time.Since(begin), 3*interval+time.Second)
-		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		require.ErrorIs(t, s.Err(), cryo.ErrPeerTimeout)
 		wantEnded(t, s)
 	})
 }
@@ -184,7 +184,7 @@ func TestSilenceIsNobodysFaultWhileNothingIsRead(t *testing.T) {
 		peer.Conn().Freeze()
 		begin := time.Now()
 		<-s.Done()
-		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		require.ErrorIs(t, s.Err(), cryo.ErrPeerTimeout)
 		require.GreaterOrEqual(t, time.Since(begin), 2*15*time.Second, "the pause doesn't count")
 		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
 	})
@@ -350,7 +350,7 @@ func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
 		})
 		begin := time.Now()
 		<-s.Done()
-		require.ErrorIs(t, s.Err(), cryo.ErrSilent)
+		require.ErrorIs(t, s.Err(), cryo.ErrPeerTimeout)
 		require.LessOrEqual(t, time.Since(begin), 3*15*time.Second)
 		require.Error(t, flood.result(t))
 	})

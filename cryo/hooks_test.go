@@ -112,7 +112,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		send = start(func() error { return session.SendUTF8(t.Context(), "out") })
 		text = peer.WantType("text", wire.UTF8)
 		peer.WriteFrames(txChunk(2, 1, "not held"), cryotest.Text(8, "not held"))
-		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrNoRoom)
+		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrBufferFull)
 		peer.Ack(text)
 		send.wantSuccess(t)
 		require.NoError(t, m.Ack())

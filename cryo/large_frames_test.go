@@ -140,7 +140,7 @@ func trickle(t *testing.T, clients []*cryotest.Peer, sessions []*cryo.Session, r
 		if sessions[c].Err() == nil {
 			alive++
 		} else {
-			require.ErrorIs(t, sessions[c].Err(), cryo.ErrSlow)
+			require.ErrorIs(t, sessions[c].Err(), cryo.ErrReceiveTimeout)
 		}
 	}
 	return alive
@@ -159,7 +159,7 @@ func TestALargeMessageThatKeepsOthersWaitingForAMinuteLosesItsSession(t *testing
 				clients[c].Conn().ReadOn()
 				synctest.Wait()
 				clients[c].Skip() // pings
-				clients[c].WantClose("it is told", 4001, cryo.ErrSlow.Error())
+				clients[c].WantClose("it is told", 4001, cryo.ErrReceiveTimeout.Error())
 			}
 		}
 	})
@@ -407,7 +407,7 @@ func TestASessionThatKeepsOthersOutReleasesItsMemoryAtOnce(t *testing.T) {
 		begin := time.Now()
 		wantEnded(t, sessions[ended])
 		require.Zero(t, time.Since(begin))
-		require.ErrorIs(t, sessions[ended].Err(), cryo.ErrSlow)
+		require.ErrorIs(t, sessions[ended].Err(), cryo.ErrReceiveTimeout)
 	})
 }
 

@@ -16,7 +16,7 @@ import (
 
 const (
 	noRoomPatience = 10 * time.Second
-	noRoom         = "no room: too much of this session is not acknowledged yet"
+	noRoom         = "receive buffer full: too many unacknowledged messages"
 )
 
 // What our sender waits for is behind a message that there is no room for, and
@@ -85,7 +85,7 @@ func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
 		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
-		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrNoRoom)
+		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrBufferFull)
 		s.Release(90_000)
 		require.NoError(t, st.Close())
 		wantAmongPongs(t, peer, txCancel(end.first+1, 0))
@@ -106,8 +106,8 @@ func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
 		_, err = peer.Conn().Write(bytes.Repeat(raw(end, 0x82, frame), 50_000))
 		require.Error(t, err)
 		err = <-answer.done
-		require.ErrorIs(t, err, cryo.ErrSilent)
-		require.True(t, strings.HasSuffix(err.Error(), "no sign of life from the peer for 30s: it sends, and does not read the answers"), err)
+		require.ErrorIs(t, err, cryo.ErrPeerTimeout)
+		require.True(t, strings.HasSuffix(err.Error(), "peer timeout after 30s: it sends, and does not read our answers"), err)
 		require.LessOrEqual(t, time.Since(begin), noRoomPatience+3*cryo.DefaultHeartbeatInterval)
 		synctest.Wait()
 	})

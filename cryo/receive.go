@@ -136,7 +136,7 @@ func (s *Session) overflow(m *Message) {
 		return
 	}
 	s.opts.OnRefused(m.Kind)
-	_ = m.reject("no room: too much of this session is not acknowledged yet") // after the end nobody hears it
+	_ = m.reject(ErrBufferFull.Error()) // after the end nobody hears it
 }
 
 func (s *Session) reportNoRoom() {

@@ -31,7 +31,7 @@ const (
 // its default.
 type SessionOptions struct {
 	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
-	// a server a Cryo ping too. The session ends with ErrSilent when, for two
+	// a server a Cryo ping too. The session ends with ErrPeerTimeout when, for two
 	// intervals, nothing at all was received and no backlog moved, so a peer that is
 	// lost is noticed within three. A backlog is what waits in the send buffer, as on a
 	// slow line that a large message occupies; it moves when the peer's system
@@ -49,10 +49,10 @@ type SessionOptions struct {
 	// are still coming in: a further one is read when one of them is whole. A message in
 	// fragments takes 1 MiB, and one that gets larger the largest, one at a time. A
 	// session that keeps others waiting with one for more than a minute ends with
-	// ErrSlow, at its next heartbeat.
+	// ErrReceiveTimeout, at its next heartbeat.
 	// When a send waits for its acknowledgement, which may be behind what is not
 	// read, a pause ends after 10 s: messages without room are refused then with
-	// an ERROR, and chunks end their stream with ErrNoRoom, until the session
+	// an ERROR, and chunks end their stream with ErrBufferFull, until the session
 	// holds no more than is still free. Default 32 MiB.
 	MaxBufferBytes int
 	// CloseTimeout bounds the goodbye: how long the end of a session waits for
@@ -305,9 +305,9 @@ func (s *Session) finish() {
 
 // peerTimedOut ends the session of a peer that was not alive for so long.
 func (s *Session) peerTimedOut(d time.Duration) {
-	cause := fmt.Errorf("%w for %v", ErrSilent, d)
+	cause := fmt.Errorf("%w after %v", ErrPeerTimeout, d)
 	if s.out.crowded() != nil {
-		cause = fmt.Errorf("%w: it sends, and does not read the answers", cause)
+		cause = fmt.Errorf("%w: it sends, and does not read our answers", cause)
 	}
 	s.fail(cause)
 }
@@ -315,6 +315,6 @@ func (s *Session) peerTimedOut(d time.Duration) {
 // checkIncoming ends the session if a message of it keeps others waiting.
 func (s *Session) checkIncoming() {
 	if !s.isEnding() && s.limit.keepsOthersOut() {
-		s.goodbye(ErrSlow, closeClientError, ErrSlow.Error(), false)
+		s.goodbye(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error(), false)
 	}
 }

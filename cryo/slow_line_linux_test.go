@@ -229,8 +229,8 @@ func TestABacklogThatDoesNotMoveIsAPeerTimeout(t *testing.T) {
 			s, _ := slowEnds["to a raw client"](t, l, secure)
 			send := start(func() error { return s.SendBinary(t.Context(), make([]byte, slowMessage)) })
 			close(l.hold)
-			require.ErrorIs(t, wantEnded(t, s), cryo.ErrSilent)
-			require.ErrorIs(t, send.result(t), cryo.ErrSilent)
+			require.ErrorIs(t, wantEnded(t, s), cryo.ErrPeerTimeout)
+			require.ErrorIs(t, send.result(t), cryo.ErrPeerTimeout)
 		})
 	}
 }
@@ -254,7 +254,7 @@ func TestATrickleToAPeerThatHangsIsAPeerTimeout(t *testing.T) {
 					}
 				}
 			})
-			require.ErrorIs(t, wantEnded(t, s), cryo.ErrSilent)
+			require.ErrorIs(t, wantEnded(t, s), cryo.ErrPeerTimeout)
 			trickle.wantSuccess(t)
 		})
 	}

@@ -200,7 +200,7 @@ func TestASilentStreamIsCancelled(t *testing.T) {
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 		err := read.result(t)
 		require.ErrorIs(t, err, cryo.ErrStreamIdle)
-		require.EqualError(t, err, "the stream fell silent for 10s after 3 bytes")
+		require.EqualError(t, err, "stream idle for 10s after 3 bytes")
 		peer.WriteFrames(txChunk(0, 3, "late"), txFinish(2, 0))
 		require.ErrorIs(t, st.Ack(), cryo.ErrStreamIdle)
 		peer.WantIdle("TX_FINISH is never acknowledged", time.Hour)

@@ -19,13 +19,13 @@ const (
 
 // Why an IncomingStream ended other than whole, or by the end of its session.
 var (
-	// ErrStreamIdle: nothing of the stream came for too long.
-	ErrStreamIdle = errors.New("the stream fell silent")
+	// ErrStreamIdle: nothing of the stream was received within the idle timeout.
+	ErrStreamIdle = errors.New("stream idle")
 	// ErrStreamBroken: chunks were missing, or the size was not as announced.
 	ErrStreamBroken = errors.New("the stream is broken")
-	// ErrNoRoom: a chunk could not be held, and waiting with it would have been
-	// in vain; see MaxBufferBytes in [SessionOptions].
-	ErrNoRoom = errors.New("no room for the stream: too much of its session is not acknowledged yet")
+	// ErrBufferFull: MaxBufferBytes left no capacity for a chunk while a send waited for
+	// its acknowledgement; see [SessionOptions]. Messages are rejected with the same text.
+	ErrBufferFull = errors.New("receive buffer full: too many unacknowledged messages")
 
 	errStreamUnread = errors.New("the stream can't be acknowledged before it is read to io.EOF")
 )
@@ -126,7 +126,7 @@ func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 // Read reads what came, and waits for more. io.EOF means that the stream is
 // whole. A stream that was cut off by the end of its session gives
 // [io.ErrUnexpectedEOF], after all that came; others end with
-// [ErrStreamIdle], [ErrStreamBroken] or [ErrNoRoom]. Close, from
+// [ErrStreamIdle], [ErrStreamBroken] or [ErrBufferFull]. Close, from
 // another goroutine, ends a Read that waits with [ErrStreamClosed].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
@@ -228,7 +228,7 @@ func (st *IncomingStream) fetchLocked() {
 // that was read is safe. Before that it is an error, also where exactly all bytes were
 // read, and the stream stays as it is: read on, or call Close, as nothing else ends a
 // stream that has come whole. After the end of the session, and for a stream that was
-// cancelled already because it fell silent or was broken, nothing can be
+// cancelled already because it was idle or broken, nothing can be
 // acknowledged: then Ack settles the stream and returns the cause. After Close it returns
 // [ErrStreamClosed], and a second time what it has returned before.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
@@ -397,7 +397,7 @@ func (st *IncomingStream) chunk(f *received) bool {
 	case st.size >= 0 && after > st.size:
 		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
 	case f.decision == bufferFull:
-		st.failLocked(ErrNoRoom)
+		st.failLocked(ErrBufferFull)
 		return false
 	default:
 		st.nextSeq++

@@ -39,7 +39,7 @@ var ErrStreamsUnsupported = errors.New("the peer does not support streams: its E
 // ErrStepTimeout is returned for a stream of which a step has taken longer than
 // [StreamOptions.StepTimeout]. It is no [context.DeadlineExceeded]: the caller's context
 // has not ended.
-var ErrStepTimeout = errors.New("no progress")
+var ErrStepTimeout = errors.New("step timeout")
 
 // Returned for a stream to a peer that has asked to pull (TX_FLOW): its size has to be
 // announced first, and its chunks are asked for by index.
@@ -348,7 +348,7 @@ func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
 }
 
 func (st *OutgoingStream) noProgress(wanted string) error {
-	return fmt.Errorf("waiting for %s: %w for %v", wanted, ErrStepTimeout, st.opts.StepTimeout)
+	return fmt.Errorf("waiting for %s: %w after %v", wanted, ErrStepTimeout, st.opts.StepTimeout)
 }
 
 // Close abandons the stream unless Finish has succeeded: nothing more of it is sent, and

@@ -375,7 +375,7 @@ func TestTheStepTimeoutBoundsEachStepOfAStream(t *testing.T) {
 				})
 				err := step.result(t)
 				require.ErrorIs(t, err, cryo.ErrStepTimeout)
-				require.ErrorContains(t, err, ": no progress for 7s")
+				require.ErrorContains(t, err, ": step timeout after 7s")
 				require.NotErrorIs(t, err, context.DeadlineExceeded, "the caller's context has not ended")
 				require.Equal(t, 7*time.Second, took)
 				require.NoError(t, s.Err())

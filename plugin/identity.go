@@ -115,7 +115,7 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	if fields > maxIdentityFields || size > maxIdentityBytes {
 		return nil, &cryo.AdmissionError{
 			StatusCode: http.StatusRequestHeaderFieldsTooLarge,
-			Sentence: fmt.Sprintf("The session would have too much metadata: fields: %d, at most %d; bytes: %d, at most %d.",
+			Message: fmt.Sprintf("The session would have too much metadata: fields: %d, at most %d; bytes: %d, at most %d.",
 				fields, maxIdentityFields, size, maxIdentityBytes),
 		}
 	}

@@ -242,7 +242,7 @@ func TestAServerThatFallsSilentIsLeft(t *testing.T) {
 		begin := time.Now()
 		require.Equal(t, id, server.session().ID())
 		require.LessOrEqual(t, time.Since(begin), 3*10*time.Second+time.Second)
-		e.log.want(t, "no sign of life from the peer for 20s")
+		e.log.want(t, "peer timeout after 20s")
 		p.stop()
 	})
 }

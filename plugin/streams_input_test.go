@@ -240,7 +240,7 @@ func TestASilentStreamIsCancelled(t *testing.T) {
 		synctest.Wait()
 		e.wantNoArrival("the last line is not complete")
 		require.ErrorIs(t, st.Finish(), cryo.ErrStreamCancelled)
-		e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "quiet" of session %d: the stream fell silent for 20s`, peer.ID()))
+		e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "quiet" of session %d: stream idle for 20s`, peer.ID()))
 	})
 }
 

@@ -284,13 +284,13 @@ func TestClientStreamIsCancelled(t *testing.T) {
 
 	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	c.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.wantLog("Gave up the stream", "silent", "fell silent")
+	p.wantLog("Gave up the stream", "silent", "stream idle")
 
 	id := c.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	c.run(command{"do": "chunk", "source": "broken", "size": 10})
 	c.run(command{"do": "fail", "source": "broken"})
 	require.Equal(t, "the source has failed", c.wantFailed(id))
-	p.wantLog("Gave up the stream", "broken", "fell silent")
+	p.wantLog("Gave up the stream", "broken", "stream idle")
 
 	c.run(command{"do": "end", "source": "silent"})
 	c.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
@@ -372,7 +372,7 @@ func TestClientThatFreezesIsGivenUp(t *testing.T) {
 	require.NoError(t, c.cmd.Process.Signal(syscall.SIGSTOP))
 	defer c.cmd.Process.Signal(syscall.SIGCONT)
 	m := s.post([]byte("into the void"))
-	p.wantLog("no sign of life")
+	p.wantLog("peer timeout")
 	m.wantRejected("a message to a client that is frozen")
 	require.NoError(t, c.cmd.Process.Signal(syscall.SIGCONT))
 	c.want("closed")

@@ -135,12 +135,12 @@ func TestServerStreamIsCancelled(t *testing.T) {
 
 	n.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	n.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.wantLog("Gave up the stream", "silent", "fell silent")
+	p.wantLog("Gave up the stream", "silent", "stream idle")
 
 	n.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	n.run(command{"do": "chunk", "source": "broken", "size": 10})
 	n.run(command{"do": "fail", "source": "broken"})
-	p.wantLog("Gave up the stream", "broken", "fell silent")
+	p.wantLog("Gave up the stream", "broken", "stream idle")
 
 	n.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
 	require.Equal(t, "short", p.wantMessage("the stream that is short enough", numbers(1000, 0)).Name)
