@@ -65,8 +65,8 @@ type refusal struct {
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
-	if s.opts.OnRefusal != nil {
-		s.opts.OnRefusal(refused.status)
+	if s.opts.OnDeny != nil {
+		s.opts.OnDeny(refused.status)
 	}
 	s.refused.Add(1)
 	s.refusals.Do(func() {

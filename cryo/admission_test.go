@@ -162,7 +162,7 @@ func TestARequestThatIsNoValidUpgradeLeavesALiveSessionAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				statuses := make(chan int, 1)
-				server, l, sessions := serve(t, cryo.ServerOptions{OnRefusal: func(status int) { statuses <- status }})
+				server, l, sessions := serve(t, cryo.ServerOptions{OnDeny: func(status int) { statuses <- status }})
 				join(t, l, 1).ClientHandshake()
 				s := next(t, sessions)
 				answer := knockRaw(t, l, c.method+" /?x-cryo-sid=1&authorization="+url.QueryEscape("Bearer "+token)+" HTTP/"+c.protocol+"\r\nHost: cryo.test\r\n"+c.headers+"\r\n")
@@ -201,7 +201,7 @@ func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
 					SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
 					Authorize:      cryo.Tokens(token),
 					MaxSessions:    1,
-					OnRefusal:      func(status int) { statuses <- status },
+					OnDeny:         func(status int) { statuses <- status },
 				})
 				l := cryotest.Listen()
 				listening := &http.Server{Handler: server, ErrorLog: slog.NewLogLogger(httpLines.handler(), slog.LevelError)}
@@ -319,7 +319,7 @@ func TestAClientIsToldWhatElseThanItsTokenIsRefused(t *testing.T) {
 				Authorize: func(u *cryo.Upgrade) error {
 					return fmt.Errorf("tenant 5: %w", &cryo.AdmissionError{StatusCode: status, Message: "The tenant has no more credit."})
 				},
-				OnRefusal: func(status int) { statuses <- status },
+				OnDeny: func(status int) { statuses <- status },
 			})
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
 			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with "+words+": The tenant has no more credit.")

@@ -17,7 +17,9 @@ import (
 
 func TestLateAcknowledgementsAreTold(t *testing.T) {
 	late := 0
-	atBothEnds(t, cryo.SessionOptions{OnLateAck: func() { late++ }}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+	var of *cryo.Session
+	opts := cryo.SessionOptions{OnLateAck: func(s *cryo.Session) { late, of = late+1, s }}
+	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		late = 0
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -34,7 +36,8 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 			cryotest.Acked(end.first-1), // of the handshake
 		)
 		synctest.Wait()
-		require.Equal(t, 2, late, "one acknowledgement and one refusal of what was given up")
+		require.Equal(t, 2, late, "one acknowledgement and one rejection of what was given up")
+		require.Same(t, s, of)
 
 		timely := start(func() error { return s.SendUTF8(t.Context(), "") })
 		peer.WriteFrames(cryotest.Acked(peer.WantType("the text", wire.UTF8).Ack))
@@ -44,8 +47,13 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 }
 
 func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
-	var refused []cryo.Kind
-	opts := cryo.SessionOptions{SendOnly: true, OnRefused: func(t cryo.Kind) { refused = append(refused, t) }}
+	var (
+		refused []cryo.Kind
+		by      *cryo.Session
+	)
+	opts := cryo.SessionOptions{SendOnly: true, OnReject: func(s *cryo.Session, kind cryo.Kind) {
+		refused, by = append(refused, kind), s
+	}}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		refused = nil
 		peer.WriteFrames(
@@ -54,13 +62,14 @@ func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
 		)
 		synctest.Wait()
 		require.Equal(t, []cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}, refused)
+		require.Same(t, s, by)
 	})
 }
 
 func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
 	opts := smallBuffer
 	var refused []cryo.Kind
-	opts.OnRefused = func(t cryo.Kind) { refused = append(refused, t) }
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { refused = append(refused, kind) }
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		refused = nil
 		fill(t, s, peer) // one message more waits than there is room for
@@ -106,7 +115,7 @@ func TestAServerTellsTheEndOfEachSessionThatItHasTold(t *testing.T) {
 func TestAServerTellsWithWhichStatusItRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var statuses []int
-		_, l, _ := serve(t, cryo.ServerOptions{OnRefusal: func(status int) { statuses = append(statuses, status) }})
+		_, l, _ := serve(t, cryo.ServerOptions{OnDeny: func(status int) { statuses = append(statuses, status) }})
 		knock(t, l, "x-cryo-sid=1;", upgrade())
 		knock(t, l, "x-cryo-sid=1", upgrade())
 		knock(t, l, "", http.Header{}) // no client

@@ -187,7 +187,7 @@ func TestASendThatIsGivenUpWhileItIsWrittenReturnsAtOnce(t *testing.T) {
 		t.Run(fmt.Sprint("answered: ", answered), func(t *testing.T) {
 			late := 0
 			opts := quiet
-			opts.OnLateAck = func() { late++ }
+			opts.OnLateAck = func(*cryo.Session) { late++ }
 			synctest.Test(t, func(t *testing.T) {
 				s, peer := accepted(t, cryo.ServerOptions{SessionOptions: opts})
 				peer.Conn().StopReading()

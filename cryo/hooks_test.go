@@ -49,8 +49,8 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 	opts := cryo.SessionOptions{
 		HeartbeatInterval: 24 * time.Hour,
 		MaxBufferBytes:    1000,
-		OnRefused:         func(cryo.Kind) { probe() },
-		OnLateAck:         probe,
+		OnReject:          func(*cryo.Session, cryo.Kind) { probe() },
+		OnLateAck:         func(*cryo.Session) { probe() },
 		Logger:            slog.New(onLog{f: probe}),
 	}
 	atBothEnds(t, opts, func(t *testing.T, end end, session *cryo.Session, peer *cryotest.Peer) {

@@ -9,7 +9,7 @@ const MaxPayload = wire.MaxPayload
 // Kind is what a message is.
 type Kind int
 
-// The kinds of messages, and of what [SessionOptions.OnRefused] counts.
+// The kinds of messages, and of what [SessionOptions.OnReject] counts.
 const (
 	KindText   Kind = iota + 1 // text (UTF8DATA)
 	KindBinary                 // bytes (BINARYDATA)

@@ -158,7 +158,7 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	case answerPremature:
 		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
 	case answerLate:
-		s.opts.OnLateAck()
+		s.opts.OnLateAck(s)
 	}
 	return true
 }

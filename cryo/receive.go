@@ -121,7 +121,7 @@ func (s *Session) words(text string) string {
 }
 
 func (s *Session) refuse(m *Message) {
-	s.opts.OnRefused(m.Kind)
+	s.opts.OnReject(s, m.Kind)
 	_ = m.reject("this session receives no messages") // after the end nobody hears it
 	if m.Kind == KindError {
 		s.report("The peer reports an error (at most one such line a second)", "text", m.LogText())
@@ -135,7 +135,7 @@ func (s *Session) overflow(m *Message) {
 		s.refuse(m)
 		return
 	}
-	s.opts.OnRefused(m.Kind)
+	s.opts.OnReject(s, m.Kind)
 	_ = m.reject(ErrBufferFull.Error()) // after the end nobody hears it
 }
 

@@ -45,9 +45,9 @@ type ServerOptions struct {
 	// it has ended, before its Done is closed. It must not wait. When a session
 	// ends at once, it may be called before OnSession is.
 	OnSessionEnd func(*Session)
-	// OnRefusal is called when a client is not let in, with the answer's status,
-	// on the request's goroutine.
-	OnRefusal func(status int)
+	// OnDeny is called when a client is denied, with the HTTP status of the response,
+	// on the request's goroutine. Default: none.
+	OnDeny func(status int)
 	// MaxSessions bounds the sessions, those in handshake and those whose connection
 	// is still closing included; more are refused with 503. A client that takes its
 	// own session over is let in by a full server too, until there are twice as many

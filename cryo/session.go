@@ -68,14 +68,15 @@ type SessionOptions struct {
 	SendOnly bool
 	// Logger gets the little that nobody else is told. Default: none.
 	Logger *slog.Logger
-	// OnLateAck is called when the peer acknowledges or refuses a frame for
-	// which nobody waits any more: it has arrived, but was taken for lost.
-	// OnRefused is called when the session itself refuses what it received: a
-	// message, or for KindStream a stream. Both are for counting:
-	// they run on the reading goroutine, OnRefused on that of Session.Refuse too,
-	// and must not wait. Default: none.
-	OnLateAck func()
-	OnRefused func(Kind)
+	// OnLateAck is called when the peer acknowledges or rejects a frame whose send has
+	// ended before: it has arrived, but counted as not acknowledged.
+	// OnReject is called when the session itself rejects what it received: a message, or
+	// for KindStream a stream; not for [Message.Reject]. Both are for counting: they run
+	// on the session's reading goroutine, OnReject on that of Session.Refuse too, without
+	// a lock, and must not wait. At a server they may run before OnSession does. Default:
+	// none.
+	OnLateAck func(*Session)
+	OnReject  func(*Session, Kind)
 
 	token *redact.Secret // that the peer's words are not repeated with; nil is none
 }
@@ -97,10 +98,10 @@ func (o SessionOptions) withDefaults() SessionOptions {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.OnLateAck == nil {
-		o.OnLateAck = func() {}
+		o.OnLateAck = func(*Session) {}
 	}
-	if o.OnRefused == nil {
-		o.OnRefused = func(Kind) {}
+	if o.OnReject == nil {
+		o.OnReject = func(*Session, Kind) {}
 	}
 	return o
 }

@@ -98,7 +98,7 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 func TestAStreamThatNobodyAcceptsMakesWayForAnotherWhenThereAreTooMany(t *testing.T) {
 	var rejected []cryo.Kind
 	counting := quiet
-	counting.OnRefused = func(kind cryo.Kind) { rejected = append(rejected, kind) }
+	counting.OnReject = func(_ *cryo.Session, kind cryo.Kind) { rejected = append(rejected, kind) }
 	counting.StreamIdleTimeout = 10 * time.Second
 	atBothEnds(t, counting, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		rejected = nil

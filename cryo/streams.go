@@ -81,7 +81,7 @@ func (in *incomingStreams) start(f *wire.Frame) {
 
 // reject cancels a stream that nobody has accepted.
 func (in *incomingStreams) reject(tx uint32) {
-	in.s.opts.OnRefused(KindStream)
+	in.s.opts.OnReject(in.s, KindStream)
 	in.s.cancel(tx)
 }
 

@@ -54,8 +54,8 @@ func newSessionMetrics(m meter) sessionMetrics {
 
 // watch lets sessions with these options count.
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
-	opts.OnLateAck = func() { m.lateAcks.Incr(1) }
-	opts.OnRefused = func(t cryo.Kind) { m.refused.Incr(1, messageTypeName(t)) }
+	opts.OnLateAck = func(*cryo.Session) { m.lateAcks.Incr(1) }
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.refused.Incr(1, messageTypeName(kind)) }
 }
 
 // dialMetrics are those of a component that dials.
@@ -92,7 +92,7 @@ func newListenMetrics(m meter) listenMetrics {
 // watch lets a server with these options count.
 func (m listenMetrics) watch(opts *cryo.ServerOptions) {
 	m.sessionMetrics.watch(&opts.SessionOptions)
-	opts.OnRefusal = func(status int) { m.sessionsRefused.Incr(1, strconv.Itoa(status)) }
+	opts.OnDeny = func(status int) { m.sessionsRefused.Incr(1, strconv.Itoa(status)) }
 }
 
 // receiveMetrics are those of the receiving half.
