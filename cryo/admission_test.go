@@ -414,7 +414,7 @@ func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
 		old := join(t, l, sid)
 		old.ClientHandshake()
 		ghost := next(t, sessions)
-		waiting := start(func() error { return ghost.SendUTF8(t.Context(), "lost") })
+		waiting := start(func() error { return ghost.SendText(t.Context(), "lost") })
 		old.WantType("the text", wire.UTF8)
 		old.Conn().StopReading() // its network is gone
 

@@ -36,7 +36,7 @@ func sendAll(t *testing.T, s *cryo.Session) {
 				time.AfterFunc(time.Duration(rand.IntN(1000))*time.Millisecond, cancel)
 			}
 			if i%2 == 0 {
-				_ = s.SendUTF8(ctx, fate)
+				_ = s.SendText(ctx, fate)
 				return
 			}
 			var source io.Reader = bytes.NewReader(make([]byte, rand.IntN(20_000)))

@@ -41,11 +41,11 @@ func benchBroadcast(b *testing.B, size, n int) {
 		defer cut(client)
 		sessions[i] = <-connected
 	}
-	message := []cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, size)}}
+	message := []cryo.OutMessage{cryo.Binary(make([]byte, size))}
 	b.SetBytes(int64(n * size))
 	b.ReportAllocs()
 	for b.Loop() {
-		for _, err := range cryo.Broadcast(b.Context(), sessions, message) {
+		for _, err := range broadcast(b.Context(), sessions, message) {
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -27,16 +27,30 @@ func audience(t *testing.T, ids ...uint64) (sessions []*cryo.Session, peers []*c
 	return sessions, peers
 }
 
+// broadcast sends messages to several sessions side by side, and returns the errors by
+// session.
+func broadcast(ctx context.Context, sessions []*cryo.Session, messages []cryo.OutMessage) []error {
+	pending := make([]*cryo.Pending, len(sessions))
+	for i, s := range sessions {
+		pending[i] = s.Queue(messages)
+	}
+	errs := make([]error, len(sessions))
+	for i := range pending {
+		errs[i] = pending[i].Wait(ctx)
+	}
+	return errs
+}
+
 func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2, 3)
 		var errs []error
-		broadcast := start(func() error {
-			errs = cryo.Broadcast(t.Context(), sessions, texts("a", "\xff", "b"))
+		sending := start(func() error {
+			errs = broadcast(t.Context(), sessions, texts("a", "\xff", "b"))
 			return nil
 		})
 		for i, peer := range peers {
-			broadcast.wantBlocked(t)
+			sending.wantBlocked(t)
 			for n, text := range []string{"a", "b"} {
 				want := cryotest.Text(peer.First+1+uint32(n), text)
 				want.SID = sessions[i].ID()
@@ -44,7 +58,7 @@ func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 				peer.WriteFrames(cryotest.Acked(want.Ack))
 			}
 		}
-		broadcast.wantSuccess(t)
+		sending.wantSuccess(t)
 		for _, err := range errs {
 			batch, ok := errors.AsType[*cryo.BatchError](err)
 			require.True(t, ok)
@@ -59,13 +73,13 @@ func TestARejectionByOneSessionIsNoneByAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2)
 		var errs []error
-		broadcast := start(func() error {
-			errs = cryo.Broadcast(t.Context(), sessions, texts("\xff", "a"))
+		sending := start(func() error {
+			errs = broadcast(t.Context(), sessions, texts("\xff", "a"))
 			return nil
 		})
 		peers[0].WriteFrames(cryotest.Error(peers[0].WantType("a", wire.UTF8).Ack, "no"))
 		peers[1].Ack(peers[1].WantType("a", wire.UTF8))
-		broadcast.wantSuccess(t)
+		sending.wantSuccess(t)
 		for i, want := range []error{&cryo.RejectedError{Text: "no"}, nil} {
 			batch, ok := errors.AsType[*cryo.BatchError](errs[i])
 			require.True(t, ok)
@@ -83,8 +97,8 @@ func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 		defer cancel()
 		var errs []error
 		begin := time.Now()
-		broadcast := start(func() error {
-			errs = cryo.Broadcast(ctx, sessions, texts("a"))
+		sending := start(func() error {
+			errs = broadcast(ctx, sessions, texts("a"))
 			return nil
 		})
 		for _, peer := range peers[:4] {
@@ -93,7 +107,7 @@ func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 		peers[0].Conn().Cut()
 		peers[2].WriteFrames(cryotest.Error(peers[2].First+1, "no"))
 		peers[3].WriteFrames(cryotest.Acked(peers[3].First + 1))
-		broadcast.wantSuccess(t)
+		sending.wantSuccess(t)
 		require.Equal(t, 3*time.Second, time.Since(begin))
 
 		require.ErrorIs(t, errs[0], net.ErrClosed, "it has gone")
@@ -112,10 +126,10 @@ func TestASessionThatDoesNotReadHoldsUpNoOther(t *testing.T) {
 		sessions, peers := audience(t, 1, 2)
 		peers[0].Conn().StopReading()
 		ctx, cancel := context.WithCancel(t.Context())
-		large := []cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, 1<<20)}}
+		large := []cryo.OutMessage{cryo.Binary(make([]byte, 1<<20))}
 		broadcasts := make([]*call, 3)
 		for i := range broadcasts {
-			broadcasts[i] = start(func() error { cryo.Broadcast(ctx, sessions, large); return nil })
+			broadcasts[i] = start(func() error { broadcast(ctx, sessions, large); return nil })
 			peers[1].Ack(peers[1].WantType("all of them, at once", wire.Binary))
 		}
 		for _, b := range broadcasts {
@@ -128,20 +142,10 @@ func TestASessionThatDoesNotReadHoldsUpNoOther(t *testing.T) {
 	})
 }
 
-func TestABroadcastWithAnEndedContextSendsNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		sessions, peers := audience(t, 1)
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		require.ErrorIs(t, cryo.Broadcast(ctx, sessions, texts("a"))[0], context.Canceled)
-		peers[0].WantIdle("nothing", instant)
-	})
-}
-
 func TestBatchesTravelInTheOrderOfTheirStart(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		first := s.StartBatch(texts("a", "b"))
-		second := s.StartBatch(texts("c"))
+		first := s.Queue(texts("a", "b"))
+		second := s.Queue(texts("c"))
 		for i, text := range []string{"a", "b", "c"} {
 			peer.WantFrame("in order", cryotest.Text(end.first+uint32(i), text))
 		}
@@ -154,6 +158,6 @@ func TestBatchesTravelInTheOrderOfTheirStart(t *testing.T) {
 		require.True(t, ok)
 		require.Equal(t, []error{nil, &cryo.RejectedError{Text: "no"}}, batch.Errs)
 		cut(s)
-		require.ErrorIs(t, s.StartBatch(texts("d")).Wait(t.Context()), net.ErrClosed)
+		require.ErrorIs(t, s.Queue(texts("d")).Wait(t.Context()), net.ErrClosed)
 	})
 }

@@ -49,7 +49,7 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = 2000
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
+		answer := start(func() error { return s.SendText(t.Context(), "waits for its acknowledgement") })
 		text := peer.WantType("ours", wire.UTF8)
 		s.Hold(1600)
 		peer.WriteFrames(
@@ -73,7 +73,7 @@ func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
 	opts.MaxBufferBytes = 90_000
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
-		answer := start(func() error { return s.SendUTF8(t.Context(), "waits for its acknowledgement") })
+		answer := start(func() error { return s.SendText(t.Context(), "waits for its acknowledgement") })
 		text := peer.WantType("ours", wire.UTF8)
 		s.Hold(79_800)
 		peer.WriteFrames(

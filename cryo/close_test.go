@@ -40,7 +40,7 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 		closing.wantBlocked(t)
 		peer.WriteFrames(cryotest.Acked(end.first), cryotest.Text(4, "discarded"), cryotest.Ping(5))
 		require.ErrorIs(t, batch[2].Ack(), cryo.ErrClosed)
-		require.ErrorIs(t, s.SendUTF8(t.Context(), "too late"), cryo.ErrClosed)
+		require.ErrorIs(t, s.SendText(t.Context(), "too late"), cryo.ErrClosed)
 		closing.wantBlocked(t)
 		require.NoError(t, peer.WS.Close())
 		closing.wantSuccess(t)

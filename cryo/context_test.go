@@ -17,15 +17,12 @@ import (
 
 func TestEveryWaitThatItsContextEndsMatchesTheContextsErrorAndItsCause(t *testing.T) {
 	cause := errors.New("the application's own reason")
-	messages := []cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte("x")}}
+	messages := []cryo.OutMessage{cryo.Text("x")}
 	for name, wait := range map[string]func(ctx context.Context, s *cryo.Session) error{
-		"SendUTF8":   func(ctx context.Context, s *cryo.Session) error { return s.SendUTF8(ctx, "x") },
+		"SendText":   func(ctx context.Context, s *cryo.Session) error { return s.SendText(ctx, "x") },
 		"SendBinary": func(ctx context.Context, s *cryo.Session) error { return s.SendBinary(ctx, nil) },
 		"SendBatch":  func(ctx context.Context, s *cryo.Session) error { return s.SendBatch(ctx, messages) },
-		"Wait":       func(ctx context.Context, s *cryo.Session) error { return s.StartBatch(messages).Wait(ctx) },
-		"Broadcast": func(ctx context.Context, s *cryo.Session) error {
-			return cryo.Broadcast(ctx, []*cryo.Session{s}, messages)[0]
-		},
+		"Wait":       func(ctx context.Context, s *cryo.Session) error { return s.Queue(messages).Wait(ctx) },
 		"Receive": func(ctx context.Context, s *cryo.Session) error {
 			_, err := s.Receive(ctx)
 			return err

@@ -23,7 +23,7 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 		late = 0
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		batch := []cryo.Outgoing{{Kind: cryo.KindText}, {Kind: cryo.KindText}, {Kind: cryo.KindText}}
+		batch := []cryo.OutMessage{{Kind: cryo.KindText}, {Kind: cryo.KindText}, {Kind: cryo.KindText}}
 		require.Error(t, s.SendBatch(ctx, batch))
 		for range batch {
 			peer.WantType("a text", wire.UTF8)
@@ -39,7 +39,7 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 		require.Equal(t, 2, late, "one acknowledgement and one rejection of what was given up")
 		require.Same(t, s, of)
 
-		timely := start(func() error { return s.SendUTF8(t.Context(), "") })
+		timely := start(func() error { return s.SendText(t.Context(), "") })
 		peer.WriteFrames(cryotest.Acked(peer.WantType("the text", wire.UTF8).Ack))
 		timely.wantSuccess(t)
 		require.Equal(t, 2, late)
@@ -73,7 +73,7 @@ func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		refused = nil
 		fill(t, s, peer) // one message more waits than there is room for
-		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done) // it takes noRoomPatience
 		require.Equal(t, []cryo.Kind{cryo.KindText}, refused)

@@ -5,7 +5,7 @@
 //
 // [Dial] opens a session with a server, and a [Client] another one when that is
 // lost; [Server] is an [net/http.Handler] that accepts them. A [Session] sends
-// with [Session.SendUTF8], [Session.SendBinary]
+// with [Session.SendText], [Session.SendBinary]
 // and [Session.SendBatch], which return when the peer has acknowledged, and
 // receives with [Session.Receive] and [Session.ReceiveBatch]. A received
 // message is acknowledged by [Message.Ack], when it has been delivered and not

@@ -25,7 +25,7 @@ func ExampleDial() {
 	}
 	defer session.Close(ctx, "done")
 
-	if err := session.SendUTF8(ctx, "hello"); err != nil {
+	if err := session.SendText(ctx, "hello"); err != nil {
 		fmt.Println(err)
 		return
 	}
@@ -90,7 +90,7 @@ func ExampleServer() {
 		fmt.Println(err)
 		return
 	}
-	go func() { _ = client.SendUTF8(context.Background(), "hello") }()
+	go func() { _ = client.SendText(context.Background(), "hello") }()
 	fmt.Println(<-delivered)
 	// Output:
 	// hello
@@ -109,10 +109,10 @@ func ExampleSession_SendBatch() {
 	}
 	defer session.Close(ctx, "done")
 
-	err = session.SendBatch(ctx, []cryo.Outgoing{
-		{Kind: cryo.KindText, Payload: []byte("one")},
-		{Kind: cryo.KindText, Payload: []byte("not \xff text")},
-		{Kind: cryo.KindBinary, Payload: []byte("three")},
+	err = session.SendBatch(ctx, []cryo.OutMessage{
+		cryo.Text("one"),
+		cryo.Text("not \xff text"),
+		cryo.Binary([]byte("three")),
 	})
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		for i, err := range failed.Errs {
@@ -142,7 +142,7 @@ func startServer() exampleServer {
 						return
 					}
 					_ = message.Ack()
-					go func() { _ = session.SendUTF8(context.Background(), string(message.Payload)+" yourself") }()
+					go func() { _ = session.SendText(context.Background(), string(message.Payload)+" yourself") }()
 				}
 			}()
 		},

@@ -117,7 +117,7 @@ func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
 func TestAWordThatIsCutOffKeepsNothingElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		const messages = 20
-		batch := make([]cryo.Outgoing, messages)
+		batch := make([]cryo.OutMessage, messages)
 		for i := range batch {
 			batch[i].Kind = cryo.KindText
 		}

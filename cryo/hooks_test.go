@@ -100,7 +100,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("enough"))
 		defer cancel()
-		send := start(func() error { return session.SendUTF8(ctx, "out") })
+		send := start(func() error { return session.SendText(ctx, "out") })
 		text := peer.WantType("text", wire.UTF8)
 		require.Error(t, send.result(t))
 		peer.Ack(text)
@@ -109,7 +109,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		st := incoming(t, session, peer, 6, 2)
 		peer.WriteFrames(cryotest.Binary(7, string(make([]byte, 2000))))
 		m := receive(t, session)
-		send = start(func() error { return session.SendUTF8(t.Context(), "out") })
+		send = start(func() error { return session.SendText(t.Context(), "out") })
 		text = peer.WantType("text", wire.UTF8)
 		peer.WriteFrames(txChunk(2, 1, "not held"), cryotest.Text(8, "not held"))
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrBufferFull)

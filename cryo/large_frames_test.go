@@ -208,7 +208,7 @@ func TestWhatHasWaitedToComeInNeedsRoomWhenItIsWholeToo(t *testing.T) {
 func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests := slow(t, 2)
-		send := start(func() error { return sessions[2].SendUTF8(t.Context(), "hello") })
+		send := start(func() error { return sessions[2].SendText(t.Context(), "hello") })
 		text := clients[2].WantType("the text", wire.UTF8)
 		begin := time.Now()
 		begins(t, clients[2], cryotest.Acked(text.Ack), cryotest.Text(200, "a small one"))

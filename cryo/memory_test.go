@@ -64,7 +64,7 @@ func TestWhatIsLargeIsWrittenFromWhereItIs(t *testing.T) {
 	payload := bytes.Repeat([]byte("x"), ws.WriteDirect+ws.GatherBytes)
 	for name, send := range map[string]func(s *Session){
 		"a message": func(s *Session) {
-			s.StartBatch([]Outgoing{{Kind: KindBinary, Payload: payload}})
+			s.Queue([]OutMessage{Binary(payload)})
 		},
 		"the chunk of a stream": func(s *Session) {
 			st, err := s.newStream(t.Context(), &StreamOptions{ChunkBytes: len(payload)})

@@ -379,7 +379,7 @@ func strangeNumbers() []misbehaviour {
 		{
 			does: "acknowledges another number than the one that is awaited",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+				send := start(func() error { return s.SendText(t.Context(), "hello") })
 				text := peer.WantType("the text", wire.UTF8)
 				for _, n := range []uint32{0, end.first - 1, end.first + 1, 1<<32 - 1} {
 					peer.WriteFrames(cryotest.Acked(n))
@@ -404,7 +404,7 @@ func strangeNumbers() []misbehaviour {
 		{
 			does: "refuses what it has acknowledged before",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+				send := start(func() error { return s.SendText(t.Context(), "hello") })
 				text := peer.WantType("the text", wire.UTF8)
 				peer.Ack(text)
 				send.wantSuccess(t)

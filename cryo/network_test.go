@@ -63,9 +63,9 @@ func newRealServer(t *testing.T) (*httptest.Server, <-chan *cryo.Session) {
 // sizes, both ways at once, and then to part in good order.
 func wantConversation(t *testing.T, client, server *cryo.Session) {
 	t.Helper()
-	var batch []cryo.Outgoing
+	var batch []cryo.OutMessage
 	for i, size := range []int{0, 1, 125, 126, 1000, 65_535, 65_536, 300_000, 1_000_000, 5} {
-		batch = append(batch, cryo.Outgoing{Kind: cryo.KindBinary, Payload: bytes.Repeat([]byte{byte(i)}, size)})
+		batch = append(batch, cryo.Binary(bytes.Repeat([]byte{byte(i)}, size)))
 	}
 	var talking sync.WaitGroup
 	for _, s := range []*cryo.Session{client, server} {
@@ -114,9 +114,9 @@ func TestAcknowledgementsSurviveUnreadData(t *testing.T) {
 		client, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token})
 		require.NoError(t, err)
 		server := next(t, sessions)
-		batch := make([]cryo.Outgoing, 1000)
+		batch := make([]cryo.OutMessage, 1000)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, 10_000)}
+			batch[i] = cryo.Binary(make([]byte, 10_000))
 		}
 		sent := make(chan error, 1)
 		go func() { sent <- client.SendBatch(t.Context(), batch) }()

@@ -24,7 +24,7 @@ const (
 func TestAnAcknowledgementBehindWhatThereIsNoRoomForIsReadAfterSomePatience(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer) // 1001 waits
-		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		text := peer.WantType("the answer", wire.UTF8)
 		begin := time.Now()
 		peer.WriteFrames(cryotest.Text(1002, "refused too, and at once"))
@@ -69,7 +69,7 @@ func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
 		time.Sleep(time.Hour + time.Second) // between two beats
 		synctest.Wait()
 		peer.Skip()
-		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		begin := time.Now()
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
@@ -82,7 +82,7 @@ func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
 		st := incoming(t, s, peer, 1, 0)
 		s.Hold(90_000)
 		peer.WriteFrames(txChunk(0, 1, "abc"))
-		answer := start(func() error { return s.SendUTF8(t.Context(), "the answer") })
+		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrBufferFull)

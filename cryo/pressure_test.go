@@ -116,7 +116,7 @@ func TestWhatIsNoMessageIsReadOnWithoutRoom(t *testing.T) {
 		peer.WriteFrames(cryotest.Binary(1, strings.Repeat("x", 2000)))
 		m := receive(t, s)
 		for i := range uint32(10) {
-			send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+			send := start(func() error { return s.SendText(t.Context(), "hello") })
 			peer.Ack(peer.WantType("the text", wire.UTF8))
 			send.wantSuccess(t)
 			peer.WriteFrames(cryotest.Ping(i))
@@ -186,7 +186,7 @@ func TestStalledSessionsLetOthersSend(t *testing.T) {
 		peer.ClientHandshake()
 		s := next(t, sessions)
 		for range 100 {
-			send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+			send := start(func() error { return s.SendText(t.Context(), "hello") })
 			peer.Ack(peer.WantType("the text", wire.UTF8))
 			send.wantSuccess(t)
 		}
@@ -309,7 +309,7 @@ func TestTwoEndsThatOnlySendCannotBlockEachOther(t *testing.T) {
 		client, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{SessionOptions: opts, NetDial: l.Dial, Token: token})
 		require.NoError(t, err)
 		defer cut(client)
-		batch := make([]cryo.Outgoing, 50_000)
+		batch := make([]cryo.OutMessage, 50_000)
 		for i := range batch {
 			batch[i].Kind = cryo.KindText
 		}
@@ -350,9 +350,9 @@ func TestAPeerThatNeverReadsHoldsUpNobodyForLong(t *testing.T) {
 func TestSmallFramesOvertakeALargeBatch(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Conn().StopReading()
-		batch := make([]cryo.Outgoing, 20)
+		batch := make([]cryo.OutMessage, 20)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, 1<<20)}
+			batch[i] = cryo.Binary(make([]byte, 1<<20))
 		}
 		send := start(func() error { return s.SendBatch(t.Context(), batch) })
 		send.wantBlocked(t)

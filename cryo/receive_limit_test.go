@@ -175,7 +175,7 @@ func TestReadingStopsForTenSecondsAtMostWhileALocalSenderWaits(t *testing.T) {
 		synctest.Wait()
 		holds.Hold(large)
 
-		send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+		send := start(func() error { return s.SendText(t.Context(), "hello") })
 		text := waits.WantType("the text", wire.UTF8)
 		begins(t, waits, cryotest.Acked(text.Ack))
 		since := time.Now()
@@ -196,7 +196,7 @@ func TestARejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Binary(1000, string(make([]byte, 2000))))
 		m := receive(t, s)
-		send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+		send := start(func() error { return s.SendText(t.Context(), "hello") })
 		text := peer.WantType("the text", wire.UTF8)
 		begin := time.Now()
 		peer.WriteFrames(cryotest.Error(text.Ack, strings.Repeat("no ", 100_000)))

@@ -346,7 +346,7 @@ func (c *Client) report(err error) {
 // [ErrClosed] after Close; or the end of the last of 10 sessions on which it was sent and that
 // ended, one after the other, without acknowledging or rejecting any of what was left: the
 // message may be what ends them.
-func (c *Client) Send(ctx context.Context, messages []Outgoing) error {
+func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 	errs := make([]error, len(messages))
 	left := make([]int, len(messages)) // indexes of messages without a verdict
 	for i := range left {
@@ -388,10 +388,10 @@ func (c *Client) Send(ctx context.Context, messages []Outgoing) error {
 
 // sendLeft sends the messages with these indexes on a session. It sets their errors, and
 // returns the indexes of those that have no verdict because the session has ended.
-func sendLeft(ctx context.Context, s *Session, messages []Outgoing, left []int, errs []error) []int {
+func sendLeft(ctx context.Context, s *Session, messages []OutMessage, left []int, errs []error) []int {
 	part := messages
 	if len(left) < len(messages) {
-		part = make([]Outgoing, len(left))
+		part = make([]OutMessage, len(left))
 		for at, i := range left {
 			part[at] = messages[i]
 		}

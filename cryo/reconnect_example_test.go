@@ -27,7 +27,7 @@ func ExampleClient() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for _, text := range []string{"one", "two"} {
-		err := client.Send(ctx, []cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte(text)}})
+		err := client.Send(ctx, []cryo.OutMessage{cryo.Text(text)})
 		if err != nil {
 			fmt.Println(err) // the server rejected it, or it has not acknowledged it in a minute
 			return
@@ -68,7 +68,7 @@ func ExampleClient_Await() {
 	}()
 
 	for _, text := range []string{"hello", "hello again"} {
-		if err := client.Send(ctx, []cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte(text)}}); err != nil {
+		if err := client.Send(ctx, []cryo.OutMessage{cryo.Text(text)}); err != nil {
 			fmt.Println(err)
 		}
 		fmt.Println(<-received)

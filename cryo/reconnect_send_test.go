@@ -17,10 +17,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func textMessages(texts ...string) []cryo.Outgoing {
-	messages := make([]cryo.Outgoing, len(texts))
+func textMessages(texts ...string) []cryo.OutMessage {
+	messages := make([]cryo.OutMessage, len(texts))
 	for i, text := range texts {
-		messages[i] = cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(text)}
+		messages[i] = cryo.Text(text)
 	}
 	return messages
 }

@@ -342,7 +342,7 @@ func TestATokenIsAskedForAtEachAttempt(t *testing.T) {
 		require.Equal(t, 30*time.Second, time.Since(begin))
 
 		// Each session knows its own.
-		send := start(func() error { return s.SendUTF8(t.Context(), "?") })
+		send := start(func() error { return s.SendText(t.Context(), "?") })
 		m := receive(t, next(t, sessions))
 		require.NoError(t, m.Reject("you with the second-token"))
 		require.Equal(t, &cryo.RejectedError{Text: "you with the [token]"}, send.result(t))
@@ -350,7 +350,7 @@ func TestATokenIsAskedForAtEachAttempt(t *testing.T) {
 		cut(s)
 		s, err = c.Connect(t.Context())
 		require.NoError(t, err)
-		send = start(func() error { return s.SendUTF8(t.Context(), "?") })
+		send = start(func() error { return s.SendText(t.Context(), "?") })
 		require.NoError(t, receive(t, next(t, sessions)).Reject("you with the third-token"))
 		require.Equal(t, &cryo.RejectedError{Text: "you with the [token]"}, send.result(t))
 		require.Equal(t, []string{"Bearer first-token", "Bearer second-token", "Bearer third-token"}, g.sent("authorization"))
@@ -482,7 +482,9 @@ func TestAShortSessionOnWhichSomethingWasAcknowledgedIsDialledAgainSoon(t *testi
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(away, 5)
 		for range 20 {
-			sending := start(func() error { return c.Send(t.Context(), []cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte("m")}}) })
+			sending := start(func() error {
+				return c.Send(t.Context(), []cryo.OutMessage{cryo.Text("m")})
+			})
 			peer := nextSession(t, g, server)
 			peer.Ack(peer.WantType("the message", wire.UTF8))
 			sending.wantSuccess(t)
@@ -597,7 +599,7 @@ func TestAContextWhoseCauseIsAClientsErrorEndsTheWaitAllTheSame(t *testing.T) {
 		ended := s.Err()
 		for _, cause := range []error{&cryo.RetryError{Err: errors.New("another client's")}, ended} {
 			ctx, cancel := context.WithCancelCause(t.Context())
-			sending := start(func() error { return c.Send(ctx, []cryo.Outgoing{{Kind: cryo.KindText}}) })
+			sending := start(func() error { return c.Send(ctx, []cryo.OutMessage{{Kind: cryo.KindText}}) })
 			nextSession(t, g, server).WantType("the message", wire.UTF8)
 			cancel(cause)
 			require.ErrorIs(t, sending.result(t), cause)
@@ -770,7 +772,7 @@ func TestAClientCanBeClosedWheneverItIs(t *testing.T) {
 				}
 			},
 			"Send": func(c *cryo.Client) error {
-				return c.Send(context.Background(), []cryo.Outgoing{{Kind: cryo.KindText}})
+				return c.Send(context.Background(), []cryo.OutMessage{{Kind: cryo.KindText}})
 			},
 		} {
 			t.Run(how+" "+name, func(t *testing.T) {

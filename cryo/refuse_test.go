@@ -63,7 +63,7 @@ func TestASessionThatOnlySendsRefusesMessages(t *testing.T) {
 		require.Equal(t, 1, strings.Count(lines.text(), "out of paper"), "told once a second")
 		require.Less(t, len(lines.text()), 2000, "and not at length")
 
-		send := start(func() error { return s.SendUTF8(t.Context(), "still sends") })
+		send := start(func() error { return s.SendText(t.Context(), "still sends") })
 		peer.Ack(peer.WantType("the text", wire.UTF8))
 		send.wantSuccess(t)
 	})

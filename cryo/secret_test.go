@@ -161,7 +161,7 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s, peer := dialled(t, cryo.DialOptions{})
-				send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+				send := start(func() error { return s.SendText(t.Context(), "hello") })
 				peer.WriteFrames(cryotest.Error(peer.WantType("the text", wire.UTF8).Ack, words))
 				require.Equal(t, &cryo.RejectedError{Text: redacted}, send.result(t))
 

@@ -9,23 +9,29 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// Outgoing is a message to be sent.
-type Outgoing struct {
+// OutMessage is a message to be sent. [Text] and [Binary] make one.
+type OutMessage struct {
 	Kind Kind // KindText or KindBinary
-	// Payload is at most 16 MiB, and valid UTF-8 for KindText. Its memory must not be
-	// changed until the send returns. After a send that its context has ended, it may
-	// still be being written; with StartBatch, until [Sending.Done] is closed.
+	// Payload is at most 16 MiB, and valid UTF-8 for KindText. It is not copied: its memory
+	// must not be changed until the send returns; if its context has ended, or with Queue,
+	// until [Pending.Done] is closed.
 	Payload []byte
 }
 
-func (m *Outgoing) frameType() wire.Type {
+// Text returns a message of KindText.
+func Text(text string) OutMessage { return OutMessage{Kind: KindText, Payload: []byte(text)} }
+
+// Binary returns a message of KindBinary. It does not copy data.
+func Binary(data []byte) OutMessage { return OutMessage{Kind: KindBinary, Payload: data} }
+
+func (m *OutMessage) frameType() wire.Type {
 	if m.Kind == KindText {
 		return wire.UTF8
 	}
 	return wire.Binary
 }
 
-func (m *Outgoing) check() error {
+func (m *OutMessage) check() error {
 	switch {
 	case m.Kind != KindText && m.Kind != KindBinary:
 		return errNotAMessage
@@ -38,140 +44,111 @@ func (m *Outgoing) check() error {
 	}
 }
 
-// SendUTF8 sends a text and waits for its acknowledgement; see SendBatch.
-func (s *Session) SendUTF8(ctx context.Context, text string) error {
-	return s.sendOne(ctx, Outgoing{Kind: KindText, Payload: []byte(text)})
+// SendText sends a text and waits for its acknowledgement. Its error is that of the message
+// in SendBatch.
+func (s *Session) SendText(ctx context.Context, text string) error {
+	return s.sendOne(ctx, Text(text))
 }
 
-// SendBinary sends bytes and waits for their acknowledgement; see SendBatch.
+// SendBinary sends bytes and waits for their acknowledgement. Its error is that of the
+// message in SendBatch.
 func (s *Session) SendBinary(ctx context.Context, data []byte) error {
-	return s.sendOne(ctx, Outgoing{Kind: KindBinary, Payload: data})
+	return s.sendOne(ctx, Binary(data))
 }
 
-func (s *Session) sendOne(ctx context.Context, m Outgoing) error {
-	err := s.SendBatch(ctx, []Outgoing{m})
+func (s *Session) sendOne(ctx context.Context, m OutMessage) error {
+	err := s.SendBatch(ctx, []OutMessage{m})
 	if batch, ok := err.(*BatchError); ok { //nolint:errorlint // it is SendBatch's own
 		return batch.Errs[0]
 	}
 	return err
 }
 
-// SendBatch sends messages in order, gathered into few writes, and waits until
-// the peer has acknowledged each. A [*BatchError] names those that it has not,
-// and why: a [*RejectedError], the context's error and its cause (with a deadline
-// that is the time to wait), the session's end, or [ErrTooLarge] and [ErrInvalidUTF8] of a
-// message that can't be sent. Others may or may not have arrived; sending them again makes delivery at least once.
+// SendBatch sends messages in order, gathered into few writes, and waits until the peer has
+// acknowledged each. If the context is done already, nothing is sent.
 //
-// A message that can't be sent fails alone; the others are sent.
-func (s *Session) SendBatch(ctx context.Context, messages []Outgoing) error {
-	if ctx.Err() != nil {
-		return allFailed(len(messages), contextError(ctx))
+// A [*BatchError] has the errors of the messages that were not acknowledged, by index: a
+// [*RejectedError], the context's error and its cause (a deadline bounds the wait for the
+// acknowledgement), the session's end, or [ErrTooLarge] or [ErrInvalidUTF8] for a message
+// that can't be sent. Such a message fails alone: the others are sent. Of the others, those
+// that were not rejected may have been delivered; send them again for at-least-once
+// delivery.
+func (s *Session) SendBatch(ctx context.Context, messages []OutMessage) error {
+	if len(messages) > 0 && ctx.Err() != nil {
+		return &BatchError{Errs: slices.Repeat([]error{contextError(ctx)}, len(messages))}
 	}
-	return s.queue(messages, checkAll(messages)).Wait(ctx)
+	return s.Queue(messages).Wait(ctx)
 }
 
-// StartBatch is SendBatch without the wait: it queues the messages and returns
-// at once, so that one goroutine can send to many sessions, or keep an order
-// among batches that it waits for elsewhere. What is queued is in memory until
-// it is written; the caller bounds that by waiting.
-func (s *Session) StartBatch(messages []Outgoing) *Sending {
-	return s.queue(messages, checkAll(messages))
-}
-
-// Sending is a batch on its way to a peer. Its methods may be called from any goroutine.
-type Sending struct {
-	s    *Session
-	call call
-}
-
-// Done is closed when each message is acknowledged, rejected or given up, and the memory
-// of the payloads is not in use any more.
-func (g *Sending) Done() <-chan struct{} { return g.call.done }
-
-// Wait waits for Done, and returns what [Session.SendBatch] does. When the context is
-// done before that, it gives up what is not acknowledged, withdraws what is not written,
-// and returns at once; a payload may be in use then until Done is closed. A later Wait
-// returns the same. Wait must be called, because what is not given up is waited for until
-// the session ends.
-func (g *Sending) Wait(ctx context.Context) error {
-	if errs := g.s.await(ctx, &g.call); errs != nil {
-		return &BatchError{Errs: errs}
-	}
-	return nil
-}
-
-// Broadcast sends the same messages to several sessions side by side, and waits
-// until each peer has acknowledged, or the context is done. The errors are by
-// session: each is what [Session.SendBatch] returns. A slow session holds up
-// nobody but the caller.
+// Queue queues messages in order and returns at once, so that one goroutine can send to
+// many sessions, or keep an order among batches that others wait for. The messages that
+// can't be sent are left out; Wait returns their errors. What is queued is in memory until
+// it is written, without a bound: the caller bounds it by waiting.
 //
-// The messages are checked once, and their payloads are not copied: until they are
-// written, they are the same memory for all sessions.
-func Broadcast(ctx context.Context, sessions []*Session, messages []Outgoing) []error {
-	errs := make([]error, len(sessions))
-	if ctx.Err() != nil {
-		for i := range errs {
-			errs[i] = allFailed(len(messages), contextError(ctx))
-		}
-		return errs
-	}
-	invalid := checkAll(messages)
-	sendings := make([]*Sending, len(sessions))
-	for i, s := range sessions {
-		sendings[i] = s.queue(messages, invalid)
-	}
-	for i := range sendings {
-		errs[i] = sendings[i].Wait(ctx)
-	}
-	return errs
-}
-
-// checkAll returns the errors of the messages that can't be sent, by index; nil if all can.
-func checkAll(messages []Outgoing) (invalid []error) {
-	for i := range messages {
-		if err := messages[i].check(); err != nil {
-			if invalid == nil {
-				invalid = make([]error, len(messages))
-			}
-			invalid[i] = err
-		}
-	}
-	return invalid
-}
-
-func allFailed(size int, err error) error {
-	if size == 0 {
-		return nil
-	}
-	return &BatchError{Errs: slices.Repeat([]error{err}, size)}
-}
-
-// queue makes frames of the messages that are not invalid, and queues them.
-func (s *Session) queue(messages []Outgoing, invalid []error) *Sending {
-	g := &Sending{s: s}
-	size := len(messages)
-	for _, err := range invalid {
-		if err != nil {
-			size--
-		}
-	}
-	g.call.init(size)
-	g.call.errs = slices.Clone(invalid)
+// Wait or Cancel must be called, because a send that is not done counts as waiting for its
+// acknowledgement, with the effect that MaxBufferBytes of [SessionOptions] describes.
+func (s *Session) Queue(messages []OutMessage) *Pending {
+	p := &Pending{s: s}
+	errs, size := checkAll(messages)
+	p.call.init(size)
+	p.call.errs = errs
 	n := 0
 	for i := range messages {
-		if invalid != nil && invalid[i] != nil {
+		if errs != nil && errs[i] != nil {
 			continue
 		}
-		f := &g.call.frames[n]
+		f := &p.call.frames[n]
 		f.Frame = wire.Frame{SID: s.id, Type: messages[i].frameType(), Payload: messages[i].Payload}
 		f.index = i
 		n++
 	}
 	if size > 0 {
-		s.start(&g.call)
+		s.start(&p.call)
 	}
-	return g
+	return p
 }
+
+// checkAll returns the errors of the messages that can't be sent, by index, or nil if there
+// is none; and the number of the others.
+func checkAll(messages []OutMessage) (errs []error, valid int) {
+	valid = len(messages)
+	for i := range messages {
+		if err := messages[i].check(); err != nil {
+			if errs == nil {
+				errs = make([]error, len(messages))
+			}
+			errs[i] = err
+			valid--
+		}
+	}
+	return errs, valid
+}
+
+// Pending is a batch that was queued. Its methods may be called from any goroutine.
+type Pending struct {
+	s    *Session
+	call call
+}
+
+// Done is closed when each message is acknowledged, rejected or withdrawn, and the memory of
+// the payloads is not in use any more: they may be changed, and sent again.
+func (p *Pending) Done() <-chan struct{} { return p.call.done }
+
+// Wait waits for Done, and returns what [Session.SendBatch] returns. If the context is done
+// before that, Wait withdraws the batch, like Cancel, and returns at once, with the context's
+// error for each message that was not acknowledged or rejected. A later Wait returns the same.
+func (p *Pending) Wait(ctx context.Context) error {
+	if errs := p.s.await(ctx, &p.call); errs != nil {
+		return &BatchError{Errs: errs}
+	}
+	return nil
+}
+
+// Cancel withdraws what is neither acknowledged nor rejected: what is not written yet is not
+// sent, and what was written may still be delivered. It does not wait: a payload that is being
+// written is in use until Done is closed. Wait returns an error that matches
+// [context.Canceled] for each message that was withdrawn. After Done, Cancel does nothing.
+func (p *Pending) Cancel() { p.s.withdraw(&p.call, context.Canceled) }
 
 // sendFrame sends a frame and waits for its answer.
 func (s *Session) sendFrame(ctx context.Context, f wire.Frame) error {
@@ -202,7 +179,11 @@ func (s *Session) await(ctx context.Context, c *call) []error {
 	select {
 	case <-c.done:
 	case <-ctx.Done():
-		s.out.cancel(c, fmt.Errorf("waiting for the acknowledgement: %w", contextError(ctx)))
+		s.withdraw(c, contextError(ctx))
 	}
 	return s.pend.errors(c)
+}
+
+func (s *Session) withdraw(c *call, cause error) {
+	s.out.cancel(c, fmt.Errorf("waiting for the acknowledgement: %w", cause))
 }

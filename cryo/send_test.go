@@ -20,7 +20,7 @@ import (
 
 func TestSendReturnsWhenThePeerHasAcknowledged(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		text := start(func() error { return s.SendUTF8(t.Context(), "grüße") })
+		text := start(func() error { return s.SendText(t.Context(), "grüße") })
 		peer.WantFrame("the text", cryotest.Text(end.first, "grüße"))
 		text.wantBlocked(t)
 		peer.WriteFrames(cryotest.Acked(end.first))
@@ -36,7 +36,7 @@ func TestSendReturnsWhenThePeerHasAcknowledged(t *testing.T) {
 
 func TestNothingIsSentAsNothing(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		text := start(func() error { return s.SendUTF8(t.Context(), "") })
+		text := start(func() error { return s.SendText(t.Context(), "") })
 		peer.WantFrame("an empty text", cryotest.Text(end.first, ""))
 		peer.WriteFrames(cryotest.Acked(end.first))
 		text.wantSuccess(t)
@@ -48,7 +48,7 @@ func TestNothingIsSentAsNothing(t *testing.T) {
 
 func TestSendFailsWithThePeersRefusalWhichIsNeverAcknowledged(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		send := start(func() error { return s.SendUTF8(t.Context(), "no") })
+		send := start(func() error { return s.SendText(t.Context(), "no") })
 		peer.WantFrame("the text", cryotest.Text(end.first, "no"))
 		peer.WriteFrames(cryotest.Error(end.first, "disk full\x00\x00"))
 		require.Equal(t, &cryo.RejectedError{Text: "disk full"}, send.result(t))
@@ -59,7 +59,7 @@ func TestSendFailsWithThePeersRefusalWhichIsNeverAcknowledged(t *testing.T) {
 
 func TestARefusalIsNotRepeatedAtLength(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		send := start(func() error { return s.SendUTF8(t.Context(), "no") })
+		send := start(func() error { return s.SendText(t.Context(), "no") })
 		peer.WantType("the text", wire.UTF8)
 		peer.WriteFrames(cryotest.Error(end.first, string(bytes.Repeat([]byte("€"), 1<<20))))
 		rejected, ok := errors.AsType[*cryo.RejectedError](send.result(t))
@@ -73,7 +73,7 @@ func TestSendWaitsNoLongerThanItsContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		begin := time.Now()
-		err := s.SendUTF8(ctx, "first")
+		err := s.SendText(ctx, "first")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.EqualError(t, err, "waiting for the acknowledgement: context deadline exceeded")
 		require.Equal(t, 3*time.Second, time.Since(begin))
@@ -85,7 +85,7 @@ func TestSendWaitsNoLongerThanItsContext(t *testing.T) {
 func TestSendTellsWhyItsContextWasCancelled(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		send := start(func() error { return s.SendUTF8(ctx, "first") })
+		send := start(func() error { return s.SendText(ctx, "first") })
 		peer.WantType("the text", wire.UTF8)
 		cancel(errors.New("the pipeline stops"))
 		require.EqualError(t, send.result(t), "waiting for the acknowledgement: the pipeline stops")
@@ -96,7 +96,7 @@ func TestSendWithAnEndedContextSendsNothing(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		require.ErrorIs(t, s.SendUTF8(ctx, "first"), context.Canceled)
+		require.ErrorIs(t, s.SendText(ctx, "first"), context.Canceled)
 		peer.WantIdle("nothing", instant)
 	})
 }
@@ -105,10 +105,10 @@ func TestALateAcknowledgementSettlesNothingElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		require.ErrorIs(t, s.SendUTF8(ctx, "first"), context.DeadlineExceeded)
+		require.ErrorIs(t, s.SendText(ctx, "first"), context.DeadlineExceeded)
 		peer.WantFrame("the first text", cryotest.Text(end.first, "first"))
 
-		second := start(func() error { return s.SendUTF8(t.Context(), "second") })
+		second := start(func() error { return s.SendText(t.Context(), "second") })
 		peer.WantFrame("the second text", cryotest.Text(end.first+1, "second"))
 		peer.WriteFrames(cryotest.Acked(end.first), cryotest.Acked(0), cryotest.Acked(end.first+2))
 		second.wantBlocked(t)
@@ -123,7 +123,7 @@ func TestALateRefusalIsNeitherAcknowledgedNorReceived(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		require.ErrorIs(t, s.SendUTF8(ctx, "first"), context.DeadlineExceeded)
+		require.ErrorIs(t, s.SendText(ctx, "first"), context.DeadlineExceeded)
 		peer.WantFrame("the text", cryotest.Text(end.first, "first"))
 		peer.WriteFrames(cryotest.Error(end.first, "too late"), cryotest.Text(9, "next"))
 		require.Equal(t, "next", string(receive(t, s).Payload))
@@ -133,7 +133,7 @@ func TestALateRefusalIsNeitherAcknowledgedNorReceived(t *testing.T) {
 
 func TestSendFailsWithTheEndOfTheSession(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		send := start(func() error { return s.SendUTF8(t.Context(), "lost") })
+		send := start(func() error { return s.SendText(t.Context(), "lost") })
 		peer.WantType("the text", wire.UTF8)
 		peer.WriteClose(4002, "out of order")
 		err := send.result(t)
@@ -144,13 +144,13 @@ func TestSendFailsWithTheEndOfTheSession(t *testing.T) {
 		require.EqualError(t, err, `session ended: closed by the peer with code 4002: "out of order"`)
 
 		wantEnded(t, s)
-		require.Equal(t, err, s.SendUTF8(t.Context(), "after the end"))
+		require.Equal(t, err, s.SendText(t.Context(), "after the end"))
 	})
 }
 
 func TestSendFailsWithALostConnection(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		send := start(func() error { return s.SendUTF8(t.Context(), "lost") })
+		send := start(func() error { return s.SendText(t.Context(), "lost") })
 		peer.WantType("the text", wire.UTF8)
 		peer.Conn().Cut()
 		err := send.result(t)
@@ -164,13 +164,13 @@ func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		huge := make([]byte, cryo.MaxPayload+1)
 		send := start(func() error {
-			return s.SendBatch(t.Context(), []cryo.Outgoing{
-				{Kind: cryo.KindText, Payload: []byte("zero")},
-				{Kind: cryo.KindText, Payload: []byte("not \xff text")},
-				{Kind: cryo.KindBinary, Payload: []byte("two")},
-				{Kind: cryo.KindBinary, Payload: huge},
+			return s.SendBatch(t.Context(), []cryo.OutMessage{
+				cryo.Text("zero"),
+				cryo.Text("not \xff text"),
+				cryo.Binary([]byte("two")),
+				cryo.Binary(huge),
 				{Kind: cryo.KindError, Payload: []byte("four")},
-				{Kind: cryo.KindText, Payload: []byte("five")},
+				cryo.Text("five"),
 			})
 		})
 		peer.WantFrame("the first", cryotest.Text(end.first, "zero"))
@@ -203,7 +203,7 @@ func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
 
 func TestABatchWithoutAnyMessageThatCanBeSentFailsAtOnce(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		require.EqualError(t, s.SendUTF8(t.Context(), "\xff"), "text of 1 bytes is not valid UTF-8: send it as binary")
+		require.EqualError(t, s.SendText(t.Context(), "\xff"), "text of 1 bytes is not valid UTF-8: send it as binary")
 		peer.WantIdle("nothing", instant)
 	})
 }
@@ -241,9 +241,9 @@ func TestWhatNobodyWaitsForAnyMoreIsNotSent(t *testing.T) {
 		first := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
 		first.wantBlocked(t) // it keeps the writer busy
 		ctx, cancel := context.WithCancel(t.Context())
-		second := start(func() error { return s.SendUTF8(ctx, "cancelled") })
+		second := start(func() error { return s.SendText(ctx, "cancelled") })
 		second.wantBlocked(t)
-		third := start(func() error { return s.SendUTF8(t.Context(), "third") })
+		third := start(func() error { return s.SendText(t.Context(), "third") })
 		third.wantBlocked(t)
 		cancel()
 		require.ErrorIs(t, second.result(t), context.Canceled)
@@ -285,10 +285,10 @@ func TestManySendAtOnce(t *testing.T) {
 	})
 }
 
-func texts(list ...string) []cryo.Outgoing {
-	var batch []cryo.Outgoing
+func texts(list ...string) []cryo.OutMessage {
+	var batch []cryo.OutMessage
 	for _, text := range list {
-		batch = append(batch, cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(text)})
+		batch = append(batch, cryo.Text(text))
 	}
 	return batch
 }

@@ -37,10 +37,10 @@ func connected(b *testing.B) (client, server *cryo.Session) {
 	return client, <-sessions
 }
 
-func benchMessages(n int) []cryo.Outgoing {
-	batch := make([]cryo.Outgoing, n)
+func benchMessages(n int) []cryo.OutMessage {
+	batch := make([]cryo.OutMessage, n)
 	for i := range batch {
-		batch[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, benchPayload)}
+		batch[i] = cryo.Binary(make([]byte, benchPayload))
 	}
 	return batch
 }

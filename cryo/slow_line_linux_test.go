@@ -208,9 +208,9 @@ func TestALargeMessageGetsOverASlowLine(t *testing.T) {
 func TestManySmallMessagesGetOverASlowLine(t *testing.T) {
 	const count = 20_000
 	s, acknowledge := slowEnds["to a raw client"](t, &line{down: slowRate}, true)
-	sent := make([]*cryo.Sending, count)
+	sent := make([]*cryo.Pending, count)
 	for i := range sent {
-		sent[i] = s.StartBatch([]cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, 50)}})
+		sent[i] = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 50))})
 	}
 	acknowledge(t, count)
 	for _, sending := range sent {
@@ -250,7 +250,7 @@ func TestATrickleToAPeerThatHangsIsAPeerTimeout(t *testing.T) {
 					case <-s.Ending():
 						return nil
 					case <-time.After(5 * time.Millisecond):
-						go func() { _ = s.SendUTF8(t.Context(), "drop by drop") }()
+						go func() { _ = s.SendText(t.Context(), "drop by drop") }()
 					}
 				}
 			})

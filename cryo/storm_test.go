@@ -339,7 +339,7 @@ func (s *storm) sendMessages(r *rand.Rand, from, to *cryo.Session) {
 		if from.Err() != nil {
 			return
 		}
-		batch := make([]cryo.Outgoing, 1+r.IntN(8)*r.IntN(2))
+		batch := make([]cryo.OutMessage, 1+r.IntN(8)*r.IntN(2))
 		ids := make([]uint64, len(batch))
 		for i := range batch {
 			ids[i], batch[i].Payload = s.payload(r)
@@ -353,7 +353,7 @@ func (s *storm) sendMessages(r *rand.Rand, from, to *cryo.Session) {
 		var err error
 		switch {
 		case r.IntN(3) == 0:
-			err = from.StartBatch(batch).Wait(ctx)
+			err = from.Queue(batch).Wait(ctx)
 		case len(batch) == 1:
 			if err = from.SendBinary(ctx, batch[0].Payload); err != nil {
 				err = &cryo.BatchError{Errs: []error{err}}
@@ -369,7 +369,7 @@ func (s *storm) sendMessages(r *rand.Rand, from, to *cryo.Session) {
 
 // sentMessages compares what a sender is told with what the receiver has done, and uses
 // the memory again that is the sender's again.
-func (s *storm) sentMessages(to *cryo.Session, ids []uint64, batch []cryo.Outgoing, err error, givenUp bool) {
+func (s *storm) sentMessages(to *cryo.Session, ids []uint64, batch []cryo.OutMessage, err error, givenUp bool) {
 	errs := make([]error, len(ids))
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		errs = failed.Errs

@@ -187,7 +187,7 @@ func ExampleOutgoingStream_Close() {
 func ExampleSession_PullStreams() {
 	server := receiver(func(ctx context.Context, s *cryo.Session) {
 		must(s.PullStreams(ctx))
-		_ = s.SendUTF8(ctx, "I pull") // so that the client begins then
+		_ = s.SendText(ctx, "I pull") // so that the client begins then
 	})
 	defer server.Close()
 	s := connectTo(server)

@@ -90,7 +90,7 @@ func TestMessagesAreNotStarvedByStreams(t *testing.T) {
 			peer.Conn().StopReading()
 			synctest.Wait()
 			peer.Skip()
-			text := start(func() error { return s.SendUTF8(t.Context(), fmt.Sprint(i)) })
+			text := start(func() error { return s.SendText(t.Context(), fmt.Sprint(i)) })
 			text.wantBlocked(t)
 			peer.Conn().ReadOn()
 			between := 0

@@ -111,7 +111,7 @@ func (plan traffic) send(t *testing.T, s *cryo.Session, pulled bool) (jobs []fun
 	}
 	return append(jobs, func() error {
 		for _, text := range plan.Messages {
-			if err := s.SendUTF8(t.Context(), text); err != nil {
+			if err := s.SendText(t.Context(), text); err != nil {
 				return err
 			}
 		}

@@ -25,11 +25,11 @@ import (
 
 // blocked has a session write a message to a peer that reads nothing, and then queue
 // more of them.
-func blocked(s *cryo.Session, conn *cryotest.Conn, queued int) (first *cryo.Sending, more []*cryo.Sending) {
+func blocked(s *cryo.Session, conn *cryotest.Conn, queued int) (first *cryo.Pending, more []*cryo.Pending) {
 	conn.StopReading()
-	first = s.StartBatch([]cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, 4<<20)}})
+	first = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 4<<20))})
 	for i := range queued {
-		more = append(more, s.StartBatch([]cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte(strconv.Itoa(i))}}))
+		more = append(more, s.Queue([]cryo.OutMessage{cryo.Text(strconv.Itoa(i))}))
 	}
 	return first, more
 }
@@ -42,7 +42,7 @@ func cancelled(t testing.TB) context.Context {
 }
 
 // isDone reports whether it is known what has become of a send.
-func isDone(sending *cryo.Sending) bool {
+func isDone(sending *cryo.Pending) bool {
 	select {
 	case <-sending.Done():
 		return true
@@ -52,9 +52,9 @@ func isDone(sending *cryo.Sending) bool {
 }
 
 func TestManyCancelledSendsAreDoneBeforeTheirTurn(t *testing.T) {
-	for name, order := range map[string]func([]*cryo.Sending){
-		"the oldest first": func([]*cryo.Sending) {},
-		"in any order": func(s []*cryo.Sending) {
+	for name, order := range map[string]func([]*cryo.Pending){
+		"the oldest first": func([]*cryo.Pending) {},
+		"in any order": func(s []*cryo.Pending) {
 			rand.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] })
 		},
 	} {
@@ -73,6 +73,41 @@ func TestManyCancelledSendsAreDoneBeforeTheirTurn(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestCancelWithdrawsWhatIsNeitherAcknowledgedNorRejected(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		pending := s.Queue(texts("acknowledged", "rejected", "unanswered"))
+		peer.Ack(peer.WantType("the first", wire.UTF8))
+		peer.WriteFrames(cryotest.Error(peer.WantType("the second", wire.UTF8).Ack, "no"))
+		peer.WantType("the third", wire.UTF8)
+		synctest.Wait()
+		require.False(t, isDone(pending))
+		pending.Cancel()
+		require.True(t, isDone(pending))
+		pending.Cancel()
+		batch, ok := errors.AsType[*cryo.BatchError](pending.Wait(t.Context()))
+		require.True(t, ok)
+		require.NoError(t, batch.Errs[0])
+		require.Equal(t, &cryo.RejectedError{Text: "no"}, batch.Errs[1])
+		require.ErrorIs(t, batch.Errs[2], context.Canceled)
+		require.Zero(t, s.Awaited())
+
+		first, queued := blocked(s, peer.Conn(), 2)
+		queued[0].Cancel()
+		require.True(t, isDone(queued[0]))
+		peer.Conn().ReadOn()
+		peer.Ack(peer.WantType("what was being written", wire.Binary))
+		f := peer.WantType("what was queued behind it", wire.UTF8)
+		require.Equal(t, "1", string(f.Payload))
+		peer.Ack(f)
+		for _, acknowledged := range []*cryo.Pending{first, queued[1]} {
+			require.NoError(t, acknowledged.Wait(t.Context()))
+			acknowledged.Cancel()
+			require.NoError(t, acknowledged.Wait(t.Context()), "too late to withdraw it")
+		}
+		serving(t, s, peer)
+	})
 }
 
 func TestWhatWasCancelledIsNotWrittenHoweverMuchOfTheQueueItIs(t *testing.T) {
@@ -111,7 +146,7 @@ func TestThePayloadOfACancelledSendIsNotKeptInTheQueue(t *testing.T) {
 		first, _ := blocked(s, peer.Conn(), 10) // more than is withdrawn: the queue is not compacted
 		payload := new([1 << 20]byte)
 		kept := weak.Make(payload)
-		sending := s.StartBatch([]cryo.Outgoing{{Kind: cryo.KindBinary, Payload: payload[:]}})
+		sending := s.Queue([]cryo.OutMessage{cryo.Binary(payload[:])})
 		payload = nil
 		runtime.GC()
 		require.NotNil(t, kept.Value())
@@ -131,7 +166,7 @@ func TestACancelledSendIsDoneWhenItsPayloadIsNotInUseAnyMore(t *testing.T) {
 		peer.Conn().StopReading()
 		data := bytes.Repeat([]byte("for this peer"), 100_000)
 		sent := bytes.Clone(data)
-		sending := s.StartBatch([]cryo.Outgoing{{Kind: cryo.KindBinary, Payload: data}})
+		sending := s.Queue([]cryo.OutMessage{cryo.Binary(data)})
 		synctest.Wait() // it is being written
 		require.ErrorIs(t, sending.Wait(cancelled(t)), context.Canceled)
 		require.Zero(t, s.Awaited())
@@ -158,18 +193,18 @@ func TestEverySendIsDoneAtTheEnd(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-				unanswered := s.StartBatch(texts("a", "b"))
+				unanswered := s.Queue(texts("a", "b"))
 				peer.WantType("a", wire.UTF8)
 				peer.Ack(peer.WantType("b", wire.UTF8))
 				first, queued := blocked(s, peer.Conn(), 2)
-				queued = append(queued, s.StartBatch(texts("c", "\xff", "d")))
-				withdrawn := s.StartBatch(texts("e", "f"))
+				queued = append(queued, s.Queue(texts("c", "\xff", "d")))
+				withdrawn := s.Queue(texts("e", "f"))
 				require.Error(t, withdrawn.Wait(cancelled(t)))
 				synctest.Wait()
 				over(s, peer)
-				late := s.StartBatch(texts("g", "h"))
+				late := s.Queue(texts("g", "h"))
 				<-s.Done()
-				later := s.StartBatch(texts("i"))
+				later := s.Queue(texts("i"))
 				for _, sending := range append(queued, unanswered, first, withdrawn, late, later) {
 					<-sending.Done()
 					err := sending.Wait(t.Context())
@@ -208,13 +243,13 @@ func TestEverySendIsDoneWhateverBecomesOfIt(t *testing.T) {
 		})
 		for range 8 {
 			going.Go(func() {
-				var sendings []*cryo.Sending
+				var sendings []*cryo.Pending
 				for client.Err() == nil {
-					messages := make([]cryo.Outgoing, 1+rand.IntN(5)*rand.IntN(2))
+					messages := make([]cryo.OutMessage, 1+rand.IntN(5)*rand.IntN(2))
 					for i := range messages {
-						messages[i] = cryo.Outgoing{Kind: cryo.KindBinary, Payload: make([]byte, 10+rand.IntN(2)*rand.IntN(100_000))}
+						messages[i] = cryo.Binary(make([]byte, 10+rand.IntN(2)*rand.IntN(100_000)))
 					}
-					sending := client.StartBatch(messages)
+					sending := client.Queue(messages)
 					sendings = append(sendings, sending)
 					ctx, cancel := context.WithTimeout(context.Background(), time.Duration(rand.IntN(1000))*time.Microsecond)
 					_ = sending.Wait(ctx)
@@ -275,7 +310,7 @@ func BenchmarkCancelledSends(b *testing.B) {
 				b.StopTimer()
 				waiting = waiting[:0]
 				for range sends {
-					waiting = append(waiting, p.server.StartBatch([]cryo.Outgoing{{Kind: cryo.KindBinary, Payload: make([]byte, 100)}}))
+					waiting = append(waiting, p.server.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 100))}))
 				}
 				b.StartTimer()
 				for _, sending := range waiting {

@@ -67,7 +67,7 @@ func TestAnAnswerIsOfTheKindOfTheMessage(t *testing.T) {
 			{"ff00", cryo.KindText, "\xff\x00", cryo.KindBinary, "what is no text can't go as text"},
 		} {
 			sent := sendAny(func() error {
-				return peer.SendBatch(t.Context(), []cryo.Outgoing{{Kind: c.as, Payload: []byte(c.sent)}})
+				return peer.SendBatch(t.Context(), []cryo.OutMessage{{Kind: c.as, Payload: []byte(c.sent)}})
 			})
 			answer := receiveTexts(t, peer, c.want)[0]
 			require.Equal(t, c.wanted, answer.Kind, c.because)

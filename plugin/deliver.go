@@ -111,7 +111,15 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 	defer cancel()
 	none := make([]error, len(part))
 	began := o.metrics.sending(len(part) * len(g.sessions))
-	answers := cryo.Broadcast(bounded, g.sessions, frames(part))
+	out := frames(part) // the payloads are the same memory for all sessions
+	pending := make([]*cryo.Pending, len(g.sessions))
+	for i, session := range g.sessions {
+		pending[i] = session.Queue(out)
+	}
+	answers := make([]error, len(g.sessions))
+	for i := range pending {
+		answers[i] = pending[i].Wait(bounded)
+	}
 	o.metrics.awaited(bounded, len(part)*len(g.sessions), began)
 	for i, err := range answers {
 		var failed *cryo.BatchError

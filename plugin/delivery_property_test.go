@@ -577,9 +577,9 @@ func (w *world) sendBurst(l *line, ids []string) {
 		if s == nil {
 			return
 		}
-		messages := make([]cryo.Outgoing, len(ids))
+		messages := make([]cryo.OutMessage, len(ids))
 		for i, id := range ids {
-			messages[i] = cryo.Outgoing{Kind: cryo.KindText, Payload: messageOf(id)}
+			messages[i] = cryo.OutMessage{Kind: cryo.KindText, Payload: messageOf(id)}
 		}
 		err := s.SendBatch(w.end, messages)
 		errs := make([]error, len(ids))

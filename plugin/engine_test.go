@@ -348,7 +348,7 @@ func next[T any](t testing.TB, values <-chan T) T {
 type sending struct{ done chan error }
 
 func send(s *cryo.Session, text string) *sending {
-	return sendAny(func() error { return s.SendUTF8(context.Background(), text) })
+	return sendAny(func() error { return s.SendText(context.Background(), text) })
 }
 
 func sendAny(f func() error) *sending {

@@ -207,7 +207,7 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 					n++
 					a := &stormSend{texts: []string{fmt.Sprint("m", n)}, live: s, done: make(chan error, 1)}
 					sends = append(sends, a)
-					go func() { a.done <- s.SendUTF8(context.Background(), a.texts[0]) }()
+					go func() { a.done <- s.SendText(context.Background(), a.texts[0]) }()
 				}
 			}
 			if rnd.IntN(2) == 0 {

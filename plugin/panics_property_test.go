@@ -203,7 +203,7 @@ func (r *oddRun) send(s *cryo.Session, scanner understood) oddSending {
 		return oddSending{sendStream(s, oddOf(r, []string{"", "a.csv", "../x", "\xff\x00", strings.Repeat("n", 1000)}), content), "stream " + what}
 	}
 	if r.IntN(3) == 0 {
-		return oddSending{sendAny(func() error { return s.SendUTF8(context.Background(), strings.ToValidUTF8(content, "?")) }), "text " + what}
+		return oddSending{sendAny(func() error { return s.SendText(context.Background(), strings.ToValidUTF8(content, "?")) }), "text " + what}
 	}
 	return oddSending{sendBytes(s, content), "bytes " + what}
 }

@@ -84,9 +84,9 @@ func TestTheOrderOfASessionsMessagesIsKept(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, "serial: {}")
 		peer := e.dial()
-		var batch []cryo.Outgoing
+		var batch []cryo.OutMessage
 		for _, text := range words("m%d", 1000) {
-			batch = append(batch, cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(text)})
+			batch = append(batch, cryo.Text(text))
 		}
 		sent := sendAny(func() error { return peer.SendBatch(context.Background(), batch) })
 		var got []string

@@ -52,11 +52,11 @@ func BenchmarkAnOutageDrains(b *testing.B) {
 		b.StopTimer()
 		v.open.Store(false)
 		v.failed.Store(0)
-		batch := make([]cryo.Outgoing, messages)
+		batch := make([]cryo.OutMessage, messages)
 		for i := range batch {
-			batch[i] = cryo.Outgoing{Kind: cryo.KindText, Payload: fmt.Append(nil, "message ", i)}
+			batch[i] = cryo.OutMessage{Kind: cryo.KindText, Payload: fmt.Append(nil, "message ", i)}
 		}
-		sending := client.StartBatch(batch)
+		sending := client.Queue(batch)
 		for v.failed.Load() < 3*messages {
 			time.Sleep(time.Millisecond)
 		}

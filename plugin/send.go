@@ -99,7 +99,7 @@ type sender struct {
 
 // parcel is a message as it travels: a frame, or a stream.
 type parcel struct {
-	cryo.Outgoing
+	cryo.OutMessage
 	isStream bool
 	name     string // of the stream
 }
@@ -252,11 +252,11 @@ func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []pa
 		}
 	}
 	began := s.metrics.sending(len(messages))
-	sending := session.StartBatch(frames(messages))
+	pending := session.Queue(frames(messages))
 	return func() {
 		ctx, cancel := s.bound(ctx)
 		defer cancel()
-		if failed, ok := errors.AsType[*cryo.BatchError](sending.Wait(ctx)); ok {
+		if failed, ok := errors.AsType[*cryo.BatchError](pending.Wait(ctx)); ok {
 			for i, err := range failed.Errs {
 				if errs[i] == nil {
 					errs[i] = err
@@ -268,10 +268,10 @@ func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []pa
 	}
 }
 
-func frames(messages []parcel) []cryo.Outgoing {
-	list := make([]cryo.Outgoing, len(messages))
+func frames(messages []parcel) []cryo.OutMessage {
+	list := make([]cryo.OutMessage, len(messages))
 	for i := range messages {
-		list[i] = messages[i].Outgoing
+		list[i] = messages[i].OutMessage
 	}
 	return list
 }

@@ -326,7 +326,7 @@ func TestStreamsAndMessagesInterleave(t *testing.T) {
 			for i, st := range streams {
 				text := fmt.Sprintf("stream %d line %d", i, line)
 				write(t, st, text[:8])
-				require.NoError(t, peer.SendUTF8(context.Background(), "message beside "+text))
+				require.NoError(t, peer.SendText(context.Background(), "message beside "+text))
 				write(t, st, text[8:]+"\n")
 				want = append(want, "message beside "+text, text)
 			}

@@ -133,7 +133,7 @@ func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
 	acknowledged := 0
 	ended := start(func() error {
 		for _, text := range texts {
-			if err := s.SendUTF8(context.Background(), text); err != nil {
+			if err := s.SendText(context.Background(), text); err != nil {
 				return err
 			}
 			acknowledged++

@@ -106,7 +106,7 @@ func TestWhatAServiceRefusesForGoodBecomesADeadLetter(t *testing.T) {
 	require.Equal(t, "cG9pc29u", letter.Base64)
 
 	// Its neighbours in one batch do not.
-	batch := []cryo.Outgoing{{Kind: cryo.KindText, Payload: []byte("before")}, {Kind: cryo.KindText, Payload: []byte("poison")}, {Kind: cryo.KindText, Payload: []byte("behind")}}
+	batch := []cryo.OutMessage{cryo.Text("before"), cryo.Text("poison"), cryo.Text("behind")}
 	done := start(func() error { return s.SendBatch(context.Background(), batch) })
 	for range batch {
 		req := next(t, service.requests)

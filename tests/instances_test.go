@@ -327,7 +327,7 @@ func sendUntil(finished context.Context, address string, done chan<- string) (ac
 		go work(finished, s, done)
 		for err == nil {
 			text := fmt.Sprintf("event-%06d", len(acked))
-			if err = s.SendUTF8(finished, text); err == nil {
+			if err = s.SendText(finished, text); err == nil {
 				acked = append(acked, text)
 			}
 		}

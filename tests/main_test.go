@@ -173,7 +173,7 @@ func start(f func() error) <-chan error {
 }
 
 func send(s *cryo.Session, text string) <-chan error {
-	return start(func() error { return s.SendUTF8(context.Background(), text) })
+	return start(func() error { return s.SendText(context.Background(), text) })
 }
 
 // wantPending wants something not to have come to its end.

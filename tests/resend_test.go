@@ -70,7 +70,7 @@ func (r *resender) work(ctx context.Context) {
 
 		err := fmt.Errorf("nobody is connected")
 		if session != nil {
-			err = session.SendUTF8(ctx, text)
+			err = session.SendText(ctx, text)
 		}
 		r.mu.Lock()
 		if err == nil {

@@ -163,9 +163,9 @@ func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, strea
 }
 
 func (q *queue) sendBatch(ctx context.Context, s *cryo.Session, sent []int) error {
-	batch := make([]cryo.Outgoing, len(sent))
+	batch := make([]cryo.OutMessage, len(sent))
 	for n, i := range sent {
-		batch[n] = cryo.Outgoing{Kind: cryo.KindText, Payload: []byte(q.units[i][0])}
+		batch[n] = cryo.Text(q.units[i][0])
 	}
 	err := s.SendBatch(ctx, batch)
 	var errs []error

@@ -215,7 +215,7 @@ func (r *replay) act(f *wire.Frame, at int) {
 			require.NoError(r.t, st.stream.Close())
 		}
 	case wire.UTF8:
-		r.call(describe(f), func(s *cryo.Session) error { return s.SendUTF8(r.ctx, string(f.Payload)) })
+		r.call(describe(f), func(s *cryo.Session) error { return s.SendText(r.ctx, string(f.Payload)) })
 	case wire.Binary:
 		r.call(describe(f), func(s *cryo.Session) error { return s.SendBinary(r.ctx, f.Payload) })
 	case wire.TxStart:
