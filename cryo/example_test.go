@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http/httptest"
 	"strings"
 
@@ -69,13 +68,12 @@ func ExampleServer() {
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
-				for {
-					message, err := session.Receive(context.Background())
-					if errors.Is(err, net.ErrClosed) {
-						return // the session is over
+				for message, err := range session.Messages(context.Background()) {
+					if err != nil {
+						return // the session has ended
 					}
 					delivered <- string(message.Payload)
-					_ = message.Ack() // fails when the session is over
+					_ = message.Ack() // fails when the session has ended
 				}
 			}()
 		},
@@ -136,8 +134,7 @@ func startServer() exampleServer {
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
-				for {
-					message, err := session.Receive(context.Background())
+				for message, err := range session.Messages(context.Background()) {
 					if err != nil {
 						return
 					}

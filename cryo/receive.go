@@ -3,6 +3,7 @@ package cryo
 import (
 	"context"
 	"errors"
+	"iter"
 	"runtime"
 	"strings"
 
@@ -15,9 +16,10 @@ import (
 // the peer's words in errors and log lines.
 const maxErrorText = 1024
 
-// Receive waits for the next message. Messages that came before the end of the
-// session are still handed out after it; then the session's cause is returned.
-// Whoever doesn't want these calls Refuse before, or Discard afterwards.
+// Receive waits for the next message. Messages that were received before the end of the
+// session are still returned after it; then the error is that of [Session.Err]. An
+// application that does not want them calls Refuse before, or Discard afterwards. When the
+// context is done first, the error matches the context's error and its cause.
 func (s *Session) Receive(ctx context.Context) (*Message, error) {
 	batch, err := s.ReceiveBatch(ctx, 1)
 	if err != nil {
@@ -26,8 +28,28 @@ func (s *Session) Receive(ctx context.Context) (*Message, error) {
 	return batch[0], nil
 }
 
-// ReceiveBatch waits until a message is there, and takes all that wait, up to
-// limit, which is at least 1. Otherwise like Receive. The slice is the caller's.
+// Messages returns an iterator over the messages that Receive returns, one at a time. It
+// ends after its only error, which it yields with a nil message: the session's after its
+// end, or the context's. A loop may stop at any message: what was not yielded is left for
+// the next call.
+func (s *Session) Messages(ctx context.Context) iter.Seq2[*Message, error] {
+	return each(func() (*Message, error) { return s.Receive(ctx) })
+}
+
+// each yields what next returns, up to its first error.
+func each[T any](next func() (T, error)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		for {
+			value, err := next()
+			if !yield(value, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// ReceiveBatch waits until there is a message, and returns all that have been received, up
+// to limit, which is at least 1. Otherwise it is like Receive. The slice is the caller's.
 func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, error) {
 	limit = max(limit, 1)
 	for {

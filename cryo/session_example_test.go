@@ -6,18 +6,18 @@ import (
 	"fmt"
 	"net"
 	"net/http/httptest"
+	"sync/atomic"
 	"time"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// taker serves sessions, and takes and prints the messages that come.
+// taker serves sessions, and prints and acknowledges the messages that are received.
 func taker() *httptest.Server {
 	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
-			for {
-				m, err := s.Receive(context.Background())
+			for m, err := range s.Messages(context.Background()) {
 				if err != nil {
 					return // the session has ended
 				}
@@ -25,6 +25,14 @@ func taker() *httptest.Server {
 				_ = m.Ack()
 			}
 		},
+	}))
+}
+
+// serveOnce serves sessions by one function.
+func serveOnce(serve func(s *cryo.Session)) *httptest.Server {
+	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+		Authorize: cryo.Tokens("secret"),
+		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { serve(s) },
 	}))
 }
 
@@ -86,9 +94,7 @@ func ExampleSession_Queue() {
 // A message that is not wanted any more is withdrawn. Its memory may be used again when Done
 // is closed.
 func ExamplePending_Cancel() {
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"), // and nobody acknowledges anything
-	}))
+	server := serveOnce(func(*cryo.Session) {}) // it acknowledges nothing
 	defer server.Close()
 	s := connectTo(server)
 	ctx := context.Background()
@@ -108,16 +114,84 @@ func ExamplePending_Cancel() {
 	// waiting for the acknowledgement: context canceled
 }
 
-// The receiving end decides what is delivered, and says what is not.
-func ExampleSession_Receive() {
+// All messages of a session: each is acknowledged when it is delivered, and not before.
+func ExampleSession_Messages() {
+	server := serveOnce(func(s *cryo.Session) {
+		_ = s.SendBatch(context.Background(), []cryo.OutMessage{cryo.Text("one"), cryo.Text("two")})
+		_ = s.Close(context.Background(), "that was all")
+	})
+	defer server.Close()
+	s := connectTo(server)
+
+	for m, err := range s.Messages(context.Background()) {
+		if err != nil {
+			fmt.Println(err)
+			break // nothing more comes
+		}
+		fmt.Printf("%s\n", m.Payload)
+		must(m.Ack())
+	}
+	// Output:
+	// one
+	// two
+	// session ended: closed by the peer: "that was all"
+}
+
+// Messages that are delivered together are acknowledged together.
+func ExampleSession_ReceiveBatch() {
+	server := serveOnce(func(s *cryo.Session) {
+		ctx := context.Background()
+		var stored []*cryo.Message
+		for len(stored) < 3 {
+			batch, err := s.ReceiveBatch(ctx, 100)
+			if err != nil {
+				return // the session has ended
+			}
+			stored = append(stored, batch...)
+		}
+		_ = cryo.AckBatch(stored)
+	})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	must(s.SendBatch(ctx, []cryo.OutMessage{cryo.Text("a"), cryo.Text("b"), cryo.Binary([]byte("c"))}))
+	fmt.Println("delivered")
+	// Output:
+	// delivered
+}
+
+// What can't be delivered is rejected, with a text for the sender.
+func ExampleMessage_Reject() {
+	server := serveOnce(func(s *cryo.Session) {
+		m, err := s.Receive(context.Background())
+		if err != nil {
+			return
+		}
+		_ = m.Reject("the disk is full")
+	})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	err := s.SendText(ctx, "keep this")
+	if rejected, ok := errors.AsType[*cryo.RejectedError](err); ok {
+		fmt.Println(rejected.Text)
+	}
+	// Output:
+	// the disk is full
+}
+
+// The hooks of a session are for counting.
+func ExampleSessionOptions() {
+	var rejected atomic.Int64
 	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
-			m, err := s.Receive(context.Background())
-			if err != nil {
-				return
-			}
-			_ = m.Reject("the disk is full")
+		SessionOptions: cryo.SessionOptions{
+			SendOnly: true,
+			OnReject: func(s *cryo.Session, kind cryo.Kind) { rejected.Add(1) },
 		},
 	}))
 	defer server.Close()
@@ -125,9 +199,11 @@ func ExampleSession_Receive() {
 	ctx := context.Background()
 	defer s.Close(ctx, "")
 
-	fmt.Println(s.SendText(ctx, "keep this"))
+	fmt.Println(s.SendText(ctx, "hello"))
+	fmt.Println(rejected.Load())
 	// Output:
-	// rejected by the peer: "the disk is full"
+	// rejected by the peer: "this session receives no messages"
+	// 1
 }
 
 // A goodbye: what is queued is written, and the peer learns the reason.

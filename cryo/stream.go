@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"iter"
 
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
@@ -111,6 +112,14 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 			return nil, contextError(ctx)
 		}
 	}
+}
+
+// Streams returns an iterator over the streams that AcceptStream returns. A yielded stream
+// is the caller's, to be acknowledged or closed. The iterator ends after its only error,
+// which it yields with a nil stream: the session's after its end, or the context's. A loop
+// may stop at any stream: what was not yielded is left for the next call.
+func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*IncomingStream, error] {
+	return each(func() (*IncomingStream, error) { return s.AcceptStream(ctx, names...) })
 }
 
 // PullStreams asks the peer to send the streams that it opens from then on only as

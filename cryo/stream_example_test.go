@@ -19,10 +19,9 @@ func receiver(setUp func(context.Context, *cryo.Session)) *httptest.Server {
 		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
 			ctx := u.Request.Context()
 			setUp(ctx, s)
-			for {
-				st, err := s.AcceptStream(ctx)
+			for st, err := range s.Streams(ctx) {
 				if err != nil {
-					return
+					return // the session has ended
 				}
 				printStream(st)
 			}
@@ -137,6 +136,31 @@ func ExampleSession_AcceptStream() {
 	// Output:
 	// 1,2
 	// 3,4
+}
+
+// All streams of a session that have one of some names, one after the other.
+func ExampleSession_Streams() {
+	server := serveOnce(func(s *cryo.Session) {
+		ctx := context.Background()
+		for _, name := range []string{"a.csv", "b.csv"} {
+			_ = s.SendStream(ctx, strings.NewReader("the contents of "+name), &cryo.StreamOptions{Name: name})
+		}
+		_ = s.Close(ctx, "that was all")
+	})
+	defer server.Close()
+	s := connectTo(server)
+
+	for st, err := range s.Streams(context.Background(), "a.csv", "b.csv") {
+		if err != nil {
+			fmt.Println(err)
+			break // nothing more comes
+		}
+		printStream(st)
+	}
+	// Output:
+	// a.csv: the contents of a.csv
+	// b.csv: the contents of b.csv
+	// session ended: closed by the peer: "that was all"
 }
 
 // A stream that is closed before it is read to its end is cancelled: its sender learns
