@@ -76,7 +76,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 		}
 		// Here and not for each refusal: much work may be made of a long token.
 		cause = redact.New(refused.token).Error(cause)
-		s.opts.Logger.Warn("Refused a client (at most one such line a second)", "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
+		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
 			"left_out", max(s.refused.Swap(0)-1, 0))
 	})
 	if !refused.answered {

@@ -524,11 +524,11 @@ func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
 		for range 100 {
 			knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
 		}
-		require.Equal(t, 1, strings.Count(lines.text(), "Refused a client"))
+		require.Equal(t, 1, strings.Count(lines.text(), "Denied a client"))
 		require.Equal(t, 1, strings.Count(lines.text(), "left_out=0"))
 		time.Sleep(time.Second)
 		knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
-		require.Equal(t, 2, strings.Count(lines.text(), "Refused a client"))
+		require.Equal(t, 2, strings.Count(lines.text(), "Denied a client"))
 		require.Equal(t, 1, strings.Count(lines.text(), "left_out=99"))
 	})
 }

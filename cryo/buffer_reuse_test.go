@@ -58,8 +58,8 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 			cryotest.Text(1002, strings.Repeat("C", 300)),     // rejected
 		)
 		m := receive(t, s)
-		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
-		wantAmongPongs(t, peer, cryotest.Error(1002, noRoom))
+		wantAmongPongs(t, peer, cryotest.Error(1001, bufferFull))
+		wantAmongPongs(t, peer, cryotest.Error(1002, bufferFull))
 		require.Equal(t, strings.Repeat("A", 300), string(m.Payload))
 		s.Release(1600)
 		peer.Ack(text)
@@ -82,8 +82,8 @@ func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
 			cryotest.Text(1002, strings.Repeat("C", 200)),     // rejected
 			txFinish(1003, 0),
 		)
-		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
-		wantAmongPongs(t, peer, cryotest.Error(1002, noRoom))
+		wantAmongPongs(t, peer, cryotest.Error(1001, bufferFull))
+		wantAmongPongs(t, peer, cryotest.Error(1002, bufferFull))
 		s.Release(79_800)
 		peer.Ack(text)
 		answer.wantSuccess(t)

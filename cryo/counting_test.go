@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestLateAcknowledgementsAreTold(t *testing.T) {
+func TestLateAcknowledgementsAreReportedWithTheirSession(t *testing.T) {
 	late := 0
 	var of *cryo.Session
 	opts := cryo.SessionOptions{OnLateAck: func(s *cryo.Session) { late, of = late+1, s }}
@@ -46,7 +46,7 @@ func TestLateAcknowledgementsAreTold(t *testing.T) {
 	})
 }
 
-func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
+func TestWhatASessionRejectsByItselfIsReportedWithTheSession(t *testing.T) {
 	var (
 		refused []cryo.Kind
 		by      *cryo.Session
@@ -66,7 +66,7 @@ func TestWhatASessionRefusesByItselfIsTold(t *testing.T) {
 	})
 }
 
-func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
+func TestMessagesRejectedBecauseTheReceiveBufferIsFullAreCounted(t *testing.T) {
 	opts := smallBuffer
 	var refused []cryo.Kind
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { refused = append(refused, kind) }
@@ -75,7 +75,7 @@ func TestWhatThereIsNoRoomForIsTold(t *testing.T) {
 		fill(t, s, peer) // one message more waits than there is room for
 		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
-		require.NoError(t, <-answer.done) // it takes noRoomPatience
+		require.NoError(t, <-answer.done) // it takes rejectAfter
 		require.Equal(t, []cryo.Kind{cryo.KindText}, refused)
 	})
 }
@@ -112,7 +112,7 @@ func TestAServerTellsTheEndOfEachSessionThatItHasTold(t *testing.T) {
 	})
 }
 
-func TestAServerTellsWithWhichStatusItRefuses(t *testing.T) {
+func TestAServerReportsTheStatusWithWhichItDeniesAClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var statuses []int
 		_, l, _ := serve(t, cryo.ServerOptions{OnDeny: func(status int) { statuses = append(statuses, status) }})

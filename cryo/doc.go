@@ -9,7 +9,7 @@
 // and [Session.SendBatch], which return when the peer has acknowledged, and
 // receives with [Session.Receive] and [Session.ReceiveBatch]. A received
 // message is acknowledged by [Message.Ack], when it has been delivered and not
-// before, or refused by [Message.Reject]; what is neither may be sent again by
+// before, or rejected by [Message.Reject]; what is neither may be sent again by
 // the peer, on another connection.
 //
 // What is larger than a message, or has no end yet, travels as a stream.

@@ -6,14 +6,14 @@ import "github.com/cryo-connect/cryo-connect/internal/wire"
 // Longer data travels as a stream.
 const MaxPayload = wire.MaxPayload
 
-// Kind is what a message is.
+// Kind is the kind of a message.
 type Kind int
 
 // The kinds of messages, and of what [SessionOptions.OnReject] counts.
 const (
 	KindText   Kind = iota + 1 // text (UTF8DATA)
 	KindBinary                 // bytes (BINARYDATA)
-	KindError                  // what the peer's application sent as an error (ERROR); received only
+	KindError                  // an error that the peer's application sent (ERROR); received only
 	KindStream                 // a stream; no message has this kind
 )
 

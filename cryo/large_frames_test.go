@@ -212,12 +212,12 @@ func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *test
 		text := clients[2].WantType("the text", wire.UTF8)
 		begin := time.Now()
 		begins(t, clients[2], cryotest.Acked(text.Ack), cryotest.Text(200, "a small one"))
-		trickle(t, clients, sessions, rests, noRoomPatience+time.Second)
+		trickle(t, clients, sessions, rests, rejectAfter+time.Second)
 		require.NoError(t, send.result(t))
-		require.Less(t, time.Since(begin), noRoomPatience+2*time.Second)
+		require.Less(t, time.Since(begin), rejectAfter+2*time.Second)
 		require.Equal(t, "a small one", string(receive(t, sessions[2]).Payload))
 		clients[2].Conn().ReadOn()
-		clients[2].WantFrame("the refusal", cryotest.Error(102, noRoom))
+		clients[2].WantFrame("the refusal", cryotest.Error(102, bufferFull))
 	})
 }
 

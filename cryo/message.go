@@ -7,47 +7,48 @@ import (
 	"time"
 )
 
-// messageOverhead is what a received message counts beside its payload, for
-// the memory of the message itself here and in the pipeline behind.
+// messageOverhead is counted for a received message beside its payload, in bytes: the memory
+// of the message itself, here and in the pipeline behind.
 const messageOverhead = 256
 
-// Message is a received UTF8DATA, BINARYDATA or ERROR frame. The peer learns
-// of its delivery by Ack, of its refusal by Reject, and nothing by neither. It
-// counts against MaxBufferBytes until one of them is called, on a server after
-// the session's end too; a second Ack or Reject does nothing. Its methods may be called
-// from any goroutine. It must not be copied.
+// Message is a received UTF8DATA, BINARYDATA or ERROR frame. Ack reports to the peer that it
+// was delivered, Reject that it will not be; without either of them the peer may send it
+// again, on another connection. The message counts against MaxBufferBytes until one of them
+// is called, at a server after the end of the session too. The first call counts: another
+// one does nothing and returns nil. All methods may be called from any goroutine. A Message
+// must not be copied, which go vet checks.
 type Message struct {
 	// Kind is KindText, KindBinary, or KindError for a message that the peer's
 	// application sent as an error.
 	Kind Kind
-	// Payload is the receiver's to keep. UTF8DATA is passed on as it came,
-	// valid UTF-8 or not.
+	// Payload belongs to the receiver. That of UTF8DATA is as it was received, valid UTF-8
+	// or not.
 	Payload []byte
 
 	session *Session
 	read    time.Time
 	number  uint32
-	hold    hold // until it is settled; then of who has settled it
+	hold    hold // owned by the caller of settle once it is settled
 	settled atomic.Bool
 }
 
-// Session is the session that the message came from. Its acknowledgement goes
-// there or nowhere: a number belongs to its connection.
+// Session returns the session that the message was received on. Ack and Reject use that
+// session or none, because numbers belong to their connection.
 func (m *Message) Session() *Session { return m.session }
 
-// Time is when the message was read from the network.
+// Time returns when the message was read from the network.
 func (m *Message) Time() time.Time { return m.read }
 
-// Number is the peer's number for this message (protocol, "Acknowledgements").
+// Number returns the peer's number of the message (protocol, "Acknowledgements").
 func (m *Message) Number() uint32 { return m.number }
 
 // LogText is the payload as it may be logged: cut to 1 KiB, and without the token
 // that the session was dialled with.
 func (m *Message) LogText() string { return m.session.words(string(m.Payload)) }
 
-// Ack tells the peer that the message has been delivered. It does not wait for
-// the network. After the end of the session it does nothing, and says so with
-// the cause: the peer has to take the message for undelivered.
+// Ack acknowledges the message: it was delivered. It does not wait for the network. After
+// the end of the session the peer can't be reached: Ack returns the error of [Session.Err],
+// and the peer must regard the message as undelivered.
 func (m *Message) Ack() error {
 	if !m.settle() {
 		return nil
@@ -55,9 +56,9 @@ func (m *Message) Ack() error {
 	return m.session.acknowledge([]uint32{m.number}, &m.hold)
 }
 
-// Reject tells the peer, by an ERROR with the message's number, that the
-// message will not be delivered. The text travels to the peer, cut to 1 KiB;
-// keep one's own secrets out of it. Otherwise like Ack.
+// Reject rejects the message, by an ERROR with its number: it will not be delivered. The text
+// is sent to the peer, cut to 1 KiB, so it must contain no secrets. A message of KindError is
+// not answered. Otherwise Reject is like Ack.
 func (m *Message) Reject(text string) error {
 	if !m.settle() {
 		return nil
@@ -73,8 +74,9 @@ func (m *Message) reject(text string) error {
 	return m.session.reject(m.number, text)
 }
 
-// AckBatch acknowledges many messages, of one session or several, in as few
-// writes as it can. The error is that of the first session that has ended.
+// AckBatch acknowledges many messages, of one session or several, in as few writes as
+// possible. Messages that are acknowledged or rejected already are skipped. The error is that
+// of the first session that has ended; the messages of the others are acknowledged.
 func AckBatch(batch []*Message) error {
 	var first error
 	for len(batch) > 0 {
@@ -102,7 +104,8 @@ func AckBatch(batch []*Message) error {
 	return first
 }
 
-// settle makes the caller the owner of the reservation, if nobody has settled the message.
+// settle reports whether the caller is the first to settle the message, and so owns its
+// reservation.
 func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
 
 // inbox is a session's queue of received messages. What it may hold is bounded by the

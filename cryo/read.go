@@ -38,8 +38,8 @@ func (s *Session) read() {
 	}
 }
 
-// waitForWriter pauses reading while too many small frames are unwritten. That
-// is the peer's doing: it has to show a sign of life meanwhile.
+// waitForWriter pauses reading while too many small frames are unwritten. The peer
+// causes that, so its timeout keeps running.
 func (s *Session) waitForWriter() {
 	for {
 		crowded := s.out.crowded()
@@ -65,7 +65,7 @@ func (s *Session) wants(f *wire.Frame) bool {
 	}
 }
 
-// readFailed tells why there is nothing more to read.
+// readFailed ends the session when nothing more can be read.
 func (s *Session) readFailed(err error) {
 	var (
 		closed *websocket.CloseError
@@ -99,7 +99,7 @@ func (s *Session) protocolError(err *ProtocolError) {
 	s.goodbye(err, closeClientError, err.Error(), false)
 }
 
-// isEnding tells whether data is only discarded by now.
+// isEnding reports whether the session has begun to end: data is discarded then.
 func (s *Session) isEnding() bool {
 	select {
 	case <-s.ending:
@@ -118,7 +118,7 @@ func (s *Session) handle(in *received) {
 		s.handleAnswer(f, nil)
 		return
 	case wire.Error:
-		// A refusal of one of our frames is never acknowledged: the refuser
+		// A rejection of one of our frames is never acknowledged: its sender
 		// may have a frame pending under the same number (protocol, "ERROR").
 		if s.handleAnswer(f, &RejectedError{Text: s.words(f.Text())}) {
 			return

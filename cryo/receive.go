@@ -12,8 +12,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// maxErrorText bounds the text of an ERROR that we send, and what is repeated of
-// the peer's words in errors and log lines.
+// maxErrorText bounds the text of an ERROR that we send, and the peer's texts in errors and
+// log lines, in bytes.
 const maxErrorText = 1024
 
 // Receive waits for the next message. Messages that were received before the end of the
@@ -94,7 +94,7 @@ func (s *Session) refuseWaiting() {
 			return
 		}
 		for _, m := range batch {
-			s.refuse(m)
+			s.rejectUnread(m, receivesNothing)
 		}
 	}
 }
@@ -113,10 +113,11 @@ func (s *Session) deliver(in *received) {
 	small := len(m.Payload) < ws.ReadDirect // asked while the message is ours
 	switch {
 	case in.decision == bufferFull:
-		s.overflow(m)
+		s.reportBufferFull()
+		s.rejectUnread(m, ErrBufferFull.Error())
 		return
 	case in.decision == unwanted, s.refusing.Load():
-		s.refuse(m)
+		s.rejectUnread(m, receivesNothing)
 		return
 	case !s.inbox.put(m):
 		m.hold.release()
@@ -142,39 +143,35 @@ func (s *Session) words(text string) string {
 	return redact.Cut(s.opts.token.Text(text), maxErrorText)
 }
 
-func (s *Session) refuse(m *Message) {
+// receivesNothing is the text that a session that only sends rejects messages with.
+const receivesNothing = "this session receives no messages"
+
+// rejectUnread rejects a message that the application does not receive.
+func (s *Session) rejectUnread(m *Message, text string) {
 	s.opts.OnReject(s, m.Kind)
-	_ = m.reject("this session receives no messages") // after the end nobody hears it
+	_ = m.reject(text) // after the end of the session nobody is there to get it
 	if m.Kind == KindError {
-		s.report("The peer reports an error (at most one such line a second)", "text", m.LogText())
+		s.report("The peer reports an error", "text", m.LogText())
 	}
 }
 
-// overflow refuses a message for which there is no room.
-func (s *Session) overflow(m *Message) {
-	s.reportNoRoom()
-	if m.Kind == KindError {
-		s.refuse(m)
-		return
-	}
-	s.opts.OnReject(s, m.Kind)
-	_ = m.reject(ErrBufferFull.Error()) // after the end nobody hears it
-}
-
-func (s *Session) reportNoRoom() {
-	s.report("Refusing what a session sends: too much of it is not acknowledged yet, and acknowledgements that we wait for are behind it (at most one such line a second)",
+func (s *Session) reportBufferFull() {
+	s.report("Receive buffer full: rejecting messages and streams, because a send waits for its acknowledgement behind them",
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
-// report logs a warning, at most one a second. Logging is outside of the limit's lock:
-// a handler may call the session.
+// report logs a warning, at most one a second. Logging is outside of the limit's lock: a
+// handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	due := false
 	s.reports.Do(func() { due = true })
 	if due {
-		s.log.Warn(message, append([]any{"session", s.id}, attrs...)...)
+		s.log.Warn(message+rateLimited, append([]any{"session", s.id}, attrs...)...)
 	}
 }
+
+// rateLimited ends the log messages of which some are left out.
+const rateLimited = " (at most one such line a second)"
 
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.

@@ -185,9 +185,9 @@ func TestReadingStopsForTenSecondsAtMostWhileALocalSenderWaits(t *testing.T) {
 		time.Sleep(time.Second)
 		require.True(t, s.Paused())
 		send.wantSuccess(t)
-		require.Equal(t, noRoomPatience, time.Since(since))
+		require.Equal(t, rejectAfter, time.Since(since))
 		waits.Conn().ReadOn()
-		waits.WantFrame("the rejection", cryotest.Error(102, noRoom))
+		waits.WantFrame("the rejection", cryotest.Error(102, bufferFull))
 	})
 }
 

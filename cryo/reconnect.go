@@ -333,7 +333,7 @@ func (c *Client) report(err error) {
 	due := false
 	c.reports.Do(func() { due = true })
 	if due {
-		c.opts.Logger.Warn("Connecting failed, retrying (at most one such line a second)", "error", err)
+		c.opts.Logger.Warn("Connecting failed, retrying"+rateLimited, "error", err)
 	}
 }
 

@@ -51,8 +51,8 @@ type SessionOptions struct {
 	// session that keeps others waiting with one for more than a minute ends with
 	// ErrReceiveTimeout, at its next heartbeat.
 	// When a send waits for its acknowledgement, which may be behind what is not
-	// read, a pause ends after 10 s: messages without room are refused then with
-	// an ERROR, and chunks end their stream with ErrBufferFull, until the session
+	// read, reading continues after 10 s: messages without capacity are rejected then,
+	// and chunks without it end their stream, with ErrBufferFull, until the session
 	// holds no more than is still free. Default 32 MiB.
 	MaxBufferBytes int
 	// CloseTimeout bounds the goodbye: how long the end of a session waits for
@@ -66,7 +66,7 @@ type SessionOptions struct {
 	// SendOnly refuses received messages with an ERROR and streams with
 	// TX_CANCEL, from the start.
 	SendOnly bool
-	// Logger gets the little that nobody else is told. Default: none.
+	// Logger receives events that are not returned as errors. Default: none.
 	Logger *slog.Logger
 	// OnLateAck is called when the peer acknowledges or rejects a frame whose send has
 	// ended before: it has arrived, but counted as not acknowledged.

@@ -134,7 +134,7 @@ func (in *incomingStreams) chunk(f *received) {
 	kept := st.chunk(f)
 	in.cancelFailed(st)
 	if !kept {
-		in.s.reportNoRoom()
+		in.s.reportBufferFull()
 	}
 }
 

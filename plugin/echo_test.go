@@ -114,7 +114,7 @@ func TestAnEchoOfMoreThanCanBeHeldRefusesTheRestAndFinishes(t *testing.T) {
 		require.Positive(t, got.refusals)
 		require.Equal(t, got.acks, got.answers, "none is answered twice")
 		require.Less(t, time.Since(begin), 12*time.Second, "of patience")
-		e.log.want(t, "WARN Refusing what a session sends")
+		e.log.want(t, "WARN Receive buffer full: rejecting")
 	})
 }
 

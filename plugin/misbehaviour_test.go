@@ -91,7 +91,7 @@ func TestClientsThatComeWrongly(t *testing.T) {
 				serves(good)
 				serves(e.dial())
 				if m.log != "" {
-					e.log.want(t, "WARN Refused a client")
+					e.log.want(t, "WARN Denied a client")
 					e.log.want(t, m.log)
 				}
 				time.Sleep(m.after + time.Second) // until everything about it is over

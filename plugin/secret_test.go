@@ -227,7 +227,7 @@ func TestTheTokensOfAListenerAreInNoLogLine(t *testing.T) {
 				m := send(s, "hello")
 				e.arrival().deliver()
 				m.wantAcked(t, "delivered")
-				e.log.want(t, "Refused a client")
+				e.log.want(t, "Denied a client")
 				e.wantSecret(t, secret)
 			})
 		})

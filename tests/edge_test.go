@@ -137,7 +137,7 @@ func TestRefusalsDoNotFloodTheLog(t *testing.T) {
 	}
 	lines := 0
 	for _, line := range p.said() {
-		if strings.Contains(line, "Refused a client") {
+		if strings.Contains(line, "Denied a client") {
 			lines++
 		}
 		require.NotContains(t, line, "guessed")

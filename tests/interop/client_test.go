@@ -384,7 +384,7 @@ func TestClientWithAWrongToken(t *testing.T) {
 	address := p.wantListening()
 	c := client(t)
 	id := c.tell(command{"do": "connect", "url": "ws://" + address, "token": "wrong"})
-	line := p.wantLog("Refused a client", "401")
+	line := p.wantLog("Denied a client", "401")
 	require.NotContains(t, line, "wrong")
 	require.Contains(t, c.wantFailed(id), "Unable to connect") // after five attempts
 	c.connect(address)

@@ -15,28 +15,28 @@ import (
 )
 
 const (
-	noRoomPatience = 10 * time.Second
-	noRoom         = "receive buffer full: too many unacknowledged messages"
+	rejectAfter = 10 * time.Second
+	bufferFull  = "receive buffer full: too many unacknowledged messages"
 )
 
-// What our sender waits for is behind a message that there is no room for, and
-// the room may be waiting for our sender: only reading on can end that.
-func TestAnAcknowledgementBehindWhatThereIsNoRoomForIsReadAfterSomePatience(t *testing.T) {
+// The acknowledgement that our sender waits for is behind a message for which there is no
+// capacity, and the capacity may be waiting for our sender: only reading on can end that.
+func TestAnAcknowledgementBehindAFullReceiveBufferIsReadAfterTenSeconds(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer) // 1001 waits
 		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		text := peer.WantType("the answer", wire.UTF8)
 		begin := time.Now()
-		peer.WriteFrames(cryotest.Text(1002, "refused too, and at once"))
+		peer.WriteFrames(cryotest.Text(1002, "rejected too, and at once"))
 		peer.Ack(text)
 		require.NoError(t, <-answer.done)
-		require.Equal(t, noRoomPatience, time.Since(begin))
-		wantAmongPongs(t, peer, cryotest.Error(1001, noRoom))
-		peer.WantFrame("another refusal", cryotest.Error(1002, noRoom))
+		require.Equal(t, rejectAfter, time.Since(begin))
+		wantAmongPongs(t, peer, cryotest.Error(1001, bufferFull))
+		peer.WantFrame("another rejection", cryotest.Error(1002, bufferFull))
 
 		require.NoError(t, m.Ack())
-		peer.WantFrame("what was taken is not refused", cryotest.Acked(1000))
-		peer.WriteFrames(cryotest.Text(1003, "there is room"))
+		peer.WantFrame("what was received is not rejected", cryotest.Acked(1000))
+		peer.WriteFrames(cryotest.Text(1003, "there is capacity"))
 		require.NoError(t, receive(t, s).Ack())
 	})
 }
@@ -77,7 +77,7 @@ func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
 	})
 }
 
-func TestAStreamThatThereIsNoRoomForIsCancelledWhenASenderWaits(t *testing.T) {
+func TestAStreamIsCancelledWhenTheReceiveBufferIsFullAndASenderWaits(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		s.Hold(90_000)
@@ -108,7 +108,7 @@ func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
 		err = <-answer.done
 		require.ErrorIs(t, err, cryo.ErrPeerTimeout)
 		require.True(t, strings.HasSuffix(err.Error(), "peer timeout after 30s: it sends, and does not read our answers"), err)
-		require.LessOrEqual(t, time.Since(begin), noRoomPatience+3*cryo.DefaultHeartbeatInterval)
+		require.LessOrEqual(t, time.Since(begin), rejectAfter+3*cryo.DefaultHeartbeatInterval)
 		synctest.Wait()
 	})
 }

@@ -101,7 +101,7 @@ func TestEachMessageThatIsSettledMakesRoomForAnother(t *testing.T) {
 	})
 }
 
-func TestASessionThatBeginsToRefuseReadsOn(t *testing.T) {
+func TestASessionThatBeginsToRejectReadsOn(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		s.Refuse(true)

@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestTextsOfRefusalsAreFitForTheWire(t *testing.T) {
+func TestTextsOfRejectionsAreValidUTF8AndShort(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, ""), cryotest.Text(2, ""))
 		require.NoError(t, receive(t, s).Reject(strings.Repeat("€", 1000)))
@@ -47,7 +47,7 @@ func TestErrorsOfThePeersApplicationAreMessages(t *testing.T) {
 	})
 }
 
-func TestASessionThatOnlySendsRefusesMessages(t *testing.T) {
+func TestASessionThatOnlySendsRejectsMessages(t *testing.T) {
 	lines := &logged{}
 	opts := cryo.SessionOptions{SendOnly: true, Logger: slog.New(lines.handler())}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
