@@ -57,7 +57,7 @@ type IncomingStream struct {
 	nextSeq     uint32
 	fetching    bool    // a TX_FETCH is under way
 	finish      *uint32 // TX_FINISH's number, when it has come
-	failed      error   // why nothing more comes though the stream is not whole; the peer is told to stop
+	failed      error   // why nothing more comes though the stream is not whole; TX_CANCEL is sent
 	readOut     bool    // Read has returned io.EOF
 	settled     settlement
 	unacked     error // why Ack fails, once the stream is settled; nil if it is acknowledged
@@ -88,24 +88,24 @@ const (
 	rejected
 )
 
-// Name is the stream's name, at most 1,024 bytes of UTF-8. It comes from the
-// peer: don't make a path of it as it is.
+// Name returns the stream's name, at most 1,024 bytes of UTF-8. The peer has chosen it:
+// don't use it as a path as it is.
 func (st *IncomingStream) Name() string { return st.name }
 
 // LogName is the name as it may be logged: without the token that the session was
 // dialled with.
 func (st *IncomingStream) LogName() string { return st.s.words(st.name) }
 
-// Size is the number of bytes that the peer has announced, or -1.
+// Size returns the number of bytes that the peer has announced, or -1.
 func (st *IncomingStream) Size() int64 { return st.size }
 
-// Tx is the peer's number for the stream.
+// Tx returns the peer's number of the stream.
 func (st *IncomingStream) Tx() uint32 { return st.tx }
 
-// Session is the session that the stream came on.
+// Session returns the session that the stream is received on.
 func (st *IncomingStream) Session() *Session { return st.s }
 
-// Received is the number of bytes that have come so far.
+// Received returns the number of bytes that were received so far.
 func (st *IncomingStream) Received() int64 {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -123,11 +123,12 @@ func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 	st.idleTimeout = d
 }
 
-// Read reads what came, and waits for more. io.EOF means that the stream is
-// whole. A stream that was cut off by the end of its session gives
-// [io.ErrUnexpectedEOF], after all that came; others end with
-// [ErrStreamIdle], [ErrStreamBroken] or [ErrBufferFull]. Close, from
-// another goroutine, ends a Read that waits with [ErrStreamClosed].
+// Read returns bytes that were received, and waits if there are none. The first Read
+// acknowledges TX_START, and the peer begins to send. [io.EOF] means that the stream is
+// whole. Otherwise, after all bytes that were received, it returns [io.ErrUnexpectedEOF]
+// for a stream that is truncated by the end of its session, or [ErrStreamIdle],
+// [ErrStreamBroken] or [ErrBufferFull]. Close from another goroutine ends a Read that waits
+// with [ErrStreamClosed].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
@@ -181,7 +182,7 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 	}
 }
 
-// wholeLocked tells whether all bytes have come: TX_FINISH has, or in pull mode
+// wholeLocked reports whether all bytes have come: TX_FINISH has, or in pull mode
 // as many as were announced. An announced size of 0 is not believed without
 // TX_FINISH: the published Node client announces it whatever the source holds.
 func (st *IncomingStream) wholeLocked() bool {
@@ -223,8 +224,8 @@ func (st *IncomingStream) fetchLocked() {
 	st.s.out.control(wire.Frame{SID: st.s.id, Type: wire.TxFetch, Ack: st.s.pend.number(), Tx: st.tx, Start: from, End: to})
 }
 
-// Ack tells the peer that the whole stream has been delivered: TX_FINISH is
-// acknowledged, now or when it comes. Call it when Read has returned io.EOF and all
+// Ack acknowledges the whole stream: it was delivered. TX_FINISH is acknowledged, now
+// or when it is received. Call it when Read has returned io.EOF and all
 // that was read is safe. Before that it is an error, also where exactly all bytes were
 // read, and the stream stays as it is: read on, or call Close, as nothing else ends a
 // stream that has come whole. After the end of the session, and for a stream that was
@@ -233,10 +234,10 @@ func (st *IncomingStream) fetchLocked() {
 // [ErrStreamClosed], and a second time what it has returned before.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
 
-// Close gives the stream up unless it is acknowledged: the peer is told to stop
-// (TX_CANCEL), and its TX_FINISH is never acknowledged. Once Ack has settled the stream,
-// and a second time, it does nothing and returns nil. After the end of the session the
-// peer can't be told; then Close returns the cause.
+// Close cancels the stream unless it is acknowledged: the peer receives TX_CANCEL and no
+// acknowledgement of TX_FINISH. Once Ack has settled the stream, and a second time, it does
+// nothing and returns nil. After the end of the session the peer can't be reached; then
+// Close returns the error of [Session.Err].
 func (st *IncomingStream) Close() error { return st.settle(rejected) }
 
 // settle sends the peer the outcome, once. Of Ack and Close the first one counts. A
@@ -340,8 +341,8 @@ func (st *IncomingStream) signal() {
 	}
 }
 
-// checkIdle cancels a stream that is silent. Silence that is ours doesn't count:
-// unread bytes, and pauses of reading. Timer's goroutine.
+// checkIdle cancels a stream that is idle. Time does not count while bytes of it are unread,
+// or reads are paused (backpressure). Timer's goroutine.
 func (st *IncomingStream) checkIdle() {
 	st.failIdle()
 	st.s.incoming.cancelFailed(st)
@@ -374,7 +375,7 @@ func (st *IncomingStream) wantsChunks() bool {
 	return st.accepted && st.failed == nil && st.settled == unsettled
 }
 
-// chunk takes a chunk. It reports false when the stream ends because the receive buffer
+// chunk appends a chunk. It reports false when the stream ends because the receive buffer
 // is full. Reading goroutine.
 func (st *IncomingStream) chunk(f *received) bool {
 	st.mu.Lock()
@@ -427,7 +428,7 @@ func (st *IncomingStream) finished(number uint32) (now bool) {
 	defer st.mu.Unlock()
 	switch {
 	case st.failed != nil, st.finish != nil, st.settled == rejected:
-		return false // cancelled, or said before
+		return false // cancelled, or received before
 	case st.size >= 0 && st.received < st.size:
 		st.failLocked(fmt.Errorf("%w: finished after %d of %d bytes", ErrStreamBroken, st.received, st.size))
 		return false

@@ -58,17 +58,15 @@ var ErrStreamClosed = errors.New("the stream is closed")
 // StreamOptions are what the sender of a stream can set. A zero value means its
 // default.
 type StreamOptions struct {
-	// Name tells the receiver what the stream is: at most 1,024 bytes of
-	// UTF-8. Default "anonymous".
+	// Name is sent to the receiver: at most 1,024 bytes of UTF-8. Default "anonymous".
 	Name string
-	// ChunkBytes is how much travels in one frame, at most 16 MiB; published
-	// servers can't send, but do receive, chunks of 4 MiB and more. Default
-	// 64 KiB.
+	// ChunkBytes is the size of a frame's payload, at most 16 MiB. Published servers can't
+	// send, but do receive, chunks of 4 MiB and more. Default 64 KiB.
 	ChunkBytes int
-	// StepTimeout bounds each single step: TX_START's acknowledgement, room for
-	// the next chunk, the next TX_FETCH where the receiver pulls, and
-	// TX_FINISH's acknowledgement. What takes longer fails with
-	// [ErrStepTimeout]. Default: the context alone.
+	// StepTimeout bounds each single step: the acknowledgement of TX_START, the wait until
+	// earlier chunks are written, the next TX_FETCH where the receiver pulls, and the
+	// acknowledgement of TX_FINISH. A longer step fails with [ErrStepTimeout]. Default: the
+	// context alone.
 	StepTimeout time.Duration
 }
 
@@ -91,9 +89,9 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 	return o, nil
 }
 
-// OutgoingStream is a stream that this end sends. The protocol has no word for
-// a sender that gives up: a stream without Finish is never taken for a whole
-// one, and ends at the other side by its idle time-out or with the session.
+// OutgoingStream is a stream that this end sends. The protocol has no frame by which a
+// sender abandons a stream: without Finish the receiver never regards it as whole, and it
+// ends there by the idle timeout or with the session.
 // One goroutine at a time may use it, but Close may be called from any. Finish or
 // Close must be called; Close after Finish does nothing, so defer it.
 type OutgoingStream struct {
@@ -234,7 +232,7 @@ func (st *OutgoingStream) waitForWindow(chunk int) error {
 		select {
 		case <-st.window.freed:
 		case <-late:
-			return st.noProgress("room")
+			return st.stepTimeout("earlier chunks to be written")
 		case <-st.s.ending:
 			return st.s.Err()
 		case <-st.ctx.Done():
@@ -297,9 +295,9 @@ func (st *OutgoingStream) announced() bool {
 	return st.opening != nil && st.opening.frames[0].is(frameTaken)
 }
 
-// Finish says that the stream is whole and waits until the peer has
-// acknowledged it, which means that it was delivered. Without it a stream is
-// never whole. An [ErrStreamCancelled] is the peer's refusal.
+// Finish sends TX_FINISH, by which the stream is whole, and waits until the peer has
+// acknowledged it, which means that the stream was delivered. The error matches
+// [ErrStreamCancelled] if the peer has cancelled the stream.
 func (st *OutgoingStream) Finish() error {
 	defer st.stop(ErrStreamClosed)
 	if err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxFinish, Tx: st.tx}); err != nil {
@@ -325,7 +323,7 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 	select {
 	case <-c.done:
 	case <-late:
-		st.s.out.cancel(c, st.noProgress("the acknowledgement"))
+		st.s.out.cancel(c, st.stepTimeout("the acknowledgement"))
 	case <-st.ctx.Done():
 		st.s.out.cancel(c, st.cause())
 	}
@@ -338,7 +336,7 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 	return nil
 }
 
-// clock starts the time of one step.
+// clock starts the timeout of one step.
 func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
 	if st.opts.StepTimeout <= 0 {
 		return nil, func() bool { return true }
@@ -347,7 +345,7 @@ func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
 	return t.C, t.Stop
 }
 
-func (st *OutgoingStream) noProgress(wanted string) error {
+func (st *OutgoingStream) stepTimeout(wanted string) error {
 	return fmt.Errorf("waiting for %s: %w after %v", wanted, ErrStepTimeout, st.opts.StepTimeout)
 }
 

@@ -141,7 +141,7 @@ func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
 	case f := <-st.fetches:
 		return f, nil
 	case <-late:
-		return fetch{}, st.noProgress("the peer to pull")
+		return fetch{}, st.stepTimeout("the peer to pull")
 	case <-st.s.ending:
 		return fetch{}, st.s.Err()
 	case <-st.ctx.Done():
