@@ -1,23 +1,41 @@
-// Package cryo speaks the Cryo protocol, release 1.4, at both ends: messages
-// and streams that the other end acknowledges, over WebSocket.
+// Package cryo speaks the Cryo protocol, release 1.4, at both ends: acknowledged messages
+// and streams over WebSocket.
+//
+//	session, err := cryo.Dial(ctx, "wss://cryo.example.com/feed", &cryo.DialOptions{Token: token})
+//	if err != nil {
+//		return err
+//	}
+//	defer session.Close(ctx, "done")
+//	if err := session.SendText(ctx, "hello"); err != nil {
+//		return err // not acknowledged; it may have been delivered
+//	}
+//	for message, err := range session.Messages(ctx) {
+//		if err != nil {
+//			return err // the session has ended, or ctx is done
+//		}
+//		deliver(message.Payload)
+//		_ = message.Ack() // without it, the peer may send the message again
+//	}
 //
 // # Usage
 //
-// [Dial] opens a session with a server, and a [Client] another one when that is
-// lost; [Server] is an [net/http.Handler] that accepts them. A [Session] sends
-// with [Session.SendText], [Session.SendBinary]
-// and [Session.SendBatch], which return when the peer has acknowledged, and
-// receives with [Session.Receive] and [Session.ReceiveBatch]. A received
-// message is acknowledged by [Message.Ack], when it has been delivered and not
-// before, or rejected by [Message.Reject]; what is neither may be sent again by
-// the peer, on another connection.
+// [Dial] opens a session with a server, and a [Client] another one when that is lost;
+// [Server] is an [net/http.Handler] that accepts them. Both ends have a [Session] then, with
+// the same methods.
 //
-// What is larger than a message, or has no end yet, travels as a stream.
-// [Session.SendStream] sends a reader, [Session.OpenStream] gives a writer; both
-// are done when the peer has acknowledged the whole. [Session.AcceptStream]
-// gives a reader, whose [IncomingStream.Ack] says that the whole has been
-// delivered. A stream that was cut off never reads as a whole one: Read returns
-// [io.EOF] only after the sender said that nothing is missing.
+// [Session.SendText], [Session.SendBinary] and [Session.SendBatch] return when the peer has
+// acknowledged. [Session.Queue] does not wait: its [Pending] does, or is cancelled.
+// [Session.Messages], [Session.Receive] and [Session.ReceiveBatch] return what the peer has
+// sent. A received message is acknowledged by [Message.Ack], when it has been delivered and
+// not before, or rejected by [Message.Reject]; a message that is neither may be sent again
+// by the peer, on another connection.
+//
+// Data that is larger than a message, or has no end yet, travels as a stream.
+// [Session.SendStream] sends a reader, [Session.OpenStream] returns a writer; both are
+// done when the peer has acknowledged the whole. [Session.Streams] and
+// [Session.AcceptStream] return readers, whose [IncomingStream.Ack] acknowledges that the
+// whole has been delivered. A truncated stream never reads as a whole one: Read returns
+// [io.EOF] only after the sender has finished the stream.
 //
 // A session is one connection. A [Client] has one after the other, with the same
 // id for the server: [Client.Send] returns when the messages are acknowledged on
@@ -29,7 +47,7 @@
 //
 // A context bounds the caller's wait, never the connection; that of a sent
 // stream bounds the stream. A session ends by [Session.Close], by the peer's BYE
-// or close, by the end of the network connection, by silence, or because the
+// or close, by the end of the network connection, by a peer timeout, or because the
 // peer broke the protocol. The first cause wins; whoever waits then gets it, see
 // [Session.Err].
 //
