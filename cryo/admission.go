@@ -27,11 +27,11 @@ type Upgrade struct {
 	Value any
 }
 
-// AdmissionError is Authorize's refusal for something else than the token, which
-// it has judged before: the client is told why, and not that its token was refused.
+// AdmissionError is returned by Authorize to deny a client whose token is right. The client
+// receives its status and message, and not that the token was rejected.
 type AdmissionError struct {
-	StatusCode int    // the HTTP status. Default 403; 401 would be a refused token
-	Message    string // the answer's text
+	StatusCode int    // the HTTP status. Default 403; 401 would be a rejected token
+	Message    string // the text of the response
 }
 
 func (e *AdmissionError) Error() string { return e.Message }
@@ -98,7 +98,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		refused := &refusal{status: http.StatusUnauthorized, sentence: "The token was refused.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
+		refused := &refusal{status: http.StatusUnauthorized, sentence: "The token was rejected.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
 			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Message
 		}

@@ -58,7 +58,7 @@ func TestAServerJudgesRequestsOneAfterAnother(t *testing.T) {
 	good := "authorization=" + url.QueryEscape("Bearer "+token)
 	const (
 		missing = "The parameter authorization with a Bearer token is missing."
-		refused = "The token was refused."
+		refused = "The token was rejected."
 		badID   = "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."
 	)
 	for name, c := range map[string]struct {
@@ -242,7 +242,7 @@ func TestNobodyMayComeInByDefault(t *testing.T) {
 				for _, token := range []string{"", "x"} {
 					status, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+"+token, upgrade())
 					require.Equal(t, 401, status)
-					require.Equal(t, "The token was refused.", body)
+					require.Equal(t, "The token was rejected.", body)
 				}
 			})
 		})
@@ -299,7 +299,7 @@ func TestWhyAuthorizeRefusesIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
 		})
 		for range 5 {
 			_, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
-			require.Equal(t, "The token was refused.", body)
+			require.Equal(t, "The token was rejected.", body)
 		}
 		require.Equal(t, 1, strings.Count(lines.text(), "no such tenant for [token]"), "told once a second: %s", lines.text())
 		require.NotContains(t, lines.text(), "s3cret")

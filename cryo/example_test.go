@@ -44,20 +44,24 @@ func ExampleDial() {
 	// hello yourself
 }
 
-// A client that is refused can tell why.
-func ExampleDial_refused() {
+// The error of a client that is denied has the reason.
+func ExampleDial_denied() {
 	server := startServer()
 	defer server.stop()
 
 	_, err := cryo.Dial(context.Background(), server.url, &cryo.DialOptions{Token: "wrong"})
 	switch {
 	case errors.Is(err, cryo.ErrSessionExists):
-		fmt.Println("our own ghost, gone in a second")
+		fmt.Println("our last session, whose end the server notices within seconds")
 	case errors.Is(err, cryo.ErrUnauthorized):
-		fmt.Println("a wrong token, which takes a while to put right")
+		fmt.Println("the token is wrong")
+	}
+	if denied, ok := errors.AsType[*cryo.HandshakeError](err); ok {
+		fmt.Println(denied.StatusCode, denied.Message)
 	}
 	// Output:
-	// a wrong token, which takes a while to put right
+	// the token is wrong
+	// 401 The token was rejected.
 }
 
 // A server lets clients with a token in, and acknowledges a message when it has
@@ -114,13 +118,13 @@ func ExampleSession_SendBatch() {
 	})
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		for i, err := range failed.Errs {
-			fmt.Println(i, err)
+			fmt.Println(i, err, errors.Is(err, cryo.ErrInvalidUTF8))
 		}
 	}
 	// Output:
-	// 0 <nil>
-	// 1 text of 10 bytes is not valid UTF-8: send it as binary
-	// 2 <nil>
+	// 0 <nil> false
+	// 1 text of 10 bytes is not valid UTF-8: send it as binary true
+	// 2 <nil> false
 }
 
 type exampleServer struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http/httptest"
 	"sync/atomic"
@@ -128,7 +129,9 @@ func ExampleSession_Messages() {
 			fmt.Println(err)
 			break // nothing more comes
 		}
-		fmt.Printf("%s\n", m.Payload)
+		if m.Kind == cryo.KindText && time.Since(m.Time()) < time.Hour {
+			fmt.Printf("%s\n", m.Payload)
+		}
 		must(m.Ack())
 	}
 	// Output:
@@ -184,14 +187,54 @@ func ExampleMessage_Reject() {
 	// the disk is full
 }
 
+// Why a session has ended decides about what to do next.
+func ExampleSession_Err() {
+	server := serveOnce(func(s *cryo.Session) { _ = s.Close(context.Background(), "maintenance") })
+	defer server.Close()
+	s := connectTo(server)
+	<-s.Done()
+
+	var (
+		closed *cryo.PeerClosedError
+		broken *cryo.ProtocolError
+	)
+	err := s.Err()
+	switch {
+	case errors.As(err, &closed):
+		fmt.Println("closed by the server:", closed.Reason) // and with closed.Code
+	case errors.As(err, &broken):
+		fmt.Println("a fault of the server:", broken.Problem)
+	case errors.Is(err, cryo.ErrPeerTimeout):
+		fmt.Println("the server, or the line to it, is down")
+	case errors.Is(err, cryo.ErrReceiveTimeout):
+		fmt.Println("a message was too large for the line")
+	case errors.Is(err, cryo.ErrTakenOver):
+		fmt.Println("at a server: its client has another session now")
+	case errors.Is(err, cryo.ErrClosed):
+		fmt.Println("we have closed it")
+	default:
+		fmt.Println("connection lost:", err)
+	}
+	// Output:
+	// closed by the server: maintenance
+}
+
 // The hooks of a session are for counting.
 func ExampleSessionOptions() {
-	var rejected atomic.Int64
+	var rejected, late atomic.Int64
 	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		SessionOptions: cryo.SessionOptions{
-			SendOnly: true,
-			OnReject: func(s *cryo.Session, kind cryo.Kind) { rejected.Add(1) },
+			SendOnly:  true,
+			OnReject:  func(_ *cryo.Session, kind cryo.Kind) { rejected.Add(1) },
+			OnLateAck: func(*cryo.Session) { late.Add(1) },
+
+			// Zero values are these defaults.
+			HeartbeatInterval: cryo.DefaultHeartbeatInterval,
+			MaxBufferBytes:    cryo.DefaultMaxBufferBytes,
+			StreamIdleTimeout: cryo.DefaultStreamIdleTimeout,
+			CloseTimeout:      cryo.DefaultCloseTimeout,
+			Logger:            slog.New(slog.DiscardHandler),
 		},
 	}))
 	defer server.Close()
@@ -200,10 +243,10 @@ func ExampleSessionOptions() {
 	defer s.Close(ctx, "")
 
 	fmt.Println(s.SendText(ctx, "hello"))
-	fmt.Println(rejected.Load())
+	fmt.Println(rejected.Load(), late.Load())
 	// Output:
 	// rejected by the peer: "this session receives no messages"
-	// 1
+	// 1 0
 }
 
 // A goodbye: what is queued is written, and the peer learns the reason.

@@ -8,6 +8,7 @@ import (
 	"log"
 	"net/http/httptest"
 	"strings"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -161,6 +162,41 @@ func ExampleSession_Streams() {
 	// a.csv: the contents of a.csv
 	// b.csv: the contents of b.csv
 	// session ended: closed by the peer: "that was all"
+}
+
+// A stream is whole if it ends with io.EOF, and not with any other error.
+func ExampleIncomingStream_Read() {
+	server := serveOnce(func(s *cryo.Session) {
+		st, err := s.OpenStream(context.Background(), &cryo.StreamOptions{Name: "log"})
+		if err == nil {
+			_, _ = st.Write([]byte("the beginning"))
+			_ = st.Close() // it is not finished
+		}
+	})
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	st, err := s.AcceptStream(ctx)
+	must(err)
+	defer st.Close()
+	st.SetIdleTimeout(10 * time.Millisecond)
+	_, err = io.Copy(io.Discard, st) // st.Received() bytes; st.Size() were announced, -1 if none were
+	switch {
+	case err == nil:
+		must(st.Ack())
+	case errors.Is(err, cryo.ErrStreamIdle):
+		fmt.Println("the sender has stopped")
+	case errors.Is(err, cryo.ErrStreamBroken):
+		fmt.Println("a fault of the sender")
+	case errors.Is(err, cryo.ErrBufferFull):
+		fmt.Println("MaxBufferBytes of unacknowledged messages were received")
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		fmt.Println("the session has ended")
+	}
+	// Output:
+	// the sender has stopped
 }
 
 // A stream that is closed before it is read to its end is cancelled: its sender learns
