@@ -27,7 +27,7 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[0], batch[1]}))
 		require.NoError(t, s.Err())
 		closing := start(func() error { return s.Close(t.Context(), "that's all") })
-		<-s.Ending()
+		<-s.Context().Done()
 
 		peer.WantFrame("an acknowledgement", cryotest.Acked(1))
 		peer.WantFrame("an acknowledgement", cryotest.Acked(2))

@@ -66,7 +66,7 @@ func (m *Message) Reject(text string) error {
 }
 
 func (m *Message) reject(text string) error {
-	defer m.hold.release()
+	defer m.release()
 	if m.Kind == KindError {
 		return nil // an ERROR is not answered with an ERROR
 	}
@@ -104,6 +104,12 @@ func AckBatch(batch []*Message) error {
 
 // settle makes the caller the owner of the reservation, if nobody has settled the message.
 func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
+
+// release gives up the reservation of a message that is settled, or dropped.
+func (m *Message) release() {
+	m.hold.release()
+	m.session.unsettled.remove(1)
+}
 
 // inbox is a session's queue of received messages. What it may hold is bounded by the
 // receive buffer.
@@ -145,7 +151,7 @@ func (q *inbox) discard() {
 	q.messages, q.start, q.discarded = nil, nil, true
 	q.mu.Unlock()
 	for _, m := range messages {
-		m.hold.release()
+		m.release()
 	}
 }
 

@@ -81,6 +81,10 @@ func (s *Session) refuseWaiting() {
 func (s *Session) deliver(in *received) {
 	m := &Message{Kind: kindOf(in.Type), session: s, number: in.Ack, read: s.conn.LastRead()}
 	m.Payload, m.hold, _ = in.take()
+	if !s.unsettled.add() {
+		m.hold.release()
+		return
+	}
 	if m.Kind == KindError {
 		text := wire.Frame{Payload: m.Payload}
 		m.Payload = []byte(text.Text())
@@ -97,7 +101,7 @@ func (s *Session) deliver(in *received) {
 		s.refuse(m)
 		return
 	case !s.inbox.put(m):
-		m.hold.release()
+		m.release()
 		return
 	}
 	if small && s.conn.Drained() {
@@ -157,6 +161,7 @@ func (s *Session) report(message string, attrs ...any) {
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.
 func (s *Session) acknowledge(numbers []uint32, held *hold) error {
+	defer s.unsettled.remove(len(numbers))
 	defer held.release()
 	if !s.out.acknowledge(numbers) {
 		return s.Err()

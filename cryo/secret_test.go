@@ -171,7 +171,7 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 				require.Equal(t, words, string(m.Payload), "which is the application's")
 
 				end(peer)
-				<-s.Ending()
+				<-s.Context().Done()
 				wantNoSecret(t, s.Err(), token)
 				require.ErrorContains(t, s.Err(), redacted)
 			})

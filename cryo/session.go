@@ -118,14 +118,15 @@ type Session struct {
 	opts    SessionOptions
 	log     *slog.Logger
 
-	conn     *ws.Conn
-	out      *writer
-	pend     *ackTable
-	inbox    *inbox
-	limit    *receiveLimit
-	incoming *incomingStreams
-	outgoing *outgoingStreams
-	kept     atomic.Int64 // bytes that Hold has counted
+	conn      *ws.Conn
+	out       *writer
+	pend      *ackTable
+	inbox     *inbox
+	unsettled *unsettledMessages
+	limit     *receiveLimit
+	incoming  *incomingStreams
+	outgoing  *outgoingStreams
+	kept      atomic.Int64 // bytes that Hold has counted
 
 	reports    rate.Sometimes // of log lines
 	refusing   atomic.Bool    // received messages are refused
@@ -135,12 +136,13 @@ type Session struct {
 	onEnd      func()         // the server's; before done is closed
 	keepalive  keepalive
 
+	ctx  context.Context         // done with the first cause of the end: nothing new starts
+	end  context.CancelCauseFunc // called by begin alone
+	done chan struct{}           // closed when the goroutines are gone
+
 	mu      sync.Mutex
-	cause   error         // the first cause of the end; never changes then
-	ending  chan struct{} // closed with the first cause: nothing new starts
-	done    chan struct{} // closed when the goroutines are gone
-	stopped bool          // no timer must be set any more
-	cut     *time.Timer   // ends the goodbye; nil before it
+	stopped bool        // no timer must be set any more
+	cut     *time.Timer // bounds the close handshake; nil before it
 }
 
 // newSession starts a session over an upgraded connection.
@@ -154,11 +156,12 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, pend: numbers, inbox: newInbox(),
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
-		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
+		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
 	}
+	s.ctx, s.end = context.WithCancelCause(context.Background())
 	s.out = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.out.answerWebSocketPing)
-	s.limit = newReceiveLimit(conn, buffer, s.ending, numbers.awaited, s.wants)
+	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.awaited, s.wants)
 	// What the messages and streams hold that nobody has settled, nobody can settle any
 	// more when there is no session that they lead to.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
@@ -190,35 +193,38 @@ func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 // Received messages can still be taken then.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
-// Ending is closed as soon as the session has a reason to end: nothing can be
-// sent any more, and Err says why.
-func (s *Session) Ending() <-chan struct{} { return s.ending }
+// Context is done as soon as the session has a reason to end: nothing can be sent any
+// more. Its cause is Err.
+func (s *Session) Context() context.Context { return s.ctx }
 
 // Err is nil while the session lives, and then says why it ended; see
-// [ErrClosed].
-func (s *Session) Err() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cause == nil {
-		return nil
-	}
-	return &endedError{s.cause}
-}
+// [ErrClosed]. Use it in place of the error of Context, which is always
+// [context.Canceled].
+func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // Paused tells whether MaxBufferBytes keeps the session from reading now, so
 // that acknowledgements may have come which it has not seen.
 func (s *Session) Paused() bool { return s.limit.paused.Load() }
 
-// Close ends the session: queued acknowledgements are written, BYE tells the
-// reason (cut to 123 bytes), and the WebSocket is closed with code 4000. What
-// still arrives is discarded until the peer closes too, for at most
-// CloseTimeout or until the context is done; then the connection is cut.
-// Close returns when the session's goroutines are gone, and may be called more
-// than once. Its error is the context's. Messages that were received can still be
-// taken; if nobody does, call Discard, or they count against the MaxBufferBytes of
-// a server for good.
+// Close ends the session: streams that are coming in are cancelled, queued
+// acknowledgements are written, BYE carries the reason (cut to 123 bytes), and the
+// WebSocket is closed with code 4000. What still arrives is discarded until the peer
+// closes too. All of it takes CloseTimeout at most, and ends with the context; then the
+// connection is cut. Close returns when the session's goroutines are gone, and may be
+// called more than once. Its error is the context's.
+//
+// BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
+// the published server, while it sends a stream, does not survive the end of its session.
+//
+// Messages that were received can still be taken; if nobody does, call Discard, or they
+// count against the MaxBufferBytes of a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
-	s.goodbye(ErrClosed, closeGraceful, reason, true)
+	if s.beginClosing(ErrClosed) {
+		s.out.endData() // the rest goes out before BYE, however long the peer takes to cancel
+		s.incoming.stop(s.Err())
+		s.incoming.awaitCancels(ctx.Done(), s.done)
+		s.queueBye(closeGraceful, reason, true)
+	}
 	select {
 	case <-s.done:
 		return nil
@@ -227,6 +233,44 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 		<-s.done
 		return contextError(ctx)
 	}
+}
+
+// CloseNow ends the session by cutting its connection: nothing more is sent, not even
+// acknowledgements that are queued. It returns nil, when the session's goroutines are
+// gone, and may be called while Close or Drain waits, which returns then. Otherwise like
+// Close.
+func (s *Session) CloseNow() error {
+	s.fail(ErrClosed)
+	<-s.done
+	return nil
+}
+
+// Drain lets what was received be settled, and closes the session then: streams that are
+// coming in are cancelled and new ones rejected; messages that come from now on are
+// discarded, neither acknowledged nor rejected, so that the peer sends them again on
+// another session. Receive and AcceptStream hand out what was received before, and
+// everything can be sent, such as responses. When each message is acknowledged or
+// rejected, and each stream that had come whole settled, Drain closes the session as
+// Close does, without waiting for what is being sent.
+//
+// When the context is done before that, Drain returns its error, and the session is
+// still open, and drains: call Drain again, Close or CloseNow. If the session ends
+// first, Drain returns why, as what is not settled can't be any more.
+func (s *Session) Drain(ctx context.Context, reason string) error {
+	settled := s.unsettled.drain()
+	s.limit.reconsider() // what is discarded needs no capacity
+	s.incoming.stop(&endedError{ErrClosed})
+	s.incoming.awaitCancels(ctx.Done(), s.ctx.Done())
+	select {
+	case <-settled:
+	case <-s.ctx.Done():
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+	if err := s.incoming.awaitSettled(ctx, s.ctx); err != nil {
+		return err
+	}
+	return s.Close(ctx, reason)
 }
 
 // maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.
@@ -242,35 +286,45 @@ const (
 func (s *Session) begin(cause error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.cause != nil {
+	if s.isEnding() {
 		return false
 	}
-	s.cause = cause
-	close(s.ending)
+	s.end(&endedError{cause})
 	return true
 }
 
-// goodbye ends the session in good order: the writer says what is queued, then
-// BYE if asked for, then the close frame, and half-closes; the reader discards
-// data until the peer closes. A timer bounds all of it.
-func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+// beginClosing is begin for an end in good order, which CloseTimeout bounds.
+func (s *Session) beginClosing(cause error) bool {
 	if !s.begin(cause) {
-		return
+		return false
 	}
 	s.mu.Lock()
 	if !s.stopped {
 		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
+	if s.limit.readsLarge() {
+		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
+	}
+	return true
+}
+
+// goodbye ends the session in good order: the writer says what is queued, then
+// BYE if asked for, then the close frame, and half-closes; the reader discards
+// data until the peer closes. While Close waits for the peer to cancel, this takes its
+// place: what comes first is queued, and nothing behind it.
+func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+	s.beginClosing(cause)
+	s.queueBye(code, reason, bye)
+}
+
+func (s *Session) queueBye(code int, reason string, bye bool) {
 	reason = redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 	last := closeFrame{code: code, reason: reason}
 	if bye {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
 	s.out.queueClose(last)
-	if s.limit.readsLarge() {
-		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
-	}
 }
 
 // fail ends the session at once.

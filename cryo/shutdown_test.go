@@ -70,7 +70,7 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		ghost := next(t, sessions)
 		peer := join(t, l.Listener, sid)
 		peer.ClientHandshake()
-		<-ghost.Ending()
+		<-ghost.Context().Done()
 
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		peer.WantType("BYE", wire.Bye)

@@ -247,7 +247,7 @@ func TestATrickleToAPeerThatHangsIsAPeerTimeout(t *testing.T) {
 			trickle := start(func() error {
 				for {
 					select {
-					case <-s.Ending():
+					case <-s.Context().Done():
 						return nil
 					case <-time.After(5 * time.Millisecond):
 						go func() { _ = s.SendUTF8(t.Context(), "drop by drop") }()

@@ -142,7 +142,7 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 			if n, err := st.take(p); n > 0 || err != nil {
 				return n, err
 			}
-			return 0, fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, st.Received(), st.s.Err())
+			return 0, truncated(st.Received(), st.s.Err())
 		}
 	}
 }
@@ -325,6 +325,20 @@ func (st *IncomingStream) failLocked(err error) {
 	st.failed = err
 	st.stopIdleLocked()
 	st.signal()
+}
+
+// truncate ends a stream that has not come whole.
+func (st *IncomingStream) truncate(cause error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.accepted && st.wholeLocked() {
+		return
+	}
+	st.failLocked(truncated(st.received, cause))
+}
+
+func truncated(received int64, cause error) error {
+	return fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, received, cause)
 }
 
 func (st *IncomingStream) hasFailed() bool {

@@ -29,7 +29,7 @@ const (
 )
 
 // ErrStreamCancelled is the end of a stream that its receiver has cancelled
-// (TX_CANCEL): it was not delivered.
+// (TX_CANCEL): it was not delivered. A receiver that closes its session cancels first.
 var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 
 // ErrStreamsUnsupported is returned for a stream to a peer whose ENDPOINT_INFO does not
@@ -235,7 +235,7 @@ func (st *OutgoingStream) waitForWindow(chunk int) error {
 		case <-st.window.freed:
 		case <-late:
 			return st.noProgress("room")
-		case <-st.s.ending:
+		case <-st.s.ctx.Done():
 			return st.s.Err()
 		case <-st.ctx.Done():
 			return st.cause()

@@ -58,7 +58,7 @@ func (r *receiver) acceptStreams(src *source) {
 		case accepted <- struct{}{}:
 		case <-r.draining.Done():
 			return
-		case <-src.session.Ending():
+		case <-src.session.Context().Done():
 			return
 		}
 		st, err := src.session.AcceptStream(r.draining)
@@ -151,7 +151,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 		case <-r.draining.Done():
 			r.leaveStream(src, st)
 			return
-		case <-src.session.Ending():
+		case <-src.session.Context().Done():
 			return
 		}
 	}
