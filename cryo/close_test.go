@@ -251,7 +251,7 @@ func TestAnEndInAllWaysAtOnce(t *testing.T) {
 				})
 				all.Go(func() { _, _ = s.Receive(t.Context()) })
 				all.Go(func() { _ = s.Close(t.Context(), "") })
-				all.Go(func() { s.Refuse(i%2 == 0) })
+				all.Go(func() { s.SetSendOnly(i%2 == 0) })
 			}
 			all.Go(func() {
 				_ = peer.TryWriteFrames(cryotest.Text(99, ""), cryotest.Ping(1), cryotest.Bye(100, ""))

@@ -248,11 +248,11 @@ func TestDrainClosesWhenAllThatWasReceivedIsSettled(t *testing.T) {
 func TestDrainReadsOnWhereReadsWerePaused(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
-		require.True(t, s.Paused())
+		require.True(t, s.Stats().Paused)
 		drain := start(func() error { return s.Drain(t.Context(), "") })
 		peer.WriteFrames(cryotest.Ping(77))
 		peer.WantFrame("it reads", cryotest.Pong(77))
-		require.False(t, s.Paused())
+		require.False(t, s.Stats().Paused)
 		drain.wantBlocked(t)
 		require.NoError(t, m.Ack())
 		peer.WantFrame("what the application had", cryotest.Acked(1000))

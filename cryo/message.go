@@ -41,10 +41,6 @@ func (m *Message) Time() time.Time { return m.read }
 // Number is the peer's number for this message (protocol, "Acknowledgements").
 func (m *Message) Number() uint32 { return m.number }
 
-// LogText is the payload as it may be logged: cut to 1 KiB, and without the token
-// that the session was dialled with.
-func (m *Message) LogText() string { return m.session.words(string(m.Payload)) }
-
 // Ack tells the peer that the message has been delivered. It does not wait for
 // the network. After the end of the session it does nothing, and says so with
 // the cause: the peer has to take the message for undelivered.

@@ -55,7 +55,7 @@ func (s *Session) wants(f *wire.Frame) bool {
 	case f.Type == wire.TxChunk:
 		return s.incoming.wants(f.Tx)
 	default:
-		return !s.refusing.Load() && !s.unsettled.draining.Load()
+		return !s.sendOnly.Load() && !s.unsettled.draining.Load()
 	}
 }
 

@@ -152,7 +152,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.handshake(session)
 	if !s.announce(e) {
-		session.Refuse(true) // nobody will take what it received
+		session.SetSendOnly(true) // nobody will take what it received
 		return
 	}
 	if s.opts.OnSession != nil {

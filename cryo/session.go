@@ -63,8 +63,8 @@ type SessionOptions struct {
 	// cancelled. Time does not count while bytes of it wait to be read, or reading is
 	// paused. Default 60 s. See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
-	// SendOnly refuses received messages with an ERROR and streams with
-	// TX_CANCEL, from the start.
+	// SendOnly rejects received messages with an ERROR and streams with
+	// TX_CANCEL, from the start; see [Session.SetSendOnly].
 	SendOnly bool
 	// Logger gets the little that nobody else is told. Default: none.
 	Logger *slog.Logger
@@ -72,7 +72,7 @@ type SessionOptions struct {
 	// which nobody waits any more: it has arrived, but was taken for lost.
 	// OnRefused is called when the session itself refuses what it received: a
 	// message, or for KindStream a stream. Both are for counting:
-	// they run on the reading goroutine, OnRefused on that of Session.Refuse too,
+	// they run on the reading goroutine, OnRefused on that of Session.SetSendOnly too,
 	// and must not wait. Default: none.
 	OnLateAck func()
 	OnRefused func(Kind)
@@ -126,10 +126,9 @@ type Session struct {
 	limit     *receiveLimit
 	incoming  *incomingStreams
 	outgoing  *outgoingStreams
-	kept      atomic.Int64 // bytes that Hold has counted
 
 	reports    rate.Sometimes // of log lines
-	refusing   atomic.Bool    // received messages are refused
+	sendOnly   atomic.Bool    // received messages and streams are rejected
 	peerKnown  chan struct{}  // closed when the peer's ENDPOINT_INFO has come
 	acked      atomic.Bool    // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
 	streamless atomic.Bool    // the peer's last ENDPOINT_INFO announces no streams
@@ -167,7 +166,7 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
-	s.refusing.Store(opts.SendOnly)
+	s.sendOnly.Store(opts.SendOnly)
 	s.keepalive = keepalive{
 		conn: conn, dialing: dialing, interval: opts.HeartbeatInterval,
 		paused: s.limit.paused.Load, resumed: s.limit.resumedAt,
@@ -202,9 +201,40 @@ func (s *Session) Context() context.Context { return s.ctx }
 // [context.Canceled].
 func (s *Session) Err() error { return context.Cause(s.ctx) }
 
-// Paused tells whether MaxBufferBytes keeps the session from reading now, so
-// that acknowledgements may have come which it has not seen.
-func (s *Session) Paused() bool { return s.limit.paused.Load() }
+// Stats is a snapshot of a session. Its numbers are read one after the other.
+type Stats struct {
+	// Paused reports whether MaxBufferBytes keeps the session from reading, so that
+	// acknowledgements may have come that it has not read.
+	Paused bool
+	// HeldBytes counts against MaxBufferBytes: messages that are not settled, bytes of
+	// streams that are not read, and what Reserve has counted.
+	HeldBytes int64
+	// UnsettledMessages are received, and neither acknowledged nor rejected: in the queue
+	// or with the application.
+	UnsettledMessages int
+	// AwaitingAcks are sent messages and frames of streams for whose acknowledgement
+	// somebody waits.
+	AwaitingAcks int
+	// QueuedBytes are payloads, and small frames with their overhead, that wait to be
+	// written.
+	QueuedBytes int64
+	// OpenStreams are received streams that are announced or open, at most 256.
+	OpenStreams int
+}
+
+// Stats returns how the session is doing, for metrics and decisions about a slow peer.
+// After the end it tells what is still to be settled.
+func (s *Session) Stats() Stats {
+	held, _ := s.limit.bytes.Usage()
+	return Stats{
+		Paused:            s.limit.paused.Load(),
+		HeldBytes:         held,
+		UnsettledMessages: int(s.unsettled.n.Load()),
+		AwaitingAcks:      s.pend.count(),
+		QueuedBytes:       s.out.queuedBytes(),
+		OpenStreams:       s.incoming.count(),
+	}
+}
 
 // Close ends the session: streams that are coming in are cancelled, queued
 // acknowledgements are written, BYE carries the reason (cut to 123 bytes), and the

@@ -89,12 +89,8 @@ const (
 )
 
 // Name is the stream's name, at most 1,024 bytes of UTF-8. It comes from the
-// peer: don't make a path of it as it is.
+// peer: don't make a path of it as it is, and see [Session.Redact] for logging it.
 func (st *IncomingStream) Name() string { return st.name }
-
-// LogName is the name as it may be logged: without the token that the session was
-// dialled with.
-func (st *IncomingStream) LogName() string { return st.s.words(st.name) }
 
 // Size is the number of bytes that the peer has announced, or -1.
 func (st *IncomingStream) Size() int64 { return st.size }

@@ -104,7 +104,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 	switch {
 	case in.open[f.Tx] != nil:
 		return startRepeated, nil
-	case in.s.refusing.Load(), in.s.unsettled.draining.Load(), in.s.isEnding(), max(len(f.Payload), len(name)) > maxStreamName:
+	case in.s.sendOnly.Load(), in.s.unsettled.draining.Load(), in.s.isEnding(), max(len(f.Payload), len(name)) > maxStreamName:
 		return startRejected, nil
 	case len(in.open) == maxStreams:
 		if len(in.announced) == 0 || time.Since(in.announced[0].since) <= in.s.opts.StreamIdleTimeout {
@@ -326,6 +326,13 @@ func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
 			return
 		}
 	}
+}
+
+// count returns how many streams are announced or open.
+func (in *incomingStreams) count() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.open)
 }
 
 // lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, zero if there

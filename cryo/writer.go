@@ -276,6 +276,17 @@ func (w *writer) crowded() <-chan struct{} {
 	return w.drained
 }
 
+// queuedBytes returns what waits to be written.
+func (w *writer) queuedBytes() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := int64(w.unwritten)
+	for _, f := range w.queue.data {
+		n += int64(len(f.Payload)) // nil if it was withdrawn; what is taken is not in the queue
+	}
+	return n
+}
+
 // abort drops what is queued, at the end of the session. What is being written is released
 // by who writes it: the connection is closed then, or about to be.
 func (w *writer) abort() {

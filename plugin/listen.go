@@ -258,7 +258,7 @@ func (ln *listener) connected(s *cryo.Session) {
 	case len(ln.inputs) > 0:
 		ln.inputFor(s).receiveFrom(&handover{session: s})
 	case ln.refusing:
-		s.Refuse(true)
+		s.SetSendOnly(true)
 	default:
 		ln.waiting = append(ln.waiting, &handover{session: s})
 	}
@@ -312,7 +312,7 @@ func (ln *listener) addInput(r *receiver) {
 	}
 	ln.waiting = nil
 	for _, s := range ln.server.Sessions() {
-		s.Refuse(false)
+		s.SetSendOnly(false)
 		r.receiveFrom(&handover{session: s})
 	}
 }
@@ -350,13 +350,13 @@ func (ln *listener) rejectWithoutInput() {
 	ln.refusing = true
 	rejected, lost := 0, 0
 	for _, h := range ln.waiting {
-		h.session.Refuse(true) // one that has ended may have left messages behind
+		h.session.SetSendOnly(true) // one that has ended may have left messages behind
 		n, m := h.reject()
 		rejected, lost = rejected+n, lost+m
 	}
 	ln.waiting = nil
 	for _, s := range ln.server.Sessions() {
-		s.Refuse(true)
+		s.SetSendOnly(true)
 	}
 	if rejected > 0 {
 		ln.log.Warnf("Rejected %d messages that an input on %s has left: no other has followed it for %v", rejected, ln.address, nextInputPatience)
