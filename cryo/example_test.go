@@ -65,7 +65,7 @@ func ExampleDial_refused() {
 // been delivered.
 func ExampleServer() {
 	delivered := make(chan string)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server, err := cryo.NewServer(&cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
@@ -80,6 +80,10 @@ func ExampleServer() {
 			}()
 		},
 	})
+	if err != nil {
+		fmt.Println(err) // an option is wrong
+		return
+	}
 	httpServer := httptest.NewServer(server) // any http.Server will do
 	defer httpServer.Close()
 	defer server.Shutdown(context.Background())
@@ -132,7 +136,7 @@ type exampleServer struct {
 
 // startServer starts a server that answers messages.
 func startServer() exampleServer {
-	server := cryo.NewServer(cryo.ServerOptions{
+	server, err := cryo.NewServer(&cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
@@ -147,6 +151,7 @@ func startServer() exampleServer {
 			}()
 		},
 	})
+	must(err)
 	httpServer := httptest.NewServer(server)
 	return exampleServer{strings.Replace(httpServer.URL, "http", "ws", 1), func() {
 		httpServer.Close()

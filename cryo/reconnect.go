@@ -122,7 +122,7 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	if options != nil {
 		opts = *options
 	}
-	t, err := newTarget(rawURL, opts.Query)
+	t, err := newTarget(rawURL, &opts.DialOptions)
 	if err == nil && opts.Token != "" && opts.TokenFunc != nil {
 		err = errors.New("both Token and TokenFunc are set")
 	}

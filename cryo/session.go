@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -27,8 +28,8 @@ const (
 	DefaultCloseTimeout      = 5 * time.Second
 )
 
-// SessionOptions are what both ends of a session can set. A zero value means
-// its default.
+// SessionOptions are what both ends of a session can set. A zero value means its
+// default, and a negative one is an error.
 type SessionOptions struct {
 	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
 	// a server a Cryo ping too. The session ends with ErrSilent when, for two
@@ -80,17 +81,34 @@ type SessionOptions struct {
 	token *redact.Secret // that the peer's words are not repeated with; nil is none
 }
 
+func (o *SessionOptions) validate() error {
+	return cmp.Or(
+		notNegative("HeartbeatInterval", o.HeartbeatInterval),
+		notNegative("MaxBufferBytes", o.MaxBufferBytes),
+		notNegative("CloseTimeout", o.CloseTimeout),
+		notNegative("StreamIdleTimeout", o.StreamIdleTimeout),
+	)
+}
+
+// notNegative returns an error if the value of an option is.
+func notNegative[T int | time.Duration](option string, value T) error {
+	if value < 0 {
+		return fmt.Errorf("%s is %v: it must be positive, or 0 for its default", option, value)
+	}
+	return nil
+}
+
 func (o SessionOptions) withDefaults() SessionOptions {
-	if o.HeartbeatInterval <= 0 {
+	if o.HeartbeatInterval == 0 {
 		o.HeartbeatInterval = DefaultHeartbeatInterval
 	}
-	if o.MaxBufferBytes <= 0 {
+	if o.MaxBufferBytes == 0 {
 		o.MaxBufferBytes = DefaultMaxBufferBytes
 	}
-	if o.CloseTimeout <= 0 {
+	if o.CloseTimeout == 0 {
 		o.CloseTimeout = DefaultCloseTimeout
 	}
-	if o.StreamIdleTimeout <= 0 {
+	if o.StreamIdleTimeout == 0 {
 		o.StreamIdleTimeout = DefaultStreamIdleTimeout
 	}
 	if o.Logger == nil {
@@ -127,12 +145,12 @@ type Session struct {
 	incoming  *incomingStreams
 	outgoing  *outgoingStreams
 
-	reports    rate.Sometimes // of log lines
-	sendOnly   atomic.Bool    // received messages and streams are rejected
-	peerKnown  chan struct{}  // closed when the peer's ENDPOINT_INFO has come
-	acked      atomic.Bool    // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
-	streamless atomic.Bool    // the peer's last ENDPOINT_INFO announces no streams
-	onEnd      func()         // the server's; before done is closed
+	reports    rate.Sometimes         // of log lines
+	sendOnly   atomic.Bool            // received messages and streams are rejected
+	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO has come
+	acked      atomic.Bool            // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
+	streamless atomic.Bool            // the peer's last ENDPOINT_INFO announces no streams
+	onEnd      func(closeDone func()) // the server's; nil: none
 	keepalive  keepalive
 
 	ctx  context.Context         // done with the first cause of the end: nothing new starts
@@ -145,7 +163,7 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
@@ -381,10 +399,12 @@ func (s *Session) finish() {
 	s.pend.end(err)
 	s.inbox.end()
 	s.incoming.end()
-	if s.onEnd != nil {
-		s.onEnd()
+	closeDone := func() { close(s.done) }
+	if s.onEnd == nil {
+		closeDone()
+	} else {
+		s.onEnd(closeDone)
 	}
-	close(s.done)
 }
 
 // peerTimedOut ends the session of a peer that was not alive for so long.

@@ -10,21 +10,25 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
+// listen serves sessions to clients that have the token "secret".
+func listen(onSession func(*cryo.Session, *cryo.Upgrade)) *httptest.Server {
+	server, err := cryo.NewServer(&cryo.ServerOptions{Authorize: cryo.Tokens("secret"), OnSession: onSession})
+	must(err)
+	return httptest.NewServer(server)
+}
+
 // taker serves sessions, and takes and prints the messages that come.
 func taker() *httptest.Server {
-	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
-			for {
-				m, err := s.Receive(context.Background())
-				if err != nil {
-					return // the session has ended
-				}
-				fmt.Printf("%v: %s\n", m.Kind, m.Payload)
-				_ = m.Ack()
+	return listen(func(s *cryo.Session, _ *cryo.Upgrade) {
+		for {
+			m, err := s.Receive(context.Background())
+			if err != nil {
+				return // the session has ended
 			}
-		},
-	}))
+			fmt.Printf("%v: %s\n", m.Kind, m.Payload)
+			_ = m.Ack()
+		}
+	})
 }
 
 func ExampleSession_SendUTF8() {
@@ -57,16 +61,13 @@ func ExampleSession_SendBinary() {
 
 // The receiving end decides what is delivered, and says what is not.
 func ExampleSession_Receive() {
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
-			m, err := s.Receive(context.Background())
-			if err != nil {
-				return
-			}
-			_ = m.Reject("the disk is full")
-		},
-	}))
+	server := listen(func(s *cryo.Session, _ *cryo.Upgrade) {
+		m, err := s.Receive(context.Background())
+		if err != nil {
+			return
+		}
+		_ = m.Reject("the disk is full")
+	})
 	defer server.Close()
 	s := connectTo(server)
 	ctx := context.Background()

@@ -109,7 +109,7 @@ func serveHandler(t *testing.T, handler http.Handler, secure bool) *endpoint {
 func serveSessions(t *testing.T, opts cryo.SessionOptions, secure bool) (*endpoint, <-chan *cryo.Session) {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server := newServer(t, cryo.ServerOptions{
 		SessionOptions: opts,
 		Authorize:      cryo.Tokens(token),
 		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },

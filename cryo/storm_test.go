@@ -82,7 +82,7 @@ func TestStormsOverTheNetwork(t *testing.T) {
 					t.Parallel() // they wait most of the time
 					s := newStorm(t, seed, 200)
 					sessions := make(chan *cryo.Session, 1)
-					listener := httptest.NewUnstartedServer(cryo.NewServer(cryo.ServerOptions{
+					listener := httptest.NewUnstartedServer(newServer(t, cryo.ServerOptions{
 						SessionOptions: s.options(),
 						Authorize:      cryo.Tokens(token),
 						OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },

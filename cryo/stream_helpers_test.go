@@ -76,7 +76,7 @@ type pair struct {
 func connect(t testing.TB, client, server cryo.SessionOptions) pair {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	handler := cryo.NewServer(cryo.ServerOptions{
+	handler := newServer(t, cryo.ServerOptions{
 		SessionOptions: server,
 		Authorize:      cryo.Tokens(token),
 		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },

@@ -56,7 +56,7 @@ var (
 var ErrStreamClosed = errors.New("the stream is closed")
 
 // StreamOptions are what the sender of a stream can set. A zero value means its
-// default.
+// default, and a negative one is an error.
 type StreamOptions struct {
 	// Name tells the receiver what the stream is: at most 1,024 bytes of
 	// UTF-8. Default "anonymous".
@@ -84,6 +84,9 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 	}
 	if !utf8.ValidString(o.Name) {
 		return o, fmt.Errorf("the stream's name %q is %w", o.Name, ErrInvalidUTF8)
+	}
+	if err := notNegative("StepTimeout", o.StepTimeout); err != nil {
+		return o, err
 	}
 	if o.ChunkBytes < 1 || o.ChunkBytes > MaxPayload {
 		return o, fmt.Errorf("chunks of %d bytes: they have 1 to %d", o.ChunkBytes, MaxPayload)
@@ -340,7 +343,7 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 
 // clock starts the time of one step.
 func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
-	if st.opts.StepTimeout <= 0 {
+	if st.opts.StepTimeout == 0 {
 		return nil, func() bool { return true }
 	}
 	t := time.NewTimer(st.opts.StepTimeout)

@@ -180,7 +180,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		settings: settings, address: address, log: log, metrics: newListenMetrics(c.meter),
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
-	opts := cryo.ServerOptions{
+	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
 			HeartbeatInterval: settings.HeartbeatInterval,
 			MaxBufferBytes:    settings.MaxBufferBytes,
@@ -195,8 +195,10 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		CheckOrigin:           settings.allowsOrigin,
 		Full:                  ln.full,
 	}
-	ln.metrics.watch(&opts)
-	ln.server = cryo.NewServer(opts)
+	ln.metrics.watch(opts)
+	if ln.server, err = cryo.NewServer(opts); err != nil {
+		return nil, errors.Join(err, socket.Close())
+	}
 	ln.http = &http.Server{
 		Handler: ln,
 		// Of TLS, of requests and between them; a session's connection is out of
