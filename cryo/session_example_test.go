@@ -91,16 +91,3 @@ func ExampleSession_Close() {
 	// Output:
 	// session ended: closed by this end true true
 }
-
-// No goodbye: a context that is done cuts the connection at once.
-func ExampleSession_Close_destroy() {
-	server := taker()
-	defer server.Close()
-	s := connectTo(server)
-
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	fmt.Println(s.Close(ctx, ""))
-	// Output:
-	// context canceled
-}
