@@ -314,12 +314,15 @@ func (t *ackTable) errors(c *call) []error {
 	return c.errs
 }
 
-// awaited reports whether an answer is waited for.
-func (t *ackTable) awaited() bool {
+// count returns how many answers are waited for.
+func (t *ackTable) count() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.waiting > 0
+	return t.waiting
 }
+
+// awaited reports whether an answer is waited for.
+func (t *ackTable) awaited() bool { return t.count() > 0 }
 
 // end settles all frames with err, and those that are registered later.
 func (t *ackTable) end(err error) {

@@ -197,7 +197,7 @@ func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				lines, httpLines := &logged{}, &logged{}
 				statuses := make(chan int, 1)
-				server := cryo.NewServer(cryo.ServerOptions{
+				server := newServer(t, cryo.ServerOptions{
 					SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())},
 					Authorize:      cryo.Tokens(token),
 					MaxSessions:    1,
@@ -238,7 +238,7 @@ func TestNobodyMayComeInByDefault(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l := cryotest.Serve(t, cryo.NewServer(cryo.ServerOptions{Authorize: authorize}))
+				l := cryotest.Serve(t, newServer(t, cryo.ServerOptions{Authorize: authorize}))
 				for _, token := range []string{"", "x"} {
 					status, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+"+token, upgrade())
 					require.Equal(t, 401, status)
@@ -349,7 +349,7 @@ func TestAFullServerRefuses(t *testing.T) {
 func TestSessionsThatAreStillClosingCountToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions := make(chan *cryo.Session, 4)
-		server := cryo.NewServer(cryo.ServerOptions{
+		server := newServer(t, cryo.ServerOptions{
 			Authorize:   cryo.Tokens(token),
 			MaxSessions: 2,
 			OnSession:   func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
@@ -451,7 +451,7 @@ func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 
 func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token), MaxSessionsPerAddress: 2})
+		server := newServer(t, cryo.ServerOptions{Authorize: cryo.Tokens(token), MaxSessionsPerAddress: 2})
 		l := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			r.RemoteAddr = r.URL.Query().Get("from") // as behind a proxy
 			server.ServeHTTP(w, r)
@@ -537,7 +537,7 @@ func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
 // doesn't repeat it costs hundreds of times as much.
 func TestALongTokenIsRefusedCheaply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token)})
+		server := newServer(t, cryo.ServerOptions{Authorize: cryo.Tokens(token)})
 		r := httptest.NewRequest(http.MethodGet, "/?authorization=Bearer+"+strings.Repeat("word+", 100_000), http.NoBody)
 		r.Header = upgrade()
 		refuse := func() {

@@ -104,7 +104,7 @@ func TestEachMessageThatIsSettledMakesRoomForAnother(t *testing.T) {
 func TestASessionThatBeginsToRejectReadsOn(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
-		s.Refuse(true)
+		s.SetSendOnly(true)
 		peer.WantFrame("the refusal of what waited", cryotest.Error(1001, "this session receives no messages"))
 		require.NoError(t, m.Ack())
 		peer.WantFrame("the acknowledgement of what was taken", cryotest.Acked(1000))
@@ -149,7 +149,7 @@ func TestAsMuchAsThereIsMemoryIsABoundToo(t *testing.T) {
 				require.Len(t, m.Payload, size)
 				require.NoError(t, m.Ack())
 			}
-			require.False(t, s.Paused())
+			require.False(t, s.Stats().Paused)
 		})
 	}
 }
@@ -225,7 +225,7 @@ func TestAnEndedSessionGivesItsRoomBack(t *testing.T) {
 		alive()
 		for range 5 { // what was not taken is refused
 			fillAndLeave(true)
-			next(t, sessions).Refuse(true)
+			next(t, sessions).SetSendOnly(true)
 		}
 		alive()
 		for range 5 { // what was taken is settled, which nobody hears

@@ -24,7 +24,7 @@ func BenchmarkBroadcast(b *testing.B) {
 
 func benchBroadcast(b *testing.B, size, n int) {
 	connected := make(chan *cryo.Session, n)
-	handler := cryo.NewServer(cryo.ServerOptions{
+	handler := newServer(b, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { connected <- s },
 	})

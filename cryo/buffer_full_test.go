@@ -80,13 +80,13 @@ func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
 func TestAStreamIsCancelledWhenTheReceiveBufferIsFullAndASenderWaits(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
-		s.Hold(90_000)
+		release := s.Reserve(90_000)
 		peer.WriteFrames(txChunk(0, 1, "abc"))
 		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done)
 		require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrBufferFull)
-		s.Release(90_000)
+		release()
 		require.NoError(t, st.Close())
 		wantAmongPongs(t, peer, txCancel(end.first+1, 0))
 		wantFree(t, s, peer, 90_000, 0)

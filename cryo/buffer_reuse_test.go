@@ -51,7 +51,7 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		answer := start(func() error { return s.SendText(t.Context(), "waits for its acknowledgement") })
 		text := peer.WantType("ours", wire.UTF8)
-		s.Hold(1600)
+		release := s.Reserve(1600)
 		peer.WriteFrames(
 			cryotest.Text(1000, strings.Repeat("A", 300)),     // taken
 			cryotest.Text(1001, strings.Repeat("B", 100_000)), // skipped
@@ -61,7 +61,7 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 		wantAmongPongs(t, peer, cryotest.Error(1001, bufferFull))
 		wantAmongPongs(t, peer, cryotest.Error(1002, bufferFull))
 		require.Equal(t, strings.Repeat("A", 300), string(m.Payload))
-		s.Release(1600)
+		release()
 		peer.Ack(text)
 		answer.wantSuccess(t)
 		require.NoError(t, m.Ack())
@@ -75,7 +75,7 @@ func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
 		st := incoming(t, s, peer, 1, 0)
 		answer := start(func() error { return s.SendText(t.Context(), "waits for its acknowledgement") })
 		text := peer.WantType("ours", wire.UTF8)
-		s.Hold(79_800)
+		release := s.Reserve(79_800)
 		peer.WriteFrames(
 			txChunk(0, 1, strings.Repeat("A", 300)),           // taken
 			cryotest.Text(1001, strings.Repeat("B", 100_000)), // skipped
@@ -84,7 +84,7 @@ func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
 		)
 		wantAmongPongs(t, peer, cryotest.Error(1001, bufferFull))
 		wantAmongPongs(t, peer, cryotest.Error(1002, bufferFull))
-		s.Release(79_800)
+		release()
 		peer.Ack(text)
 		answer.wantSuccess(t)
 		require.NoError(t, wantRest(t, st, strings.Repeat("A", 300)))

@@ -27,7 +27,7 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[0], batch[1]}))
 		require.NoError(t, s.Err())
 		closing := start(func() error { return s.Close(t.Context(), "that's all") })
-		<-s.Ending()
+		<-s.Context().Done()
 
 		peer.WantFrame("an acknowledgement", cryotest.Acked(1))
 		peer.WantFrame("an acknowledgement", cryotest.Acked(2))
@@ -251,7 +251,7 @@ func TestAnEndInAllWaysAtOnce(t *testing.T) {
 				})
 				all.Go(func() { _, _ = s.Receive(t.Context()) })
 				all.Go(func() { _ = s.Close(t.Context(), "") })
-				all.Go(func() { s.Refuse(i%2 == 0) })
+				all.Go(func() { s.SetSendOnly(i%2 == 0) })
 			}
 			all.Go(func() {
 				_ = peer.TryWriteFrames(cryotest.Text(99, ""), cryotest.Ping(1), cryotest.Bye(100, ""))

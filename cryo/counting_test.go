@@ -108,6 +108,7 @@ func TestAServerTellsTheEndOfEachSessionThatItHasTold(t *testing.T) {
 		time.Sleep(time.Minute)
 		require.Empty(t, ended, "one was no session yet, the other lives")
 		cut(s)
+		synctest.Wait() // OnSessionEnd follows Done
 		require.Equal(t, []*cryo.Session{s}, ended)
 	})
 }

@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -32,7 +33,8 @@ const (
 	bearer             = "Bearer"
 )
 
-// DialOptions are what a client can set. A zero value means its default.
+// DialOptions are what a client can set. A zero value means its default, and a negative
+// one is an error.
 type DialOptions struct {
 	SessionOptions
 
@@ -61,9 +63,13 @@ type DialOptions struct {
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
+func (o *DialOptions) validate() error {
+	return cmp.Or(o.SessionOptions.validate(), notNegative("ConnectTimeout", o.ConnectTimeout), checkQuery(o.Query))
+}
+
 func (o DialOptions) withDefaults() DialOptions {
 	o.SessionOptions = o.SessionOptions.withDefaults()
-	if o.ConnectTimeout <= 0 {
+	if o.ConnectTimeout == 0 {
 		o.ConnectTimeout = DefaultConnectTimeout
 	}
 	if o.SessionID == 0 {
@@ -137,7 +143,7 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 	if options != nil {
 		opts = *options
 	}
-	t, err := newTarget(rawURL, opts.Query)
+	t, err := newTarget(rawURL, &opts)
 	if err != nil {
 		return nil, fmt.Errorf("dialling: %w", err)
 	}
@@ -150,15 +156,16 @@ type target struct {
 	query url.Values // the URL's and the options'
 }
 
-func newTarget(rawURL string, further url.Values) (*target, error) {
+// newTarget returns what is wrong with the URL or the options.
+func newTarget(rawURL string, o *DialOptions) (*target, error) {
 	u, query, err := parseURL(rawURL)
 	if err == nil {
-		err = checkQuery(further)
+		err = o.validate()
 	}
 	if err != nil {
 		return nil, err
 	}
-	maps.Copy(query, further)
+	maps.Copy(query, o.Query)
 	return &target{u, query}, nil
 }
 

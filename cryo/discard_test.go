@@ -35,7 +35,7 @@ func TestDiscardReleasesWhatClosedSessionsHaveReceived(t *testing.T) {
 		s := next(t, sessions)
 		peer.WriteFrames(cryotest.Text(1000, "hello"))
 		require.Equal(t, "hello", string(receive(t, s).Payload), "the memory is free for others")
-		require.False(t, s.Paused())
+		require.False(t, s.Stats().Paused)
 	})
 }
 
@@ -63,7 +63,7 @@ func TestDiscardKeepsNothingOfWhatStillComes(t *testing.T) {
 func TestAServerThatHandsOutNoSessionsKeepsNothingOfThemAfterTheirEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var heldAtEnd int64
-		server := cryo.NewServer(cryo.ServerOptions{
+		server := newServer(t, cryo.ServerOptions{
 			Authorize:    cryo.Tokens(token),
 			OnSessionEnd: func(s *cryo.Session) { heldAtEnd = s.Held() },
 		})
@@ -76,6 +76,7 @@ func TestAServerThatHandsOutNoSessionsKeepsNothingOfThemAfterTheirEnd(t *testing
 		synctest.Wait()
 		require.NotZero(t, s.Held())
 		cut(s)
+		synctest.Wait() // OnSessionEnd follows Done
 		require.NotZero(t, heldAtEnd, "OnSessionEnd may still take it")
 		require.Zero(t, s.Held())
 	})

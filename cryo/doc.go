@@ -51,6 +51,30 @@
 // peer broke the protocol. The first cause wins; whoever waits then gets it, see
 // [Session.Err].
 //
+// # Ending
+//
+// What each way to end stops, what is possible afterwards, and what it releases:
+//
+//	                stops                            still possible                      returns when                    releases
+//	Close           sends, reads of data; streams    Ack until BYE; Receive and Read     the peer has closed, or after   nothing
+//	                that come in are cancelled       of what was received, for ever      CloseTimeout
+//	CloseNow        everything                       Receive and Read, for ever          the connection is cut           nothing
+//	Drain           new messages and streams;        Receive, Ack, Reject, sends         all received is settled, and    what is settled
+//	                those not whole are cancelled    until all received is settled       then as Close
+//	Discard         Receive of messages in the       everything else; the session        at once                         the messages in the
+//	                queue, and of later ones         is not ended                                                        queue, and later ones
+//	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     messages that nobody
+//	                sessions                                                             their handlers returned         could receive¹
+//	Server.Drain    new clients; as Drain for all    as Drain                            as Shutdown                     as Shutdown
+//
+// ¹ Where OnSession is nil.
+//
+// When the context is done, Close and Shutdown cut the connections; Drain leaves sessions
+// open, for Close. None of them loses what was received: what is not acknowledged, the peer
+// may send again on another connection. Received messages count against MaxBufferBytes of a
+// server until they are settled or discarded, after the end of their session too. Sends
+// that are not acknowledged return the cause of the end.
+//
 // # Limits
 //
 // A message is at most [MaxPayload] bytes. What is received and not settled is

@@ -68,7 +68,7 @@ func ExampleDial_denied() {
 // been delivered.
 func ExampleServer() {
 	delivered := make(chan string)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server, err := cryo.NewServer(&cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
@@ -82,6 +82,10 @@ func ExampleServer() {
 			}()
 		},
 	})
+	if err != nil {
+		fmt.Println(err) // an option is wrong
+		return
+	}
 	httpServer := httptest.NewServer(server) // any http.Server will do
 	defer httpServer.Close()
 	defer server.Shutdown(context.Background())
@@ -134,7 +138,7 @@ type exampleServer struct {
 
 // startServer starts a server that answers messages.
 func startServer() exampleServer {
-	server := cryo.NewServer(cryo.ServerOptions{
+	server, err := cryo.NewServer(&cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) {
 			go func() {
@@ -148,6 +152,7 @@ func startServer() exampleServer {
 			}()
 		},
 	})
+	must(err)
 	httpServer := httptest.NewServer(server)
 	return exampleServer{strings.Replace(httpServer.URL, "http", "ws", 1), func() {
 		httpServer.Close()

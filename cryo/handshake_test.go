@@ -88,7 +88,7 @@ func TestAClientThatLeavesAsSoonAsItIsConnectedWasThere(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	ended := make(chan *cryo.Session, 1)
 	sessions := make(chan *cryo.Session, 1)
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+	server := httptest.NewServer(newServer(t, cryo.ServerOptions{
 		Authorize:    cryo.Tokens(token),
 		OnSession:    func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 		OnSessionEnd: func(s *cryo.Session) { ended <- s },

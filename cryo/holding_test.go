@@ -48,7 +48,7 @@ func TestAnOpenStreamIsBoundedThoughMessagesAreRefused(t *testing.T) {
 		opts := bounded()
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
 		st := incoming(t, s, peer, 1, 0)
-		s.Refuse(true)
+		s.SetSendOnly(true)
 		go func() {
 			for i := range uint32(1000) {
 				if peer.TryWriteFrames(txChunk(0, i+1, strings.Repeat("x", 10_000))) != nil {

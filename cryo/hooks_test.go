@@ -62,7 +62,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 			require.Zero(t, locked.Swap(0), what)
 		}
 
-		session.Refuse(true)
+		session.SetSendOnly(true)
 		peer.WriteFrames(txStart(1, 0, -1, "in"))
 		peer.WantType("TX_CANCEL", wire.TxCancel)
 		want("a stream is refused", 1)
@@ -71,16 +71,16 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		want("a message is refused", 1)
 		peer.WriteFrames(cryotest.Error(3, "out of paper"))
 		want("an error of the peer's application is refused and logged", 2)
-		session.Refuse(false)
+		session.SetSendOnly(false)
 		time.Sleep(time.Minute) // the log's limit
 
 		peer.WriteFrames(txStart(4, 1, -1, "in"), cryotest.Text(5, "in"))
 		synctest.Wait()
-		session.Refuse(true)
+		session.SetSendOnly(true)
 		peer.WantType("ERROR", wire.Error)
 		peer.WantType("TX_CANCEL", wire.TxCancel)
 		want("what waits is refused", 2)
-		session.Refuse(false)
+		session.SetSendOnly(false)
 
 		peer.WriteFrames(txStart(9, 3, -1, "in"), txChunk(3, 0, "early"))
 		peer.WantType("TX_CANCEL", wire.TxCancel)
@@ -93,9 +93,9 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		peer.WriteFrames(txStart(11, 2000, -1, "in"))
 		peer.WantFrame("TX_CANCEL", txCancel(end.first+3, 1000))
 		want("a stream makes way", 1)
-		session.Refuse(true)
+		session.SetSendOnly(true)
 		want("all of them are refused", 256)
-		session.Refuse(false)
+		session.SetSendOnly(false)
 		peer.Skip()
 
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("enough"))
@@ -135,6 +135,6 @@ func TestALogHandlerMayWaitForTheSessionToReadOn(t *testing.T) {
 	peer = p
 	peer.WriteFrames(cryotest.Error(1, "out of paper"), cryotest.Ping(1))
 	peer.WantFrame("both are read", cryotest.Pong(1))
-	s.Refuse(true)
+	s.SetSendOnly(true)
 	next(t, done)
 }

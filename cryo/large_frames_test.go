@@ -337,10 +337,10 @@ func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
 		}
 		wantComing("what is small enough", 1<<20, 1<<20)
 
-		sessions[2].Hold(bound)
+		release := sessions[2].Reserve(bound)
 		more := []*call{goesOn(0, 0x00), nil}
 		wantComing("the receive buffer is full", 1<<20, 1<<20)
-		sessions[2].Release(bound)
+		release()
 		wantComing("the first may get as large as it likes", 16<<20, 1<<20)
 		more[0].wantSuccess(t)
 
@@ -368,10 +368,10 @@ func TestALargeMessageInFragmentsGoesOnThoughItsSessionHoldsMoreThanItsShare(t *
 		second.ClientHandshake()
 		b := next(t, accepted)
 		sendsFragment(t, first, 0x02, encoded(t, first, cryotest.Binary(1, string(make([]byte, large)))))
-		a.Hold(bound - 1000)
+		a.Reserve(bound - 1000)
 		begins(t, second)
 		time.Sleep(10 * time.Second)
-		require.True(t, b.Paused())
+		require.True(t, b.Stats().Paused)
 		sendsFragment(t, first, 0x00, make([]byte, large))
 		sendsFragment(t, first, 0x80, nil)
 		m := receive(t, a)

@@ -50,7 +50,7 @@ func serve(t *testing.T, opts cryo.ServerOptions) (*cryo.Server, *cryotest.Liste
 	if opts.OnSession == nil {
 		opts.OnSession = func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s }
 	}
-	server := cryo.NewServer(opts)
+	server := newServer(t, opts)
 	listener := cryotest.Serve(t, server)
 	t.Cleanup(func() {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -169,4 +169,12 @@ func wantEnded(t *testing.T, s *cryo.Session) error {
 		require.FailNow(t, "the session goes on")
 	}
 	return s.Err()
+}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
 }

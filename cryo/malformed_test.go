@@ -27,7 +27,7 @@ func wantProtocolError(t *testing.T, s *cryo.Session, peer *cryotest.Peer, code 
 		reason = strings.TrimPrefix(problem, "websocket: ") // WebSocket's own codes, and words
 	}
 	peer.WantClose("the end, without BYE", code, reason)
-	<-s.Ending()
+	<-s.Context().Done()
 	require.EqualError(t, s.Err(), "session ended: "+broke+problem)
 	require.ErrorIs(t, s.Err(), net.ErrClosed)
 	_, ok := errors.AsType[*cryo.ProtocolError](s.Err())

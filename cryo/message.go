@@ -42,10 +42,6 @@ func (m *Message) Time() time.Time { return m.read }
 // Number returns the peer's number of the message (protocol, "Acknowledgements").
 func (m *Message) Number() uint32 { return m.number }
 
-// LogText is the payload as it may be logged: cut to 1 KiB, and without the token
-// that the session was dialled with.
-func (m *Message) LogText() string { return m.session.words(string(m.Payload)) }
-
 // Ack acknowledges the message: it was delivered. It does not wait for the network. After
 // the end of the session the peer can't be reached: Ack returns the error of [Session.Err],
 // and the peer must regard the message as undelivered.
@@ -67,7 +63,7 @@ func (m *Message) Reject(text string) error {
 }
 
 func (m *Message) reject(text string) error {
-	defer m.hold.release()
+	defer m.release()
 	if m.Kind == KindError {
 		return nil // an ERROR is not answered with an ERROR
 	}
@@ -107,6 +103,12 @@ func AckBatch(batch []*Message) error {
 // settle reports whether the caller is the first to settle the message, and so owns its
 // reservation.
 func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
+
+// release gives up the reservation of a message that is settled, or dropped.
+func (m *Message) release() {
+	m.hold.release()
+	m.session.unsettled.remove(1)
+}
 
 // inbox is a session's queue of received messages. What it may hold is bounded by the
 // receive buffer.
@@ -148,7 +150,7 @@ func (q *inbox) discard() {
 	q.messages, q.start, q.discarded = nil, nil, true
 	q.mu.Unlock()
 	for _, m := range messages {
-		m.hold.release()
+		m.release()
 	}
 }
 

@@ -334,10 +334,10 @@ func floods() []misbehaviour {
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 5000, func(i uint32) wire.Frame { return txStart(i, i, -1, strings.Repeat("n", 1000)) })
 				require.Equal(t, 5000-256, peer.Skip(), "256 wait, the others are cancelled")
-				s.Refuse(true)
+				s.SetSendOnly(true)
 				synctest.Wait()
 				require.Equal(t, 256, peer.Skip())
-				s.Refuse(false)
+				s.SetSendOnly(false)
 			},
 		},
 		{

@@ -44,7 +44,7 @@ func serveTLS(t *testing.T) (target string, sessions <-chan *cryo.Session, roots
 func newRealServer(t *testing.T) (*httptest.Server, <-chan *cryo.Session) {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 16)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server := newServer(t, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 	})

@@ -39,17 +39,11 @@ func (s *Session) read() {
 }
 
 // waitForWriter pauses reading while too many small frames are unwritten. The peer
-// causes that, so its timeout keeps running.
+// causes that, so its timeout keeps running. It returns when the close frame is queued,
+// behind which nothing is, or the connection is closed.
 func (s *Session) waitForWriter() {
-	for {
-		crowded := s.out.crowded()
-		if crowded == nil || s.isEnding() {
-			return
-		}
-		select {
-		case <-crowded:
-		case <-s.ending:
-		}
+	for crowded := s.out.crowded(); crowded != nil; crowded = s.out.crowded() {
+		<-crowded
 	}
 }
 
@@ -61,7 +55,7 @@ func (s *Session) wants(f *wire.Frame) bool {
 	case f.Type == wire.TxChunk:
 		return s.incoming.wants(f.Tx)
 	default:
-		return !s.refusing.Load()
+		return !s.sendOnly.Load() && !s.unsettled.draining.Load()
 	}
 }
 
@@ -102,7 +96,7 @@ func (s *Session) protocolError(err *ProtocolError) {
 // isEnding reports whether the session has begun to end: data is discarded then.
 func (s *Session) isEnding() bool {
 	select {
-	case <-s.ending:
+	case <-s.ctx.Done():
 		return true
 	default:
 		return false
@@ -124,13 +118,16 @@ func (s *Session) handle(in *received) {
 			return
 		}
 	}
-	if s.isEnding() {
+	ending := s.isEnding()
+	if ending && s.out.ends() {
 		return // discarded: nothing can be acknowledged any more
 	}
 
 	switch f.Type {
 	case wire.UTF8, wire.Binary, wire.Error:
-		s.deliver(in)
+		if !ending {
+			s.deliver(in)
+		}
 	case wire.PingPong:
 		if string(f.Payload) == wire.Ping { // a pong is never answered
 			s.keepalive.pinged(f.Ack)
@@ -157,6 +154,8 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 		return false
 	case answerPremature:
 		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
+	case answerUnknown:
+		s.incoming.cancelAcknowledged(f.Ack)
 	case answerLate:
 		s.opts.OnLateAck(s)
 	}

@@ -6,6 +6,7 @@ import (
 	"iter"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
@@ -18,7 +19,7 @@ const maxErrorText = 1024
 
 // Receive waits for the next message. Messages that were received before the end of the
 // session are still returned after it; then the error is that of [Session.Err]. An
-// application that does not want them calls Refuse before, or Discard afterwards. When the
+// application that does not want them calls SetSendOnly before, or Discard afterwards. When the
 // context is done first, the error matches the context's error and its cause.
 func (s *Session) Receive(ctx context.Context) (*Message, error) {
 	batch, err := s.ReceiveBatch(ctx, 1)
@@ -68,10 +69,12 @@ func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, erro
 	}
 }
 
-// Refuse makes a session one that only sends, or one that receives again. While
-// it refuses, what waits in its queue and what comes is refused with an ERROR.
-func (s *Session) Refuse(on bool) {
-	s.refusing.Store(on)
+// SetSendOnly makes a session one that only sends, or one that receives again. While
+// it only sends, messages in its queue and those that come are rejected with an ERROR, and
+// streams that nobody has accepted and new ones with TX_CANCEL; see
+// [SessionOptions.SendOnly].
+func (s *Session) SetSendOnly(on bool) {
+	s.sendOnly.Store(on)
 	if on {
 		s.refuseWaiting()
 		s.incoming.refuse()
@@ -84,7 +87,7 @@ func (s *Session) Refuse(on bool) {
 // MaxBufferBytes of all its sessions. Call it after Close, or when the session has
 // ended, if nobody will receive what is left; a [Server] without OnSession calls it for
 // its sessions when they have ended. It can't be undone, and is no way to refuse: a
-// peer that is still connected waits for answers; see [Session.Refuse].
+// peer that is still connected waits for answers; see [Session.SetSendOnly].
 func (s *Session) Discard() { s.inbox.discard() }
 
 func (s *Session) refuseWaiting() {
@@ -103,6 +106,10 @@ func (s *Session) refuseWaiting() {
 func (s *Session) deliver(in *received) {
 	m := &Message{Kind: kindOf(in.Type), session: s, number: in.Ack, read: s.conn.LastRead()}
 	m.Payload, m.hold, _ = in.take()
+	if !s.unsettled.add() {
+		m.hold.release()
+		return
+	}
 	if m.Kind == KindError {
 		text := wire.Frame{Payload: m.Payload}
 		m.Payload = []byte(text.Text())
@@ -116,11 +123,11 @@ func (s *Session) deliver(in *received) {
 		s.reportBufferFull()
 		s.rejectUnread(m, ErrBufferFull.Error())
 		return
-	case in.decision == unwanted, s.refusing.Load():
+	case in.decision == unwanted, s.sendOnly.Load():
 		s.rejectUnread(m, receivesNothing)
 		return
 	case !s.inbox.put(m):
-		m.hold.release()
+		m.release()
 		return
 	}
 	if small && s.conn.Drained() {
@@ -129,18 +136,24 @@ func (s *Session) deliver(in *received) {
 		// Behind a larger one nothing was read ahead, whatever has come.
 		runtime.Gosched()
 	}
-	if s.refusing.Load() { // Refuse came between the check and the put
+	if s.sendOnly.Load() { // SetSendOnly came between the check and the put
 		s.refuseWaiting()
 	}
 }
 
-// words are the peer's, as they may be repeated in errors and log lines. Those of control
-// frames may have been truncated within the token, behind maxControl bytes.
+// Redact returns a text of the peer, such as a payload or a stream's name, as it may be
+// logged: truncated to 1 KiB, and without the token that the session was dialled with.
+func (s *Session) Redact(text string) string {
+	return redact.Cut(s.opts.token.Text(text), maxErrorText)
+}
+
+// words is Redact for the text of a control frame, which may have been truncated within
+// the token, behind maxControl bytes.
 func (s *Session) words(text string) string {
 	if s.opts.token != nil && len(text) >= maxControl {
 		text = s.opts.token.End(text)
 	}
-	return redact.Cut(s.opts.token.Text(text), maxErrorText)
+	return s.Redact(text)
 }
 
 // receivesNothing is the text that a session that only sends rejects messages with.
@@ -151,7 +164,7 @@ func (s *Session) rejectUnread(m *Message, text string) {
 	s.opts.OnReject(s, m.Kind)
 	_ = m.reject(text) // after the end of the session nobody is there to get it
 	if m.Kind == KindError {
-		s.report("The peer reports an error", "text", m.LogText())
+		s.report("The peer reports an error", "text", s.words(string(m.Payload)))
 	}
 }
 
@@ -176,6 +189,7 @@ const rateLimited = " (at most one such line a second)"
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.
 func (s *Session) acknowledge(numbers []uint32, held *hold) error {
+	defer s.unsettled.remove(len(numbers))
 	defer held.release()
 	if !s.out.acknowledge(numbers) {
 		return s.Err()
@@ -190,33 +204,17 @@ func (s *Session) reject(number uint32, text string) error {
 	return nil
 }
 
-// Hold counts bytes that the caller keeps of what it received, such as what it
-// made of a stream, as received and not settled: see MaxBufferBytes. Release
-// takes them back.
-func (s *Session) Hold(n int) {
-	for {
-		kept := s.kept.Load()
-		add := min(max(int64(n), 0), maxKept-kept)
-		if s.kept.CompareAndSwap(kept, kept+add) {
-			s.limit.bytes.Force(add)
-			return
-		}
-	}
+// Reserve counts n bytes that the caller keeps of what it received, such as what it made
+// of a stream, as received and not settled, until it calls release: see MaxBufferBytes. It
+// never waits, and counts beyond the bound too. A second release does nothing.
+func (s *Session) Reserve(n int) (release func()) {
+	reserved := min(max(int64(n), 0), maxReserved)
+	s.limit.bytes.Force(reserved)
+	var once sync.Once
+	return func() { once.Do(func() { s.limit.bytes.Release(reserved) }) }
 }
 
-// maxKept is where Hold stops to count, far beyond any memory.
-const maxKept = 1 << 60
-
-// Release takes back what Hold has counted, and never more.
-func (s *Session) Release(n int) {
-	for {
-		kept := s.kept.Load()
-		less := min(max(int64(n), 0), kept)
-		if s.kept.CompareAndSwap(kept, kept-less) {
-			s.limit.bytes.Release(less)
-			return
-		}
-	}
-}
+// maxReserved bounds what Reserve counts, far beyond any memory, so that sums don't overflow.
+const maxReserved = 1 << 48
 
 var errNotAMessage = errors.New("only text and binary can be sent as messages")

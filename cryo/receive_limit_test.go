@@ -92,7 +92,7 @@ func TestNothingIsHeldAfterTheLastSettle(t *testing.T) {
 			require.NoError(t, err)
 		},
 		"begins to refuse": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
-			s.Refuse(true)
+			s.SetSendOnly(true)
 			require.NoError(t, st.Close())
 		},
 		"discards": func(_ *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
@@ -101,7 +101,7 @@ func TestNothingIsHeldAfterTheLastSettle(t *testing.T) {
 		},
 		"closes with a full queue": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
 			cut(s)
-			require.Error(t, st.Close())
+			require.ErrorIs(t, st.Ack(), cryo.ErrClosed)
 			for _, m := range all(t, s) {
 				require.Error(t, m.Ack())
 				require.NoError(t, m.Ack())
@@ -137,7 +137,7 @@ func TestAFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
 		holds := next(t, sessions)
 		second.ClientHandshake()
 		waits := next(t, sessions)
-		holds.Hold(90_000)
+		release := holds.Reserve(90_000)
 		for i, f := range []wire.Frame{cryotest.Text(1, "small"), cryotest.Binary(2, string(make([]byte, 60_000))), cryotest.Binary(3, string(make([]byte, 1<<20)))} {
 			b := bytesOf(t, second, f)
 			before := heap()
@@ -147,16 +147,16 @@ func TestAFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
 				return err
 			})
 			synctest.Wait()
-			require.True(t, waits.Paused())
+			require.True(t, waits.Stats().Paused)
 			require.Zero(t, waits.Held(), "frame %d", i)
 			require.Zero(t, waits.ComingIn(), "frame %d", i)
 			require.Less(t, heap()-before, int64(256<<10), "what is in the connection")
-			holds.Release(90_000)
+			release()
 			written.wantSuccess(t)
 			require.NoError(t, receive(t, waits).Ack())
 			second.WantType("its acknowledgement", wire.Ack)
 			require.Zero(t, waits.Held())
-			holds.Hold(90_000)
+			release = holds.Reserve(90_000)
 		}
 	})
 }
@@ -173,17 +173,17 @@ func TestReadingStopsForTenSecondsAtMostWhileALocalSenderWaits(t *testing.T) {
 		s := next(t, accepted)
 		begin(t, slow, 100) // takes all that there is for what is coming in
 		synctest.Wait()
-		holds.Hold(large)
+		release := holds.Reserve(large)
 
 		send := start(func() error { return s.SendText(t.Context(), "hello") })
 		text := waits.WantType("the text", wire.UTF8)
 		begins(t, waits, cryotest.Acked(text.Ack))
 		since := time.Now()
 		time.Sleep(7 * time.Second)
-		require.True(t, s.Paused())
-		holds.Release(large) // by now it waits for the other
+		require.True(t, s.Stats().Paused)
+		release() // by now it waits for the other
 		time.Sleep(time.Second)
-		require.True(t, s.Paused())
+		require.True(t, s.Stats().Paused)
 		send.wantSuccess(t)
 		require.Equal(t, rejectAfter, time.Since(since))
 		waits.Conn().ReadOn()
@@ -211,7 +211,7 @@ func TestARejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
 func TestChunksThatNobodyTakesNeedNoCapacity(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
-		s.Hold(90_000)
+		release := s.Reserve(90_000)
 		peer.WriteFrames(txChunk(unknownTx, 0, strings.Repeat("x", 100_000)), cryotest.Ping(1))
 		peer.WantFrame("a chunk of no stream is discarded", cryotest.Pong(1))
 		peer.WriteFrames(txChunk(0, 1, strings.Repeat("x", 30_000)), cryotest.Ping(2))
@@ -219,7 +219,7 @@ func TestChunksThatNobodyTakesNeedNoCapacity(t *testing.T) {
 		require.NoError(t, st.Close())
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 		peer.WantFrame("until the stream takes no more", cryotest.Pong(2))
-		s.Release(90_000)
+		release()
 		require.Zero(t, s.Held())
 	})
 }
@@ -267,7 +267,7 @@ func TestASessionThatIsForgottenHoldsNothingOfItsServersReceiveBuffer(t *testing
 	peer.WriteFrames(cryotest.Text(2, "hello"))
 	require.Eventually(t, func() bool {
 		runtime.GC()
-		return !s.Paused() && s.Held() > 0
+		return !s.Stats().Paused && s.Held() > 0
 	}, cryotest.Patience, time.Millisecond)
 	require.Equal(t, "hello", string(receive(t, s).Payload))
 }

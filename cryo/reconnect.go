@@ -122,7 +122,7 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	if options != nil {
 		opts = *options
 	}
-	t, err := newTarget(rawURL, opts.Query)
+	t, err := newTarget(rawURL, &opts.DialOptions)
 	if err == nil && opts.Token != "" && opts.TokenFunc != nil {
 		err = errors.New("both Token and TokenFunc are set")
 	}
@@ -282,7 +282,7 @@ func (c *Client) dial(lastGone <-chan struct{}) (*Session, error) {
 
 // follow waits for the end of a session, and decides from it when the next attempt is due.
 func (c *Client) follow(s *Session, began time.Time) {
-	<-s.Ending()
+	<-s.Context().Done()
 	ended := time.Now()
 	<-s.Done() // all acknowledgements have been read
 	if c.opts.OnSessionEnd != nil {

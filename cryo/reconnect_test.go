@@ -758,7 +758,7 @@ func TestAClientCanBeClosedWheneverItIs(t *testing.T) {
 						return err
 					}
 					if err == nil {
-						<-s.Ending()
+						<-s.Context().Done()
 					}
 				}
 			},
@@ -768,7 +768,7 @@ func TestAClientCanBeClosedWheneverItIs(t *testing.T) {
 					if err != nil {
 						return err
 					}
-					<-s.Ending()
+					<-s.Context().Done()
 				}
 			},
 			"Send": func(c *cryo.Client) error {

@@ -74,7 +74,7 @@ func TestASessionCanStopAndBeginReceiving(t *testing.T) {
 		peer.WriteFrames(cryotest.Text(1, "taken"), cryotest.Text(2, "queued"), cryotest.Text(3, "queued"))
 		taken := receive(t, s)
 		synctest.Wait()
-		s.Refuse(true)
+		s.SetSendOnly(true)
 		peer.WantFrame("a refusal of what waits", cryotest.Error(2, "this session receives no messages"))
 		peer.WantFrame("a refusal of what waits", cryotest.Error(3, "this session receives no messages"))
 		peer.WriteFrames(cryotest.Text(4, "refused"))
@@ -82,7 +82,7 @@ func TestASessionCanStopAndBeginReceiving(t *testing.T) {
 		require.NoError(t, taken.Ack())
 		peer.WantFrame("the acknowledgement of what was taken", cryotest.Acked(1))
 
-		s.Refuse(false)
+		s.SetSendOnly(false)
 		peer.WriteFrames(cryotest.Text(5, "welcome"))
 		require.Equal(t, "welcome", string(receive(t, s).Payload))
 	})

@@ -167,11 +167,11 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 
 				peer.WriteFrames(cryotest.Error(5, words))
 				m := receive(t, s)
-				require.Equal(t, redacted, m.LogText())
+				require.Equal(t, redacted, s.Redact(string(m.Payload)))
 				require.Equal(t, words, string(m.Payload), "which is the application's")
 
 				end(peer)
-				<-s.Ending()
+				<-s.Context().Done()
 				wantNoSecret(t, s.Err(), token)
 				require.ErrorContains(t, s.Err(), redacted)
 			})

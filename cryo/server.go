@@ -29,7 +29,8 @@ const (
 // the upgrade's answer.
 const infoPatience = time.Second
 
-// ServerOptions are what a server can set. A zero value means its default.
+// ServerOptions are what a server can set. A zero value means its default, and a negative
+// one is an error.
 type ServerOptions struct {
 	SessionOptions
 
@@ -39,11 +40,14 @@ type ServerOptions struct {
 	// See [Tokens].
 	Authorize func(*Upgrade) error
 	// OnSession is called when a session is connected, on the goroutine of its
-	// request, which ends when it returns. The session goes on.
+	// request, which ends when it returns. The session goes on. It may run until the
+	// session has ended, at the price of that goroutine.
 	OnSession func(*Session, *Upgrade)
-	// OnSessionEnd is called for each session that OnSession was called for, when
-	// it has ended, before its Done is closed. It must not wait. When a session
-	// ends at once, it may be called before OnSession is.
+	// OnSessionEnd is called once for each session that OnSession was called for, when
+	// OnSession has returned and the session's Done is closed. The session's id may be
+	// connected again by then. Until both handlers have returned, the session counts
+	// for MaxSessions, and Shutdown waits. Neither of them may call Shutdown or Drain of
+	// the Server.
 	OnSessionEnd func(*Session)
 	// OnDeny is called when a client is denied, with the HTTP status of the response,
 	// on the request's goroutine. Default: none.
@@ -94,29 +98,51 @@ type entry struct {
 	address     netip.Prefix      // of the client; see MaxSessionsPerAddress
 	credentials [sha256.Size]byte // who has the same may take the session over
 	session     *Session          // nil during the upgrade
+	left        int               // of the session's end and its request: who is last reports the end
 	decided     bool              // whether the session is announced: once, for good
 	connected   bool              // the handshake is done, and the session announced
 }
 
-// NewServer makes a server. MaxBufferBytes is shared by all its sessions.
-func NewServer(options ServerOptions) *Server {
-	opts := options
-	opts.SessionOptions = opts.withDefaults()
-	if opts.MaxSessions <= 0 {
-		opts.MaxSessions = DefaultMaxSessions
+func (o *ServerOptions) validate() error {
+	return cmp.Or(
+		o.SessionOptions.validate(),
+		notNegative("MaxSessions", o.MaxSessions),
+		notNegative("MaxSessionsPerAddress", o.MaxSessionsPerAddress),
+		notNegative("HandshakeTimeout", o.HandshakeTimeout),
+	)
+}
+
+func (o ServerOptions) withDefaults() ServerOptions {
+	o.SessionOptions = o.SessionOptions.withDefaults()
+	if o.MaxSessions == 0 {
+		o.MaxSessions = DefaultMaxSessions
 	}
-	if opts.HandshakeTimeout <= 0 {
-		opts.HandshakeTimeout = DefaultHandshakeTimeout
+	if o.HandshakeTimeout == 0 {
+		o.HandshakeTimeout = DefaultHandshakeTimeout
 	}
-	if opts.Authorize == nil {
-		opts.Authorize = Tokens()
+	if o.Authorize == nil {
+		o.Authorize = Tokens()
 	}
-	if opts.Full == nil {
-		opts.Full = func() bool { return false }
+	if o.Full == nil {
+		o.Full = func() bool { return false }
 	}
-	if opts.CheckOrigin == nil {
-		opts.CheckOrigin = func(*http.Request) bool { return true }
+	if o.CheckOrigin == nil {
+		o.CheckOrigin = func(*http.Request) bool { return true }
 	}
+	return o
+}
+
+// NewServer makes a server. MaxBufferBytes is shared by all its sessions. It returns what
+// is wrong with the options; nil options are those of a server that denies everybody.
+func NewServer(options *ServerOptions) (*Server, error) {
+	var opts ServerOptions
+	if options != nil {
+		opts = *options
+	}
+	if err := opts.validate(); err != nil {
+		return nil, fmt.Errorf("making a server: %w", err)
+	}
+	opts = opts.withDefaults()
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
@@ -124,7 +150,7 @@ func NewServer(options ServerOptions) *Server {
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
-	}
+	}, nil
 }
 
 // ServeHTTP answers an upgrade: 426 to a request that is none, 400 or 405 to one that is
@@ -150,9 +176,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if session == nil {
 		return
 	}
+	defer s.leave(e)
 	s.handshake(session)
 	if !s.announce(e) {
-		session.Refuse(true) // nobody will take what it received
+		session.SetSendOnly(true) // nobody will take what it received
 		return
 	}
 	if s.opts.OnSession != nil {
@@ -173,13 +200,15 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	}
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func() { s.ended(id, e) })
+	e.left = 2
+	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
 	e.decided = closed // not announced, whatever it does until it has ended
 	s.mu.Unlock()
 	if closed {
 		_ = e.session.Close(u.Request.Context(), shutdownReason)
+		s.leave(e)
 		return nil
 	}
 	return e.session
@@ -232,16 +261,30 @@ func (s *Server) announce(e *entry) bool {
 // ended is a session's end. A client that left as soon as it was connected may be
 // ahead of its own request: its session is announced all the same, for what it sent
 // is there to be taken.
-func (s *Server) ended(id uint64, e *entry) {
-	announced := s.announce(e)
+func (s *Server) ended(id uint64, e *entry, closeDone func()) {
+	s.announce(e)
 	s.remove(id, e)
+	closeDone()
+	s.leave(e)
+}
+
+// leave is called twice for a session: when it has ended, and when its request is done
+// with it, OnSession included. The second call reports the end.
+func (s *Server) leave(e *entry) {
+	s.mu.Lock()
+	e.left--
+	last, announced := e.left == 0, e.connected
+	s.mu.Unlock()
+	if !last {
+		return
+	}
+	defer s.free()
 	if announced && s.opts.OnSessionEnd != nil {
 		s.opts.OnSessionEnd(e.session)
 	}
 	if s.opts.OnSession == nil {
 		e.session.Discard() // nobody was given it to receive from
 	}
-	s.free()
 }
 
 // remove makes an entry's id available again.
@@ -298,10 +341,30 @@ func (s *Server) Sessions() []*Session {
 
 const shutdownReason = "server is shutting down"
 
-// Shutdown denies new clients, sends BYE to all sessions and returns when they
-// have ended, OnSessionEnd has returned for each of them, and their goroutines are
-// gone; see [Session.Close]. The context's end closes their connections at once.
+// Shutdown denies new clients, closes all sessions, see [Session.Close], and returns when
+// they have ended, their goroutines are gone, and OnSession and OnSessionEnd have returned
+// for each of them. When the context is done, it closes their connections at once, and
+// returns without waiting for handlers that still run. Connections that are no sessions
+// are those of the HTTP server.
 func (s *Server) Shutdown(ctx context.Context) error {
+	return s.closeAll(ctx, func(session *Session) error { return session.Close(ctx, shutdownReason) })
+}
+
+// Drain is Shutdown that lets what was received be settled first: see [Session.Drain].
+// When the context is done, sessions may still be open, and drain; call Shutdown then.
+func (s *Server) Drain(ctx context.Context) error {
+	return s.closeAll(ctx, func(session *Session) error {
+		err := session.Drain(ctx, shutdownReason)
+		if ctx.Err() == nil {
+			return nil // or the session ended by itself
+		}
+		return err
+	})
+}
+
+// closeAll denies new clients, and returns when close has returned for each session and
+// nothing is left of them.
+func (s *Server) closeAll(ctx context.Context, close func(*Session) error) error {
 	s.mu.Lock()
 	s.closed = true
 	s.idleLocked()
@@ -312,13 +375,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		}
 	}
 	s.mu.Unlock()
-	ended := make(chan error, len(sessions))
+	closed := make(chan error, len(sessions))
 	for _, session := range sessions {
-		go func() { ended <- session.Close(ctx, shutdownReason) }()
+		go func() { closed <- close(session) }()
 	}
 	var err error
 	for range sessions {
-		err = cmp.Or(err, <-ended)
+		err = cmp.Or(err, <-closed)
 	}
 	if err != nil {
 		return err
@@ -327,6 +390,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-s.idle:
 		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return contextError(ctx)
 	}
 }

@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -27,8 +28,8 @@ const (
 	DefaultCloseTimeout      = 5 * time.Second
 )
 
-// SessionOptions are what both ends of a session can set. A zero value means
-// its default.
+// SessionOptions are what both ends of a session can set. A zero value means its
+// default, and a negative one is an error.
 type SessionOptions struct {
 	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
 	// a server a Cryo ping too. The session ends with ErrPeerTimeout when, for two
@@ -63,8 +64,8 @@ type SessionOptions struct {
 	// cancelled. Time does not count while bytes of it wait to be read, or reading is
 	// paused. Default 60 s. See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
-	// SendOnly refuses received messages with an ERROR and streams with
-	// TX_CANCEL, from the start.
+	// SendOnly rejects received messages with an ERROR and streams with
+	// TX_CANCEL, from the start; see [Session.SetSendOnly].
 	SendOnly bool
 	// Logger receives events that are not returned as errors. Default: none.
 	Logger *slog.Logger
@@ -72,7 +73,7 @@ type SessionOptions struct {
 	// ended before: it has arrived, but counted as not acknowledged.
 	// OnReject is called when the session itself rejects what it received: a message, or
 	// for KindStream a stream; not for [Message.Reject]. Both are for counting: they run
-	// on the session's reading goroutine, OnReject on that of Session.Refuse too, without
+	// on the session's reading goroutine, OnReject on that of Session.SetSendOnly too, without
 	// a lock, and must not wait. At a server they may run before OnSession does. Default:
 	// none.
 	OnLateAck func(*Session)
@@ -81,17 +82,34 @@ type SessionOptions struct {
 	token *redact.Secret // that the peer's words are not repeated with; nil is none
 }
 
+func (o *SessionOptions) validate() error {
+	return cmp.Or(
+		notNegative("HeartbeatInterval", o.HeartbeatInterval),
+		notNegative("MaxBufferBytes", o.MaxBufferBytes),
+		notNegative("CloseTimeout", o.CloseTimeout),
+		notNegative("StreamIdleTimeout", o.StreamIdleTimeout),
+	)
+}
+
+// notNegative returns an error if the value of an option is.
+func notNegative[T int | time.Duration](option string, value T) error {
+	if value < 0 {
+		return fmt.Errorf("%s is %v: it must be positive, or 0 for its default", option, value)
+	}
+	return nil
+}
+
 func (o SessionOptions) withDefaults() SessionOptions {
-	if o.HeartbeatInterval <= 0 {
+	if o.HeartbeatInterval == 0 {
 		o.HeartbeatInterval = DefaultHeartbeatInterval
 	}
-	if o.MaxBufferBytes <= 0 {
+	if o.MaxBufferBytes == 0 {
 		o.MaxBufferBytes = DefaultMaxBufferBytes
 	}
-	if o.CloseTimeout <= 0 {
+	if o.CloseTimeout == 0 {
 		o.CloseTimeout = DefaultCloseTimeout
 	}
-	if o.StreamIdleTimeout <= 0 {
+	if o.StreamIdleTimeout == 0 {
 		o.StreamIdleTimeout = DefaultStreamIdleTimeout
 	}
 	if o.Logger == nil {
@@ -119,33 +137,34 @@ type Session struct {
 	opts    SessionOptions
 	log     *slog.Logger
 
-	conn     *ws.Conn
-	out      *writer
-	pend     *ackTable
-	inbox    *inbox
-	limit    *receiveLimit
-	incoming *incomingStreams
-	outgoing *outgoingStreams
-	kept     atomic.Int64 // bytes that Hold has counted
+	conn      *ws.Conn
+	out       *writer
+	pend      *ackTable
+	inbox     *inbox
+	unsettled *unsettledMessages
+	limit     *receiveLimit
+	incoming  *incomingStreams
+	outgoing  *outgoingStreams
 
-	reports    rate.Sometimes // of log lines
-	refusing   atomic.Bool    // received messages are refused
-	peerKnown  chan struct{}  // closed when the peer's ENDPOINT_INFO has come
-	acked      atomic.Bool    // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
-	streamless atomic.Bool    // the peer's last ENDPOINT_INFO announces no streams
-	onEnd      func()         // the server's; before done is closed
+	reports    rate.Sometimes         // of log lines
+	sendOnly   atomic.Bool            // received messages and streams are rejected
+	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO has come
+	acked      atomic.Bool            // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
+	streamless atomic.Bool            // the peer's last ENDPOINT_INFO announces no streams
+	onEnd      func(closeDone func()) // the server's; nil: none
 	keepalive  keepalive
 
+	ctx  context.Context         // done with the first cause of the end: nothing new starts
+	end  context.CancelCauseFunc // called by begin alone
+	done chan struct{}           // closed when the goroutines are gone
+
 	mu      sync.Mutex
-	cause   error         // the first cause of the end; never changes then
-	ending  chan struct{} // closed with the first cause: nothing new starts
-	done    chan struct{} // closed when the goroutines are gone
-	stopped bool          // no timer must be set any more
-	cut     *time.Timer   // ends the goodbye; nil before it
+	stopped bool        // no timer must be set any more
+	cut     *time.Timer // bounds the close handshake; nil before it
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func()) *Session {
+func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
@@ -155,17 +174,18 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, pend: numbers, inbox: newInbox(),
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
-		peerKnown: make(chan struct{}), ending: make(chan struct{}), done: make(chan struct{}),
+		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
 	}
+	s.ctx, s.end = context.WithCancelCause(context.Background())
 	s.out = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.out.answerWebSocketPing)
-	s.limit = newReceiveLimit(conn, buffer, s.ending, numbers.awaited, s.wants)
+	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.awaited, s.wants)
 	// What the messages and streams hold that nobody has settled, nobody can settle any
 	// more when there is no session that they lead to.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
-	s.refusing.Store(opts.SendOnly)
+	s.sendOnly.Store(opts.SendOnly)
 	s.keepalive = keepalive{
 		conn: conn, dialing: dialing, interval: opts.HeartbeatInterval,
 		paused: s.limit.paused.Load, resumed: s.limit.resumedAt,
@@ -191,35 +211,69 @@ func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 // Received messages can still be taken then.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
-// Ending is closed as soon as the session has a reason to end: nothing can be
-// sent any more, and Err says why.
-func (s *Session) Ending() <-chan struct{} { return s.ending }
+// Context is done as soon as the session has a reason to end: nothing can be sent any
+// more. Its cause is Err.
+func (s *Session) Context() context.Context { return s.ctx }
 
 // Err is nil while the session lives, and then says why it ended; see
-// [ErrClosed].
-func (s *Session) Err() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cause == nil {
-		return nil
-	}
-	return &endedError{s.cause}
+// [ErrClosed]. Use it in place of the error of Context, which is always
+// [context.Canceled].
+func (s *Session) Err() error { return context.Cause(s.ctx) }
+
+// Stats is a snapshot of a session. Its numbers are read one after the other.
+type Stats struct {
+	// Paused reports whether MaxBufferBytes keeps the session from reading, so that
+	// acknowledgements may have come that it has not read.
+	Paused bool
+	// HeldBytes counts against MaxBufferBytes: messages that are not settled, bytes of
+	// streams that are not read, and what Reserve has counted.
+	HeldBytes int64
+	// UnsettledMessages are received, and neither acknowledged nor rejected: in the queue
+	// or with the application.
+	UnsettledMessages int
+	// AwaitingAcks are sent messages and frames of streams for whose acknowledgement
+	// somebody waits.
+	AwaitingAcks int
+	// QueuedBytes are payloads, and small frames with their overhead, that wait to be
+	// written.
+	QueuedBytes int64
+	// OpenStreams are received streams that are announced or open, at most 256.
+	OpenStreams int
 }
 
-// Paused tells whether MaxBufferBytes keeps the session from reading now, so
-// that acknowledgements may have come which it has not seen.
-func (s *Session) Paused() bool { return s.limit.paused.Load() }
+// Stats returns how the session is doing, for metrics and decisions about a slow peer.
+// After the end it tells what is still to be settled.
+func (s *Session) Stats() Stats {
+	held, _ := s.limit.bytes.Usage()
+	return Stats{
+		Paused:            s.limit.paused.Load(),
+		HeldBytes:         held,
+		UnsettledMessages: int(s.unsettled.n.Load()),
+		AwaitingAcks:      s.pend.count(),
+		QueuedBytes:       s.out.queuedBytes(),
+		OpenStreams:       s.incoming.count(),
+	}
+}
 
-// Close ends the session: queued acknowledgements are written, BYE tells the
-// reason (cut to 123 bytes), and the WebSocket is closed with code 4000. What
-// still arrives is discarded until the peer closes too, for at most
-// CloseTimeout or until the context is done; then the connection is cut.
-// Close returns when the session's goroutines are gone, and may be called more
-// than once. Its error is the context's. Messages that were received can still be
-// taken; if nobody does, call Discard, or they count against the MaxBufferBytes of
-// a server for good.
+// Close ends the session: streams that are coming in are cancelled, queued
+// acknowledgements are written, BYE carries the reason (cut to 123 bytes), and the
+// WebSocket is closed with code 4000. What still arrives is discarded until the peer
+// closes too. All of it takes CloseTimeout at most, and ends with the context; then the
+// connection is cut. Close returns when the session's goroutines are gone, and may be
+// called more than once. Its error is the context's.
+//
+// BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
+// the published server, while it sends a stream, does not survive the end of its session.
+//
+// Messages that were received can still be taken; if nobody does, call Discard, or they
+// count against the MaxBufferBytes of a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
-	s.goodbye(ErrClosed, closeGraceful, reason, true)
+	if s.beginClosing(ErrClosed) {
+		s.out.endData() // the rest goes out before BYE, however long the peer takes to cancel
+		s.incoming.stop(s.Err())
+		s.incoming.awaitCancels(ctx.Done(), s.done)
+		s.queueBye(closeGraceful, reason, true)
+	}
 	select {
 	case <-s.done:
 		return nil
@@ -228,6 +282,44 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 		<-s.done
 		return contextError(ctx)
 	}
+}
+
+// CloseNow ends the session by cutting its connection: nothing more is sent, not even
+// acknowledgements that are queued. It returns nil, when the session's goroutines are
+// gone, and may be called while Close or Drain waits, which returns then. Otherwise like
+// Close.
+func (s *Session) CloseNow() error {
+	s.fail(ErrClosed)
+	<-s.done
+	return nil
+}
+
+// Drain lets what was received be settled, and closes the session then: streams that are
+// coming in are cancelled and new ones rejected; messages that come from now on are
+// discarded, neither acknowledged nor rejected, so that the peer sends them again on
+// another session. Receive and AcceptStream hand out what was received before, and
+// everything can be sent, such as responses. When each message is acknowledged or
+// rejected, and each stream that had come whole settled, Drain closes the session as
+// Close does, without waiting for what is being sent.
+//
+// When the context is done before that, Drain returns its error, and the session is
+// still open, and drains: call Drain again, Close or CloseNow. If the session ends
+// first, Drain returns why, as what is not settled can't be any more.
+func (s *Session) Drain(ctx context.Context, reason string) error {
+	settled := s.unsettled.drain()
+	s.limit.reconsider() // what is discarded needs no capacity
+	s.incoming.stop(&endedError{ErrClosed})
+	s.incoming.awaitCancels(ctx.Done(), s.ctx.Done())
+	select {
+	case <-settled:
+	case <-s.ctx.Done():
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+	if err := s.incoming.awaitSettled(ctx, s.ctx); err != nil {
+		return err
+	}
+	return s.Close(ctx, reason)
 }
 
 // maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.
@@ -243,35 +335,45 @@ const (
 func (s *Session) begin(cause error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.cause != nil {
+	if s.isEnding() {
 		return false
 	}
-	s.cause = cause
-	close(s.ending)
+	s.end(&endedError{cause})
 	return true
 }
 
-// goodbye ends the session in good order: the writer says what is queued, then
-// BYE if asked for, then the close frame, and half-closes; the reader discards
-// data until the peer closes. A timer bounds all of it.
-func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+// beginClosing is begin for an end in good order, which CloseTimeout bounds.
+func (s *Session) beginClosing(cause error) bool {
 	if !s.begin(cause) {
-		return
+		return false
 	}
 	s.mu.Lock()
 	if !s.stopped {
 		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
+	if s.limit.readsLarge() {
+		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
+	}
+	return true
+}
+
+// goodbye ends the session in good order: the writer says what is queued, then
+// BYE if asked for, then the close frame, and half-closes; the reader discards
+// data until the peer closes. While Close waits for the peer to cancel, this takes its
+// place: what comes first is queued, and nothing behind it.
+func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+	s.beginClosing(cause)
+	s.queueBye(code, reason, bye)
+}
+
+func (s *Session) queueBye(code int, reason string, bye bool) {
 	reason = redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 	last := closeFrame{code: code, reason: reason}
 	if bye {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
 	s.out.queueClose(last)
-	if s.limit.readsLarge() {
-		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
-	}
 }
 
 // fail ends the session at once.
@@ -298,10 +400,12 @@ func (s *Session) finish() {
 	s.pend.end(err)
 	s.inbox.end()
 	s.incoming.end()
-	if s.onEnd != nil {
-		s.onEnd()
+	closeDone := func() { close(s.done) }
+	if s.onEnd == nil {
+		closeDone()
+	} else {
+		s.onEnd(closeDone)
 	}
-	close(s.done)
 }
 
 // peerTimedOut ends the session of a peer that was not alive for so long.

@@ -22,7 +22,7 @@ const (
 func connected(b *testing.B) (client, server *cryo.Session) {
 	b.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	handler := cryo.NewServer(cryo.ServerOptions{
+	handler := newServer(b, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 	})

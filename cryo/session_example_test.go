@@ -13,28 +13,29 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// taker serves sessions, and prints and acknowledges the messages that are received.
-func taker() *httptest.Server {
-	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
-			for m, err := range s.Messages(context.Background()) {
-				if err != nil {
-					return // the session has ended
-				}
-				fmt.Printf("%v: %s\n", m.Kind, m.Payload)
-				_ = m.Ack()
-			}
-		},
-	}))
+// listen serves sessions to clients that have the token "secret".
+func listen(onSession func(*cryo.Session, *cryo.Upgrade)) *httptest.Server {
+	server, err := cryo.NewServer(&cryo.ServerOptions{Authorize: cryo.Tokens("secret"), OnSession: onSession})
+	must(err)
+	return httptest.NewServer(server)
 }
 
-// serveOnce serves sessions by one function.
+// taker serves sessions, and prints and acknowledges the messages that are received.
+func taker() *httptest.Server {
+	return listen(func(s *cryo.Session, _ *cryo.Upgrade) {
+		for m, err := range s.Messages(context.Background()) {
+			if err != nil {
+				return // the session has ended
+			}
+			fmt.Printf("%v: %s\n", m.Kind, m.Payload)
+			_ = m.Ack()
+		}
+	})
+}
+
+// serveOnce serves each session by a function.
 func serveOnce(serve func(s *cryo.Session)) *httptest.Server {
-	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { serve(s) },
-	}))
+	return listen(func(s *cryo.Session, _ *cryo.Upgrade) { serve(s) })
 }
 
 func ExampleSession_SendText() {
@@ -222,7 +223,7 @@ func ExampleSession_Err() {
 // The hooks of a session are for counting.
 func ExampleSessionOptions() {
 	var rejected, late atomic.Int64
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+	handler, err := cryo.NewServer(&cryo.ServerOptions{
 		Authorize: cryo.Tokens("secret"),
 		SessionOptions: cryo.SessionOptions{
 			SendOnly:  true,
@@ -236,7 +237,9 @@ func ExampleSessionOptions() {
 			CloseTimeout:      cryo.DefaultCloseTimeout,
 			Logger:            slog.New(slog.DiscardHandler),
 		},
-	}))
+	})
+	must(err)
+	server := httptest.NewServer(handler)
 	defer server.Close()
 	s := connectTo(server)
 	ctx := context.Background()
@@ -261,17 +264,4 @@ func ExampleSession_Close() {
 	fmt.Println(err, errors.Is(err, cryo.ErrClosed), errors.Is(err, net.ErrClosed))
 	// Output:
 	// session ended: closed by this end true true
-}
-
-// No goodbye: a context that is done cuts the connection at once.
-func ExampleSession_Close_destroy() {
-	server := taker()
-	defer server.Close()
-	s := connectTo(server)
-
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	fmt.Println(s.Close(ctx, ""))
-	// Output:
-	// context canceled
 }

@@ -59,7 +59,7 @@ func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
 func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions := make(chan *cryo.Session, 2)
-		server := cryo.NewServer(cryo.ServerOptions{
+		server := newServer(t, cryo.ServerOptions{
 			Authorize: cryo.Tokens(token),
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 		})
@@ -70,7 +70,7 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		ghost := next(t, sessions)
 		peer := join(t, l.Listener, sid)
 		peer.ClientHandshake()
-		<-ghost.Ending()
+		<-ghost.Context().Done()
 
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		peer.WantType("BYE", wire.Bye)
@@ -156,5 +156,5 @@ func TestShutdownIsBoundedByItsContext(t *testing.T) {
 }
 
 func TestAServerWithoutSessionsShutsDownAtOnce(t *testing.T) {
-	require.NoError(t, cryo.NewServer(cryo.ServerOptions{}).Shutdown(t.Context()))
+	require.NoError(t, newServer(t, cryo.ServerOptions{}).Shutdown(t.Context()))
 }

@@ -109,7 +109,7 @@ func serveHandler(t *testing.T, handler http.Handler, secure bool) *endpoint {
 func serveSessions(t *testing.T, opts cryo.SessionOptions, secure bool) (*endpoint, <-chan *cryo.Session) {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server := newServer(t, cryo.ServerOptions{
 		SessionOptions: opts,
 		Authorize:      cryo.Tokens(token),
 		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
@@ -247,7 +247,7 @@ func TestATrickleToAPeerThatHangsIsAPeerTimeout(t *testing.T) {
 			trickle := start(func() error {
 				for {
 					select {
-					case <-s.Ending():
+					case <-s.Context().Done():
 						return nil
 					case <-time.After(5 * time.Millisecond):
 						go func() { _ = s.SendText(t.Context(), "drop by drop") }()

@@ -82,7 +82,7 @@ func TestStormsOverTheNetwork(t *testing.T) {
 					t.Parallel() // they wait most of the time
 					s := newStorm(t, seed, 200)
 					sessions := make(chan *cryo.Session, 1)
-					listener := httptest.NewUnstartedServer(cryo.NewServer(cryo.ServerOptions{
+					listener := httptest.NewUnstartedServer(newServer(t, cryo.ServerOptions{
 						SessionOptions: s.options(),
 						Authorize:      cryo.Tokens(token),
 						OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
@@ -251,11 +251,12 @@ func (s *storm) run(client, server *cryo.Session, lose func()) stormSummary {
 func (s *storm) trouble(r *rand.Rand, session *cryo.Session, stop chan struct{}) {
 	for {
 		what, size := []int{0, 0, 0, 0, 1, 1, 1, 1, 2}[r.IntN(9)], r.IntN(40_000)
+		release := func() {}
 		switch what {
 		case 0:
-			session.Refuse(true)
+			session.SetSendOnly(true)
 		case 1:
-			session.Hold(size)
+			release = session.Reserve(size)
 		default:
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute/s.fast)
 			err := session.PullStreams(ctx)
@@ -267,9 +268,9 @@ func (s *storm) trouble(r *rand.Rand, session *cryo.Session, stop chan struct{})
 		s.pause(r, 15*time.Second)
 		switch what {
 		case 0:
-			session.Refuse(false)
+			session.SetSendOnly(false)
 		case 1:
-			session.Release(size)
+			release()
 		}
 		select {
 		case <-stop:
@@ -581,7 +582,7 @@ func (s *storm) readStream(r *rand.Rand, st *cryo.IncomingStream) {
 			s.mu.Lock()
 			s.summary.cutShort++
 			s.mu.Unlock()
-			tried = tried || errors.Is(err, cryo.ErrStreamClosed) // by Refuse
+			tried = tried || errors.Is(err, cryo.ErrStreamClosed) // by SetSendOnly
 			if r.IntN(2) == 0 && !tried && st.Ack() == nil {
 				s.t.Errorf("the stream %d, of which something is missing, can be acknowledged", id)
 			}

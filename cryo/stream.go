@@ -106,7 +106,7 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 		}
 		select {
 		case <-changed:
-		case <-s.ending:
+		case <-s.ctx.Done():
 			return nil, s.Err()
 		case <-ctx.Done():
 			return nil, contextError(ctx)

@@ -85,7 +85,7 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 		peer.WantFrame("TX_CANCEL", txCancel(end.first+11, 0))
 		peer.WriteFrames(txStart(1, 301, -1, ""))
 		peer.WantIdle("a slot was free", instant)
-		s.Refuse(true)
+		s.SetSendOnly(true)
 		for range 256 {
 			peer.WantType("TX_CANCEL of all of them", wire.TxCancel)
 		}
@@ -257,11 +257,11 @@ func TestAStreamIsNotSilentWhileItIsOurTurn(t *testing.T) {
 		peer.WantFrame("and ends", txCancel(end.first, 0))
 
 		paused := incoming(t, s, peer, 1, 1)
-		s.Hold(100_000)
+		release := s.Reserve(100_000)
 		stopReading(peer)
 		time.Sleep(time.Hour + time.Second)
 		peer.Skip() // a dialling end says that it is alive
-		s.Release(100_000)
+		release()
 		readsOn(t, s, peer)
 		peer.WantIdle("time begins when reading goes on", 10*time.Second-instant)
 		peer.WantFrame("and ends", txCancel(end.first+1, 1))
@@ -285,11 +285,11 @@ func TestAPauseOfReadingIsNoSilenceAfterwards(t *testing.T) {
 	idle.MaxBufferBytes = 100_000
 	atBothEnds(t, idle, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
-		s.Hold(100_000)
+		release := s.Reserve(100_000)
 		stopReading(peer)
 		time.Sleep(9 * time.Second)
 		peer.Skip()
-		s.Release(100_000)
+		release()
 		readsOn(t, s, peer)
 		time.Sleep(9 * time.Second)
 		peer.WriteFrames(txChunk(0, 1, "abc"), txFinish(2, 0))

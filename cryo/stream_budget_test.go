@@ -35,10 +35,10 @@ func TestUnreadBytesCountAgainstTheBound(t *testing.T) {
 		wantFree(t, s, peer, 90_000, 1000+chunkWeight+2+chunkWeight)
 		wantBytes(t, st, strings.Repeat("a", 997)+"b")
 		wantFree(t, s, peer, 90_000, 2+chunkWeight)
-		s.Hold(500)
+		release := s.Reserve(500)
 		wantBytes(t, st, "c")
 		wantFree(t, s, peer, 90_000, 500)
-		s.Release(500)
+		release()
 		wantFree(t, s, peer, 90_000, 0)
 	})
 }

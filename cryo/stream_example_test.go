@@ -15,19 +15,16 @@ import (
 
 // receiver serves one session, and prints the streams that come.
 func receiver(setUp func(context.Context, *cryo.Session)) *httptest.Server {
-	return httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
-			ctx := u.Request.Context()
-			setUp(ctx, s)
-			for st, err := range s.Streams(ctx) {
-				if err != nil {
-					return // the session has ended
-				}
-				printStream(st)
+	return listen(func(s *cryo.Session, u *cryo.Upgrade) {
+		ctx := u.Request.Context()
+		setUp(ctx, s)
+		for st, err := range s.Streams(ctx) {
+			if err != nil {
+				return // the session has ended
 			}
-		},
-	}))
+			printStream(st)
+		}
+	})
 }
 
 func printStream(st *cryo.IncomingStream) {
@@ -111,15 +108,12 @@ func ExampleSession_OpenStream() {
 
 // A stream is acknowledged when it is safe, and not before.
 func ExampleSession_AcceptStream() {
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
-			err := s.SendStream(u.Request.Context(), strings.NewReader("1,2\n3,4\n"), &cryo.StreamOptions{Name: "table.csv"})
-			if err != nil {
-				log.Print(err)
-			}
-		},
-	}))
+	server := listen(func(s *cryo.Session, u *cryo.Upgrade) {
+		err := s.SendStream(u.Request.Context(), strings.NewReader("1,2\n3,4\n"), &cryo.StreamOptions{Name: "table.csv"})
+		if err != nil {
+			log.Print(err)
+		}
+	})
 	defer server.Close()
 	s := connectTo(server)
 	ctx := context.Background()
@@ -202,18 +196,15 @@ func ExampleIncomingStream_Read() {
 // A stream that is closed before it is read to its end is cancelled: its sender learns
 // that it was not delivered.
 func ExampleIncomingStream_Close() {
-	server := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
-		Authorize: cryo.Tokens("secret"),
-		OnSession: func(s *cryo.Session, u *cryo.Upgrade) {
-			st, err := s.AcceptStream(u.Request.Context())
-			must(err)
-			defer st.Close()
-			if st.Name() != "wanted" {
-				return
-			}
-			printStream(st)
-		},
-	}))
+	server := listen(func(s *cryo.Session, u *cryo.Upgrade) {
+		st, err := s.AcceptStream(u.Request.Context())
+		must(err)
+		defer st.Close()
+		if st.Name() != "wanted" {
+			return
+		}
+		printStream(st)
+	})
 	defer server.Close()
 	s := connectTo(server)
 	ctx := context.Background()

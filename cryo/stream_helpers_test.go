@@ -76,7 +76,7 @@ type pair struct {
 func connect(t testing.TB, client, server cryo.SessionOptions) pair {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	handler := cryo.NewServer(cryo.ServerOptions{
+	handler := newServer(t, cryo.ServerOptions{
 		SessionOptions: server,
 		Authorize:      cryo.Tokens(token),
 		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
@@ -197,18 +197,18 @@ func wantFree(t *testing.T, s *cryo.Session, peer *cryotest.Peer, bound, held in
 		peer.WantFrame("and may acknowledge", cryotest.Acked(n))
 	}
 	most := bound * 8 / 9 // see MaxBufferBytes: eight times what is left
-	s.Hold(most - held)
+	release := s.Reserve(most - held)
 	for n := range uint32(3) {
 		probe(n)
 		reads(n)
 	}
 	synctest.Wait() // it is waiting for a frame now
-	s.Hold(1)
+	releaseOne := s.Reserve(1)
 	probe(4)
 	peer.WantIdle("it doesn't read: less is held than there should be", instant)
-	s.Release(1)
+	releaseOne()
 	reads(4)
-	s.Release(most - held)
+	release()
 }
 
 // serving wants a raw peer to be answered: the session lives.

@@ -89,12 +89,8 @@ const (
 )
 
 // Name returns the stream's name, at most 1,024 bytes of UTF-8. The peer has chosen it:
-// don't use it as a path as it is.
+// don't use it as a path as it is, and see [Session.Redact] for logging it.
 func (st *IncomingStream) Name() string { return st.name }
-
-// LogName is the name as it may be logged: without the token that the session was
-// dialled with.
-func (st *IncomingStream) LogName() string { return st.s.words(st.name) }
 
 // Size returns the number of bytes that the peer has announced, or -1.
 func (st *IncomingStream) Size() int64 { return st.size }
@@ -143,7 +139,7 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 			if n, err := st.take(p); n > 0 || err != nil {
 				return n, err
 			}
-			return 0, fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, st.Received(), st.s.Err())
+			return 0, truncated(st.Received(), st.s.Err())
 		}
 	}
 }
@@ -326,6 +322,20 @@ func (st *IncomingStream) failLocked(err error) {
 	st.failed = err
 	st.stopIdleLocked()
 	st.signal()
+}
+
+// truncate ends a stream that has not come whole.
+func (st *IncomingStream) truncate(cause error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.accepted && st.wholeLocked() {
+		return
+	}
+	st.failLocked(truncated(st.received, cause))
+}
+
+func truncated(received int64, cause error) error {
+	return fmt.Errorf("%w after %d bytes: %w", io.ErrUnexpectedEOF, received, cause)
 }
 
 func (st *IncomingStream) hasFailed() bool {

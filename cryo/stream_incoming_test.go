@@ -196,7 +196,7 @@ func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) 
 			require.NoError(t, acceptStream(t, s).Close())
 		},
 		"refused": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
-			s.Refuse(true)
+			s.SetSendOnly(true)
 			peer.WriteFrames(txStart(3, 5, -1, ""))
 		},
 		"with a name that is too long": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
@@ -418,13 +418,13 @@ func TestASessionThatOnlySendsCancelsStreams(t *testing.T) {
 	atBothEnds(t, only, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 5, -1, ""))
 		peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
-		s.Refuse(false)
+		s.SetSendOnly(false)
 		peer.WriteFrames(txStart(1, 6, -1, ""), txStart(2, 7, -1, ""))
 		st := acceptStream(t, s)
 		_, err := st.Read(nil)
 		require.NoError(t, err)
 		peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-		s.Refuse(true)
+		s.SetSendOnly(true)
 		peer.WantFrame("TX_CANCEL of the one that nobody has accepted", txCancel(end.first+1, 7))
 		peer.WriteFrames(txChunk(6, 0, "x"), txFinish(3, 6))
 		require.NoError(t, wantRest(t, st, "x"), "the other goes on")

@@ -181,7 +181,7 @@ func TestALongStreamNeedsBoundedMemory(t *testing.T) {
 func overTCP(tb testing.TB) (client, server *cryo.Session) {
 	tb.Helper()
 	sessions := make(chan *cryo.Session, 1)
-	listener := httptest.NewServer(cryo.NewServer(cryo.ServerOptions{
+	listener := httptest.NewServer(newServer(tb, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 	}))

@@ -29,7 +29,7 @@ const (
 )
 
 // ErrStreamCancelled is the end of a stream that its receiver has cancelled
-// (TX_CANCEL): it was not delivered.
+// (TX_CANCEL): it was not delivered. A receiver that closes its session cancels first.
 var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 
 // ErrStreamsUnsupported is returned for a stream to a peer whose ENDPOINT_INFO does not
@@ -56,7 +56,7 @@ var (
 var ErrStreamClosed = errors.New("the stream is closed")
 
 // StreamOptions are what the sender of a stream can set. A zero value means its
-// default.
+// default, and a negative one is an error.
 type StreamOptions struct {
 	// Name is sent to the receiver: at most 1,024 bytes of UTF-8. Default "anonymous".
 	Name string
@@ -82,6 +82,9 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 	}
 	if !utf8.ValidString(o.Name) {
 		return o, fmt.Errorf("the stream's name %q is %w", o.Name, ErrInvalidUTF8)
+	}
+	if err := notNegative("StepTimeout", o.StepTimeout); err != nil {
+		return o, err
 	}
 	if o.ChunkBytes < 1 || o.ChunkBytes > MaxPayload {
 		return o, fmt.Errorf("chunks of %d bytes: they have 1 to %d", o.ChunkBytes, MaxPayload)
@@ -233,7 +236,7 @@ func (st *OutgoingStream) waitForWindow(chunk int) error {
 		case <-st.window.freed:
 		case <-late:
 			return st.stepTimeout("earlier chunks to be written")
-		case <-st.s.ending:
+		case <-st.s.ctx.Done():
 			return st.s.Err()
 		case <-st.ctx.Done():
 			return st.cause()
@@ -338,7 +341,7 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 
 // clock starts the timeout of one step.
 func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
-	if st.opts.StepTimeout <= 0 {
+	if st.opts.StepTimeout == 0 {
 		return nil, func() bool { return true }
 	}
 	t := time.NewTimer(st.opts.StepTimeout)

@@ -142,7 +142,7 @@ func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
 		return f, nil
 	case <-late:
 		return fetch{}, st.stepTimeout("the peer to pull")
-	case <-st.s.ending:
+	case <-st.s.ctx.Done():
 		return fetch{}, st.s.Err()
 	case <-st.ctx.Done():
 		return fetch{}, st.cause()

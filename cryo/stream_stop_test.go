@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -12,7 +13,7 @@ import (
 // busyStream is a stream whose session's writer has not come back. All of it is queued.
 func busyStream(t *testing.T) *OutgoingStream {
 	w := busyWriter()
-	s := &Session{id: 1, pend: w.acks, out: w, outgoing: newOutgoingStreams(), ending: make(chan struct{})}
+	s := &Session{id: 1, pend: w.acks, out: w, outgoing: newOutgoingStreams(), ctx: context.Background()}
 	st, err := s.newStream(t.Context(), nil)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = st.Close() })

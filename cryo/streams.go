@@ -31,7 +31,8 @@ type incomingStreams struct {
 	pulls      bool                       // this end has asked to pull
 	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
 	announced  []*IncomingStream          // of those, nobody has accepted yet; the oldest first
-	changed    chan struct{}              // closed and replaced when a stream is announced
+	changed    chan struct{}              // closed and replaced when a stream is announced or removed, or a TX_CANCEL acknowledged
+	cancels    []sentCancel               // TX_CANCELs that the peer has not acknowledged; the newest maxStreams
 	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
 }
 
@@ -103,7 +104,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 	switch {
 	case in.open[f.Tx] != nil:
 		return startRepeated, nil
-	case in.s.refusing.Load(), max(len(f.Payload), len(name)) > maxStreamName:
+	case in.s.sendOnly.Load(), in.s.unsettled.draining.Load(), in.s.isEnding(), max(len(f.Payload), len(name)) > maxStreamName:
 		return startRejected, nil
 	case len(in.open) == maxStreams:
 		if len(in.announced) == 0 || time.Since(in.announced[0].since) <= in.s.opts.StreamIdleTimeout {
@@ -119,8 +120,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 	}
 	in.open[f.Tx] = st
 	in.announced = append(in.announced, st)
-	close(in.changed)
-	in.changed = make(chan struct{})
+	in.changedLocked()
 	return startAnnounced, evicted
 }
 
@@ -202,6 +202,7 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	if i := slices.Index(in.announced, st); i >= 0 {
 		in.announced = slices.Delete(in.announced, i, i+1)
 	}
+	in.changedLocked()
 	in.s.limit.reconsider() // what follows is discarded
 	return true
 }
@@ -251,9 +252,119 @@ func (in *incomingStreams) refuse() {
 	}
 }
 
+func (in *incomingStreams) changedLocked() {
+	close(in.changed)
+	in.changed = make(chan struct{})
+}
+
+// stop cancels the streams that have not come whole, as nothing more of them is taken. What
+// has come can be read, and the cause then.
+func (in *incomingStreams) stop(cause error) {
+	in.mu.Lock()
+	open := slices.Collect(maps.Values(in.open))
+	in.mu.Unlock()
+	for _, st := range open {
+		st.truncate(cause)
+		in.cancelFailed(st)
+	}
+}
+
+// sentCancel is a TX_CANCEL that is not acknowledged.
+type sentCancel struct {
+	number uint32
+	at     time.Time
+}
+
 // cancel sends TX_CANCEL, which names the peer's transaction.
 func (s *Session) cancel(tx uint32) bool {
-	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: s.pend.number(), Tx: tx})
+	number := s.pend.number()
+	s.incoming.cancelling(number) // first: the answer must find it
+	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: number, Tx: tx})
+}
+
+func (in *incomingStreams) cancelling(number uint32) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if len(in.cancels) == maxStreams { // not everybody answers it
+		in.cancels = in.cancels[1:]
+	}
+	in.cancels = append(in.cancels, sentCancel{number, time.Now()})
+}
+
+// cancelAcknowledged takes the answer to a number that nobody waits for.
+func (in *incomingStreams) cancelAcknowledged(number uint32) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	n := len(in.cancels)
+	in.cancels = slices.DeleteFunc(in.cancels, func(c sentCancel) bool { return c.number == number })
+	if len(in.cancels) < n {
+		in.changedLocked()
+	}
+}
+
+// awaitCancels waits until the peer has acknowledged each TX_CANCEL, or one of the channels
+// is closed. It waits for half of CloseTimeout at most, which begins for each when it was
+// sent: some peers never answer it.
+func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
+	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
+	for {
+		changed, last := in.lastCancel()
+		if last.After(begin) { // of a stream that was announced meanwhile
+			last = begin
+		}
+		left := time.Until(last.Add(patience))
+		if last.IsZero() || left <= 0 {
+			return
+		}
+		timer := time.NewTimer(left)
+		select {
+		case <-changed:
+		case <-timer.C:
+		case <-enough:
+			return
+		case <-ended:
+			return
+		}
+	}
+}
+
+// count returns how many streams are announced or open.
+func (in *incomingStreams) count() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.open)
+}
+
+// lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, zero if there
+// is none, and a channel that is closed when it is worth asking again.
+func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if n := len(in.cancels); n > 0 {
+		at = in.cancels[n-1].at
+	}
+	return in.changed, at
+}
+
+// awaitSettled waits until no stream is announced or open.
+func (in *incomingStreams) awaitSettled(ctx, session context.Context) error {
+	for {
+		in.mu.Lock()
+		changed, open := in.changed, len(in.open)
+		in.mu.Unlock()
+		if session.Err() != nil {
+			return context.Cause(session)
+		}
+		if open == 0 {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-session.Done():
+		case <-ctx.Done():
+			return contextError(ctx)
+		}
+	}
 }
 
 // outgoingStreams are those that this end sends on a session.

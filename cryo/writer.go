@@ -57,6 +57,7 @@ type writer struct {
 	unwritten int           // bytes of acknowledgements and control frames, those being written included
 	drained   chan struct{} // closed when unwritten falls; nil when nobody waits
 	pongs     int           // in the queue
+	dataEnded bool          // no more data can be queued
 	closing   *closeFrame   // written when all else is; nothing can be queued behind it
 	active    bool          // somebody writes
 	idle      *sync.Cond    // active has become false
@@ -113,9 +114,12 @@ func newWriter(conn *ws.Conn, sid uint64, acks *ackTable, failed func(error)) *w
 
 // enqueue runs a change of the queue, and sees that it is written. It reports false when
 // nothing can be queued any more.
-func (w *writer) enqueue(change func(q *queue)) bool {
+func (w *writer) enqueue(change func(q *queue)) bool { return w.enqueueKind(false, change) }
+
+// enqueueKind is enqueue for data, or for what is none.
+func (w *writer) enqueueKind(data bool, change func(q *queue)) bool {
 	w.mu.Lock()
-	if w.closed || w.closing != nil {
+	if w.endsLocked() || data && w.dataEnded {
 		w.mu.Unlock()
 		return false
 	}
@@ -144,7 +148,7 @@ func (w *writer) acknowledge(numbers []uint32) bool {
 
 // send queues frames. It drops them when nothing can be queued any more.
 func (w *writer) send(frames []outFrame) bool {
-	queued := w.enqueue(func(q *queue) {
+	queued := w.enqueueKind(true, func(q *queue) {
 		for i := range frames {
 			q.data = append(q.data, &frames[i])
 		}
@@ -194,14 +198,31 @@ func (w *writer) answerWebSocketPing(data []byte) {
 	w.enqueue(func(q *queue) { q.wsPong = append([]byte{}, data...) }) // not nil: there is one
 }
 
+// endData has no more data queued; acknowledgements and control frames are until the end.
+func (w *writer) endData() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.dataEnded = true
+}
+
+// ends reports whether the end is queued, so that nothing is queued any more.
+func (w *writer) ends() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.endsLocked()
+}
+
+func (w *writer) endsLocked() bool { return w.closed || w.closing != nil }
+
 // queueClose queues the end behind everything else; nothing can be queued then.
 func (w *writer) queueClose(f closeFrame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed || w.closing != nil {
+	if w.endsLocked() {
 		return
 	}
 	w.closing = &f
+	w.wakeLocked()
 	if !w.active {
 		w.active = true
 		go w.write()
@@ -246,13 +267,24 @@ func (w *writer) compactLocked() {
 func (w *writer) crowded() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.unwritten <= maxUnwritten || w.closed {
+	if w.unwritten <= maxUnwritten || w.endsLocked() {
 		return nil
 	}
 	if w.drained == nil {
 		w.drained = make(chan struct{})
 	}
 	return w.drained
+}
+
+// queuedBytes returns what waits to be written.
+func (w *writer) queuedBytes() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := int64(w.unwritten)
+	for _, f := range w.queue.data {
+		n += int64(len(f.Payload)) // nil if it was withdrawn; what is taken is not in the queue
+	}
+	return n
 }
 
 // abort drops what is queued, at the end of the session. What is being written is released

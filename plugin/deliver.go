@@ -160,7 +160,7 @@ func (o *serverOutput) settle(ctx context.Context, g group, session *cryo.Sessio
 // max_buffer_bytes keeps us from reading may have acknowledged: it stays.
 func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
 	for _, err := range errs {
-		if isLate(err) && !session.Paused() && ctx.Err() == nil && session.Err() == nil {
+		if isLate(err) && !session.Stats().Paused && ctx.Err() == nil && session.Err() == nil {
 			o.closeLines.do(o.log, func(log *service.Logger) {
 				log.Warnf("Closing session %d: %v (at most one such line a second)", session.ID(), err)
 			})

@@ -387,7 +387,7 @@ func (w *world) servePeers() {
 
 // serve runs a Cryo server until all ends.
 func (w *world) serve(address string, connected func(*cryo.Session)) {
-	server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token), OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { connected(s) }})
+	server := newServer(w.t, cryo.ServerOptions{Authorize: cryo.Tokens(token), OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { connected(s) }})
 	socket, err := w.e.net.Listen("tcp", address)
 	require.NoError(w.t, err)
 	h := &http.Server{Handler: server, ReadHeaderTimeout: time.Minute, ErrorLog: quiet}

@@ -207,7 +207,7 @@ func serveAt(e *engine, address string, act func(*cryo.Message) error) {
 	e.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var receiving sync.WaitGroup
-	server := cryo.NewServer(cryo.ServerOptions{Authorize: cryo.Tokens(token), OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
+	server := newServer(e.t, cryo.ServerOptions{Authorize: cryo.Tokens(token), OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
 		receiving.Go(func() { receiveAll(ctx, s, act) })
 	}})
 	h := e.serveHTTP(address, server)

@@ -232,7 +232,7 @@ func (d *dialer) live() *cryo.Session {
 func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
 	defer close(gone)
 	began := time.Now()
-	<-s.Ending()
+	<-s.Context().Done()
 	d.mu.Lock()
 	if d.worked || time.Since(began) >= lasting {
 		d.failures = 0

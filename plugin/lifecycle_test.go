@@ -197,7 +197,7 @@ func atBothDialling(t *testing.T, times, status int, sentence string, test func(
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				sessions := make(chan *cryo.Session, 1)
-				server := cryo.NewServer(cryo.ServerOptions{
+				server := newServer(t, cryo.ServerOptions{
 					Authorize: cryo.Tokens(token),
 					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 				})

@@ -180,7 +180,7 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		settings: settings, address: address, log: log, metrics: newListenMetrics(c.meter),
 		served: make(chan struct{}), closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
-	opts := cryo.ServerOptions{
+	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
 			HeartbeatInterval: settings.HeartbeatInterval,
 			MaxBufferBytes:    settings.MaxBufferBytes,
@@ -195,8 +195,10 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 		CheckOrigin:           settings.allowsOrigin,
 		Full:                  ln.full,
 	}
-	ln.metrics.watch(&opts)
-	ln.server = cryo.NewServer(opts)
+	ln.metrics.watch(opts)
+	if ln.server, err = cryo.NewServer(opts); err != nil {
+		return nil, errors.Join(err, socket.Close())
+	}
 	ln.http = &http.Server{
 		Handler: ln,
 		// Of TLS, of requests and between them; a session's connection is out of
@@ -258,7 +260,7 @@ func (ln *listener) connected(s *cryo.Session) {
 	case len(ln.inputs) > 0:
 		ln.inputFor(s).receiveFrom(&handover{session: s})
 	case ln.refusing:
-		s.Refuse(true)
+		s.SetSendOnly(true)
 	default:
 		ln.waiting = append(ln.waiting, &handover{session: s})
 	}
@@ -312,7 +314,7 @@ func (ln *listener) addInput(r *receiver) {
 	}
 	ln.waiting = nil
 	for _, s := range ln.server.Sessions() {
-		s.Refuse(false)
+		s.SetSendOnly(false)
 		r.receiveFrom(&handover{session: s})
 	}
 }
@@ -350,13 +352,13 @@ func (ln *listener) rejectWithoutInput() {
 	ln.refusing = true
 	rejected, lost := 0, 0
 	for _, h := range ln.waiting {
-		h.session.Refuse(true) // one that has ended may have left messages behind
+		h.session.SetSendOnly(true) // one that has ended may have left messages behind
 		n, m := h.reject()
 		rejected, lost = rejected+n, lost+m
 	}
 	ln.waiting = nil
 	for _, s := range ln.server.Sessions() {
-		s.Refuse(true)
+		s.SetSendOnly(true)
 	}
 	if rejected > 0 {
 		ln.log.Warnf("Rejected %d messages that an input on %s has left: no other has followed it for %v", rejected, ln.address, nextInputPatience)

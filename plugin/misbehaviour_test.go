@@ -233,7 +233,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				right := make(chan *cryo.Session, 1)
 				before := heapInUse()
-				server := cryo.NewServer(cryo.ServerOptions{
+				server := newServer(t, cryo.ServerOptions{
 					Authorize: cryo.Tokens(token),
 					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { right <- s },
 				})

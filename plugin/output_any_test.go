@@ -260,9 +260,9 @@ func TestAStreamWhoseWorkerGoesIsSentAnewToAnother(t *testing.T) {
 		}
 		worker := next(t, accepted)
 		f.wantPending(t, "it is on its way")
-		end(clients[worker])
+		require.NoError(t, clients[worker].CloseNow()) // one that closes in good order cancels it first
 		require.Equal(t, 1-worker, next(t, accepted), "the other gets it")
-		end(clients[1-worker])
+		require.NoError(t, clients[1-worker].CloseNow())
 		st, content := readStream(t, e.dial())
 		require.Equal(t, text, content)
 		f.wantPending(t, "not acknowledged")

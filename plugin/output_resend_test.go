@@ -276,7 +276,7 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 func (e *engine) refusing(t *testing.T, status int, sentence string) (<-chan *cryo.Session, *refusals) {
 	t.Helper()
 	sessions := make(chan *cryo.Session, 100)
-	server := cryo.NewServer(cryo.ServerOptions{
+	server := newServer(t, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 	})

@@ -39,7 +39,7 @@ func (e *engine) serveWith(opts cryo.ServerOptions) *server {
 	s := &server{e: e, sessions: make(chan *cryo.Session, 100)}
 	opts.Authorize = cryo.Tokens(token)
 	opts.OnSession = func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session }
-	s.cryo = cryo.NewServer(opts)
+	s.cryo = newServer(e.t, opts)
 	s.http = e.serveHTTP(somewhere, s.cryo)
 	e.t.Cleanup(s.shutdown)
 	return s
@@ -213,4 +213,12 @@ func (e *engine) runWithBatchTo(output, fields string, texts []string, processor
 	}
 	e.run(with(listenInput, fields), output, processors...)
 	return s, sent
+}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
 }

@@ -291,7 +291,7 @@ func (r *receiver) wants(it *item) bool {
 	}
 	if m.Kind == cryo.KindError {
 		r.errorLines.do(r.log, func(log *service.Logger) {
-			log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", it.source.id, m.LogText())
+			log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", it.source.id, it.source.session.Redact(string(m.Payload)))
 		})
 	}
 	r.metrics.filtered.Incr(1, messageTypeName(m.Kind))
@@ -391,7 +391,7 @@ func (r *receiver) reportStall() {
 	}
 	full := r.inFlight >= r.conf.maxInFlight || r.shares.exhausted()
 	for s := range r.sources {
-		full = full || s.Paused()
+		full = full || s.Stats().Paused
 	}
 	if r.stallTold = full; !full || !stalled {
 		return

@@ -47,8 +47,7 @@ None is dropped, but with ` + "`auto_replay_nacks: false`" + ` those that the ou
 
 // sessionEvent is a message about a session, until it is settled.
 type sessionEvent struct {
-	session *cryo.Session
-	bytes   int // counted against the session's bound until settled
+	release func() // of what is counted against the session's bound until it is settled
 	once    sync.Once
 	settled chan struct{}
 }
@@ -56,7 +55,7 @@ type sessionEvent struct {
 // done settles it; only the first verdict counts.
 func (e *sessionEvent) done(int, error) {
 	e.once.Do(func() {
-		e.session.Release(e.bytes)
+		e.release()
 		close(e.settled)
 	})
 }
@@ -71,8 +70,7 @@ func (r *receiver) tell(src *source, event, cause string) bool {
 		m.MetaSetMut(metaSessionCause, cause)
 	}
 	src.describe(m)
-	e := &sessionEvent{session: src.session, bytes: eventOverhead + src.bytes, settled: make(chan struct{})}
-	src.session.Hold(e.bytes)
+	e := &sessionEvent{release: src.session.Reserve(eventOverhead + src.bytes), settled: make(chan struct{})}
 	r.shares.take(src.id)
 	return r.offer([]item{{source: src, part: m, of: e}}) && r.await(e.settled)
 }

@@ -58,7 +58,7 @@ func (r *receiver) acceptStreams(src *source) {
 		case accepted <- struct{}{}:
 		case <-r.draining.Done():
 			return
-		case <-src.session.Ending():
+		case <-src.session.Context().Done():
 			return
 		}
 		st, err := src.session.AcceptStream(r.draining)
@@ -133,7 +133,7 @@ func (t *transfer) done(err error) {
 			t.r.metrics.rejected.Incr(1, messageTypeStream)
 		}
 	} else if err := t.stream.Ack(); err != nil {
-		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.LogName(), err)
+		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.Session().Redact(t.stream.Name()), err)
 	}
 	t.r.places.give(t.source)
 	t.r.metrics.streamsOpen.add(-1)
@@ -151,7 +151,7 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 		case <-r.draining.Done():
 			r.leaveStream(src, st)
 			return
-		case <-src.session.Ending():
+		case <-src.session.Context().Done():
 			return
 		}
 	}
@@ -169,10 +169,10 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	if err != nil && r.stopped.Err() == nil {
 		r.streamLines.do(r.log, func(log *service.Logger) {
 			if _, panicked := errors.AsType[*panicError](err); panicked {
-				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v (at most one such line a second)", st.LogName(), src.id, r.conf.streams.scanner.name, err)
+				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v (at most one such line a second)", src.session.Redact(st.Name()), src.id, r.conf.streams.scanner.name, err)
 				return
 			}
-			log.Warnf("Gave up the stream %q of session %s: %v (at most one such line a second)", st.LogName(), src.id, err)
+			log.Warnf("Gave up the stream %q of session %s: %v (at most one such line a second)", src.session.Redact(st.Name()), src.id, err)
 		})
 	}
 	t.done(err)
@@ -295,9 +295,8 @@ func (w *wholeReader) Close() error { return nil }
 // scanned is a batch that a scanner has made.
 type scanned struct {
 	transfer *transfer
-	session  *cryo.Session
 	ack      service.AckFunc // the scanner's
-	bytes    int             // counted against the session's bound until settled
+	release  func()          // of what is counted against the session's bound until it is settled
 
 	mu      sync.Mutex
 	settled []bool // by message
@@ -320,7 +319,7 @@ func (b *scanned) done(at int, err error) {
 	if b.left--; b.left > 0 {
 		return
 	}
-	b.session.Release(b.bytes)
+	b.release()
 	_ = b.ack(context.Background(), b.err) // the scanners keep nothing that could fail
 	b.transfer.done(b.err)
 }
@@ -332,11 +331,12 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		_ = ack(r.stopped, nil)
 		return true
 	}
-	b := &scanned{transfer: t, session: src.session, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
+	b := &scanned{transfer: t, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
 	items := make([]item, len(batch))
+	size := 0
 	for i, m := range batch {
 		if payload, err := m.AsBytes(); err == nil {
-			b.bytes += len(payload)
+			size += len(payload)
 		}
 		if r.conf.includeMetadata {
 			m.MetaSetMut(metaMessageType, messageTypeStream)
@@ -347,9 +347,9 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		}
 		items[i] = item{source: src, part: m, of: b, at: i}
 	}
-	src.session.Hold(b.bytes)
+	b.release = src.session.Reserve(size)
 	if !r.reserve(src, len(items)) {
-		src.session.Release(b.bytes)
+		b.release()
 		return false
 	}
 	r.setsOut(src, items)
@@ -360,7 +360,7 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 	case r.arrivals <- items:
 		return true
 	case <-r.stopped.Done():
-		src.session.Release(b.bytes)
+		b.release()
 		return false
 	}
 }

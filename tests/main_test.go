@@ -78,7 +78,7 @@ func serve(t *testing.T) *server {
 func serveAt(t *testing.T, socket net.Listener) *server {
 	t.Helper()
 	s := &server{sessions: make(chan *cryo.Session, 100)}
-	s.Server = cryo.NewServer(cryo.ServerOptions{
+	s.Server = newServer(t, cryo.ServerOptions{
 		Authorize: cryo.Tokens(token),
 		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session },
 	})
@@ -205,4 +205,12 @@ func numbered(n int) []string {
 		texts[i] = fmt.Sprintf("m-%06d", i)
 	}
 	return texts
+}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
 }

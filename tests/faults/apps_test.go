@@ -265,7 +265,7 @@ func hangUp(s *cryo.Session) {
 // serve is a server whose address is given, until the test's end.
 func serve(t *testing.T, timing timing, sessions chan<- *cryo.Session) (address string) {
 	t.Helper()
-	server := cryo.NewServer(cryo.ServerOptions{
+	server := newServer(t, cryo.ServerOptions{
 		SessionOptions: sessionOptions(timing),
 		Authorize:      cryo.Tokens(token),
 		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
@@ -303,4 +303,12 @@ func (l listening) address(t *testing.T) string {
 		require.FailNow(t, "the pipeline does not listen")
 		return ""
 	}
+}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
 }

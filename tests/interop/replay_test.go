@@ -92,7 +92,7 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 		}()
 		r.peer = l.NextPeer()
 	} else {
-		l := cryotest.Serve(t, cryo.NewServer(cryo.ServerOptions{
+		l := cryotest.Serve(t, newServer(t, cryo.ServerOptions{
 			SessionOptions: options, Authorize: cryo.Tokens(token),
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { r.accept <- s },
 		}))
@@ -399,3 +399,11 @@ func (r *replay) wantClose(want *entry) {
 }
 
 var kinds = map[wire.Type]cryo.Kind{wire.UTF8: cryo.KindText, wire.Binary: cryo.KindBinary, wire.Error: cryo.KindError}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
+}

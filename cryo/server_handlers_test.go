@@ -1,0 +1,196 @@
+package cryo_test
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
+
+// handlers are those of a server, whose OnSession returns when it may.
+type handlers struct {
+	server  *cryo.Server
+	began   chan *cryo.Session // OnSession was called
+	finish  chan struct{}      // lets OnSession return
+	ended   chan *cryo.Session // OnSessionEnd was called
+	release chan struct{}      // lets OnSessionEnd return
+}
+
+func serveHandlers(t *testing.T) (*handlers, *cryotest.Listener) {
+	t.Helper()
+	h := &handlers{began: make(chan *cryo.Session, 1), finish: make(chan struct{}), ended: make(chan *cryo.Session, 9), release: make(chan struct{})}
+	server, l, _ := serve(t, cryo.ServerOptions{
+		SessionOptions: quiet,
+		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) {
+			h.began <- s
+			<-h.finish
+		},
+		OnSessionEnd: func(s *cryo.Session) {
+			h.ended <- s
+			<-h.release
+		},
+	})
+	h.server = server
+	return h, l
+}
+
+func TestOnSessionEndIsCalledOnceWhenOnSessionHasReturnedAndDoneIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := serveHandlers(t)
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, h.began)
+		peer.Conn().Cut()
+		wantEnded(t, s)
+		synctest.Wait()
+		require.Empty(t, h.ended, "OnSession has not returned")
+		_, known := h.server.Session(sid)
+		require.False(t, known)
+		h.finish <- struct{}{}
+		require.Same(t, s, next(t, h.ended))
+
+		again := join(t, l, sid) // while OnSessionEnd runs
+		again.ClientHandshake()
+		s = next(t, h.began)
+		h.finish <- struct{}{}
+		synctest.Wait()
+		require.Empty(t, h.ended, "the session lives")
+		again.Conn().Cut()
+		require.Same(t, s, next(t, h.ended))
+		wantEnded(t, s)
+		close(h.release)
+		synctest.Wait()
+		require.Empty(t, h.ended)
+	})
+}
+
+func TestShutdownWaitsForBothHandlers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := serveHandlers(t)
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, h.began)
+		shutdown := start(func() error { return h.server.Shutdown(t.Context()) })
+		peer.WantType("BYE", wire.Bye)
+		peer.WriteClose(4000, "")
+		wantEnded(t, s)
+		shutdown.wantBlocked(t)
+		close(h.finish)
+		require.Same(t, s, next(t, h.ended))
+		shutdown.wantBlocked(t)
+		close(h.release)
+		shutdown.wantSuccess(t)
+	})
+}
+
+func TestShutdownWaitsForHandlersNoLongerThanItsContextLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := serveHandlers(t)
+		peer := join(t, l, sid)
+		peer.ClientHandshake()
+		s := next(t, h.began)
+		peer.Conn().Cut()
+		wantEnded(t, s)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		begin := time.Now()
+		require.Equal(t, context.DeadlineExceeded, h.server.Shutdown(ctx))
+		require.Equal(t, time.Second, time.Since(begin))
+		close(h.finish)
+		close(h.release)
+		require.NoError(t, h.server.Shutdown(t.Context()), "again")
+	})
+}
+
+func TestAServerDrainsAllItsSessions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		busy, lost, idle := join(t, l, 1), join(t, l, 2), join(t, l, 3)
+		var messages []*cryo.Message
+		for _, peer := range []*cryotest.Peer{busy, lost} {
+			peer.ClientHandshake()
+			peer.WriteFrames(cryotest.Text(1, ""))
+			messages = append(messages, receive(t, next(t, sessions)))
+		}
+		idle.ClientHandshake()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		drain := start(func() error { return server.Drain(ctx) })
+		idle.WantType("BYE", wire.Bye)
+		idle.WriteClose(4000, "")
+		drain.wantBlocked(t)
+		require.ErrorIs(t, drain.result(t), context.DeadlineExceeded)
+		require.Len(t, server.Sessions(), 2, "they are open")
+
+		drain = start(func() error { return server.Drain(t.Context()) })
+		drain.wantBlocked(t)
+		lost.Conn().Cut()
+		drain.wantBlocked(t)
+		require.NoError(t, messages[0].Ack())
+		busy.WantFrame("ACK", cryotest.Acked(1))
+		require.Equal(t, "server is shutting down", string(busy.WantType("BYE", wire.Bye).Payload))
+		busy.WriteClose(4000, "")
+		drain.wantSuccess(t)
+		require.Error(t, messages[1].Ack())
+	})
+}
+
+func TestNegativeOptionsAreErrors(t *testing.T) {
+	negative := map[string]cryo.SessionOptions{
+		"HeartbeatInterval is -1s":    {HeartbeatInterval: -time.Second},
+		"MaxBufferBytes is -1":        {MaxBufferBytes: -1},
+		"CloseTimeout is -1ns":        {CloseTimeout: -1},
+		"StreamIdleTimeout is -1m0s":  {StreamIdleTimeout: -time.Minute},
+		"ConnectTimeout is -2s":       {},
+		"MaxSessions is -3":           {},
+		"MaxSessionsPerAddress is -4": {},
+		"HandshakeTimeout is -500ms":  {},
+	}
+	const rule = ": it must be positive, or 0 for its default"
+	for what, session := range negative {
+		dial, server := cryo.DialOptions{SessionOptions: session}, cryo.ServerOptions{SessionOptions: session}
+		dials, serves := true, true
+		switch what {
+		case "ConnectTimeout is -2s":
+			dial.ConnectTimeout, serves = -2*time.Second, false
+		case "MaxSessions is -3":
+			server.MaxSessions, dials = -3, false
+		case "MaxSessionsPerAddress is -4":
+			server.MaxSessionsPerAddress, dials = -4, false
+		case "HandshakeTimeout is -500ms":
+			server.HandshakeTimeout, dials = -500*time.Millisecond, false
+		}
+		if dials {
+			_, err := cryo.Dial(t.Context(), memoryURL, &dial)
+			require.EqualError(t, err, "dialling: "+what+rule)
+			_, err = cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: dial})
+			require.EqualError(t, err, "making a client: "+what+rule)
+		}
+		if serves {
+			_, err := cryo.NewServer(&server)
+			require.EqualError(t, err, "making a server: "+what+rule)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := dialled(t, cryo.DialOptions{})
+		_, err := s.OpenStream(t.Context(), &cryo.StreamOptions{StepTimeout: -1})
+		require.EqualError(t, err, "StepTimeout is -1ns"+rule)
+		_, err = s.OpenStream(t.Context(), &cryo.StreamOptions{ChunkBytes: -1})
+		require.Error(t, err)
+	})
+}
+
+func TestAServerWithoutOptionsDeniesEverybody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, err := cryo.NewServer(nil)
+		require.NoError(t, err)
+		status, _, _ := knock(t, cryotest.Serve(t, server), "x-cryo-sid=1&authorization=Bearer+a", upgrade())
+		require.Equal(t, 401, status)
+	})
+}
