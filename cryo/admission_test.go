@@ -342,6 +342,7 @@ func TestAFullServerRefuses(t *testing.T) {
 
 		first.Conn().Cut()
 		wantEnded(t, next(t, sessions))
+		synctest.Wait() // until OnSession has returned, too, it counts
 		join(t, l, 3).ClientHandshake()
 	})
 }

@@ -130,7 +130,8 @@ func TestCloseWaitsHalfOfItsTimeoutForACancelThatIsNotAcknowledged(t *testing.T)
 				c.streams(t, s, peer)
 				begin := time.Now()
 				closing := start(func() error { return s.Close(t.Context(), "") })
-				for peer.Next("BYE").Type != wire.Bye {
+				for f := peer.Next("BYE"); f.Type != wire.Bye; f = peer.Next("BYE") {
+					require.Equal(t, wire.TxCancel, f.Type)
 				}
 				require.Equal(t, c.bye, time.Since(begin))
 				closing.wantSuccess(t)

@@ -73,13 +73,13 @@ func (s *Session) readFailed(err error) {
 		if code == websocket.CloseNoStatusReceived {
 			code = websocket.CloseNormalClosure
 		}
-		s.goodbye(&PeerClosedError{Code: closed.Code, Reason: s.words(closed.Text)}, code, "", false)
+		s.goodbye(&PeerClosedError{Code: closed.Code, Reason: s.words(closed.Text)}, code, "")
 		s.out.wait()
 	case errors.As(err, &framed):
 		// Not WebSocket, or a message over the limit. Closing a socket with
 		// unread data would reset it and could take the close frame and queued
 		// acknowledgements along.
-		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem, false)
+		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem)
 		s.conn.DiscardAll()
 		s.out.wait()
 	default:
@@ -90,7 +90,7 @@ func (s *Session) readFailed(err error) {
 // protocolError ends the session with code 4001; reading goes on until the
 // peer has closed.
 func (s *Session) protocolError(err *ProtocolError) {
-	s.goodbye(err, closeClientError, err.Error(), false)
+	s.goodbye(err, closeClientError, err.Error())
 }
 
 // isEnding reports whether the session has begun to end: data is discarded then.
@@ -138,7 +138,7 @@ func (s *Session) handle(in *received) {
 		// Who says BYE closes, and most have by now. cryo-server doesn't after
 		// a long reason, so our close frame goes out at once.
 		s.out.acknowledge([]uint32{f.Ack})
-		s.goodbye(&PeerClosedError{Reason: s.words(f.Text())}, closeGraceful, "", false)
+		s.goodbye(&PeerClosedError{Reason: s.words(f.Text())}, closeGraceful, "")
 	default:
 		s.handleStream(in)
 	}

@@ -362,9 +362,9 @@ func (s *Server) Drain(ctx context.Context) error {
 	})
 }
 
-// closeAll denies new clients, and returns when close has returned for each session and
+// closeAll denies new clients, and returns when end has returned for each session and
 // nothing is left of them.
-func (s *Server) closeAll(ctx context.Context, close func(*Session) error) error {
+func (s *Server) closeAll(ctx context.Context, end func(*Session) error) error {
 	s.mu.Lock()
 	s.closed = true
 	s.idleLocked()
@@ -377,7 +377,7 @@ func (s *Server) closeAll(ctx context.Context, close func(*Session) error) error
 	s.mu.Unlock()
 	closed := make(chan error, len(sessions))
 	for _, session := range sessions {
-		go func() { closed <- close(session) }()
+		go func() { closed <- end(session) }()
 	}
 	var err error
 	for range sessions {

@@ -207,7 +207,8 @@ func (s *Session) Value() any { return s.value }
 // RemoteAddr is the peer's network address.
 func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 
-// Done is closed when the session is over and its goroutines are gone.
+// Done is closed when the session is over and its goroutines are gone, but for what
+// calls a server's OnSessionEnd.
 // Received messages can still be taken then.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
@@ -272,7 +273,9 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 		s.out.endData() // the rest goes out before BYE, however long the peer takes to cancel
 		s.incoming.stop(s.Err())
 		s.incoming.awaitCancels(ctx.Done(), s.done)
-		s.queueBye(closeGraceful, reason, true)
+		reason = closeReason(reason)
+		bye := &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
+		s.out.queueClose(closeFrame{bye: bye, code: closeGraceful, reason: reason})
 	}
 	select {
 	case <-s.done:
@@ -358,22 +361,18 @@ func (s *Session) beginClosing(cause error) bool {
 	return true
 }
 
-// goodbye ends the session in good order: the writer says what is queued, then
-// BYE if asked for, then the close frame, and half-closes; the reader discards
-// data until the peer closes. While Close waits for the peer to cancel, this takes its
-// place: what comes first is queued, and nothing behind it.
-func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
+// goodbye ends the session in good order and without BYE: the writer sends what is queued,
+// then the close frame, and half-closes; the reader discards data until the peer closes.
+// While Close waits for the peer to cancel, this takes its place: what comes first is
+// queued, and nothing behind it.
+func (s *Session) goodbye(cause error, code int, reason string) {
 	s.beginClosing(cause)
-	s.queueBye(code, reason, bye)
+	s.out.queueClose(closeFrame{code: code, reason: closeReason(reason)})
 }
 
-func (s *Session) queueBye(code int, reason string, bye bool) {
-	reason = redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
-	last := closeFrame{code: code, reason: reason}
-	if bye {
-		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
-	}
-	s.out.queueClose(last)
+// closeReason is a reason as it fits into a close frame.
+func closeReason(reason string) string {
+	return redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 }
 
 // fail ends the session at once.
@@ -420,6 +419,6 @@ func (s *Session) peerTimedOut(d time.Duration) {
 // checkIncoming ends the session if a message of it keeps others waiting.
 func (s *Session) checkIncoming() {
 	if !s.isEnding() && s.limit.keepsOthersOut() {
-		s.goodbye(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error(), false)
+		s.goodbye(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error())
 	}
 }
