@@ -57,3 +57,6 @@ func (s *Session) Unlocked() bool {
 	}
 	return true
 }
+
+// Interrupt interrupts the reading of a large payload, as the end of the session does.
+func (s *Session) Interrupt() { s.limit.interruptLarge() }

@@ -269,9 +269,7 @@ func (s *Session) goodbye(cause error, code int, reason string, bye bool) {
 		last.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
 	}
 	s.out.queueClose(last)
-	if s.limit.readsLarge() {
-		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
-	}
+	s.limit.interruptLarge() // it is discarded as it comes, and its memory is free for others
 }
 
 // fail ends the session at once.
