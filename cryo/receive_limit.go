@@ -105,8 +105,9 @@ type receiveLimit struct {
 	resumed   atomic.Pointer[time.Time] // when it last stopped waiting
 
 	largeMu     sync.Mutex
-	largeFrom   time.Time // when the reading of a large payload began; zero while none is read
-	interrupted bool      // the reading is
+	largeFrom   time.Time     // when the reading of a large payload began; zero while none is read
+	largeTime   time.Duration // that the reading of those before has taken
+	interrupted bool          // the reading is
 }
 
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, awaited func() bool, wants func(*wire.Frame) bool) *receiveLimit {
@@ -269,7 +270,10 @@ func (l *receiveLimit) beginLarge() {
 func (l *receiveLimit) endLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
-	l.largeFrom = time.Time{}
+	if !l.largeFrom.IsZero() {
+		l.largeTime += time.Since(l.largeFrom)
+		l.largeFrom = time.Time{}
+	}
 	if l.interrupted {
 		l.interrupted = false
 		l.conn.ReadOn()
@@ -285,6 +289,16 @@ func (l *receiveLimit) interruptLarge() {
 		l.interrupted = true
 		l.conn.Interrupt()
 	}
+}
+
+// timeForLarge is how long large payloads were being read, until now. From any goroutine.
+func (l *receiveLimit) timeForLarge() time.Duration {
+	l.largeMu.Lock()
+	defer l.largeMu.Unlock()
+	if l.largeFrom.IsZero() {
+		return l.largeTime
+	}
+	return l.largeTime + time.Since(l.largeFrom)
 }
 
 // keepsOthersOut reports that others have waited for a minute for what is reserved for a

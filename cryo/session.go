@@ -60,8 +60,9 @@ type SessionOptions struct {
 	// 5 s.
 	CloseTimeout time.Duration
 	// StreamIdleTimeout is after how long without a byte an open received stream is
-	// cancelled. Time does not count while bytes of it wait to be read, or reading is
-	// paused. Default 60 s. See [IncomingStream.SetIdleTimeout].
+	// cancelled. Time does not count while bytes of it wait to be read, reading is
+	// paused, or a message or chunk of more than 64 KiB is coming in. Default 60 s.
+	// See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
 	// SendOnly refuses received messages with an ERROR and streams with
 	// TX_CANCEL, from the start.

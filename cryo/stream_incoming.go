@@ -48,9 +48,10 @@ type IncomingStream struct {
 
 	mu          sync.Mutex
 	idleTimeout time.Duration
-	accepted    bool        // TX_START is acknowledged
-	idle        *time.Timer // set when accepted
-	active      time.Time   // when something last happened
+	accepted    bool          // TX_START is acknowledged
+	idle        *time.Timer   // set when accepted
+	active      time.Time     // when something last happened
+	large       time.Duration // of [receiveLimit.timeForLarge], when idle was last set
 	chunks      []chunk
 	buffered    int   // bytes in chunks
 	received    int64 // bytes that came
@@ -200,6 +201,7 @@ func (st *IncomingStream) acceptOnce() {
 	st.active = time.Now()
 	st.s.out.acknowledge([]uint32{st.start})
 	if !st.s.isEnding() {
+		st.large = st.s.limit.timeForLarge()
 		st.idle = time.AfterFunc(st.idleTimeout, st.checkIdle)
 	}
 	st.fetchLocked()
@@ -342,7 +344,8 @@ func (st *IncomingStream) signal() {
 }
 
 // checkIdle cancels a stream that is idle. Time does not count while bytes of it are unread,
-// or reads are paused (backpressure). Timer's goroutine.
+// reads are paused (backpressure), or a large frame is coming in: the stream's next bytes may
+// be in it, or behind it. Timer's goroutine.
 func (st *IncomingStream) checkIdle() {
 	st.failIdle()
 	st.s.incoming.cancelFailed(st)
@@ -361,6 +364,8 @@ func (st *IncomingStream) failIdle() {
 		active = t
 	}
 	left := st.idleTimeout - time.Since(active)
+	large := st.s.limit.timeForLarge()
+	left, st.large = max(left, large-st.large), large
 	if left > 0 {
 		st.idle.Reset(left)
 		return
