@@ -46,6 +46,8 @@ type IncomingStream struct {
 
 	arrived chan struct{} // holds a token when there is something new for Read
 
+	settling sync.Mutex // held by Ack and Close, before other locks: the second one gets what the first has found
+
 	mu          sync.Mutex
 	idleTimeout time.Duration
 	accepted    bool          // TX_START is acknowledged
@@ -246,6 +248,8 @@ func (st *IncomingStream) Close() error { return st.settle(rejected) }
 // failure that comes later finds the stream settled and changes nothing. One that came
 // before makes it rejected, and TX_CANCEL is sent by whoever takes it out of the table.
 func (st *IncomingStream) settle(as settlement) error {
+	st.settling.Lock()
+	defer st.settling.Unlock()
 	st.mu.Lock()
 	if st.settled != unsettled {
 		defer st.mu.Unlock()
