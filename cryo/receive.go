@@ -1,11 +1,13 @@
 package cryo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"iter"
 	"runtime"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
@@ -104,9 +106,8 @@ func (s *Session) deliver(in *received) {
 	m := &Message{Kind: kindOf(in.Type), session: s, number: in.Ack, read: s.conn.LastRead()}
 	m.Payload, m.hold, _ = in.take()
 	if m.Kind == KindError {
-		text := wire.Frame{Payload: m.Payload}
-		m.Payload = []byte(text.Text())
-		if in.decision == admitted { // what was invalid in it takes more memory now
+		m.Payload = errorText(m.Payload)
+		if in.decision == admitted { // what was invalid in it may take more memory now
 			s.limit.count(&m.hold, len(m.Payload)+messageOverhead)
 		}
 	}
@@ -132,6 +133,19 @@ func (s *Session) deliver(in *received) {
 	if s.refusing.Load() { // Refuse came between the check and the put
 		s.refuseWaiting()
 	}
+}
+
+// errorText makes a text that people read of an ERROR's payload, as [wire.Frame.Text] does. What
+// replaces invalid bytes may take more memory; a large text is truncated to the size for which
+// there was capacity.
+func errorText(payload []byte) []byte {
+	size := max(len(payload), smallPayload)
+	payload = bytes.TrimRight(payload, "\x00")
+	if utf8.Valid(payload) {
+		return payload
+	}
+	text := wire.Frame{Payload: payload}
+	return []byte(redact.Cut(text.Text(), size))
 }
 
 // words are the peer's, as they may be repeated in errors and log lines. Those of control
@@ -176,6 +190,7 @@ const rateLimited = " (at most one such line a second)"
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.
 func (s *Session) acknowledge(numbers []uint32, held *hold) error {
+	defer runtime.KeepAlive(s) // or releaseAll might release it as well
 	defer held.release()
 	if !s.out.acknowledge(numbers) {
 		return s.Err()
