@@ -13,7 +13,7 @@ import (
 // payload may be whole by then, and an acknowledgement be read.
 func TestOnlyALargePayloadIsInterrupted(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		send := start(func() error { return s.SendUTF8(t.Context(), "hello") })
+		send := start(func() error { return s.SendText(t.Context(), "hello") })
 		text := peer.WantType("the text", wire.UTF8)
 		b := raw(end, 0x82, encoded(t, peer, cryotest.Acked(text.Ack)))
 		sends(t, peer, b[:len(b)-1])

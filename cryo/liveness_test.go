@@ -164,7 +164,7 @@ func acknowledgesAll(s *cryo.Session, r *rand.Rand, answers bool) {
 		}
 		time.Sleep(time.Duration(r.IntN(500)) * time.Millisecond)
 		if answers && r.IntN(2) == 0 { // before it acknowledges
-			_ = s.SendUTF8(context.Background(), "hello")
+			_ = s.SendText(context.Background(), "hello")
 		}
 		_ = cryo.AckBatch(batch)
 	}

@@ -121,7 +121,7 @@ func settlesSome(s *cryo.Session, r *rand.Rand) {
 			time.Sleep(time.Second)
 			s.Release(20_000)
 		case 2:
-			go func() { _ = s.SendUTF8(context.Background(), "never answered") }()
+			go func() { _ = s.SendText(context.Background(), "never answered") }()
 		case 3:
 			s.Discard()
 		}
