@@ -57,3 +57,15 @@ func (s *Session) Unlocked() bool {
 	}
 	return true
 }
+
+// Interrupt interrupts the reading of a large payload, as the end of the session does.
+func (s *Session) Interrupt() { s.limit.interruptLarge() }
+
+// Free is how many bytes are free of the receive buffer, of what may be coming in, and
+// whether the slot is.
+func (s *Session) Free() (bytes, incoming, slot int64) {
+	_, bytes = s.limit.bytes.Usage()
+	_, incoming = s.limit.incoming.Usage()
+	_, slot = s.limit.slot.Usage()
+	return bytes, incoming, slot
+}

@@ -27,8 +27,7 @@ func (s *Session) read() {
 			err = s.conn.Discard()
 		}
 		in.drop()
-		for s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // see goodbye
-			s.conn.ReadOn()
+		if s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // see goodbye
 			err = s.conn.Discard()
 		}
 		if err != nil {

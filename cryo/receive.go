@@ -1,12 +1,14 @@
 package cryo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"iter"
 	"runtime"
 	"strings"
 	"sync"
+	"unicode/utf8"
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
@@ -111,9 +113,8 @@ func (s *Session) deliver(in *received) {
 		return
 	}
 	if m.Kind == KindError {
-		text := wire.Frame{Payload: m.Payload}
-		m.Payload = []byte(text.Text())
-		if in.decision == admitted { // what was invalid in it takes more memory now
+		m.Payload = errorText(m.Payload)
+		if in.decision == admitted { // what was invalid in it may take more memory now
 			s.limit.count(&m.hold, len(m.Payload)+messageOverhead)
 		}
 	}
@@ -139,6 +140,19 @@ func (s *Session) deliver(in *received) {
 	if s.sendOnly.Load() { // SetSendOnly came between the check and the put
 		s.refuseWaiting()
 	}
+}
+
+// errorText makes a text that people read of an ERROR's payload, as [wire.Frame.Text] does. What
+// replaces invalid bytes may take more memory; a large text is truncated to the size for which
+// there was capacity.
+func errorText(payload []byte) []byte {
+	size := max(len(payload), smallPayload)
+	payload = bytes.TrimRight(payload, "\x00")
+	if utf8.Valid(payload) {
+		return payload
+	}
+	text := wire.Frame{Payload: payload}
+	return []byte(redact.Cut(text.Text(), size))
 }
 
 // Redact returns a text of the peer, such as a payload or a stream's name, as it may be
@@ -189,6 +203,7 @@ const rateLimited = " (at most one such line a second)"
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.
 func (s *Session) acknowledge(numbers []uint32, held *hold) error {
+	defer runtime.KeepAlive(s) // or releaseAll might release it as well
 	defer s.unsettled.remove(len(numbers))
 	defer held.release()
 	if !s.out.acknowledge(numbers) {
@@ -211,7 +226,10 @@ func (s *Session) Reserve(n int) (release func()) {
 	reserved := min(max(int64(n), 0), maxReserved)
 	s.limit.bytes.Force(reserved)
 	var once sync.Once
-	return func() { once.Do(func() { s.limit.bytes.Release(reserved) }) }
+	return func() {
+		defer runtime.KeepAlive(s) // or releaseAll might release it as well
+		once.Do(func() { s.limit.bytes.Release(reserved) })
+	}
 }
 
 // maxReserved bounds what Reserve counts, far beyond any memory, so that sums don't overflow.

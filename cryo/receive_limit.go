@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -102,7 +103,11 @@ type receiveLimit struct {
 	changed   chan struct{}             // holds a token when wants may have changed
 	paused    atomic.Bool               // it waits
 	resumed   atomic.Pointer[time.Time] // when it last stopped waiting
-	largeFrom atomic.Int64              // since when a large payload is being read, in Unix nanoseconds; 0: none is
+
+	largeMu     sync.Mutex
+	largeFrom   time.Time     // when the reading of a large payload began; zero while none is read
+	largeTime   time.Duration // that the reading of those before has taken
+	interrupted bool          // the reading is
 }
 
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, awaited func() bool, wants func(*wire.Frame) bool) *receiveLimit {
@@ -149,7 +154,7 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 	if alone {
 		share, units = l.slot, 1
 	}
-	l.largeFrom.Store(0) // the wait is not its own doing
+	l.endLarge() // the wait is not its own doing
 	for {
 		if _, d := l.acquire(passes, 0, f, p); d != admitted {
 			return d
@@ -169,14 +174,14 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 		l.incoming.Force(n)
 	}
 	p.incoming.join(&hold{l.incoming, n})
-	l.largeFrom.Store(time.Now().UnixNano())
+	l.beginLarge()
 	return admitted
 }
 
 // complete ends what reserve began: the payload is whole and counted, or given up.
 func (l *receiveLimit) complete(p *partial) {
 	if p.large() {
-		l.largeFrom.Store(0)
+		l.endLarge()
 	}
 	p.slot.release()
 	p.incoming.release()
@@ -254,15 +259,56 @@ func (l *receiveLimit) resumedAt() time.Time {
 	return time.Time{}
 }
 
-// readsLarge reports whether a payload of more than 64 KiB is being read. From any goroutine.
-func (l *receiveLimit) readsLarge() bool { return l.largeFrom.Load() != 0 }
+func (l *receiveLimit) beginLarge() {
+	l.largeMu.Lock()
+	defer l.largeMu.Unlock()
+	l.largeFrom = time.Now()
+}
+
+// endLarge ends what beginLarge began, if it did, and what is left of an interruption: what
+// is read next is something else.
+func (l *receiveLimit) endLarge() {
+	l.largeMu.Lock()
+	defer l.largeMu.Unlock()
+	if !l.largeFrom.IsZero() {
+		l.largeTime += time.Since(l.largeFrom)
+		l.largeFrom = time.Time{}
+	}
+	if l.interrupted {
+		l.interrupted = false
+		l.conn.ReadOn()
+	}
+}
+
+// interruptLarge makes the reading of a large payload fail with [os.ErrDeadlineExceeded], if
+// one is being read. From any goroutine.
+func (l *receiveLimit) interruptLarge() {
+	l.largeMu.Lock()
+	defer l.largeMu.Unlock()
+	if !l.largeFrom.IsZero() {
+		l.interrupted = true
+		l.conn.Interrupt()
+	}
+}
+
+// timeForLarge is how long large payloads were being read, until now. From any goroutine.
+func (l *receiveLimit) timeForLarge() time.Duration {
+	l.largeMu.Lock()
+	defer l.largeMu.Unlock()
+	if l.largeFrom.IsZero() {
+		return l.largeTime
+	}
+	return l.largeTime + time.Since(l.largeFrom)
+}
 
 // keepsOthersOut reports that others have waited for a minute for what is reserved for a
 // payload that has been coming in for as long. It does so once a minute, to one session,
 // which is to end. The heartbeat's goroutine.
 func (l *receiveLimit) keepsOthersOut() bool {
-	from := l.largeFrom.Load()
-	if from == 0 || time.Since(time.Unix(0, from)) < receiveTimeout {
+	l.largeMu.Lock()
+	from := l.largeFrom
+	l.largeMu.Unlock()
+	if from.IsZero() || time.Since(from) < receiveTimeout {
 		return false
 	}
 	return l.incoming.Starved(receiveTimeout) || l.slot.Starved(receiveTimeout)

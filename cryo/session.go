@@ -61,8 +61,9 @@ type SessionOptions struct {
 	// 5 s.
 	CloseTimeout time.Duration
 	// StreamIdleTimeout is after how long without a byte an open received stream is
-	// cancelled. Time does not count while bytes of it wait to be read, or reading is
-	// paused. Default 60 s. See [IncomingStream.SetIdleTimeout].
+	// cancelled. Time does not count while bytes of it wait to be read, reading is
+	// paused, or a message or chunk of more than 64 KiB is coming in. Default 60 s.
+	// See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
 	// SendOnly rejects received messages with an ERROR and streams with
 	// TX_CANCEL, from the start; see [Session.SetSendOnly].
@@ -355,9 +356,7 @@ func (s *Session) beginClosing(cause error) bool {
 		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
-	if s.limit.readsLarge() {
-		s.conn.Interrupt() // it is discarded as it comes, and its memory is free for others
-	}
+	s.limit.interruptLarge() // it is discarded as it comes, and its memory is free for others
 	return true
 }
 

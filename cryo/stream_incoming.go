@@ -46,11 +46,14 @@ type IncomingStream struct {
 
 	arrived chan struct{} // holds a token when there is something new for Read
 
+	settling sync.Mutex // held by Ack and Close, before other locks: the second one gets what the first has found
+
 	mu          sync.Mutex
 	idleTimeout time.Duration
-	accepted    bool        // TX_START is acknowledged
-	idle        *time.Timer // set when accepted
-	active      time.Time   // when something last happened
+	accepted    bool          // TX_START is acknowledged
+	idle        *time.Timer   // set when accepted
+	active      time.Time     // when something last happened
+	large       time.Duration // of [receiveLimit.timeForLarge], when idle was last set
 	chunks      []chunk
 	buffered    int   // bytes in chunks
 	received    int64 // bytes that came
@@ -196,6 +199,7 @@ func (st *IncomingStream) acceptOnce() {
 	st.active = time.Now()
 	st.s.out.acknowledge([]uint32{st.start})
 	if !st.s.isEnding() {
+		st.large = st.s.limit.timeForLarge()
 		st.idle = time.AfterFunc(st.idleTimeout, st.checkIdle)
 	}
 	st.fetchLocked()
@@ -240,6 +244,8 @@ func (st *IncomingStream) Close() error { return st.settle(rejected) }
 // failure that comes later finds the stream settled and changes nothing. One that came
 // before makes it rejected, and TX_CANCEL is sent by whoever takes it out of the table.
 func (st *IncomingStream) settle(as settlement) error {
+	st.settling.Lock()
+	defer st.settling.Unlock()
 	st.mu.Lock()
 	if st.settled != unsettled {
 		defer st.mu.Unlock()
@@ -352,7 +358,8 @@ func (st *IncomingStream) signal() {
 }
 
 // checkIdle cancels a stream that is idle. Time does not count while bytes of it are unread,
-// or reads are paused (backpressure). Timer's goroutine.
+// reads are paused (backpressure), or a large frame is coming in: the stream's next bytes may
+// be in it, or behind it. Timer's goroutine.
 func (st *IncomingStream) checkIdle() {
 	st.failIdle()
 	st.s.incoming.cancelFailed(st)
@@ -371,6 +378,8 @@ func (st *IncomingStream) failIdle() {
 		active = t
 	}
 	left := st.idleTimeout - time.Since(active)
+	large := st.s.limit.timeForLarge()
+	left, st.large = max(left, large-st.large), large
 	if left > 0 {
 		st.idle.Reset(left)
 		return
