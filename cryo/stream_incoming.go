@@ -408,6 +408,8 @@ func (st *IncomingStream) chunk(f *received) bool {
 	st.fetching = false
 	after := st.received + int64(len(f.Payload))
 	switch {
+	case f.decision == unwanted && st.s.isEnding(): // the session ended first, and cancels it next
+		st.failLocked(truncated(st.received, st.s.Err()))
 	case !st.accepted, f.decision == unwanted: // which was asked before it was accepted
 		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
 	case st.finish != nil:
