@@ -116,6 +116,36 @@ func ExamplePending_Cancel() {
 	// waiting for the acknowledgement: context canceled
 }
 
+// An acknowledgement is late after 30 s, in which a slow line does not count that still
+// transfers the message.
+func ExampleSession_AckClock() {
+	server := taker()
+	defer server.Close()
+	s := connectTo(server)
+	ctx := context.Background()
+	defer s.Close(ctx, "")
+
+	pending := s.Queue([]cryo.OutMessage{cryo.Binary([]byte("a large picture"))})
+	clock := s.AckClock()
+	ticker := time.NewTicker(30 * time.Second / 2)
+	defer ticker.Stop()
+	for done := false; !done; {
+		select {
+		case <-pending.Done():
+			done = true
+		case <-ticker.C:
+			if done = clock.Tick(); done {
+				pending.Cancel()
+			}
+		}
+	}
+	must(pending.Wait(ctx))
+	fmt.Println("delivered")
+	// Output:
+	// binary: a large picture
+	// delivered
+}
+
 // All messages of a session: each is acknowledged when it is delivered, and not before.
 func ExampleSession_Messages() {
 	server := serveOnce(func(s *cryo.Session) {

@@ -65,8 +65,9 @@ type StreamOptions struct {
 	ChunkBytes int
 	// StepTimeout bounds each single step: the acknowledgement of TX_START, the wait until
 	// earlier chunks are written, the next TX_FETCH where the receiver pulls, and the
-	// acknowledgement of TX_FINISH. A longer step fails with [ErrStepTimeout]. Default: the
-	// context alone.
+	// acknowledgement of TX_FINISH. Time in which a slow line transfers what is queued does
+	// not count, as for an [AckClock]. A longer step fails with [ErrStepTimeout]. Default:
+	// the context alone.
 	StepTimeout time.Duration
 }
 
@@ -229,13 +230,15 @@ func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
 }
 
 func (st *OutgoingStream) waitForWindow(chunk int) error {
-	late, stop := st.clock()
-	defer stop()
+	step := st.s.ackTimer(st.opts.StepTimeout)
+	defer step.stop()
 	for !st.window.acquire(chunk) {
 		select {
 		case <-st.window.freed:
-		case <-late:
-			return st.stepTimeout("earlier chunks to be written")
+		case <-step.C:
+			if step.Tick() {
+				return st.stepTimeout("earlier chunks to be written")
+			}
 		case <-st.s.ctx.Done():
 			return st.s.Err()
 		case <-st.ctx.Done():
@@ -318,17 +321,24 @@ func (st *OutgoingStream) Finish() error {
 func (st *OutgoingStream) await(f wire.Frame) error {
 	c := newCall(f)
 	st.s.pend.register(c)
-	late, stop := st.clock()
-	defer stop()
 	if !st.enqueue(c.frames) {
 		st.s.out.cancel(c, st.ended())
 	}
-	select {
-	case <-c.done:
-	case <-late:
-		st.s.out.cancel(c, st.stepTimeout("the acknowledgement"))
-	case <-st.ctx.Done():
-		st.s.out.cancel(c, st.cause())
+	step := st.s.ackTimer(st.opts.StepTimeout)
+	defer step.stop()
+	for waits := true; waits; {
+		select {
+		case <-c.done:
+			waits = false
+		case <-step.C:
+			if step.Tick() {
+				st.s.out.cancel(c, st.stepTimeout("the acknowledgement"))
+				waits = false
+			}
+		case <-st.ctx.Done():
+			st.s.out.cancel(c, st.cause())
+			waits = false
+		}
 	}
 	st.mu.Lock()
 	st.awaiting = nil
@@ -337,15 +347,6 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 		return errs[0]
 	}
 	return nil
-}
-
-// clock starts the timeout of one step.
-func (st *OutgoingStream) clock() (late <-chan time.Time, stop func() bool) {
-	if st.opts.StepTimeout == 0 {
-		return nil, func() bool { return true }
-	}
-	t := time.NewTimer(st.opts.StepTimeout)
-	return t.C, t.Stop
 }
 
 func (st *OutgoingStream) stepTimeout(wanted string) error {

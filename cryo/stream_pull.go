@@ -7,7 +7,6 @@ import (
 	"math"
 	"os"
 	"strings"
-	"time"
 )
 
 // maxFetches is how many TX_FETCH of one stream wait to be served; more are
@@ -108,11 +107,11 @@ func (st *OutgoingStream) serve(x *indexed) error {
 	}
 	chunkBytes := int64(st.opts.ChunkBytes)
 	count := uint32((x.size + chunkBytes - 1) / chunkBytes)
-	late, stop := st.clock()
-	defer func() { stop() }()
+	step := st.s.ackTimer(st.opts.StepTimeout)
+	defer func() { step.stop() }()
 	reached := int64(-1) // a fetch that goes no further is served, but is no progress
 	for {
-		asked, err := st.nextFetch(late)
+		asked, err := st.nextFetch(step)
 		if err != nil {
 			return st.failed(err)
 		}
@@ -130,21 +129,25 @@ func (st *OutgoingStream) serve(x *indexed) error {
 		}
 		if int64(asked.end) > reached {
 			reached = int64(asked.end)
-			stop()
-			late, stop = st.clock()
+			step.stop()
+			step = st.s.ackTimer(st.opts.StepTimeout)
 		}
 	}
 }
 
-func (st *OutgoingStream) nextFetch(late <-chan time.Time) (fetch, error) {
-	select {
-	case f := <-st.fetches:
-		return f, nil
-	case <-late:
-		return fetch{}, st.stepTimeout("the peer to pull")
-	case <-st.s.ctx.Done():
-		return fetch{}, st.s.Err()
-	case <-st.ctx.Done():
-		return fetch{}, st.cause()
+func (st *OutgoingStream) nextFetch(step *ackTimer) (fetch, error) {
+	for {
+		select {
+		case f := <-st.fetches:
+			return f, nil
+		case <-step.C:
+			if step.Tick() {
+				return fetch{}, st.stepTimeout("the peer to pull")
+			}
+		case <-st.s.ctx.Done():
+			return fetch{}, st.s.Err()
+		case <-st.ctx.Done():
+			return fetch{}, st.cause()
+		}
 	}
 }

@@ -54,6 +54,7 @@ type writer struct {
 	mu        sync.Mutex
 	queue     queue
 	withdrawn int           // released frames in the queue
+	taken     int           // bytes of data being written
 	unwritten int           // bytes of acknowledgements and control frames, those being written included
 	drained   chan struct{} // closed when unwritten falls; nil when nobody waits
 	pongs     int           // in the queue
@@ -287,6 +288,13 @@ func (w *writer) queuedBytes() int64 {
 	return n
 }
 
+// takenBytes returns the size of the data being written.
+func (w *writer) takenBytes() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return int64(w.taken)
+}
+
 // abort drops what is queued, at the end of the session. What is being written is released
 // by who writes it: the connection is closed then, or about to be.
 func (w *writer) abort() {
@@ -391,6 +399,7 @@ func (w *writer) takeDataLocked() []*outFrame {
 		data[kept] = f
 		kept++
 	}
+	w.taken = size
 	clear(data[kept:n])
 	if w.queue.data = data[n:]; n == len(data) {
 		w.queue.data = nil
@@ -409,6 +418,7 @@ func (w *writer) put(q *queue, err error, flushed bool) (rests bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.unwritten -= q.cost()
+	w.taken = 0
 	w.wakeLocked()
 	for i, f := range q.data {
 		if f.window != nil {

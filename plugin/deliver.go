@@ -107,8 +107,6 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 		going.Wait()
 		return
 	}
-	bounded, cancel := o.bound(ctx)
-	defer cancel()
 	none := make([]error, len(part))
 	began := o.metrics.sending(len(part) * len(g.sessions))
 	out := frames(part) // the payloads are the same memory for all sessions
@@ -116,11 +114,8 @@ func (o *serverOutput) sendToGroup(ctx context.Context, g group, messages []parc
 	for i, session := range g.sessions {
 		pending[i] = session.Queue(out)
 	}
-	answers := make([]error, len(g.sessions))
-	for i := range pending {
-		answers[i] = pending[i].Wait(bounded)
-	}
-	o.metrics.awaited(bounded, len(part)*len(g.sessions), began)
+	answers := o.awaitAcks(ctx, g.sessions, pending)
+	o.metrics.awaited(ctx.Err() == nil && !slices.ContainsFunc(answers, isLate), len(part)*len(g.sessions), began)
 	for i, err := range answers {
 		var failed *cryo.BatchError
 		if !errors.As(err, &failed) {

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"context"
 	"errors"
 	"strconv"
 	"strings"
@@ -160,15 +159,15 @@ func newAnswerMetrics(m meter) sendMetrics {
 }
 
 // sending counts messages as on their way; awaited ends that, and times it unless
-// the context was done first.
+// they were late or the context was done first.
 func (m *sendMetrics) sending(messages int) (began time.Time) {
 	m.unacknowledged.add(messages)
 	return time.Now()
 }
 
-func (m *sendMetrics) awaited(ctx context.Context, messages int, began time.Time) {
+func (m *sendMetrics) awaited(inTime bool, messages int, began time.Time) {
 	m.unacknowledged.add(-messages)
-	if ctx.Err() == nil {
+	if inTime {
 		m.ackLatency.Timing(int64(time.Since(began)))
 	}
 }

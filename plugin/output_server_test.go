@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // toAll runs a pipeline that sends to all of some clients.
@@ -272,4 +274,20 @@ func TestAWriteBeforeTheListenerIsOpenSaysSo(t *testing.T) {
 	require.NoError(t, err)
 	require.ErrorIs(t, out.WriteBatch(context.Background(), batchOf("m")), service.ErrNotConnected)
 	require.NoError(t, out.Close(context.Background()))
+}
+
+// 1.5 MB at 30 kB/s take 50 s, and ack_timeout is 30 s.
+func TestALargeMessageIsDeliveredOverASlowLine(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		peer := e.rawClient()
+		peer.AnswerPings()
+		peer.Conn().ReadSlowly(30_000)
+		f := e.give(strings.Repeat("x", 1_500_000))
+		time.Sleep(45 * time.Second)
+		f.wantPending(t, "it takes 50 s")
+		time.Sleep(10 * time.Second)
+		peer.Ack(peer.WantType("all of it", wire.UTF8))
+		f.wantDelivered(t, "acknowledged")
+	})
 }

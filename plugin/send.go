@@ -78,7 +78,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 		).
 			Description("For messages that travel as a `stream`."),
 		positiveDuration(fieldAckTimeout).
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. The time that the message takes on the line is part of it: at 30 kB/s, 50 s for 1.5 MB." + lost).
+			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB get through in half of it; but after ten times as long a message has failed in any case." + lost).
 			Default("30s"),
 		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
 			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),
@@ -254,16 +254,15 @@ func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []pa
 	began := s.metrics.sending(len(messages))
 	pending := session.Queue(frames(messages))
 	return func() {
-		ctx, cancel := s.bound(ctx)
-		defer cancel()
-		if failed, ok := errors.AsType[*cryo.BatchError](pending.Wait(ctx)); ok {
+		result := s.awaitAcks(ctx, []*cryo.Session{session}, []*cryo.Pending{pending})
+		if failed, ok := errors.AsType[*cryo.BatchError](result[0]); ok {
 			for i, err := range failed.Errs {
 				if errs[i] == nil {
 					errs[i] = err
 				}
 			}
 		}
-		s.metrics.awaited(ctx, len(messages), began)
+		s.metrics.awaited(ctx.Err() == nil && !isLate(result[0]), len(messages), began)
 		s.metrics.settled(messages, errs)
 	}
 }
@@ -276,9 +275,49 @@ func frames(messages []parcel) []cryo.OutMessage {
 	return list
 }
 
-// bound is the time that an acknowledgement may take.
-func (s *sender) bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, s.ackTimeout, fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, s.ackTimeout))
+// awaitAcks waits for the acknowledgements of what was just queued for sessions, and returns
+// the errors by session. A session that is late is not waited for any longer.
+func (s *sender) awaitAcks(ctx context.Context, sessions []*cryo.Session, pending []*cryo.Pending) []error {
+	ticker := time.NewTicker(max(s.ackTimeout/2, 1))
+	defer ticker.Stop()
+	errs := make([]error, len(pending))
+	clocks := make([]cryo.AckClock, 0, len(pending))
+	for _, session := range sessions {
+		clocks = append(clocks, session.AckClock())
+	}
+	for i, p := range pending {
+		for waits := errs[i] == nil; waits; {
+			select {
+			case <-p.Done():
+				waits = false
+			case <-ctx.Done():
+				waits = false
+			case <-ticker.C:
+				s.endLate(pending[i:], clocks[i:], errs[i:])
+				waits = errs[i] == nil
+			}
+		}
+		if errs[i] == nil {
+			errs[i] = p.Wait(ctx)
+		}
+	}
+	return errs
+}
+
+// endLate ends the waits that are late, with their errors.
+func (s *sender) endLate(pending []*cryo.Pending, clocks []cryo.AckClock, errs []error) {
+	late, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
+		fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, s.ackTimeout))
+	defer cancel()
+	for i, p := range pending {
+		select {
+		case <-p.Done():
+		default:
+			if errs[i] == nil && clocks[i].Tick() {
+				errs[i] = p.Wait(late)
+			}
+		}
+	}
 }
 
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *parcel) error {
