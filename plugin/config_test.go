@@ -12,6 +12,8 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 var linter = sync.OnceValue(func() *service.ComponentConfigLinter {
@@ -51,9 +53,9 @@ func construct(t *testing.T, kind, name, fields string) error {
 	res := service.MockResources()
 	switch kind + " " + name {
 	case "input cryo":
-		_, err = newInput(conf, res)
+		_, err = newInput(conf, res, cryo.DialOptions{})
 	case "output cryo":
-		_, _, _, err = newOutput(conf, res)
+		_, _, _, err = newOutput(conf, res, cryo.DialOptions{})
 	case "input cryo_server":
 		_, err = newServerInput(conf, res)
 	case "output cryo_server":

@@ -5,11 +5,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -29,16 +29,6 @@ const (
 	fieldConnectTimeout    = "connect_timeout"
 	fieldHeartbeatInterval = "heartbeat_interval"
 
-	// ghostWait is how soon a client whose lost session is still alive for the
-	// server tries again, and tokenWait one whose token was refused. After any
-	// other failure the wait doubles from firstWait to mostWait. A session that
-	// didn't last, and on which nothing was acknowledged, counts as a failure too, or
-	// a server that lets us in only to send us away would be dialled ten times a second.
-	ghostWait = time.Second
-	tokenWait = 30 * time.Second
-	firstWait = 250 * time.Millisecond
-	mostWait  = 10 * time.Second
-	lasting   = time.Second
 	closeTime = 10 * time.Second // for the goodbye; the engine sets no limit
 )
 
@@ -80,7 +70,7 @@ root = if !$url.re_match("(?i)^wss?://") {
 			Advanced().
 			LintRule(`root = if this.type() == "string" && this != "" && !this.re_match("(?i)^(http|https|socks5|socks5h)://[^/?#]") { "field proxy_url has to be http://, https:// or socks5:// and a host" }`),
 		positiveDuration(fieldConnectTimeout).
-			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. While attempts fail, the next one follows after 250 ms, then ever later, up to 10 s; after 30 s when the token was refused.").
+			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. While attempts fail, the next one follows after 250 ms, then ever later, up to 10 s; after 30 s when the token was refused; and when the server asks for it by `Retry-After`, after that time, 5 minutes at most.").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),
@@ -99,45 +89,29 @@ const dialLint = `if this.tls.enabled.or(false) == true && this.url.string().cat
   "field tls is enabled, but the url is ws://: use wss://"
 }`
 
-// dialer keeps one session with a server, and dials again when it has ended. Calls
-// that want a session while there is none share one attempt.
+// dialer is the engine's view of a [cryo.Client], which has the sessions and the waits
+// between attempts: its log lines, metrics and errors.
 type dialer struct {
-	url   string
-	name  string // of the server, for people
-	opts  cryo.DialOptions
-	log   *service.Logger
-	lines *sparing // log lines of failed attempts
-
+	client  *cryo.Client
+	url     string // of the server
+	name    string // the URL without its query, for log lines
+	opts    cryo.DialOptions
+	log     *service.Logger
 	metrics dialMetrics
 
-	mu       sync.Mutex
-	session  *cryo.Session // the last one; nil before the first
-	gone     chan struct{} // closed when nothing is left of it, and its end is logged
-	returned *cryo.Session // the last one that connect returned
-	attempt  *attempt      // in flight; nil if none is
-	worked   bool          // something was acknowledged on session
-	failures int           // attempts, and sessions that were short and useless, in a row
-	due      time.Time     // earliest time of the next dial
-	closed   bool
+	again   bool           // a session was connected before; used by connected alone
+	reports sync.WaitGroup // the goroutine that logs the end of the session
+
+	logged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
+	lines  *sparing                        // the log lines of await
 }
 
-// attempt is one attempt to connect. No caller's context bounds it, because others
-// may wait for it too.
-type attempt struct {
-	cancel context.CancelFunc
-	logged bool // a batch waits, so a failure is logged here; the engine logs those of Connect. Guarded by the dialer's mutex
-
-	done    chan struct{} // closed at the end, when the following are set
-	session *cryo.Session
-	err     error
-}
-
-// errDialerClosed is the end of all attempts.
+// errDialerClosed is the error of those who wait for a session when the component closes.
 var errDialerClosed = errors.New("the component is closed")
 
-func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dialer, error) {
-	d := &dialer{log: res.Logger(), lines: newSparing(), metrics: newDialMetrics(meterOf(res))}
-	d.opts.SessionID = cryo.NewSessionID() // the same on every connection
+// dialerFromParsed adds the configuration to opts.
+func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*dialer, error) {
+	d := &dialer{opts: opts, log: res.Logger(), lines: newSparing(), metrics: newDialMetrics(meterOf(res))}
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)
 	var err error
@@ -184,7 +158,10 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources) (*dial
 	if d.opts.ConnectTimeout, err = fieldPositiveDuration(conf, fieldConnectTimeout); err != nil {
 		return nil, err
 	}
-	d.opts.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval)
+	if d.opts.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval); err != nil {
+		return nil, err
+	}
+	d.client, err = cryo.NewClient(d.url, &cryo.ClientOptions{DialOptions: d.opts, OnSession: d.connected, OnSessionEnd: d.ended})
 	return d, err
 }
 
@@ -217,42 +194,26 @@ func proxyFromParsed(conf *service.ParsedConfig) (func(*http.Request) (*url.URL,
 	return http.ProxyURL(proxy), nil
 }
 
-// live is the session, if it lives.
-func (d *dialer) live() *cryo.Session {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.session == nil || d.session.Err() != nil {
-		return nil
+// connected is the client's OnSession. It reports the session, and the end of it when it
+// begins: the engine may not notice it for long, and Done may be a close timeout away.
+func (d *dialer) connected(s *cryo.Session) {
+	verb := "Connected"
+	if d.again {
+		verb = "Reconnected"
 	}
-	return d.session
+	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
+	d.metrics.connected(d.again)
+	d.again = true
+	d.reports.Go(func() {
+		<-s.Context().Done()
+		d.reportEnd(s.Err())
+	})
 }
 
-// follow reports a session's end as soon as it comes: an output may have nothing
-// to write for long.
-func (d *dialer) follow(s *cryo.Session, gone chan<- struct{}) {
-	defer close(gone)
-	began := time.Now()
-	<-s.Context().Done()
-	d.mu.Lock()
-	if d.worked || time.Since(began) >= lasting {
-		d.failures = 0
-	} else {
-		d.due = time.Now().Add(d.backOffLocked())
-	}
-	d.mu.Unlock()
-	d.reportEnd(s.Err())
-	<-s.Done()
+// ended is the client's OnSessionEnd. The end is logged before the next session can be.
+func (d *dialer) ended(*cryo.Session) {
+	d.reports.Wait()
 	d.metrics.gone()
-}
-
-// noteWork notes that something was acknowledged on a session: however short it was, the
-// next attempt need not wait. The end of the session may have been noted before.
-func (d *dialer) noteWork(s *cryo.Session) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.session == s && !d.worked {
-		d.worked, d.failures, d.due = true, 0, time.Time{}
-	}
 }
 
 func (d *dialer) reportEnd(err error) {
@@ -267,196 +228,70 @@ func (d *dialer) reportEnd(err error) {
 	}
 }
 
-// connect returns the live session, or that of one attempt; fresh is one that it has
-// not returned before. The error of a failed attempt has the time until the next.
-func (d *dialer) connect(ctx context.Context) (session *cryo.Session, fresh bool, err error) {
-	session, err = d.next(ctx, false)
-	if err != nil {
-		return nil, false, err
+// connect returns the session, or the result of one attempt. The engine logs a failure, and
+// connects again when the next attempt is due.
+func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
+	s, err := d.client.Connect(ctx)
+	if failed, ok := errors.AsType[*cryo.RetryError](err); ok {
+		return nil, service.NewErrBackOff(withHint(failed), failed.After)
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	fresh = session != d.returned
-	d.returned = session
-	return session, fresh, nil
+	if errors.Is(err, cryo.ErrClosed) {
+		err = errDialerClosed
+	}
+	return s, err
 }
 
-// await returns the live session, or that of the first attempt that succeeds before
-// the context is done.
+// await returns the session, or that of the first attempt that succeeds before the context
+// is done. Failures go to the log, each once for all who await the session.
 func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	var last error
 	for {
-		s, err := d.next(ctx, true)
+		s, err := d.client.Connect(ctx)
+		failed, ok := errors.AsType[*cryo.RetryError](err)
 		switch {
-		case err == nil || errors.Is(err, errDialerClosed):
-			return s, err
-		case ctx.Err() == nil:
-			last = err
-		case last == nil:
+		case ok:
+			last = withHint(failed)
+			if d.logged.Swap(failed) != failed {
+				d.lines.do(d.log, func(log *service.Logger) {
+					log.Warnf("Connecting to %s again failed, messages wait for it: %v (at most one such line a second)", d.name, last)
+				})
+			}
+		case errors.Is(err, cryo.ErrClosed):
+			return nil, errDialerClosed
+		case err != nil && last != nil:
+			return nil, fmt.Errorf("%w: %v", context.Cause(ctx), last) //nolint:errorlint // its cause is not the caller's
+		case err != nil:
 			return nil, context.Cause(ctx)
 		default:
-			return nil, fmt.Errorf("%w: %v", context.Cause(ctx), last) //nolint:errorlint // its back-off is not the caller's
+			return s, nil
 		}
 	}
 }
 
-// next returns the live session, or the result of the attempt in flight, and begins
-// one if there is none; logged is set by callers whose failures nobody else logs.
-func (d *dialer) next(ctx context.Context, logged bool) (*cryo.Session, error) {
-	s, a, err := d.join(logged)
-	if a == nil {
-		return s, err
-	}
-	select {
-	case <-a.done:
-		return a.session, a.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-}
-
-func (d *dialer) join(logged bool) (*cryo.Session, *attempt, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	switch {
-	case d.closed:
-		return nil, nil, errDialerClosed
-	case d.session != nil && d.session.Err() == nil:
-		return d.session, nil, nil
-	case d.attempt == nil:
-		ctx, cancel := context.WithCancel(context.Background())
-		d.attempt = &attempt{cancel: cancel, done: make(chan struct{})}
-		go d.try(ctx, d.attempt)
-	}
-	d.attempt.logged = d.attempt.logged || logged
-	return nil, d.attempt, nil
-}
-
-// try makes an attempt, when it is due.
-func (d *dialer) try(ctx context.Context, a *attempt) {
-	defer close(a.done)
-	defer a.cancel()
-	s, err := d.dial(ctx)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.attempt = nil
-	switch {
-	case err == nil:
-		a.session = s
-		d.startLocked(s)
-	case ctx.Err() != nil:
-		a.err = errDialerClosed
-	default:
-		a.err = d.failedLocked(err)
-		if a.logged {
-			d.lines.do(d.log, func(log *service.Logger) {
-				log.Warnf("Connecting to %s again failed, messages wait for it: %v (at most one such line a second)", d.name, a.err)
-			})
-		}
-	}
-}
-
-// dial waits until nothing is left of the last session, which would be a ghost for
-// the server, and until the next attempt is due.
-func (d *dialer) dial(ctx context.Context) (*cryo.Session, error) {
-	d.mu.Lock()
-	gone := d.gone
-	d.mu.Unlock()
-	if gone != nil {
-		select {
-		case <-gone:
-		case <-ctx.Done():
-		}
-	}
-	d.mu.Lock()
-	due := d.due
-	d.mu.Unlock()
-	pause(ctx, time.Until(due))
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	return cryo.Dial(ctx, d.url, &d.opts)
-}
-
-// pause returns early when the context is done.
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-}
-
-func (d *dialer) startLocked(s *cryo.Session) {
-	again := d.session != nil
-	verb := "Connected"
-	if again {
-		verb = "Reconnected"
-	}
-	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
-	d.metrics.connected(again)
-	d.session, d.gone, d.worked = s, make(chan struct{}), false
-	go d.follow(s, d.gone)
-}
-
-// failedLocked counts a failed attempt, and adds to its error the time until the
-// next.
-func (d *dialer) failedLocked(err error) error {
-	var wait time.Duration
-	switch {
+// withHint adds what the user can do to the error of an attempt.
+func withHint(failed *cryo.RetryError) error {
+	switch err := failed.Err; {
 	case errors.Is(err, cryo.ErrSessionExists):
-		wait = ghostWait
-		err = fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err)
+		return fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err)
 	case errors.Is(err, cryo.ErrUnauthorized):
-		wait = tokenWait
-		err = fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, tokenWait)
+		return fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, failed.After.Round(time.Second))
 	default:
-		wait = d.backOffLocked()
+		return err
 	}
-	d.due = time.Now().Add(wait)
-	return service.NewErrBackOff(err, wait)
 }
 
-// backOffLocked counts a failure and returns the time until the next attempt. Not
-// all who lost the same server come back at the same moment.
-func (d *dialer) backOffLocked() time.Duration {
-	wait := min(firstWait<<min(d.failures, 10), mostWait)
-	d.failures++
-	return wait - rand.N(wait/4) //nolint:gosec // no secret
-}
-
-// close ends the attempt in flight, with all calls that wait for it, and then the
-// session by a close handshake, with a bound of its own beside the engine's. A
-// session that is ending already is waited for: acknowledgements may still be
-// written.
+// close closes the client, with a bound of its own beside the engine's. A session that is
+// ending already is waited for: acknowledgements may still be written.
 func (d *dialer) close(ctx context.Context) error {
-	d.mu.Lock()
-	d.closed = true
-	a := d.attempt
-	d.mu.Unlock()
-	if a != nil {
-		a.cancel()
-		<-a.done
-	}
-	d.mu.Lock()
-	s, gone := d.session, d.gone
-	d.mu.Unlock()
-	if s == nil {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
-	err := s.Close(ctx, "")
-	<-gone
-	return err
+	return d.client.Close(ctx, "")
 }
 
 // test dials as another session and hangs up. What the server sends to it
 // meanwhile is neither taken nor refused: after the goodbye it goes to others.
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
-	opts.SessionID = cryo.NewSessionID()
 	opts.SendOnly = false // an output's would refuse
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {

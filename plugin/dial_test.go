@@ -33,8 +33,8 @@ func TestConnectingTwiceKeepsTheSession(t *testing.T) {
 func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
+		e.dialer = server.Dial
 		out := e.alone(t, "")
-		out.opts.NetDial = server.Dial
 		connecting := sendAny(func() error { return out.Connect(context.Background()) })
 		peer := server.NextPeer()
 		peer.ServerHandshake()
@@ -46,6 +46,7 @@ func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 		peer.WantClose("the client's close frame", 4000, "")
 		synctest.Wait()
 		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
+		require.Equal(t, 1, e.log.count("INFO Disconnected from"), "while the server keeps the connection open")
 		begin := time.Now()
 		connecting = sendAny(func() error { return out.Connect(context.Background()) })
 		again := server.NextPeer()
@@ -65,8 +66,8 @@ func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 func TestAnOutputsCloseWaitsForASessionThatIsEnding(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
+		e.dialer = server.Dial
 		out := e.alone(t, "")
-		out.opts.NetDial = server.Dial
 		connecting := sendAny(func() error { return out.Connect(context.Background()) })
 		peer := server.NextPeer()
 		peer.ServerHandshake()
@@ -102,8 +103,8 @@ func TestACallersContextEndsTheWaitAndNotTheSession(t *testing.T) {
 func TestTheSessionOfAnAttemptThatNobodyWaitedForIsTakenByTheNextConnect(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
+		e.dialer = server.Dial
 		in := e.aloneInput(t, "")
-		in.opts.NetDial = server.Dial
 		ctx, cancel := context.WithCancel(t.Context())
 		connecting := sendAny(func() error { return in.Connect(ctx) })
 		peer := server.NextPeer()
@@ -126,12 +127,12 @@ func TestTheSessionOfAnAttemptThatNobodyWaitedForIsTakenByTheNextConnect(t *test
 func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		out := e.alone(t, "")
 		dialled := make(chan struct{})
-		out.opts.NetDial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		e.dialer = func(ctx context.Context, network, address string) (net.Conn, error) {
 			close(dialled)
 			return e.net.Dial(ctx, network, address)
 		}
+		out := e.alone(t, "")
 		go func() { _ = out.Connect(context.Background()) }()
 		<-dialled
 		require.NoError(t, out.Close(t.Context()))
@@ -145,9 +146,8 @@ func (e *engine) aloneInput(t *testing.T, fields string) *input {
 	t.Helper()
 	conf, err := specs()["input cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
 	require.NoError(t, err)
-	in, err := newInput(conf, service.MockResources())
+	in, err := newInput(conf, service.MockResources(), cryo.DialOptions{NetDial: e.dialer})
 	require.NoError(t, err)
-	in.opts.NetDial = e.net.Dial
 	return in
 }
 
@@ -187,11 +187,10 @@ func TestAConnectionTestLeavesAWaitingMessageToOthers(t *testing.T) {
 			toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 				f := e.give("job")
 				f.wantPending(t, "nobody is there")
-				in, out := e.aloneInput(t, ""), e.alone(t, "")
-				in.opts.NetDial, out.opts.NetDial = e.farAway, e.farAway
-				var c service.ConnectionTestable = in
+				e.dialer = e.farAway
+				var c service.ConnectionTestable = e.aloneInput(t, "")
 				if kind == "output" {
-					c = out
+					c = e.alone(t, "")
 				}
 				require.NoError(t, c.ConnectionTest(t.Context())[0].Err)
 				f.wantPending(t, "neither taken nor refused")
@@ -219,8 +218,8 @@ func (c *farConn) Read(p []byte) (int, error) {
 func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
+		e.dialer = server.Dial
 		in := e.aloneInput(t, "")
-		in.opts.NetDial = server.Dial
 		testing := sendAny(func() error { return in.ConnectionTest(context.Background())[0].Err })
 		peer := server.NextPeer()
 		peer.WantEndpointInfo("the client's ENDPOINT_INFO")

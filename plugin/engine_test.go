@@ -56,19 +56,17 @@ func newEngine(t testing.TB) *engine {
 	e.shared = newListeners(e.net.Listen)
 	must := func(err error) { require.NoError(t, err) }
 	must(e.env.RegisterBatchInput("cryo", specs()["input cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		in, err := newInput(conf, res)
+		in, err := newInput(conf, res, cryo.DialOptions{NetDial: e.dialer})
 		if err != nil {
 			return nil, err
 		}
-		in.opts.NetDial = e.dialer
 		return withExtraction(conf, "cryo", in)
 	}))
 	must(e.env.RegisterBatchOutput("cryo", specs()["output cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		out, policy, maxInFlight, err := newOutput(conf, res)
+		out, policy, maxInFlight, err := newOutput(conf, res, cryo.DialOptions{NetDial: e.dialer})
 		if err != nil {
 			return nil, policy, 0, err
 		}
-		out.opts.NetDial = e.dialer
 		traced, err := withInjection(conf, out)
 		return traced, policy, maxInFlight, err
 	}))

@@ -4,11 +4,13 @@ import (
 	"context"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 func init() {
 	service.MustRegisterBatchInput("cryo", inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		in, err := newInput(conf, res)
+		in, err := newInput(conf, res, cryo.DialOptions{})
 		if err != nil {
 			return nil, err
 		}
@@ -49,8 +51,12 @@ var (
 	_ service.ConnectionTestable = (*input)(nil)
 )
 
-func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error) {
-	d, err := dialerFromParsed(conf, res)
+// newInput makes an input; opts are what the configuration has no field for.
+func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (_ *input, err error) {
+	if opts.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
+		return nil, err
+	}
+	d, err := dialerFromParsed(conf, res, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -58,19 +64,17 @@ func newInput(conf *service.ParsedConfig, res *service.Resources) (*input, error
 	if err != nil {
 		return nil, err
 	}
-	if d.opts.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
-		return nil, err
-	}
 	return &input{dialer: d, receiver: newReceiver(rc, res)}, nil
 }
 
 // Connect dials once; the engine tries again.
 func (in *input) Connect(ctx context.Context) error {
-	s, fresh, err := in.connect(ctx)
-	if fresh {
-		in.lost = in.receiveFrom(&handover{session: s})
+	s, err := in.connect(ctx)
+	if err != nil {
+		return err
 	}
-	return err
+	in.lost = in.receiveFrom(&handover{session: s}) // the same channel for the same session
+	return nil
 }
 
 // ReadBatch hands over what waits. All that a lost session had received comes

@@ -154,6 +154,7 @@ type refusals struct {
 	left     int
 	status   int
 	sentence string
+	after    string // Retry-After, if it is not empty
 	times    []time.Time
 	ids      map[string]bool
 	then     http.Handler
@@ -167,6 +168,9 @@ func (r *refusals) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.left--
 	r.mu.Unlock()
 	if refuse {
+		if r.after != "" {
+			w.Header().Set("Retry-After", r.after)
+		}
 		http.Error(w, "<html><body><p>"+r.sentence+"</p></body></html>", r.status)
 		return
 	}
@@ -228,6 +232,25 @@ func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
 		require.Equal(t, []time.Duration{half, half, half, half}, r.waits())
 		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
 	})
+}
+
+func TestTheNextAttemptFollowsWhenRetryAfterAsksForIt(t *testing.T) {
+	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server, r := e.refusing(t, http.StatusServiceUnavailable, "Restarting")
+				r.after = "20"
+				r.refuse(2)
+				e.run(ends[0], ends[1])
+				next(t, server)
+				require.Len(t, r.waits(), 2)
+				for _, wait := range r.waits() {
+					require.GreaterOrEqual(t, wait, 20*time.Second)
+					require.Less(t, wait, 25*time.Second, "up to a quarter more")
+				}
+			})
+		})
+	}
 }
 
 // TestAServerThatFallsSilentIsLeft: nothing is sent, and nobody closes anything.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -14,7 +13,7 @@ import (
 
 func init() {
 	service.MustRegisterBatchOutput("cryo", outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		out, policy, maxInFlight, err := newOutput(conf, res)
+		out, policy, maxInFlight, err := newOutput(conf, res, cryo.DialOptions{})
 		if err != nil {
 			return nil, policy, 0, err
 		}
@@ -67,19 +66,20 @@ var (
 	_ service.ConnectionTestable = (*output)(nil)
 )
 
-func newOutput(conf *service.ParsedConfig, res *service.Resources) (*output, service.BatchPolicy, int, error) {
-	d, err := dialerFromParsed(conf, res)
+// newOutput makes an output; opts are what the configuration has no field for.
+func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*output, service.BatchPolicy, int, error) {
+	opts.SendOnly = true
+	d, err := dialerFromParsed(conf, res, opts)
 	if err != nil {
 		return nil, service.BatchPolicy{}, 0, err
 	}
-	d.opts.SendOnly = true
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
 	return &output{dialer: d, sender: s}, policy, maxInFlight, err
 }
 
 // Connect dials once, unless the session lives; the engine tries again.
 func (o *output) Connect(ctx context.Context) error {
-	_, _, err := o.connect(ctx)
+	_, err := o.connect(ctx)
 	return err
 }
 
@@ -90,7 +90,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 	if len(batch) == 0 {
 		return nil // also without a session: it is no reason to connect
 	}
-	session := o.live()
+	session := o.client.Session()
 	if session == nil {
 		return service.ErrNotConnected
 	}
@@ -108,7 +108,7 @@ const maxApart = 200 * time.Millisecond
 // on the next one. It waits for sessions until ack_timeout after the first end, and for
 // maxSessions at most; both begin anew with a session that has acknowledged some of it.
 func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	o.sendOn(ctx, session, messages, errs)
+	o.send(ctx, session, messages, errs)
 	lost := indexesOf(errs, isEnd)
 	if len(lost) == 0 {
 		return
@@ -130,10 +130,13 @@ func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []
 			return
 		}
 		if sessions > 1 {
-			pause(ctx, rand.N(maxApart)) //nolint:gosec // no secret
+			select {
+			case <-time.After(rand.N(maxApart)): //nolint:gosec // no secret
+			case <-ctx.Done():
+			}
 		}
 		again, results := pick(messages, lost), make([]error, len(lost))
-		o.sendOn(ctx, session, again, results)
+		o.send(ctx, session, again, results)
 		for at, i := range lost {
 			errs[i] = results[at]
 		}
@@ -143,13 +146,6 @@ func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []
 			cancel()
 			patience, cancel = o.waitForSession(ctx)
 		}
-	}
-}
-
-func (o *output) sendOn(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	o.send(ctx, session, messages, errs)
-	if slices.ContainsFunc(errs, isNil) {
-		o.noteWork(session)
 	}
 }
 

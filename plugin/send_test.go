@@ -138,9 +138,8 @@ func (e *engine) alone(t *testing.T, fields string) *output {
 	t.Helper()
 	conf, err := specs()["output cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
 	require.NoError(t, err)
-	out, _, _, err := newOutput(conf, service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger()))))
+	out, _, _, err := newOutput(conf, service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger()))), cryo.DialOptions{NetDial: e.dialer})
 	require.NoError(t, err)
-	out.opts.NetDial = e.net.Dial
 	return out
 }
 

@@ -195,9 +195,8 @@ func TestTracingKeepsTheConnectionTest(t *testing.T) {
 		e.serve()
 		conf, err := specs()["input cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+", extract_tracing_map: 'root = {}' }", e.env)
 		require.NoError(t, err)
-		in, err := newInput(conf, service.MockResources())
+		in, err := newInput(conf, service.MockResources(), cryo.DialOptions{NetDial: e.dialer})
 		require.NoError(t, err)
-		in.opts.NetDial = e.dialer
 		tracedIn, err := withExtraction(conf, "cryo", in)
 		require.NoError(t, err)
 		require.NotEqual(t, service.BatchInput(in), tracedIn)
@@ -205,9 +204,8 @@ func TestTracingKeepsTheConnectionTest(t *testing.T) {
 
 		conf, err = specs()["output cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+", inject_tracing_map: 'root = this' }", e.env)
 		require.NoError(t, err)
-		out, _, _, err := newOutput(conf, service.MockResources())
+		out, _, _, err := newOutput(conf, service.MockResources(), cryo.DialOptions{NetDial: e.dialer})
 		require.NoError(t, err)
-		out.opts.NetDial = e.dialer
 		tracedOut, err := withInjection(conf, out)
 		require.NoError(t, err)
 		require.NotEqual(t, service.BatchOutput(out), tracedOut)
