@@ -30,6 +30,27 @@ func TestConnectingTwiceKeepsTheSession(t *testing.T) {
 	})
 }
 
+func TestConnectingAnInputTwiceReceivesFromItsSessionOnce(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		in := e.aloneInput(t, "")
+		require.NoError(t, in.Connect(t.Context()))
+		peer, lost := server.session(), in.lost
+		require.NoError(t, in.Connect(t.Context()))
+		require.Equal(t, lost, in.lost, "one goroutine receives")
+		m := send(peer, "m")
+		batch, ack, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		require.Len(t, batch, 1)
+		require.NoError(t, ack(t.Context(), nil))
+		m.wantAcked(t, "delivered")
+		end(peer)
+		_, _, err = in.ReadBatch(t.Context())
+		require.ErrorIs(t, err, service.ErrNotConnected)
+		require.NoError(t, in.Close(t.Context()))
+	})
+}
+
 func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
