@@ -21,11 +21,11 @@ const (
 // call is a wait for the answers to its frames. Each frame must leave both the writer,
 // which releases it, and the ackTable, which settles it. The last of these closes done.
 type call struct {
-	frames []outFrame
-	left   atomic.Int64 // releases and settlements that are still to come
-	done   chan struct{}
-	errs   []error     // by outFrame.index; nil without an error; guarded by the ackTable's mutex
-	one    [1]outFrame // memory of frames, if there is one
+	frames    []outFrame
+	remaining atomic.Int64 // releases and settlements that are still to come
+	done      chan struct{}
+	errs      []error     // by outFrame.index; nil without an error; guarded by the ackTable's mutex
+	one       [1]outFrame // memory of frames, if there is one
 }
 
 // init makes a call of so many frames, which the caller fills in.
@@ -39,7 +39,7 @@ func (c *call) init(frames int) {
 		c.frames[i].call, c.frames[i].index = c, i
 	}
 	c.done = make(chan struct{})
-	c.left.Store(2 * int64(frames))
+	c.remaining.Store(2 * int64(frames))
 	if frames == 0 {
 		close(c.done)
 	}
@@ -55,7 +55,7 @@ func newCall(f wire.Frame) *call {
 
 // leave counts a release or a settlement.
 func (c *call) leave() {
-	if c.left.Add(-1) == 0 {
+	if c.remaining.Add(-1) == 0 {
 		close(c.done)
 	}
 }
@@ -70,7 +70,7 @@ type outFrame struct {
 }
 
 const (
-	frameTaken    uint32 = 1 << iota // the writer has begun with it: the peer may have all of it
+	frameDequeued uint32 = 1 << iota // the writer has begun with it: the peer may have all of it
 	frameReleased                    // it has left the writer: its payload is not in use any more
 	frameWritten                     // … because its last byte was copied or written
 	frameAnswered                    // by the peer; a rejection is in call.errs
@@ -169,37 +169,37 @@ func (t *ackTable) growLocked(n int) {
 }
 
 // outcome is that of a peer's answer to a number.
-type outcome int
+type answerResult int
 
 const (
-	answerForeign   outcome = iota // the number is not one of ours
-	answerUnknown                  // it is, and nobody waits for it
-	answerLate                     // nobody waits for it any more; reported once a number
-	answerTaken                    // its frame is settled, now or when it is written
-	answerPremature                // its frame was not sent yet
+	answerForeign   answerResult = iota // the number is not one of ours
+	answerUnknown                       // it is, and nobody waits for it
+	answerLate                          // nobody waits for it any more; reported once a number
+	answerAccepted                      // its frame is settled, now or when it is written
+	answerPremature                     // its frame was not sent yet
 )
 
 // answer takes the peer's answer to a number: nil is its ACK, and err a rejection.
-func (t *ackTable) answer(number uint32, err error) outcome {
+func (t *ackTable) answer(number uint32, err error) answerResult {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f := t.findLocked(number)
 	switch {
 	case f == nil:
-		return t.unawaitedLocked(number)
-	case !f.is(frameTaken):
+		return t.unmatchedLocked(number)
+	case !f.is(frameDequeued):
 		return answerPremature
 	case f.is(frameAnswered):
-		return answerTaken // the first answer counts
+		return answerAccepted // the first answer counts
 	}
 	t.failLocked(f, err)
 	if f.state.Or(frameAnswered)&frameWritten != 0 {
-		t.settleLocked(f, nil)
+		t.completeLocked(f, nil)
 	}
-	return answerTaken
+	return answerAccepted
 }
 
-func (t *ackTable) unawaitedLocked(number uint32) outcome {
+func (t *ackTable) unmatchedLocked(number uint32) answerResult {
 	if _, late := t.timedOut[number]; late {
 		delete(t.timedOut, number)
 		return answerLate
@@ -230,7 +230,7 @@ func (t *ackTable) released(f *outFrame, written bool) {
 	if !written {
 		f.state.Or(frameReleased)
 	} else if f.state.Or(frameReleased|frameWritten)&frameAnswered != 0 {
-		t.settle(f)
+		t.complete(f)
 	}
 	if f.window != nil {
 		f.window.release(size)
@@ -249,11 +249,11 @@ func (t *ackTable) drop(frames []outFrame) {
 
 // settle settles a frame that was answered before it was written, unless its call was
 // cancelled meanwhile.
-func (t *ackTable) settle(f *outFrame) {
+func (t *ackTable) complete(f *outFrame) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.findLocked(f.Ack) == f {
-		t.settleLocked(f, nil)
+		t.completeLocked(f, nil)
 	}
 }
 
@@ -270,7 +270,7 @@ func (t *ackTable) findLocked(number uint32) *outFrame {
 }
 
 // settleLocked removes a frame. A large table is not kept when it is empty.
-func (t *ackTable) settleLocked(f *outFrame, err error) {
+func (t *ackTable) completeLocked(f *outFrame, err error) {
 	t.failLocked(f, err)
 	*t.slot(f.Ack) = nil
 	if t.waiting--; t.waiting == 0 && len(t.slots) > maxIdleSlots {
@@ -303,7 +303,7 @@ func (t *ackTable) cancel(c *call, err error) {
 			t.timedOut = make(map[uint32]struct{})
 		}
 		t.timedOut[f.Ack] = struct{}{}
-		t.settleLocked(f, err)
+		t.completeLocked(f, err)
 	}
 }
 
@@ -322,7 +322,7 @@ func (t *ackTable) count() int {
 }
 
 // awaited reports whether an answer is waited for.
-func (t *ackTable) awaited() bool { return t.count() > 0 }
+func (t *ackTable) hasWaiters() bool { return t.count() > 0 }
 
 // end settles all frames with err, and those that are registered later.
 func (t *ackTable) end(err error) {
@@ -331,7 +331,7 @@ func (t *ackTable) end(err error) {
 	t.ended = err
 	for _, f := range t.slots {
 		if f != nil {
-			t.settleLocked(f, err)
+			t.completeLocked(f, err)
 		}
 	}
 }

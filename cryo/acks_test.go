@@ -24,7 +24,7 @@ func registered(t *ackTable, frames int) (c *call, numbers []uint32) {
 func written(t *ackTable, frames int) (c *call, numbers []uint32) {
 	c, numbers = registered(t, frames)
 	for i := range c.frames {
-		c.frames[i].state.Or(frameTaken)
+		c.frames[i].state.Or(frameDequeued)
 		t.released(&c.frames[i], true)
 	}
 	return c, numbers
@@ -44,7 +44,7 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 		for _, first := range []uint32{0, 1, 12_345, numberMask - 2, numberMask} {
 			at := func(i uint32) uint32 { return base + (first+i)&numberMask }
 			acks := newAckTable(base, first)
-			want := func(want outcome, number uint32, says ...any) {
+			want := func(want answerResult, number uint32, says ...any) {
 				t.Helper()
 				require.Equal(t, want, acks.answer(number, nil), says...)
 			}
@@ -68,7 +68,7 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 			want(answerForeign, base-1)
 			want(answerForeign, base+numberMask+1)
 
-			want(answerTaken, at(1))
+			want(answerAccepted, at(1))
 			require.Equal(t, answerUnknown, acks.answer(at(1), errors.New("too late")))
 			require.False(t, isDone(c))
 			acks.cancel(c, errors.New("no answer"))
@@ -113,24 +113,24 @@ func TestACallIsDoneWhenEachFrameIsReleasedAndSettled(t *testing.T) {
 				acks := newAckTable(dialingNumbers, 0)
 				sent, numbers := registered(acks, size)
 				for i := range size - 1 {
-					sent.frames[i].state.Or(frameTaken)
+					sent.frames[i].state.Or(frameDequeued)
 					acks.released(&sent.frames[i], true)
-					require.Equal(t, answerTaken, acks.answer(numbers[i], nil))
+					require.Equal(t, answerAccepted, acks.answer(numbers[i], nil))
 				}
 				f, number := &sent.frames[size-1], numbers[size-1]
 				for i, step := range c.steps {
 					require.False(t, isDone(sent), "before %v", c.steps[i:])
 					switch step {
 					case "take":
-						f.state.Or(frameTaken)
+						f.state.Or(frameDequeued)
 					case "write":
 						acks.released(f, true)
 					case "drop":
 						acks.released(f, false)
 					case "ack":
-						require.Equal(t, answerTaken, acks.answer(number, nil))
+						require.Equal(t, answerAccepted, acks.answer(number, nil))
 					case "reject":
-						require.Equal(t, answerTaken, acks.answer(number, no))
+						require.Equal(t, answerAccepted, acks.answer(number, no))
 					case "premature":
 						require.Equal(t, answerPremature, acks.answer(number, nil))
 					case "late":
@@ -164,7 +164,7 @@ func TestAnEmptyTableIsNotKeptLarge(t *testing.T) {
 		c, numbers := written(acks, 10*maxIdleSlots)
 		for i, number := range numbers {
 			require.NotEmpty(t, acks.slots, "%d are settled", i)
-			require.Equal(t, answerTaken, acks.answer(number, nil))
+			require.Equal(t, answerAccepted, acks.answer(number, nil))
 		}
 		require.True(t, isDone(c))
 		require.Empty(t, acks.slots)
@@ -182,15 +182,15 @@ func TestNumbersThatAreAwaitedForLongKeepTheirSlots(t *testing.T) {
 			require.NotContains(t, awaited, number)
 		}
 		awaited[numbers[0]] = c
-		require.NotEqual(t, answerTaken, acks.answer(numbers[0]+minSlots<<10, nil), "its slot, but another number")
+		require.NotEqual(t, answerAccepted, acks.answer(numbers[0]+minSlots<<10, nil), "its slot, but another number")
 		for _, number := range numbers[1:] {
-			require.Equal(t, answerTaken, acks.answer(number, nil))
+			require.Equal(t, answerAccepted, acks.answer(number, nil))
 		}
 	}
 	require.Equal(t, 300, acks.waiting)
 	for number, c := range awaited {
 		require.False(t, isDone(c))
-		require.Equal(t, answerTaken, acks.answer(number, nil))
+		require.Equal(t, answerAccepted, acks.answer(number, nil))
 		require.True(t, isDone(c))
 	}
 	require.Zero(t, acks.waiting)
@@ -199,7 +199,7 @@ func TestNumbersThatAreAwaitedForLongKeepTheirSlots(t *testing.T) {
 func TestNobodyWaitsAfterTheEnd(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	c, numbers := written(acks, 3)
-	require.Equal(t, answerTaken, acks.answer(numbers[1], nil))
+	require.Equal(t, answerAccepted, acks.answer(numbers[1], nil))
 	end := errors.New("the end")
 	acks.end(end)
 	require.True(t, isDone(c))

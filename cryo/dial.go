@@ -212,7 +212,7 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 		<-s.done
 		return nil, fmt.Errorf("handshake of Cryo: %w", err)
 	}
-	s.acked.Store(false) // that was only the handshake's
+	s.peerAcked.Store(false) // that was only the handshake's
 	return s, nil
 }
 
@@ -222,8 +222,8 @@ var (
 )
 
 const (
-	maxRefusal = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
-	maxMessage = 200  // bytes of it that are repeated
+	maxDenialBody    = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
+	maxDenialMessage = 200  // bytes of it that are repeated
 )
 
 // handshakeError makes an error of a failed upgrade in which the token does not
@@ -235,9 +235,9 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	case resp.StatusCode == http.StatusSwitchingProtocols:
 		return token.Error(fmt.Errorf("upgrade: %w", err))
 	}
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // what there is of it
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxDenialBody)) // what there is of it
 	text := token.Text(string(body))
-	if len(body) == maxRefusal {
+	if len(body) == maxDenialBody {
 		text = token.End(text)
 	}
 	text = withoutMarkup(text)
@@ -247,7 +247,7 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
-		Message:    redact.Cut(strings.ToValidUTF8(text, ""), maxMessage),
+		Message:    redact.Cut(strings.ToValidUTF8(text, ""), maxDenialMessage),
 		// Not of the message: the token may be a part of these words.
 		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}

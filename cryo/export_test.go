@@ -8,9 +8,9 @@ import (
 
 // Awaited is how many numbers somebody waits for.
 func (s *Session) Awaited() int {
-	s.pend.mu.Lock()
-	defer s.pend.mu.Unlock()
-	return s.pend.waiting
+	s.acks.mu.Lock()
+	defer s.acks.mu.Unlock()
+	return s.acks.waiting
 }
 
 // Held is how many bytes are received and not settled.
@@ -41,7 +41,7 @@ func Poison(on bool) { ws.Poisoning.Store(on) }
 // Unlocked reports whether none of the session's locks is held, nor one of its received
 // streams'. Others may hold one for a moment: ask again.
 func (s *Session) Unlocked() bool {
-	locks := []*sync.Mutex{&s.mu, &s.keepalive.mu, &s.outgoing.mu, &s.pend.mu, &s.out.mu, &s.inbox.mu}
+	locks := []*sync.Mutex{&s.mu, &s.keepalive.mu, &s.outgoing.mu, &s.acks.mu, &s.writer.mu, &s.inbox.mu}
 	if !s.incoming.mu.TryLock() {
 		return false
 	}

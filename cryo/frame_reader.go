@@ -42,21 +42,21 @@ func (b *chunkBuffer) release() {
 // frame that is no data, or that was not admitted, is valid until the next one is read.
 type received struct {
 	wire.Frame
-	hold     hold
-	pooled   *chunkBuffer // the payload's memory, if it is of the pool
-	decision decision     // about data
+	reservation reservation
+	pooled      *chunkBuffer // the payload's memory, if it is of the pool
+	decision    decision     // about data
 }
 
 // take moves the payload out, with all that belongs to it.
-func (in *received) take() (payload []byte, h hold, pooled *chunkBuffer) {
-	payload, h, pooled = in.Payload, in.hold, in.pooled
-	in.Payload, in.hold, in.pooled = nil, hold{}, nil
+func (in *received) detach() (payload []byte, h reservation, pooled *chunkBuffer) {
+	payload, h, pooled = in.Payload, in.reservation, in.pooled
+	in.Payload, in.reservation, in.pooled = nil, reservation{}, nil
 	return payload, h, pooled
 }
 
 // drop gives up what nobody took.
-func (in *received) drop() {
-	_, h, pooled := in.take()
+func (in *received) release() {
+	_, h, pooled := in.detach()
 	pooled.release()
 	h.release()
 }
@@ -66,7 +66,7 @@ type frameReader struct {
 	conn    *ws.Conn
 	sid     uint64
 	limit   *receiveLimit
-	answers func(number uint32) bool // reports whether a number is one of ours
+	isOurs  func(number uint32) bool // reports whether a number is one of ours
 	head    [wire.MaxHeader]byte
 	control [32]byte // a payload that is no data, if it is as small
 }
@@ -94,13 +94,13 @@ func (r *frameReader) next(in *received) error {
 		return &ProtocolError{Err: err}
 	case in.SID != r.sid:
 		return &ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", in.Type, in.SID)}
-	case !in.Type.IsData(), in.Type == wire.Error && r.answers(in.Ack):
+	case !in.Type.IsData(), in.Type == wire.Error && r.isOurs(in.Ack):
 		return r.readControl(in)
 	}
 	if err := r.readData(in); err != nil || in.decision == admitted {
 		return err
 	}
-	in.drop()
+	in.release()
 	if in.Type == wire.Error { // for the log
 		return r.readControl(in)
 	}
@@ -132,8 +132,8 @@ func (r *frameReader) check(in *received) error {
 // if it is admitted. Capacity is reserved before memory is allocated: of the receive buffer
 // where all of the payload has come already, else as a part of what is coming in.
 func (r *frameReader) readData(in *received) error {
-	var coming partial
-	defer r.limit.complete(&coming)
+	var part partial
+	defer r.limit.complete(&part)
 	size, final := r.conn.Left(), r.conn.Final()
 	memory := size
 	pooled := final && in.Type == wire.TxChunk && size > len(chunkBuffer{})/2 && size <= len(chunkBuffer{})
@@ -144,7 +144,7 @@ func (r *frameReader) readData(in *received) error {
 	if whole {
 		reserved = memory + overhead(in.Type)
 	}
-	if in.decision = r.limit.admit(in, &coming, reserved); in.decision != admitted {
+	if in.decision = r.limit.admit(in, &part, reserved); in.decision != admitted {
 		return nil
 	}
 	var payload []byte
@@ -154,13 +154,13 @@ func (r *frameReader) readData(in *received) error {
 	}
 	for {
 		if !whole {
-			if in.decision = r.limit.reserve(&in.Frame, &coming, size, final); in.decision != admitted {
+			if in.decision = r.limit.reserve(&in.Frame, &part, size, final); in.decision != admitted {
 				return nil
 			}
 		}
 		for r.conn.Left() > 0 {
 			if len(payload) == cap(payload) {
-				if coming.large() && !r.limit.wants(&in.Frame) { // the session is ending
+				if part.large() && !r.limit.wants(&in.Frame) { // the session is ending
 					in.decision = unwanted
 					return nil
 				}
@@ -191,7 +191,7 @@ func (r *frameReader) readData(in *received) error {
 		}
 	}
 	in.Payload = payload
-	r.limit.count(&in.hold, memory+overhead(in.Type))
+	r.limit.count(&in.reservation, memory+overhead(in.Type))
 	return nil
 }
 

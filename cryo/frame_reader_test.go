@@ -44,7 +44,7 @@ func readerOf(c net.Conn, bound int) *frameReader {
 	conn.Start(func([]byte) {})
 	limit := newReceiveLimit(conn, newReceiveBuffer(bound), make(chan struct{}),
 		func() bool { return false }, func(*wire.Frame) bool { return true })
-	return &frameReader{conn: conn, limit: limit, answers: func(uint32) bool { return false }}
+	return &frameReader{conn: conn, limit: limit, isOurs: func(uint32) bool { return false }}
 }
 
 func TestReadingAFrameAllocatesItsPayloadOnly(t *testing.T) {
@@ -54,7 +54,7 @@ func TestReadingAFrameAllocatesItsPayloadOnly(t *testing.T) {
 			if reader.next(in) != nil {
 				panic("no frame")
 			}
-			in.drop()
+			in.release()
 		})), "reading %v", f.Type)
 	}
 }
@@ -85,7 +85,7 @@ func TestMemoryIsGivenForWhatHasCome(t *testing.T) {
 		reader, in := readerOf(tapeOf(b[:come]), DefaultMaxBufferBytes), new(received)
 		n := allocated(func() { require.ErrorIs(t, reader.next(in), io.ErrUnexpectedEOF) })
 		require.Less(t, n, uint64(trustFactor*come+2*smallPayload), "%d bytes have come of 16 MiB", come)
-		in.drop()
+		in.release()
 		held, _ := reader.limit.incoming.Usage()
 		require.Zero(t, held)
 	}
@@ -95,12 +95,12 @@ func TestAFrameThatIsNoDataNeedsLittleMemory(t *testing.T) {
 	for _, typ := range []wire.Type{wire.Bye, wire.TxStart, wire.Error} { // an ERROR that is an answer
 		b := recorded(t, wire.Frame{Type: typ, Payload: bytes.Repeat([]byte("x"), wire.MaxPayload)})
 		reader, in := readerOf(tapeOf(append(b, recorded(t, wire.Frame{Type: wire.Ack, Ack: 7})...)), 1), new(received)
-		reader.answers = func(uint32) bool { return true }
+		reader.isOurs = func(uint32) bool { return true }
 		reader.limit.bytes.Force(1) // full
 		n := allocated(func() { require.NoError(t, reader.next(in)) })
 		require.Less(t, n, uint64(256<<10), "%v of 16 MiB", typ) // the read buffer is 128 KiB
 		require.Len(t, in.Payload, maxControl)
-		in.drop()
+		in.release()
 		require.NoError(t, reader.next(in))
 		require.Equal(t, uint32(7), in.Ack, "the next frame")
 	}
@@ -120,11 +120,11 @@ func TestAPayloadHasMemoryOfItsSizeAndHoldsIt(t *testing.T) {
 				require.True(t, bytes.Equal(want, in.Payload))
 				held, _ := reader.limit.bytes.Usage()
 				require.EqualValues(t, cap(in.Payload)+overhead(typ), held, "%v of %d in fragments of %d", typ, size, fragment)
-				require.Equal(t, in.hold.n, held)
+				require.Equal(t, in.reservation.n, held)
 				if in.pooled == nil {
 					require.Equal(t, size, cap(in.Payload))
 				}
-				in.drop()
+				in.release()
 				for _, share := range []interface{ Usage() (held, free int64) }{reader.limit.bytes, reader.limit.incoming, reader.limit.slot} {
 					held, _ := share.Usage()
 					require.Zero(t, held)
@@ -161,9 +161,9 @@ func TestAMessageInFragmentsThatIsTooLongIsAnError(t *testing.T) {
 	require.NoError(t, err)
 	in := new(received)
 	require.NoError(t, readerOf(tapeOf(fragmented(t, frame, 1<<20)), DefaultMaxBufferBytes).next(in))
-	in.drop()
+	in.release()
 	err = readerOf(tapeOf(fragmented(t, append(frame, 0), 1<<20)), DefaultMaxBufferBytes).next(in)
-	in.drop()
+	in.release()
 	broken, ok := errors.AsType[*ProtocolError](err)
 	require.True(t, ok, "%v", err)
 	require.ErrorContains(t, broken, "payload over 16 MiB")

@@ -26,15 +26,15 @@ const minProgress = 4 << 10
 // in its first part. They are called without a lock, by timers, and pong by the reading
 // goroutine too; they must not wait.
 type keepalive struct {
-	conn     *ws.Conn
-	dialing  bool
-	interval time.Duration         // between heartbeats
-	paused   func() bool           // whether reads are paused (backpressure)
-	resumed  func() time.Time      // end of the last pause; zero before there was one
-	ping     func(cryo bool)       // sends a ping, of WebSocket and, if wanted, of Cryo
-	pong     func(number uint32)   // sends a pong of Cryo
-	check    func()                // called at each heartbeat
-	timedOut func(d time.Duration) // called when the peer was not alive for so long; no heartbeat follows
+	conn        *ws.Conn
+	dialing     bool
+	interval    time.Duration         // between heartbeats
+	paused      func() bool           // whether reads are paused (backpressure)
+	resumed     func() time.Time      // end of the last pause; zero before there was one
+	ping        func(cryo bool)       // sends a ping, of WebSocket and, if wanted, of Cryo
+	pong        func(number uint32)   // sends a pong of Cryo
+	onHeartbeat func()                // called at each heartbeat
+	onTimeout   func(d time.Duration) // called when the peer was not alive for so long; no heartbeat follows
 
 	// Owned by the heartbeat's timer, whose function runs once at a time.
 	missed             int   // heartbeats in a row at which the peer was not alive
@@ -88,10 +88,10 @@ func (k *keepalive) heartbeat() {
 	if k.alive() || paused {
 		k.missed = 0
 	} else if k.missed++; k.missed == 2 {
-		k.timedOut(2 * k.interval)
+		k.onTimeout(2 * k.interval)
 		return
 	}
-	k.check()
+	k.onHeartbeat()
 	k.ping(!k.dialing)
 	if k.halfway = paused; paused {
 		k.setHeartbeat(k.interval / 2)

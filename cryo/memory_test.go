@@ -78,7 +78,7 @@ func TestWhatIsLargeIsWrittenFromWhereItIs(t *testing.T) {
 			conn.closed, conn.close = context.WithCancel(t.Context())
 			s := newSession(1, false, ws.New(conn, false), newReceiveBuffer(1), SessionOptions{}.withDefaults(), nil)
 			send(s)
-			s.out.wait()
+			s.writer.wait()
 			require.Less(t, len(conn.given[0]), 100, "the head")
 			at := 0
 			for _, piece := range conn.given[1:] {

@@ -25,11 +25,11 @@ type Message struct {
 	// or not.
 	Payload []byte
 
-	session *Session
-	read    time.Time
-	number  uint32
-	hold    hold // owned by the caller of settle once it is settled
-	settled atomic.Bool
+	session     *Session
+	read        time.Time
+	number      uint32
+	reservation reservation // owned by the caller of settle once it is settled
+	settled     atomic.Bool
 }
 
 // Session returns the session that the message was received on. Ack and Reject use that
@@ -49,7 +49,7 @@ func (m *Message) Ack() error {
 	if !m.settle() {
 		return nil
 	}
-	return m.session.acknowledge([]uint32{m.number}, &m.hold)
+	return m.session.acknowledge([]uint32{m.number}, &m.reservation)
 }
 
 // Reject rejects the message, by an ERROR with its number: it will not be delivered. The text
@@ -79,13 +79,13 @@ func AckBatch(batch []*Message) error {
 		var (
 			session = batch[0].session
 			numbers []uint32
-			held    hold
+			held    reservation
 			n       int
 		)
 		for n < len(batch) && batch[n].session == session {
 			if m := batch[n]; m.settle() {
 				numbers = append(numbers, m.number)
-				held.join(&m.hold)
+				held.join(&m.reservation)
 			}
 			n++
 		}
@@ -106,7 +106,7 @@ func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
 
 // release gives up the reservation of a message that is settled, or dropped.
 func (m *Message) release() {
-	m.hold.release()
+	m.reservation.release()
 	m.session.unsettled.remove(1)
 }
 
@@ -128,7 +128,7 @@ const maxIdleQueue = 256
 func newInbox() *inbox { return &inbox{ready: make(chan struct{}, 1)} }
 
 // put queues a message. It reports false when the queue was discarded.
-func (q *inbox) put(m *Message) bool {
+func (q *inbox) push(m *Message) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.discarded {
@@ -164,7 +164,7 @@ func (q *inbox) end() {
 
 // take returns what waits first, in a slice of its own: one that is kept long must not
 // keep the queue.
-func (q *inbox) take(limit int) (batch []*Message, ended bool) {
+func (q *inbox) pop(limit int) (batch []*Message, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if n := min(limit, len(q.messages)); n > 0 {

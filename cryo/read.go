@@ -15,7 +15,7 @@ import (
 // for the writer.
 func (s *Session) read() {
 	defer s.finish()
-	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, answers: s.pend.issued}
+	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, isOurs: s.acks.issued}
 	var in received
 	for {
 		s.waitForWriter()
@@ -26,7 +26,7 @@ func (s *Session) read() {
 			s.protocolError(broken)
 			err = s.conn.Discard()
 		}
-		in.drop()
+		in.release()
 		if s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // see goodbye
 			err = s.conn.Discard()
 		}
@@ -41,7 +41,7 @@ func (s *Session) read() {
 // causes that, so its timeout keeps running. It returns when the close frame is queued,
 // behind which nothing is, or the connection is closed.
 func (s *Session) waitForWriter() {
-	for crowded := s.out.crowded(); crowded != nil; crowded = s.out.crowded() {
+	for crowded := s.writer.overLimit(); crowded != nil; crowded = s.writer.overLimit() {
 		<-crowded
 	}
 }
@@ -72,24 +72,24 @@ func (s *Session) readFailed(err error) {
 		if code == websocket.CloseNoStatusReceived {
 			code = websocket.CloseNormalClosure
 		}
-		s.goodbye(&PeerClosedError{Code: closed.Code, Reason: s.words(closed.Text)}, code, "")
-		s.out.wait()
+		s.closeWith(&PeerClosedError{Code: closed.Code, Reason: s.redactControl(closed.Text)}, code, "")
+		s.writer.wait()
 	case errors.As(err, &framed):
 		// Not WebSocket, or a message over the limit. Closing a socket with
 		// unread data would reset it and could take the close frame and queued
 		// acknowledgements along.
-		s.goodbye(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem)
+		s.closeWith(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem)
 		s.conn.DiscardAll()
-		s.out.wait()
+		s.writer.wait()
 	default:
-		s.begin(fmt.Errorf("connection lost: %w", err))
+		s.setCause(fmt.Errorf("connection lost: %w", err))
 	}
 }
 
 // protocolError ends the session with code 4001; reading goes on until the
 // peer has closed.
 func (s *Session) protocolError(err *ProtocolError) {
-	s.goodbye(err, closeClientError, err.Error())
+	s.closeWith(err, closeClientError, err.Error())
 }
 
 // isEnding reports whether the session has begun to end: data is discarded then.
@@ -107,18 +107,18 @@ func (s *Session) handle(in *received) {
 	f := &in.Frame
 	switch f.Type {
 	case wire.Ack:
-		s.acked.Store(true) // before the wait for it ends, or Dial could not take it back
+		s.peerAcked.Store(true) // before the wait for it ends, or Dial could not take it back
 		s.handleAnswer(f, nil)
 		return
 	case wire.Error:
 		// A rejection of one of our frames is never acknowledged: its sender
 		// may have a frame pending under the same number (protocol, "ERROR").
-		if s.handleAnswer(f, &RejectedError{Text: s.words(f.Text())}) {
+		if s.handleAnswer(f, &RejectedError{Text: s.redactControl(f.Text())}) {
 			return
 		}
 	}
 	ending := s.isEnding()
-	if ending && s.out.ends() {
+	if ending && s.writer.isClosing() {
 		return // discarded: nothing can be acknowledged any more
 	}
 
@@ -136,8 +136,8 @@ func (s *Session) handle(in *received) {
 	case wire.Bye:
 		// Who says BYE closes, and most have by now. cryo-server doesn't after
 		// a long reason, so our close frame goes out at once.
-		s.out.acknowledge([]uint32{f.Ack})
-		s.goodbye(&PeerClosedError{Reason: s.words(f.Text())}, closeGraceful, "")
+		s.writer.acknowledge([]uint32{f.Ack})
+		s.closeWith(&PeerClosedError{Reason: s.redactControl(f.Text())}, closeGraceful, "")
 	default:
 		s.handleStream(in)
 	}
@@ -148,7 +148,7 @@ func (s *Session) handle(in *received) {
 // to a frame that it can't have yet must not complete a send: the sender would use the
 // payload's memory again, and the peer get what is in it by then.
 func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
-	switch s.pend.answer(f.Ack, err) {
+	switch s.acks.answer(f.Ack, err) {
 	case answerForeign:
 		return false
 	case answerPremature:
@@ -175,23 +175,23 @@ func (s *Session) handleStream(in *received) {
 	switch f.Type {
 	case wire.TxFlow:
 		s.outgoing.setFlow(f.Flow)
-		s.out.acknowledge([]uint32{f.Ack})
+		s.writer.acknowledge([]uint32{f.Ack})
 	case wire.TxCancel:
 		// Stopped first: nothing of the stream follows the acknowledgement.
-		if !s.outgoing.cancelled(f.Tx) {
+		if !s.outgoing.handleCancel(f.Tx) {
 			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for the stream %d before its TX_START was sent", f.Tx)})
 			return
 		}
-		s.out.acknowledge([]uint32{f.Ack})
+		s.writer.acknowledge([]uint32{f.Ack})
 	case wire.TxFetch:
-		s.out.acknowledge([]uint32{f.Ack})
-		s.outgoing.fetched(f.Tx, f.Start, f.End)
+		s.writer.acknowledge([]uint32{f.Ack})
+		s.outgoing.handleFetch(f.Tx, f.Start, f.End)
 	case wire.TxStart:
-		s.incoming.start(f)
+		s.incoming.handleStart(f)
 	case wire.TxChunk:
-		s.incoming.chunk(in)
+		s.incoming.handleChunk(in)
 	case wire.TxFinish:
-		s.incoming.finish(f)
+		s.incoming.handleFinish(f)
 	}
 }
 
@@ -200,7 +200,7 @@ func (s *Session) handleEndpointInfo(f *wire.Frame) {
 		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("protocol version %d, only %d is known", f.Version, wire.Version)})
 		return
 	}
-	s.out.acknowledge([]uint32{f.Ack})
+	s.writer.acknowledge([]uint32{f.Ack})
 	streamless := f.Features&wire.FeatureStreams == 0
 	if s.streamless.Store(streamless); streamless {
 		s.outgoing.stopAll(ErrStreamsUnsupported)
@@ -218,8 +218,8 @@ func (s *Session) endpointInfo() wire.Frame {
 }
 
 // sayEndpointInfo sends it without insisting on an acknowledgement.
-func (s *Session) sayEndpointInfo() {
+func (s *Session) sendEndpointInfo() {
 	f := s.endpointInfo()
-	f.Ack = s.pend.number()
-	s.out.control(f)
+	f.Ack = s.acks.number()
+	s.writer.control(f)
 }

@@ -56,7 +56,7 @@ func each[T any](next func() (T, error)) iter.Seq2[T, error] {
 func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, error) {
 	limit = max(limit, 1)
 	for {
-		batch, ended := s.inbox.take(limit)
+		batch, ended := s.inbox.pop(limit)
 		if len(batch) > 0 {
 			return batch, nil
 		}
@@ -78,9 +78,9 @@ func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, erro
 func (s *Session) SetSendOnly(on bool) {
 	s.sendOnly.Store(on)
 	if on {
-		s.refuseWaiting()
-		s.incoming.refuse()
-		s.limit.reconsider() // what is refused needs no capacity
+		s.rejectQueued()
+		s.incoming.rejectAnnounced()
+		s.limit.recheck() // what is refused needs no capacity
 	}
 }
 
@@ -92,14 +92,14 @@ func (s *Session) SetSendOnly(on bool) {
 // peer that is still connected waits for answers; see [Session.SetSendOnly].
 func (s *Session) Discard() { s.inbox.discard() }
 
-func (s *Session) refuseWaiting() {
+func (s *Session) rejectQueued() {
 	for {
-		batch, _ := s.inbox.take(64)
+		batch, _ := s.inbox.pop(64)
 		if len(batch) == 0 {
 			return
 		}
 		for _, m := range batch {
-			s.rejectUnread(m, receivesNothing)
+			s.rejectUnread(m, sendOnlyText)
 		}
 	}
 }
@@ -107,15 +107,15 @@ func (s *Session) refuseWaiting() {
 // deliver puts a received message into the queue. Reading goroutine.
 func (s *Session) deliver(in *received) {
 	m := &Message{Kind: kindOf(in.Type), session: s, number: in.Ack, read: s.conn.LastRead()}
-	m.Payload, m.hold, _ = in.take()
+	m.Payload, m.reservation, _ = in.detach()
 	if !s.unsettled.add() {
-		m.hold.release()
+		m.reservation.release()
 		return
 	}
 	if m.Kind == KindError {
 		m.Payload = errorText(m.Payload)
 		if in.decision == admitted { // what was invalid in it may take more memory now
-			s.limit.count(&m.hold, len(m.Payload)+messageOverhead)
+			s.limit.count(&m.reservation, len(m.Payload)+messageOverhead)
 		}
 	}
 	small := len(m.Payload) < ws.ReadDirect // asked while the message is ours
@@ -125,9 +125,9 @@ func (s *Session) deliver(in *received) {
 		s.rejectUnread(m, ErrBufferFull.Error())
 		return
 	case in.decision == unwanted, s.sendOnly.Load():
-		s.rejectUnread(m, receivesNothing)
+		s.rejectUnread(m, sendOnlyText)
 		return
-	case !s.inbox.put(m):
+	case !s.inbox.push(m):
 		m.release()
 		return
 	}
@@ -138,7 +138,7 @@ func (s *Session) deliver(in *received) {
 		runtime.Gosched()
 	}
 	if s.sendOnly.Load() { // SetSendOnly came between the check and the put
-		s.refuseWaiting()
+		s.rejectQueued()
 	}
 }
 
@@ -163,7 +163,7 @@ func (s *Session) Redact(text string) string {
 
 // words is Redact for the text of a control frame, which may have been truncated within
 // the token, behind maxControl bytes.
-func (s *Session) words(text string) string {
+func (s *Session) redactControl(text string) string {
 	if s.opts.token != nil && len(text) >= maxControl {
 		text = s.opts.token.End(text)
 	}
@@ -171,14 +171,14 @@ func (s *Session) words(text string) string {
 }
 
 // receivesNothing is the text that a session that only sends rejects messages with.
-const receivesNothing = "this session receives no messages"
+const sendOnlyText = "this session receives no messages"
 
 // rejectUnread rejects a message that the application does not receive.
 func (s *Session) rejectUnread(m *Message, text string) {
 	s.opts.OnReject(s, m.Kind)
 	_ = m.reject(text) // after the end of the session nobody is there to get it
 	if m.Kind == KindError {
-		s.report("The peer reports an error", "text", s.words(string(m.Payload)))
+		s.report("The peer reports an error", "text", s.redactControl(string(m.Payload)))
 	}
 }
 
@@ -191,7 +191,7 @@ func (s *Session) reportBufferFull() {
 // handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	due := false
-	s.reports.Do(func() { due = true })
+	s.logLimit.Do(func() { due = true })
 	if due {
 		s.log.Warn(message+rateLimited, append([]any{"session", s.id}, attrs...)...)
 	}
@@ -202,18 +202,18 @@ const rateLimited = " (at most one such line a second)"
 
 // acknowledge queues acknowledgements before it releases what was held: what is then
 // read, and answered, comes behind them.
-func (s *Session) acknowledge(numbers []uint32, held *hold) error {
+func (s *Session) acknowledge(numbers []uint32, held *reservation) error {
 	defer runtime.KeepAlive(s) // or releaseAll might release it as well
 	defer s.unsettled.remove(len(numbers))
 	defer held.release()
-	if !s.out.acknowledge(numbers) {
+	if !s.writer.acknowledge(numbers) {
 		return s.Err()
 	}
 	return nil
 }
 
 func (s *Session) reject(number uint32, text string) error {
-	if !s.out.control(wire.Frame{SID: s.id, Type: wire.Error, Ack: number, Payload: []byte(redact.Cut(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
+	if !s.writer.control(wire.Frame{SID: s.id, Type: wire.Error, Ack: number, Payload: []byte(redact.Cut(strings.ToValidUTF8(text, "\uFFFD"), maxErrorText))}) {
 		return s.Err()
 	}
 	return nil

@@ -43,24 +43,24 @@ func newReceiveBuffer(limit int) receiveBuffer {
 }
 
 // hold is a reservation. It has one owner: it is moved, and never copied.
-type hold struct {
+type reservation struct {
 	share *quota.Share
 	n     int64
 }
 
 // release releases it, once.
-func (h *hold) release() {
+func (h *reservation) release() {
 	if h.n != 0 {
 		h.share.Release(h.n)
-		*h = hold{}
+		*h = reservation{}
 	}
 }
 
 // join moves another one of the same share into this one.
-func (h *hold) join(other *hold) {
+func (h *reservation) join(other *reservation) {
 	if other.n != 0 {
 		h.share, h.n = other.share, h.n+other.n
-		*other = hold{}
+		*other = reservation{}
 	}
 }
 
@@ -73,7 +73,7 @@ func releaseAll(share *quota.Share) {
 
 // partial is what is reserved for a payload that is not whole, and how long it has waited.
 type partial struct {
-	incoming, slot hold
+	incoming, slot reservation
 	waited         time.Duration
 }
 
@@ -91,13 +91,13 @@ const (
 // receiveLimit decides whether the payload of a data frame is read. Its methods are the
 // reading goroutine's, except where they say otherwise.
 type receiveLimit struct {
-	conn    *ws.Conn
-	ending  <-chan struct{}
-	awaited func() bool            // reports whether a local sender waits for an answer
-	wants   func(*wire.Frame) bool // reports whether anybody takes the frame; no longer when the session is ending
+	conn       *ws.Conn
+	ending     <-chan struct{}
+	hasWaiters func() bool            // reports whether a local sender waits for an answer
+	wants      func(*wire.Frame) bool // reports whether anybody takes the frame; no longer when the session is ending
 
 	bytes, incoming, slot *quota.Share
-	below                 *quota.Share // of bytes too, and holds nothing: it is granted whenever the limit is not reached
+	belowLimit            *quota.Share // of bytes too, and holds nothing: it is granted whenever the limit is not reached
 
 	rejecting bool                      // what has no capacity is rejected at once while a sender waits
 	changed   chan struct{}             // holds a token when wants may have changed
@@ -105,15 +105,15 @@ type receiveLimit struct {
 	resumed   atomic.Pointer[time.Time] // when it last stopped waiting
 
 	largeMu     sync.Mutex
-	largeFrom   time.Time     // when the reading of a large payload began; zero while none is read
-	largeTime   time.Duration // that the reading of those before has taken
+	largeStart  time.Time     // when the reading of a large payload began; zero while none is read
+	largeTotal  time.Duration // that the reading of those before has taken
 	interrupted bool          // the reading is
 }
 
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, awaited func() bool, wants func(*wire.Frame) bool) *receiveLimit {
 	return &receiveLimit{
-		conn: conn, ending: ending, awaited: awaited, wants: wants,
-		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), below: b.bytes.Share(),
+		conn: conn, ending: ending, hasWaiters: awaited, wants: wants,
+		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
 		changed: make(chan struct{}, 1),
 	}
 }
@@ -130,7 +130,7 @@ func (l *receiveLimit) admit(in *received, p *partial, n int) decision {
 	}
 	_, d := l.acquire(l.bytes, int64(n), &in.Frame, p)
 	if d == admitted {
-		in.hold = hold{l.bytes, int64(n)}
+		in.reservation = reservation{l.bytes, int64(n)}
 	}
 	return d
 }
@@ -148,7 +148,7 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 	if p.large() {
 		// It holds what others may be waiting for, so it must not wait for what its own
 		// session is to settle: the limit counts, and not its share.
-		passes = l.below
+		passes = l.belowLimit
 	}
 	alone := p.large() || !final && size > mediumPayload
 	if alone {
@@ -169,11 +169,11 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 		share.Release(units) // while it waited, others have filled the receive buffer
 	}
 	if alone {
-		p.slot = hold{l.slot, 1}
+		p.slot = reservation{l.slot, 1}
 		n -= p.incoming.n
 		l.incoming.Force(n)
 	}
-	p.incoming.join(&hold{l.incoming, n})
+	p.incoming.join(&reservation{l.incoming, n})
 	l.beginLarge()
 	return admitted
 }
@@ -188,10 +188,10 @@ func (l *receiveLimit) complete(p *partial) {
 }
 
 // count makes a reservation what a received frame costs, whatever the limit.
-func (l *receiveLimit) count(h *hold, cost int) {
+func (l *receiveLimit) count(h *reservation, cost int) {
 	if more := int64(cost) - h.n; more > 0 {
 		l.bytes.Force(more)
-		h.join(&hold{l.bytes, more})
+		h.join(&reservation{l.bytes, more})
 	}
 }
 
@@ -206,7 +206,7 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 	if share.TryAcquire(n) {
 		return false, admitted
 	}
-	if l.rejecting && l.awaited() {
+	if l.rejecting && l.hasWaiters() {
 		return false, bufferFull
 	}
 	request := share.Request(n)
@@ -219,7 +219,7 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 		now := time.Now()
 		p.waited += now.Sub(begin)
 		l.resumed.Store(&now)
-		l.conn.Excuse() // the silence was ours
+		l.conn.SetHeard() // the silence was ours
 		l.paused.Store(false)
 	}()
 	for {
@@ -229,7 +229,7 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 		case <-l.changed:
 		case <-l.ending:
 		case <-patience.C:
-			if l.awaited() {
+			if l.hasWaiters() {
 				request.Cancel()
 				l.rejecting = true
 				return true, bufferFull
@@ -244,7 +244,7 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 }
 
 // reconsider has a wait ask again whether its frame is wanted. From any goroutine.
-func (l *receiveLimit) reconsider() {
+func (l *receiveLimit) recheck() {
 	select {
 	case l.changed <- struct{}{}:
 	default:
@@ -262,7 +262,7 @@ func (l *receiveLimit) resumedAt() time.Time {
 func (l *receiveLimit) beginLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
-	l.largeFrom = time.Now()
+	l.largeStart = time.Now()
 }
 
 // endLarge ends what beginLarge began, if it did, and what is left of an interruption: what
@@ -270,13 +270,13 @@ func (l *receiveLimit) beginLarge() {
 func (l *receiveLimit) endLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
-	if !l.largeFrom.IsZero() {
-		l.largeTime += time.Since(l.largeFrom)
-		l.largeFrom = time.Time{}
+	if !l.largeStart.IsZero() {
+		l.largeTotal += time.Since(l.largeStart)
+		l.largeStart = time.Time{}
 	}
 	if l.interrupted {
 		l.interrupted = false
-		l.conn.ReadOn()
+		l.conn.ResumeReads()
 	}
 }
 
@@ -285,28 +285,28 @@ func (l *receiveLimit) endLarge() {
 func (l *receiveLimit) interruptLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
-	if !l.largeFrom.IsZero() {
+	if !l.largeStart.IsZero() {
 		l.interrupted = true
 		l.conn.Interrupt()
 	}
 }
 
 // timeForLarge is how long large payloads were being read, until now. From any goroutine.
-func (l *receiveLimit) timeForLarge() time.Duration {
+func (l *receiveLimit) largeReadTime() time.Duration {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
-	if l.largeFrom.IsZero() {
-		return l.largeTime
+	if l.largeStart.IsZero() {
+		return l.largeTotal
 	}
-	return l.largeTime + time.Since(l.largeFrom)
+	return l.largeTotal + time.Since(l.largeStart)
 }
 
 // keepsOthersOut reports that others have waited for a minute for what is reserved for a
 // payload that has been coming in for as long. It does so once a minute, to one session,
 // which is to end. The heartbeat's goroutine.
-func (l *receiveLimit) keepsOthersOut() bool {
+func (l *receiveLimit) starvesOthers() bool {
 	l.largeMu.Lock()
-	from := l.largeFrom
+	from := l.largeStart
 	l.largeMu.Unlock()
 	if from.IsZero() || time.Since(from) < receiveTimeout {
 		return false

@@ -25,7 +25,7 @@ const (
 const (
 	// maxLost bounds the sessions that end one after the other while Client.Send waits for
 	// the acknowledgement of a message: the message may be what ends them.
-	maxLost = 10
+	maxLostSessions = 10
 	// maxResendWait bounds the random wait before a message that two sessions have not
 	// acknowledged is sent on the next one. Another sender's message may be what ends them:
 	// at times, each of the others is sent before it.
@@ -88,7 +88,7 @@ type Client struct {
 	attempt  *attempt      // in flight; nil if none is
 	failures int           // in a row
 	due      time.Time     // earliest time of the next attempt
-	reports  rate.Sometimes
+	logLimit rate.Sometimes
 }
 
 // attempt is one attempt to connect. Its callers wait under their own contexts, and it goes on
@@ -134,7 +134,7 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	closed, cancel := context.WithCancel(context.Background())
 	return &Client{
 		target: t, opts: opts, closed: closed, close: cancel,
-		reports: rate.Sometimes{First: 1, Interval: time.Second},
+		logLimit: rate.Sometimes{First: 1, Interval: time.Second},
 	}, nil
 }
 
@@ -242,7 +242,7 @@ func (c *Client) run(a *attempt, lastGone <-chan struct{}) {
 	report := err != nil && a.awaited && c.closed.Err() == nil
 	c.mu.Unlock()
 	if report {
-		c.report(err)
+		c.logFailure(err)
 	}
 	a.session, a.err = s, err
 	close(a.done)
@@ -291,7 +291,7 @@ func (c *Client) follow(s *Session, began time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	short := ended.Sub(began) < minLifetime
-	if !short || s.acked.Load() {
+	if !short || s.peerAcked.Load() {
 		c.failures = 0
 	}
 	if short {
@@ -329,9 +329,9 @@ func (c *Client) backOffLocked() time.Duration {
 
 // report logs a failed attempt. Logging is outside of the limit's lock: a handler may call the
 // Client.
-func (c *Client) report(err error) {
+func (c *Client) logFailure(err error) {
 	due := false
-	c.reports.Do(func() { due = true })
+	c.logLimit.Do(func() { due = true })
 	if due {
 		c.opts.Logger.Warn("Connecting failed, retrying"+rateLimited, "error", err)
 	}
@@ -371,9 +371,9 @@ func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 		if lost++; len(left) < before {
 			lost = 1
 		}
-		if lost == maxLost {
+		if lost == maxLostSessions {
 			for _, i := range left {
-				errs[i] = fmt.Errorf("%d sessions have ended without acknowledging it, the last: %w", maxLost, errs[i])
+				errs[i] = fmt.Errorf("%d sessions have ended without acknowledging it, the last: %w", maxLostSessions, errs[i])
 			}
 			break
 		}

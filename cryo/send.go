@@ -167,9 +167,9 @@ func (s *Session) sendFrame(ctx context.Context, f wire.Frame) error {
 // for a number that nobody waits for. If the session ends in between, the writer drops the
 // frames, and either its end settles them or cancel does, whichever is first.
 func (s *Session) start(c *call) {
-	s.pend.register(c)
-	if !s.out.send(c.frames) {
-		s.out.cancel(c, s.Err())
+	s.acks.register(c)
+	if !s.writer.send(c.frames) {
+		s.writer.cancel(c, s.Err())
 	}
 }
 
@@ -181,9 +181,9 @@ func (s *Session) await(ctx context.Context, c *call) []error {
 	case <-ctx.Done():
 		s.withdraw(c, contextError(ctx))
 	}
-	return s.pend.errors(c)
+	return s.acks.errors(c)
 }
 
 func (s *Session) withdraw(c *call, cause error) {
-	s.out.cancel(c, fmt.Errorf("waiting for the acknowledgement: %w", cause))
+	s.writer.cancel(c, fmt.Errorf("waiting for the acknowledgement: %w", cause))
 }

@@ -27,7 +27,7 @@ const (
 // infoPatience is how long a server waits for the client's ENDPOINT_INFO before
 // it sends its own. cryo-client-node often loses one that travels right behind
 // the upgrade's answer.
-const infoPatience = time.Second
+const infoDelay = time.Second
 
 // ServerOptions are what a server can set. A zero value means its default, and a negative
 // one is an error.
@@ -78,15 +78,15 @@ type ServerOptions struct {
 // Server accepts Cryo sessions. It is an [http.Handler] for any path of any
 // HTTP/1.1 server.
 type Server struct {
-	opts     ServerOptions
-	buffer   receiveBuffer
-	refusals rate.Sometimes // of log lines
-	refused  atomic.Int64   // since the last of them
+	opts       ServerOptions
+	buffer     receiveBuffer
+	logLimit   rate.Sometimes // of log lines
+	suppressed atomic.Int64   // since the last of them
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
 	perAddr map[netip.Prefix]int // entries; empty without a bound
-	places  int                  // entries, and ghosts that were taken over and have not ended yet
+	slots   int                  // entries, and ghosts that were taken over and have not ended yet
 	closed  bool
 	idle    chan struct{} // closed when closed and without places
 }
@@ -98,7 +98,7 @@ type entry struct {
 	address     netip.Prefix      // of the client; see MaxSessionsPerAddress
 	credentials [sha256.Size]byte // who has the same may take the session over
 	session     *Session          // nil during the upgrade
-	left        int               // of the session's end and its request: who is last reports the end
+	endsLeft    int               // of the session's end and its request: who is last reports the end
 	decided     bool              // whether the session is announced: once, for good
 	connected   bool              // the handshake is done, and the session announced
 }
@@ -146,7 +146,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
-		refusals: rate.Sometimes{First: 1, Interval: time.Second},
+		logLimit: rate.Sometimes{First: 1, Interval: time.Second},
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
@@ -164,12 +164,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", invalid.Status)
 			return
 		}
-		s.refuse(w, r, &refusal{status: invalid.Status, sentence: invalid.Sentence})
+		s.deny(w, r, &denial{status: invalid.Status, message: invalid.Message})
 		return
 	}
-	u, e, refused := s.admit(r)
-	if refused != nil {
-		s.refuse(w, r, refused)
+	u, e, denied := s.admit(r)
+	if denied != nil {
+		s.deny(w, r, denied)
 		return
 	}
 	session := s.open(w, u, e)
@@ -192,15 +192,15 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	conn, err := ws.Upgrade(w, u.Request)
 	if err != nil {
 		s.remove(u.SessionID, e)
-		s.free()
+		s.freeSlot()
 		if failed, ok := errors.AsType[*ws.UpgradeError](err); ok {
-			s.refuse(w, u.Request, &refusal{status: failed.Status, sentence: failed.Sentence, answered: failed.Answered})
+			s.deny(w, u.Request, &denial{status: failed.Status, message: failed.Message, answered: failed.Answered})
 		}
 		return nil
 	}
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
-	e.left = 2
+	e.endsLeft = 2
 	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	e.session.value = u.Value // nobody has the session yet
 	closed := s.closed
@@ -216,21 +216,21 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 
 // handshake exchanges ENDPOINT_INFO, or waits for the session's end.
 func (s *Server) handshake(session *Session) {
-	patience := time.NewTimer(infoPatience)
+	patience := time.NewTimer(infoDelay)
 	defer patience.Stop()
 	deadline := time.NewTimer(s.opts.HandshakeTimeout)
 	defer deadline.Stop()
-	told := false
+	sent := false
 	for {
 		select {
 		case <-session.peerKnown:
-			if !told {
-				session.sayEndpointInfo()
+			if !sent {
+				session.sendEndpointInfo()
 			}
 			return
 		case <-patience.C:
-			session.sayEndpointInfo()
-			told = true
+			session.sendEndpointInfo()
+			sent = true
 		case <-deadline.C:
 			session.protocolError(&ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO within %v", s.opts.HandshakeTimeout)})
 			return
@@ -272,13 +272,13 @@ func (s *Server) ended(id uint64, e *entry, closeDone func()) {
 // with it, OnSession included. The second call reports the end.
 func (s *Server) leave(e *entry) {
 	s.mu.Lock()
-	e.left--
-	last, announced := e.left == 0, e.connected
+	e.endsLeft--
+	last, announced := e.endsLeft == 0, e.connected
 	s.mu.Unlock()
 	if !last {
 		return
 	}
-	defer s.free()
+	defer s.freeSlot()
 	if announced && s.opts.OnSessionEnd != nil {
 		s.opts.OnSessionEnd(e.session)
 	}
@@ -293,20 +293,20 @@ func (s *Server) remove(id uint64, e *entry) {
 	defer s.mu.Unlock()
 	if s.entries[id] == e {
 		delete(s.entries, id)
-		s.count(e, -1)
+		s.countAddress(e, -1)
 	}
 }
 
 // free frees the slot of an entry that was removed, last of all: Shutdown waits for it.
-func (s *Server) free() {
+func (s *Server) freeSlot() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.places--
+	s.slots--
 	s.idleLocked()
 }
 
 func (s *Server) idleLocked() {
-	if !s.closed || s.places > 0 {
+	if !s.closed || s.slots > 0 {
 		return
 	}
 	select {

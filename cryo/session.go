@@ -139,18 +139,18 @@ type Session struct {
 	log     *slog.Logger
 
 	conn      *ws.Conn
-	out       *writer
-	pend      *ackTable
+	writer    *writer
+	acks      *ackTable
 	inbox     *inbox
 	unsettled *unsettledMessages
 	limit     *receiveLimit
 	incoming  *incomingStreams
 	outgoing  *outgoingStreams
 
-	reports    rate.Sometimes         // of log lines
+	logLimit   rate.Sometimes         // of log lines
 	sendOnly   atomic.Bool            // received messages and streams are rejected
 	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO has come
-	acked      atomic.Bool            // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
+	peerAcked  atomic.Bool            // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
 	streamless atomic.Bool            // the peer's last ENDPOINT_INFO announces no streams
 	onEnd      func(closeDone func()) // the server's; nil: none
 	keepalive  keepalive
@@ -159,9 +159,9 @@ type Session struct {
 	end  context.CancelCauseFunc // called by begin alone
 	done chan struct{}           // closed when the goroutines are gone
 
-	mu      sync.Mutex
-	stopped bool        // no timer must be set any more
-	cut     *time.Timer // bounds the close handshake; nil before it
+	mu         sync.Mutex
+	stopped    bool        // no timer must be set any more
+	closeTimer *time.Timer // bounds the close handshake; nil before it
 }
 
 // newSession starts a session over an upgraded connection.
@@ -173,14 +173,14 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 	numbers := newAckTable(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
 		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
-		conn: conn, pend: numbers, inbox: newInbox(),
-		reports:   rate.Sometimes{First: 1, Interval: time.Second},
+		conn: conn, acks: numbers, inbox: newInbox(),
+		logLimit:  rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
 	}
 	s.ctx, s.end = context.WithCancelCause(context.Background())
-	s.out = newWriter(conn, id, numbers, s.fail)
-	conn.Start(s.out.answerWebSocketPing)
-	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.awaited, s.wants)
+	s.writer = newWriter(conn, id, numbers, s.fail)
+	conn.Start(s.writer.webSocketPong)
+	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants)
 	// What the messages and streams hold that nobody has settled, nobody can settle any
 	// more when there is no session that they lead to.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
@@ -190,8 +190,8 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 	s.keepalive = keepalive{
 		conn: conn, dialing: dialing, interval: opts.HeartbeatInterval,
 		paused: s.limit.paused.Load, resumed: s.limit.resumedAt,
-		ping: s.out.ping, pong: s.out.pong,
-		check: s.checkIncoming, timedOut: s.peerTimedOut,
+		ping: s.writer.ping, pong: s.writer.pong,
+		onHeartbeat: s.checkIncoming, onTimeout: s.peerTimedOut,
 	}
 	s.keepalive.start()
 	go s.read()
@@ -251,8 +251,8 @@ func (s *Session) Stats() Stats {
 		Paused:            s.limit.paused.Load(),
 		HeldBytes:         held,
 		UnsettledMessages: int(s.unsettled.n.Load()),
-		AwaitingAcks:      s.pend.count(),
-		QueuedBytes:       s.out.queuedBytes(),
+		AwaitingAcks:      s.acks.count(),
+		QueuedBytes:       s.writer.queuedBytes(),
 		OpenStreams:       s.incoming.count(),
 	}
 }
@@ -271,12 +271,12 @@ func (s *Session) Stats() Stats {
 // count against the MaxBufferBytes of a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
 	if s.beginClosing(ErrClosed) {
-		s.out.endData() // the rest goes out before BYE, however long the peer takes to cancel
-		s.incoming.stop(s.Err())
+		s.writer.rejectData() // the rest goes out before BYE, however long the peer takes to cancel
+		s.incoming.cancelIncomplete(s.Err())
 		s.incoming.awaitCancels(ctx.Done(), s.done)
 		reason = closeReason(reason)
-		bye := &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.pend.number(), Payload: []byte(reason)}
-		s.out.queueClose(closeFrame{bye: bye, code: closeGraceful, reason: reason})
+		bye := &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(reason)}
+		s.writer.queueClose(closeFrame{bye: bye, code: closeGraceful, reason: reason})
 	}
 	select {
 	case <-s.done:
@@ -311,8 +311,8 @@ func (s *Session) CloseNow() error {
 // first, Drain returns why, as what is not settled can't be any more.
 func (s *Session) Drain(ctx context.Context, reason string) error {
 	settled := s.unsettled.drain()
-	s.limit.reconsider() // what is discarded needs no capacity
-	s.incoming.stop(&endedError{ErrClosed})
+	s.limit.recheck() // what is discarded needs no capacity
+	s.incoming.cancelIncomplete(&endedError{ErrClosed})
 	s.incoming.awaitCancels(ctx.Done(), s.ctx.Done())
 	select {
 	case <-settled:
@@ -336,7 +336,7 @@ const (
 )
 
 // begin records the first cause, and reports whether this is it.
-func (s *Session) begin(cause error) bool {
+func (s *Session) setCause(cause error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.isEnding() {
@@ -348,12 +348,12 @@ func (s *Session) begin(cause error) bool {
 
 // beginClosing is begin for an end in good order, which CloseTimeout bounds.
 func (s *Session) beginClosing(cause error) bool {
-	if !s.begin(cause) {
+	if !s.setCause(cause) {
 		return false
 	}
 	s.mu.Lock()
 	if !s.stopped {
-		s.cut = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
+		s.closeTimer = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
 	s.limit.interruptLarge() // it is discarded as it comes, and its memory is free for others
@@ -364,9 +364,9 @@ func (s *Session) beginClosing(cause error) bool {
 // then the close frame, and half-closes; the reader discards data until the peer closes.
 // While Close waits for the peer to cancel, this takes its place: what comes first is
 // queued, and nothing behind it.
-func (s *Session) goodbye(cause error, code int, reason string) {
+func (s *Session) closeWith(cause error, code int, reason string) {
 	s.beginClosing(cause)
-	s.out.queueClose(closeFrame{code: code, reason: closeReason(reason)})
+	s.writer.queueClose(closeFrame{code: code, reason: closeReason(reason)})
 }
 
 // closeReason is a reason as it fits into a close frame.
@@ -376,7 +376,7 @@ func closeReason(reason string) string {
 
 // fail ends the session at once.
 func (s *Session) fail(cause error) {
-	s.begin(cause)
+	s.setCause(cause)
 	_ = s.conn.Close()
 }
 
@@ -386,18 +386,18 @@ func (s *Session) fail(cause error) {
 func (s *Session) finish() {
 	s.mu.Lock()
 	s.stopped = true
-	if s.cut != nil {
-		s.cut.Stop()
+	if s.closeTimer != nil {
+		s.closeTimer.Stop()
 	}
 	s.mu.Unlock()
 	s.keepalive.stop()
-	s.out.abort()
+	s.writer.abort()
 	_ = s.conn.Close()
-	s.out.wait()
+	s.writer.wait()
 	err := s.Err()
-	s.pend.end(err)
+	s.acks.end(err)
 	s.inbox.end()
-	s.incoming.end()
+	s.incoming.stopTimers()
 	closeDone := func() { close(s.done) }
 	if s.onEnd == nil {
 		closeDone()
@@ -409,7 +409,7 @@ func (s *Session) finish() {
 // peerTimedOut ends the session of a peer that was not alive for so long.
 func (s *Session) peerTimedOut(d time.Duration) {
 	cause := fmt.Errorf("%w after %v", ErrPeerTimeout, d)
-	if s.out.crowded() != nil {
+	if s.writer.overLimit() != nil {
 		cause = fmt.Errorf("%w: it sends, and does not read our answers", cause)
 	}
 	s.fail(cause)
@@ -417,7 +417,7 @@ func (s *Session) peerTimedOut(d time.Duration) {
 
 // checkIncoming ends the session if a message of it keeps others waiting.
 func (s *Session) checkIncoming() {
-	if !s.isEnding() && s.limit.keepsOthersOut() {
-		s.goodbye(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error())
+	if !s.isEnding() && s.limit.starvesOthers() {
+		s.closeWith(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error())
 	}
 }

@@ -27,7 +27,7 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 		return nil, err
 	}
 	if st.pull {
-		err = st.failed(cmp.Or(st.ended(), ErrPeerPulls))
+		err = st.sendError(cmp.Or(st.ended(), ErrPeerPulls))
 	} else {
 		err = st.start(-1)
 	}
@@ -56,7 +56,7 @@ func (s *Session) SendStream(ctx context.Context, source io.Reader, options *Str
 	if st.pull {
 		x, ok := indexedSource(source)
 		if !ok {
-			return st.failed(cmp.Or(st.ended(), ErrNotSeekable))
+			return st.sendError(cmp.Or(st.ended(), ErrNotSeekable))
 		}
 		return st.serve(x)
 	}
@@ -78,12 +78,12 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	if err != nil {
 		return nil, err
 	}
-	st := &OutgoingStream{s: s, parent: ctx, opts: opts, window: window{freed: make(chan struct{}, 1)}}
+	st := &OutgoingStream{s: s, callerCtx: ctx, opts: opts, window: window{freed: make(chan struct{}, 1)}}
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	s.outgoing.add(st)
 	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
 		st.stop(ErrStreamsUnsupported)
-		return nil, st.failed(ErrStreamsUnsupported)
+		return nil, st.sendError(ErrStreamsUnsupported)
 	}
 	return st, nil
 }
@@ -129,7 +129,7 @@ func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*Incom
 // MaxBufferBytes let them. The published Node client can't be pulled from: it stops
 // working.
 func (s *Session) PullStreams(ctx context.Context) error {
-	s.incoming.pull()
+	s.incoming.startPulling()
 	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: wire.FlowPull}); err != nil {
 		return fmt.Errorf("asking to pull streams: %w", err)
 	}

@@ -36,34 +36,34 @@ var (
 // MaxBufferBytes. A stream that has failed is cancelled and no longer counts, and need
 // not be settled when it is read to its error.
 type IncomingStream struct {
-	s     *Session
-	tx    uint32
-	name  string
-	size  int64     // -1: unknown
-	pull  bool      // chunks come only when fetched
-	start uint32    // TX_START's number
-	since time.Time // when TX_START came
+	s           *Session
+	tx          uint32
+	name        string
+	size        int64     // -1: unknown
+	pull        bool      // chunks come only when fetched
+	startNumber uint32    // TX_START's number
+	announcedAt time.Time // when TX_START came
 
 	arrived chan struct{} // holds a token when there is something new for Read
 
-	settling sync.Mutex // held by Ack and Close, before other locks: the second one gets what the first has found
+	settleMu sync.Mutex // held by Ack and Close, before other locks: the second one gets what the first has found
 
-	mu          sync.Mutex
-	idleTimeout time.Duration
-	accepted    bool          // TX_START is acknowledged
-	idle        *time.Timer   // set when accepted
-	active      time.Time     // when something last happened
-	large       time.Duration // of [receiveLimit.timeForLarge], when idle was last set
-	chunks      []chunk
-	buffered    int   // bytes in chunks
-	received    int64 // bytes that came
-	nextSeq     uint32
-	fetching    bool    // a TX_FETCH is under way
-	finish      *uint32 // TX_FINISH's number, when it has come
-	failed      error   // why nothing more comes though the stream is not whole; TX_CANCEL is sent
-	readOut     bool    // Read has returned io.EOF
-	settled     settlement
-	unacked     error // why Ack fails, once the stream is settled; nil if it is acknowledged
+	mu           sync.Mutex
+	idleTimeout  time.Duration
+	accepted     bool          // TX_START is acknowledged
+	idleTimer    *time.Timer   // set when accepted
+	lastActive   time.Time     // when something last happened
+	largeAtReset time.Duration // of [receiveLimit.timeForLarge], when idle was last set
+	chunks       []chunk
+	buffered     int   // bytes in chunks
+	received     int64 // bytes that came
+	nextSeq      uint32
+	fetching     bool    // a TX_FETCH is under way
+	finishNumber *uint32 // TX_FINISH's number, when it has come
+	failed       error   // why nothing more comes though the stream is not whole; TX_CANCEL is sent
+	reachedEOF   bool    // Read has returned io.EOF
+	settled      settlement
+	ackErr       error // why Ack fails, once the stream is settled; nil if it is acknowledged
 }
 
 var _ io.ReadCloser = (*IncomingStream)(nil)
@@ -71,14 +71,14 @@ var _ io.ReadCloser = (*IncomingStream)(nil)
 // chunk is what is left to be read of a chunk, and what is to be released when that is
 // nothing.
 type chunk struct {
-	left   []byte
-	hold   hold
-	pooled *chunkBuffer
+	unread      []byte
+	reservation reservation
+	pooled      *chunkBuffer
 }
 
 func (c *chunk) release() {
 	c.pooled.release()
-	c.hold.release()
+	c.reservation.release()
 	*c = chunk{}
 }
 
@@ -131,7 +131,7 @@ func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
-		n, err := st.take(p)
+		n, err := st.readBuffered(p)
 		if n > 0 || err != nil || len(p) == 0 {
 			return n, err
 		}
@@ -139,7 +139,7 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 		case <-st.arrived:
 		case <-st.s.done:
 			// Nothing more comes. What came before the end was queued before.
-			if n, err := st.take(p); n > 0 || err != nil {
+			if n, err := st.readBuffered(p); n > 0 || err != nil {
 				return n, err
 			}
 			return 0, truncated(st.Received(), st.s.Err())
@@ -147,22 +147,22 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 	}
 }
 
-func (st *IncomingStream) take(p []byte) (int, error) {
+func (st *IncomingStream) readBuffered(p []byte) (int, error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	n := 0
 	for n < len(p) && len(st.chunks) > 0 {
 		first := &st.chunks[0]
-		k := copy(p[n:], first.left)
+		k := copy(p[n:], first.unread)
 		n += k
-		if first.left = first.left[k:]; len(first.left) == 0 {
+		if first.unread = first.unread[k:]; len(first.unread) == 0 {
 			first.release()
 			st.chunks = st.chunks[1:]
 		}
 	}
 	if n > 0 {
 		st.buffered -= n
-		st.active = time.Now()
+		st.lastActive = time.Now()
 		st.fetchLocked()
 		return n, nil
 	}
@@ -174,7 +174,7 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 	case st.settled == rejected:
 		return 0, ErrStreamClosed
 	case st.wholeLocked():
-		st.readOut = true
+		st.reachedEOF = true
 		return 0, io.EOF
 	default:
 		return 0, nil
@@ -185,7 +185,7 @@ func (st *IncomingStream) take(p []byte) (int, error) {
 // as many as were announced. An announced size of 0 is not believed without
 // TX_FINISH: the published Node client announces it whatever the source holds.
 func (st *IncomingStream) wholeLocked() bool {
-	return st.finish != nil || st.pull && st.size > 0 && st.received == st.size
+	return st.finishNumber != nil || st.pull && st.size > 0 && st.received == st.size
 }
 
 // acceptOnce lets the peer send.
@@ -196,11 +196,11 @@ func (st *IncomingStream) acceptOnce() {
 		return
 	}
 	st.accepted = true
-	st.active = time.Now()
-	st.s.out.acknowledge([]uint32{st.start})
+	st.lastActive = time.Now()
+	st.s.writer.acknowledge([]uint32{st.startNumber})
 	if !st.s.isEnding() {
-		st.large = st.s.limit.timeForLarge()
-		st.idle = time.AfterFunc(st.idleTimeout, st.checkIdle)
+		st.largeAtReset = st.s.limit.largeReadTime()
+		st.idleTimer = time.AfterFunc(st.idleTimeout, st.checkIdle)
 	}
 	st.fetchLocked()
 }
@@ -209,7 +209,7 @@ func (st *IncomingStream) acceptOnce() {
 // bytes have come than were announced, one more chunk surely exists; asking past
 // the end breaks the published server.
 func (st *IncomingStream) fetchLocked() {
-	if !st.pull || !st.accepted || st.fetching || st.failed != nil || st.settled != unsettled || st.finish != nil {
+	if !st.pull || !st.accepted || st.fetching || st.failed != nil || st.settled != unsettled || st.finishNumber != nil {
 		return
 	}
 	from := st.nextSeq
@@ -221,7 +221,7 @@ func (st *IncomingStream) fetchLocked() {
 		return
 	}
 	st.fetching = true
-	st.s.out.control(wire.Frame{SID: st.s.id, Type: wire.TxFetch, Ack: st.s.pend.number(), Tx: st.tx, Start: from, End: to})
+	st.s.writer.control(wire.Frame{SID: st.s.id, Type: wire.TxFetch, Ack: st.s.acks.number(), Tx: st.tx, Start: from, End: to})
 }
 
 // Ack acknowledges the whole stream: it was delivered. TX_FINISH is acknowledged, now
@@ -244,54 +244,54 @@ func (st *IncomingStream) Close() error { return st.settle(rejected) }
 // failure that comes later finds the stream settled and changes nothing. One that came
 // before makes it rejected, and TX_CANCEL is sent by whoever takes it out of the table.
 func (st *IncomingStream) settle(as settlement) error {
-	st.settling.Lock()
-	defer st.settling.Unlock()
+	st.settleMu.Lock()
+	defer st.settleMu.Unlock()
 	st.mu.Lock()
 	if st.settled != unsettled {
 		defer st.mu.Unlock()
 		if as == acknowledged {
-			return st.unacked
+			return st.ackErr
 		}
 		return nil
 	}
 	var err error
 	switch {
 	case as == rejected:
-		st.unacked = ErrStreamClosed
+		st.ackErr = ErrStreamClosed
 	case st.failed != nil:
 		as, err = rejected, st.failed
-	case !st.readOut && st.s.isEnding():
+	case !st.reachedEOF && st.s.isEnding():
 		as, err = rejected, st.s.Err()
-	case !st.readOut:
+	case !st.reachedEOF:
 		st.mu.Unlock()
 		return errStreamUnread
 	}
 	st.settled = as
 	if err != nil {
-		st.unacked = err
+		st.ackErr = err
 	}
-	finish := st.finish
-	st.dropLocked()
+	finish := st.finishNumber
+	st.releaseLocked()
 	st.mu.Unlock()
 	st.signal()
 
-	heard := true
+	queued := true
 	switch {
-	case !st.s.incoming.settled(st): // it has failed, and is cancelled already
+	case !st.s.incoming.removeSettled(st): // it has failed, and is cancelled already
 	case as == rejected:
-		heard = st.s.cancel(st.tx)
+		queued = st.s.cancel(st.tx)
 	case finish != nil:
-		heard = st.s.out.acknowledge([]uint32{*finish})
+		queued = st.s.writer.acknowledge([]uint32{*finish})
 	default: // it is pulled, and remembered
-		heard = !st.s.isEnding()
+		queued = !st.s.isEnding()
 	}
-	if heard || err != nil {
+	if queued || err != nil {
 		return err
 	}
 	err = st.s.Err()
 	if as == acknowledged {
 		st.mu.Lock()
-		st.unacked = err
+		st.ackErr = err
 		st.mu.Unlock()
 	}
 	return err
@@ -305,13 +305,13 @@ func (st *IncomingStream) stopIdle() {
 }
 
 func (st *IncomingStream) stopIdleLocked() {
-	if st.idle != nil {
-		st.idle.Stop()
+	if st.idleTimer != nil {
+		st.idleTimer.Stop()
 	}
 }
 
 // dropLocked gives up what was not read.
-func (st *IncomingStream) dropLocked() {
+func (st *IncomingStream) releaseLocked() {
 	st.stopIdleLocked()
 	for i := range st.chunks {
 		st.chunks[i].release()
@@ -371,17 +371,17 @@ func (st *IncomingStream) failIdle() {
 	if st.wholeLocked() || st.failed != nil || st.settled != unsettled || st.s.isEnding() {
 		return
 	}
-	active := st.active
+	active := st.lastActive
 	if st.buffered > 0 || st.s.limit.paused.Load() {
 		active = time.Now()
 	} else if t := st.s.limit.resumedAt(); t.After(active) {
 		active = t
 	}
 	left := st.idleTimeout - time.Since(active)
-	large := st.s.limit.timeForLarge()
-	left, st.large = max(left, large-st.large), large
+	large := st.s.limit.largeReadTime()
+	left, st.largeAtReset = max(left, large-st.largeAtReset), large
 	if left > 0 {
-		st.idle.Reset(left)
+		st.idleTimer.Reset(left)
 		return
 	}
 	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.idleTimeout, st.received))
@@ -396,14 +396,14 @@ func (st *IncomingStream) wantsChunks() bool {
 
 // chunk appends a chunk. It reports false when the stream ends because the receive buffer
 // is full. Reading goroutine.
-func (st *IncomingStream) chunk(f *received) bool {
+func (st *IncomingStream) addChunk(f *received) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil || st.settled != unsettled {
 		return true // cancelled; what was under way is discarded
 	}
 	if len(f.Payload) > 0 {
-		st.active = time.Now() // an empty chunk keeps no stream open
+		st.lastActive = time.Now() // an empty chunk keeps no stream open
 	}
 	st.fetching = false
 	after := st.received + int64(len(f.Payload))
@@ -412,7 +412,7 @@ func (st *IncomingStream) chunk(f *received) bool {
 		st.failLocked(truncated(st.received, st.s.Err()))
 	case !st.accepted, f.decision == unwanted: // which was asked before it was accepted
 		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
-	case st.finish != nil:
+	case st.finishNumber != nil:
 		st.failLocked(fmt.Errorf("%w: chunks after TX_FINISH", ErrStreamBroken))
 	case f.Seq != st.nextSeq:
 		st.failLocked(fmt.Errorf("%w: chunk %d where %d was due", ErrStreamBroken, f.Seq, st.nextSeq))
@@ -426,7 +426,7 @@ func (st *IncomingStream) chunk(f *received) bool {
 		st.received = after
 		if len(f.Payload) > 0 {
 			st.buffered += len(f.Payload)
-			payload, held, pooled := f.take()
+			payload, held, pooled := f.detach()
 			st.chunks = append(st.chunks, chunk{payload, held, pooled})
 		}
 		st.fetchLocked()
@@ -439,22 +439,22 @@ func (st *IncomingStream) chunk(f *received) bool {
 func (st *IncomingStream) awaitsFinish() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	return st.settled == acknowledged && st.finish == nil
+	return st.settled == acknowledged && st.finishNumber == nil
 }
 
 // finished takes TX_FINISH. It reports whether it can be acknowledged at once.
 // Reading goroutine.
-func (st *IncomingStream) finished(number uint32) (now bool) {
+func (st *IncomingStream) handleFinish(number uint32) (now bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	switch {
-	case st.failed != nil, st.finish != nil, st.settled == rejected:
+	case st.failed != nil, st.finishNumber != nil, st.settled == rejected:
 		return false // cancelled, or received before
 	case st.size >= 0 && st.received < st.size:
 		st.failLocked(fmt.Errorf("%w: finished after %d of %d bytes", ErrStreamBroken, st.received, st.size))
 		return false
 	}
-	st.finish = &number
+	st.finishNumber = &number
 	st.signal()
 	return st.settled == acknowledged
 }

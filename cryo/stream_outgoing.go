@@ -99,17 +99,17 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 // One goroutine at a time may use it, but Close may be called from any. Finish or
 // Close must be called; Close after Finish does nothing, so defer it.
 type OutgoingStream struct {
-	s       *Session
-	parent  context.Context // the caller's
-	ctx     context.Context // ends early when the peer cancels or this end closes
-	cancel  context.CancelCauseFunc
-	unwatch func() bool // of the context's end; guarded by mu
-	opts    StreamOptions
-	tx      uint32
-	pull    bool
-	fetches chan fetch // the peer's wishes; not where pull is false
-	window  window
-	seq     uint32 // the next chunk's; owned by the sender
+	s         *Session
+	callerCtx context.Context // the caller's
+	ctx       context.Context // ends early when the peer cancels or this end closes
+	cancel    context.CancelCauseFunc
+	unwatch   func() bool // of the context's end; guarded by mu
+	opts      StreamOptions
+	tx        uint32
+	pull      bool
+	fetches   chan fetch // the peer's wishes; not where pull is false
+	window    window
+	seq       uint32 // the next chunk's; owned by the sender
 
 	mu       sync.Mutex   // held while something of the stream is queued, and while it is stopped
 	queued   [][]outFrame // those of which the writer may still have some, in order
@@ -217,14 +217,14 @@ func (st *OutgoingStream) write(chunk []byte) error {
 func (st *OutgoingStream) sendChunk(seq uint32, chunk []byte) error {
 	if !st.window.acquire(len(chunk)) {
 		if err := st.waitForWindow(len(chunk)); err != nil {
-			return st.failed(err)
+			return st.sendError(err)
 		}
 	}
 	f := make([]outFrame, 1)
 	f[0].Frame = wire.Frame{SID: st.s.id, Type: wire.TxChunk, Tx: st.tx, Seq: seq, Payload: chunk}
 	f[0].window = &st.window
 	if !st.enqueue(f) {
-		return st.failed(st.ended())
+		return st.sendError(st.ended())
 	}
 	return nil
 }
@@ -251,8 +251,8 @@ func (st *OutgoingStream) waitForWindow(chunk int) error {
 // cause is why the stream's context has ended.
 func (st *OutgoingStream) cause() error {
 	cause := context.Cause(st.ctx)
-	if st.parent.Err() != nil && errors.Is(cause, context.Cause(st.parent)) {
-		return contextError(st.parent)
+	if st.callerCtx.Err() != nil && errors.Is(cause, context.Cause(st.callerCtx)) {
+		return contextError(st.callerCtx)
 	}
 	return cause
 }
@@ -265,7 +265,7 @@ func (st *OutgoingStream) ended() error {
 	return st.s.Err()
 }
 
-func (st *OutgoingStream) failed(cause error) error {
+func (st *OutgoingStream) sendError(cause error) error {
 	return fmt.Errorf("sending the stream %q: %w", st.opts.Name, cause)
 }
 
@@ -276,7 +276,7 @@ func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.ctx.Err() != nil {
-		st.s.pend.drop(frames)
+		st.s.acks.drop(frames)
 		return false
 	}
 	if c := frames[0].call; c != nil {
@@ -290,7 +290,7 @@ func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 		st.queued = st.queued[1:]
 	}
 	st.queued = append(st.queued, frames)
-	return st.s.out.send(frames)
+	return st.s.writer.send(frames)
 }
 
 // announced reports whether TX_START may have been sent, so that the peer may know the
@@ -298,7 +298,7 @@ func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 func (st *OutgoingStream) announced() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	return st.opening != nil && st.opening.frames[0].is(frameTaken)
+	return st.opening != nil && st.opening.frames[0].is(frameDequeued)
 }
 
 // Finish sends TX_FINISH, by which the stream is whole, and waits until the peer has
@@ -320,9 +320,9 @@ func (st *OutgoingStream) Finish() error {
 // acknowledge that.
 func (st *OutgoingStream) await(f wire.Frame) error {
 	c := newCall(f)
-	st.s.pend.register(c)
+	st.s.acks.register(c)
 	if !st.enqueue(c.frames) {
-		st.s.out.cancel(c, st.ended())
+		st.s.writer.cancel(c, st.ended())
 	}
 	step := st.s.ackTimer(st.opts.StepTimeout)
 	defer step.stop()
@@ -332,18 +332,18 @@ func (st *OutgoingStream) await(f wire.Frame) error {
 			waits = false
 		case <-step.C:
 			if step.Tick() {
-				st.s.out.cancel(c, st.stepTimeout("the acknowledgement"))
+				st.s.writer.cancel(c, st.stepTimeout("the acknowledgement"))
 				waits = false
 			}
 		case <-st.ctx.Done():
-			st.s.out.cancel(c, st.cause())
+			st.s.writer.cancel(c, st.cause())
 			waits = false
 		}
 	}
 	st.mu.Lock()
 	st.awaiting = nil
 	st.mu.Unlock()
-	if errs := st.s.pend.errors(c); errs != nil {
+	if errs := st.s.acks.errors(c); errs != nil {
 		return errs[0]
 	}
 	return nil
@@ -378,10 +378,10 @@ func (st *OutgoingStream) stop(cause error) {
 	st.unwatch()
 	st.cancel(cause)
 	if st.awaiting != nil {
-		st.s.pend.cancel(st.awaiting, st.cause())
+		st.s.acks.cancel(st.awaiting, st.cause())
 	}
 	for _, frames := range slices.Backward(st.queued) { // so what is taken meanwhile misses nothing before it
-		st.s.out.withdraw(frames)
+		st.s.writer.withdraw(frames)
 	}
 	st.queued = nil
 }

@@ -113,7 +113,7 @@ func (st *OutgoingStream) serve(x *indexed) error {
 	for {
 		asked, err := st.nextFetch(step)
 		if err != nil {
-			return st.failed(err)
+			return st.sendError(err)
 		}
 		for i := asked.start; i < min(asked.end, count); i++ {
 			chunk, err := x.chunk(i, chunkBytes)

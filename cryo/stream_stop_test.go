@@ -13,7 +13,7 @@ import (
 // busyStream is a stream whose session's writer has not come back. All of it is queued.
 func busyStream(t *testing.T) *OutgoingStream {
 	w := busyWriter()
-	s := &Session{id: 1, pend: w.acks, out: w, outgoing: newOutgoingStreams(), ctx: context.Background()}
+	s := &Session{id: 1, acks: w.acks, writer: w, outgoing: newOutgoingStreams(), ctx: context.Background()}
 	st, err := s.newStream(t.Context(), nil)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = st.Close() })
@@ -25,7 +25,7 @@ func busyStream(t *testing.T) *OutgoingStream {
 // its chunks.
 func TestAStreamThatIsBeingStoppedIsFoundAndNotStoppedYet(t *testing.T) {
 	st := busyStream(t)
-	w := st.s.out
+	w := st.s.writer
 	_, err := st.Write([]byte("a chunk"))
 	require.NoError(t, err)
 	w.mu.Lock()
@@ -58,18 +58,18 @@ func TestAChunkOfAStoppedStreamLeavesItsWindow(t *testing.T) {
 	_, err := st.Write([]byte("a chunk"))
 	require.ErrorIs(t, err, ErrStreamClosed)
 	require.Zero(t, st.Queued())
-	require.Empty(t, st.s.out.queue.data)
+	require.Empty(t, st.s.writer.queue.data)
 }
 
 func TestAStreamRemembersNoChunkThatIsWritten(t *testing.T) {
 	st := busyStream(t)
-	w := st.s.out
+	w := st.s.writer
 	for range 100 {
 		_, err := st.Write([]byte("a chunk"))
 		require.NoError(t, err)
-		q := w.take()
+		q := w.dequeue()
 		require.NoError(t, w.gather(&q))
-		w.put(&q, w.conn.Flush(), true)
+		w.finishWrite(&q, w.conn.Flush(), true)
 		w.active = true
 		require.Len(t, st.queued, 1, "until the next one is queued")
 	}
@@ -84,15 +84,15 @@ func TestTheEndOfAStoppedStreamIsNotWrittenWithoutItsChunks(t *testing.T) {
 			require.NoError(t, err)
 		}
 		finish := newCall(wire.Frame{SID: 1, Type: wire.TxFinish, Tx: st.tx})
-		st.s.pend.register(finish)
+		st.s.acks.register(finish)
 		require.True(t, st.enqueue(finish.frames))
 		go st.stop(ErrStreamClosed)
-		w := st.s.out
+		w := st.s.writer
 		var q queue
 		for begun := false; !begun; w.mu.Unlock() {
 			w.mu.Lock()
 			if begun = w.withdrawn > 0 || len(w.queue.data) <= 200; begun {
-				q = w.takeLocked() // between two withdrawals, or behind the last
+				q = w.dequeueLocked() // between two withdrawals, or behind the last
 			}
 		}
 		for i, f := range q.data {

@@ -56,14 +56,14 @@ func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struc
 
 // pull is called before TX_FLOW is sent. From then on the streams that announce a size
 // are pulled: a pushed one, which may meet TX_FLOW on the way, announces none.
-func (in *incomingStreams) pull() {
+func (in *incomingStreams) startPulling() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.pulls = true
 }
 
 // start takes TX_START. Reading goroutine.
-func (in *incomingStreams) start(f *wire.Frame) {
+func (in *incomingStreams) handleStart(f *wire.Frame) {
 	name := wire.Anonymous
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
 		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
@@ -87,17 +87,17 @@ func (in *incomingStreams) reject(tx uint32) {
 }
 
 // started is what becomes of a TX_START.
-type started int
+type startResult int
 
 const (
-	startAnnounced started = iota // AcceptStream hands it out
-	startRepeated                 // the number is open
+	startAnnounced startResult = iota // AcceptStream hands it out
+	startRepeated                     // the number is open
 	startRejected
 )
 
 // announce adds a stream. Where the table is full, it evicts the stream that waits
 // longest to be accepted, if that is longer than an open one may be idle.
-func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started, evicted *IncomingStream) {
+func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome startResult, evicted *IncomingStream) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.forgetLocked(f.Tx) // whatever becomes of this one, it is another stream
@@ -107,16 +107,16 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 	case in.s.sendOnly.Load(), in.s.unsettled.draining.Load(), in.s.isEnding(), max(len(f.Payload), len(name)) > maxStreamName:
 		return startRejected, nil
 	case len(in.open) == maxStreams:
-		if len(in.announced) == 0 || time.Since(in.announced[0].since) <= in.s.opts.StreamIdleTimeout {
+		if len(in.announced) == 0 || time.Since(in.announced[0].announcedAt) <= in.s.opts.StreamIdleTimeout {
 			return startRejected, nil
 		}
 		evicted = in.announced[0]
 		in.removeLocked(evicted)
 	}
 	st := &IncomingStream{
-		s: in.s, tx: f.Tx, name: name, size: int64(f.Size), start: f.Ack,
+		s: in.s, tx: f.Tx, name: name, size: int64(f.Size), startNumber: f.Ack,
 		pull: in.pulls && f.Size >= 0, arrived: make(chan struct{}, 1),
-		since: time.Now(), idleTimeout: in.s.opts.StreamIdleTimeout,
+		announcedAt: time.Now(), idleTimeout: in.s.opts.StreamIdleTimeout,
 	}
 	in.open[f.Tx] = st
 	in.announced = append(in.announced, st)
@@ -126,12 +126,12 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome started
 
 // chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
-func (in *incomingStreams) chunk(f *received) {
+func (in *incomingStreams) handleChunk(f *received) {
 	st := in.find(f.Tx)
 	if st == nil {
 		return
 	}
-	kept := st.chunk(f)
+	kept := st.addChunk(f)
 	in.cancelFailed(st)
 	if !kept {
 		in.s.reportBufferFull()
@@ -141,18 +141,18 @@ func (in *incomingStreams) chunk(f *received) {
 // finish takes TX_FINISH. It holds the mutex while it asks whether the stream is
 // acknowledged already: a stream is remembered in the moment in which it is closed.
 // Reading goroutine.
-func (in *incomingStreams) finish(f *wire.Frame) {
+func (in *incomingStreams) handleFinish(f *wire.Frame) {
 	in.mu.Lock()
 	st := in.open[f.Tx]
 	var delivered bool
 	if st != nil {
-		delivered = st.finished(f.Ack)
+		delivered = st.handleFinish(f.Ack)
 	} else {
 		delivered = in.forgetLocked(f.Tx)
 	}
 	in.mu.Unlock()
 	if delivered {
-		in.s.out.acknowledge([]uint32{f.Ack})
+		in.s.writer.acknowledge([]uint32{f.Ack})
 	}
 	if st != nil {
 		in.cancelFailed(st)
@@ -203,14 +203,14 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 		in.announced = slices.Delete(in.announced, i, i+1)
 	}
 	in.changedLocked()
-	in.s.limit.reconsider() // what follows is discarded
+	in.s.limit.recheck() // what follows is discarded
 	return true
 }
 
 // settled takes a stream out of the table, and reports whether it was there. Of an
 // acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
 // streams; of others it stays unanswered.
-func (in *incomingStreams) settled(st *IncomingStream) bool {
+func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if st.awaitsFinish() {
@@ -230,7 +230,7 @@ func (in *incomingStreams) wants(tx uint32) bool {
 }
 
 // end stops what the streams would still do by themselves, at the end of the session.
-func (in *incomingStreams) end() {
+func (in *incomingStreams) stopTimers() {
 	in.mu.Lock()
 	open := slices.Collect(maps.Values(in.open))
 	in.mu.Unlock()
@@ -240,7 +240,7 @@ func (in *incomingStreams) end() {
 }
 
 // refuse rejects the streams that nobody has accepted.
-func (in *incomingStreams) refuse() {
+func (in *incomingStreams) rejectAnnounced() {
 	in.mu.Lock()
 	waiting := slices.Clone(in.announced)
 	for _, st := range waiting {
@@ -259,7 +259,7 @@ func (in *incomingStreams) changedLocked() {
 
 // stop cancels the streams that have not come whole, as nothing more of them is taken. What
 // has come can be read, and the cause then.
-func (in *incomingStreams) stop(cause error) {
+func (in *incomingStreams) cancelIncomplete(cause error) {
 	in.mu.Lock()
 	open := slices.Collect(maps.Values(in.open))
 	in.mu.Unlock()
@@ -277,12 +277,12 @@ type sentCancel struct {
 
 // cancel sends TX_CANCEL, which names the peer's transaction.
 func (s *Session) cancel(tx uint32) bool {
-	number := s.pend.number()
-	s.incoming.cancelling(number) // first: the answer must find it
-	return s.out.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: number, Tx: tx})
+	number := s.acks.number()
+	s.incoming.cancelSent(number) // first: the answer must find it
+	return s.writer.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: number, Tx: tx})
 }
 
-func (in *incomingStreams) cancelling(number uint32) {
+func (in *incomingStreams) cancelSent(number uint32) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.cancels) == maxStreams { // not everybody answers it
@@ -425,7 +425,7 @@ func (o *outgoingStreams) setFlow(flow wire.Flow) {
 
 // cancelled is the peer's TX_CANCEL. It reports false for a stream of which the peer
 // can't know yet. Reading goroutine.
-func (o *outgoingStreams) cancelled(tx uint32) bool {
+func (o *outgoingStreams) handleCancel(tx uint32) bool {
 	st := o.find(tx)
 	switch {
 	case st == nil:
@@ -439,7 +439,7 @@ func (o *outgoingStreams) cancelled(tx uint32) bool {
 }
 
 // fetched is the peer's TX_FETCH. Reading goroutine.
-func (o *outgoingStreams) fetched(tx, start, end uint32) {
+func (o *outgoingStreams) handleFetch(tx, start, end uint32) {
 	if st := o.find(tx); st != nil && st.pull {
 		select {
 		case st.fetches <- fetch{start, end}:

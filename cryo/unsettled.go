@@ -8,10 +8,10 @@ import (
 // unsettledMessages counts the messages of a session that are neither settled nor dropped. While it
 // drains, none comes to them.
 type unsettledMessages struct {
-	n        atomic.Int64
-	draining atomic.Bool
-	close    sync.Once
-	none     chan struct{} // closed when the session drains and there are none left
+	n         atomic.Int64
+	draining  atomic.Bool
+	closeNone sync.Once
+	none      chan struct{} // closed when the session drains and there are none left
 }
 
 func newUnsettled() *unsettledMessages { return &unsettledMessages{none: make(chan struct{})} }
@@ -29,7 +29,7 @@ func (u *unsettledMessages) add() bool {
 
 func (u *unsettledMessages) remove(n int) {
 	if u.n.Add(-int64(n)) == 0 && u.draining.Load() {
-		u.close.Do(func() { close(u.none) })
+		u.closeNone.Do(func() { close(u.none) })
 	}
 }
 
@@ -37,7 +37,7 @@ func (u *unsettledMessages) remove(n int) {
 func (u *unsettledMessages) drain() <-chan struct{} {
 	u.draining.Store(true)
 	if u.n.Load() == 0 {
-		u.close.Do(func() { close(u.none) })
+		u.closeNone.Do(func() { close(u.none) })
 	}
 	return u.none
 }

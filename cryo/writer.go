@@ -56,7 +56,7 @@ type writer struct {
 	withdrawn int           // released frames in the queue
 	taken     int           // bytes of data being written
 	unwritten int           // bytes of acknowledgements and control frames, those being written included
-	drained   chan struct{} // closed when unwritten falls; nil when nobody waits
+	shrunk    chan struct{} // closed when unwritten falls; nil when nobody waits
 	pongs     int           // in the queue
 	dataEnded bool          // no more data can be queued
 	closing   *closeFrame   // written when all else is; nothing can be queued behind it
@@ -120,7 +120,7 @@ func (w *writer) enqueue(change func(q *queue)) bool { return w.enqueueKind(fals
 // enqueueKind is enqueue for data, or for what is none.
 func (w *writer) enqueueKind(data bool, change func(q *queue)) bool {
 	w.mu.Lock()
-	if w.endsLocked() || data && w.dataEnded {
+	if w.isClosingLocked() || data && w.dataEnded {
 		w.mu.Unlock()
 		return false
 	}
@@ -130,7 +130,7 @@ func (w *writer) enqueueKind(data bool, change func(q *queue)) bool {
 	inPlace := writes && w.queue.isSmall() && w.conn.CanTryFlush()
 	var q queue
 	if inPlace {
-		q = w.takeLocked()
+		q = w.dequeueLocked()
 	}
 	w.mu.Unlock()
 	if writes && !(inPlace && w.writeInPlace(&q)) {
@@ -195,31 +195,31 @@ func (w *writer) ping(cryo bool) {
 	})
 }
 
-func (w *writer) answerWebSocketPing(data []byte) {
+func (w *writer) webSocketPong(data []byte) {
 	w.enqueue(func(q *queue) { q.wsPong = append([]byte{}, data...) }) // not nil: there is one
 }
 
 // endData has no more data queued; acknowledgements and control frames are until the end.
-func (w *writer) endData() {
+func (w *writer) rejectData() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.dataEnded = true
 }
 
 // ends reports whether the end is queued, so that nothing is queued any more.
-func (w *writer) ends() bool {
+func (w *writer) isClosing() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.endsLocked()
+	return w.isClosingLocked()
 }
 
-func (w *writer) endsLocked() bool { return w.closed || w.closing != nil }
+func (w *writer) isClosingLocked() bool { return w.closed || w.closing != nil }
 
 // queueClose queues the end behind everything else; nothing can be queued then.
 func (w *writer) queueClose(f closeFrame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.endsLocked() {
+	if w.isClosingLocked() {
 		return
 	}
 	w.closing = &f
@@ -245,7 +245,7 @@ func (w *writer) withdraw(frames []outFrame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i := range frames {
-		if f := &frames[i]; !f.is(frameTaken | frameReleased) {
+		if f := &frames[i]; !f.is(frameDequeued | frameReleased) {
 			w.acks.released(f, false)
 			w.withdrawn++
 		}
@@ -265,16 +265,16 @@ func (w *writer) compactLocked() {
 
 // crowded returns nil when few enough small frames are unwritten, else a channel
 // that is closed when it is worth asking again.
-func (w *writer) crowded() <-chan struct{} {
+func (w *writer) overLimit() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.unwritten <= maxUnwritten || w.endsLocked() {
+	if w.unwritten <= maxUnwritten || w.isClosingLocked() {
 		return nil
 	}
-	if w.drained == nil {
-		w.drained = make(chan struct{})
+	if w.shrunk == nil {
+		w.shrunk = make(chan struct{})
 	}
-	return w.drained
+	return w.shrunk
 }
 
 // queuedBytes returns what waits to be written.
@@ -320,9 +320,9 @@ func (w *writer) wait() {
 }
 
 func (w *writer) wakeLocked() {
-	if w.drained != nil {
-		close(w.drained)
-		w.drained = nil
+	if w.shrunk != nil {
+		close(w.shrunk)
+		w.shrunk = nil
 	}
 }
 
@@ -331,7 +331,7 @@ func (w *writer) wakeLocked() {
 // sends one message at a time waits for that, and for its acknowledgement.
 func (w *writer) writeInPlace(q *queue) bool {
 	err := w.gather(q)
-	return w.put(q, err, err == nil && w.conn.TryFlush())
+	return w.finishWrite(q, err, err == nil && w.conn.TryFlush())
 }
 
 // write is the writing goroutine. Others that are about to queue something may do so first,
@@ -341,8 +341,8 @@ func (w *writer) write() {
 	if !w.single() {
 		runtime.Gosched()
 	}
-	for rests := false; !rests; {
-		q := w.take()
+	for idle := false; !idle; {
+		q := w.dequeue()
 		err := w.gather(&q)
 		if err == nil {
 			err = w.conn.Flush() // and what was not taken in place
@@ -350,7 +350,7 @@ func (w *writer) write() {
 		if err == nil && q.closing != nil {
 			err = w.conn.CloseWrite()
 		}
-		rests = w.put(&q, err, true)
+		idle = w.finishWrite(&q, err, true)
 	}
 }
 
@@ -362,14 +362,14 @@ func (w *writer) single() bool {
 }
 
 // take takes what is queued, and the end when nothing is.
-func (w *writer) take() queue {
+func (w *writer) dequeue() queue {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.takeLocked()
+	return w.dequeueLocked()
 }
 
-func (w *writer) takeLocked() queue {
-	data := w.takeDataLocked()
+func (w *writer) dequeueLocked() queue {
+	data := w.dequeueDataLocked()
 	q := w.queue
 	w.queue = queue{data: q.data}
 	q.data = data
@@ -384,7 +384,7 @@ func (w *writer) takeLocked() queue {
 // takeDataLocked takes about as much data as is written at once. What is small
 // goes out in between: a pong that waited for a large batch could come too late
 // for the peer.
-func (w *writer) takeDataLocked() []*outFrame {
+func (w *writer) dequeueDataLocked() []*outFrame {
 	data := w.queue.data
 	size, kept, n := 0, 0, 0
 	for n < len(data) && size < ws.GatherBytes {
@@ -394,7 +394,7 @@ func (w *writer) takeDataLocked() []*outFrame {
 			w.withdrawn--
 			continue
 		}
-		f.state.Or(frameTaken) // before any byte leaves: an earlier answer is premature
+		f.state.Or(frameDequeued) // before any byte leaves: an earlier answer is premature
 		size += wire.AckHeaderSize + len(f.Payload)
 		data[kept] = f
 		kept++
@@ -410,7 +410,7 @@ func (w *writer) takeDataLocked() []*outFrame {
 // put ends the writing of what was taken, and releases its chunks: a stream's window counts
 // what is not in the network yet. It reports whether nothing is left to be written, so that
 // the next one who queues something writes. flushed is false if a part is left.
-func (w *writer) put(q *queue, err error, flushed bool) (rests bool) {
+func (w *writer) finishWrite(q *queue, err error, flushed bool) (idle bool) {
 	if err != nil {
 		w.failed(fmt.Errorf("connection lost: writing: %w", err)) // first: who can't queue asks why
 		w.abort()

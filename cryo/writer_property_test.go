@@ -74,20 +74,20 @@ func (x *writerSteps) answerWith(f *outFrame, ack bool) {
 		err = errors.New("no")
 	}
 	_, again := x.answers[f]
-	if f.call != nil && x.acks.answer(f.Ack, err) == answerTaken && !again {
+	if f.call != nil && x.acks.answer(f.Ack, err) == answerAccepted && !again {
 		x.answers[f] = ack
 	}
 }
 
 // takeNext takes and copies what is queued; putTaken ends that.
 func (x *writerSteps) takeNext() error {
-	q := x.take()
+	q := x.dequeue()
 	x.taken = &q
 	return x.gather(x.taken)
 }
 
 func (x *writerSteps) putTaken(err error) {
-	x.put(x.taken, err, true)
+	x.finishWrite(x.taken, err, true)
 	x.taken, x.lost = nil, x.lost || err != nil
 	x.active = true
 }
@@ -96,7 +96,7 @@ func (x *writerSteps) putTaken(err error) {
 func (x *writerSteps) check(t require.TestingT) {
 	released := 0
 	for _, f := range x.queue.data {
-		require.False(t, f.is(frameTaken), "and in the queue")
+		require.False(t, f.is(frameDequeued), "and in the queue")
 		if f.is(frameReleased) {
 			released++
 		}
@@ -129,7 +129,7 @@ func (x *writerSteps) check(t require.TestingT) {
 	require.Equal(t, used, x.window.used)
 	require.Equal(t, waiting, x.acks.waiting)
 	for _, c := range x.calls {
-		require.EqualValues(t, left[c], c.left.Load())
+		require.EqualValues(t, left[c], c.remaining.Load())
 		require.Equal(t, left[c] == 0, isDone(c))
 	}
 }
@@ -140,7 +140,7 @@ func (x *writerSteps) checkOutcome(t require.TestingT) {
 	arrived := x.arrived(t)
 	for i, f := range x.sent {
 		require.True(t, f.is(frameReleased))
-		require.True(t, x.lost || f.is(frameTaken) == arrived[i], "of what was not taken nothing is written")
+		require.True(t, x.lost || f.is(frameDequeued) == arrived[i], "of what was not taken nothing is written")
 		if f.call == nil {
 			continue
 		}

@@ -82,19 +82,19 @@ func TestWithdrawnFramesThatAreTakenAtTheirTurnCountNoMore(t *testing.T) {
 		w.cancel(all[i], errCancelled)
 	}
 	require.Equal(t, 25, w.withdrawn)
-	q := w.take()
+	q := w.dequeue()
 	require.Len(t, q.data, 75)
 	require.Zero(t, w.withdrawn)
 	require.NoError(t, w.gather(&q))
 	require.NoError(t, w.conn.Flush())
-	require.True(t, w.put(&q, nil, true))
+	require.True(t, w.finishWrite(&q, nil, true))
 	for i, c := range all {
 		if i%4 == 0 {
 			require.True(t, isDone(c))
 			continue
 		}
 		require.False(t, isDone(c))
-		require.Equal(t, answerTaken, w.acks.answer(c.frames[0].Ack, nil))
+		require.Equal(t, answerAccepted, w.acks.answer(c.frames[0].Ack, nil))
 		require.True(t, isDone(c))
 	}
 }
@@ -103,7 +103,7 @@ func TestWithdrawnFramesThatAreTakenAtTheirTurnCountNoMore(t *testing.T) {
 func TestAFrameThatWasTakenIsWrittenAndNotWithdrawn(t *testing.T) {
 	w := busyWriter()
 	c := queueCalls(w, 1, 2)[0]
-	q := w.take()
+	q := w.dequeue()
 	w.cancel(c, errCancelled)
 	require.False(t, isDone(c), "its payloads are in use")
 	require.Zero(t, w.withdrawn)
@@ -121,18 +121,18 @@ func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
 	w.cancel(all[19], errCancelled)
 	ends := 0
 	w.failed = func(error) { ends++ }
-	q := w.take()
+	q := w.dequeue()
 	all = append(all, queueCalls(w, 2, 3)...) // behind what is being written
-	require.True(t, w.put(&q, w.gather(&q), true))
+	require.True(t, w.finishWrite(&q, w.gather(&q), true))
 	require.Equal(t, 1, ends)
 	end := errors.New("the end")
 	late := queueCalls(w, 1, 3)[0]
-	require.EqualValues(t, 3, late.left.Load(), "all are released")
+	require.EqualValues(t, 3, late.remaining.Load(), "all are released")
 	w.cancel(late, end)
 	w.acks.end(end)
 	for _, c := range append(all, late) {
 		require.True(t, isDone(c))
-		require.Zero(t, c.left.Load())
+		require.Zero(t, c.remaining.Load())
 		for i := range c.frames {
 			require.True(t, c.frames[i].is(frameReleased))
 			require.Equal(t, c == all[0] && i == 0, c.frames[i].is(frameWritten))
@@ -166,8 +166,8 @@ func TestTheCauseOfAFailedWriteIsReportedBeforeTheQueueIsClosed(t *testing.T) {
 		require.True(t, w.acknowledge([]uint32{1}))
 	}
 	queueCalls(w, 1, 1)
-	q := w.take()
-	require.True(t, w.put(&q, errors.New("lost"), true))
+	q := w.dequeue()
+	require.True(t, w.finishWrite(&q, errors.New("lost"), true))
 	require.True(t, reported)
 	require.False(t, w.acknowledge([]uint32{1}))
 }
@@ -177,9 +177,9 @@ func TestAnEmptyQueueKeepsLittleMemory(t *testing.T) {
 		w := busyWriter()
 		queueCalls(w, size, 1)
 		w.acknowledge(make([]uint32, size))
-		q := w.take()
+		q := w.dequeue()
 		require.NoError(t, w.gather(&q))
-		require.True(t, w.put(&q, w.conn.Flush(), true))
+		require.True(t, w.finishWrite(&q, w.conn.Flush(), true))
 		require.LessOrEqual(t, cap(w.queue.data), maxIdleSlice)
 		require.LessOrEqual(t, cap(w.queue.acks), maxIdleSlice)
 	}
@@ -195,13 +195,13 @@ func TestNothingIsQueuedBehindTheEnd(t *testing.T) {
 	behind := queueCalls(w, 1, 1)[0]
 	require.True(t, behind.frames[0].is(frameReleased))
 	require.Zero(t, w.unwritten)
-	q := w.take()
+	q := w.dequeue()
 	require.Equal(t, []*outFrame{&before.frames[0]}, q.data)
 	require.Nil(t, q.closing)
-	q = w.take()
+	q = w.dequeue()
 	require.True(t, q.empty())
 	require.Equal(t, closeGraceful, q.closing.code)
-	q = w.take()
+	q = w.dequeue()
 	require.Nil(t, q.closing, "it is written once")
 }
 
@@ -211,7 +211,7 @@ func TestAPingIsNotQueuedBehindOneThatIsUnwritten(t *testing.T) {
 		w.ping(true)
 	}
 	require.Equal(t, 1, w.queue.frames())
-	w.take()
+	w.dequeue()
 	w.ping(true)
 	require.Equal(t, 1, w.queue.frames())
 }

@@ -66,8 +66,8 @@ func (q *Quota) grantLocked() {
 }
 
 func (q *Quota) removeLocked(r *Request) {
-	q.waiting.Remove(r.waits)
-	r.waits = nil
+	q.waiting.Remove(r.entry)
+	r.entry = nil
 }
 
 // Share is what one holder has of a Quota. A holder that is gone must have released it.
@@ -127,7 +127,7 @@ type Request struct {
 	share   *Share
 	n       int64
 	granted chan struct{}
-	waits   *list.Element // its place; nil once it is granted or cancelled. Guarded by the quota's mutex
+	entry   *list.Element // its place; nil once it is granted or cancelled. Guarded by the quota's mutex
 }
 
 // Request asks for n, which is granted as soon as it can be. Cancel must be called for a
@@ -144,7 +144,7 @@ func (s *Share) Request(n int64) *Request {
 	if s.q.waiting.Len() == 0 {
 		s.q.since = time.Now()
 	}
-	r.waits = s.q.waiting.PushBack(r)
+	r.entry = s.q.waiting.PushBack(r)
 	return r
 }
 
@@ -157,7 +157,7 @@ func (r *Request) Cancel() {
 	q := r.share.q
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if r.waits == nil {
+	if r.entry == nil {
 		q.releaseLocked(r.share, r.n)
 		return
 	}

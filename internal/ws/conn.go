@@ -113,7 +113,7 @@ func (c *Conn) ReleaseBuffer() { c.t.releaseMostlyRead() }
 func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
 
 // ReadOn ends an Interrupt. Reading goroutine.
-func (c *Conn) ReadOn() { _ = c.t.SetReadDeadline(time.Time{}) }
+func (c *Conn) ResumeReads() { _ = c.t.SetReadDeadline(time.Time{}) }
 
 // Drained reports whether everything received so far is read, and was little.
 func (c *Conn) Drained() bool { return c.t.drained() }
@@ -134,7 +134,7 @@ func (c *Conn) DiscardAll() { c.t.discard() }
 func (c *Conn) Heard() bool { return c.t.heard.Swap(false) }
 
 // Excuse makes the next Heard report true, when this end has not read for some time.
-func (c *Conn) Excuse() { c.t.heard.Store(true) }
+func (c *Conn) SetHeard() { c.t.heard.Store(true) }
 
 // Progress returns how many bytes were delivered so far, and how many wait for that. On
 // Linux, a TCP connection's bytes are delivered when the peer's kernel has acknowledged

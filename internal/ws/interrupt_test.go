@@ -55,7 +55,7 @@ func TestAnInterruptedReadLosesNothingOfWhatFollows(t *testing.T) {
 		reader.Start(func(data []byte) { got = append(got, "ping "+string(data)) })
 		resume := func(read func() error) (err error) {
 			for err = read(); errors.Is(err, os.ErrDeadlineExceeded); err = read() {
-				reader.ReadOn()
+				reader.ResumeReads()
 			}
 			return err
 		}

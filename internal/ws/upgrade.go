@@ -15,12 +15,12 @@ import (
 // UpgradeError is the reason why a request is not upgraded.
 type UpgradeError struct {
 	Status   int
-	Sentence string      // response body
+	Message  string      // response body
 	Header   http.Header // further response headers; may be nil
 	Answered bool        // the response is written and the connection closed
 }
 
-func (e *UpgradeError) Error() string { return e.Sentence }
+func (e *UpgradeError) Error() string { return e.Message }
 
 // CheckUpgrade checks that a request is a valid upgrade (RFC 6455, 4.2.1), so that
 // nothing is reserved for one that is not. The library takes HTTP/1.0, lists of versions
@@ -30,22 +30,22 @@ func CheckUpgrade(r *http.Request) *UpgradeError {
 	switch {
 	case !websocket.IsWebSocketUpgrade(r), !r.ProtoAtLeast(1, 1): // HTTP/1.0 has no upgrades (RFC 9110, 7.8)
 		return &UpgradeError{
-			Status: http.StatusUpgradeRequired, Sentence: "This is a WebSocket server.",
+			Status: http.StatusUpgradeRequired, Message: "This is a WebSocket server.",
 			Header: http.Header{"Connection": {"upgrade"}, "Upgrade": {"websocket"}},
 		}
 	case r.Method != http.MethodGet:
 		return &UpgradeError{
-			Status: http.StatusMethodNotAllowed, Sentence: "The method of an upgrade must be GET.",
+			Status: http.StatusMethodNotAllowed, Message: "The method of an upgrade must be GET.",
 			Header: http.Header{"Allow": {http.MethodGet}},
 		}
 	case len(version) != 1 || version[0] != "13":
 		return &UpgradeError{
-			Status: http.StatusBadRequest, Sentence: "The upgrade must have one header Sec-WebSocket-Version: 13.",
+			Status: http.StatusBadRequest, Message: "The upgrade must have one header Sec-WebSocket-Version: 13.",
 			Header: http.Header{"Sec-Websocket-Version": {"13"}},
 		}
 	case len(key) != 1 || !isKey(key[0]):
 		return &UpgradeError{
-			Status: http.StatusBadRequest, Sentence: "The upgrade must have one header Sec-WebSocket-Key: 16 bytes in base64.",
+			Status: http.StatusBadRequest, Message: "The upgrade must have one header Sec-WebSocket-Key: 16 bytes in base64.",
 		}
 	}
 	return nil
@@ -68,11 +68,11 @@ var upgrader = websocket.Upgrader{
 func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 	c, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		return nil, &UpgradeError{Status: http.StatusInternalServerError, Sentence: "This connection can't be upgraded: " + err.Error()}
+		return nil, &UpgradeError{Status: http.StatusInternalServerError, Message: "This connection can't be upgraded: " + err.Error()}
 	}
 	if rw.Reader.Buffered() > 0 {
 		e := &UpgradeError{
-			Status: http.StatusBadRequest, Sentence: "The client must not send data before the upgrade is answered.", Answered: true,
+			Status: http.StatusBadRequest, Message: "The client must not send data before the upgrade is answered.", Answered: true,
 		}
 		respond(c, e)
 		return nil, e
@@ -106,7 +106,7 @@ func respond(c net.Conn, e *UpgradeError) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(lingerTime))
 	if _, err := fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s\n",
-		e.Status, http.StatusText(e.Status), len(e.Sentence)+1, e.Sentence); err != nil {
+		e.Status, http.StatusText(e.Status), len(e.Message)+1, e.Message); err != nil {
 		return
 	}
 	if half, ok := c.(interface{ CloseWrite() error }); ok {

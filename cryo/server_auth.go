@@ -56,64 +56,64 @@ func Tokens(tokens ...string) func(*Upgrade) error {
 }
 
 // refusal is an answer to an upgrade that is not let in.
-type refusal struct {
+type denial struct {
 	status   int
-	sentence string // for the client
+	message  string // for the client
 	cause    error  // for the log; nil if the sentence says it all
 	token    string // what the log must not repeat
 	answered bool   // on the connection already
 }
 
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
+func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	if s.opts.OnDeny != nil {
-		s.opts.OnDeny(refused.status)
+		s.opts.OnDeny(denied.status)
 	}
-	s.refused.Add(1)
-	s.refusals.Do(func() {
-		cause := refused.cause
+	s.suppressed.Add(1)
+	s.logLimit.Do(func() {
+		cause := denied.cause
 		if cause == nil {
-			cause = errors.New(refused.sentence)
+			cause = errors.New(denied.message)
 		}
 		// Here and not for each refusal: much work may be made of a long token.
-		cause = redact.New(refused.token).Error(cause)
-		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
-			"left_out", max(s.refused.Swap(0)-1, 0))
+		cause = redact.New(denied.token).Error(cause)
+		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
+			"left_out", max(s.suppressed.Swap(0)-1, 0))
 	})
-	if !refused.answered {
-		http.Error(w, refused.sentence, refused.status)
+	if !denied.answered {
+		http.Error(w, denied.message, denied.status)
 	}
 }
 
 // admit judges a request and takes a place for its session.
-func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *refusal) {
+func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, nil, &refusal{status: http.StatusBadRequest, sentence: "The URL's query can't be read."}
+		return nil, nil, &denial{status: http.StatusBadRequest, message: "The URL's query can't be read."}
 	}
 	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
 	if !ok {
-		return nil, nil, &refusal{status: http.StatusUnauthorized, sentence: "The parameter authorization with a Bearer token is missing."}
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter authorization with a Bearer token is missing."}
 	}
 	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		refused := &refusal{status: http.StatusUnauthorized, sentence: "The token was rejected.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
+		denied := &denial{status: http.StatusUnauthorized, message: "The token was rejected.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
-			refused.status, refused.sentence = cmp.Or(other.StatusCode, http.StatusForbidden), other.Message
+			denied.status, denied.message = cmp.Or(other.StatusCode, http.StatusForbidden), other.Message
 		}
-		return nil, nil, refused
+		return nil, nil, denied
 	}
 	switch {
 	case idErr != nil:
-		return nil, nil, &refusal{status: http.StatusUnauthorized, sentence: "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."}
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."}
 	case !s.opts.CheckOrigin(r):
-		return nil, nil, &refusal{status: http.StatusForbidden, sentence: "This origin is not allowed."}
+		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
 	case s.opts.Full():
-		return nil, nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server is behind with sessions that have ended."}
+		return nil, nil, &denial{status: http.StatusServiceUnavailable, message: "The server is behind with sessions that have ended."}
 	}
-	e, refused := s.reserve(u)
-	return u, e, refused
+	e, denied := s.reserve(u)
+	return u, e, denied
 }
 
 // credentials are a client's token and, by TLS, its certificate: where certificates
@@ -128,27 +128,27 @@ func (u *Upgrade) credentials() [sha256.Size]byte {
 
 // reserve takes a place. A client that comes back with the id and the credentials
 // of a session that is still thought alive takes it over: the old one is its ghost.
-func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
+func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	e := &entry{credentials: u.credentials(), address: networkOf(u.Request.RemoteAddr)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.entries[u.SessionID]
 	switch {
 	case s.closed:
-		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server is shutting down."}
-	case old == nil && s.places >= s.opts.MaxSessions, s.places >= 2*s.opts.MaxSessions:
-		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server has as many sessions as it may."}
+		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down."}
+	case old == nil && s.slots >= s.opts.MaxSessions, s.slots >= 2*s.opts.MaxSessions:
+		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has as many sessions as it may."}
 	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
-		return nil, &refusal{status: http.StatusUnauthorized, sentence: "The session already exists."}
-	case s.crowded(e.address, old):
-		return nil, &refusal{status: http.StatusTooManyRequests, sentence: "There are as many sessions from this address as there may be."}
+		return nil, &denial{status: http.StatusUnauthorized, message: "The session already exists."}
+	case s.addressFull(e.address, old):
+		return nil, &denial{status: http.StatusTooManyRequests, message: "There are as many sessions from this address as there may be."}
 	case old != nil:
 		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
-		s.count(old, -1)
+		s.countAddress(old, -1)
 	}
 	s.entries[u.SessionID] = e
-	s.count(e, 1)
-	s.places++
+	s.countAddress(e, 1)
+	s.slots++
 	return e, nil
 }
 
@@ -173,12 +173,12 @@ func networkOf(remote string) netip.Prefix {
 
 // crowded tells whether another session from an address would be one too many.
 // One that takes over a session from there is none more.
-func (s *Server) crowded(address netip.Prefix, old *entry) bool {
+func (s *Server) addressFull(address netip.Prefix, old *entry) bool {
 	limit := s.opts.MaxSessionsPerAddress
 	return limit > 0 && s.perAddr[address] >= limit && (old == nil || old.address != address)
 }
 
-func (s *Server) count(e *entry, change int) {
+func (s *Server) countAddress(e *entry, change int) {
 	if s.opts.MaxSessionsPerAddress <= 0 {
 		return
 	}
