@@ -32,7 +32,7 @@ func (c *AckClock) Tick() (late bool) {
 	left := c.end - c.delivered
 	progress := c.ticks > 0 && left > 0 && delivered-c.delivered >= min(left, minProgress)
 	if c.ticks == 0 {
-		c.end = delivered + backlog + c.s.writer.queuedBytes() + c.s.writer.takenBytes()
+		c.end = delivered + backlog + c.s.writer.queuedBytes() + c.s.writer.dequeuedBytes()
 	}
 	c.delivered = delivered
 	c.ticks++

@@ -10,8 +10,8 @@ import (
 // Our own numbers stay within one of two ranges of 2^30, so that they meet
 // neither each other's nor those of the published peers, which start at 0: an
 // ERROR that carries one of our numbers can then only be a rejection (protocol,
-// "ERROR"). Each session starts at another number of its range, so that an answer
-// that was meant for an older connection of the same session meets no frame.
+// "ERROR"). Each session starts at a random number of its range, so that an answer
+// to an older connection of the same session matches no frame.
 const (
 	dialingNumbers   uint32 = 0x40000000
 	listeningNumbers uint32 = 0xC0000000
@@ -19,16 +19,16 @@ const (
 )
 
 // call is a wait for the answers to its frames. Each frame must leave both the writer,
-// which releases it, and the ackTable, which settles it. The last of these closes done.
+// which releases it, and the ackTable, which completes it. The last of these closes done.
 type call struct {
 	frames    []outFrame
-	remaining atomic.Int64 // releases and settlements that are still to come
+	remaining atomic.Int64 // releases and completions still to come
 	done      chan struct{}
 	errs      []error     // by outFrame.index; nil without an error; guarded by the ackTable's mutex
 	one       [1]outFrame // memory of frames, if there is one
 }
 
-// init makes a call of so many frames, which the caller fills in.
+// init prepares a call for this number of frames, which the caller fills in.
 func (c *call) init(frames int) {
 	if frames == 1 {
 		c.frames = c.one[:]
@@ -45,7 +45,7 @@ func (c *call) init(frames int) {
 	}
 }
 
-// newCall is a call of one frame.
+// newCall returns a call of one frame.
 func newCall(f wire.Frame) *call {
 	c := &call{}
 	c.init(1)
@@ -53,7 +53,7 @@ func newCall(f wire.Frame) *call {
 	return c
 }
 
-// leave counts a release or a settlement.
+// leave counts a release or a completion.
 func (c *call) leave() {
 	if c.remaining.Add(-1) == 0 {
 		close(c.done)
@@ -63,55 +63,55 @@ func (c *call) leave() {
 // outFrame is a frame of a call, or a stream's chunk.
 type outFrame struct {
 	wire.Frame
-	call   *call         // nil for a chunk, which nobody answers
-	index  int           // in call.errs
-	window *window       // of a chunk's stream; nil for other frames
+	call   *call         // nil for a chunk, which is never answered
+	index  int           // position in call.errs
+	window *window       // send window of a chunk's stream; nil for other frames
 	state  atomic.Uint32 // the bits below, which are set and never cleared
 }
 
 const (
-	frameDequeued uint32 = 1 << iota // the writer has begun with it: the peer may have all of it
-	frameReleased                    // it has left the writer: its payload is not in use any more
+	frameDequeued uint32 = 1 << iota // the writer has begun to write it: the peer may have all of it
+	frameReleased                    // it has left the writer: its payload is no longer in use
 	frameWritten                     // … because its last byte was copied or written
-	frameAnswered                    // by the peer; a rejection is in call.errs
+	frameAnswered                    // the peer has acknowledged or rejected it; a rejection is in call.errs
 )
 
 func (f *outFrame) is(bits uint32) bool { return f.state.Load()&bits != 0 }
 
-// ackTable numbers this end's acknowledged frames and finds the one that an answer is for.
-// A frame is in it from its registration until it is settled: when it is both written and
-// answered, or its call is cancelled, or at the end of the session. A number has its slot by
-// its last bits, and is passed over while another one is there: see docs/performance.md,
-// "What was found".
+// ackTable numbers the frames that this end sends and the peer acknowledges, and finds the
+// frame that an answer is for. A frame is in the table from its registration until it is
+// complete: when it is both written and answered, or its call is cancelled, or the session
+// ends. The last bits of a number select its slot; a number is skipped while its slot is in
+// use: see docs/performance.md, "What was found".
 //
-// Its mutex may be locked by who holds a stream's, and never by who holds the writer's.
+// Lock order: a stream's mutex may be held while this one is locked; the writer's must not
+// be.
 type ackTable struct {
 	mu       sync.Mutex
 	base     uint32
 	first    uint32              // offset of the first number within the range
-	next     uint32              // offset of the next number behind the first
+	next     uint32              // offset of the next number from the first
 	wrapped  bool                // all numbers of the range were used once
-	slots    []*outFrame         // a power of two of them, or none; at most half are not nil
-	waiting  int                 // slots that are not nil
-	timedOut map[uint32]struct{} // numbers of cancelled calls: what comes for them is late; nil is none
-	ended    error               // set at the end of the session: nothing is registered any more
+	slots    []*outFrame         // length 0 or a power of two; at most half are not nil
+	waiting  int                 // number of slots that are not nil
+	timedOut map[uint32]struct{} // numbers of cancelled calls, whose answers are late; may be nil
+	ended    error               // the session's cause of end; nothing is registered once it is set
 }
 
-// The numbers of slots: when they are made, and when there are no frames and they are kept.
 const (
-	minSlots     = 4
-	maxIdleSlots = 128
+	minSlots     = 4   // size of the smallest table
+	maxIdleSlots = 128 // largest size that an empty table keeps
 )
 
-// maxTimedOut bounds the numbers of cancelled calls that are remembered. Beyond it they
-// are forgotten, all of them: they are for counting only.
+// maxTimedOut bounds the remembered numbers of cancelled calls. When it is reached, all of
+// them are forgotten: they only serve to count late answers.
 const maxTimedOut = 16 << 10
 
 func newAckTable(base, first uint32) *ackTable { return &ackTable{base: base, first: first} }
 
 func (t *ackTable) slot(number uint32) **outFrame { return &t.slots[int(number)&(len(t.slots)-1)] }
 
-// number returns a number that nobody waits for.
+// number returns a number for a frame that is not in the table.
 func (t *ackTable) number() uint32 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -129,8 +129,8 @@ func (t *ackTable) numberLocked() uint32 {
 	}
 }
 
-// register numbers the frames of a call. After the end of the session they are settled
-// with its cause.
+// register numbers the frames of a call and adds them. After the end of the session they are
+// completed with its cause instead.
 func (t *ackTable) register(c *call) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -150,7 +150,7 @@ func (t *ackTable) register(c *call) {
 	t.waiting += len(c.frames)
 }
 
-// growLocked makes slots for so many more frames.
+// growLocked makes slots for n more frames.
 func (t *ackTable) growLocked(n int) {
 	size := max(len(t.slots), minSlots)
 	for size < 2*(t.waiting+n) {
@@ -168,18 +168,18 @@ func (t *ackTable) growLocked(n int) {
 	}
 }
 
-// outcome is that of a peer's answer to a number.
+// answerResult is the result of matching a peer's answer to a frame.
 type answerResult int
 
 const (
 	answerForeign   answerResult = iota // the number is not one of ours
-	answerUnknown                       // it is, and nobody waits for it
-	answerLate                          // nobody waits for it any more; reported once a number
-	answerAccepted                      // its frame is settled, now or when it is written
-	answerPremature                     // its frame was not sent yet
+	answerUnknown                       // the number is ours, but not in the table
+	answerLate                          // the number's call was cancelled; returned once a number
+	answerAccepted                      // the frame is complete, now or once it is written
+	answerPremature                     // the frame was not sent yet
 )
 
-// answer takes the peer's answer to a number: nil is its ACK, and err a rejection.
+// answer records the peer's answer to a number: its ACK if err is nil, else a rejection.
 func (t *ackTable) answer(number uint32, err error) answerResult {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -210,8 +210,8 @@ func (t *ackTable) unmatchedLocked(number uint32) answerResult {
 	return answerForeign
 }
 
-// issued reports whether a number is one of ours, awaited or not: an ERROR with it is an
-// answer.
+// issued reports whether a number is one of ours, in the table or not: an ERROR with it is
+// an answer.
 func (t *ackTable) issued(number uint32) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -222,11 +222,11 @@ func (t *ackTable) issuedLocked(number uint32) bool {
 	return number&^numberMask == t.base && (t.wrapped || (number-t.first)&numberMask < t.next)
 }
 
-// released is called once for each frame, when it has left the writer: as written, or
-// dropped. If it is dropped, the caller may hold the writer's mutex.
+// released is called once for each frame, when it has left the writer, written or dropped.
+// If it is dropped, the caller may hold the writer's mutex.
 func (t *ackTable) released(f *outFrame, written bool) {
 	size := len(f.Payload)
-	f.Payload = nil // it is the caller's again, or garbage, long before a large call is over
+	f.Payload = nil // not in use any more, long before a large call is done
 	if !written {
 		f.state.Or(frameReleased)
 	} else if f.state.Or(frameReleased|frameWritten)&frameAnswered != 0 {
@@ -240,14 +240,14 @@ func (t *ackTable) released(f *outFrame, written bool) {
 	}
 }
 
-// drop releases frames that the writer doesn't take.
+// drop releases frames that the writer does not queue.
 func (t *ackTable) drop(frames []outFrame) {
 	for i := range frames {
 		t.released(&frames[i], false)
 	}
 }
 
-// settle settles a frame that was answered before it was written, unless its call was
+// complete removes a frame that was answered before it was written, unless its call was
 // cancelled meanwhile.
 func (t *ackTable) complete(f *outFrame) {
 	t.mu.Lock()
@@ -269,7 +269,7 @@ func (t *ackTable) findLocked(number uint32) *outFrame {
 	return f
 }
 
-// settleLocked removes a frame. A large table is not kept when it is empty.
+// completeLocked removes a frame. A large table is released when it is empty.
 func (t *ackTable) completeLocked(f *outFrame, err error) {
 	t.failLocked(f, err)
 	*t.slot(f.Ack) = nil
@@ -279,7 +279,7 @@ func (t *ackTable) completeLocked(f *outFrame, err error) {
 	f.call.leave()
 }
 
-// failLocked records an error of a frame, if there is one.
+// failLocked records the error of a frame; nil is ignored.
 func (t *ackTable) failLocked(f *outFrame, err error) {
 	if err == nil {
 		return
@@ -290,7 +290,7 @@ func (t *ackTable) failLocked(f *outFrame, err error) {
 	f.call.errs[f.index] = err
 }
 
-// cancel settles what is left of a call with err.
+// cancel completes the remaining frames of a call with err.
 func (t *ackTable) cancel(c *call, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -307,24 +307,25 @@ func (t *ackTable) cancel(c *call, err error) {
 	}
 }
 
-// errors returns those of a call of which all frames are settled, by index; nil is none.
+// errors returns the errors of a call whose frames are all complete, by index; nil if there
+// are none.
 func (t *ackTable) errors(c *call) []error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return c.errs
 }
 
-// count returns how many answers are waited for.
+// count returns the number of unanswered frames.
 func (t *ackTable) count() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.waiting
 }
 
-// awaited reports whether an answer is waited for.
+// hasWaiters reports whether a caller waits for an answer.
 func (t *ackTable) hasWaiters() bool { return t.count() > 0 }
 
-// end settles all frames with err, and those that are registered later.
+// end completes all frames with err, and those that are registered later.
 func (t *ackTable) end(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

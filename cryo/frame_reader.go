@@ -47,14 +47,14 @@ type received struct {
 	decision    decision     // about data
 }
 
-// take moves the payload out, with all that belongs to it.
+// detach moves the payload out, with all that belongs to it.
 func (in *received) detach() (payload []byte, h reservation, pooled *chunkBuffer) {
 	payload, h, pooled = in.Payload, in.reservation, in.pooled
 	in.Payload, in.reservation, in.pooled = nil, reservation{}, nil
 	return payload, h, pooled
 }
 
-// drop gives up what nobody took.
+// release gives up what nobody took.
 func (in *received) release() {
 	_, h, pooled := in.detach()
 	pooled.release()

@@ -127,7 +127,7 @@ const maxIdleQueue = 256
 
 func newInbox() *inbox { return &inbox{ready: make(chan struct{}, 1)} }
 
-// put queues a message. It reports false when the queue was discarded.
+// push queues a message. It reports false when the queue was discarded.
 func (q *inbox) push(m *Message) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -162,7 +162,7 @@ func (q *inbox) end() {
 	q.signal()
 }
 
-// take returns what waits first, in a slice of its own: one that is kept long must not
+// pop returns what waits first, in a slice of its own: one that is kept long must not
 // keep the queue.
 func (q *inbox) pop(limit int) (batch []*Message, ended bool) {
 	q.mu.Lock()

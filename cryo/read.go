@@ -217,7 +217,7 @@ func (s *Session) endpointInfo() wire.Frame {
 	return wire.Frame{SID: s.id, Type: wire.EndpointInfo, Version: wire.Version, Features: wire.FeatureStreams}
 }
 
-// sayEndpointInfo sends it without insisting on an acknowledgement.
+// sendEndpointInfo sends it without insisting on an acknowledgement.
 func (s *Session) sendEndpointInfo() {
 	f := s.endpointInfo()
 	f.Ack = s.acks.number()

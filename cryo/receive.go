@@ -161,7 +161,7 @@ func (s *Session) Redact(text string) string {
 	return redact.Cut(s.opts.token.Text(text), maxErrorText)
 }
 
-// words is Redact for the text of a control frame, which may have been truncated within
+// redactControl is Redact for the text of a control frame, which may have been truncated within
 // the token, behind maxControl bytes.
 func (s *Session) redactControl(text string) string {
 	if s.opts.token != nil && len(text) >= maxControl {
@@ -170,7 +170,7 @@ func (s *Session) redactControl(text string) string {
 	return s.Redact(text)
 }
 
-// receivesNothing is the text that a session that only sends rejects messages with.
+// sendOnlyText is the text that a session that only sends rejects messages with.
 const sendOnlyText = "this session receives no messages"
 
 // rejectUnread rejects a message that the application does not receive.

@@ -42,7 +42,7 @@ func newReceiveBuffer(limit int) receiveBuffer {
 	}
 }
 
-// hold is a reservation. It has one owner: it is moved, and never copied.
+// reservation is a reservation. It has one owner: it is moved, and never copied.
 type reservation struct {
 	share *quota.Share
 	n     int64
@@ -243,7 +243,7 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 	}
 }
 
-// reconsider has a wait ask again whether its frame is wanted. From any goroutine.
+// recheck has a wait ask again whether its frame is wanted. From any goroutine.
 func (l *receiveLimit) recheck() {
 	select {
 	case l.changed <- struct{}{}:
@@ -291,7 +291,7 @@ func (l *receiveLimit) interruptLarge() {
 	}
 }
 
-// timeForLarge is how long large payloads were being read, until now. From any goroutine.
+// largeReadTime is how long large payloads were being read, until now. From any goroutine.
 func (l *receiveLimit) largeReadTime() time.Duration {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
@@ -301,7 +301,7 @@ func (l *receiveLimit) largeReadTime() time.Duration {
 	return l.largeTotal + time.Since(l.largeStart)
 }
 
-// keepsOthersOut reports that others have waited for a minute for what is reserved for a
+// starvesOthers reports that others have waited for a minute for what is reserved for a
 // payload that has been coming in for as long. It does so once a minute, to one session,
 // which is to end. The heartbeat's goroutine.
 func (l *receiveLimit) starvesOthers() bool {

@@ -23,7 +23,7 @@ const (
 )
 
 const (
-	// maxLost bounds the sessions that end one after the other while Client.Send waits for
+	// maxLostSessions bounds the sessions that end one after the other while Client.Send waits for
 	// the acknowledgement of a message: the message may be what ends them.
 	maxLostSessions = 10
 	// maxResendWait bounds the random wait before a message that two sessions have not
@@ -327,7 +327,7 @@ func (c *Client) backOffLocked() time.Duration {
 	return wait - rand.N(wait/4) //nolint:gosec // no secret
 }
 
-// report logs a failed attempt. Logging is outside of the limit's lock: a handler may call the
+// logFailure logs a failed attempt. Logging is outside of the limit's lock: a handler may call the
 // Client.
 func (c *Client) logFailure(err error) {
 	due := false

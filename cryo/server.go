@@ -24,7 +24,7 @@ const (
 	DefaultHandshakeTimeout = 10 * time.Second
 )
 
-// infoPatience is how long a server waits for the client's ENDPOINT_INFO before
+// infoDelay is how long a server waits for the client's ENDPOINT_INFO before
 // it sends its own. cryo-client-node often loses one that travels right behind
 // the upgrade's answer.
 const infoDelay = time.Second
@@ -297,7 +297,7 @@ func (s *Server) remove(id uint64, e *entry) {
 	}
 }
 
-// free frees the slot of an entry that was removed, last of all: Shutdown waits for it.
+// freeSlot frees the slot of an entry that was removed, last of all: Shutdown waits for it.
 func (s *Server) freeSlot() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

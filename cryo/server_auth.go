@@ -55,7 +55,7 @@ func Tokens(tokens ...string) func(*Upgrade) error {
 	}
 }
 
-// refusal is an answer to an upgrade that is not let in.
+// denial is an answer to an upgrade that is not let in.
 type denial struct {
 	status   int
 	message  string // for the client
@@ -171,7 +171,7 @@ func networkOf(remote string) netip.Prefix {
 	return network
 }
 
-// crowded tells whether another session from an address would be one too many.
+// addressFull tells whether another session from an address would be one too many.
 // One that takes over a session from there is none more.
 func (s *Server) addressFull(address netip.Prefix, old *entry) bool {
 	limit := s.opts.MaxSessionsPerAddress

@@ -335,7 +335,7 @@ const (
 	closeClientError = 4001
 )
 
-// begin records the first cause, and reports whether this is it.
+// setCause records the first cause, and reports whether this is it.
 func (s *Session) setCause(cause error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -360,7 +360,7 @@ func (s *Session) beginClosing(cause error) bool {
 	return true
 }
 
-// goodbye ends the session in good order and without BYE: the writer sends what is queued,
+// closeWith ends the session in good order and without BYE: the writer sends what is queued,
 // then the close frame, and half-closes; the reader discards data until the peer closes.
 // While Close waits for the peer to cancel, this takes its place: what comes first is
 // queued, and nothing behind it.

@@ -310,7 +310,7 @@ func (st *IncomingStream) stopIdleLocked() {
 	}
 }
 
-// dropLocked gives up what was not read.
+// releaseLocked gives up what was not read.
 func (st *IncomingStream) releaseLocked() {
 	st.stopIdleLocked()
 	for i := range st.chunks {
@@ -394,7 +394,7 @@ func (st *IncomingStream) wantsChunks() bool {
 	return st.accepted && st.failed == nil && st.settled == unsettled
 }
 
-// chunk appends a chunk. It reports false when the stream ends because the receive buffer
+// addChunk appends a chunk. It reports false when the stream ends because the receive buffer
 // is full. Reading goroutine.
 func (st *IncomingStream) addChunk(f *received) bool {
 	st.mu.Lock()
@@ -442,7 +442,7 @@ func (st *IncomingStream) awaitsFinish() bool {
 	return st.settled == acknowledged && st.finishNumber == nil
 }
 
-// finished takes TX_FINISH. It reports whether it can be acknowledged at once.
+// handleFinish takes TX_FINISH. It reports whether it can be acknowledged at once.
 // Reading goroutine.
 func (st *IncomingStream) handleFinish(number uint32) (now bool) {
 	st.mu.Lock()

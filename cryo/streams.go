@@ -54,7 +54,7 @@ func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struc
 	return nil, in.changed
 }
 
-// pull is called before TX_FLOW is sent. From then on the streams that announce a size
+// startPulling is called before TX_FLOW is sent. From then on the streams that announce a size
 // are pulled: a pushed one, which may meet TX_FLOW on the way, announces none.
 func (in *incomingStreams) startPulling() {
 	in.mu.Lock()
@@ -62,7 +62,7 @@ func (in *incomingStreams) startPulling() {
 	in.pulls = true
 }
 
-// start takes TX_START. Reading goroutine.
+// handleStart takes TX_START. Reading goroutine.
 func (in *incomingStreams) handleStart(f *wire.Frame) {
 	name := wire.Anonymous
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
@@ -86,7 +86,7 @@ func (in *incomingStreams) reject(tx uint32) {
 	in.s.cancel(tx)
 }
 
-// started is what becomes of a TX_START.
+// startResult is what becomes of a TX_START.
 type startResult int
 
 const (
@@ -124,7 +124,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome startRe
 	return startAnnounced, evicted
 }
 
-// chunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
+// handleChunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
 // ignored. Reading goroutine.
 func (in *incomingStreams) handleChunk(f *received) {
 	st := in.find(f.Tx)
@@ -138,7 +138,7 @@ func (in *incomingStreams) handleChunk(f *received) {
 	}
 }
 
-// finish takes TX_FINISH. It holds the mutex while it asks whether the stream is
+// handleFinish takes TX_FINISH. It holds the mutex while it asks whether the stream is
 // acknowledged already: a stream is remembered in the moment in which it is closed.
 // Reading goroutine.
 func (in *incomingStreams) handleFinish(f *wire.Frame) {
@@ -207,7 +207,7 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	return true
 }
 
-// settled takes a stream out of the table, and reports whether it was there. Of an
+// removeSettled takes a stream out of the table, and reports whether it was there. Of an
 // acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
 // streams; of others it stays unanswered.
 func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
@@ -229,7 +229,7 @@ func (in *incomingStreams) wants(tx uint32) bool {
 	return st != nil && st.wantsChunks()
 }
 
-// end stops what the streams would still do by themselves, at the end of the session.
+// stopTimers stops what the streams would still do by themselves, at the end of the session.
 func (in *incomingStreams) stopTimers() {
 	in.mu.Lock()
 	open := slices.Collect(maps.Values(in.open))
@@ -239,7 +239,7 @@ func (in *incomingStreams) stopTimers() {
 	}
 }
 
-// refuse rejects the streams that nobody has accepted.
+// rejectAnnounced rejects the streams that nobody has accepted.
 func (in *incomingStreams) rejectAnnounced() {
 	in.mu.Lock()
 	waiting := slices.Clone(in.announced)
@@ -257,7 +257,7 @@ func (in *incomingStreams) changedLocked() {
 	in.changed = make(chan struct{})
 }
 
-// stop cancels the streams that have not come whole, as nothing more of them is taken. What
+// cancelIncomplete cancels the streams that have not come whole, as nothing more of them is taken. What
 // has come can be read, and the cause then.
 func (in *incomingStreams) cancelIncomplete(cause error) {
 	in.mu.Lock()
@@ -423,7 +423,7 @@ func (o *outgoingStreams) setFlow(flow wire.Flow) {
 	o.flow = flow
 }
 
-// cancelled is the peer's TX_CANCEL. It reports false for a stream of which the peer
+// handleCancel is the peer's TX_CANCEL. It reports false for a stream of which the peer
 // can't know yet. Reading goroutine.
 func (o *outgoingStreams) handleCancel(tx uint32) bool {
 	st := o.find(tx)
@@ -438,7 +438,7 @@ func (o *outgoingStreams) handleCancel(tx uint32) bool {
 	}
 }
 
-// fetched is the peer's TX_FETCH. Reading goroutine.
+// handleFetch is the peer's TX_FETCH. Reading goroutine.
 func (o *outgoingStreams) handleFetch(tx, start, end uint32) {
 	if st := o.find(tx); st != nil && st.pull {
 		select {

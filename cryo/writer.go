@@ -12,84 +12,82 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// maxUnwritten bounds the memory of acknowledgements and other small frames that
-// wait to be written, in bytes. Beyond it nothing more is read, so that a peer that
-// sends and never reads can't make them grow.
+// maxUnwritten bounds the memory of unwritten acknowledgements and other small frames, in
+// bytes. Beyond it nothing more is read, because a peer that sends and never reads could
+// let them grow without a bound.
 const (
 	maxUnwritten = 1 << 20
 	ackCost      = 4
-	controlCost  = 128 // and the payload
+	controlCost  = 128 // plus the payload
 )
 
-// nonblockingBytes bounds the payload of a frame that is written without a goroutine.
+// nonblockingBytes bounds the payload of a frame that its sender writes itself, in bytes.
 const nonblockingBytes = 16 << 10
 
-// maxPongs bounds the answers that a flood of pings can queue up.
+// maxPongs bounds the queued answers to a flood of pings.
 const maxPongs = 16
 
 // maxFrameHeader is the size of the longest header, that of ENDPOINT_INFO, in bytes.
 const maxFrameHeader = wire.AckHeaderSize + 12
 
-// maxIdleSlice bounds the memory of numbers and of pointers to frames that an empty queue
-// keeps for the next ones.
+// maxIdleSlice bounds the capacity of the slices that an empty queue keeps for reuse.
 const maxIdleSlice = 16
 
-// writer is the queue of what a session sends, and writes it. Nobody waits for the network
-// here: whoever queues something while nobody writes is the writer. It writes a small frame in
-// place, as far as the network takes it without waiting, and starts a goroutine for all else,
-// which ends when nothing is left. Each frame of data leaves the writer once, by
-// ackTable.released: copied, written, not written because of an error, withdrawn before it was
-// taken, or dropped when nothing is written any more.
+// writer queues the frames that a session sends, and writes them. Queueing never waits for
+// the network. At most one goroutine writes: if none does, the caller that queues a small frame
+// writes it in place, as far as the network accepts it without waiting, and starts a goroutine
+// for everything else, which ends when the queue is empty. Each data frame leaves the writer
+// once, by ackTable.released: copied, written, not written because of an error, withdrawn before
+// it was dequeued, or dropped at the end.
 //
-// Its mutex may be locked by who holds a stream's. Who holds it locks no other but a
-// window's.
+// Lock order: a stream's mutex may be held while this one is locked. While this one is held,
+// no other may be locked but a window's.
 type writer struct {
 	conn   *ws.Conn
 	sid    uint64
 	acks   *ackTable
-	failed func(error) // ends the session, when writing has failed
+	failed func(error) // ends the session after a write error
 
-	head [maxFrameHeader]byte // memory of a frame's header; owned by who writes
+	head [maxFrameHeader]byte // memory of a frame's header; owned by the goroutine that writes
 
 	mu        sync.Mutex
 	queue     queue
-	withdrawn int           // released frames in the queue
-	taken     int           // bytes of data being written
-	unwritten int           // bytes of acknowledgements and control frames, those being written included
-	shrunk    chan struct{} // closed when unwritten falls; nil when nobody waits
-	pongs     int           // in the queue
+	withdrawn int           // number of released frames in the queue
+	dequeued  int           // bytes of data being written
+	unwritten int           // bytes of acknowledgements and control frames, including those being written
+	shrunk    chan struct{} // closed when unwritten falls; nil without a waiter
+	pongs     int           // number of queued pongs
 	dataEnded bool          // no more data can be queued
-	closing   *closeFrame   // written when all else is; nothing can be queued behind it
-	active    bool          // somebody writes
-	idle      *sync.Cond    // active has become false
-	closed    bool          // nothing more is taken or written
+	closing   *closeFrame   // written last; nothing can be queued behind it
+	active    bool          // a goroutine writes
+	idle      *sync.Cond    // signalled when active becomes false
+	closed    bool          // nothing more is dequeued or written
 }
 
-// queue is what waits to be written, or what is taken of it to be written as a whole, in
-// this order.
+// queue holds unwritten frames, or a part of them that is written as a whole, in this order.
 type queue struct {
 	wsPing  bool
-	wsPong  []byte // the newest WebSocket ping's data; older ones need no answer
+	wsPong  []byte // data of the newest WebSocket ping; older ones need no answer
 	acks    []uint32
-	control []wire.Frame // small frames for whose answers nobody waits
+	control []wire.Frame // small frames whose answers are not awaited
 	data    []*outFrame
-	closing *closeFrame // where all else is written
+	closing *closeFrame // set in the last part only
 }
 
-// closeFrame ends the WebSocket.
+// closeFrame is the close frame of the WebSocket, with the BYE before it.
 type closeFrame struct {
-	bye    *wire.Frame // nil: none
+	bye    *wire.Frame // nil: no BYE
 	code   int
 	reason string
 }
 
-// frames is the number of frames of Cryo.
+// frames returns the number of Cryo frames.
 func (q *queue) frames() int { return len(q.acks) + len(q.control) + len(q.data) }
 
 func (q *queue) empty() bool { return !q.wsPing && q.wsPong == nil && q.frames() == 0 }
 
-// isSmall reports whether there is only a small frame, whose sender may wait for nothing
-// else.
+// isSmall reports whether the queue is a single small frame, for whose answer a sender may be
+// waiting.
 func (q *queue) isSmall() bool {
 	if q.wsPing || q.wsPong != nil || len(q.control) > 0 || q.frames() != 1 {
 		return false
@@ -97,7 +95,7 @@ func (q *queue) isSmall() bool {
 	return len(q.acks) == 1 || q.data[0].call != nil && len(q.data[0].Payload) <= nonblockingBytes
 }
 
-// cost is what the queue counts towards maxUnwritten.
+// cost returns the bytes that the queue counts towards maxUnwritten.
 func (q *queue) cost() int {
 	cost := len(q.acks) * ackCost
 	for i := range q.control {
@@ -113,11 +111,11 @@ func newWriter(conn *ws.Conn, sid uint64, acks *ackTable, failed func(error)) *w
 	return w
 }
 
-// enqueue runs a change of the queue, and sees that it is written. It reports false when
+// enqueue changes the queue, and starts writing if no goroutine writes. It returns false when
 // nothing can be queued any more.
 func (w *writer) enqueue(change func(q *queue)) bool { return w.enqueueKind(false, change) }
 
-// enqueueKind is enqueue for data, or for what is none.
+// enqueueKind is enqueue for data frames, or for other frames.
 func (w *writer) enqueueKind(data bool, change func(q *queue)) bool {
 	w.mu.Lock()
 	if w.isClosingLocked() || data && w.dataEnded {
@@ -147,7 +145,7 @@ func (w *writer) acknowledge(numbers []uint32) bool {
 	})
 }
 
-// send queues frames. It drops them when nothing can be queued any more.
+// send queues data frames. It drops them when nothing can be queued any more.
 func (w *writer) send(frames []outFrame) bool {
 	queued := w.enqueueKind(true, func(q *queue) {
 		for i := range frames {
@@ -160,7 +158,7 @@ func (w *writer) send(frames []outFrame) bool {
 	return queued
 }
 
-// control queues a small frame for whose answer nobody waits.
+// control queues a small frame whose answer is not awaited.
 func (w *writer) control(f wire.Frame) bool {
 	return w.enqueue(func(*queue) { w.controlLocked(f) })
 }
@@ -170,23 +168,23 @@ func (w *writer) controlLocked(f wire.Frame) {
 	w.unwritten += controlCost + len(f.Payload)
 }
 
-// pong queues the answer to a ping, or a keepalive that looks like one.
+// pong queues the answer to a ping, or an unsolicited pong (keepalive).
 func (w *writer) pong(number uint32) {
 	w.enqueue(func(*queue) {
 		if w.pongs == maxPongs {
-			return // as many answers are queued
+			return
 		}
 		w.pongs++
 		w.controlLocked(wire.Frame{SID: w.sid, Type: wire.PingPong, Ack: number, Payload: []byte(wire.Pong)})
 	})
 }
 
-// ping queues a heartbeat: a ping of WebSocket and, if wanted, one of Cryo.
+// ping queues a heartbeat: a WebSocket ping and, if cryo is set, a Cryo ping.
 func (w *writer) ping(cryo bool) {
 	number := w.acks.number()
 	w.enqueue(func(q *queue) {
 		if q.wsPing {
-			return // the last one is still unwritten
+			return // the previous one is still unwritten
 		}
 		q.wsPing = true
 		if cryo {
@@ -196,17 +194,18 @@ func (w *writer) ping(cryo bool) {
 }
 
 func (w *writer) webSocketPong(data []byte) {
-	w.enqueue(func(q *queue) { q.wsPong = append([]byte{}, data...) }) // not nil: there is one
+	w.enqueue(func(q *queue) { q.wsPong = append([]byte{}, data...) }) // not nil, even if empty
 }
 
-// endData has no more data queued; acknowledgements and control frames are until the end.
+// rejectData makes the queue reject data; acknowledgements and control frames are queued until
+// the close frame.
 func (w *writer) rejectData() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.dataEnded = true
 }
 
-// ends reports whether the end is queued, so that nothing is queued any more.
+// isClosing reports whether the close frame is queued, behind which nothing can be.
 func (w *writer) isClosing() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -215,7 +214,7 @@ func (w *writer) isClosing() bool {
 
 func (w *writer) isClosingLocked() bool { return w.closed || w.closing != nil }
 
-// queueClose queues the end behind everything else; nothing can be queued then.
+// queueClose queues the close frame behind everything else.
 func (w *writer) queueClose(f closeFrame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -230,17 +229,18 @@ func (w *writer) queueClose(f closeFrame) {
 	}
 }
 
-// cancel gives up a call: it is settled with err, and what is not taken yet is not written.
-// A frame that is being written may still arrive, and the call is done when it has left the
-// writer. In this order: as long as a number is awaited, its frame is queued or was taken.
+// cancel cancels a call: its frames are completed with err, and those that are not dequeued
+// yet are not written. A frame that is being written may still arrive, and the call is done
+// when the frame has left the writer. The order matters: while a number is in the ackTable, its
+// frame is queued or was dequeued.
 func (w *writer) cancel(c *call, err error) {
 	w.acks.cancel(c, err)
 	w.withdraw(c.frames)
 }
 
 // withdraw drops those of the frames that are still queued. Their pointers leave the queue
-// at their turn, or as soon as they are more than half of it: so it costs time in
-// proportion to these frames, however long the queue is.
+// at their turn, or as soon as they are more than half of it, so that the cost is
+// proportional to the number of these frames, however long the queue is.
 func (w *writer) withdraw(frames []outFrame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -258,13 +258,13 @@ func (w *writer) withdraw(frames []outFrame) {
 func (w *writer) compactLocked() {
 	w.queue.data = slices.DeleteFunc(w.queue.data, func(f *outFrame) bool { return f.is(frameReleased) })
 	if len(w.queue.data) == 0 {
-		w.queue.data = nil // it may have been long
+		w.queue.data = nil // its array may be large
 	}
 	w.withdrawn = 0
 }
 
-// crowded returns nil when few enough small frames are unwritten, else a channel
-// that is closed when it is worth asking again.
+// overLimit returns nil while unwritten small frames are within maxUnwritten, else a channel
+// that is closed when some were written.
 func (w *writer) overLimit() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -277,26 +277,26 @@ func (w *writer) overLimit() <-chan struct{} {
 	return w.shrunk
 }
 
-// queuedBytes returns what waits to be written.
+// queuedBytes returns the number of unwritten bytes.
 func (w *writer) queuedBytes() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	n := int64(w.unwritten)
 	for _, f := range w.queue.data {
-		n += int64(len(f.Payload)) // nil if it was withdrawn; what is taken is not in the queue
+		n += int64(len(f.Payload)) // 0 if it was withdrawn
 	}
 	return n
 }
 
-// takenBytes returns the size of the data being written.
-func (w *writer) takenBytes() int64 {
+// dequeuedBytes returns the size of the data being written, in bytes.
+func (w *writer) dequeuedBytes() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return int64(w.taken)
+	return int64(w.dequeued)
 }
 
-// abort drops what is queued, at the end of the session. What is being written is released
-// by who writes it: the connection is closed then, or about to be.
+// abort drops all queued frames, at the end of the session. Frames being written are released
+// by the goroutine that writes them: the connection is closed, or about to be.
 func (w *writer) abort() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -310,7 +310,7 @@ func (w *writer) abort() {
 	w.wakeLocked()
 }
 
-// wait returns when nobody is writing.
+// wait returns when no goroutine writes.
 func (w *writer) wait() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -326,17 +326,17 @@ func (w *writer) wakeLocked() {
 	}
 }
 
-// writeInPlace writes what the network takes of a small frame without waiting. It reports
-// false if a goroutine must go on: with the rest, or with what was queued meanwhile. Who
-// sends one message at a time waits for that, and for its acknowledgement.
+// writeInPlace writes as much of a small frame as the network accepts without waiting: a
+// goroutine would only delay a sender of one message at a time. It returns false if a goroutine
+// must go on, with the rest or with frames that were queued meanwhile.
 func (w *writer) writeInPlace(q *queue) bool {
 	err := w.gather(q)
 	return w.finishWrite(q, err, err == nil && w.conn.TryFlush())
 }
 
-// write is the writing goroutine. Others that are about to queue something may do so first,
-// and then it goes out with the next write; a frame that is alone is written at once, as its
-// sender may wait for nothing else.
+// write is the writing goroutine. It yields to goroutines that are about to queue something,
+// so that their frames go out with the same write; a single frame is written without that
+// delay, because a sender may be waiting for its answer.
 func (w *writer) write() {
 	if !w.single() {
 		runtime.Gosched()
@@ -345,7 +345,7 @@ func (w *writer) write() {
 		q := w.dequeue()
 		err := w.gather(&q)
 		if err == nil {
-			err = w.conn.Flush() // and what was not taken in place
+			err = w.conn.Flush() // includes the rest of a write in place
 		}
 		if err == nil && q.closing != nil {
 			err = w.conn.CloseWrite()
@@ -354,14 +354,15 @@ func (w *writer) write() {
 	}
 }
 
-// single reports whether there is no more than one frame to write.
+// single reports whether at most one frame is queued.
 func (w *writer) single() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.queue.frames() <= 1
 }
 
-// take takes what is queued, and the end when nothing is.
+// dequeue removes the next frames to write from the queue, and the close frame when there are
+// no others.
 func (w *writer) dequeue() queue {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -381,9 +382,8 @@ func (w *writer) dequeueLocked() queue {
 	return q
 }
 
-// takeDataLocked takes about as much data as is written at once. What is small
-// goes out in between: a pong that waited for a large batch could come too late
-// for the peer.
+// dequeueDataLocked removes about as much data as one write gathers. Small frames go out in
+// between: a pong behind a large batch could reach the peer too late.
 func (w *writer) dequeueDataLocked() []*outFrame {
 	data := w.queue.data
 	size, kept, n := 0, 0, 0
@@ -399,7 +399,7 @@ func (w *writer) dequeueDataLocked() []*outFrame {
 		data[kept] = f
 		kept++
 	}
-	w.taken = size
+	w.dequeued = size
 	clear(data[kept:n])
 	if w.queue.data = data[n:]; n == len(data) {
 		w.queue.data = nil
@@ -407,24 +407,24 @@ func (w *writer) dequeueDataLocked() []*outFrame {
 	return data[:kept]
 }
 
-// put ends the writing of what was taken, and releases its chunks: a stream's window counts
-// what is not in the network yet. It reports whether nothing is left to be written, so that
-// the next one who queues something writes. flushed is false if a part is left.
+// finishWrite accounts for frames that were written, and releases chunks: a stream's window
+// counts bytes that the network has not accepted. flushed is false if a part is unwritten. It
+// reports whether nothing is left to write, so that the next caller that queues a frame writes.
 func (w *writer) finishWrite(q *queue, err error, flushed bool) (idle bool) {
 	if err != nil {
-		w.failed(fmt.Errorf("connection lost: writing: %w", err)) // first: who can't queue asks why
+		w.failed(fmt.Errorf("connection lost: writing: %w", err)) // before abort: a caller that can't queue reads the cause
 		w.abort()
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.unwritten -= q.cost()
-	w.taken = 0
+	w.dequeued = 0
 	w.wakeLocked()
 	for i, f := range q.data {
 		if f.window != nil {
 			w.acks.released(f, err == nil)
 		}
-		q.data[i] = nil // its memory may live on with what follows
+		q.data[i] = nil // the array may be in use by the frames behind
 	}
 	if w.queue.data == nil && cap(q.data) <= maxIdleSlice {
 		w.queue.data = q.data[:0]
@@ -439,10 +439,10 @@ func (w *writer) finishWrite(q *queue, err error, flushed bool) (idle bool) {
 	return !w.active
 }
 
-// gather puts what was taken into the buffer of the next write to the network. It releases
-// the frames of calls, even if they are only copied: the peer may answer the first of many
-// long before it has taken the last, on a slow line. A large payload is written from where it
-// is, and may be answered before its frame is released.
+// gather puts frames into the buffer of the next write to the network. It releases the frames
+// of calls as soon as they are copied: on a slow line the peer may answer the first of many
+// long before it has received the last. A large payload is written without a copy, and may be
+// answered before its frame is released.
 func (w *writer) gather(q *queue) error {
 	var err error
 	if q.wsPing {
@@ -474,8 +474,7 @@ func (w *writer) gather(q *queue) error {
 	return err
 }
 
-// grow makes capacity for the data in one step, so that it does not outgrow one buffer after
-// the other.
+// grow makes capacity for the data in one step, so that the buffer does not grow repeatedly.
 func (w *writer) grow(data []*outFrame) {
 	size := 0
 	for _, f := range data {
@@ -488,7 +487,7 @@ func (w *writer) grow(data []*outFrame) {
 	}
 }
 
-// gatherFrame puts one frame into one WebSocket message.
+// gatherFrame gathers one frame as one WebSocket message.
 func (w *writer) gatherFrame(f *wire.Frame) error {
 	head, err := wire.AppendHeader(w.head[:0], f)
 	if err != nil {
@@ -506,16 +505,15 @@ func (w *writer) gatherClose(f *closeFrame) error {
 	return w.conn.Write(websocket.CloseMessage, nil, websocket.FormatCloseMessage(f.code, f.reason))
 }
 
-// window counts the bytes of a stream's chunks that are not written, with their overhead.
-// The stream waits while they are too many.
+// window bounds the unwritten chunks of a stream by streamWindow.
 type window struct {
 	freed chan struct{} // holds a token when used has fallen
 
 	mu   sync.Mutex
-	used int
+	used int // bytes of unwritten chunks, with their overhead
 }
 
-// acquire counts a chunk, if nothing is counted or it fits below streamWindow.
+// acquire counts a chunk, if it fits into the window or the window is empty.
 func (w *window) acquire(chunk int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -526,7 +524,7 @@ func (w *window) acquire(chunk int) bool {
 	return true
 }
 
-// release is called when a chunk is written, or won't be.
+// release is called when a chunk is written or dropped.
 func (w *window) release(chunk int) {
 	w.mu.Lock()
 	w.used -= chunk + chunkOverhead

@@ -112,7 +112,7 @@ func (c *Conn) ReleaseBuffer() { c.t.releaseMostlyRead() }
 // discarded from where it was interrupted. From any goroutine.
 func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
 
-// ReadOn ends an Interrupt. Reading goroutine.
+// ResumeReads ends an Interrupt. Reading goroutine.
 func (c *Conn) ResumeReads() { _ = c.t.SetReadDeadline(time.Time{}) }
 
 // Drained reports whether everything received so far is read, and was little.
@@ -133,7 +133,7 @@ func (c *Conn) DiscardAll() { c.t.discard() }
 // Heard reports whether anything was received since the last call. From any goroutine.
 func (c *Conn) Heard() bool { return c.t.heard.Swap(false) }
 
-// Excuse makes the next Heard report true, when this end has not read for some time.
+// SetHeard makes the next Heard report true, when this end has not read for some time.
 func (c *Conn) SetHeard() { c.t.heard.Store(true) }
 
 // Progress returns how many bytes were delivered so far, and how many wait for that. On
