@@ -107,7 +107,7 @@ func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
 		require.Error(t, err)
 		err = <-answer.done
 		require.ErrorIs(t, err, cryo.ErrPeerTimeout)
-		require.True(t, strings.HasSuffix(err.Error(), "peer timeout after 30s: it sends, and does not read our answers"), err)
+		require.True(t, strings.HasSuffix(err.Error(), "peer timeout after 30s: the peer sends, but does not read acknowledgements"), err)
 		require.LessOrEqual(t, time.Since(begin), rejectAfter+3*cryo.DefaultHeartbeatInterval)
 		synctest.Wait()
 	})

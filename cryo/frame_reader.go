@@ -9,23 +9,23 @@ import (
 )
 
 const (
-	// maxControl bounds what is read of the payload of a frame that is no data, in bytes:
-	// names end at 1,024 bytes, and longer texts are truncated.
+	// maxControl bounds the part of a control frame's payload that is read, in bytes: names
+	// have at most 1,024 bytes, and longer texts are truncated.
 	maxControl = 2 << 10
-	// smallPayload is the largest payload that needs no capacity of its own until it is
-	// whole, in bytes: a chunk of the default size is one.
+	// smallPayload is the size of the largest payload that is received without a
+	// reservation, in bytes: that of a chunk of the default size.
 	smallPayload = DefaultChunkBytes
-	// mediumPayload is the largest payload of a message in fragments that can do without
-	// the one slot for larger ones, in bytes.
+	// mediumPayload is the size of the largest message in fragments that is received
+	// without the slot for larger ones, in bytes.
 	mediumPayload = 1 << 20
-	// trustFactor is how many times what has come of a larger payload is allocated for the
-	// rest of it: its length is the peer's word.
+	// trustFactor is the ratio of the memory allocated for a larger payload to the bytes of
+	// it that have been received: its length is not trusted.
 	trustFactor = 16
 )
 
-// chunkBuffer holds one chunk of a stream, of the default size or down to half of it, and
-// is used again when that was read. It spares a stream a fresh 64 KiB a chunk, which would
-// have to be zeroed and miss the caches.
+// chunkBuffer is pooled memory of one chunk of a stream, of the default size or down to half
+// of it. It returns to the pool when the chunk has been read: fresh memory for each chunk
+// would have to be zeroed, and would miss the CPU's caches.
 type chunkBuffer [DefaultChunkBytes]byte
 
 var chunkPool = sync.Pool{New: func() any { return new(chunkBuffer) }}
@@ -37,9 +37,9 @@ func (b *chunkBuffer) release() {
 	}
 }
 
-// received is a frame that was read. It owns the memory of its payload and what of the
-// receive buffer is reserved for that, until they are taken or dropped. The payload of a
-// frame that is no data, or that was not admitted, is valid until the next one is read.
+// received is a frame that was read. It owns the memory of its payload and the reservation
+// for it, until they are detached or released. The payload of a control frame, or of a frame
+// that was not admitted, is valid until the next frame is read.
 type received struct {
 	wire.Frame
 	reservation reservation
@@ -47,14 +47,14 @@ type received struct {
 	decision    decision     // about data
 }
 
-// detach moves the payload out, with all that belongs to it.
+// detach moves the payload out, with its reservation and its pooled memory.
 func (in *received) detach() (payload []byte, h reservation, pooled *chunkBuffer) {
 	payload, h, pooled = in.Payload, in.reservation, in.pooled
 	in.Payload, in.reservation, in.pooled = nil, reservation{}, nil
 	return payload, h, pooled
 }
 
-// release gives up what nobody took.
+// release releases whatever was not detached.
 func (in *received) release() {
 	_, h, pooled := in.detach()
 	pooled.release()
@@ -66,13 +66,14 @@ type frameReader struct {
 	conn    *ws.Conn
 	sid     uint64
 	limit   *receiveLimit
-	isOurs  func(number uint32) bool // reports whether a number is one of ours
+	isOurs  func(number uint32) bool // reports whether this end has issued the number
 	head    [wire.MaxHeader]byte
 	control [32]byte // a payload that is no data, if it is as small
 }
 
-// next reads a frame. A [*ProtocolError] is the peer's, and the rest of the message must
-// be discarded then; any other error is the connection's. in must be dropped in any case.
+// next reads a frame. After a [*ProtocolError], a violation by the peer, the rest of the
+// message must be discarded; any other error is the connection's. in must be released in any
+// case.
 func (r *frameReader) next(in *received) error {
 	*in = received{}
 	if err := r.conn.Next(); err != nil {
@@ -107,7 +108,8 @@ func (r *frameReader) next(in *received) error {
 	return r.conn.Discard()
 }
 
-// readControl reads what is needed of a frame that must not wait for capacity.
+// readControl reads a frame that must not wait for capacity, with at most maxControl bytes of
+// its payload.
 func (r *frameReader) readControl(in *received) (err error) {
 	if in.Type.HasPayload() {
 		if in.Payload, err = r.conn.ReadHead(r.control[:0], maxControl); err != nil {
@@ -120,7 +122,7 @@ func (r *frameReader) readControl(in *received) (err error) {
 	return r.check(in)
 }
 
-// check returns what is wrong with a frame as far as it has come.
+// check returns a [*ProtocolError] if the frame violates the protocol.
 func (r *frameReader) check(in *received) error {
 	if err := in.Check(r.conn.Size()); err != nil {
 		return &ProtocolError{Err: err}
@@ -128,16 +130,16 @@ func (r *frameReader) check(in *received) error {
 	return nil
 }
 
-// readData reads the payload of a data frame into memory of its own, of exactly its size,
-// if it is admitted. Capacity is reserved before memory is allocated: of the receive buffer
-// where all of the payload has come already, else as a part of what is coming in.
+// readData reads the payload of a data frame, if it is admitted, into its own memory of exactly
+// its size. Capacity is reserved before memory is allocated: in the receive buffer if the whole
+// payload has been received already, else in the capacity for incomplete payloads.
 func (r *frameReader) readData(in *received) error {
 	var part partial
 	defer r.limit.complete(&part)
 	size, final := r.conn.Left(), r.conn.Final()
 	memory := size
 	pooled := final && in.Type == wire.TxChunk && size > len(chunkBuffer{})/2 && size <= len(chunkBuffer{})
-	if pooled { // costs the whole buffer
+	if pooled { // the whole buffer counts
 		memory = len(chunkBuffer{})
 	}
 	whole, reserved := final && size <= r.conn.Buffered(), 0
@@ -186,7 +188,7 @@ func (r *frameReader) readData(in *received) error {
 	}
 	if !pooled {
 		memory = size
-		if cap(payload) > size || payload == nil { // of many fragments, or of none
+		if cap(payload) > size || payload == nil { // many fragments, or an empty payload
 			payload = append(make([]byte, 0, size), payload...)
 		}
 	}
@@ -195,8 +197,8 @@ func (r *frameReader) readData(in *received) error {
 	return nil
 }
 
-// allowance is how much memory a payload may take of which so much has been announced: what
-// is final is known, and the rest of a message in fragments is reserved in steps.
+// allowance returns the memory that a payload may take when size bytes of it are announced:
+// its exact size if the fragment is the last, else the next step.
 func allowance(size int, final bool) int {
 	switch {
 	case final:
@@ -210,7 +212,7 @@ func allowance(size int, final bool) int {
 	}
 }
 
-// overhead is what a received frame costs beside its payload.
+// overhead returns the bytes that a received frame counts in addition to its payload.
 func overhead(t wire.Type) int {
 	if t == wire.TxChunk {
 		return chunkOverhead

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// messageOverhead is counted for a received message beside its payload, in bytes: the memory
-// of the message itself, here and in the pipeline behind.
+// messageOverhead is counted for a received message in addition to its payload, in bytes: the
+// memory of the message itself, here and in the application.
 const messageOverhead = 256
 
 // Message is a received UTF8DATA, BINARYDATA or ERROR frame. Ack reports to the peer that it
@@ -28,7 +28,7 @@ type Message struct {
 	session     *Session
 	read        time.Time
 	number      uint32
-	reservation reservation // owned by the caller of settle once it is settled
+	reservation reservation // owned by the first caller of settle
 	settled     atomic.Bool
 }
 
@@ -100,34 +100,33 @@ func AckBatch(batch []*Message) error {
 	return first
 }
 
-// settle reports whether the caller is the first to settle the message, and so owns its
-// reservation.
+// settle marks the message as settled, and reports whether the caller is the first to do so,
+// who then owns its reservation.
 func (m *Message) settle() bool { return m.settled.CompareAndSwap(false, true) }
 
-// release gives up the reservation of a message that is settled, or dropped.
+// release releases the reservation of a message that was rejected or dropped.
 func (m *Message) release() {
 	m.reservation.release()
 	m.session.unsettled.remove(1)
 }
 
-// inbox is a session's queue of received messages. What it may hold is bounded by the
-// receive buffer.
+// inbox is a session's queue of received messages. The receive buffer bounds it.
 type inbox struct {
-	ready chan struct{} // holds a token when there may be something to take
+	ready chan struct{} // holds a token when pop may return something
 
 	mu        sync.Mutex
 	messages  []*Message
-	start     []*Message // where the memory of messages starts
+	start     []*Message // start of the array that messages is a part of; length 0
 	ended     bool
-	discarded bool // nothing is queued any more
+	discarded bool // no message is queued any more
 }
 
-// maxIdleQueue bounds the messages that an empty queue has memory for.
+// maxIdleQueue bounds the capacity of an empty queue, in messages.
 const maxIdleQueue = 256
 
 func newInbox() *inbox { return &inbox{ready: make(chan struct{}, 1)} }
 
-// push queues a message. It reports false when the queue was discarded.
+// push queues a message. It returns false when the queue was discarded.
 func (q *inbox) push(m *Message) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -154,7 +153,7 @@ func (q *inbox) discard() {
 	}
 }
 
-// end lets take report the end once the queue is empty.
+// end makes pop report the end of the session once the queue is empty.
 func (q *inbox) end() {
 	q.mu.Lock()
 	q.ended = true
@@ -162,8 +161,8 @@ func (q *inbox) end() {
 	q.signal()
 }
 
-// pop returns what waits first, in a slice of its own: one that is kept long must not
-// keep the queue.
+// pop removes the first messages, at most limit, and returns them in a new slice, which does
+// not keep the queue in memory.
 func (q *inbox) pop(limit int) (batch []*Message, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -173,7 +172,7 @@ func (q *inbox) pop(limit int) (batch []*Message, ended bool) {
 		q.messages = q.messages[n:]
 	}
 	if len(q.messages) > 0 || q.ended {
-		q.signal() // for whoever else waits
+		q.signal() // for other callers that wait
 	}
 	if len(q.messages) == 0 {
 		if cap(q.start) > maxIdleQueue {

@@ -11,8 +11,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// read is the reading goroutine. It never waits for the network but to read, nor
-// for the writer.
+// read is the reading goroutine. It waits only for data to read, for capacity
+// (backpressure), and in waitForWriter.
 func (s *Session) read() {
 	defer s.finish()
 	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, isOurs: s.acks.issued}
@@ -27,7 +27,7 @@ func (s *Session) read() {
 			err = s.conn.Discard()
 		}
 		in.release()
-		if s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // see goodbye
+		if s.isEnding() && errors.Is(err, os.ErrDeadlineExceeded) { // interrupted by beginClosing
 			err = s.conn.Discard()
 		}
 		if err != nil {
@@ -37,16 +37,17 @@ func (s *Session) read() {
 	}
 }
 
-// waitForWriter pauses reading while too many small frames are unwritten. The peer
-// causes that, so its timeout keeps running. It returns when the close frame is queued,
-// behind which nothing is, or the connection is closed.
+// waitForWriter pauses reads while unwritten small frames exceed maxUnwritten. The peer
+// causes that by not reading, so its timeout keeps running. The wait also ends when the close
+// frame is queued or the connection is closed.
 func (s *Session) waitForWriter() {
-	for crowded := s.writer.overLimit(); crowded != nil; crowded = s.writer.overLimit() {
-		<-crowded
+	for wait := s.writer.overLimit(); wait != nil; wait = s.writer.overLimit() {
+		<-wait
 	}
 }
 
-// wants reports whether anybody takes a data frame.
+// wants reports whether a data frame can be received: the session is not ending, and the
+// stream or the application receives data.
 func (s *Session) wants(f *wire.Frame) bool {
 	switch {
 	case s.isEnding():
@@ -66,8 +67,8 @@ func (s *Session) readFailed(err error) {
 	)
 	switch {
 	case errors.As(err, &closed):
-		// Queued acknowledgements and an answer to the close frame still go
-		// out. When this end is closing already, its own farewell stands.
+		// Queued acknowledgements and an answer to the close frame are still
+		// sent. If this end is closing already, its own close frame is.
 		code := closed.Code
 		if code == websocket.CloseNoStatusReceived {
 			code = websocket.CloseNormalClosure
@@ -76,8 +77,8 @@ func (s *Session) readFailed(err error) {
 		s.writer.wait()
 	case errors.As(err, &framed):
 		// Not WebSocket, or a message over the limit. Closing a socket with
-		// unread data would reset it and could take the close frame and queued
-		// acknowledgements along.
+		// unread data resets it, and the close frame and queued
+		// acknowledgements could be lost.
 		s.closeWith(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem)
 		s.conn.DiscardAll()
 		s.writer.wait()
@@ -86,13 +87,13 @@ func (s *Session) readFailed(err error) {
 	}
 }
 
-// protocolError ends the session with code 4001; reading goes on until the
-// peer has closed.
+// protocolError ends the session with code 4001. Reads continue until the peer
+// has closed.
 func (s *Session) protocolError(err *ProtocolError) {
 	s.closeWith(err, closeClientError, err.Error())
 }
 
-// isEnding reports whether the session has begun to end: data is discarded then.
+// isEnding reports whether the session has a cause of end: from then on, data is discarded.
 func (s *Session) isEnding() bool {
 	select {
 	case <-s.ctx.Done():
@@ -102,17 +103,17 @@ func (s *Session) isEnding() bool {
 	}
 }
 
-// handle acts on one frame, and may take what it owns.
+// handle processes one frame, and may detach its payload.
 func (s *Session) handle(in *received) {
 	f := &in.Frame
 	switch f.Type {
 	case wire.Ack:
-		s.peerAcked.Store(true) // before the wait for it ends, or Dial could not take it back
+		s.peerAcked.Store(true) // before the wait for it ends: Dial resets it afterwards
 		s.handleAnswer(f, nil)
 		return
 	case wire.Error:
-		// A rejection of one of our frames is never acknowledged: its sender
-		// may have a frame pending under the same number (protocol, "ERROR").
+		// A rejection of one of our frames is never acknowledged: the peer
+		// may have a frame of its own with that number (protocol, "ERROR").
 		if s.handleAnswer(f, &RejectedError{Text: s.redactControl(f.Text())}) {
 			return
 		}
@@ -134,8 +135,8 @@ func (s *Session) handle(in *received) {
 	case wire.EndpointInfo:
 		s.handleEndpointInfo(f)
 	case wire.Bye:
-		// Who says BYE closes, and most have by now. cryo-server doesn't after
-		// a long reason, so our close frame goes out at once.
+		// A peer that sends BYE closes next. cryo-server doesn't after a long
+		// reason, so our close frame is sent without waiting for its own.
 		s.writer.acknowledge([]uint32{f.Ack})
 		s.closeWith(&PeerClosedError{Reason: s.redactControl(f.Text())}, closeGraceful, "")
 	default:
@@ -143,10 +144,10 @@ func (s *Session) handle(in *received) {
 	}
 }
 
-// handleAnswer acts on an ACK, or on an ERROR that may reject one of our frames. It
-// reports whether the number is one of ours. A peer can foresee our numbers. An answer
-// to a frame that it can't have yet must not complete a send: the sender would use the
-// payload's memory again, and the peer get what is in it by then.
+// handleAnswer processes an ACK, or an ERROR that may reject one of our frames. It reports
+// whether the number is one of ours. A peer can predict our numbers, but an answer to a frame
+// that was not sent must not complete the send: the sender would reuse the payload's memory
+// while it is still to be written.
 func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	switch s.acks.answer(f.Ack, err) {
 	case answerForeign:
@@ -161,8 +162,8 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	return true
 }
 
-// handleStream acts on one TX frame. cryo-server too knows none before the
-// client's ENDPOINT_INFO.
+// handleStream processes one TX frame. A server ignores TX frames before the client's
+// ENDPOINT_INFO, as cryo-server does.
 func (s *Session) handleStream(in *received) {
 	f := &in.Frame
 	if !s.dialing {
@@ -177,7 +178,7 @@ func (s *Session) handleStream(in *received) {
 		s.outgoing.setFlow(f.Flow)
 		s.writer.acknowledge([]uint32{f.Ack})
 	case wire.TxCancel:
-		// Stopped first: nothing of the stream follows the acknowledgement.
+		// The stream is stopped first: no frame of it follows the acknowledgement.
 		if !s.outgoing.handleCancel(f.Tx) {
 			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for the stream %d before its TX_START was sent", f.Tx)})
 			return
@@ -206,18 +207,18 @@ func (s *Session) handleEndpointInfo(f *wire.Frame) {
 		s.outgoing.stopAll(ErrStreamsUnsupported)
 	}
 	select {
-	case <-s.peerKnown: // told before
+	case <-s.peerKnown: // a repeated ENDPOINT_INFO
 	default:
 		close(s.peerKnown)
 	}
 }
 
-// endpointInfo is what this end says of itself.
+// endpointInfo returns this end's ENDPOINT_INFO.
 func (s *Session) endpointInfo() wire.Frame {
 	return wire.Frame{SID: s.id, Type: wire.EndpointInfo, Version: wire.Version, Features: wire.FeatureStreams}
 }
 
-// sendEndpointInfo sends it without insisting on an acknowledgement.
+// sendEndpointInfo sends ENDPOINT_INFO without waiting for its acknowledgement.
 func (s *Session) sendEndpointInfo() {
 	f := s.endpointInfo()
 	f.Ack = s.acks.number()

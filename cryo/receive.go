@@ -15,8 +15,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// maxErrorText bounds the text of an ERROR that we send, and the peer's texts in errors and
-// log lines, in bytes.
+// maxErrorText bounds the text of an ERROR that this end sends, and the peer's texts in errors
+// and log lines, in bytes.
 const maxErrorText = 1024
 
 // Receive waits for the next message. Messages that were received before the end of the
@@ -80,18 +80,19 @@ func (s *Session) SetSendOnly(on bool) {
 	if on {
 		s.rejectQueued()
 		s.incoming.rejectAnnounced()
-		s.limit.recheck() // what is refused needs no capacity
+		s.limit.recheck() // rejected frames need no capacity
 	}
 }
 
-// Discard drops the received messages that nobody has taken, and those that still
-// come, unanswered, and releases their memory, which on a server counts against
-// MaxBufferBytes of all its sessions. Call it after Close, or when the session has
-// ended, if nobody will receive what is left; a [Server] without OnSession calls it for
-// its sessions when they have ended. It can't be undone, and is no way to refuse: a
-// peer that is still connected waits for answers; see [Session.SetSendOnly].
+// Discard drops the messages in the queue and all later ones, without an answer to the peer,
+// and releases their memory, which on a server counts against MaxBufferBytes of all its
+// sessions. Call it after Close, or when the session has ended, if the remaining messages will
+// not be received; a [Server] without OnSession calls it for its sessions when they have
+// ended. It can't be undone. It does not reject messages: a peer that is still connected waits
+// for their acknowledgements; see [Session.SetSendOnly].
 func (s *Session) Discard() { s.inbox.discard() }
 
+// rejectQueued rejects the messages in the queue.
 func (s *Session) rejectQueued() {
 	for {
 		batch, _ := s.inbox.pop(64)
@@ -114,7 +115,7 @@ func (s *Session) deliver(in *received) {
 	}
 	if m.Kind == KindError {
 		m.Payload = errorText(m.Payload)
-		if in.decision == admitted { // what was invalid in it may take more memory now
+		if in.decision == admitted { // replaced invalid bytes may take more memory
 			s.limit.count(&m.reservation, len(m.Payload)+messageOverhead)
 		}
 	}
@@ -132,19 +133,18 @@ func (s *Session) deliver(in *received) {
 		return
 	}
 	if small && s.conn.Drained() {
-		// Whoever takes it goes first: our next read would only find that there is
-		// nothing. Round trips of one message at a time became 1.05 times as many.
-		// Behind a larger one nothing was read ahead, whatever has come.
+		// The receiver runs first: the next read would have to wait anyway. Behind a
+		// larger message nothing is read ahead, so Drained is not conclusive there.
 		runtime.Gosched()
 	}
-	if s.sendOnly.Load() { // SetSendOnly came between the check and the put
+	if s.sendOnly.Load() { // SetSendOnly was called between the check and the push
 		s.rejectQueued()
 	}
 }
 
-// errorText makes a text that people read of an ERROR's payload, as [wire.Frame.Text] does. What
-// replaces invalid bytes may take more memory; a large text is truncated to the size for which
-// there was capacity.
+// errorText returns an ERROR's payload as readable text, as [wire.Frame.Text] does. The
+// replacement of invalid bytes may take more memory; a large text is truncated to the size
+// that was reserved.
 func errorText(payload []byte) []byte {
 	size := max(len(payload), smallPayload)
 	payload = bytes.TrimRight(payload, "\x00")
@@ -161,8 +161,8 @@ func (s *Session) Redact(text string) string {
 	return redact.Cut(s.opts.token.Text(text), maxErrorText)
 }
 
-// redactControl is Redact for the text of a control frame, which may have been truncated within
-// the token, behind maxControl bytes.
+// redactControl is Redact for the text of a control frame, which may have been truncated to
+// maxControl bytes in the middle of the token.
 func (s *Session) redactControl(text string) string {
 	if s.opts.token != nil && len(text) >= maxControl {
 		text = s.opts.token.End(text)
@@ -170,13 +170,13 @@ func (s *Session) redactControl(text string) string {
 	return s.Redact(text)
 }
 
-// sendOnlyText is the text that a session that only sends rejects messages with.
+// sendOnlyText is the text of the ERROR by which a send-only session rejects messages.
 const sendOnlyText = "this session receives no messages"
 
 // rejectUnread rejects a message that the application does not receive.
 func (s *Session) rejectUnread(m *Message, text string) {
 	s.opts.OnReject(s, m.Kind)
-	_ = m.reject(text) // after the end of the session nobody is there to get it
+	_ = m.reject(text) // fails after the end of the session only
 	if m.Kind == KindError {
 		s.report("The peer reports an error", "text", s.redactControl(string(m.Payload)))
 	}
@@ -187,7 +187,7 @@ func (s *Session) reportBufferFull() {
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
-// report logs a warning, at most one a second. Logging is outside of the limit's lock: a
+// report logs a warning, at most one a second. It logs without a lock held, because a log
 // handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	due := false
@@ -197,11 +197,11 @@ func (s *Session) report(message string, attrs ...any) {
 	}
 }
 
-// rateLimited ends the log messages of which some are left out.
+// rateLimited ends the messages of a rate-limited log.
 const rateLimited = " (at most one such line a second)"
 
-// acknowledge queues acknowledgements before it releases what was held: what is then
-// read, and answered, comes behind them.
+// acknowledge queues acknowledgements before it releases the reservation: the answers to
+// frames that are read as a result are queued behind them.
 func (s *Session) acknowledge(numbers []uint32, held *reservation) error {
 	defer runtime.KeepAlive(s) // or releaseAll might release it as well
 	defer s.unsettled.remove(len(numbers))
@@ -219,9 +219,9 @@ func (s *Session) reject(number uint32, text string) error {
 	return nil
 }
 
-// Reserve counts n bytes that the caller keeps of what it received, such as what it made
-// of a stream, as received and not settled, until it calls release: see MaxBufferBytes. It
-// never waits, and counts beyond the bound too. A second release does nothing.
+// Reserve counts n bytes against MaxBufferBytes until release is called, for received data that
+// the caller keeps, such as messages made of a stream. It never waits, and may exceed the
+// bound. A second release does nothing.
 func (s *Session) Reserve(n int) (release func()) {
 	reserved := min(max(int64(n), 0), maxReserved)
 	s.limit.bytes.Force(reserved)
@@ -232,7 +232,8 @@ func (s *Session) Reserve(n int) (release func()) {
 	}
 }
 
-// maxReserved bounds what Reserve counts, far beyond any memory, so that sums don't overflow.
+// maxReserved bounds the argument of Reserve, far beyond any memory, so that sums do not
+// overflow.
 const maxReserved = 1 << 48
 
-var errNotAMessage = errors.New("only text and binary can be sent as messages")
+var errNotAMessage = errors.New("a message to send must be of KindText or KindBinary")

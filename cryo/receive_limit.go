@@ -11,44 +11,47 @@ import (
 )
 
 const (
-	// rejectAfter is how long backpressure may keep an answer from us that one of our
-	// senders waits for, and recheckEvery how often a longer wait looks for such a sender.
+	// rejectAfter is the time after which data without capacity is rejected if a local
+	// sender waits for an answer, which may be behind that data. A longer wait checks for
+	// such a sender at every recheckEvery.
 	rejectAfter  = 10 * time.Second
 	recheckEvery = time.Second
-	// receiveTimeout is how long a large payload may take to come in while others wait
-	// for what is reserved for it.
+	// receiveTimeout bounds the time to receive a large payload while other payloads wait
+	// for the capacity that is reserved for it.
 	receiveTimeout = time.Minute
 )
 
-// receiveBuffer is what received data may take. A server's sessions share it.
+// receiveBuffer bounds the memory of received data. A server's sessions share it.
 //
-// bytes holds what is whole and not settled, incoming what of more than 64 KiB is not whole.
-// Both are granted while less than MaxBufferBytes is held, so that a payload of any size is
-// received. slot goes to one payload in fragments that has outgrown 1 MiB: nobody knows how
-// large it gets, so it takes the largest, whatever else is coming in. Together they hold at
-// most twice MaxBufferBytes and two payloads of 16 MiB, beside 64 KiB a session.
+// bytes counts unsettled messages and unread chunks, incoming the incomplete payloads of more
+// than 64 KiB. Both grant while less than MaxBufferBytes is reserved, so that a payload of any
+// size can be received. slot is acquired by one payload in fragments that exceeds 1 MiB: its
+// final size is unknown, so that the largest size is reserved, even beyond the limit of
+// incoming. Together they reserve at most twice MaxBufferBytes and two payloads of 16 MiB, in
+// addition to 64 KiB a session.
 //
-// Two payloads never wait for each other: the first reservation is made while nothing is
-// held, and the second is that of the slot, whose owner needs no other one.
+// Two payloads never wait for each other: a payload waits for incoming while it has no
+// reservation, and then only for slot, whose owner waits for no other payload.
 type receiveBuffer struct{ bytes, incoming, slot *quota.Quota }
 
 func newReceiveBuffer(limit int) receiveBuffer {
 	return receiveBuffer{
-		// A session may hold up to eight times what is still free, so that a busy one
-		// may use most of it and always leaves some for others.
+		// A session may reserve up to eight times the free capacity, so that a busy one
+		// may use most of it, and always leaves some for others.
 		bytes:    quota.New(int64(limit), func(held, free int64) bool { return (held+7)/8 <= free }),
 		incoming: quota.New(int64(limit), nil),
 		slot:     quota.New(1, nil),
 	}
 }
 
-// reservation is a reservation. It has one owner: it is moved, and never copied.
+// reservation is capacity that is reserved for one payload. It has one owner: it is moved, and
+// never copied.
 type reservation struct {
 	share *quota.Share
 	n     int64
 }
 
-// release releases it, once.
+// release releases the reservation. A second call does nothing.
 func (h *reservation) release() {
 	if h.n != 0 {
 		h.share.Release(h.n)
@@ -56,7 +59,7 @@ func (h *reservation) release() {
 	}
 }
 
-// join moves another one of the same share into this one.
+// join moves another reservation of the same share into this one.
 func (h *reservation) join(other *reservation) {
 	if other.n != 0 {
 		h.share, h.n = other.share, h.n+other.n
@@ -64,14 +67,15 @@ func (h *reservation) join(other *reservation) {
 	}
 }
 
-// releaseAll releases all that a share holds.
+// releaseAll releases everything that a share holds.
 func releaseAll(share *quota.Share) {
 	if held, _ := share.Usage(); held > 0 {
 		share.Release(held)
 	}
 }
 
-// partial is what is reserved for a payload that is not whole, and how long it has waited.
+// partial has the reservations of an incomplete payload, and the time that it has waited for
+// capacity.
 type partial struct {
 	incoming, slot reservation
 	waited         time.Duration
@@ -79,46 +83,47 @@ type partial struct {
 
 func (p *partial) large() bool { return p.incoming.n > 0 }
 
-// decision is what becomes of a data frame.
+// decision is the decision about a data frame.
 type decision int
 
 const (
-	admitted   decision = iota // its payload is read
-	bufferFull                 // the receive buffer is full, and waiting would be in vain
-	unwanted                   // nobody takes it
+	admitted   decision = iota // the payload is read
+	bufferFull                 // the receive buffer is full, and a local sender waits for an answer
+	unwanted                   // the session or the stream receives no data
 )
 
-// receiveLimit decides whether the payload of a data frame is read. Its methods are the
-// reading goroutine's, except where they say otherwise.
+// receiveLimit decides whether the payload of a data frame is read. Its methods must be called
+// by the reading goroutine, except where their comments allow any goroutine.
 type receiveLimit struct {
 	conn       *ws.Conn
 	ending     <-chan struct{}
-	hasWaiters func() bool            // reports whether a local sender waits for an answer
-	wants      func(*wire.Frame) bool // reports whether anybody takes the frame; no longer when the session is ending
+	hasWaiters func() bool            // reports whether a local sender waits for an answer from the peer
+	wants      func(*wire.Frame) bool // reports whether the frame can be received; false once the session is ending
 
 	bytes, incoming, slot *quota.Share
-	belowLimit            *quota.Share // of bytes too, and holds nothing: it is granted whenever the limit is not reached
+	belowLimit            *quota.Share // of bytes, and holds nothing: it grants whenever the limit is not reached
 
-	rejecting bool                      // what has no capacity is rejected at once while a sender waits
+	rejecting bool                      // data without capacity is rejected without a wait while a local sender waits
 	changed   chan struct{}             // holds a token when wants may have changed
-	paused    atomic.Bool               // it waits
-	resumed   atomic.Pointer[time.Time] // when it last stopped waiting
+	paused    atomic.Bool               // reads are paused (backpressure)
+	resumed   atomic.Pointer[time.Time] // end of the last pause; nil before there was one
 
 	largeMu     sync.Mutex
-	largeStart  time.Time     // when the reading of a large payload began; zero while none is read
-	largeTotal  time.Duration // that the reading of those before has taken
-	interrupted bool          // the reading is
+	largeStart  time.Time     // start of reading a large payload; zero while none is read
+	largeTotal  time.Duration // time spent reading earlier large payloads
+	interrupted bool          // the reading of a large payload is interrupted
 }
 
-func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, awaited func() bool, wants func(*wire.Frame) bool) *receiveLimit {
+func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, hasWaiters func() bool, wants func(*wire.Frame) bool) *receiveLimit {
 	return &receiveLimit{
-		conn: conn, ending: ending, hasWaiters: awaited, wants: wants,
+		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants,
 		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
 		changed: make(chan struct{}, 1),
 	}
 }
 
-// admit decides about a data frame, and reserves n bytes of the receive buffer for it.
+// admit decides whether the payload of a data frame is read, and reserves n bytes of the receive
+// buffer for it.
 func (l *receiveLimit) admit(in *received, p *partial, n int) decision {
 	if !l.wants(&in.Frame) {
 		return unwanted
@@ -135,9 +140,9 @@ func (l *receiveLimit) admit(in *received, p *partial, n int) decision {
 	return d
 }
 
-// reserve sees that p covers a payload of which size bytes are announced, and no more will
-// be if final: for a small one there is nothing to do. What isn't whole is not counted as
-// received, or it would keep others out however slowly it comes.
+// reserve makes p cover a payload of which size bytes are announced, and all if final. A small
+// payload needs no reservation. An incomplete payload is not counted in the receive buffer,
+// which would block others for as long as it takes to arrive.
 func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) decision {
 	n := int64(allowance(size, final))
 	if n <= smallPayload || n <= p.incoming.n {
@@ -146,15 +151,15 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 	share, units := l.incoming, n
 	passes := l.bytes
 	if p.large() {
-		// It holds what others may be waiting for, so it must not wait for what its own
-		// session is to settle: the limit counts, and not its share.
+		// Others may be waiting for its reservation, so it must not wait until its own
+		// session settles messages: only the limit counts, not the session's share.
 		passes = l.belowLimit
 	}
 	alone := p.large() || !final && size > mediumPayload
 	if alone {
 		share, units = l.slot, 1
 	}
-	l.endLarge() // the wait is not its own doing
+	l.endLarge() // the wait does not count as reading
 	for {
 		if _, d := l.acquire(passes, 0, f, p); d != admitted {
 			return d
@@ -166,7 +171,7 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 		if !waited || passes.TryAcquire(0) {
 			break
 		}
-		share.Release(units) // while it waited, others have filled the receive buffer
+		share.Release(units) // others have filled the receive buffer during the wait
 	}
 	if alone {
 		p.slot = reservation{l.slot, 1}
@@ -178,7 +183,8 @@ func (l *receiveLimit) reserve(f *wire.Frame, p *partial, size int, final bool) 
 	return admitted
 }
 
-// complete ends what reserve began: the payload is whole and counted, or given up.
+// complete releases the reservations of reserve: the payload is complete and counted in the
+// receive buffer, or it is not received.
 func (l *receiveLimit) complete(p *partial) {
 	if p.large() {
 		l.endLarge()
@@ -187,7 +193,7 @@ func (l *receiveLimit) complete(p *partial) {
 	p.incoming.release()
 }
 
-// count makes a reservation what a received frame costs, whatever the limit.
+// count raises a reservation to the cost of a received frame, even beyond the limit.
 func (l *receiveLimit) count(h *reservation, cost int) {
 	if more := int64(cost) - h.n; more > 0 {
 		l.bytes.Force(more)
@@ -195,13 +201,13 @@ func (l *receiveLimit) count(h *reservation, cost int) {
 	}
 }
 
-// acquire reserves n, and waits for it if it must. This is the backpressure: nothing is
-// read meanwhile, and what waits holds nothing of what it waits for. The wait ends when
-// nobody wants the frame any more, and it may be in vain: the answer that a local sender
-// waits for may be behind what is not read, and what is held may be waiting for that
-// sender, as it does where a response is sent before its request is settled. So after
-// rejectAfter, data is rejected while that is so, until the session holds no more than is
-// free.
+// acquire reserves n, and waits until it is granted. This is the backpressure: reads are paused
+// meanwhile, and a payload that waits has no reservation in the share that it waits for. The
+// wait ends when the frame can't be received any more. It could last for ever: the answer to a
+// local sender may be behind the unread data, and messages that fill the receive buffer may
+// only be settled after that answer, as a request that is settled after its response. So after
+// rejectAfter, data is rejected while a local sender waits, until the session holds no more
+// than is free.
 func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *partial) (waited bool, d decision) {
 	if share.TryAcquire(n) {
 		return false, admitted
@@ -213,13 +219,13 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 	begin := time.Now()
 	l.conn.ReleaseBuffer()
 	l.paused.Store(true)
-	patience := time.NewTimer(rejectAfter - p.waited)
+	timer := time.NewTimer(rejectAfter - p.waited)
 	defer func() {
-		patience.Stop()
+		timer.Stop()
 		now := time.Now()
 		p.waited += now.Sub(begin)
 		l.resumed.Store(&now)
-		l.conn.SetHeard() // the silence was ours
+		l.conn.SetHeard() // the pause must not count towards the peer timeout
 		l.paused.Store(false)
 	}()
 	for {
@@ -228,13 +234,13 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 			return true, admitted
 		case <-l.changed:
 		case <-l.ending:
-		case <-patience.C:
+		case <-timer.C:
 			if l.hasWaiters() {
 				request.Cancel()
 				l.rejecting = true
 				return true, bufferFull
 			}
-			patience.Reset(recheckEvery)
+			timer.Reset(recheckEvery)
 		}
 		if !l.wants(f) {
 			request.Cancel()
@@ -243,7 +249,8 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 	}
 }
 
-// recheck has a wait ask again whether its frame is wanted. From any goroutine.
+// recheck makes a wait check again whether its frame can be received. It may be called from any
+// goroutine.
 func (l *receiveLimit) recheck() {
 	select {
 	case l.changed <- struct{}{}:
@@ -251,7 +258,8 @@ func (l *receiveLimit) recheck() {
 	}
 }
 
-// resumedAt is when the last wait ended; zero before there was one. From any goroutine.
+// resumedAt returns the end of the last pause; zero before there was one. It may be called from
+// any goroutine.
 func (l *receiveLimit) resumedAt() time.Time {
 	if t := l.resumed.Load(); t != nil {
 		return *t
@@ -259,14 +267,15 @@ func (l *receiveLimit) resumedAt() time.Time {
 	return time.Time{}
 }
 
+// beginLarge marks the start of reading a large payload.
 func (l *receiveLimit) beginLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
 	l.largeStart = time.Now()
 }
 
-// endLarge ends what beginLarge began, if it did, and what is left of an interruption: what
-// is read next is something else.
+// endLarge marks the end of reading a large payload, and ends its interruption. It does nothing
+// if none is being read.
 func (l *receiveLimit) endLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
@@ -281,7 +290,7 @@ func (l *receiveLimit) endLarge() {
 }
 
 // interruptLarge makes the reading of a large payload fail with [os.ErrDeadlineExceeded], if
-// one is being read. From any goroutine.
+// one is being read. It may be called from any goroutine.
 func (l *receiveLimit) interruptLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
@@ -291,7 +300,8 @@ func (l *receiveLimit) interruptLarge() {
 	}
 }
 
-// largeReadTime is how long large payloads were being read, until now. From any goroutine.
+// largeReadTime returns the total time spent reading large payloads, until now. It may be called
+// from any goroutine.
 func (l *receiveLimit) largeReadTime() time.Duration {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
@@ -301,9 +311,9 @@ func (l *receiveLimit) largeReadTime() time.Duration {
 	return l.largeTotal + time.Since(l.largeStart)
 }
 
-// starvesOthers reports that others have waited for a minute for what is reserved for a
-// payload that has been coming in for as long. It does so once a minute, to one session,
-// which is to end. The heartbeat's goroutine.
+// starvesOthers reports whether other payloads have waited for receiveTimeout for the capacity
+// that is reserved for a payload which this session has been reading for as long. It returns
+// true once a minute, for one session, which must then end. Heartbeat's goroutine.
 func (l *receiveLimit) starvesOthers() bool {
 	l.largeMu.Lock()
 	from := l.largeStart

@@ -33,54 +33,52 @@ const (
 type SessionOptions struct {
 	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
 	// a server a Cryo ping too. The session ends with ErrPeerTimeout when, for two
-	// intervals, nothing at all was received and no backlog moved, so a peer that is
-	// lost is noticed within three. A backlog is what waits in the send buffer, as on a
-	// slow line that a large message occupies; it moves when the peer's system
-	// acknowledges 4 KiB of it, or all, within an interval. On systems other than
-	// Linux, and for connections other than TCP, the backlog in the send buffer is not
-	// known, only that of a write that waits for it: a message that fits the send
-	// buffer must get through within two intervals. Time does not count while
-	// MaxBufferBytes keeps the session from reading. Default 15 s.
+	// intervals, nothing at all was received and no backlog moved, so that a lost peer
+	// is detected within three. The backlog is the data in the kernel's send buffer, such
+	// as a large message on a slow line; it moves when the peer's kernel acknowledges
+	// 4 KiB of it, or all, within an interval. On systems other than Linux, and for
+	// connections other than TCP, only a write in progress is known as backlog: a message
+	// that fits the send buffer must be transmitted within two intervals. Time does not
+	// count while reads are paused (backpressure). Default 15 s.
 	HeartbeatInterval time.Duration
-	// MaxBufferBytes bounds what is received and not yet settled: payloads, 256 bytes a
-	// message, and 128 bytes a chunk. When it is reached, data is no longer read; other
-	// frames are until then. A server's sessions share it: each may hold up to eight
-	// times what is left.
-	// As much again, and two messages, may be taken by messages of more than 64 KiB that
-	// are still coming in: a further one is read when one of them is whole. A message in
-	// fragments takes 1 MiB, and one that gets larger the largest, one at a time. A
-	// session that keeps others waiting with one for more than a minute ends with
-	// ErrReceiveTimeout, at its next heartbeat.
-	// When a send waits for its acknowledgement, which may be behind what is not
-	// read, reading continues after 10 s: messages without capacity are rejected then,
-	// and chunks without it end their stream, with ErrBufferFull, until the session
-	// holds no more than is still free. Default 32 MiB.
+	// MaxBufferBytes bounds the receive buffer: the payloads of unsettled messages and
+	// unread chunks, plus 256 bytes a message and 128 bytes a chunk. When it is full, reads
+	// are paused (backpressure) at the next data frame; frames before it are still read. A
+	// server's sessions share it: each may hold up to eight times the free capacity.
+	// Incomplete messages of more than 64 KiB may take as much again, plus two messages;
+	// the next one is read when one of them is complete. A message in fragments counts as
+	// 1 MiB, and a larger one as 16 MiB, one at a time. A session that makes others wait
+	// for an incomplete message for more than a minute ends with ErrReceiveTimeout, at its
+	// next heartbeat.
+	// When a send waits for its acknowledgement, which may be behind unread data, reads
+	// continue after 10 s: until the session holds no more than the free capacity,
+	// messages without capacity are rejected, and chunks without it end their stream with
+	// ErrBufferFull. Default 32 MiB.
 	MaxBufferBytes int
-	// CloseTimeout bounds the goodbye: how long the end of a session waits for
-	// queued acknowledgements to be written and for the peer to close. Default
-	// 5 s.
+	// CloseTimeout bounds the close handshake: the time to write queued acknowledgements
+	// and to wait until the peer closes. Default 5 s.
 	CloseTimeout time.Duration
-	// StreamIdleTimeout is after how long without a byte an open received stream is
-	// cancelled. Time does not count while bytes of it wait to be read, reading is
-	// paused, or a message or chunk of more than 64 KiB is coming in. Default 60 s.
-	// See [IncomingStream.SetIdleTimeout].
+	// StreamIdleTimeout is the time without a byte after which an open received stream is
+	// cancelled. Time does not count while bytes of the stream are unread, reads are
+	// paused (backpressure), or a message or chunk of more than 64 KiB is being received.
+	// Default 60 s. See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
 	// SendOnly rejects received messages with an ERROR and streams with
 	// TX_CANCEL, from the start; see [Session.SetSendOnly].
 	SendOnly bool
 	// Logger receives events that are not returned as errors. Default: none.
 	Logger *slog.Logger
-	// OnLateAck is called when the peer acknowledges or rejects a frame whose send has
-	// ended before: it has arrived, but counted as not acknowledged.
-	// OnReject is called when the session itself rejects what it received: a message, or
-	// for KindStream a stream; not for [Message.Reject]. Both are for counting: they run
-	// on the session's reading goroutine, OnReject on that of Session.SetSendOnly too, without
-	// a lock, and must not wait. At a server they may run before OnSession does. Default:
+	// OnLateAck is called when the peer acknowledges or rejects a frame after its send has
+	// returned an error.
+	// OnReject is called when the session itself rejects a message or, with KindStream, a
+	// stream; it is not called for [Message.Reject]. Both are for counting: they run
+	// on the session's reading goroutine, OnReject also on that of a SetSendOnly call, without
+	// a lock held, and must not wait. At a server they may run before OnSession. Default:
 	// none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
 
-	token *redact.Secret // that the peer's words are not repeated with; nil is none
+	token *redact.Secret // removed from the peer's texts; nil at a listening end
 }
 
 func (o *SessionOptions) validate() error {
@@ -92,7 +90,7 @@ func (o *SessionOptions) validate() error {
 	)
 }
 
-// notNegative returns an error if the value of an option is.
+// notNegative returns an error if the value of an option is negative.
 func notNegative[T int | time.Duration](option string, value T) error {
 	if value < 0 {
 		return fmt.Errorf("%s is %v: it must be positive, or 0 for its default", option, value)
@@ -134,7 +132,7 @@ func (o SessionOptions) withDefaults() SessionOptions {
 type Session struct {
 	id      uint64
 	dialing bool // this end dialled
-	value   any  // the Upgrade's; never changes
+	value   any  // Value of the Upgrade; not modified
 	opts    SessionOptions
 	log     *slog.Logger
 
@@ -147,20 +145,20 @@ type Session struct {
 	incoming  *incomingStreams
 	outgoing  *outgoingStreams
 
-	logLimit   rate.Sometimes         // of log lines
+	logLimit   rate.Sometimes         // rate limit of log lines
 	sendOnly   atomic.Bool            // received messages and streams are rejected
-	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO has come
-	peerAcked  atomic.Bool            // the peer has acknowledged something; of a dialling end, besides ENDPOINT_INFO
+	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO is received
+	peerAcked  atomic.Bool            // the peer has acknowledged a frame; at a dialling end, other than ENDPOINT_INFO
 	streamless atomic.Bool            // the peer's last ENDPOINT_INFO announces no streams
-	onEnd      func(closeDone func()) // the server's; nil: none
+	onEnd      func(closeDone func()) // callback of the server; nil at a dialling end
 	keepalive  keepalive
 
-	ctx  context.Context         // done with the first cause of the end: nothing new starts
-	end  context.CancelCauseFunc // called by begin alone
+	ctx  context.Context         // done with the first cause of the end; nothing new starts then
+	end  context.CancelCauseFunc // called by setCause only
 	done chan struct{}           // closed when the goroutines are gone
 
 	mu         sync.Mutex
-	stopped    bool        // no timer must be set any more
+	stopped    bool        // no timer may be set any more
 	closeTimer *time.Timer // bounds the close handshake; nil before it
 }
 
@@ -181,8 +179,8 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 	s.writer = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.writer.webSocketPong)
 	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants)
-	// What the messages and streams hold that nobody has settled, nobody can settle any
-	// more when there is no session that they lead to.
+	// Unsettled messages and streams refer to their session. When the session is garbage,
+	// they can't be settled any more, and their reservations are released.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
 	s.incoming = newIncomingStreams(s)
 	s.outgoing = newOutgoingStreams()
@@ -198,53 +196,51 @@ func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, op
 	return s
 }
 
-// ID is the session's id, chosen by the client.
+// ID returns the session's id, which the client chose.
 func (s *Session) ID() uint64 { return s.id }
 
-// Value is what Authorize kept of the client in [Upgrade]; nil of a session that
-// this end dialled.
+// Value returns the Value that Authorize set in [Upgrade]; nil if this end dialled.
 func (s *Session) Value() any { return s.value }
 
-// RemoteAddr is the peer's network address.
+// RemoteAddr returns the peer's network address.
 func (s *Session) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 
-// Done is closed when the session is over and its goroutines are gone, but for what
-// calls a server's OnSessionEnd.
-// Received messages can still be taken then.
+// Done returns a channel that is closed when the session is over and its goroutines are gone,
+// except the one that calls a server's OnSessionEnd. Received messages can still be received
+// then.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
-// Context is done as soon as the session has a reason to end: nothing can be sent any
-// more. Its cause is Err.
+// Context returns a context that is done as soon as the session begins to end: nothing can be
+// sent any more. Its cause is the error of Err.
 func (s *Session) Context() context.Context { return s.ctx }
 
-// Err is nil while the session lives, and then says why it ended; see
-// [ErrClosed]. Use it in place of the error of Context, which is always
-// [context.Canceled].
+// Err returns nil while the session is open, and then the cause of its end; see [ErrClosed].
+// Use it in place of the error of Context, which is always [context.Canceled].
 func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // Stats is a snapshot of a session. Its numbers are read one after the other.
 type Stats struct {
-	// Paused reports whether MaxBufferBytes keeps the session from reading, so that
-	// acknowledgements may have come that it has not read.
+	// Paused reports whether reads are paused (backpressure). Received acknowledgements
+	// may be unread then.
 	Paused bool
 	// HeldBytes counts against MaxBufferBytes: messages that are not settled, bytes of
 	// streams that are not read, and what Reserve has counted.
 	HeldBytes int64
-	// UnsettledMessages are received, and neither acknowledged nor rejected: in the queue
-	// or with the application.
+	// UnsettledMessages is the number of received messages that are neither acknowledged
+	// nor rejected, in the queue or with the application.
 	UnsettledMessages int
-	// AwaitingAcks are sent messages and frames of streams for whose acknowledgement
-	// somebody waits.
+	// AwaitingAcks is the number of unacknowledged messages and stream frames that this end
+	// has sent or queued.
 	AwaitingAcks int
-	// QueuedBytes are payloads, and small frames with their overhead, that wait to be
-	// written.
+	// QueuedBytes is the number of unwritten bytes: payloads, and small frames with their
+	// overhead.
 	QueuedBytes int64
-	// OpenStreams are received streams that are announced or open, at most 256.
+	// OpenStreams is the number of received streams that are announced or open, at most 256.
 	OpenStreams int
 }
 
-// Stats returns how the session is doing, for metrics and decisions about a slow peer.
-// After the end it tells what is still to be settled.
+// Stats returns a snapshot for metrics, and for decisions about a slow peer. After the end it
+// counts what is still unsettled.
 func (s *Session) Stats() Stats {
 	held, _ := s.limit.bytes.Usage()
 	return Stats{
@@ -259,19 +255,19 @@ func (s *Session) Stats() Stats {
 
 // Close ends the session: streams that are coming in are cancelled, queued
 // acknowledgements are written, BYE carries the reason (cut to 123 bytes), and the
-// WebSocket is closed with code 4000. What still arrives is discarded until the peer
-// closes too. All of it takes CloseTimeout at most, and ends with the context; then the
-// connection is cut. Close returns when the session's goroutines are gone, and may be
+// WebSocket is closed with code 4000. Data that still arrives is discarded until the peer
+// closes too. CloseTimeout and the context bound all of it; then the connection is
+// closed. Close returns when the session's goroutines are gone, and may be
 // called more than once. Its error is the context's.
 //
 // BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
 // the published server, while it sends a stream, does not survive the end of its session.
 //
-// Messages that were received can still be taken; if nobody does, call Discard, or they
-// count against the MaxBufferBytes of a server for good.
+// Messages in the queue can still be received; otherwise call Discard, or they count against
+// the MaxBufferBytes of a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
 	if s.beginClosing(ErrClosed) {
-		s.writer.rejectData() // the rest goes out before BYE, however long the peer takes to cancel
+		s.writer.rejectData() // queued frames are written before BYE, however long the peer takes to cancel
 		s.incoming.cancelIncomplete(s.Err())
 		s.incoming.awaitCancels(ctx.Done(), s.done)
 		reason = closeReason(reason)
@@ -288,9 +284,9 @@ func (s *Session) Close(ctx context.Context, reason string) error {
 	}
 }
 
-// CloseNow ends the session by cutting its connection: nothing more is sent, not even
-// acknowledgements that are queued. It returns nil, when the session's goroutines are
-// gone, and may be called while Close or Drain waits, which returns then. Otherwise like
+// CloseNow ends the session by closing its connection without a close handshake: nothing more
+// is sent, not even queued acknowledgements. It returns nil when the session's goroutines are
+// gone. It may be called while Close or Drain waits, which then returns. Otherwise it is like
 // Close.
 func (s *Session) CloseNow() error {
 	s.fail(ErrClosed)
@@ -298,20 +294,19 @@ func (s *Session) CloseNow() error {
 	return nil
 }
 
-// Drain lets what was received be settled, and closes the session then: streams that are
-// coming in are cancelled and new ones rejected; messages that come from now on are
-// discarded, neither acknowledged nor rejected, so that the peer sends them again on
-// another session. Receive and AcceptStream hand out what was received before, and
-// everything can be sent, such as responses. When each message is acknowledged or
-// rejected, and each stream that had come whole settled, Drain closes the session as
-// Close does, without waiting for what is being sent.
+// Drain waits until all received messages and streams are settled, and then closes the session.
+// Incomplete streams are cancelled and new ones rejected; later messages are discarded, neither
+// acknowledged nor rejected, so that the peer sends them again on another session. Receive and
+// AcceptStream return messages and streams that were received before, and everything can be
+// sent, such as responses. When each message is acknowledged or rejected, and each complete
+// stream settled, Drain closes the session as Close does, without waiting for sends.
 //
-// When the context is done before that, Drain returns its error, and the session is
-// still open, and drains: call Drain again, Close or CloseNow. If the session ends
-// first, Drain returns why, as what is not settled can't be any more.
+// When the context is done before that, Drain returns its error, and the session is still open
+// and drains: call Drain again, Close or CloseNow. If the session ends first, Drain returns the
+// cause, because nothing can be settled any more.
 func (s *Session) Drain(ctx context.Context, reason string) error {
 	settled := s.unsettled.drain()
-	s.limit.recheck() // what is discarded needs no capacity
+	s.limit.recheck() // discarded frames need no capacity
 	s.incoming.cancelIncomplete(&endedError{ErrClosed})
 	s.incoming.awaitCancels(ctx.Done(), s.ctx.Done())
 	select {
@@ -335,7 +330,7 @@ const (
 	closeClientError = 4001
 )
 
-// setCause records the first cause, and reports whether this is it.
+// setCause records the cause of the session's end, and reports whether it is the first one.
 func (s *Session) setCause(cause error) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -346,7 +341,7 @@ func (s *Session) setCause(cause error) bool {
 	return true
 }
 
-// beginClosing is begin for an end in good order, which CloseTimeout bounds.
+// beginClosing is setCause for an end with a close handshake, which CloseTimeout bounds.
 func (s *Session) beginClosing(cause error) bool {
 	if !s.setCause(cause) {
 		return false
@@ -356,33 +351,32 @@ func (s *Session) beginClosing(cause error) bool {
 		s.closeTimer = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
-	s.limit.interruptLarge() // it is discarded as it comes, and its memory is free for others
+	s.limit.interruptLarge() // the rest is discarded, and its memory released for others
 	return true
 }
 
-// closeWith ends the session in good order and without BYE: the writer sends what is queued,
-// then the close frame, and half-closes; the reader discards data until the peer closes.
-// While Close waits for the peer to cancel, this takes its place: what comes first is
-// queued, and nothing behind it.
+// closeWith ends the session with a close handshake, without BYE: the writer writes queued
+// frames and the close frame, and half-closes; the reader discards data until the peer closes.
+// If Close is waiting for the acknowledgement of a TX_CANCEL, this close frame is sent in place
+// of its own: the first one counts.
 func (s *Session) closeWith(cause error, code int, reason string) {
 	s.beginClosing(cause)
 	s.writer.queueClose(closeFrame{code: code, reason: closeReason(reason)})
 }
 
-// closeReason is a reason as it fits into a close frame.
+// closeReason returns a reason as valid UTF-8, truncated to the size of a close frame.
 func closeReason(reason string) string {
 	return redact.Cut(strings.ToValidUTF8(reason, "\uFFFD"), maxControlText)
 }
 
-// fail ends the session at once.
+// fail ends the session without a close handshake.
 func (s *Session) fail(cause error) {
 	s.setCause(cause)
 	_ = s.conn.Close()
 }
 
-// finish is the reading goroutine's last act, after the last frame was read.
-// Acknowledgements that arrived before the end have been counted by then; who
-// still waits learns the cause.
+// finish is called by the reading goroutine after the last frame. All acknowledgements that
+// arrived before the end are processed by then; the remaining sends fail with the cause.
 func (s *Session) finish() {
 	s.mu.Lock()
 	s.stopped = true
@@ -406,16 +400,16 @@ func (s *Session) finish() {
 	}
 }
 
-// peerTimedOut ends the session of a peer that was not alive for so long.
+// peerTimedOut ends the session of a peer that was not alive for this time.
 func (s *Session) peerTimedOut(d time.Duration) {
 	cause := fmt.Errorf("%w after %v", ErrPeerTimeout, d)
 	if s.writer.overLimit() != nil {
-		cause = fmt.Errorf("%w: it sends, and does not read our answers", cause)
+		cause = fmt.Errorf("%w: the peer sends, but does not read acknowledgements", cause)
 	}
 	s.fail(cause)
 }
 
-// checkIncoming ends the session if a message of it keeps others waiting.
+// checkIncoming ends the session if its incomplete message makes others wait for too long.
 func (s *Session) checkIncoming() {
 	if !s.isEnding() && s.limit.starvesOthers() {
 		s.closeWith(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error())

@@ -128,7 +128,7 @@ func TestAClientThatSendsMoreThanCanBeHeldAndNeverReadsLosesItsSession(t *testin
 		require.Error(t, err)
 		require.Less(t, time.Since(begin), time.Minute)
 		synctest.Wait()
-		e.log.want(t, "peer timeout after 30s: it sends, and does not read our answers")
+		e.log.want(t, "peer timeout after 30s: the peer sends, but does not read acknowledgements")
 	})
 }
 
