@@ -26,40 +26,39 @@ import (
 // DefaultConnectTimeout is the default of [DialOptions].
 const DefaultConnectTimeout = 5 * time.Second
 
-// The parameters of the upgrade (protocol, "Transport and handshake").
+// Query parameters of the upgrade (protocol, "Transport and handshake").
 const (
 	paramAuthorization = "authorization"
 	paramSessionID     = "x-cryo-sid"
 	bearer             = "Bearer"
 )
 
-// DialOptions are what a client can set. A zero value means its default, and a negative
+// DialOptions are the options of [Dial]. A zero value means its default, and a negative
 // one is an error.
 type DialOptions struct {
 	SessionOptions
 
 	// Token is sent as "Bearer <token>" in the URL's query, as the protocol
-	// wants it. It appears in no error and no log line of this package.
+	// requires. It is redacted in all errors and log lines of this package.
 	Token string
-	// SessionID is the id to connect with. A client that reconnects uses the
-	// one it had. Default: a random one; see [NewSessionID].
+	// SessionID is the id of the session. A client that reconnects must use the same id
+	// again. Default: a random one; see [NewSessionID].
 	SessionID uint64
-	// Query has further parameters for the URL. Those that Dial sets, authorization
+	// Query has further parameters of the URL. Those that Dial sets, authorization
 	// and x-cryo-sid, are an error.
 	Query url.Values
-	// Header has further headers for the upgrade.
+	// Header has further headers of the upgrade.
 	Header http.Header
-	// TLS configures wss. Default: the system's certificates.
+	// TLS is the configuration of wss. Default: the system's certificates.
 	TLS *tls.Config
-	// Proxy gives the proxy for the upgrade request: http, https or socks5.
-	// http.ProxyFromEnvironment and http.ProxyURL are such functions. The
-	// request that it is asked about has the URL with http for ws, and without
-	// query. Default: none.
+	// Proxy returns the proxy for the upgrade request: http, https or socks5; nil is none.
+	// http.ProxyFromEnvironment and http.ProxyURL are such functions. The URL of its
+	// request has the scheme http or https for ws or wss, and no query. Default: no proxy.
 	Proxy func(*http.Request) (*url.URL, error)
-	// ConnectTimeout bounds Dial: connecting, TLS, the upgrade and the
-	// handshake of Cryo. Default 5 s.
+	// ConnectTimeout bounds Dial: the connection, TLS, the upgrade and the
+	// Cryo handshake. Default 5 s.
 	ConnectTimeout time.Duration
-	// NetDial opens the network connection. Default: net.Dialer's.
+	// NetDial opens the network connection. Default: that of a net.Dialer.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -78,7 +77,7 @@ func (o DialOptions) withDefaults() DialOptions {
 	return o
 }
 
-// NewSessionID chooses a session id at random. It is never 0.
+// NewSessionID returns a random session id, which is never 0.
 func NewSessionID() uint64 {
 	for {
 		var b [8]byte
@@ -89,8 +88,8 @@ func NewSessionID() uint64 {
 	}
 }
 
-// CheckURL tells why a URL can't be dialled: it must be ws or wss with a
-// host, without user and password, and its query must be valid and not carry the
+// CheckURL returns an error if a URL can't be dialled: its scheme must be ws or wss, it must
+// have a host, and no user and password, and its query must be valid and not contain the
 // parameters that Dial sets. The error does not repeat the URL's query.
 func CheckURL(rawURL string) error {
 	_, _, err := parseURL(rawURL)
@@ -113,8 +112,8 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	case u.Hostname() == "":
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:
-		return nil, nil, errors.New("a WebSocket URL has no user and password, Cryo's authorization is the token")
-	case queryErr != nil: // it repeats a part of the query
+		return nil, nil, errors.New("the URL must not have a user and password: set the token instead")
+	case queryErr != nil: // queryErr repeats a part of the query
 		return nil, nil, errors.New("the URL's query is invalid: escape each semicolon as %3B and each percent sign as %25")
 	}
 	if err := checkQuery(query); err != nil {
@@ -123,21 +122,21 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	return u, query, nil
 }
 
-// checkQuery reports parameters that Dial sets.
+// checkQuery returns an error if the query has parameters that Dial sets.
 func checkQuery(query url.Values) error {
 	switch {
 	case query.Has(paramAuthorization):
-		return fmt.Errorf("the parameter %s is made from the token", paramAuthorization)
+		return fmt.Errorf("the query must not have the parameter %s: it is set from the token", paramAuthorization)
 	case query.Has(paramSessionID):
-		return fmt.Errorf("the parameter %s is made from the session's id", paramSessionID)
+		return fmt.Errorf("the query must not have the parameter %s: it is set from the session id", paramSessionID)
 	}
 	return nil
 }
 
 // Dial opens a session with a Cryo server. It returns when the server has
-// acknowledged our ENDPOINT_INFO, so everything may be sent then. The context
-// bounds Dial, not the session. A refusal by the server is a [*HandshakeError].
-// Dial makes one attempt; a [Client] dials again.
+// acknowledged our ENDPOINT_INFO, so that everything may be sent. The context
+// bounds Dial, not the session. If the server rejects the upgrade, the error is a
+// [*HandshakeError]. Dial makes one attempt; a [Client] reconnects.
 func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, error) {
 	var opts DialOptions
 	if options != nil {
@@ -153,10 +152,10 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 // target is the address of a server.
 type target struct {
 	url   *url.URL
-	query url.Values // the URL's and the options'
+	query url.Values // parameters of the URL and of the options
 }
 
-// newTarget returns what is wrong with the URL or the options.
+// newTarget checks the URL and the options.
 func newTarget(rawURL string, o *DialOptions) (*target, error) {
 	u, query, err := parseURL(rawURL)
 	if err == nil {
@@ -174,18 +173,18 @@ func (t *target) String() string {
 	return (&url.URL{Scheme: t.url.Scheme, Host: t.url.Host, Path: t.url.Path}).String()
 }
 
-// dial makes one attempt, with all options set.
+// dial makes one attempt. The options must have their defaults.
 func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 	opts.token = redact.New(opts.Token)
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
-		fmt.Errorf("no session after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
+		fmt.Errorf("timed out after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
 	defer cancel()
 	s, err := t.open(ctx, &opts)
 	if err != nil {
 		if d, _ := ctx.Deadline(); !time.Now().Before(d) {
-			<-ctx.Done() // the connection's deadline, which is the same, was faster
+			<-ctx.Done() // the connection has the same deadline, and may report it first
 		}
-		// A server that has answered has refused, whatever ended its body.
+		// A response is a rejection, even if its body was cut off by the timeout.
 		if _, refused := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !refused {
 			err = context.Cause(ctx)
 		}
@@ -210,9 +209,9 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
 		s.fail(err)
 		<-s.done
-		return nil, fmt.Errorf("handshake of Cryo: %w", err)
+		return nil, fmt.Errorf("Cryo handshake: %w", err)
 	}
-	s.peerAcked.Store(false) // that was only the handshake's
+	s.peerAcked.Store(false) // it was ENDPOINT_INFO
 	return s, nil
 }
 
@@ -222,12 +221,12 @@ var (
 )
 
 const (
-	maxDenialBody    = 1024 // bytes of a refusal that are looked at; the WebSocket library keeps no more
-	maxDenialMessage = 200  // bytes of it that are repeated
+	maxDenialBody    = 1024 // bytes of a denial's body that are read; the WebSocket library keeps no more
+	maxDenialMessage = 200  // bytes of HandshakeError.Message
 )
 
-// handshakeError makes an error of a failed upgrade in which the token does not
-// appear, whatever the server answered.
+// handshakeError returns the error of a failed upgrade, in which the token is
+// redacted, whatever the server's response.
 func handshakeError(err error, resp *http.Response, token *redact.Secret) error {
 	switch {
 	case resp == nil:
@@ -235,32 +234,32 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	case resp.StatusCode == http.StatusSwitchingProtocols:
 		return token.Error(fmt.Errorf("upgrade: %w", err))
 	}
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxDenialBody)) // what there is of it
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxDenialBody)) // may be incomplete
 	text := token.Text(string(body))
 	if len(body) == maxDenialBody {
 		text = token.End(text)
 	}
 	text = withoutMarkup(text)
-	// A page of cryo-server says the status again, which the error says already.
+	// cryo-server's page repeats the status, which the error has already.
 	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
-	text = token.Text(text) // again: it may have been broken into lines
+	text = token.Text(text) // again: the token may have been broken into lines
 	return &HandshakeError{
 		StatusCode: resp.StatusCode,
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
 		Message:    redact.Cut(strings.ToValidUTF8(text, ""), maxDenialMessage),
-		// Not of the message: the token may be a part of these words.
+		// Not matched in the message: the token may be a part of these words.
 		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
 	}
 }
 
-// retryAfter returns the wait that a Retry-After asks for, in seconds or until a date
-// (RFC 9110, 10.2.3); 0 if it is neither, or over.
+// retryAfter parses a Retry-After, in seconds or as a date (RFC 9110, 10.2.3). It returns 0 if
+// the value is malformed or in the past.
 func retryAfter(value string) time.Duration {
 	if date, err := http.ParseTime(value); err == nil {
 		return max(time.Until(date), 0)
 	}
 	seconds, err := strconv.ParseUint(value, 10, 64)
-	if err != nil && !errors.Is(err, strconv.ErrRange) { // the largest number stands for larger ones
+	if err != nil && !errors.Is(err, strconv.ErrRange) { // on ErrRange, seconds is the largest number
 		return 0
 	}
 	return time.Duration(min(seconds, uint64(math.MaxInt64/time.Second))) * time.Second

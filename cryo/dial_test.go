@@ -34,9 +34,9 @@ func TestCheckURL(t *testing.T) {
 		"ws:example.com":                  "the URL has no host",
 		"ws://":                           "the URL has no host",
 		"ws://:8080":                      "the URL has no host",
-		"ws://user:pass@example.com":      "a WebSocket URL has no user and password, Cryo's authorization is the token",
-		"ws://example.com?authorization=Bearer+x": "the parameter authorization is made from the token",
-		"ws://example.com?x-cryo-sid=1":           "the parameter x-cryo-sid is made from the session's id",
+		"ws://user:pass@example.com":      "the URL must not have a user and password: set the token instead",
+		"ws://example.com?authorization=Bearer+x": "the query must not have the parameter authorization: it is set from the token",
+		"ws://example.com?x-cryo-sid=1":           "the query must not have the parameter x-cryo-sid: it is set from the session id",
 		"ws://example.com:port?key=s3cret":        `not a URL: invalid port ":port" after host`,
 		"ws://exa mple.com?key=s3cret":            `not a URL: invalid character " " in host name`,
 		"ws://example.com/\x7f?key=s3cret":        "not a URL: net/url: invalid control character in URL",
@@ -101,8 +101,8 @@ func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
 
 func TestParametersThatDialSetsCannotBeSetByQuery(t *testing.T) {
 	for name, problem := range map[string]string{
-		"authorization": "dialling: the parameter authorization is made from the token",
-		"x-cryo-sid":    "dialling: the parameter x-cryo-sid is made from the session's id",
+		"authorization": "dialling: the query must not have the parameter authorization: it is set from the token",
+		"x-cryo-sid":    "dialling: the query must not have the parameter x-cryo-sid: it is set from the session id",
 	} {
 		for _, values := range [][]string{{"s3cret"}, {}} {
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
@@ -280,7 +280,7 @@ func TestAnUpgradeThatWasNotAskedForIsNotAccepted(t *testing.T) {
 					}).Dial
 					_, err := cryo.Dial(t.Context(), memoryURL, opts)
 					if c.problem == "" {
-						require.ErrorContains(t, err, "dialling ws://cryo.test: handshake of Cryo: ")
+						require.ErrorContains(t, err, "dialling ws://cryo.test: Cryo handshake: ")
 						return
 					}
 					require.EqualError(t, err, "dialling ws://cryo.test: upgrade: "+c.problem)
@@ -295,7 +295,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := answer(t, func(r *http.Request) string { return informational + upgraded(r, "websocket", "") })
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-		require.ErrorContains(t, err, "dialling ws://cryo.test: handshake of Cryo: ")
+		require.ErrorContains(t, err, "dialling ws://cryo.test: Cryo handshake: ")
 
 		err = dialAnswer(t, informational+"HTTP/1.1 401 Unauthorized\r\n\r\nSession already exists")
 		require.ErrorIs(t, err, cryo.ErrSessionExists)
@@ -342,7 +342,7 @@ func TestDialIsBoundedWhereverItHangs(t *testing.T) {
 					begin := time.Now()
 					opts := &cryo.DialOptions{NetDial: netDial, Token: token}
 					_, err := cryo.Dial(t.Context(), scheme+"://cryo.test", opts)
-					require.EqualError(t, err, "dialling "+scheme+"://cryo.test: no session after 5s: context deadline exceeded")
+					require.EqualError(t, err, "dialling "+scheme+"://cryo.test: timed out after 5s: context deadline exceeded")
 					require.Equal(t, cryo.DefaultConnectTimeout, time.Since(begin))
 
 					ctx, cancel := context.WithCancel(t.Context())

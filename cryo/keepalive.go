@@ -14,31 +14,32 @@ const (
 	maxKeepaliveInterval = 5 * time.Second
 )
 
-// pingsBehind is how many bytes without a ping may have one behind them.
+// pingsBehind is the number of bytes received without a ping after which unread pings are
+// assumed behind them.
 const pingsBehind = 16 << 10
 
-// minProgress is how many bytes of a backlog must be delivered between two heartbeats,
-// unless the backlog is smaller.
+// minProgress is the number of bytes of a backlog that must be delivered between two
+// heartbeats, unless the backlog is smaller.
 const minProgress = 4 << 10
 
-// keepalive notices by heartbeats that the peer is gone, and shows by unsolicited pongs of
-// a dialling end that this end is not. It reaches the session only through the functions
-// in its first part. They are called without a lock, by timers, and pong by the reading
-// goroutine too; they must not wait.
+// keepalive detects a lost peer by heartbeats, and at a dialling end keeps the session alive at
+// the peer by unsolicited pongs. It reaches the session only through its function fields.
+// They are called without a lock held, by timers, and pong by the reading goroutine too; they
+// must not wait.
 type keepalive struct {
 	conn        *ws.Conn
 	dialing     bool
 	interval    time.Duration         // between heartbeats
-	paused      func() bool           // whether reads are paused (backpressure)
+	paused      func() bool           // reports whether reads are paused (backpressure)
 	resumed     func() time.Time      // end of the last pause; zero before there was one
-	ping        func(cryo bool)       // sends a ping, of WebSocket and, if wanted, of Cryo
-	pong        func(number uint32)   // sends a pong of Cryo
+	ping        func(cryo bool)       // sends a WebSocket ping and, if cryo is set, a Cryo ping
+	pong        func(number uint32)   // sends a Cryo pong
 	onHeartbeat func()                // called at each heartbeat
-	onTimeout   func(d time.Duration) // called when the peer was not alive for so long; no heartbeat follows
+	onTimeout   func(d time.Duration) // called when the peer was not alive for d; no heartbeat follows
 
 	// Owned by the heartbeat's timer, whose function runs once at a time.
 	missed             int   // heartbeats in a row at which the peer was not alive
-	delivered, backlog int64 // of the connection, at the last heartbeat
+	delivered, backlog int64 // progress of the connection at the last heartbeat, in bytes
 	halfway            bool  // the timer fires between two heartbeats
 
 	lastPing time.Time // owned by the reading goroutine
@@ -48,7 +49,7 @@ type keepalive struct {
 	heartbeatTimer    *time.Timer
 	keepaliveTimer    *time.Timer // nil at a listening end
 	keepaliveInterval time.Duration
-	pingNumber        uint32 // of the last ping
+	pingNumber        uint32 // number of the last ping
 }
 
 func (k *keepalive) start() {
@@ -72,11 +73,11 @@ func (k *keepalive) stop() {
 	}
 }
 
-// heartbeat pings the peer, or reports that it timed out: at two heartbeats in a row it
-// was not alive. While reads are paused nothing can be heard, and time does not count; a
-// closed connection is noticed by writing only. The first ping to a peer that is gone makes
-// its system reset the connection, and the next one fails. So there is another ping halfway
-// between two heartbeats then.
+// heartbeat pings the peer, or reports a timeout if the peer was not alive at two heartbeats
+// in a row. While reads are paused nothing is received, so time does not count, and a closed
+// connection is detected only by writing: the first ping to a lost peer makes its kernel reset
+// the connection, and the next one fails. So another ping is sent halfway between two
+// heartbeats then.
 func (k *keepalive) heartbeat() {
 	if k.halfway {
 		k.halfway = false
@@ -108,9 +109,9 @@ func (k *keepalive) setHeartbeat(d time.Duration) {
 	}
 }
 
-// alive reports whether, since the last call, anything was received or some of the backlog
-// of that time was delivered. A large message may occupy a slow line for many heartbeats,
-// with our pings behind it. Bytes without a backlog prove nothing: they may be in buffers.
+// alive reports whether, since the last call, anything was received, or some of the backlog
+// at that call was delivered. A large message may occupy a slow line for many heartbeats,
+// with our pings behind it. Bytes without a backlog are no evidence: they may be in buffers.
 func (k *keepalive) alive() bool {
 	delivered, backlog := k.conn.Progress()
 	progress := k.backlog > 0 && delivered-k.delivered >= min(k.backlog, minProgress)
@@ -126,7 +127,7 @@ func (k *keepalive) pinged(number uint32) {
 	}
 	k.conn.ResetReceived()
 	now := time.Now()
-	// Pings that piled up while we didn't read come late, and then all at once.
+	// Pings that arrived while reads were paused are read late, and all at the same time.
 	every := now.Sub(k.lastPing)
 	regular := !k.lastPing.IsZero() && every >= 2*minKeepaliveInterval && k.lastPing.After(k.resumed())
 	k.lastPing = now
@@ -141,10 +142,9 @@ func (k *keepalive) pinged(number uint32) {
 	}
 }
 
-// sendKeepalive sends an unsolicited pong if pings may go unseen: reads are paused, or so
-// much came that they may be behind it, because the line or the pipeline is slow.
-// cryo-server ends sessions without pongs. A listening end sends none: cryo-client-node
-// answers a pong with a ping.
+// sendKeepalive sends an unsolicited pong if pings may be unread: reads are paused, or so much
+// was received that pings may be behind it. cryo-server ends sessions without pongs. A
+// listening end sends none: cryo-client-node answers a pong with a ping.
 func (k *keepalive) sendKeepalive() {
 	unseen := k.conn.Received() >= pingsBehind || k.paused()
 	k.mu.Lock()

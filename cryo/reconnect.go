@@ -19,30 +19,30 @@ const (
 	firstWait     = 250 * time.Millisecond
 	maxWait       = 10 * time.Second
 	maxRetryAfter = 5 * time.Minute
-	minLifetime   = time.Second // of a session that is no failure
+	minLifetime   = time.Second // a shorter session counts as a failed attempt
 )
 
 const (
-	// maxLostSessions bounds the sessions that end one after the other while Client.Send waits for
-	// the acknowledgement of a message: the message may be what ends them.
+	// maxLostSessions bounds the sessions in a row that end while Client.Send waits for the
+	// acknowledgement of a message, because the message itself may end them.
 	maxLostSessions = 10
-	// maxResendWait bounds the random wait before a message that two sessions have not
-	// acknowledged is sent on the next one. Another sender's message may be what ends them:
-	// at times, each of the others is sent before it.
+	// maxResendWait bounds the random wait before a message is sent on a third or later
+	// session. Another sender's message may end them: the random wait lets each of the
+	// other messages be sent before it at some time.
 	maxResendWait = 200 * time.Millisecond
 )
 
 // ClientOptions are the options of a [Client]. A zero value means its default.
 type ClientOptions struct {
-	// DialOptions are those of each attempt. The session id stays the same: SessionID, or a
-	// random one that NewClient chooses. Logger also receives attempts that failed while
-	// Await or Send waited, at most one line a second.
+	// DialOptions are the options of each attempt. All sessions have the same id: SessionID,
+	// or a random one that NewClient chooses. Logger also receives the failed attempts for
+	// which Await or Send waited, at most one line a second.
 	DialOptions
 
 	// TokenFunc returns the token of an attempt, for tokens that expire or are rotated. It is
-	// called for each attempt, on a goroutine of the Client, never twice at the same time. Its
-	// context ends with ConnectTimeout and with Close, and it must return then. Its error is
-	// that of a failed attempt. Default: Token; it is an error to set both.
+	// called for each attempt, on a goroutine of the Client, never concurrently. Its context
+	// is done after ConnectTimeout and at Close, and it must return then. If it returns an
+	// error, the attempt fails with that. Default: Token; it is an error to set both.
 	TokenFunc func(context.Context) (string, error)
 
 	// OnSession is called with each new session, before a method of the Client returns it,
@@ -54,25 +54,25 @@ type ClientOptions struct {
 	OnSessionEnd func(*Session)
 }
 
-// Client has sessions with one server, one at a time: when a session is wanted and there is
-// none, or it has ended, the Client dials, with the same session id as before. It never dials
-// without a caller who wants a session, and all of them share one attempt.
+// Client keeps a session with one server: when Connect, Await or Send is called and no session
+// is connected, the Client dials, always with the same session id. It never dials without such
+// a call, and concurrent calls share one attempt.
 //
-// A session that was lost is dialled again without a wait. After a failed attempt, the wait is
+// After the end of a session, the next attempt is made without a wait. After a failed attempt,
+// the wait is
 //
-//   - the time that the server asks for by Retry-After, if it does, but at least 250 ms and at most
-//     5 minutes, and up to a quarter more at random;
-//   - else 1 s after [ErrSessionExists], which passes by itself, and 30 s after
+//   - the time in the server's Retry-After, if there is one, but at least 250 ms and at most
+//     5 minutes, plus up to a quarter at random;
+//   - else 1 s after [ErrSessionExists], which is temporary, and 30 s after
 //     [ErrUnauthorized];
 //   - else 250 ms, doubled with each further failure up to 10 s, and shortened by up to a
 //     quarter at random.
 //
-// A session that ends within a second counts as a failed attempt of the last kind: as the first
-// one, if the peer has acknowledged something on it. A session that lasts longer lets the
-// waits begin at 250 ms again.
+// A session that ends within a second counts as a failed attempt of the last kind; if the peer
+// has acknowledged a frame on it, the waits start again at 250 ms. They also do after a session
+// that lasts longer.
 //
-// What the server sends must be received, from each session; a Client that only sends sets
-// SendOnly.
+// The application must receive the server's messages from each session, or set SendOnly.
 //
 // All methods may be called from any goroutine. A Client has at most one goroutine for a
 // session and one for an attempt, and none before the first attempt and after Close.
@@ -83,18 +83,18 @@ type Client struct {
 	close  context.CancelFunc
 
 	mu       sync.Mutex
-	session  *Session      // the last one; nil before the first
-	gone     chan struct{} // closed when session is over, and OnSessionEnd has returned
-	attempt  *attempt      // in flight; nil if none is
-	failures int           // in a row
+	session  *Session      // last session; nil before the first
+	gone     chan struct{} // closed when session is over and OnSessionEnd has returned
+	attempt  *attempt      // attempt in flight; nil if there is none
+	failures int           // failed attempts in a row
 	due      time.Time     // earliest time of the next attempt
 	logLimit rate.Sometimes
 }
 
-// attempt is one attempt to connect. Its callers wait under their own contexts, and it goes on
-// without them: others may come, and the session is there for the next.
+// attempt is one attempt to connect. Its callers wait under their own contexts, and it continues
+// without them: its session serves later callers.
 type attempt struct {
-	awaited bool          // a failure is returned to nobody, so it is logged; guarded by the Client's mu
+	awaited bool          // Await does not return the error, so it is logged; guarded by the Client's mu
 	done    chan struct{} // closed when the following are set
 	session *Session
 	err     error // a *RetryError, or errClientClosed
@@ -102,7 +102,7 @@ type attempt struct {
 
 // RetryError is the failure of an attempt of a [Client] to connect. The next attempt may succeed.
 type RetryError struct {
-	Err   error         // of the attempt: that of Dial, or of TokenFunc
+	Err   error         // error of Dial or of TokenFunc
 	After time.Duration // time until the next attempt, from the failure on
 }
 
@@ -152,25 +152,25 @@ func (c *Client) sessionLocked() *Session {
 	return c.session
 }
 
-// Connect returns the session if one is connected. Else it waits until the last session is
-// over and the next attempt is due, and returns its result: a session or a [*RetryError], with
-// the time until the attempt after it. The context bounds the wait and not the attempt, whose
-// session the next caller gets. After Close the error is [ErrClosed].
+// Connect returns the session if one is connected. Otherwise it waits until the last session is
+// over and the next attempt is due, and returns the result of that attempt: a session, or a
+// [*RetryError] with the time until the next one. The context bounds the wait, not the attempt,
+// whose session serves later callers. After Close the error is [ErrClosed].
 func (c *Client) Connect(ctx context.Context) (*Session, error) { return c.connect(ctx, false) }
 
-// Await is Connect until an attempt succeeds, the context is done, or the Client is closed. The
-// error wraps that of the last attempt, too. An attempt that fails is logged, and followed by
-// another one whatever its error is: a token can become valid again. Use Connect to decide
-// otherwise.
+// Await repeats Connect until an attempt succeeds, the context is done, or the Client is closed.
+// The error also wraps the error of the last attempt. A failed attempt is logged, and followed by
+// another one whatever its error, because even a rejected token can become valid again. Use
+// Connect to stop at certain errors.
 //
-// To receive, receive from the session until it has ended, and await the next one. Where other
-// goroutines await sessions as well, a session may come and go unseen in between: use OnSession
-// of [ClientOptions] to see each.
+// To receive, receive from the session until it has ended, and await the next one. If other
+// goroutines await sessions too, a session may begin and end between two calls: use OnSession of
+// [ClientOptions] to receive from each.
 func (c *Client) Await(ctx context.Context) (*Session, error) {
 	var last *RetryError
 	for {
 		s, err := c.connect(ctx, true)
-		failed, ok := err.(*RetryError) //nolint:errorlint // an attempt's; a context's cause may wrap another
+		failed, ok := err.(*RetryError) //nolint:errorlint // unwrapped: a context's cause may wrap another RetryError
 		switch {
 		case ok:
 			last = failed
@@ -221,7 +221,7 @@ func (c *Client) waitError(ctx context.Context) error {
 	return fmt.Errorf("waiting for a session with %s: %w", c.target, contextError(ctx))
 }
 
-// run makes an attempt, and follows its session until that is over.
+// run makes an attempt, and waits for the end of its session.
 func (c *Client) run(a *attempt, lastGone <-chan struct{}) {
 	s, err := c.dial(lastGone)
 	began := time.Now()
@@ -252,8 +252,8 @@ func (c *Client) run(a *attempt, lastGone <-chan struct{}) {
 	}
 }
 
-// dial waits until nothing is left of the last session, which the server would reject this
-// one for, and until the attempt is due. Then it makes it.
+// dial waits until the last session is over, because the server may reject another session with
+// the same id, and until the attempt is due. Then it dials.
 func (c *Client) dial(lastGone <-chan struct{}) (*Session, error) {
 	if lastGone != nil {
 		select {
@@ -280,7 +280,7 @@ func (c *Client) dial(lastGone <-chan struct{}) (*Session, error) {
 	return c.target.dial(c.closed, opts)
 }
 
-// follow waits for the end of a session, and decides from it when the next attempt is due.
+// follow waits for the end of a session, and sets the due time of the next attempt.
 func (c *Client) follow(s *Session, began time.Time) {
 	<-s.Context().Done()
 	ended := time.Now()
@@ -299,7 +299,8 @@ func (c *Client) follow(s *Session, began time.Time) {
 	}
 }
 
-// failedLocked sets when the attempt after one that failed is due.
+// failedLocked sets the due time of the next attempt after a failed one, and returns a
+// [*RetryError].
 func (c *Client) failedLocked(err error) error {
 	var (
 		wait   time.Duration
@@ -327,8 +328,8 @@ func (c *Client) backOffLocked() time.Duration {
 	return wait - rand.N(wait/4) //nolint:gosec // no secret
 }
 
-// logFailure logs a failed attempt. Logging is outside of the limit's lock: a handler may call the
-// Client.
+// logFailure logs a failed attempt. It logs without a lock held, because a log handler may call
+// the Client.
 func (c *Client) logFailure(err error) {
 	due := false
 	c.logLimit.Do(func() { due = true })
@@ -338,17 +339,18 @@ func (c *Client) logFailure(err error) {
 }
 
 // Send sends messages in order, on the session that is connected or on the next one, and
-// waits until each is acknowledged. When the session ends before that, those that it has not
-// acknowledged are sent again on the next session: they may arrive twice. The context bounds all of it.
+// waits until each is acknowledged. When the session ends before that, the unacknowledged
+// messages are sent again on the next session: they may arrive twice. The context bounds all
+// attempts together.
 //
-// A [*BatchError] names the messages that were not acknowledged, and why: a [*RejectedError], or a
-// message that can't be sent, neither of which is sent again; the context's error and its cause;
-// [ErrClosed] after Close; or the end of the last of 10 sessions on which it was sent and that
-// ended, one after the other, without acknowledging or rejecting any of what was left: the
-// message may be what ends them.
+// A [*BatchError] has the errors of the messages that were not acknowledged: a [*RejectedError] or
+// the error of a message that can't be sent, neither of which is sent again; the context's error
+// and its cause; [ErrClosed] after Close; or the end of the last of 10 sessions in a row that
+// ended without acknowledging or rejecting any of the remaining messages, because a message may
+// itself end the sessions.
 func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 	errs := make([]error, len(messages))
-	left := make([]int, len(messages)) // indexes of messages without a verdict
+	left := make([]int, len(messages)) // indexes of messages to send
 	for i := range left {
 		left[i] = i
 	}
@@ -364,7 +366,7 @@ func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 			pause(ctx, rand.N(maxResendWait)) //nolint:gosec // no secret
 		}
 		if s.Err() != nil {
-			continue // nothing of it was sent there
+			continue // no message was sent on it
 		}
 		before := len(left)
 		left = sendLeft(ctx, s, messages, left, errs)
@@ -386,8 +388,8 @@ func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 	return nil
 }
 
-// sendLeft sends the messages with these indexes on a session. It sets their errors, and
-// returns the indexes of those that have no verdict because the session has ended.
+// sendLeft sends the messages with the indexes left on a session. It sets their errors, and
+// returns the indexes of those that must be sent again because the session has ended.
 func sendLeft(ctx context.Context, s *Session, messages []OutMessage, left []int, errs []error) []int {
 	part := messages
 	if len(left) < len(messages) {
@@ -411,8 +413,8 @@ func sendLeft(ctx context.Context, s *Session, messages []OutMessage, left []int
 	return lost
 }
 
-// afterLoss is the error of a message for which no session came; lost is the end of the
-// session on which it was sent, nil if it was not.
+// afterLoss returns the error of a message that could not be sent again; lost is the end of the
+// session on which it was sent, nil if it was not sent.
 func afterLoss(lost, err error) error {
 	if lost == nil {
 		return err
@@ -420,9 +422,9 @@ func afterLoss(lost, err error) error {
 	return fmt.Errorf("%w; %w", lost, err)
 }
 
-// Close ends the attempt in flight and all that waits for a session, and closes the session as
-// [Session.Close] does. It returns when the goroutines of the Client are gone, and may be
-// called more than once. Its error is the context's. The Client dials no more.
+// Close ends the attempt in flight and all calls that wait for a session, and closes the session
+// as [Session.Close] does. It returns when the goroutines of the Client are gone, and may be
+// called more than once. Its error is the context's. The Client does not dial again.
 func (c *Client) Close(ctx context.Context, reason string) error {
 	c.close()
 	c.mu.Lock()
@@ -442,7 +444,7 @@ func (c *Client) Close(ctx context.Context, reason string) error {
 	return err
 }
 
-// pause waits, and reports whether the context was done before the wait was over.
+// pause waits, and returns false if the context is done.
 func pause(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -12,9 +12,9 @@ import (
 // OutMessage is a message to be sent. [Text] and [Binary] make one.
 type OutMessage struct {
 	Kind Kind // KindText or KindBinary
-	// Payload is at most 16 MiB, and valid UTF-8 for KindText. It is not copied: its memory
-	// must not be changed until the send returns; if its context has ended, or with Queue,
-	// until [Pending.Done] is closed.
+	// Payload has at most 16 MiB, and is valid UTF-8 for KindText. It is not copied: its
+	// memory must not be changed until the send returns or, if its context has ended or
+	// Queue is used, until [Pending.Done] is closed.
 	Payload []byte
 }
 
@@ -44,14 +44,14 @@ func (m *OutMessage) check() error {
 	}
 }
 
-// SendText sends a text and waits for its acknowledgement. Its error is that of the message
-// in SendBatch.
+// SendText sends a text and waits for its acknowledgement. It returns the error that SendBatch
+// has for a message.
 func (s *Session) SendText(ctx context.Context, text string) error {
 	return s.sendOne(ctx, Text(text))
 }
 
-// SendBinary sends bytes and waits for their acknowledgement. Its error is that of the
-// message in SendBatch.
+// SendBinary sends bytes and waits for their acknowledgement. It returns the error that
+// SendBatch has for a message.
 func (s *Session) SendBinary(ctx context.Context, data []byte) error {
 	return s.sendOne(ctx, Binary(data))
 }
@@ -80,13 +80,13 @@ func (s *Session) SendBatch(ctx context.Context, messages []OutMessage) error {
 	return s.Queue(messages).Wait(ctx)
 }
 
-// Queue queues messages in order and returns at once, so that one goroutine can send to
-// many sessions, or keep an order among batches that others wait for. The messages that
-// can't be sent are left out; Wait returns their errors. What is queued is in memory until
-// it is written, without a bound: the caller bounds it by waiting.
+// Queue queues messages in order and returns without waiting, so that one goroutine can send
+// to many sessions, or keep batches in order whose acknowledgements other goroutines await.
+// Messages that can't be sent are left out; Wait returns their errors. Queued messages stay in
+// memory until they are written, without a bound: the caller must bound them by waiting.
 //
-// Wait or Cancel must be called, because a send that is not done counts as waiting for its
-// acknowledgement, with the effect that MaxBufferBytes of [SessionOptions] describes.
+// Wait or Cancel must be called: a send that is not done counts as waiting for its
+// acknowledgement, with the effect described at MaxBufferBytes in [SessionOptions].
 func (s *Session) Queue(messages []OutMessage) *Pending {
 	p := &Pending{s: s}
 	errs, size := checkAll(messages)
@@ -108,8 +108,8 @@ func (s *Session) Queue(messages []OutMessage) *Pending {
 	return p
 }
 
-// checkAll returns the errors of the messages that can't be sent, by index, or nil if there
-// is none; and the number of the others.
+// checkAll returns the errors of the messages that can't be sent, by index, nil if there are
+// none; and the number of the others.
 func checkAll(messages []OutMessage) (errs []error, valid int) {
 	valid = len(messages)
 	for i := range messages {
@@ -130,12 +130,13 @@ type Pending struct {
 	call call
 }
 
-// Done is closed when each message is acknowledged, rejected or withdrawn, and the memory of
-// the payloads is not in use any more: they may be changed, and sent again.
+// Done returns a channel that is closed when each message is acknowledged, rejected or
+// withdrawn, and the memory of the payloads is no longer in use: they may be changed, and sent
+// again.
 func (p *Pending) Done() <-chan struct{} { return p.call.done }
 
 // Wait waits for Done, and returns what [Session.SendBatch] returns. If the context is done
-// before that, Wait withdraws the batch, like Cancel, and returns at once, with the context's
+// before that, Wait withdraws the batch, like Cancel, and returns immediately, with the context's
 // error for each message that was not acknowledged or rejected. A later Wait returns the same.
 func (p *Pending) Wait(ctx context.Context) error {
 	if errs := p.s.await(ctx, &p.call); errs != nil {
@@ -144,10 +145,10 @@ func (p *Pending) Wait(ctx context.Context) error {
 	return nil
 }
 
-// Cancel withdraws what is neither acknowledged nor rejected: what is not written yet is not
-// sent, and what was written may still be delivered. It does not wait: a payload that is being
+// Cancel withdraws the messages that are neither acknowledged nor rejected: unwritten ones are
+// not sent, and written ones may still be delivered. It does not wait: a payload that is being
 // written is in use until Done is closed. Wait returns an error that matches
-// [context.Canceled] for each message that was withdrawn. After Done, Cancel does nothing.
+// [context.Canceled] for each withdrawn message. After Done, Cancel does nothing.
 func (p *Pending) Cancel() { p.s.withdraw(&p.call, context.Canceled) }
 
 // sendFrame sends a frame and waits for its answer.
@@ -163,9 +164,9 @@ func (s *Session) sendFrame(ctx context.Context, f wire.Frame) error {
 	return nil
 }
 
-// start numbers the frames of a call, and queues them. In this order: no answer can come
-// for a number that nobody waits for. If the session ends in between, the writer drops the
-// frames, and either its end settles them or cancel does, whichever is first.
+// start numbers the frames of a call, and queues them. The order matters: no answer can arrive
+// for a number that is not registered. If the session ends in between, the writer drops the
+// frames, and the end of the ackTable or cancel completes them, whichever is first.
 func (s *Session) start(c *call) {
 	s.acks.register(c)
 	if !s.writer.send(c.frames) {
@@ -174,7 +175,7 @@ func (s *Session) start(c *call) {
 }
 
 // await waits for a call, and cancels it when the context is done. It returns the errors by
-// index, or nil if there is none.
+// index, nil if there are none.
 func (s *Session) await(ctx context.Context, c *call) []error {
 	select {
 	case <-c.done:

@@ -24,24 +24,23 @@ const (
 	DefaultHandshakeTimeout = 10 * time.Second
 )
 
-// infoDelay is how long a server waits for the client's ENDPOINT_INFO before
-// it sends its own. cryo-client-node often loses one that travels right behind
-// the upgrade's answer.
+// infoDelay is the time that a server waits for the client's ENDPOINT_INFO before
+// it sends its own. cryo-client-node often loses one that directly follows the
+// response to the upgrade.
 const infoDelay = time.Second
 
-// ServerOptions are what a server can set. A zero value means its default, and a negative
+// ServerOptions are the options of a [Server]. A zero value means its default, and a negative
 // one is an error.
 type ServerOptions struct {
 	SessionOptions
 
-	// Authorize decides who may come in; its error is a refusal and goes to
-	// the log, not to the client, unless it is an [*AdmissionError]. It runs on the
-	// request's goroutine. There is no default: without it everybody is refused.
-	// See [Tokens].
+	// Authorize decides whether a client may connect. Its error denies the client, and is
+	// logged but not sent, unless it is an [*AdmissionError]. It runs on the request's
+	// goroutine. There is no default: without it all clients are denied. See [Tokens].
 	Authorize func(*Upgrade) error
-	// OnSession is called when a session is connected, on the goroutine of its
-	// request, which ends when it returns. The session goes on. It may run until the
-	// session has ended, at the price of that goroutine.
+	// OnSession is called when a session is connected, on the goroutine of its request,
+	// which ends when OnSession returns; the session stays open. OnSession may run until
+	// the session has ended, at the cost of that goroutine.
 	OnSession func(*Session, *Upgrade)
 	// OnSessionEnd is called once for each session that OnSession was called for, when
 	// OnSession has returned and the session's Done is closed. The session's id may be
@@ -52,26 +51,26 @@ type ServerOptions struct {
 	// OnDeny is called when a client is denied, with the HTTP status of the response,
 	// on the request's goroutine. Default: none.
 	OnDeny func(status int)
-	// MaxSessions bounds the sessions, those in handshake and those whose connection
-	// is still closing included; more are refused with 503. A client that takes its
-	// own session over is let in by a full server too, until there are twice as many
-	// with those that are closing. Default 10,000.
+	// MaxSessions bounds the sessions, including those in the handshake and those that
+	// are closing; further clients are denied with 503. A client that takes over its own
+	// session may exceed the bound, up to twice as many with those that are closing.
+	// Default 10,000.
 	MaxSessions int
 	// MaxSessionsPerAddress bounds the sessions of one IP address, or of one
-	// IPv6 network of 64 bits, by the request's RemoteAddr; more are refused
-	// with 429. Behind a reverse proxy somebody has to put the client's address
-	// there. Default: no such bound.
+	// IPv6 network of 64 bits, by the request's RemoteAddr; further clients are denied
+	// with 429. Behind a reverse proxy, RemoteAddr must be set to the client's address.
+	// Default: no bound.
 	MaxSessionsPerAddress int
-	// Full is asked about each client that may come in; those that come while it
-	// says true are refused with 503. It is for who keeps something of sessions
-	// that have ended. Default: never.
+	// Full is called for each authorized client; if it returns true, the client is denied
+	// with 503. It is for applications that keep state of ended sessions, such as messages
+	// that are not processed yet. Default: never full.
 	Full func() bool
 	// HandshakeTimeout bounds the time from the upgrade to the client's
-	// ENDPOINT_INFO. Default 10 s. The HTTP server's own time-outs bound what
-	// comes before.
+	// ENDPOINT_INFO. Default 10 s. The HTTP server's timeouts bound the time before
+	// the upgrade.
 	HandshakeTimeout time.Duration
-	// CheckOrigin decides about browsers by their Origin header. Default: all
-	// may come, because Cryo's token is nothing that a browser adds by itself.
+	// CheckOrigin reports whether a browser may connect, by its Origin header. Default:
+	// always, because a browser does not add Cryo's token by itself, unlike a cookie.
 	CheckOrigin func(*http.Request) bool
 }
 
@@ -80,26 +79,26 @@ type ServerOptions struct {
 type Server struct {
 	opts       ServerOptions
 	buffer     receiveBuffer
-	logLimit   rate.Sometimes // of log lines
-	suppressed atomic.Int64   // since the last of them
+	logLimit   rate.Sometimes // rate limit of log lines
+	suppressed atomic.Int64   // denials since the last log line
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
-	perAddr map[netip.Prefix]int // entries; empty without a bound
-	slots   int                  // entries, and ghosts that were taken over and have not ended yet
+	perAddr map[netip.Prefix]int // number of entries; empty without MaxSessionsPerAddress
+	slots   int                  // entries, plus sessions that were taken over or are still closing
 	closed  bool
-	idle    chan struct{} // closed when closed and without places
+	idle    chan struct{} // closed when closed is set and slots is 0
 }
 
 var _ http.Handler = (*Server)(nil)
 
-// entry is a session's place in the registry, taken before the upgrade.
+// entry is a session's entry in the table, added before the upgrade.
 type entry struct {
-	address     netip.Prefix      // of the client; see MaxSessionsPerAddress
-	credentials [sha256.Size]byte // who has the same may take the session over
+	address     netip.Prefix      // client's network; see MaxSessionsPerAddress
+	credentials [sha256.Size]byte // a client with the same ones may take over the session
 	session     *Session          // nil during the upgrade
-	endsLeft    int               // of the session's end and its request: who is last reports the end
-	decided     bool              // whether the session is announced: once, for good
+	endsLeft    int               // 2, minus 1 each for the end of the session and of its request; OnSessionEnd at 0
+	decided     bool              // connected is final
 	connected   bool              // the handshake is done, and the session announced
 }
 
@@ -132,8 +131,8 @@ func (o ServerOptions) withDefaults() ServerOptions {
 	return o
 }
 
-// NewServer makes a server. MaxBufferBytes is shared by all its sessions. It returns what
-// is wrong with the options; nil options are those of a server that denies everybody.
+// NewServer makes a server. All its sessions share MaxBufferBytes. Invalid options are an
+// error. A server with nil options denies all clients, because Authorize is not set.
 func NewServer(options *ServerOptions) (*Server, error) {
 	var opts ServerOptions
 	if options != nil {
@@ -153,14 +152,15 @@ func NewServer(options *ServerOptions) (*Server, error) {
 	}, nil
 }
 
-// ServeHTTP answers an upgrade: 426 to a request that is none, 400 or 405 to one that is
-// not valid, 401 without a valid token or with the id of another's session, 403 to an
-// origin that is not allowed, 429 when there are too many from one address, 503 when the
-// server is full or closing. Whatever is no part of the request is judged after the token.
+// ServeHTTP accepts an upgrade, or responds with 426 to another request, 400 or 405 to an invalid
+// upgrade, 401 if the token is invalid or the session id belongs to another client, 403 if the
+// origin is not allowed, 429 if the address has reached its limit of sessions, and 503 if the
+// server is full or closing. The token is checked before everything that does not depend on the
+// request alone.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if invalid := ws.CheckUpgrade(r); invalid != nil {
 		maps.Copy(w.Header(), invalid.Header)
-		if invalid.Status == http.StatusUpgradeRequired { // a browser, or a health check: nothing to log
+		if invalid.Status == http.StatusUpgradeRequired { // a browser or a health check: not logged
 			http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", invalid.Status)
 			return
 		}
@@ -179,7 +179,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.leave(e)
 	s.handshake(session)
 	if !s.announce(e) {
-		session.SetSendOnly(true) // nobody will take what it received
+		session.SetSendOnly(true) // its messages will not be received
 		return
 	}
 	if s.opts.OnSession != nil {
@@ -202,9 +202,9 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	s.mu.Lock()
 	e.endsLeft = 2
 	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
-	e.session.value = u.Value // nobody has the session yet
+	e.session.value = u.Value // before the session is reachable
 	closed := s.closed
-	e.decided = closed // not announced, whatever it does until it has ended
+	e.decided = closed // never announced
 	s.mu.Unlock()
 	if closed {
 		_ = e.session.Close(u.Request.Context(), shutdownReason)
@@ -214,7 +214,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	return e.session
 }
 
-// handshake exchanges ENDPOINT_INFO, or waits for the session's end.
+// handshake exchanges ENDPOINT_INFO. It returns early if the session ends.
 func (s *Server) handshake(session *Session) {
 	patience := time.NewTimer(infoDelay)
 	defer patience.Stop()
@@ -240,9 +240,9 @@ func (s *Server) handshake(session *Session) {
 	}
 }
 
-// announce makes a session known whose client has said ENDPOINT_INFO, unless it
-// was taken over meanwhile. The first call decides: a session that its request has
-// dropped isn't reported as left either.
+// announce marks a session as connected if its client has sent ENDPOINT_INFO and it was not
+// taken over meanwhile, and reports whether it is connected. The result of the first call is
+// final: OnSessionEnd is called only for sessions that OnSession is called for.
 func (s *Server) announce(e *entry) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -258,9 +258,9 @@ func (s *Server) announce(e *entry) bool {
 	return e.connected
 }
 
-// ended is a session's end. A client that left as soon as it was connected may be
-// ahead of its own request: its session is announced all the same, for what it sent
-// is there to be taken.
+// ended is called at the end of a session. The session of a client that leaves immediately may
+// end before its request has announced it: it is announced here, because its messages can still
+// be received.
 func (s *Server) ended(id uint64, e *entry, closeDone func()) {
 	s.announce(e)
 	s.remove(id, e)
@@ -268,8 +268,8 @@ func (s *Server) ended(id uint64, e *entry, closeDone func()) {
 	s.leave(e)
 }
 
-// leave is called twice for a session: when it has ended, and when its request is done
-// with it, OnSession included. The second call reports the end.
+// leave is called twice for a session: when it has ended, and when its request is done,
+// including OnSession. The second call calls OnSessionEnd.
 func (s *Server) leave(e *entry) {
 	s.mu.Lock()
 	e.endsLeft--
@@ -283,7 +283,7 @@ func (s *Server) leave(e *entry) {
 		s.opts.OnSessionEnd(e.session)
 	}
 	if s.opts.OnSession == nil {
-		e.session.Discard() // nobody was given it to receive from
+		e.session.Discard() // without OnSession, its messages are never received
 	}
 }
 
@@ -297,7 +297,7 @@ func (s *Server) remove(id uint64, e *entry) {
 	}
 }
 
-// freeSlot frees the slot of an entry that was removed, last of all: Shutdown waits for it.
+// freeSlot releases the slot of a removed entry. It is the last step: Shutdown waits for it.
 func (s *Server) freeSlot() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -316,7 +316,7 @@ func (s *Server) idleLocked() {
 	}
 }
 
-// Session finds a connected session by its id.
+// Session returns the connected session with this id.
 func (s *Server) Session(id uint64) (*Session, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -326,7 +326,7 @@ func (s *Server) Session(id uint64) (*Session, bool) {
 	return nil, false
 }
 
-// Sessions lists the connected sessions, in no order.
+// Sessions returns the connected sessions, in no order.
 func (s *Server) Sessions() []*Session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -343,15 +343,15 @@ const shutdownReason = "server is shutting down"
 
 // Shutdown denies new clients, closes all sessions, see [Session.Close], and returns when
 // they have ended, their goroutines are gone, and OnSession and OnSessionEnd have returned
-// for each of them. When the context is done, it closes their connections at once, and
-// returns without waiting for handlers that still run. Connections that are no sessions
-// are those of the HTTP server.
+// for each of them. When the context is done, it closes their connections without a close
+// handshake, and returns without waiting for handlers that still run. Connections that are not
+// upgraded are left to the HTTP server.
 func (s *Server) Shutdown(ctx context.Context) error {
 	return s.closeAll(ctx, func(session *Session) error { return session.Close(ctx, shutdownReason) })
 }
 
-// Drain is Shutdown that lets what was received be settled first: see [Session.Drain].
-// When the context is done, sessions may still be open, and drain; call Shutdown then.
+// Drain is Shutdown with [Session.Drain] in place of Close: received messages can be settled
+// first. When the context is done, sessions may still be open and drain; call Shutdown then.
 func (s *Server) Drain(ctx context.Context) error {
 	return s.closeAll(ctx, func(session *Session) error {
 		err := session.Drain(ctx, shutdownReason)
@@ -362,8 +362,8 @@ func (s *Server) Drain(ctx context.Context) error {
 	})
 }
 
-// closeAll denies new clients, and returns when end has returned for each session and
-// nothing is left of them.
+// closeAll denies new clients, and returns when end has returned for each session and all slots
+// are free.
 func (s *Server) closeAll(ctx context.Context, end func(*Session) error) error {
 	s.mu.Lock()
 	s.closed = true

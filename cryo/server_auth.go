@@ -16,19 +16,17 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
-// Who may come in.
-
-// Upgrade is a client's request to come in.
+// Upgrade is a client's request for a session.
 type Upgrade struct {
 	Token     string // what followed "Bearer " in the query
 	SessionID uint64
-	Request   *http.Request // for query, headers and remote address; its URL has the token
-	// Value is Authorize's to set, and reaches OnSession and [Session.Value].
+	Request   *http.Request // for query, headers and remote address; its URL contains the token
+	// Value may be set by Authorize. OnSession and [Session.Value] return it.
 	Value any
 }
 
-// AdmissionError is returned by Authorize to deny a client whose token is right. The client
-// receives its status and message, and not that the token was rejected.
+// AdmissionError is returned by Authorize to deny a client whose token is valid. The client
+// receives its status and message in place of 401.
 type AdmissionError struct {
 	StatusCode int    // the HTTP status. Default 403; 401 would be a rejected token
 	Message    string // the text of the response
@@ -36,8 +34,8 @@ type AdmissionError struct {
 
 func (e *AdmissionError) Error() string { return e.Message }
 
-// Tokens authorizes clients that have one of the tokens, compared in constant
-// time. Without tokens nobody may come in.
+// Tokens returns an Authorize function that accepts clients with one of the tokens, compared in
+// constant time. Without tokens it denies all clients.
 func Tokens(tokens ...string) func(*Upgrade) error {
 	sums := make([][sha256.Size]byte, len(tokens))
 	for i, t := range tokens {
@@ -55,13 +53,13 @@ func Tokens(tokens ...string) func(*Upgrade) error {
 	}
 }
 
-// denial is an answer to an upgrade that is not let in.
+// denial is the response to an upgrade that is denied.
 type denial struct {
 	status   int
 	message  string // for the client
-	cause    error  // for the log; nil if the sentence says it all
-	token    string // what the log must not repeat
-	answered bool   // on the connection already
+	cause    error  // for the log; nil: message
+	token    string // redacted in the log
+	answered bool   // the response is written already
 }
 
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
@@ -74,7 +72,7 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 		if cause == nil {
 			cause = errors.New(denied.message)
 		}
-		// Here and not for each refusal: much work may be made of a long token.
+		// Only for denials that are logged: a long token is expensive to redact.
 		cause = redact.New(denied.token).Error(cause)
 		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
 			"left_out", max(s.suppressed.Swap(0)-1, 0))
@@ -84,11 +82,11 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	}
 }
 
-// admit judges a request and takes a place for its session.
+// admit decides about a request, and acquires a slot for its session.
 func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, nil, &denial{status: http.StatusBadRequest, message: "The URL's query can't be read."}
+		return nil, nil, &denial{status: http.StatusBadRequest, message: "The URL's query is malformed."}
 	}
 	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
 	if !ok {
@@ -106,18 +104,18 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	}
 	switch {
 	case idErr != nil:
-		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."}
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
 	case !s.opts.CheckOrigin(r):
 		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
 	case s.opts.Full():
-		return nil, nil, &denial{status: http.StatusServiceUnavailable, message: "The server is behind with sessions that have ended."}
+		return nil, nil, &denial{status: http.StatusServiceUnavailable, message: "Overloaded: closed sessions are still draining."}
 	}
 	e, denied := s.reserve(u)
 	return u, e, denied
 }
 
-// credentials are a client's token and, by TLS, its certificate: where certificates
-// tell clients apart, all may have the same token, or none.
+// credentials returns a hash of a client's token and, with TLS, its certificate: if certificates
+// identify clients, all of them may have the same token, or none.
 func (u *Upgrade) credentials() [sha256.Size]byte {
 	known := sha256.Sum256([]byte(u.Token))
 	if state := u.Request.TLS; state != nil && len(state.PeerCertificates) > 0 {
@@ -126,8 +124,8 @@ func (u *Upgrade) credentials() [sha256.Size]byte {
 	return known
 }
 
-// reserve takes a place. A client that comes back with the id and the credentials
-// of a session that is still thought alive takes it over: the old one is its ghost.
+// reserve acquires a slot. A client that connects with the id and the credentials of a session
+// that has not ended takes it over, because its old connection is probably lost.
 func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	e := &entry{credentials: u.credentials(), address: networkOf(u.Request.RemoteAddr)}
 	s.mu.Lock()
@@ -137,11 +135,11 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	case s.closed:
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down."}
 	case old == nil && s.slots >= s.opts.MaxSessions, s.slots >= 2*s.opts.MaxSessions:
-		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has as many sessions as it may."}
+		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has reached its limit of sessions."}
 	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
 		return nil, &denial{status: http.StatusUnauthorized, message: "The session already exists."}
 	case s.addressFull(e.address, old):
-		return nil, &denial{status: http.StatusTooManyRequests, message: "There are as many sessions from this address as there may be."}
+		return nil, &denial{status: http.StatusTooManyRequests, message: "This address has reached its limit of sessions."}
 	case old != nil:
 		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
 		s.countAddress(old, -1)
@@ -152,16 +150,16 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	return e, nil
 }
 
-// networkOf is what MaxSessionsPerAddress takes for one client: who has an IPv6
-// address has the other 2⁶⁴ of its network too.
+// networkOf returns the addresses that MaxSessionsPerAddress counts together: one IPv4 address,
+// or the IPv6 network of 64 bits, all of which one client usually has.
 func networkOf(remote string) netip.Prefix {
 	host, _, err := net.SplitHostPort(remote)
 	if err != nil {
-		host = strings.Trim(remote, "[]") // as a proxy tells it
+		host = strings.Trim(remote, "[]") // without a port, as from a proxy's header
 	}
 	ip, err := netip.ParseAddr(host)
 	if err != nil {
-		return netip.Prefix{} // all that are no IP addresses are one
+		return netip.Prefix{} // everything that is no IP address is counted together
 	}
 	ip = ip.Unmap().WithZone("")
 	if ip.Is4() {
@@ -171,13 +169,14 @@ func networkOf(remote string) netip.Prefix {
 	return network
 }
 
-// addressFull tells whether another session from an address would be one too many.
-// One that takes over a session from there is none more.
+// addressFull reports whether another session would exceed MaxSessionsPerAddress. One that
+// takes over a session from the same address does not add to it.
 func (s *Server) addressFull(address netip.Prefix, old *entry) bool {
 	limit := s.opts.MaxSessionsPerAddress
 	return limit > 0 && s.perAddr[address] >= limit && (old == nil || old.address != address)
 }
 
+// countAddress adds to the number of sessions of an entry's address.
 func (s *Server) countAddress(e *entry, change int) {
 	if s.opts.MaxSessionsPerAddress <= 0 {
 		return

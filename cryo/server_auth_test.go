@@ -59,7 +59,7 @@ func TestAServerJudgesRequestsOneAfterAnother(t *testing.T) {
 	const (
 		missing = "The parameter authorization with a Bearer token is missing."
 		refused = "The token was rejected."
-		badID   = "The parameter x-cryo-sid has to be an unsigned decimal number of 64 bits."
+		badID   = "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."
 	)
 	for name, c := range map[string]struct {
 		query    string
@@ -78,7 +78,7 @@ func TestAServerJudgesRequestsOneAfterAnother(t *testing.T) {
 		"a signed id":                    {good + "&x-cryo-sid=%2B1", upgrade(), 401, badID},
 		"a hexadecimal id":               {good + "&x-cryo-sid=0x1", upgrade(), 401, badID},
 		"an id of 65 bits":               {good + "&x-cryo-sid=18446744073709551616", upgrade(), 401, badID},
-		"a query that can't be read":     {good + "&x-cryo-sid=1;a=b", upgrade(), 400, "The URL's query can't be read."},
+		"a query that can't be read":     {good + "&x-cryo-sid=1;a=b", upgrade(), 400, "The URL's query is malformed."},
 		"an origin that is not allowed":  {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 403, "This origin is not allowed."},
 		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 401, refused},
 		"an origin that is allowed":      {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://good.test"), 101, ""},
@@ -337,7 +337,7 @@ func TestAFullServerRefuses(t *testing.T) {
 		first.ClientHandshake()
 		join(t, l, 2) // in its handshake, which counts
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 503 Service Unavailable: The server has as many sessions as it may.")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 503 Service Unavailable: The server has reached its limit of sessions.")
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 
 		first.Conn().Cut()
@@ -367,7 +367,7 @@ func TestSessionsThatAreStillClosingCountToo(t *testing.T) {
 			t.Helper()
 			status, _, body := knock(t, l.Listener, fmt.Sprintf("x-cryo-sid=%d&authorization=", id)+url.QueryEscape("Bearer "+token), upgrade())
 			require.Equal(t, 503, status)
-			require.Equal(t, "The server has as many sessions as it may.", body)
+			require.Equal(t, "The server has reached its limit of sessions.", body)
 		}
 		first := comes(1)
 		second := comes(1) // the first is closing
@@ -470,7 +470,7 @@ func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
 		refused := func(address string, id uint64) {
 			t.Helper()
 			_, err := from(address, id)
-			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 429 Too Many Requests: There are as many sessions from this address as there may be.")
+			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 429 Too Many Requests: This address has reached its limit of sessions.")
 		}
 		first := welcome("192.0.2.1:1", 1)
 		welcome("192.0.2.1:2", 2)
@@ -510,7 +510,7 @@ func TestWhoKeepsSomethingOfSessionsSaysWhenItIsFull(t *testing.T) {
 		full.Store(true)
 		status, _, body := knock(t, l, query, upgrade())
 		require.Equal(t, 503, status)
-		require.Equal(t, "The server is behind with sessions that have ended.", body)
+		require.Equal(t, "Overloaded: closed sessions are still draining.", body)
 		status, _, _ = knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
 		require.Equal(t, 401, status, "the token is judged first")
 		full.Store(false)

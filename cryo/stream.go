@@ -10,16 +10,14 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// What a session's user calls for streams.
-
-// OpenStream announces a stream and returns when the peer has taken it, so that
+// OpenStream announces a stream and returns when the peer has accepted it, so that
 // chunks may follow. The context bounds the whole stream, Finish included; when
-// it ends, the stream is abandoned.
+// it is done, the stream is abandoned.
 //
 // If the peer's ENDPOINT_INFO announces no streams, OpenStream returns
 // [ErrStreamsUnsupported].
 //
-// If the peer has asked to pull (TX_FLOW), it returns [ErrPeerPulls]: the size has to
+// If the peer has asked to pull (TX_FLOW), it returns [ErrPeerPulls], because the size must
 // be announced first. Use SendStream then.
 func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*OutgoingStream, error) {
 	st, err := s.newStream(ctx, options)
@@ -38,15 +36,15 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 	return st, nil
 }
 
-// SendStream sends all that the source has as one stream, and returns when the
-// peer has acknowledged the whole. If the source fails, its error is returned
+// SendStream sends all data of the source as one stream, and returns when the
+// peer has acknowledged the whole stream. If the source fails, its error is returned
 // and the stream abandoned; a source that blocks is not interrupted. See ReadFrom
 // for a [*bytes.Reader], and OpenStream for a peer without streams.
 //
 // When the peer pulls, the stream's size is announced first, so the source must be a
 // regular file, a [*bytes.Reader], a [*strings.Reader], or an [*io.SectionReader] of one
-// of these; any other is [ErrNotSeekable]. It is read as the peer asks, and the stream
-// fails if it has more or fewer bytes by then.
+// of these; any other returns [ErrNotSeekable]. The source is read as the peer fetches
+// chunks, and the stream fails if its size has changed by then.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
 	st, err := s.newStream(ctx, options)
 	if err != nil {
@@ -81,20 +79,19 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	st := &OutgoingStream{s: s, callerCtx: ctx, opts: opts, window: window{freed: make(chan struct{}, 1)}}
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	s.outgoing.add(st)
-	if s.streamless.Load() { // asked last, or an ENDPOINT_INFO that comes now could be missed
+	if s.streamless.Load() { // after add: handleEndpointInfo stops the streams in the table
 		st.stop(ErrStreamsUnsupported)
 		return nil, st.sendError(ErrStreamsUnsupported)
 	}
 	return st, nil
 }
 
-// AcceptStream waits for the next stream that the peer announces, of one of the
-// names, or of any if there are none. The peer sends nothing of it before the
-// first Read. At most 256 streams of a session are announced or open: a further one is
-// cancelled, or the one that waits longest to be accepted, if that is longer than
-// [SessionOptions.StreamIdleTimeout]. Streams that wait are not cancelled otherwise.
-// After the end of the session there are none: those that nobody has accepted hold no
-// data.
+// AcceptStream waits for the next stream that the peer announces with one of the names, or
+// with any name if none is given. The peer sends no data before the first Read. At most 256
+// streams of a session are announced or open: if there are more, the oldest one that is not
+// accepted is cancelled if it has waited for longer than [SessionOptions.StreamIdleTimeout],
+// else the new one. Announced streams are not cancelled otherwise. After the end of the session
+// AcceptStream returns the error of [Session.Err]: streams that were not accepted have no data.
 func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
 	for {
 		if err := s.Err(); err != nil {
@@ -122,12 +119,11 @@ func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*Incom
 	return each(func() (*IncomingStream, error) { return s.AcceptStream(ctx, names...) })
 }
 
-// PullStreams asks the peer to send the streams that it opens from then on only as
-// they are wanted (TX_FLOW), and waits for its acknowledgement. The peer announces each
-// stream's size then, and sends a chunk when it is asked for, at the price of a round
-// trip a chunk. Without it streams are pushed: chunks come as fast as the network and
-// MaxBufferBytes let them. The published Node client can't be pulled from: it stops
-// working.
+// PullStreams asks the peer to send the streams that it opens from then on only on request
+// (TX_FLOW), and waits for its acknowledgement. The peer then announces each stream's size,
+// and sends a chunk when this end fetches it, at the cost of a round trip a chunk. Without
+// PullStreams, streams are pushed: the peer sends chunks as fast as the network and
+// MaxBufferBytes allow. Do not pull from the published Node client: it stops working.
 func (s *Session) PullStreams(ctx context.Context) error {
 	s.incoming.startPulling()
 	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: wire.FlowPull}); err != nil {

@@ -11,56 +11,56 @@ import (
 )
 
 const (
-	// chunkOverhead is what a chunk counts beside its payload.
+	// chunkOverhead is counted for a chunk in addition to its payload, in bytes.
 	chunkOverhead = 128
-	// pullAhead is how much of a stream is fetched before it is read.
+	// pullAhead bounds the unread bytes of a stream beyond which no more are fetched.
 	pullAhead = 256 << 10
 )
 
-// Why an IncomingStream ended other than whole, or by the end of its session.
+// Errors of a stream that ended before it was complete, other than the end of its session.
 var (
 	// ErrStreamIdle: nothing of the stream was received within the idle timeout.
 	ErrStreamIdle = errors.New("stream idle")
-	// ErrStreamBroken: chunks were missing, or the size was not as announced.
+	// ErrStreamBroken: chunks were missing, or the size differs from the announced one.
 	ErrStreamBroken = errors.New("the stream is broken")
 	// ErrBufferFull: MaxBufferBytes left no capacity for a chunk while a send waited for
 	// its acknowledgement; see [SessionOptions]. Messages are rejected with the same text.
 	ErrBufferFull = errors.New("receive buffer full: too many unacknowledged messages")
 
-	errStreamUnread = errors.New("the stream can't be acknowledged before it is read to io.EOF")
+	errStreamUnread = errors.New("the stream can't be acknowledged before Read has returned io.EOF")
 )
 
-// IncomingStream is a stream that the peer sends. It is read by one goroutine at a
-// time, and then settled by Ack or Close, from any; Close after Ack does nothing, so
-// defer it. Until then it counts as open, and what of it is not read against
-// MaxBufferBytes. A stream that has failed is cancelled and no longer counts, and need
-// not be settled when it is read to its error.
+// IncomingStream is a stream that the peer sends. One goroutine at a time may read it; Ack or
+// Close settles it, from any goroutine. Close after Ack does nothing, so defer it. Until the
+// stream is settled it counts as open, and its unread bytes count against MaxBufferBytes. A
+// stream that has failed is cancelled and no longer counts as open; it need not be settled if
+// it is read to its error.
 type IncomingStream struct {
 	s           *Session
 	tx          uint32
 	name        string
 	size        int64     // -1: unknown
 	pull        bool      // chunks come only when fetched
-	startNumber uint32    // TX_START's number
-	announcedAt time.Time // when TX_START came
+	startNumber uint32    // number of TX_START
+	announcedAt time.Time // time of TX_START
 
-	arrived chan struct{} // holds a token when there is something new for Read
+	arrived chan struct{} // holds a token when Read must check again
 
-	settleMu sync.Mutex // held by Ack and Close, before other locks: the second one gets what the first has found
+	settleMu sync.Mutex // held by Ack and Close, locked before mu: the second call returns the result of the first
 
 	mu           sync.Mutex
 	idleTimeout  time.Duration
 	accepted     bool          // TX_START is acknowledged
 	idleTimer    *time.Timer   // set when accepted
-	lastActive   time.Time     // when something last happened
-	largeAtReset time.Duration // of [receiveLimit.timeForLarge], when idle was last set
+	lastActive   time.Time     // time of the last non-empty chunk or Read
+	largeAtReset time.Duration // result of [receiveLimit.largeReadTime] when idleTimer was last set
 	chunks       []chunk
-	buffered     int   // bytes in chunks
-	received     int64 // bytes that came
+	buffered     int   // unread bytes in chunks
+	received     int64 // bytes received so far
 	nextSeq      uint32
-	fetching     bool    // a TX_FETCH is under way
-	finishNumber *uint32 // TX_FINISH's number, when it has come
-	failed       error   // why nothing more comes though the stream is not whole; TX_CANCEL is sent
+	fetching     bool    // a TX_FETCH is in flight
+	finishNumber *uint32 // number of TX_FINISH; nil before it is received
+	failed       error   // why the stream ended incomplete; TX_CANCEL is sent
 	reachedEOF   bool    // Read has returned io.EOF
 	settled      settlement
 	ackErr       error // why Ack fails, once the stream is settled; nil if it is acknowledged
@@ -68,8 +68,7 @@ type IncomingStream struct {
 
 var _ io.ReadCloser = (*IncomingStream)(nil)
 
-// chunk is what is left to be read of a chunk, and what is to be released when that is
-// nothing.
+// chunk is a received chunk. Its memory and reservation are released when all of it is read.
 type chunk struct {
 	unread      []byte
 	reservation reservation
@@ -82,7 +81,7 @@ func (c *chunk) release() {
 	*c = chunk{}
 }
 
-// settlement is what the receiver has said of a stream.
+// settlement is the application's decision about a stream: Ack or Close.
 type settlement int
 
 const (
@@ -91,8 +90,8 @@ const (
 	rejected
 )
 
-// Name returns the stream's name, at most 1,024 bytes of UTF-8. The peer has chosen it:
-// don't use it as a path as it is, and see [Session.Redact] for logging it.
+// Name returns the stream's name, at most 1,024 bytes of UTF-8. The peer chose it: do not use
+// it as a path without checks, and see [Session.Redact] for logging it.
 func (st *IncomingStream) Name() string { return st.name }
 
 // Size returns the number of bytes that the peer has announced, or -1.
@@ -104,15 +103,15 @@ func (st *IncomingStream) Tx() uint32 { return st.tx }
 // Session returns the session that the stream is received on.
 func (st *IncomingStream) Session() *Session { return st.s }
 
-// Received returns the number of bytes that were received so far.
+// Received returns the number of bytes received so far.
 func (st *IncomingStream) Received() int64 {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.received
 }
 
-// SetIdleTimeout sets another time than [SessionOptions.StreamIdleTimeout] for the
-// stream; 0 is that one. Call it before the first Read.
+// SetIdleTimeout sets the idle timeout of the stream in place of
+// [SessionOptions.StreamIdleTimeout], which 0 restores. Call it before the first Read.
 func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 	if d <= 0 {
 		d = st.s.opts.StreamIdleTimeout
@@ -124,10 +123,9 @@ func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 
 // Read returns bytes that were received, and waits if there are none. The first Read
 // acknowledges TX_START, and the peer begins to send. [io.EOF] means that the stream is
-// whole. Otherwise, after all bytes that were received, it returns [io.ErrUnexpectedEOF]
-// for a stream that is truncated by the end of its session, or [ErrStreamIdle],
-// [ErrStreamBroken] or [ErrBufferFull]. Close from another goroutine ends a Read that waits
-// with [ErrStreamClosed].
+// complete. Otherwise, after all received bytes, it returns [io.ErrUnexpectedEOF] for a stream
+// that is truncated by the end of its session, or [ErrStreamIdle], [ErrStreamBroken] or
+// [ErrBufferFull]. After Close in another goroutine, a waiting Read returns [ErrStreamClosed].
 func (st *IncomingStream) Read(p []byte) (int, error) {
 	st.acceptOnce()
 	for {
@@ -138,7 +136,7 @@ func (st *IncomingStream) Read(p []byte) (int, error) {
 		select {
 		case <-st.arrived:
 		case <-st.s.done:
-			// Nothing more comes. What came before the end was queued before.
+			// All chunks that were received before the end are queued by now.
 			if n, err := st.readBuffered(p); n > 0 || err != nil {
 				return n, err
 			}
@@ -167,7 +165,7 @@ func (st *IncomingStream) readBuffered(p []byte) (int, error) {
 		return n, nil
 	}
 	switch {
-	case len(st.chunks) > 0: // p has no room
+	case len(st.chunks) > 0: // p is empty
 		return 0, nil
 	case st.failed != nil:
 		return 0, st.failed
@@ -181,14 +179,14 @@ func (st *IncomingStream) readBuffered(p []byte) (int, error) {
 	}
 }
 
-// wholeLocked reports whether all bytes have come: TX_FINISH has, or in pull mode
-// as many as were announced. An announced size of 0 is not believed without
-// TX_FINISH: the published Node client announces it whatever the source holds.
+// wholeLocked reports whether the stream was received completely: TX_FINISH was received or, in
+// pull mode, the announced number of bytes. An announced size of 0 is not trusted without
+// TX_FINISH: the published Node client announces it whatever the source's size.
 func (st *IncomingStream) wholeLocked() bool {
 	return st.finishNumber != nil || st.pull && st.size > 0 && st.received == st.size
 }
 
-// acceptOnce lets the peer send.
+// acceptOnce acknowledges TX_START at the first Read, so that the peer sends data.
 func (st *IncomingStream) acceptOnce() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -205,9 +203,8 @@ func (st *IncomingStream) acceptOnce() {
 	st.fetchLocked()
 }
 
-// fetchLocked asks for the next chunk, if the stream is pulled. While fewer
-// bytes have come than were announced, one more chunk surely exists; asking past
-// the end breaks the published server.
+// fetchLocked requests the next chunk of a pulled stream. It never requests a chunk behind the
+// announced size: that breaks the published server.
 func (st *IncomingStream) fetchLocked() {
 	if !st.pull || !st.accepted || st.fetching || st.failed != nil || st.settled != unsettled || st.finishNumber != nil {
 		return
@@ -216,7 +213,7 @@ func (st *IncomingStream) fetchLocked() {
 	to := from + 1
 	switch {
 	case st.size == 0:
-		to = from // an empty range makes the published server say TX_FINISH
+		to = from // the published server answers an empty range with TX_FINISH
 	case st.received == st.size, st.buffered >= pullAhead:
 		return
 	}
@@ -224,25 +221,24 @@ func (st *IncomingStream) fetchLocked() {
 	st.s.writer.control(wire.Frame{SID: st.s.id, Type: wire.TxFetch, Ack: st.s.acks.number(), Tx: st.tx, Start: from, End: to})
 }
 
-// Ack acknowledges the whole stream: it was delivered. TX_FINISH is acknowledged, now
-// or when it is received. Call it when Read has returned io.EOF and all
-// that was read is safe. Before that it is an error, also where exactly all bytes were
-// read, and the stream stays as it is: read on, or call Close, as nothing else ends a
-// stream that has come whole. After the end of the session, and for a stream that was
-// cancelled already because it was idle or broken, nothing can be
-// acknowledged: then Ack settles the stream and returns the cause. After Close it returns
-// [ErrStreamClosed], and a second time what it has returned before.
+// Ack acknowledges the whole stream: it was delivered. TX_FINISH is acknowledged, now or when it
+// is received. Call Ack when Read has returned io.EOF and the data is delivered. An earlier call
+// returns an error and does not settle the stream, even if all bytes are read: read to io.EOF, or
+// call Close, because nothing else ends a stream that was received completely. After the end of
+// the session, and for a stream that was cancelled because it was idle or broken, nothing can be
+// acknowledged: Ack settles the stream and returns the cause. After Close it returns
+// [ErrStreamClosed]; a second Ack returns the result of the first.
 func (st *IncomingStream) Ack() error { return st.settle(acknowledged) }
 
 // Close cancels the stream unless it is acknowledged: the peer receives TX_CANCEL and no
-// acknowledgement of TX_FINISH. Once Ack has settled the stream, and a second time, it does
-// nothing and returns nil. After the end of the session the peer can't be reached; then
-// Close returns the error of [Session.Err].
+// acknowledgement of TX_FINISH. Once the stream is settled, Close does nothing and returns nil.
+// After the end of the session the peer can't be reached, and Close returns the error of
+// [Session.Err].
 func (st *IncomingStream) Close() error { return st.settle(rejected) }
 
-// settle sends the peer the outcome, once. Of Ack and Close the first one counts. A
-// failure that comes later finds the stream settled and changes nothing. One that came
-// before makes it rejected, and TX_CANCEL is sent by whoever takes it out of the table.
+// settle records and sends the decision of Ack or Close, whichever is called first. A later
+// failure of the stream changes nothing. After an earlier one the stream counts as rejected, and
+// TX_CANCEL is sent by the goroutine that removes the stream from the table.
 func (st *IncomingStream) settle(as settlement) error {
 	st.settleMu.Lock()
 	defer st.settleMu.Unlock()
@@ -277,12 +273,12 @@ func (st *IncomingStream) settle(as settlement) error {
 
 	queued := true
 	switch {
-	case !st.s.incoming.removeSettled(st): // it has failed, and is cancelled already
+	case !st.s.incoming.removeSettled(st): // failed and cancelled before
 	case as == rejected:
 		queued = st.s.cancel(st.tx)
 	case finish != nil:
 		queued = st.s.writer.acknowledge([]uint32{*finish})
-	default: // it is pulled, and remembered
+	default: // pulled: TX_FINISH will be acknowledged when it is received
 		queued = !st.s.isEnding()
 	}
 	if queued || err != nil {
@@ -297,7 +293,8 @@ func (st *IncomingStream) settle(as settlement) error {
 	return err
 }
 
-// stopIdle is called when the session has ended: the timer would keep both in memory.
+// stopIdle stops the idle timer at the end of the session, which the timer would keep in
+// memory.
 func (st *IncomingStream) stopIdle() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -310,7 +307,7 @@ func (st *IncomingStream) stopIdleLocked() {
 	}
 }
 
-// releaseLocked gives up what was not read.
+// releaseLocked releases unread chunks.
 func (st *IncomingStream) releaseLocked() {
 	st.stopIdleLocked()
 	for i := range st.chunks {
@@ -319,8 +316,8 @@ func (st *IncomingStream) releaseLocked() {
 	st.chunks, st.buffered = nil, 0
 }
 
-// failLocked ends a stream of which no more is taken: what came can be read before
-// the error. Without the lock, cancelFailed is called then.
+// failLocked ends a stream with an error, which Read returns after all received bytes. The
+// caller must call cancelFailed once the lock is released.
 func (st *IncomingStream) failLocked(err error) {
 	if st.failed != nil || st.settled != unsettled {
 		return
@@ -330,7 +327,7 @@ func (st *IncomingStream) failLocked(err error) {
 	st.signal()
 }
 
-// truncate ends a stream that has not come whole.
+// truncate ends a stream that is incomplete.
 func (st *IncomingStream) truncate(cause error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -358,13 +355,14 @@ func (st *IncomingStream) signal() {
 }
 
 // checkIdle cancels a stream that is idle. Time does not count while bytes of it are unread,
-// reads are paused (backpressure), or a large frame is coming in: the stream's next bytes may
-// be in it, or behind it. Timer's goroutine.
+// reads are paused (backpressure), or a large frame is being received: the stream's next bytes
+// may be in it, or behind it. Timer's goroutine.
 func (st *IncomingStream) checkIdle() {
 	st.failIdle()
 	st.s.incoming.cancelFailed(st)
 }
 
+// failIdle fails the stream if it is idle, else it resets the timer.
 func (st *IncomingStream) failIdle() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -387,20 +385,21 @@ func (st *IncomingStream) failIdle() {
 	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.idleTimeout, st.received))
 }
 
-// wantsChunks reports whether the stream takes chunks. Any other is a violation, or late.
+// wantsChunks reports whether the stream receives chunks: it is accepted, and has neither
+// failed nor been settled.
 func (st *IncomingStream) wantsChunks() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.accepted && st.failed == nil && st.settled == unsettled
 }
 
-// addChunk appends a chunk. It reports false when the stream ends because the receive buffer
-// is full. Reading goroutine.
+// addChunk appends a chunk. It returns false if the stream fails because the receive buffer is
+// full. Reading goroutine.
 func (st *IncomingStream) addChunk(f *received) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.failed != nil || st.settled != unsettled {
-		return true // cancelled; what was under way is discarded
+		return true // cancelled: chunks in flight are discarded
 	}
 	if len(f.Payload) > 0 {
 		st.lastActive = time.Now() // an empty chunk keeps no stream open
@@ -408,16 +407,16 @@ func (st *IncomingStream) addChunk(f *received) bool {
 	st.fetching = false
 	after := st.received + int64(len(f.Payload))
 	switch {
-	case f.decision == unwanted && st.s.isEnding(): // the session ended first, and cancels it next
+	case f.decision == unwanted && st.s.isEnding(): // the session has ended, and will cancel the stream
 		st.failLocked(truncated(st.received, st.s.Err()))
-	case !st.accepted, f.decision == unwanted: // which was asked before it was accepted
+	case !st.accepted, f.decision == unwanted: // unwanted: decided before it was accepted
 		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
 	case st.finishNumber != nil:
 		st.failLocked(fmt.Errorf("%w: chunks after TX_FINISH", ErrStreamBroken))
 	case f.Seq != st.nextSeq:
-		st.failLocked(fmt.Errorf("%w: chunk %d where %d was due", ErrStreamBroken, f.Seq, st.nextSeq))
+		st.failLocked(fmt.Errorf("%w: chunk %d received, expected %d", ErrStreamBroken, f.Seq, st.nextSeq))
 	case st.size >= 0 && after > st.size:
-		st.failLocked(fmt.Errorf("%w: more than the %d bytes that were announced", ErrStreamBroken, st.size))
+		st.failLocked(fmt.Errorf("%w: more than the announced %d bytes", ErrStreamBroken, st.size))
 	case f.decision == bufferFull:
 		st.failLocked(ErrBufferFull)
 		return false
@@ -435,15 +434,15 @@ func (st *IncomingStream) addChunk(f *received) bool {
 	return true
 }
 
-// awaitsFinish reports whether the stream is acknowledged and its TX_FINISH has not come.
+// awaitsFinish reports whether the stream is acknowledged and its TX_FINISH not yet received.
 func (st *IncomingStream) awaitsFinish() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.settled == acknowledged && st.finishNumber == nil
 }
 
-// handleFinish takes TX_FINISH. It reports whether it can be acknowledged at once.
-// Reading goroutine.
+// handleFinish processes TX_FINISH. It reports whether it can be acknowledged now. Reading
+// goroutine.
 func (st *IncomingStream) handleFinish(number uint32) (now bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()

@@ -121,7 +121,7 @@ func TestAReaderLearnsThatItsStreamWasSettled(t *testing.T) {
 }
 
 func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
-	const unread = "the stream can't be acknowledged before it is read to io.EOF"
+	const unread = "the stream can't be acknowledged before Read has returned io.EOF"
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 7, -1, ""))
 		st := acceptStream(t, s)

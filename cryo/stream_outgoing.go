@@ -20,34 +20,33 @@ const (
 
 	maxStreamName = 1024 // bytes
 
-	// streamWindow is how much of one stream waits to be written at most, or
-	// one chunk if that is larger: four chunks of the default size. Messages
-	// wait behind no more of it.
+	// streamWindow bounds the unwritten bytes of one stream, behind which messages
+	// wait: four chunks of the default size. A single larger chunk may exceed it.
 	streamWindow = 4 * (DefaultChunkBytes + chunkOverhead)
-	// maxEmptyReads is how often in a row a source may give nothing.
+	// maxEmptyReads bounds the reads in a row that return neither data nor an error.
 	maxEmptyReads = 100
 )
 
-// ErrStreamCancelled is the end of a stream that its receiver has cancelled
-// (TX_CANCEL): it was not delivered. A receiver that closes its session cancels first.
+// ErrStreamCancelled is returned for a stream that the receiver has cancelled (TX_CANCEL): it
+// was not delivered. A receiver that closes its session cancels its streams first.
 var ErrStreamCancelled = errors.New("the peer cancelled the stream")
 
 // ErrStreamsUnsupported is returned for a stream to a peer whose ENDPOINT_INFO does not
 // announce streams. A peer that has sent no ENDPOINT_INFO may still accept streams.
 var ErrStreamsUnsupported = errors.New("the peer does not support streams: its ENDPOINT_INFO does not announce them")
 
-// ErrStepTimeout is returned for a stream of which a step has taken longer than
-// [StreamOptions.StepTimeout]. It is no [context.DeadlineExceeded]: the caller's context
-// has not ended.
+// ErrStepTimeout is returned for a stream if a step takes longer than
+// [StreamOptions.StepTimeout]. It does not match [context.DeadlineExceeded]: the caller's
+// context is not done.
 var ErrStepTimeout = errors.New("step timeout")
 
-// Returned for a stream to a peer that has asked to pull (TX_FLOW): its size has to be
-// announced first, and its chunks are asked for by index.
+// Returned for a stream to a peer that has asked to pull (TX_FLOW): its size must be
+// announced first, and the peer fetches its chunks by index.
 var (
-	// ErrPeerPulls: OpenStream doesn't know the size. Use SendStream.
+	// ErrPeerPulls: the size is not known to OpenStream. Use SendStream.
 	ErrPeerPulls = errors.New("the peer pulls streams: their size must be known")
 	// ErrNotSeekable: the source of SendStream is neither a regular file nor in memory,
-	// or has another size than it reports.
+	// or its actual size differs from the size that it reports.
 	ErrNotSeekable = errors.New("the peer pulls streams: their source must be a regular file or in memory")
 )
 
@@ -64,10 +63,10 @@ type StreamOptions struct {
 	// send, but do receive, chunks of 4 MiB and more. Default 64 KiB.
 	ChunkBytes int
 	// StepTimeout bounds each single step: the acknowledgement of TX_START, the wait until
-	// earlier chunks are written, the next TX_FETCH where the receiver pulls, and the
-	// acknowledgement of TX_FINISH. Time in which a slow line transfers what is queued does
-	// not count, as for an [AckClock]. A longer step fails with [ErrStepTimeout]. Default:
-	// the context alone.
+	// earlier chunks are written, the next TX_FETCH if the receiver pulls, and the
+	// acknowledgement of TX_FINISH. Time in which a slow line transfers queued data does not
+	// count, as with an [AckClock]. A longer step fails with [ErrStepTimeout]. Default: no
+	// timeout but the context.
 	StepTimeout time.Duration
 }
 
@@ -79,42 +78,42 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 		o.ChunkBytes = DefaultChunkBytes
 	}
 	if len(o.Name) > maxStreamName {
-		return o, fmt.Errorf("the stream's name is %w: it has %d bytes, at most %d are possible", ErrTooLarge, len(o.Name), maxStreamName)
+		return o, fmt.Errorf("stream name of %d bytes is %w: at most %d bytes are allowed", len(o.Name), ErrTooLarge, maxStreamName)
 	}
 	if !utf8.ValidString(o.Name) {
-		return o, fmt.Errorf("the stream's name %q is %w", o.Name, ErrInvalidUTF8)
+		return o, fmt.Errorf("stream name %q is %w", o.Name, ErrInvalidUTF8)
 	}
 	if err := notNegative("StepTimeout", o.StepTimeout); err != nil {
 		return o, err
 	}
 	if o.ChunkBytes < 1 || o.ChunkBytes > MaxPayload {
-		return o, fmt.Errorf("chunks of %d bytes: they have 1 to %d", o.ChunkBytes, MaxPayload)
+		return o, fmt.Errorf("ChunkBytes is %d: it must be 1 to %d, or 0 for its default", o.ChunkBytes, MaxPayload)
 	}
 	return o, nil
 }
 
 // OutgoingStream is a stream that this end sends. The protocol has no frame by which a
-// sender abandons a stream: without Finish the receiver never regards it as whole, and it
-// ends there by the idle timeout or with the session.
-// One goroutine at a time may use it, but Close may be called from any. Finish or
+// sender abandons a stream: without Finish it stays incomplete at the receiver, until the
+// receiver's idle timeout or the end of the session.
+// One goroutine at a time may use it, but Close may be called from any goroutine. Finish or
 // Close must be called; Close after Finish does nothing, so defer it.
 type OutgoingStream struct {
 	s         *Session
-	callerCtx context.Context // the caller's
-	ctx       context.Context // ends early when the peer cancels or this end closes
+	callerCtx context.Context // passed by the caller
+	ctx       context.Context // derived from callerCtx; also done when the peer cancels or this end closes the stream
 	cancel    context.CancelCauseFunc
 	unwatch   func() bool // of the context's end; guarded by mu
 	opts      StreamOptions
 	tx        uint32
 	pull      bool
-	fetches   chan fetch // the peer's wishes; not where pull is false
+	fetches   chan fetch // queued TX_FETCHes; nil if pull is false
 	window    window
-	seq       uint32 // the next chunk's; owned by the sender
+	seq       uint32 // index of the next chunk; owned by the sender
 
-	mu       sync.Mutex   // held while something of the stream is queued, and while it is stopped
-	queued   [][]outFrame // those of which the writer may still have some, in order
-	opening  *call        // of TX_START
-	awaiting *call        // of TX_START or TX_FINISH, while its acknowledgement is due
+	mu       sync.Mutex   // held while a frame of the stream is queued, and while the stream is stopped
+	queued   [][]outFrame // frames that the writer may not have released yet, in order
+	opening  *call        // call of TX_START
+	awaiting *call        // call of TX_START or TX_FINISH, until it is acknowledged
 	finished bool         // the peer has acknowledged TX_FINISH
 }
 
@@ -123,8 +122,8 @@ var _ interface {
 	io.ReaderFrom
 } = (*OutgoingStream)(nil)
 
-// start announces the stream. The frame's number is awaited: a receiver may
-// lose chunks that come before it has answered.
+// start announces the stream, and waits for the acknowledgement: a receiver may
+// lose chunks that it receives before it has acknowledged.
 func (st *OutgoingStream) start(size int32) error {
 	err := st.await(wire.Frame{SID: st.s.id, Type: wire.TxStart, Tx: st.tx, Size: size, Payload: []byte(st.opts.Name)})
 	if err != nil {
@@ -133,11 +132,12 @@ func (st *OutgoingStream) start(size int32) error {
 	return nil
 }
 
-// Write sends p in chunks, without waiting for more to fill one: use a
-// [bufio.Writer] for many small writes. It returns when little enough is left to
-// be written to the network.
+// Write sends p in chunks, without waiting for more data to fill a chunk: use a
+// [bufio.Writer] for many small writes. It returns when all chunks are queued, and at
+// most four chunks of the default size, or one larger chunk, are unwritten.
 func (st *OutgoingStream) Write(p []byte) (int, error) { return st.writeParts(p, bytes.Clone) }
 
+// writeParts sends p in chunks. own returns the memory to send for a part of p.
 func (st *OutgoingStream) writeParts(p []byte, own func(part []byte) []byte) (int, error) {
 	n := 0
 	for n < len(p) {
@@ -150,18 +150,18 @@ func (st *OutgoingStream) writeParts(p []byte, own func(part []byte) []byte) (in
 	return n, nil
 }
 
-// uncopied sends memory that doesn't change as it is. A stream to many sessions is
-// in memory once.
+// uncopied sends unchanging memory without a copy, so that a stream to many sessions is in
+// memory once.
 type uncopied struct{ st *OutgoingStream }
 
 func (u uncopied) Write(p []byte) (int, error) {
 	return u.st.writeParts(p, func(part []byte) []byte { return part })
 }
 
-// ReadFrom sends all that the source has; each of its reads becomes a chunk. A
-// [*bytes.Reader] is not copied: its memory must not be changed before the stream
-// is finished, and not be used again after one that was not. Finish is still to be
-// called. A source's own error is returned as it is.
+// ReadFrom sends all data of the source; each of its reads becomes a chunk. The memory of a
+// [*bytes.Reader] is not copied: it must not be changed before the stream is finished, and
+// never if the stream fails. Finish must still be called. The source's error is returned
+// unchanged.
 func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
 	if whole, ok := source.(*bytes.Reader); ok {
 		return whole.WriteTo(uncopied{st})
@@ -179,7 +179,7 @@ func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
 		if n > 0 {
 			chunk := buf[:n]
 			if n < len(buf)/2 {
-				chunk = bytes.Clone(chunk) // a small one must not keep much
+				chunk = bytes.Clone(chunk) // a small chunk must not keep a large buffer
 			} else {
 				buf = nil
 			}
@@ -202,8 +202,8 @@ func (st *OutgoingStream) ReadFrom(source io.Reader) (int64, error) {
 	}
 }
 
-// write sends a chunk and keeps its memory. What could not be written is missing, so
-// the stream ends with that.
+// write sends a chunk, whose memory must not be changed afterwards. It stops the stream after an
+// error, because a chunk is missing then.
 func (st *OutgoingStream) write(chunk []byte) error {
 	err := st.sendChunk(st.seq, chunk)
 	st.seq++
@@ -248,7 +248,7 @@ func (st *OutgoingStream) waitForWindow(chunk int) error {
 	return nil
 }
 
-// cause is why the stream's context has ended.
+// cause returns the cause of the end of the stream's context.
 func (st *OutgoingStream) cause() error {
 	cause := context.Cause(st.ctx)
 	if st.callerCtx.Err() != nil && errors.Is(cause, context.Cause(st.callerCtx)) {
@@ -257,7 +257,7 @@ func (st *OutgoingStream) cause() error {
 	return cause
 }
 
-// ended is why nothing more of the stream is sent; nil while it may be.
+// ended returns the error by which the stream has ended, nil while it is open.
 func (st *OutgoingStream) ended() error {
 	if st.ctx.Err() != nil {
 		return st.cause()
@@ -265,13 +265,14 @@ func (st *OutgoingStream) ended() error {
 	return st.s.Err()
 }
 
+// sendError returns an error that names the stream.
 func (st *OutgoingStream) sendError(cause error) error {
 	return fmt.Errorf("sending the stream %q: %w", st.opts.Name, cause)
 }
 
-// enqueue hands frames to the writer, unless the stream was stopped. Stopping ends the
-// stream's context and withdraws what is queued under the same lock: so nothing of a stream
-// is queued behind the acknowledgement of its TX_CANCEL.
+// enqueue queues frames, unless the stream was stopped. stop ends the stream's context and
+// withdraws queued frames under the same lock, so that no frame of a stream is queued behind
+// the acknowledgement of its TX_CANCEL.
 func (st *OutgoingStream) enqueue(frames []outFrame) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -301,8 +302,8 @@ func (st *OutgoingStream) announced() bool {
 	return st.opening != nil && st.opening.frames[0].is(frameDequeued)
 }
 
-// Finish sends TX_FINISH, by which the stream is whole, and waits until the peer has
-// acknowledged it, which means that the stream was delivered. The error matches
+// Finish sends TX_FINISH, which makes the stream complete, and waits for its acknowledgement,
+// by which the peer confirms that the stream was delivered. The error matches
 // [ErrStreamCancelled] if the peer has cancelled the stream.
 func (st *OutgoingStream) Finish() error {
 	defer st.stop(ErrStreamClosed)
@@ -316,8 +317,8 @@ func (st *OutgoingStream) Finish() error {
 }
 
 // await sends TX_START or TX_FINISH and waits for its acknowledgement, or for
-// the end of the stream: a peer that cancels after TX_FINISH does not
-// acknowledge that.
+// the end of the stream: a peer that cancels a stream does not acknowledge its
+// TX_FINISH.
 func (st *OutgoingStream) await(f wire.Frame) error {
 	c := newCall(f)
 	st.s.acks.register(c)
@@ -353,11 +354,11 @@ func (st *OutgoingStream) stepTimeout(wanted string) error {
 	return fmt.Errorf("waiting for %s: %w after %v", wanted, ErrStepTimeout, st.opts.StepTimeout)
 }
 
-// Close abandons the stream unless Finish has succeeded: nothing more of it is sent, and
-// a Finish that waits returns [ErrStreamClosed]. It returns nil only if Finish has
-// succeeded, so that code which knows no more than an [io.WriteCloser] takes no stream
-// for delivered that is not; otherwise it returns what has ended the stream. The end of
-// the stream's context abandons it too.
+// Close abandons the stream unless Finish has succeeded: no more frames of it are sent, and
+// a waiting Finish returns [ErrStreamClosed]. Close returns nil only if Finish has succeeded, so
+// that code that uses an [io.WriteCloser] does not regard an incomplete stream as delivered;
+// otherwise it returns the error that has ended the stream. The end of the stream's context
+// abandons it too.
 func (st *OutgoingStream) Close() error {
 	st.stop(ErrStreamClosed)
 	st.mu.Lock()
@@ -368,11 +369,10 @@ func (st *OutgoingStream) Close() error {
 	return fmt.Errorf("the stream %q is not finished: %w", st.opts.Name, st.cause())
 }
 
-// stop ends the stream for a reason; the first one counts. When it returns,
-// nothing of the stream is queued to be written, and nothing will be. An acknowledgement that
-// comes later doesn't change the outcome any more.
+// stop ends the stream with a cause; the first one counts. When it returns, no frame of the
+// stream is queued, and none will be. A later acknowledgement is ignored.
 func (st *OutgoingStream) stop(cause error) {
-	defer st.s.outgoing.remove(st) // last: the TX_CANCEL of an unknown stream is acknowledged without a wait for this
+	defer st.s.outgoing.remove(st) // last: TX_CANCEL for a stream that is not in the table is acknowledged without stop
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	st.unwatch()
@@ -380,7 +380,7 @@ func (st *OutgoingStream) stop(cause error) {
 	if st.awaiting != nil {
 		st.s.acks.cancel(st.awaiting, st.cause())
 	}
-	for _, frames := range slices.Backward(st.queued) { // so what is taken meanwhile misses nothing before it
+	for _, frames := range slices.Backward(st.queued) { // backward: a frame that is dequeued meanwhile has all frames before it
 		st.s.writer.withdraw(frames)
 	}
 	st.queued = nil

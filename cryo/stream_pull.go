@@ -9,22 +9,23 @@ import (
 	"strings"
 )
 
-// maxFetches is how many TX_FETCH of one stream wait to be served; more are
-// forgotten.
+// maxFetches bounds the queued TX_FETCHes of one stream; further ones are
+// dropped.
 const maxFetches = 64
 
-// fetch asks for chunks by index, half open.
+// fetch is a request for chunks: a half-open range of indexes.
 type fetch struct{ start, end uint32 }
 
-// indexed is a source whose bytes can be read by index, again and again.
+// indexed is a source whose bytes can be read at any offset, repeatedly.
 type indexed struct {
 	source     io.ReaderAt
 	from, size int64
 }
 
-// indexedSource returns what a source has from its position to its end, if that can be
-// read by index, and moves the position there. A source with another size than it reports
-// is left as it is: those of files in /proc and /sys are made up.
+// indexedSource returns the data of a source from its position to its end, if it can be read at
+// any offset, and moves the position to the end. It returns false, and does not move the
+// position, if the source's actual size differs from the size that it reports, as that of files
+// in /proc and /sys does.
 func indexedSource(source io.Reader) (*indexed, bool) {
 	size, known := sizeOf(source)
 	if !known {
@@ -38,7 +39,7 @@ func indexedSource(source io.Reader) (*indexed, bool) {
 	if err != nil {
 		return nil, false
 	}
-	size = max(size, from) // behind the end there is nothing
+	size = max(size, from) // the position may be behind the end
 	last := max(from, size-1)
 	var probe [2]byte
 	if n, err := at.ReadAt(probe[:], last); int64(n) != size-last || err != io.EOF { //nolint:errorlint // a source's own
@@ -50,8 +51,8 @@ func indexedSource(source io.Reader) (*indexed, bool) {
 	return &indexed{at, from, size - from}, true
 }
 
-// sizeOf returns the size of a source that has one: a regular file, or what is in memory.
-// What others report, such as a device, need not be all that they have.
+// sizeOf returns the size of a source that is a regular file or in memory. Others, such as
+// devices, may report a size that is not their own.
 func sizeOf(source any) (size int64, known bool) {
 	switch source := source.(type) {
 	case *bytes.Reader:
@@ -73,14 +74,14 @@ func sizeOf(source any) (size int64, known bool) {
 	}
 }
 
-// chunk reads the chunk with this index. The last one may be shorter than chunkBytes, and
-// must still be the last.
+// chunk reads the chunk with this index. The last chunk may be shorter than chunkBytes. It
+// fails if the source has grown or shrunk.
 func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
 	start := int64(i) * chunkBytes
 	size := min(chunkBytes, x.size-start)
 	want := size
 	if start+size == x.size {
-		want++ // a byte more would be one too many
+		want++ // detects a source that has grown
 	}
 	chunk := make([]byte, want)
 	n, err := x.source.ReadAt(chunk, x.from+start)
@@ -88,19 +89,19 @@ func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
 	case int64(n) == size && (want == size || err == io.EOF):
 		return chunk[:size:size], nil
 	case int64(n) > size:
-		return nil, fmt.Errorf("the source has more than the %d bytes that were announced: it has grown", x.size)
+		return nil, fmt.Errorf("the source has grown: it has more than the announced %d bytes", x.size)
 	case err == io.EOF:
-		return nil, fmt.Errorf("the source has fewer than the %d bytes that were announced: %w", x.size, io.ErrUnexpectedEOF)
+		return nil, fmt.Errorf("the source has shrunk: it has fewer than the announced %d bytes: %w", x.size, io.ErrUnexpectedEOF)
 	default:
 		return nil, err
 	}
 }
 
-// serve announces the source's size and sends the chunks that the peer asks
-// for. The range that reaches the last chunk is followed by TX_FINISH.
+// serve announces the source's size and sends the chunks that the peer fetches.
+// TX_FINISH follows the range that includes the last chunk.
 func (st *OutgoingStream) serve(x *indexed) error {
 	if x.size > math.MaxInt32 {
-		return fmt.Errorf("the stream %q of %d bytes is %w: the peer pulls, and only streams below 2 GiB can be pulled", st.opts.Name, x.size, ErrTooLarge)
+		return fmt.Errorf("stream %q of %d bytes is %w: the peer pulls, and only streams below 2 GiB can be pulled", st.opts.Name, x.size, ErrTooLarge)
 	}
 	if err := st.start(int32(x.size)); err != nil {
 		return err
@@ -109,7 +110,7 @@ func (st *OutgoingStream) serve(x *indexed) error {
 	count := uint32((x.size + chunkBytes - 1) / chunkBytes)
 	step := st.s.ackTimer(st.opts.StepTimeout)
 	defer func() { step.stop() }()
-	reached := int64(-1) // a fetch that goes no further is served, but is no progress
+	reached := int64(-1) // highest end of a fetch: only a higher one restarts the timeout
 	for {
 		asked, err := st.nextFetch(step)
 		if err != nil {

@@ -208,7 +208,7 @@ func TestOnlyStreamsBelow2GiBCanBePulled(t *testing.T) {
 		source := file(t, "")
 		require.NoError(t, source.Truncate(2<<30)) // all zeros, and none of them on disk
 		err := s.SendStream(t.Context(), source, nil)
-		require.EqualError(t, err, `the stream "anonymous" of 2147483648 bytes is too large: the peer pulls, and only streams below 2 GiB can be pulled`)
+		require.EqualError(t, err, `stream "anonymous" of 2147483648 bytes is too large: the peer pulls, and only streams below 2 GiB can be pulled`)
 		require.ErrorIs(t, err, cryo.ErrTooLarge)
 		peer.WantIdle("nothing is announced", instant)
 
@@ -349,11 +349,11 @@ func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
 		size int64
 		err  string
 	}{
-		"it shrinks to nothing":          {0, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
-		"it shrinks by a byte":           {9, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
-		"it shrinks by more than a part": {5, "the source has fewer than the 10 bytes that were announced: unexpected EOF"},
-		"it grows by a byte":             {11, "the source has more than the 10 bytes that were announced: it has grown"},
-		"it grows by a lot":              {1 << 20, "the source has more than the 10 bytes that were announced: it has grown"},
+		"it shrinks to nothing":          {0, "the source has shrunk: it has fewer than the announced 10 bytes: unexpected EOF"},
+		"it shrinks by a byte":           {9, "the source has shrunk: it has fewer than the announced 10 bytes: unexpected EOF"},
+		"it shrinks by more than a part": {5, "the source has shrunk: it has fewer than the announced 10 bytes: unexpected EOF"},
+		"it grows by a byte":             {11, "the source has grown: it has more than the announced 10 bytes"},
+		"it grows by a lot":              {1 << 20, "the source has grown: it has more than the announced 10 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {

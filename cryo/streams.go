@@ -13,35 +13,35 @@ import (
 )
 
 const (
-	// maxStreams is how many received streams of a session are announced, or accepted and
-	// neither settled nor failed. They hold no data before the first Read.
+	// maxStreams bounds the received streams of a session that are announced, or accepted
+	// and neither settled nor failed. A stream has no data before its first Read.
 	maxStreams = 256
-	// maxRemembered is how many acknowledged streams are remembered, to acknowledge
-	// their TX_FINISH when it comes.
+	// maxRemembered bounds the acknowledged streams that are remembered, to acknowledge
+	// their TX_FINISH when it is received.
 	maxRemembered = 1024
 )
 
-// incomingStreams are those that the peer sends on a session. Whoever takes a stream out
-// of the table sends its last answer: so the peer gets one, and gets it when the number
-// may be used again.
+// incomingStreams is the table of the streams that the peer sends on a session. The goroutine
+// that removes a stream from the table sends its last answer, so that the peer receives exactly
+// one, and only when it may use the number again.
 type incomingStreams struct {
 	s *Session
 
 	mu         sync.Mutex
 	pulls      bool                       // this end has asked to pull
 	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
-	announced  []*IncomingStream          // of those, nobody has accepted yet; the oldest first
+	announced  []*IncomingStream          // those of open that are not accepted yet; the oldest first
 	changed    chan struct{}              // closed and replaced when a stream is announced or removed, or a TX_CANCEL acknowledged
-	cancels    []sentCancel               // TX_CANCELs that the peer has not acknowledged; the newest maxStreams
-	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
+	cancels    []sentCancel               // unacknowledged TX_CANCELs, at most the newest maxStreams
+	remembered []uint32                   // pulled streams that were acknowledged before their TX_FINISH
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
 	return &incomingStreams{s: s, open: make(map[uint32]*IncomingStream), changed: make(chan struct{})}
 }
 
-// accept returns an announced stream of one of the names, or a channel that is closed
-// when it is worth asking again.
+// accept returns an announced stream with one of the names, or a channel that is closed
+// when the announced streams change.
 func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struct{}) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -54,15 +54,15 @@ func (in *incomingStreams) accept(names []string) (*IncomingStream, <-chan struc
 	return nil, in.changed
 }
 
-// startPulling is called before TX_FLOW is sent. From then on the streams that announce a size
-// are pulled: a pushed one, which may meet TX_FLOW on the way, announces none.
+// startPulling is called before TX_FLOW is sent. From then on, streams with an announced size
+// are pulled: a stream that the peer started to push before it received TX_FLOW announces none.
 func (in *incomingStreams) startPulling() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.pulls = true
 }
 
-// handleStart takes TX_START. Reading goroutine.
+// handleStart processes TX_START. Reading goroutine.
 func (in *incomingStreams) handleStart(f *wire.Frame) {
 	name := wire.Anonymous
 	if n := len(f.Payload); n > 0 && n <= maxStreamName {
@@ -80,27 +80,27 @@ func (in *incomingStreams) handleStart(f *wire.Frame) {
 	}
 }
 
-// reject cancels a stream that nobody has accepted.
+// reject cancels a stream that was not accepted.
 func (in *incomingStreams) reject(tx uint32) {
 	in.s.opts.OnReject(in.s, KindStream)
 	in.s.cancel(tx)
 }
 
-// startResult is what becomes of a TX_START.
+// startResult is the result of announce.
 type startResult int
 
 const (
-	startAnnounced startResult = iota // AcceptStream hands it out
-	startRepeated                     // the number is open
+	startAnnounced startResult = iota // AcceptStream may return it
+	startRepeated                     // a stream with the number is open
 	startRejected
 )
 
-// announce adds a stream. Where the table is full, it evicts the stream that waits
-// longest to be accepted, if that is longer than an open one may be idle.
+// announce adds a stream. If the table is full, it evicts the oldest stream that is not
+// accepted, if that has waited for longer than the stream idle timeout.
 func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome startResult, evicted *IncomingStream) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	in.forgetLocked(f.Tx) // whatever becomes of this one, it is another stream
+	in.forgetLocked(f.Tx) // the number now belongs to this stream
 	switch {
 	case in.open[f.Tx] != nil:
 		return startRepeated, nil
@@ -124,7 +124,7 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome startRe
 	return startAnnounced, evicted
 }
 
-// handleChunk takes TX_CHUNK; one of a stream that is unknown, cancelled or settled is
+// handleChunk processes TX_CHUNK. Chunks of unknown, cancelled or settled streams are
 // ignored. Reading goroutine.
 func (in *incomingStreams) handleChunk(f *received) {
 	st := in.find(f.Tx)
@@ -138,9 +138,8 @@ func (in *incomingStreams) handleChunk(f *received) {
 	}
 }
 
-// handleFinish takes TX_FINISH. It holds the mutex while it asks whether the stream is
-// acknowledged already: a stream is remembered in the moment in which it is closed.
-// Reading goroutine.
+// handleFinish processes TX_FINISH. It holds the mutex for the whole check, because
+// removeSettled removes a stream and remembers it in one step. Reading goroutine.
 func (in *incomingStreams) handleFinish(f *wire.Frame) {
 	in.mu.Lock()
 	st := in.open[f.Tx]
@@ -165,7 +164,7 @@ func (in *incomingStreams) find(tx uint32) *IncomingStream {
 	return in.open[tx]
 }
 
-// forgetLocked reports whether a stream was remembered.
+// forgetLocked removes a stream from the remembered ones, and reports whether it was there.
 func (in *incomingStreams) forgetLocked(tx uint32) bool {
 	i := slices.Index(in.remembered, tx)
 	if i >= 0 {
@@ -174,8 +173,8 @@ func (in *incomingStreams) forgetLocked(tx uint32) bool {
 	return i >= 0
 }
 
-// cancelFailed tells the peer to stop a stream that has failed. It no longer counts as
-// open then: what came of it may still be read, and its receiver need not settle it.
+// cancelFailed sends TX_CANCEL for a stream that has failed, and removes it from the table. Its
+// received bytes may still be read, and it need not be settled.
 func (in *incomingStreams) cancelFailed(st *IncomingStream) {
 	if !st.hasFailed() {
 		return
@@ -185,15 +184,15 @@ func (in *incomingStreams) cancelFailed(st *IncomingStream) {
 	removed := in.removeLocked(st)
 	in.mu.Unlock()
 	switch {
-	case !removed: // its receiver was faster
+	case !removed: // settled by the application meanwhile
 	case accepted:
 		in.s.cancel(st.tx)
-	default: // it has broken the protocol, and nobody will know it
+	default: // the application never sees it
 		in.reject(st.tx)
 	}
 }
 
-// removeLocked takes a stream out of the table, and reports whether it was there.
+// removeLocked removes a stream from the table, and reports whether it was there.
 func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	if in.open[st.tx] != st {
 		return false
@@ -203,13 +202,13 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 		in.announced = slices.Delete(in.announced, i, i+1)
 	}
 	in.changedLocked()
-	in.s.limit.recheck() // what follows is discarded
+	in.s.limit.recheck() // later chunks are discarded
 	return true
 }
 
-// removeSettled takes a stream out of the table, and reports whether it was there. Of an
-// acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
-// streams; of others it stays unanswered.
+// removeSettled removes a settled stream from the table, and reports whether it was there. An
+// acknowledged stream without TX_FINISH is remembered, so that its TX_FINISH is acknowledged
+// when it is received; that of a closed stream is never acknowledged.
 func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -222,14 +221,14 @@ func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
 	return in.removeLocked(st)
 }
 
-// wants reports whether the chunks of a stream are taken: it is accepted, and has neither
-// failed nor been settled.
+// wants reports whether a stream receives chunks: it is accepted, and has neither failed nor
+// been settled.
 func (in *incomingStreams) wants(tx uint32) bool {
 	st := in.find(tx)
 	return st != nil && st.wantsChunks()
 }
 
-// stopTimers stops what the streams would still do by themselves, at the end of the session.
+// stopTimers stops the idle timers of all streams, at the end of the session.
 func (in *incomingStreams) stopTimers() {
 	in.mu.Lock()
 	open := slices.Collect(maps.Values(in.open))
@@ -239,7 +238,7 @@ func (in *incomingStreams) stopTimers() {
 	}
 }
 
-// rejectAnnounced rejects the streams that nobody has accepted.
+// rejectAnnounced rejects all streams that are not accepted.
 func (in *incomingStreams) rejectAnnounced() {
 	in.mu.Lock()
 	waiting := slices.Clone(in.announced)
@@ -257,8 +256,8 @@ func (in *incomingStreams) changedLocked() {
 	in.changed = make(chan struct{})
 }
 
-// cancelIncomplete cancels the streams that have not come whole, as nothing more of them is taken. What
-// has come can be read, and the cause then.
+// cancelIncomplete cancels the streams that are incomplete. Read returns their received bytes,
+// and then the cause.
 func (in *incomingStreams) cancelIncomplete(cause error) {
 	in.mu.Lock()
 	open := slices.Collect(maps.Values(in.open))
@@ -275,23 +274,25 @@ type sentCancel struct {
 	at     time.Time
 }
 
-// cancel sends TX_CANCEL, which names the peer's transaction.
+// cancel sends TX_CANCEL for a stream of the peer. It returns false at the end of the session.
 func (s *Session) cancel(tx uint32) bool {
 	number := s.acks.number()
-	s.incoming.cancelSent(number) // first: the answer must find it
+	s.incoming.cancelSent(number) // before it is sent: the answer must be matched
 	return s.writer.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: number, Tx: tx})
 }
 
+// cancelSent records a TX_CANCEL as unacknowledged.
 func (in *incomingStreams) cancelSent(number uint32) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if len(in.cancels) == maxStreams { // not everybody answers it
+	if len(in.cancels) == maxStreams { // some peers never acknowledge it
 		in.cancels = in.cancels[1:]
 	}
 	in.cancels = append(in.cancels, sentCancel{number, time.Now()})
 }
 
-// cancelAcknowledged takes the answer to a number that nobody waits for.
+// cancelAcknowledged processes the answer to a number that is not in the ackTable, which may
+// be that of a TX_CANCEL.
 func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -303,13 +304,13 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 }
 
 // awaitCancels waits until the peer has acknowledged each TX_CANCEL, or one of the channels
-// is closed. It waits for half of CloseTimeout at most, which begins for each when it was
-// sent: some peers never answer it.
+// is closed. For each TX_CANCEL it waits for at most half of CloseTimeout after it was sent,
+// because some peers never acknowledge it.
 func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
 	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
 	for {
 		changed, last := in.lastCancel()
-		if last.After(begin) { // of a stream that was announced meanwhile
+		if last.After(begin) { // sent for a stream that was announced during the wait
 			last = begin
 		}
 		left := time.Until(last.Add(patience))
@@ -335,8 +336,8 @@ func (in *incomingStreams) count() int {
 	return len(in.open)
 }
 
-// lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, zero if there
-// is none, and a channel that is closed when it is worth asking again.
+// lastCancel returns the time of the last unacknowledged TX_CANCEL, zero if there is none, and
+// a channel that is closed when that may have changed.
 func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -367,11 +368,11 @@ func (in *incomingStreams) awaitSettled(ctx, session context.Context) error {
 	}
 }
 
-// outgoingStreams are those that this end sends on a session.
+// outgoingStreams is the table of the streams that this end sends on a session.
 type outgoingStreams struct {
 	mu     sync.Mutex
 	nextTx uint32
-	flow   wire.Flow // as the peer has asked for
+	flow   wire.Flow // the peer's last TX_FLOW
 	open   map[uint32]*OutgoingStream
 }
 
@@ -379,8 +380,8 @@ func newOutgoingStreams() *outgoingStreams {
 	return &outgoingStreams{open: make(map[uint32]*OutgoingStream)}
 }
 
-// add gives a stream its number, and how it has to be sent. It is complete when
-// it becomes known: the peer may name a number before it was told.
+// add numbers a stream, sets whether it is pulled, and adds it to the table. The stream is
+// fully initialised before it is added, because the peer may send its number at any time.
 func (o *outgoingStreams) add(st *OutgoingStream) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -398,6 +399,7 @@ func (o *outgoingStreams) add(st *OutgoingStream) {
 	o.open[st.tx] = st
 }
 
+// remove removes a stream from the table.
 func (o *outgoingStreams) remove(st *OutgoingStream) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -406,7 +408,7 @@ func (o *outgoingStreams) remove(st *OutgoingStream) {
 	}
 }
 
-// stopAll ends all streams for a reason.
+// stopAll ends all streams with a cause.
 func (o *outgoingStreams) stopAll(cause error) {
 	o.mu.Lock()
 	open := slices.Collect(maps.Values(o.open))
@@ -416,15 +418,15 @@ func (o *outgoingStreams) stopAll(cause error) {
 	}
 }
 
-// setFlow counts for the streams that are opened from then on.
+// setFlow sets the flow of the streams that are opened from then on.
 func (o *outgoingStreams) setFlow(flow wire.Flow) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.flow = flow
 }
 
-// handleCancel is the peer's TX_CANCEL. It reports false for a stream of which the peer
-// can't know yet. Reading goroutine.
+// handleCancel processes the peer's TX_CANCEL. It returns false for a stream whose TX_START was
+// not sent yet. Reading goroutine.
 func (o *outgoingStreams) handleCancel(tx uint32) bool {
 	st := o.find(tx)
 	switch {
@@ -438,7 +440,7 @@ func (o *outgoingStreams) handleCancel(tx uint32) bool {
 	}
 }
 
-// handleFetch is the peer's TX_FETCH. Reading goroutine.
+// handleFetch processes the peer's TX_FETCH. Reading goroutine.
 func (o *outgoingStreams) handleFetch(tx, start, end uint32) {
 	if st := o.find(tx); st != nil && st.pull {
 		select {

@@ -5,19 +5,20 @@ import (
 	"sync/atomic"
 )
 
-// unsettledMessages counts the messages of a session that are neither settled nor dropped. While it
-// drains, none comes to them.
+// unsettledMessages counts the messages of a session that are neither settled nor dropped. No
+// message is added while the session drains.
 type unsettledMessages struct {
 	n         atomic.Int64
 	draining  atomic.Bool
 	closeNone sync.Once
-	none      chan struct{} // closed when the session drains and there are none left
+	none      chan struct{} // closed when the session drains and n is 0
 }
 
 func newUnsettled() *unsettledMessages { return &unsettledMessages{none: make(chan struct{})} }
 
-// add counts a message, and reports false when the session drains. It counts before it
-// asks, and drain asks for the number behind that: so one of the two sees the other.
+// add counts a message. It returns false, and counts nothing, when the session drains. It
+// increments n before it reads draining, and drain sets draining before it reads n: so at least
+// one of the two sees the other.
 func (u *unsettledMessages) add() bool {
 	u.n.Add(1)
 	if u.draining.Load() {
@@ -27,13 +28,14 @@ func (u *unsettledMessages) add() bool {
 	return true
 }
 
+// remove counts n messages as settled or dropped.
 func (u *unsettledMessages) remove(n int) {
 	if u.n.Add(-int64(n)) == 0 && u.draining.Load() {
 		u.closeNone.Do(func() { close(u.none) })
 	}
 }
 
-// drain lets no more messages come, and returns none.
+// drain makes add reject messages, and returns a channel that is closed when none is left.
 func (u *unsettledMessages) drain() <-chan struct{} {
 	u.draining.Store(true)
 	if u.n.Load() == 0 {

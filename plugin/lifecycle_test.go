@@ -341,7 +341,7 @@ func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
 		p := e.run(with(dialInput, "connect_timeout: 3s"), toProbe)
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
-		e.log.want(t, "Failed to connect to cryo: dialling ws://"+somewhere+": no session after 3s")
+		e.log.want(t, "Failed to connect to cryo: dialling ws://"+somewhere+": timed out after 3s")
 		p.stop() // also while dialling
 	})
 }

@@ -209,7 +209,7 @@ func TestServersThatAnswerWrongly(t *testing.T) {
 		{"speaks no HTTP", reply("what?\r\n\r\n"), "malformed HTTP"},
 		{"hangs up", reply(""), "EOF"},
 		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server answered the upgrade with 200 OK: hi"},
-		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "no session after 5s"},
+		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "timed out after 5s"},
 		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(wire.Frame)) {
 			info := cryotest.EndpointInfo(0)
 			info.Version = 2

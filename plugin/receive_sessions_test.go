@@ -191,7 +191,7 @@ func TestAStalledPipelineIsToldOfEachSessionAndThenNoNewOnesAreLetIn(t *testing.
 			synctest.Wait()
 		}
 		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		require.ErrorContains(t, err, "503 Service Unavailable: The server is behind with sessions that have ended.")
+		require.ErrorContains(t, err, "503 Service Unavailable: Overloaded: closed sessions are still draining.")
 		_, err = e.tryDial(cryo.DialOptions{Token: "wrong"})
 		require.ErrorIs(t, err, cryo.ErrUnauthorized, "the token is judged first")
 

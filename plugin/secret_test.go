@@ -97,7 +97,7 @@ func TestATokenIsInNoLogLineAndNoMetricHoweverDiallingFails(t *testing.T) {
 		{"nobody answers", ws, func(e *engine) {
 			_, err := e.net.Listen("tcp", somewhere)
 			require.NoError(e.t, err)
-		}, "no session after 5s"},
+		}, "timed out after 5s"},
 		{"the token is refused", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string { return response("401 Unauthorized", echo(req)) })
 		}, "401 Unauthorized: Token Bearer [token]"},

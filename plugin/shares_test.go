@@ -134,7 +134,7 @@ func TestAStalledPipelineKeepsOnlySoManySessionsThatHaveLeft(t *testing.T) {
 			synctest.Wait()
 		}
 		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		require.ErrorContains(t, err, "503 Service Unavailable: The server is behind with sessions that have ended.")
+		require.ErrorContains(t, err, "503 Service Unavailable: Overloaded: closed sessions are still draining.")
 		for range 6 {
 			e.arrival().deliver()
 		}

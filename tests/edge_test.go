@@ -109,7 +109,7 @@ func TestCryoServerTLS(t *testing.T) {
 	second, err := knock(cryo.DialOptions{Token: "next"})
 	require.NoError(t, err)
 	_, err = knock(cryo.DialOptions{Token: "next"})
-	require.ErrorContains(t, err, "429 Too Many Requests: There are as many sessions from this address as there may be.")
+	require.ErrorContains(t, err, "429 Too Many Requests: This address has reached its limit of sessions.")
 	require.NoError(t, second.Close(t.Context(), ""))
 
 	// The certificate is renewed.
