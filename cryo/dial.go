@@ -112,7 +112,7 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	case u.Hostname() == "":
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:
-		return nil, nil, errors.New("the URL must not have a user and password: set the token instead")
+		return nil, nil, errors.New("the URL must have no user and password: set the token instead")
 	case queryErr != nil: // queryErr repeats a part of the query
 		return nil, nil, errors.New("the URL's query is invalid: escape each semicolon as %3B and each percent sign as %25")
 	}
@@ -126,9 +126,9 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 func checkQuery(query url.Values) error {
 	switch {
 	case query.Has(paramAuthorization):
-		return fmt.Errorf("the query must not have the parameter %s: it is set from the token", paramAuthorization)
+		return fmt.Errorf("the parameter %s is made from the token: it must not be set in the query", paramAuthorization)
 	case query.Has(paramSessionID):
-		return fmt.Errorf("the query must not have the parameter %s: it is set from the session id", paramSessionID)
+		return fmt.Errorf("the parameter %s is made from the session's id: it must not be set in the query", paramSessionID)
 	}
 	return nil
 }

@@ -34,9 +34,9 @@ func TestCheckURL(t *testing.T) {
 		"ws:example.com":                  "the URL has no host",
 		"ws://":                           "the URL has no host",
 		"ws://:8080":                      "the URL has no host",
-		"ws://user:pass@example.com":      "the URL must not have a user and password: set the token instead",
-		"ws://example.com?authorization=Bearer+x": "the query must not have the parameter authorization: it is set from the token",
-		"ws://example.com?x-cryo-sid=1":           "the query must not have the parameter x-cryo-sid: it is set from the session id",
+		"ws://user:pass@example.com":      "the URL must have no user and password: set the token instead",
+		"ws://example.com?authorization=Bearer+x": "the parameter authorization is made from the token: it must not be set in the query",
+		"ws://example.com?x-cryo-sid=1":           "the parameter x-cryo-sid is made from the session's id: it must not be set in the query",
 		"ws://example.com:port?key=s3cret":        `not a URL: invalid port ":port" after host`,
 		"ws://exa mple.com?key=s3cret":            `not a URL: invalid character " " in host name`,
 		"ws://example.com/\x7f?key=s3cret":        "not a URL: net/url: invalid control character in URL",
@@ -101,8 +101,8 @@ func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
 
 func TestParametersThatDialSetsCannotBeSetByQuery(t *testing.T) {
 	for name, problem := range map[string]string{
-		"authorization": "dialling: the query must not have the parameter authorization: it is set from the token",
-		"x-cryo-sid":    "dialling: the query must not have the parameter x-cryo-sid: it is set from the session id",
+		"authorization": "dialling: the parameter authorization is made from the token: it must not be set in the query",
+		"x-cryo-sid":    "dialling: the parameter x-cryo-sid is made from the session's id: it must not be set in the query",
 	} {
 		for _, values := range [][]string{{"s3cret"}, {}} {
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
@@ -310,7 +310,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 
 		begin := time.Now()
 		err = dialAnswer(t, strings.Repeat(informational, 20_000))
-		require.ErrorContains(t, err, "the response is too long")
+		require.ErrorContains(t, err, "the response to the upgrade is longer than 1048576 bytes")
 		require.Zero(t, time.Since(begin))
 	})
 }

@@ -1,4 +1,4 @@
-// Package cryo speaks the Cryo protocol, release 1.4, at both ends: acknowledged messages
+// Package cryo implements both ends of the Cryo protocol, release 1.4: acknowledged messages
 // and streams over WebSocket.
 //
 //	session, err := cryo.Dial(ctx, "wss://cryo.example.com/feed", &cryo.DialOptions{Token: token})
@@ -19,71 +19,69 @@
 //
 // # Usage
 //
-// [Dial] opens a session with a server, and a [Client] another one when that is lost;
-// [Server] is an [net/http.Handler] that accepts them. Both ends have a [Session] then, with
+// [Dial] opens a session with a server, and a [Client] reconnects when a session is lost;
+// [Server] is an [net/http.Handler] that accepts sessions. Both ends use a [Session], with
 // the same methods.
 //
 // [Session.SendText], [Session.SendBinary] and [Session.SendBatch] return when the peer has
-// acknowledged. [Session.Queue] does not wait: its [Pending] does, or is cancelled.
-// [Session.Messages], [Session.Receive] and [Session.ReceiveBatch] return what the peer has
-// sent. A received message is acknowledged by [Message.Ack], when it has been delivered and
-// not before, or rejected by [Message.Reject]; a message that is neither may be sent again
-// by the peer, on another connection.
+// acknowledged. [Session.Queue] does not wait: the caller waits for its [Pending], or cancels
+// it. [Session.Messages], [Session.Receive] and [Session.ReceiveBatch] return received
+// messages. [Message.Ack] acknowledges a message, and must be called only once the message is
+// delivered; [Message.Reject] rejects it. The peer may send a message that is neither
+// acknowledged nor rejected again, on another connection.
 //
-// Data that is larger than a message, or has no end yet, travels as a stream.
+// Data that is larger than a message, or of unknown length, is sent as a stream.
 // [Session.SendStream] sends a reader, [Session.OpenStream] returns a writer; both are
-// done when the peer has acknowledged the whole. [Session.Streams] and
+// done when the peer has acknowledged the whole stream. [Session.Streams] and
 // [Session.AcceptStream] return readers, whose [IncomingStream.Ack] acknowledges that the
-// whole has been delivered. A truncated stream never reads as a whole one: Read returns
-// [io.EOF] only after the sender has finished the stream.
+// whole stream has been delivered. Read returns [io.EOF] only after the sender has finished the
+// stream, so that a truncated stream is never mistaken for a complete one.
 //
-// A session is one connection. A [Client] has one after the other, with the same
-// id for the server: [Client.Send] returns when the messages are acknowledged on
-// one of them, [Client.Await] returns the session to receive from. Numbers of
-// messages belong to their connection: a message's Ack goes to the session that
-// it came from, or nowhere.
+// A session is one connection. A [Client] opens one session after the other, with the same
+// session id: [Client.Send] returns when the messages are acknowledged, on any of them;
+// [Client.Await] returns the session to receive from. Message numbers belong to their
+// connection: Ack acknowledges a message on the session that it was received on, or not at
+// all.
 //
 // # Cancellation
 //
-// A context bounds the caller's wait, never the connection; that of a sent
+// A context bounds the caller's wait, never the connection; the context of a sent
 // stream bounds the stream. A session ends by [Session.Close], by the peer's BYE
-// or close, by the end of the network connection, by a peer timeout, or because the
-// peer broke the protocol. The first cause wins; whoever waits then gets it, see
+// or close, by the loss of the network connection, by a peer timeout, or by a protocol
+// violation of the peer. The first cause wins, and waiting calls return it; see
 // [Session.Err].
 //
 // # Ending
 //
-// What each way to end stops, what is possible afterwards, and what it releases:
+// Each way to end stops and releases different things:
 //
 //	                stops                            still possible                      returns when                    releases
-//	Close           sends, reads of data; streams    Ack until BYE; Receive and Read     the peer has closed, or after   nothing
-//	                that come in are cancelled       of what was received, for ever      CloseTimeout
-//	CloseNow        everything                       Receive and Read, for ever          the connection is cut           nothing
-//	Drain           new messages and streams;        Receive, Ack, Reject, sends         all received is settled, and    what is settled
-//	                those not whole are cancelled    until all received is settled       then as Close
-//	Discard         Receive of messages in the       everything else; the session        at once                         the messages in the
-//	                queue, and of later ones         is not ended                                                        queue, and later ones
-//	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     messages that nobody
-//	                sessions                                                             their handlers returned         could receive¹
+//	Close           sends and reads of data;         Ack until BYE; Receive and Read     the peer has closed, or after   nothing
+//	                cancels incomplete streams       of received data, without limit     CloseTimeout
+//	CloseNow        everything                       Receive and Read of received        the connection is closed        nothing
+//	                                                 data, without limit
+//	Drain           new messages and streams;        Receive, Ack, Reject, sends         everything received is          settled messages
+//	                cancels incomplete streams       until everything is settled         settled, and then as Close
+//	Discard         Receive of messages in the       everything else; the session        immediately                     the messages in the
+//	                queue, and of later ones         does not end                                                        queue, and later ones
+//	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     messages of sessions
+//	                sessions                                                             their handlers returned         without OnSession
 //	Server.Drain    new clients; as Drain for all    as Drain                            as Shutdown                     as Shutdown
 //
-// ¹ Where OnSession is nil.
-//
-// When the context is done, Close and Shutdown cut the connections; Drain leaves sessions
-// open, for Close. None of them loses what was received: what is not acknowledged, the peer
-// may send again on another connection. Received messages count against MaxBufferBytes of a
-// server until they are settled or discarded, after the end of their session too. Sends
-// that are not acknowledged return the cause of the end.
+// When the context is done, Close and Shutdown close the connections without a close
+// handshake; Drain leaves sessions open, for Close. None of them loses received messages: the
+// peer may send unacknowledged ones again on another connection. Received messages count
+// against MaxBufferBytes of a server until they are settled or discarded, even after the end of
+// their session. Unacknowledged sends return the cause of the end.
 //
 // # Limits
 //
-// A message is at most [MaxPayload] bytes. What is received and not settled is
-// bounded by [SessionOptions.MaxBufferBytes]; beyond it the session stops
-// reading, and a dialling end lets the server know that it is alive.
+// A message has at most [MaxPayload] bytes. [SessionOptions.MaxBufferBytes] bounds the receive
+// buffer: the unsettled messages and the unread bytes of streams. When it is full, reads are
+// paused (backpressure), and a dialling end sends keepalives. Bytes of a stream that were read
+// do not count, so that two streams that are both being read never block each other.
 // A session has at most 256 received streams that are announced or open.
-// A stream may have any length, or less than 2 GiB where the receiver pulls.
-// Unread bytes of received streams count as received and not settled; what was
-// read doesn't, so two streams that are both being read never stop each other.
+// A stream may have any length, but less than 2 GiB if the receiver pulls.
 // A sent stream holds four chunks of the default size in memory, or one larger chunk.
 // Compression is never negotiated.
 package cryo

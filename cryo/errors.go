@@ -9,36 +9,36 @@ import (
 	"time"
 )
 
-// Why a session ended. Every error that a session returns after its end wraps
-// one of these, a [*PeerClosedError], a [*ProtocolError] or the network's own
-// error, and satisfies errors.Is(err, net.ErrClosed).
+// Causes of the end of a session. Every error that a session returns after its end wraps
+// one of these, a [*PeerClosedError], a [*ProtocolError] or the error of the network
+// connection, and satisfies errors.Is(err, net.ErrClosed).
 var (
 	// ErrClosed: this end called Close.
 	ErrClosed = errors.New("closed by this end")
 	// ErrPeerTimeout: nothing was received from the peer for two heartbeat intervals, not
 	// even a pong, and no backlog moved; see HeartbeatInterval in [SessionOptions].
 	ErrPeerTimeout = errors.New("peer timeout")
-	// ErrReceiveTimeout: a message of the peer took more than a minute to be received, while
-	// others waited for the memory that is reserved for it; see MaxBufferBytes in
+	// ErrReceiveTimeout: a message took more than a minute to be received, while others
+	// waited for the capacity that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
 	ErrReceiveTimeout = errors.New("receive timeout: a large message takes over a minute while others wait, send it as a stream")
-	// ErrTakenOver: the client came back with the same session id, token and certificate,
-	// so this session was a ghost.
+	// ErrTakenOver: the client has connected again with the same session id, token and
+	// certificate.
 	ErrTakenOver = errors.New("taken over by a newer connection of the same client")
 )
 
-// Why a server rejected an upgrade. A [*HandshakeError] matches one of these with
-// errors.Is.
+// Causes of a rejected upgrade. A [*HandshakeError] with status 401 matches one of these
+// with errors.Is.
 var (
-	// ErrSessionExists: the server still has a live session with this id. After a lost
-	// connection that is the client's own last session, until the server notices its end:
+	// ErrSessionExists: the server still has an open session with this id. After a lost
+	// connection it is the client's own last session, until the server detects the loss
 	// within seconds.
 	ErrSessionExists = errors.New("the server still has a session with this id")
 	// ErrUnauthorized: the token is missing, or was rejected.
 	ErrUnauthorized = errors.New("the server rejected the token")
 )
 
-// Why something can't be sent, whatever the peer does. Nothing of it was sent.
+// Errors of messages and streams that can't be sent. Nothing of them was sent.
 var (
 	// ErrTooLarge: a message has more than [MaxPayload] bytes, a stream's name more than
 	// 1,024, or a stream that the peer pulls 2 GiB or more.
@@ -51,8 +51,8 @@ var (
 type HandshakeError struct {
 	StatusCode int    // the HTTP status
 	Message    string // the body's text without markup and without the token; at most 200 bytes
-	// RetryAfter is the time that the server asks to wait before the next attempt, by
-	// its header Retry-After. 0: the header is missing, malformed, or in the past.
+	// RetryAfter is the time to wait before the next attempt, from the response header
+	// Retry-After; 0 if the header is missing, malformed, or in the past.
 	RetryAfter time.Duration
 	exists     bool // the body reports that the session exists
 }
@@ -74,7 +74,8 @@ func (e *HandshakeError) Is(target error) bool {
 	return target == ErrSessionExists && e.exists || target == ErrUnauthorized && !e.exists
 }
 
-// PeerClosedError is a normal end by the peer: it sent BYE, or closed the WebSocket.
+// PeerClosedError is the normal end of a session by the peer, which sent BYE or closed the
+// WebSocket.
 type PeerClosedError struct {
 	Code   int    // the WebSocket close code; 0 when only BYE was seen
 	Reason string // the reason in BYE, else the one in the close frame
@@ -91,12 +92,12 @@ func (e *PeerClosedError) Error() string {
 	return msg
 }
 
-// ProtocolError is the end of a session whose peer broke the protocol. The
-// WebSocket was closed with code 4001, or with one of its own where the peer
-// broke the WebSocket's rules (1002) or sent more than any frame has (1009).
+// ProtocolError is the end of a session by a protocol violation of the peer. The
+// WebSocket was closed with code 4001, or with 1002 if the peer violated the WebSocket
+// protocol, or 1009 if a message was too large for a frame.
 type ProtocolError struct {
-	Problem string // what the peer did
-	Err     error  // why a frame is malformed, or nil
+	Problem string // description of the violation; empty if Err is set
+	Err     error  // error of a malformed frame; nil for another violation
 }
 
 func (e *ProtocolError) Error() string {
@@ -111,7 +112,7 @@ func (e *ProtocolError) Unwrap() error { return e.Err }
 // RejectedError is the peer's rejection of one message, by an ERROR frame with its
 // number.
 type RejectedError struct {
-	Text string // of the ERROR, at most 1 KiB, without the token that the session was dialled with
+	Text string // text of the ERROR, at most 1 KiB, with the token redacted
 }
 
 func (e *RejectedError) Error() string {
@@ -120,7 +121,7 @@ func (e *RejectedError) Error() string {
 
 // BatchError reports which messages of a batch were not acknowledged.
 type BatchError struct {
-	Errs []error // by index; nil where the peer has acknowledged
+	Errs []error // by index; nil for an acknowledged message
 }
 
 func (e *BatchError) Error() string {
@@ -150,13 +151,13 @@ func (e *BatchError) Unwrap() []error {
 	return errs
 }
 
-// endedError is what a session's methods return once it has ended.
+// endedError is the error of a session's methods after its end.
 type endedError struct{ cause error }
 
 func (e *endedError) Error() string   { return "session ended: " + e.cause.Error() }
 func (e *endedError) Unwrap() []error { return []error{e.cause, net.ErrClosed} }
 
-// contextError is the error of a wait that its context has ended. It matches the context's
+// contextError returns the error of a wait whose context is done. It matches the context's
 // cause and ctx.Err() with errors.Is.
 func contextError(ctx context.Context) error {
 	err, cause := ctx.Err(), context.Cause(ctx)
@@ -166,7 +167,7 @@ func contextError(ctx context.Context) error {
 	return &causedError{cause, err}
 }
 
-// causedError reads as the cause of a context's end.
+// causedError is the error of a done context; its text is that of the cause.
 type causedError struct{ cause, err error }
 
 func (e *causedError) Error() string   { return e.cause.Error() }

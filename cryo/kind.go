@@ -2,14 +2,14 @@ package cryo
 
 import "github.com/cryo-connect/cryo-connect/internal/wire"
 
-// MaxPayload is the most bytes that a message, or a chunk of a stream, may have: 16 MiB.
-// Longer data travels as a stream.
+// MaxPayload is the maximum size of a message or of a stream's chunk: 16 MiB. Larger data
+// must be sent as a stream.
 const MaxPayload = wire.MaxPayload
 
 // Kind is the kind of a message.
 type Kind int
 
-// The kinds of messages, and of what [SessionOptions.OnReject] counts.
+// The kinds of messages, and KindStream for [SessionOptions.OnReject].
 const (
 	KindText   Kind = iota + 1 // text (UTF8DATA)
 	KindBinary                 // bytes (BINARYDATA)
@@ -17,7 +17,7 @@ const (
 	KindStream                 // a stream; no message has this kind
 )
 
-// String returns the kind as a word.
+// String returns the kind's name.
 func (k Kind) String() string {
 	switch k {
 	case KindText:
@@ -33,7 +33,7 @@ func (k Kind) String() string {
 	}
 }
 
-// kindOf is the kind of the message in a frame.
+// kindOf returns the kind of the message in a frame.
 func kindOf(t wire.Type) Kind {
 	switch t {
 	case wire.UTF8:

@@ -54,9 +54,9 @@ type ClientOptions struct {
 	OnSessionEnd func(*Session)
 }
 
-// Client keeps a session with one server: when Connect, Await or Send is called and no session
-// is connected, the Client dials, always with the same session id. It never dials without such
-// a call, and concurrent calls share one attempt.
+// Client has one session at a time with a server: when Connect, Await or Send is called and no
+// session is connected, the Client dials, always with the same session id. It never dials
+// without such a call, and concurrent calls share one attempt.
 //
 // After the end of a session, the next attempt is made without a wait. After a failed attempt,
 // the wait is

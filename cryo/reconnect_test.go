@@ -215,9 +215,9 @@ func TestNewClientChecksWhatItIsGivenAndDialsNothing(t *testing.T) {
 	}
 	token := func(context.Context) (string, error) { return "", errors.New("called") }
 	for problem, opts := range map[string]cryo.ClientOptions{
-		"both Token and TokenFunc are set":                                                {DialOptions: cryo.DialOptions{Token: "x"}, TokenFunc: token},
-		"the query must not have the parameter x-cryo-sid: it is set from the session id": {DialOptions: cryo.DialOptions{Query: url.Values{"x-cryo-sid": {"1"}}}},
-		"the query must not have the parameter authorization: it is set from the token":   {DialOptions: cryo.DialOptions{Query: url.Values{"authorization": {"s3cret"}}}},
+		"both Token and TokenFunc are set": {DialOptions: cryo.DialOptions{Token: "x"}, TokenFunc: token},
+		"the parameter x-cryo-sid is made from the session's id: it must not be set in the query": {DialOptions: cryo.DialOptions{Query: url.Values{"x-cryo-sid": {"1"}}}},
+		"the parameter authorization is made from the token: it must not be set in the query":     {DialOptions: cryo.DialOptions{Query: url.Values{"authorization": {"s3cret"}}}},
 	} {
 		_, err := cryo.NewClient(memoryURL, &opts)
 		require.EqualError(t, err, "making a client: "+problem)

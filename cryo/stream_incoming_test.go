@@ -167,7 +167,7 @@ func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T)
 					})
 					st := acceptStream(t, p.server)
 					wantBytes(t, st, "xxx")
-					require.ErrorContains(t, st.Ack(), "before it is read")
+					require.ErrorContains(t, st.Ack(), "before Read has returned io.EOF")
 					sending.wantBlocked(t)
 					switch fate {
 					case "read on":

@@ -78,7 +78,7 @@ func (o StreamOptions) withDefaults() (StreamOptions, error) {
 		o.ChunkBytes = DefaultChunkBytes
 	}
 	if len(o.Name) > maxStreamName {
-		return o, fmt.Errorf("stream name of %d bytes is %w: at most %d bytes are allowed", len(o.Name), ErrTooLarge, maxStreamName)
+		return o, fmt.Errorf("stream name is %w: it has %d bytes, at most %d are allowed", ErrTooLarge, len(o.Name), maxStreamName)
 	}
 	if !utf8.ValidString(o.Name) {
 		return o, fmt.Errorf("stream name %q is %w", o.Name, ErrInvalidUTF8)

@@ -88,7 +88,7 @@ func TestStreamOptionsAreCheckedBeforeAnythingIsSaid(t *testing.T) {
 			want string
 			is   error
 		}{
-			{cryo.StreamOptions{Name: strings.Repeat("n", 1025)}, "stream name of 1025 bytes is too large: at most 1024 bytes are allowed", cryo.ErrTooLarge},
+			{cryo.StreamOptions{Name: strings.Repeat("n", 1025)}, "stream name is too large: it has 1025 bytes, at most 1024 are allowed", cryo.ErrTooLarge},
 			{cryo.StreamOptions{Name: "caf\xe9"}, `stream name "caf\xe9" is not valid UTF-8`, cryo.ErrInvalidUTF8},
 			{cryo.StreamOptions{ChunkBytes: -1}, "ChunkBytes is -1: it must be 1 to 16777216, or 0 for its default", nil},
 			{cryo.StreamOptions{ChunkBytes: cryo.MaxPayload + 1}, "ChunkBytes is 16777217: it must be 1 to 16777216, or 0 for its default", nil},

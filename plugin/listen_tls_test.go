@@ -271,7 +271,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		_, err := cryo.Dial(t.Context(), "wss://"+somewhere, &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
-		require.ErrorContains(t, err, "this server does not speak TLS, is its URL ws:// instead of wss://?")
+		require.ErrorContains(t, err, "the server does not use TLS: check whether its URL is ws:// instead of wss://")
 	})
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)

@@ -1,9 +1,9 @@
-// Package ballast keeps Go's garbage collector from running every few megabytes.
+// Package ballast makes Go's garbage collector run less often while little memory is in
+// use.
 //
-// By default it runs when as much has been allocated as is in use. A few sessions
-// at full speed use some four megabytes and allocate hundreds a second. With
-// 24 MiB of ballast the input took 0.65 of the CPU time for messages of 1 KiB, 0.6 for
-// those of 64 KiB, and 0.7 for streams.
+// By default it runs when as much has been allocated as is in use. A few busy sessions use
+// little and allocate much, so that it would run many times a second: see
+// docs/performance.md, "How to get the speed".
 package ballast
 
 import (
@@ -12,12 +12,9 @@ import (
 	"runtime/debug"
 )
 
-// The collector runs when half as much has been allocated as is in use, the ballast
-// included: after 32 MiB where little else is. With many sessions, most of which are
-// idle, that leaves less garbage than Go's default, as much as is in use: beside
-// that and 24 MiB of ballast, ten thousand took 28.5 KiB each after 25 broadcasts in
-// place of 31.8, and a busy input 1.02 to 1.05 times as many messages. 96 MiB gave
-// little more, and the process held up to a hundred MiB more.
+// The collector runs when half as much has been allocated as is in use, including the
+// ballast: after 32 MiB if little else is in use. With many idle sessions that leaves less
+// garbage than Go's default percentage, 100.
 const (
 	size    = 64 << 20
 	percent = 50
@@ -27,14 +24,12 @@ const (
 // against that.
 const limited = 400
 
-// memory counts as in use, and is never touched, so the system has to provide none. It
-// is in pieces because the runtime writes zeros to all of a piece if a part of it was in
-// use before.
+// memory counts as in use, but is never accessed, so that it is not resident. It consists of
+// pieces because the runtime zeroes a whole piece if a part of it was in use before.
 var memory [size >> 20][]byte
 
-// Load sets the collector's percentage and takes the ballast aboard, for the rest of
-// the process's life, unless GOGC says that the user has chosen. With a GOMEMLIMIT
-// there is a percentage and no ballast.
+// Load sets the collector's percentage and allocates the ballast, for the lifetime of the
+// process, unless the user has set GOGC. With GOMEMLIMIT it sets a percentage only.
 func Load() {
 	switch {
 	case os.Getenv("GOGC") != "":

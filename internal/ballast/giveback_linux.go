@@ -6,8 +6,8 @@ import (
 	"unsafe"
 )
 
-// giveBack tells the system that what these bytes take isn't needed: they are zero, and
-// are never read.
+// giveBack releases the memory of these bytes to the system: they are zero, and are never
+// read.
 func giveBack(b []byte) {
 	_ = syscall.Madvise(pages(b), syscall.MADV_DONTNEED) // or they stay resident
 }

@@ -2,6 +2,6 @@
 
 package ballast
 
-// giveBack is for Linux. Elsewhere a part of the ballast stays resident if its memory
-// was in use before.
+// giveBack does nothing. A part of the ballast stays resident if its memory was in use
+// before.
 func giveBack([]byte) {}

@@ -1,5 +1,5 @@
-// Package quota shares capacity among holders: first come, first served among those
-// whose share allows it. It knows nothing of what the capacity is.
+// Package quota divides capacity among several holders: first come, first served among those
+// whose share allows it. The unit of the capacity is the caller's.
 package quota
 
 import (
@@ -8,22 +8,22 @@ import (
 	"time"
 )
 
-// Quota is capacity for several holders. It is granted while less than the limit is
-// held, so that the last grant may exceed the limit by what it grants. All methods of a
-// Quota and its shares may be called from any goroutine, and none waits.
+// Quota is capacity for several holders. It grants while less than the limit is held, so that
+// the last grant may exceed the limit. All methods of a Quota and its shares may be called from
+// any goroutine, and none waits.
 type Quota struct {
 	limit int64
-	fair  func(held, free int64) bool // nil: all that is free may go to one holder
+	fair  func(held, free int64) bool // nil: one holder may have all capacity
 
 	mu      sync.Mutex
 	used    int64
-	waiting list.List // of *Request, in order of arrival
-	since   time.Time // while requests wait: of the last grant, of the first request, or of the last Starved
+	waiting list.List // *Request, in order of arrival
+	since   time.Time // while requests wait: time of the last grant, of the first request, or of the last true Starved
 }
 
-// New returns a quota. fair reports whether a holder of so much may be granted more while
-// so much is free, and is called with a lock held; without it a holder may have all.
-// limit is at least 1.
+// New returns a quota. limit must be at least 1. fair reports whether a holder of held may be
+// granted more while free is available; it is called with a lock held. If fair is nil, one
+// holder may have all capacity.
 func New(limit int64, fair func(held, free int64) bool) *Quota {
 	return &Quota{limit: limit, fair: fair}
 }
@@ -31,8 +31,8 @@ func New(limit int64, fair func(held, free int64) bool) *Quota {
 // Share returns the share of a new holder, which holds nothing.
 func (q *Quota) Share() *Share { return &Share{q: q} }
 
-// allowsLocked reports whether a share may be granted more now. That is true of no request
-// that waits: each release grants what it can, and nothing else makes it true.
+// allowsLocked reports whether a share may be granted more now. It is false for every waiting
+// request, because each release grants all requests that it allows.
 func (q *Quota) allowsLocked(s *Share) bool {
 	return q.used < q.limit && (q.fair == nil || q.fair(s.held, q.limit-q.used))
 }
@@ -51,8 +51,8 @@ func (q *Quota) releaseLocked(s *Share, n int64) {
 	q.grantLocked()
 }
 
-// grantLocked grants what can be granted, in order of arrival. Those over their own share
-// hold up nobody behind them.
+// grantLocked grants waiting requests in order of arrival. A request that fair rejects does not
+// block those behind it.
 func (q *Quota) grantLocked() {
 	for e := q.waiting.Front(); e != nil && q.used < q.limit; {
 		r := e.Value.(*Request)
@@ -70,14 +70,14 @@ func (q *Quota) removeLocked(r *Request) {
 	r.entry = nil
 }
 
-// Share is what one holder has of a Quota. A holder that is gone must have released it.
+// Share is the part of a Quota that one holder has. The holder must release it at its end.
 type Share struct {
 	q    *Quota
 	held int64 // guarded by the quota's mutex
 }
 
-// TryAcquire acquires n if that can be granted now, ahead of no request that could be. n may
-// be 0: then nothing is held, and the answer is that of the moment.
+// TryAcquire acquires n if it can be granted now, and reports whether it was. It never overtakes
+// a request that could be granted. If n is 0, nothing is acquired.
 func (s *Share) TryAcquire(n int64) bool {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -88,7 +88,7 @@ func (s *Share) TryAcquire(n int64) bool {
 	return true
 }
 
-// Force acquires n, whatever the limit.
+// Force acquires n, even beyond the limit.
 func (s *Share) Force(n int64) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -96,22 +96,23 @@ func (s *Share) Force(n int64) {
 	s.q.used += n
 }
 
-// Release returns n of what is held.
+// Release releases n.
 func (s *Share) Release(n int64) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	s.q.releaseLocked(s, n)
 }
 
-// Usage returns what the holder has, and what is free: below 0 where the limit is exceeded.
+// Usage returns the held capacity of the share, and the free capacity of the quota, which is
+// negative if the limit is exceeded.
 func (s *Share) Usage() (held, free int64) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
 	return s.held, s.q.limit - s.q.used
 }
 
-// Starved reports that requests wait, and nothing was granted for a period: once a
-// period, to a holder. The one that is told so is to blame for it.
+// Starved reports whether requests wait and nothing was granted for a period. It returns true
+// once a period, to a single holder, which must then release its share.
 func (s *Share) Starved(period time.Duration) bool {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -122,7 +123,7 @@ func (s *Share) Starved(period time.Duration) bool {
 	return true
 }
 
-// Request is one that waits for capacity, and holds none until it is granted.
+// Request is a request for capacity. It holds none until it is granted.
 type Request struct {
 	share   *Share
 	n       int64
@@ -130,8 +131,8 @@ type Request struct {
 	entry   *list.Element // its place; nil once it is granted or cancelled. Guarded by the quota's mutex
 }
 
-// Request asks for n, which is granted as soon as it can be. Cancel must be called for a
-// request that is not granted, and may be for one that is.
+// Request requests n, which is granted as soon as possible. Cancel must be called for a request
+// that is not granted, and may be called for one that is.
 func (s *Share) Request(n int64) *Request {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -148,11 +149,12 @@ func (s *Share) Request(n int64) *Request {
 	return r
 }
 
-// Granted is closed when the request is granted: its share holds n more by then.
+// Granted returns a channel that is closed when the request is granted; its share then holds n
+// more.
 func (r *Request) Granted() <-chan struct{} { return r.granted }
 
-// Cancel ends the wait, and releases what was granted meanwhile. It must be called once
-// at most, and not when the grant is used.
+// Cancel ends the wait, or releases the grant. It must be called at most once, and not after the
+// grant was released by Release.
 func (r *Request) Cancel() {
 	q := r.share.q
 	q.mu.Lock()

@@ -11,28 +11,28 @@ import (
 	"unicode/utf8"
 )
 
-// Secret is a token that must not appear in errors and log lines, in any of the spellings
-// in which a server or a library repeats it. The zero value, and nil, is none.
+// Secret is a token that must not appear in errors and log lines, in any of the encodings
+// in which a server or a library may repeat it. The zero value and nil redact nothing.
 type Secret struct {
 	spellings []string
 	replacer  *strings.Replacer
 	short     bool
 }
 
-// redacted replaces the token, and leftOut a whole text with a short token in it: within a
-// word, [token] would reveal it.
+// redacted replaces the token; leftOut replaces a whole text that contains a short token,
+// which [token] within a word would reveal.
 const (
 	redacted = "[token]"
 	leftOut  = "(left out: the token may be in it)"
 )
 
-// minToken is the length of a token that does not appear in a text by chance, in bytes.
+// minToken is the length from which a token is not expected in a text by chance, in bytes.
 const minToken = 6
 
-// minWord is the length of a part of a token that reveals it, in bytes.
+// minWord is the length from which a word of a token is redacted alone, in bytes.
 const minWord = 4
 
-// New returns the secret of a token; an empty one is none.
+// New returns the Secret of a token. That of an empty token redacts nothing.
 func New(token string) *Secret {
 	if token == "" {
 		return &Secret{}
@@ -43,7 +43,7 @@ func New(token string) *Secret {
 			plain = append(plain, word)
 		}
 	}
-	// Longer ones come first: the replacer takes the first that fits.
+	// The longest spellings come first: the replacer uses the first match.
 	s := &Secret{short: len(token) < minToken}
 	var pairs []string
 	for _, spelling := range plain {
@@ -60,7 +60,7 @@ func New(token string) *Secret {
 	return s
 }
 
-// Error returns an error without the token, the very same where there is none.
+// Error returns an error with the token redacted; the same error if it has no token.
 func (s *Secret) Error(err error) error {
 	if text := s.Text(err.Error()); text != err.Error() {
 		return errors.New(text)
@@ -68,7 +68,7 @@ func (s *Secret) Error(err error) error {
 	return err
 }
 
-// Text returns a text without the token.
+// Text returns a text with the token redacted.
 func (s *Secret) Text(text string) string {
 	if s == nil || s.replacer == nil {
 		return text
@@ -80,7 +80,7 @@ func (s *Secret) Text(text string) string {
 	return without
 }
 
-// End removes a beginning of the token from the end of a truncated text.
+// End redacts a prefix of the token at the end of a truncated text.
 func (s *Secret) End(text string) string {
 	for _, spelling := range s.spellings {
 		for n := len(spelling) - 1; n > 0; n-- {
@@ -95,8 +95,8 @@ func (s *Secret) End(text string) string {
 	return text
 }
 
-// Cut truncates a text to at most limit bytes, at a rune's boundary. The rest is not kept in
-// memory.
+// Cut truncates a text to at most limit bytes, at a rune boundary. The result does not keep the
+// whole text in memory.
 func Cut(text string, limit int) string {
 	if len(text) <= limit {
 		return text

@@ -1,6 +1,5 @@
-// Package wire is the codec of Cryo: its thirteen frames, as bytes. It is pure: no
-// goroutine, no lock, no memory of its own. Nothing outside it knows a byte offset of a
-// frame.
+// Package wire encodes and decodes the thirteen frames of Cryo. It consists of pure functions,
+// and is the only package that depends on byte offsets within a frame.
 package wire
 
 import (
@@ -10,11 +9,10 @@ import (
 	"strings"
 )
 
-// MaxPayload is the most bytes that the payload of one frame may have: 16 MiB. Longer data travels as a stream.
+// MaxPayload is the maximum size of a frame's payload, in bytes.
 const MaxPayload = 16 << 20
 
-// Version is the only version of the protocol there is, as announced
-// in ENDPOINT_INFO.
+// Version is the only version of the protocol, as announced in ENDPOINT_INFO.
 const Version = 1
 
 // FeatureStreams is the bit of ENDPOINT_INFO's features of an endpoint that supports streams.
@@ -91,18 +89,17 @@ func (t Type) String() string {
 	}
 }
 
-// Flow is the end that decides when a stream's chunks are sent (TX_FLOW).
+// Flow selects the end that decides when a stream's chunks are sent (TX_FLOW).
 type Flow byte
 
 const (
-	// FlowPush is the sender, from TX_START's acknowledgement on.
+	// FlowPush: the sender, once TX_START is acknowledged.
 	FlowPush Flow = 0
-	// FlowPull is the receiver, by TX_FETCH.
+	// FlowPull: the receiver, by TX_FETCH.
 	FlowPull Flow = 1
 )
 
-// Frame is one Cryo frame. Which fields count depends on the type; the others
-// are zero.
+// Frame is one Cryo frame. The fields that its type does not have are zero.
 type Frame struct {
 	SID      uint64 // the session's id; all types
 	Type     Type

@@ -1,14 +1,14 @@
 // Package ws reads and writes WebSocket messages (RFC 6455) over a connection that
-// gorilla/websocket has opened or upgraded. It knows nothing of what the messages carry.
+// gorilla/websocket has opened or upgraded. It is independent of the messages' contents.
 //
 // gorilla's own reader and writer serve any message from any goroutine in any number of
-// frames, and allocate for it. Here each message is written as one frame into the buffer
-// of the next write to the network, and read into the memory that it keeps:
-// docs/performance.md has what that saves.
+// frames, and allocate for it. This package writes each message as one frame into the buffer
+// of the next write to the network, and reads it into its final memory: see
+// docs/performance.md, "What was found".
 package ws
 
 import (
-	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -22,16 +22,16 @@ const MaxMessage = 8 + 1 + 4 + 4 + 4 + 16<<20
 
 // Sizes that callers may rely on, in bytes.
 const (
-	GatherBytes = 256 << 10 // most that one write gathers
+	GatherBytes = 256 << 10 // maximum size of one gathered write
 	WriteDirect = 256 << 10 // smallest payload that is written without a copy, unless it is masked
 	ReadDirect  = 16 << 10  // smallest missing part of a payload that is read without a buffer
 )
 
 const (
-	gatherSome  = 32 << 10  // buffer of a session that writes less …
-	gatherSmall = 4 << 10   // … and of one that writes little
+	gatherSome  = 32 << 10  // write buffer for less …
+	gatherSmall = 4 << 10   // … and for little data
 	readBytes   = 128 << 10 // read buffer while data flows
-	readSmall   = 1152      // … and of an idle session, which has no other: enough for a message of 1 KiB
+	readSmall   = 1152      // only read buffer of an idle session: enough for a message of 1 KiB
 	pieceBytes  = 16 << 10  // one TLS record; size of a write where the kernel does not count delivered bytes
 	maxResponse = 1 << 20   // bytes of the response to an upgrade or to a proxy's CONNECT
 )
@@ -44,8 +44,8 @@ var (
 	largePool = bufferPool(GatherBytes)
 )
 
-// Poisoning is for tests: pooled memory is overwritten when it is returned, so that a use
-// after that is noticed.
+// Poisoning is for tests: pooled memory is overwritten when it is returned, so that a later
+// use is detected.
 var Poisoning atomic.Bool
 
 // Poison overwrites free memory, if Poisoning is on.
@@ -70,15 +70,15 @@ func bufferPool(size int) *sync.Pool {
 // called from any.
 type Conn struct {
 	t      *transport
-	masks  bool              // this end dialled: it masks, and the other doesn't
+	masks  bool              // this end dialled, so only this end masks
 	onPing func(data []byte) // on the reading goroutine; the data is valid until it returns
 
 	// Owned by the reading goroutine.
 	text  bool   // the message is text
-	size  uint64 // of the message so far
-	left  int    // bytes of the frame that are not read yet
-	final bool   // it is the message's last
-	key   uint32 // of its mask; 0 is none
+	size  uint64 // bytes of the message's fragments so far
+	left  int    // unread bytes of the frame
+	final bool   // the frame is the message's last
+	key   uint32 // mask of the frame; 0 is none
 }
 
 // New returns one end of a WebSocket whose handshake is done. masks is true at the end
@@ -90,57 +90,59 @@ func newConn(t *transport, masks bool) *Conn {
 	return &Conn{t: t, masks: masks, final: true}
 }
 
-// Start sets what is called for each ping with its data, which is valid until it returns:
-// on the reading goroutine, before it reads on.
+// Start sets the handler of pings. It is called on the reading goroutine, with data that is
+// valid until it returns.
 func (c *Conn) Start(onPing func(data []byte)) { c.onPing = onPing }
 
-// Close closes the network connection at once.
+// Close closes the network connection without a close handshake.
 func (c *Conn) Close() error { return c.t.Close() }
 
-// RemoteAddr is the peer's network address.
+// RemoteAddr returns the peer's network address.
 func (c *Conn) RemoteAddr() net.Addr { return c.t.RemoteAddr() }
 
-// Buffered returns the number of bytes that are read ahead.
+// Buffered returns the number of bytes in the read buffer.
 func (c *Conn) Buffered() int { return len(c.t.ahead) }
 
-// ReleaseBuffer returns a large read buffer that holds little to its pool, because nothing
-// will be read for a while. Reading goroutine.
+// ReleaseBuffer returns a mostly empty large read buffer to its pool. It is called before a
+// pause of reads. Reading goroutine.
 func (c *Conn) ReleaseBuffer() { c.t.releaseMostlyRead() }
 
 // Interrupt makes the read in progress, or the next one, fail with
-// [os.ErrDeadlineExceeded]. Nothing is lost by that: after ReadOn, a message can be read or
-// discarded from where it was interrupted. From any goroutine.
+// [os.ErrDeadlineExceeded]. No data is lost: after ResumeReads, the message can be read or
+// discarded from where it was interrupted. It may be called from any goroutine.
 func (c *Conn) Interrupt() { _ = c.t.SetReadDeadline(time.Unix(1, 0)) }
 
 // ResumeReads ends an Interrupt. Reading goroutine.
 func (c *Conn) ResumeReads() { _ = c.t.SetReadDeadline(time.Time{}) }
 
-// Drained reports whether everything received so far is read, and was little.
+// Drained reports whether the read buffer is empty and small, so that more data is unlikely.
 func (c *Conn) Drained() bool { return c.t.drained() }
 
 // LastRead returns the time of the last read from the network. Reading goroutine.
 func (c *Conn) LastRead() time.Time { return c.t.readAt }
 
-// Received returns the number of bytes received since ResetReceived. From any goroutine.
+// Received returns the number of bytes received since ResetReceived. It may be called from any
+// goroutine.
 func (c *Conn) Received() int64 { return c.t.got.Load() }
 
-// ResetReceived makes Received count anew. From any goroutine.
+// ResetReceived resets the count of Received. It may be called from any goroutine.
 func (c *Conn) ResetReceived() { c.t.got.Store(0) }
 
-// DiscardAll reads until the connection ends, and keeps nothing. Reading goroutine.
+// DiscardAll reads and drops all data until the connection ends. Reading goroutine.
 func (c *Conn) DiscardAll() { c.t.discard() }
 
-// Heard reports whether anything was received since the last call. From any goroutine.
+// Heard reports whether anything was received since the last call. It may be called from any
+// goroutine.
 func (c *Conn) Heard() bool { return c.t.heard.Swap(false) }
 
-// SetHeard makes the next Heard report true, when this end has not read for some time.
+// SetHeard makes the next Heard return true, after a pause of reads at this end.
 func (c *Conn) SetHeard() { c.t.heard.Store(true) }
 
-// Progress returns how many bytes were delivered so far, and how many wait for that. On
-// Linux, a TCP connection's bytes are delivered when the peer's kernel has acknowledged
-// them, and those in the send buffer wait. Otherwise they are delivered when the kernel of
-// this end has accepted them, and only those of a write in progress wait: how much is in
-// the send buffer is not known. From any goroutine.
+// Progress returns the number of bytes delivered so far, and of those still undelivered. On
+// Linux, bytes on a TCP connection are delivered when the peer's kernel has acknowledged them,
+// and those in the send buffer are the backlog. Otherwise they are delivered when this end's
+// kernel has accepted them, and only a write in progress is the backlog: the contents of the
+// send buffer are unknown. It may be called from any goroutine.
 func (c *Conn) Progress() (delivered, backlog int64) {
 	if c.t.queue != nil {
 		return c.t.queue.progress()
@@ -156,30 +158,30 @@ type transport struct {
 	heard atomic.Bool  // bytes were read since this was last cleared
 	got   atomic.Int64 // bytes that were read since this was last cleared
 
-	queue      *sendQueue   // nil where the kernel doesn't count what is delivered; only then these do:
+	queue      *sendQueue   // nil if the kernel does not count delivered bytes; only then these count:
 	accepted   atomic.Int64 // bytes that the connection has accepted
-	unaccepted atomic.Int64 // bytes of the write in progress that it has not
+	unaccepted atomic.Int64 // bytes of the write in progress that it has not accepted
 
 	response int // bytes of the handshake's response that were read
 
 	// Owned by the reading goroutine.
-	ahead  []byte          // what was read ahead: a part of small, or of large
+	ahead  []byte          // unread part of small or of large
 	large  *[]byte         // from readPool; nil while small is in use
 	small  [readSmall]byte // buffer of an idle session
-	bulk   bool            // the last read filled its buffer: more is probably there
-	readAt time.Time       // of the last read
+	bulk   bool            // the last read filled its buffer, so more data is likely
+	readAt time.Time       // time of the last read
 
 	// Owned by the goroutine that writes.
 	wbuf        *[]byte            // from a pool; gathered for the next flush
 	nonblocking *nonblockingWriter // nil where the connection does not support it, and before probed
-	probed      bool               // nonblocking is known
+	probed      bool               // nonblocking is set
 }
 
-// Read is the handshake's: a byte at a time, so that it takes nothing of what
-// follows it.
+// Read is used by the handshake. It returns one byte at a time, so that the handshake
+// consumes none of the bytes that follow its response.
 func (t *transport) Read(p []byte) (int, error) {
 	if t.response == maxResponse {
-		return 0, errors.New("the response is too long")
+		return 0, fmt.Errorf("the response to the upgrade is longer than %d bytes", maxResponse)
 	}
 	if _, err := t.peek(1); err != nil {
 		return 0, err
@@ -203,7 +205,7 @@ func (t *transport) peek(n int) ([]byte, error) {
 
 func (t *transport) skip(n int) { t.ahead = t.ahead[n:] }
 
-// drained reports whether everything received so far is read, and was little.
+// drained reports whether the read buffer is empty and small.
 func (t *transport) drained() bool { return len(t.ahead) == 0 && t.large == nil }
 
 // fill reads more. It acquires a large buffer when a read has filled the small one, and
@@ -297,16 +299,16 @@ func (t *transport) read(p []byte) (int, error) {
 	case nil:
 		err = io.ErrNoProgress
 	case io.EOF: //nolint:errorlint // a connection's own
-		// It must not be mistaken for the end of something whole, such as a stream.
+		// io.EOF would be mistaken for the end of complete data, such as a stream.
 		err = io.ErrUnexpectedEOF
 	}
 	return 0, err
 }
 
-// Write is the handshake's, and does not gather.
+// Write is used by the handshake. It does not gather.
 func (t *transport) Write(p []byte) (int, error) { return t.write(p) }
 
-// write writes to the network, in pieces unless the kernel counts what is delivered.
+// write writes to the network, in pieces unless the kernel counts delivered bytes.
 func (t *transport) write(p []byte) (written int, err error) {
 	if t.queue != nil {
 		return t.Conn.Write(p)
@@ -323,7 +325,7 @@ func (t *transport) write(p []byte) (written int, err error) {
 	return written, err
 }
 
-// flush writes what was gathered.
+// flush writes the gathered bytes.
 func (t *transport) flush() error {
 	buf := t.wbuf
 	t.wbuf = nil
@@ -344,8 +346,8 @@ func (t *transport) canTryFlush() bool {
 	return t.nonblocking != nil
 }
 
-// tryFlush writes what was gathered, as far as that needs no waiting. It reports false
-// when some is left for flush, or there was an error, which flush will meet too.
+// tryFlush writes as much of the gathered bytes as the kernel accepts without waiting. It
+// returns false if some are left for flush, or after an error, which flush will return.
 func (t *transport) tryFlush() bool {
 	n := t.nonblocking.write(*t.wbuf)
 	t.accepted.Add(int64(n))
@@ -389,8 +391,7 @@ func (t *transport) grow(n int) {
 	t.wbuf = buf
 }
 
-// gathered replaces the gathered bytes by those that reserve has returned, with appended
-// ones.
+// gathered sets the gathered bytes: those that reserve has returned, with appended ones.
 func (t *transport) gathered(b []byte) { *t.wbuf = b }
 
 func poolFor(size int) *sync.Pool {

@@ -19,9 +19,9 @@ import (
 // DialOptions are the options of Dial. A zero value means its default.
 type DialOptions struct {
 	Header  http.Header                                                          // further headers of the upgrade
-	TLS     *tls.Config                                                          // of wss. Default: the system's certificates
-	Proxy   func(*http.Request) (*url.URL, error)                                // asked with the URL as http, without query. Default: none
-	NetDial func(ctx context.Context, network, address string) (net.Conn, error) // Default: net.Dialer's
+	TLS     *tls.Config                                                          // configuration of wss. Default: the system's certificates
+	Proxy   func(*http.Request) (*url.URL, error)                                // called with the URL as http, without query. Default: none
+	NetDial func(ctx context.Context, network, address string) (net.Conn, error) // Default: that of a net.Dialer
 }
 
 // Dial connects, through a proxy if there is one, and opens the WebSocket. If the server
@@ -125,7 +125,7 @@ func listed(header http.Header, name string) []string {
 }
 
 // finalResponse skips the informational responses (RFC 9110, 15.2) before a server's
-// final one, for which the library takes them.
+// final one, because the library would regard them as the final one.
 type finalResponse struct {
 	*transport
 	found bool
@@ -213,7 +213,7 @@ func dialTLS(ctx context.Context, dial netDialFunc, network, address string, con
 	secured := tls.Client(c, config)
 	if err := secured.HandshakeContext(ctx); err != nil {
 		if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-			err = fmt.Errorf("this server does not speak TLS, is its URL ws:// instead of wss://? %w", err)
+			err = fmt.Errorf("the server does not use TLS: check whether its URL is ws:// instead of wss://: %w", err)
 		}
 		return nil, errors.Join(err, c.Close())
 	}

@@ -7,9 +7,9 @@ import (
 	"syscall"
 )
 
-// nonblockingWriter writes to a socket what the kernel accepts without waiting. The
+// nonblockingWriter writes to a socket as much as the kernel accepts without waiting. The
 // standard library's connections have no such call: their Write waits until all is
-// accepted, and does not even try after a deadline.
+// accepted, and writes nothing after a deadline.
 type nonblockingWriter struct {
 	raw syscall.RawConn
 	try func(fd uintptr) bool
@@ -18,8 +18,8 @@ type nonblockingWriter struct {
 	written int
 }
 
-// newNonblockingWriter returns nil for a connection that is no socket, and for one around
-// a socket: its Write may do more.
+// newNonblockingWriter returns nil for a connection that is not a socket itself: the Write of
+// one that wraps a socket may do more.
 func newNonblockingWriter(conn net.Conn) *nonblockingWriter {
 	var (
 		raw syscall.RawConn

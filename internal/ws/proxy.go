@@ -48,7 +48,7 @@ func (f netDialFunc) through(via *url.URL, config *tls.Config) (netDialFunc, err
 		}
 		dialer, ok := d.(proxy.ContextDialer)
 		if !ok {
-			return nil, fmt.Errorf("no proxies of the kind %s", via.Scheme)
+			return nil, fmt.Errorf("unsupported proxy scheme %q: it must be http, https or socks5", via.Scheme)
 		}
 		return dialer.DialContext, nil
 	}

@@ -28,8 +28,8 @@ const (
 
 // Error is a violation of RFC 6455 by the peer.
 type Error struct {
-	Code    int    // the close code for it: 1002, or 1009 for what is too long
-	Problem string // in words
+	Code    int    // close code: 1002, or 1009 for a message that is too long
+	Problem string // description of the violation
 }
 
 func (e *Error) Error() string { return "websocket: " + e.Problem }
@@ -39,7 +39,7 @@ var errTooLong = &Error{websocket.CloseMessageTooBig, "read limit exceeded"}
 func broken(problem string) error { return &Error{websocket.CloseProtocolError, problem} }
 
 // Next goes to the next message. The one before must be read to its end, or discarded. A
-// close frame is a [*websocket.CloseError], and what breaks the rules an [*Error].
+// close frame returns a [*websocket.CloseError], and a violation of RFC 6455 an [*Error].
 func (c *Conn) Next() error {
 	c.size = 0
 	return c.nextFrame(false)
@@ -57,8 +57,8 @@ func (c *Conn) Final() bool { return c.final }
 // Left returns the number of unread bytes of the present fragment.
 func (c *Conn) Left() int { return c.left }
 
-// nextFrame goes to the next data frame, and acts on control frames before it. A
-// close frame is a [*websocket.CloseError].
+// nextFrame goes to the next data frame, and processes the control frames before it. A
+// close frame returns a [*websocket.CloseError].
 func (c *Conn) nextFrame(continues bool) error {
 	for {
 		head, err := c.t.peek(2)
@@ -147,7 +147,7 @@ func (c *Conn) check(first, second byte, continues bool) error {
 	return nil
 }
 
-// control acts on a control frame, of which the head is known.
+// control processes a control frame whose head is decoded.
 func (c *Conn) control(op, head, length int) error {
 	frame, err := c.t.peek(head + length)
 	if err != nil {
@@ -249,8 +249,8 @@ func (c *Conn) Discard() error {
 	}
 }
 
-// mask applies or removes a key, 32 bytes at a time where it can, and returns the key as it
-// is for the bytes that follow.
+// mask applies or removes a key, 32 bytes at a time where possible, and returns the key rotated
+// for the bytes that follow.
 func mask(b []byte, key uint32) uint32 {
 	if key == 0 {
 		return 0

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sentBytes is how much of a send queue may be in flight, or received and not acknowledged
-// yet, without a backlog: a peer's kernel acknowledges a trickle 40 ms late.
+// sentBytes is the number of queued bytes that are not regarded as a backlog: they may be in
+// flight, or received and not acknowledged yet, because kernels delay acknowledgements.
 const sentBytes = 4 << 10
 
 // sendQueue is the kernel's send buffer of a connection. It can hold megabytes that a slow
@@ -40,15 +40,14 @@ func sendQueueOf(c net.Conn) *sendQueue {
 		return nil
 	}
 	q := &sendQueue{raw: raw}
-	if info, _ := q.state(); info == nil || info.Bytes_received == 0 { // the peer's part of the handshake was
+	if info, _ := q.state(); info == nil || info.Bytes_received == 0 { // the handshake must be counted
 		return nil
 	}
 	return q
 }
 
-// progress returns how many bytes the peer's kernel has acknowledged, and how many are
-// queued behind those that may just have been sent. They are counted below TLS. Both are 0
-// for a closed connection.
+// progress returns the number of bytes that the peer's kernel has acknowledged, and of queued
+// bytes beyond sentBytes, both below TLS. Both are 0 for a closed connection.
 func (q *sendQueue) progress() (delivered, backlog int64) {
 	info, queued := q.state()
 	if info == nil {
@@ -57,7 +56,7 @@ func (q *sendQueue) progress() (delivered, backlog int64) {
 	return int64(info.Bytes_acked), max(0, int64(queued)-sentBytes)
 }
 
-// state returns nil of a closed connection.
+// state returns nil for a closed connection.
 func (q *sendQueue) state() (info *unix.TCPInfo, queued int) {
 	_ = q.raw.Control(func(fd uintptr) {
 		i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)

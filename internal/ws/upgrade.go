@@ -23,8 +23,8 @@ type UpgradeError struct {
 func (e *UpgradeError) Error() string { return e.Message }
 
 // CheckUpgrade checks that a request is a valid upgrade (RFC 6455, 4.2.1), so that
-// nothing is reserved for one that is not. The library takes HTTP/1.0, lists of versions
-// and repeated headers too. Origins are the caller's to check.
+// nothing is reserved for one that is not. The library also accepts HTTP/1.0, lists of versions
+// and repeated headers. The caller must check the origin.
 func CheckUpgrade(r *http.Request) *UpgradeError {
 	version, key := r.Header.Values("Sec-WebSocket-Version"), r.Header.Values("Sec-WebSocket-Key")
 	switch {
@@ -62,7 +62,7 @@ var upgrader = websocket.Upgrader{
 	Error:       func(http.ResponseWriter, *http.Request, int, error) {}, // the caller responds
 }
 
-// Upgrade accepts an upgrade that CheckUpgrade has passed, and takes the connection over.
+// Upgrade accepts an upgrade that CheckUpgrade has passed, and hijacks the connection.
 // The caller must respond to an [*UpgradeError] that is not Answered; any other error is the
 // network's.
 func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {

@@ -39,7 +39,7 @@ func (c *Conn) Write(op int, head, payload []byte) error {
 		if payload = payload[n:]; len(payload) == 0 {
 			return nil
 		}
-		// One larger than the buffer goes out in pieces.
+		// A payload larger than the buffer is written in pieces.
 		if err := c.t.flush(); err != nil {
 			return err
 		}
