@@ -91,10 +91,10 @@ func takeAll(s *cryo.Session) {
 	}
 }
 
-// TestNoNumberStaysAwaited: whatever becomes of what is sent, its number is free
+// TestEveryNumberLeavesTheTable: whatever becomes of what is sent, its number is free
 // when its sender has stopped waiting, in a session that lives and in one that
 // was lost.
-func TestNoNumberStaysAwaited(t *testing.T) {
+func TestEveryNumberLeavesTheTable(t *testing.T) {
 	for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 		t.Run(fmt.Sprint(flow), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -39,7 +39,7 @@ func isDone(c *call) bool {
 	}
 }
 
-func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
+func TestNumbersWrapAndSkipUnansweredOnes(t *testing.T) {
 	for _, base := range []uint32{dialingNumbers, listeningNumbers} {
 		for _, first := range []uint32{0, 1, 12_345, numberMask - 2, numberMask} {
 			at := func(i uint32) uint32 { return base + (first+i)&numberMask }
@@ -83,7 +83,7 @@ func TestNumbersWrapWithinTheirRangeAndAroundThoseThatAreAwaited(t *testing.T) {
 
 // Each frame must be released by the writer and settled, in either order. Written and
 // answered settles it, whatever comes first.
-func TestACallIsDoneWhenEachFrameIsReleasedAndSettled(t *testing.T) {
+func TestACallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
 	no, other := errors.New("no"), errors.New("too late")
 	for name, c := range map[string]struct {
 		steps []string // behind the last of which it is done
@@ -158,7 +158,7 @@ func TestACallIsDoneWhenEachFrameIsReleasedAndSettled(t *testing.T) {
 	}
 }
 
-func TestAnEmptyTableIsNotKeptLarge(t *testing.T) {
+func TestAnEmptyTableShrinks(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	for range 2 {
 		c, numbers := written(acks, 10*maxIdleSlots)
@@ -173,7 +173,7 @@ func TestAnEmptyTableIsNotKeptLarge(t *testing.T) {
 
 // A frame that gets no answer keeps its slot while the numbers go round the table, and
 // the table grows around it.
-func TestNumbersThatAreAwaitedForLongKeepTheirSlots(t *testing.T) {
+func TestLongUnansweredNumbersKeepTheirSlots(t *testing.T) {
 	acks := newAckTable(listeningNumbers, 0)
 	awaited := make(map[uint32]*call)
 	for round := range 300 {
@@ -196,7 +196,7 @@ func TestNumbersThatAreAwaitedForLongKeepTheirSlots(t *testing.T) {
 	require.Zero(t, acks.waiting)
 }
 
-func TestNobodyWaitsAfterTheEnd(t *testing.T) {
+func TestTheEndCompletesEveryFrame(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	c, numbers := written(acks, 3)
 	require.Equal(t, answerAccepted, acks.answer(numbers[1], nil))
@@ -211,7 +211,7 @@ func TestNobodyWaitsAfterTheEnd(t *testing.T) {
 	require.Equal(t, []error{end, end}, acks.errors(late))
 }
 
-func TestCancelledNumbersAreForgottenWhenTheyAreTooMany(t *testing.T) {
+func TestCancelledNumbersAreBounded(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	c, numbers := written(acks, maxTimedOut+1)
 	acks.cancel(c, errors.New("no answer"))

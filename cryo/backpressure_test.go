@@ -36,7 +36,7 @@ func flood(t *testing.T, peer *cryotest.Peer, f wire.Frame) int {
 	}
 }
 
-func TestReadingPausesForWhatIsNotSettled(t *testing.T) {
+func TestReadsPauseWhenTheReceiveBufferIsFull(t *testing.T) {
 	const bound, payload = 1 << 20, 1000
 	atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: bound}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		written := flood(t, peer, cryotest.Binary(1, strings.Repeat("x", payload)))
@@ -58,7 +58,7 @@ func TestReadingPausesForWhatIsNotSettled(t *testing.T) {
 	})
 }
 
-func TestReadingGoesOnWhenMessagesAreSettled(t *testing.T) {
+func TestReadsContinueWhenMessagesAreSettled(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for _, settle := range []func(*cryo.Message) error{
 			(*cryo.Message).Ack,
@@ -81,7 +81,7 @@ func TestReadingGoesOnWhenMessagesAreSettled(t *testing.T) {
 	})
 }
 
-func TestEachMessageThatIsSettledMakesRoomForAnother(t *testing.T) {
+func TestEachSettledMessageFreesCapacityForAnother(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: 100_000}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(100) {
 			peer.WriteFrames(cryotest.Binary(i, strings.Repeat("x", 1000)))
@@ -101,7 +101,7 @@ func TestEachMessageThatIsSettledMakesRoomForAnother(t *testing.T) {
 	})
 }
 
-func TestASessionThatBeginsToRejectReadsOn(t *testing.T) {
+func TestReadsContinueWhenASessionBecomesSendOnly(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		s.SetSendOnly(true)
@@ -111,7 +111,7 @@ func TestASessionThatBeginsToRejectReadsOn(t *testing.T) {
 	})
 }
 
-func TestWhatIsNoMessageIsReadOnWithoutRoom(t *testing.T) {
+func TestControlFramesAreReadWhenTheReceiveBufferIsFull(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Binary(1, strings.Repeat("x", 2000)))
 		m := receive(t, s)
@@ -131,7 +131,7 @@ func TestWhatIsNoMessageIsReadOnWithoutRoom(t *testing.T) {
 	})
 }
 
-func TestAMessageLargerThanTheBoundPassesAlone(t *testing.T) {
+func TestMessageLargerThanTheBufferIsReceivedAlone(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(3) {
 			peer.WriteFrames(cryotest.Binary(i, strings.Repeat("x", 1<<20)))
@@ -140,7 +140,7 @@ func TestAMessageLargerThanTheBoundPassesAlone(t *testing.T) {
 	})
 }
 
-func TestAsMuchAsThereIsMemoryIsABoundToo(t *testing.T) {
+func TestHugeMaxBufferBytesDoesNotOverflow(t *testing.T) {
 	for _, bound := range []int{math.MaxInt, math.MaxInt - 1, math.MaxInt/8 + 1} {
 		atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: bound}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 			for _, size := range []int{5, 1 << 20} {
@@ -154,7 +154,7 @@ func TestAsMuchAsThereIsMemoryIsABoundToo(t *testing.T) {
 	}
 }
 
-func TestAStalledSessionLeavesRoomForOthers(t *testing.T) {
+func TestStalledSessionLeavesCapacityForOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
 		stalled := join(t, l, 1)
@@ -193,7 +193,7 @@ func TestStalledSessionsLetOthersSend(t *testing.T) {
 	})
 }
 
-func TestAnEndedSessionGivesItsRoomBack(t *testing.T) {
+func TestEndedSessionReleasesItsCapacity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bound = 10_000
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
@@ -243,7 +243,7 @@ func TestAnEndedSessionGivesItsRoomBack(t *testing.T) {
 	})
 }
 
-func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
+func TestPeerThatReadsLateReceivesAllAcknowledgements(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		messages := 100_000
 		if end.dialled {
@@ -277,7 +277,7 @@ func TestWhoeverSendsAndReadsLaterGetsAllItsAcknowledgements(t *testing.T) {
 	})
 }
 
-func TestAnswersThatNobodyReadsDoNotPileUpWithoutBound(t *testing.T) {
+func TestUnreadAnswersAreBounded(t *testing.T) {
 	for name, c := range map[string]struct {
 		frame  wire.Frame
 		answer wire.Type
@@ -321,7 +321,7 @@ func TestTwoEndsThatOnlySendCannotBlockEachOther(t *testing.T) {
 	})
 }
 
-func TestAPeerThatNeverReadsHoldsUpNobodyForLong(t *testing.T) {
+func TestSendsToAPeerThatNeverReadsEndWithTheirContexts(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Conn().StopReading()
 		var sends []*call

@@ -69,7 +69,7 @@ func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 	})
 }
 
-func TestARejectionByOneSessionIsNoneByAnother(t *testing.T) {
+func TestRejectionByOneSessionDoesNotAffectAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2)
 		var errs []error
@@ -89,7 +89,7 @@ func TestARejectionByOneSessionIsNoneByAnother(t *testing.T) {
 	})
 }
 
-func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
+func TestBroadcastReturnsTheResultOfEachSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2, 3, 4, 5)
 		cut(sessions[4])
@@ -121,7 +121,7 @@ func TestABroadcastTellsWhatBecameOfItAtEachSession(t *testing.T) {
 	})
 }
 
-func TestASessionThatDoesNotReadHoldsUpNoOther(t *testing.T) {
+func TestSessionThatDoesNotReadBlocksNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2)
 		peers[0].Conn().StopReading()

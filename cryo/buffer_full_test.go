@@ -53,7 +53,7 @@ func wantAmongPongs(t *testing.T, peer *cryotest.Peer, want wire.Frame) {
 	}
 }
 
-func TestWithoutASenderThatWaitsThereIsPatienceForEver(t *testing.T) {
+func TestBackpressureHasNoTimeLimitWithoutAWaitingSender(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		time.Sleep(time.Hour)
@@ -62,7 +62,7 @@ func TestWithoutASenderThatWaitsThereIsPatienceForEver(t *testing.T) {
 	})
 }
 
-func TestASenderThatBeginsToWaitDuringALongPauseIsNotForgotten(t *testing.T) {
+func TestSenderThatStartsDuringALongPauseIsDetected(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		fill(t, s, peer)
 		peer.Read()
@@ -95,7 +95,7 @@ func TestAStreamIsCancelledWhenTheReceiveBufferIsFullAndASenderWaits(t *testing.
 
 // A client that sends more than can be held and reads nothing meanwhile can't
 // even be told so. It is given up, and not waited with for ever.
-func TestAPeerThatSendsTooMuchAndNeverReadsIsGivenUp(t *testing.T) {
+func TestPeerThatFillsTheBufferAndNeverReadsTimesOut(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		fill(t, s, peer)
 		peer.Conn().StopReading()

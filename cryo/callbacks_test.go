@@ -80,7 +80,7 @@ func TestMessagesRejectedBecauseTheReceiveBufferIsFullAreCounted(t *testing.T) {
 	})
 }
 
-func TestAMessageTellsWhenItWasRead(t *testing.T) {
+func TestMessageHasItsReceiveTime(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		time.Sleep(time.Second)
 		peer.WriteFrames(cryotest.Text(1, "hello"))
@@ -91,7 +91,7 @@ func TestAMessageTellsWhenItWasRead(t *testing.T) {
 	})
 }
 
-func TestAServerTellsTheEndOfEachSessionThatItHasTold(t *testing.T) {
+func TestOnSessionEndFollowsEachOnSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var ended []*cryo.Session
 		_, l, sessions := serve(t, cryo.ServerOptions{

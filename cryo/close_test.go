@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
+func TestCloseWritesTheQueueThenByeAndWaitsForThePeer(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, ""), cryotest.Text(2, ""), cryotest.Text(3, "never acknowledged"))
 		synctest.Wait()
@@ -54,7 +54,7 @@ func TestCloseSaysWhatIsQueuedThenByeAndWaitsForThePeer(t *testing.T) {
 	})
 }
 
-func TestAnAcknowledgementDuringTheGoodbyeCounts(t *testing.T) {
+func TestAcknowledgementDuringTheCloseHandshakeCounts(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendBatch(t.Context(), texts("a", "b")) })
 		peer.WantType("a", wire.UTF8)
@@ -120,7 +120,7 @@ func TestCloseIsBoundedByItsContext(t *testing.T) {
 	})
 }
 
-func TestClosingDoesNotWaitForRoom(t *testing.T) {
+func TestCloseDoesNotWaitForCapacity(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		fill(t, s, peer)
 		closing := start(func() error { return s.Close(t.Context(), "") })
@@ -132,7 +132,7 @@ func TestClosingDoesNotWaitForRoom(t *testing.T) {
 	})
 }
 
-func TestReasonsAreCutForPeersThatBearNoLongerOnes(t *testing.T) {
+func TestCloseReasonsAreTruncated(t *testing.T) {
 	for name, c := range map[string]struct{ reason, sent string }{
 		"as long as may be": {strings.Repeat("x", 123), strings.Repeat("x", 123)},
 		"too long":          {strings.Repeat("x", 124), strings.Repeat("x", 123)},
@@ -170,7 +170,7 @@ func TestByeOfThePeerIsAcknowledgedAndAnswered(t *testing.T) {
 	})
 }
 
-func TestAPeerThatSaysByeAndNeverClosesIsCutOff(t *testing.T) {
+func TestPeerThatSendsByeAndNeverClosesIsDisconnected(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{CloseTimeout: 2 * time.Second}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		begin := time.Now()
 		peer.WriteFrames(cryotest.Bye(9, strings.Repeat("x", 200_000)))

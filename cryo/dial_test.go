@@ -154,7 +154,7 @@ func dialAnswer(t *testing.T, reply string) error {
 	return err
 }
 
-func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
+func TestHandshakeErrorDistinguishesAnExistingSessionFromARejectedToken(t *testing.T) {
 	const refused = "HTTP/1.1 401 Unauthorized\r\nContent-Type: text/html\r\n\r\n<html><body><h1>401 Unauthorized</h1><p>Upgrade request for 127.0.0.1:5000 was refused. "
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, refused+"The session already exists.</p></body></html>")
@@ -180,7 +180,7 @@ func TestARefusalTellsAGhostFromARefusedToken(t *testing.T) {
 	})
 }
 
-func TestARefusalIsReportedWhateverEndsItsSentence(t *testing.T) {
+func TestDenialIsReportedEvenIfItsBodyIsTruncated(t *testing.T) {
 	for name, c := range map[string]struct {
 		head string
 		end  func(c *cryotest.Conn, cancel func()) // of the body; nil: it stalls
@@ -226,7 +226,7 @@ func TestARefusalIsReportedWhateverEndsItsSentence(t *testing.T) {
 	}
 }
 
-func TestARefusalIsRepeatedShortly(t *testing.T) {
+func TestDenialMessagesAreTruncated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, "HTTP/1.1 302 Found\r\nLocation: http://elsewhere.test\r\n\r\n"+strings.Repeat("€", 1000))
 		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 302 Found: "+strings.Repeat("€", 66))
@@ -396,7 +396,7 @@ func TestDialThroughProxies(t *testing.T) {
 	}
 }
 
-func TestAProxyMayRefuse(t *testing.T) {
+func TestProxyMayDenyTheTunnel(t *testing.T) {
 	for reply, problem := range map[string]string{
 		"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n": "Proxy Authentication Required",
 		"HTTP/1.1 502\r\n\r\n":                               "status 502",
@@ -429,7 +429,7 @@ func TestAProxysUserNeedsNoPassword(t *testing.T) {
 
 // A body behind a proxy's answer may be slow, or be none: after 200 a length means
 // nothing.
-func TestAProxysAnswerEndsWithItsHead(t *testing.T) {
+func TestProxyResponseEndsWithItsHeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
@@ -450,7 +450,7 @@ func TestAProxysAnswerEndsWithItsHead(t *testing.T) {
 	wantConversation(t, s, next(t, sessions))
 }
 
-func TestAnAnswerWithoutEndIsNotRead(t *testing.T) {
+func TestEndlessResponseIsNotRead(t *testing.T) {
 	for _, via := range []*url.URL{nil, {Scheme: "http", Host: "proxy.test"}} {
 		synctest.Test(t, func(t *testing.T) {
 			begin := time.Now()

@@ -39,7 +39,7 @@ func TestDiscardReleasesWhatClosedSessionsHaveReceived(t *testing.T) {
 	})
 }
 
-func TestDiscardKeepsNothingOfWhatStillComes(t *testing.T) {
+func TestDiscardDropsLaterMessages(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "received by the application"), cryotest.Text(2, "in the queue"))
 		m := receive(t, s)
@@ -60,7 +60,7 @@ func TestDiscardKeepsNothingOfWhatStillComes(t *testing.T) {
 	})
 }
 
-func TestAServerThatHandsOutNoSessionsKeepsNothingOfThemAfterTheirEnd(t *testing.T) {
+func TestServerWithoutOnSessionReleasesEndedSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var heldAtEnd int64
 		server := newServer(t, cryo.ServerOptions{

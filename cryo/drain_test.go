@@ -41,7 +41,7 @@ func wantCancels(t *testing.T, peer *cryotest.Peer, streams ...uint32) (cancels 
 	return cancels
 }
 
-func TestCloseCancelsStreamsAndSaysByeWhenThatIsAcknowledged(t *testing.T) {
+func TestCloseSendsByeOnceCancelledStreamsAreAcknowledged(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		open, accepted, whole := fourStreams(t, s, peer)
 		peer.WriteFrames(cryotest.Text(1, ""), txChunk(0, 1, "a"))
@@ -187,7 +187,7 @@ func TestTheWaitForACancelEndsWithTheContext(t *testing.T) {
 	})
 }
 
-func TestShutdownCancelsStreamsBeforeItSaysBye(t *testing.T) {
+func TestShutdownCancelsStreamsBeforeBye(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		peer := join(t, l, sid)
@@ -299,7 +299,7 @@ func TestDrainEndsWithItsContextAndCanBeCalledAgain(t *testing.T) {
 	})
 }
 
-func TestDrainReturnsWhyTheSessionEndedBeforeAllWasSettled(t *testing.T) {
+func TestDrainReturnsTheCauseWhenTheSessionEndsFirst(t *testing.T) {
 	for name, unsettled := range map[string]func(*testing.T, *cryo.Session, *cryotest.Peer){
 		"a message": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			peer.WriteFrames(cryotest.Text(1, ""))

@@ -79,7 +79,7 @@ func allocated(f func()) uint64 {
 }
 
 // A length is the peer's word: a session may not be made to allocate by it.
-func TestMemoryIsGivenForWhatHasCome(t *testing.T) {
+func TestMemoryIsAllocatedForReceivedBytes(t *testing.T) {
 	b := recorded(t, wire.Frame{Type: wire.Binary, Payload: make([]byte, wire.MaxPayload)})
 	for _, come := range []int{100, 1 << 20} {
 		reader, in := readerOf(tapeOf(b[:come]), DefaultMaxBufferBytes), new(received)
@@ -107,7 +107,7 @@ func TestAFrameThatIsNoDataNeedsLittleMemory(t *testing.T) {
 }
 
 // The memory of a payload is what is reserved for it, however it came.
-func TestAPayloadHasMemoryOfItsSizeAndHoldsIt(t *testing.T) {
+func TestPayloadHasExactMemoryAndReservesIt(t *testing.T) {
 	for _, size := range []int{0, 1, 100, 32 << 10, 32<<10 + 1, 50_000, 64 << 10, 64<<10 + 1, 200_000, 3 << 20} {
 		for _, typ := range []wire.Type{wire.Binary, wire.TxChunk} {
 			for _, fragment := range []int{0, 7_000, 100_000, 2 << 20} {

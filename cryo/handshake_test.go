@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestTheServerSaysEndpointInfoWhenTheClientHas(t *testing.T) {
+func TestServerSendsEndpointInfoAfterTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{})
 		peer := join(t, l, sid)
@@ -39,7 +39,7 @@ func TestTheServerSaysEndpointInfoWhenTheClientHas(t *testing.T) {
 	})
 }
 
-func TestTheServerSaysEndpointInfoAfterASecondAndOnlyOnce(t *testing.T) {
+func TestServerSendsEndpointInfoAfterASecondOnlyOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{})
 		peer := join(t, l, sid)
@@ -56,7 +56,7 @@ func TestTheServerSaysEndpointInfoAfterASecondAndOnlyOnce(t *testing.T) {
 	})
 }
 
-func TestAClientThatNeverSaysEndpointInfoIsSentAway(t *testing.T) {
+func TestClientWithoutEndpointInfoIsDisconnected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{HandshakeTimeout: 3 * time.Second})
 		peer := join(t, l, sid)
@@ -70,7 +70,7 @@ func TestAClientThatNeverSaysEndpointInfoIsSentAway(t *testing.T) {
 	})
 }
 
-func TestAClientThatLeavesBeforeItSaidEndpointInfoIsForgotten(t *testing.T) {
+func TestClientThatLeavesBeforeEndpointInfoIsNotAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
 		for range 3 {
@@ -83,7 +83,7 @@ func TestAClientThatLeavesBeforeItSaidEndpointInfoIsForgotten(t *testing.T) {
 	})
 }
 
-func TestAClientThatLeavesAsSoonAsItIsConnectedWasThere(t *testing.T) {
+func TestClientThatLeavesImmediatelyIsAnnounced(t *testing.T) {
 	// On one processor, its session has ended before its request goes on.
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	ended := make(chan *cryo.Session, 1)
@@ -134,7 +134,7 @@ func TestAnotherVersionEndsTheSession(t *testing.T) {
 	})
 }
 
-func TestAnUnknownFeatureIsNobodysProblem(t *testing.T) {
+func TestUnknownFeatureIsIgnored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{})
 		peer := join(t, l, sid)
@@ -164,7 +164,7 @@ func TestDialReturnsWhenTheServerHasAcknowledgedEndpointInfo(t *testing.T) {
 	})
 }
 
-func TestWhatAServerSendsBeforeItHasDealtWithEndpointInfoIsReceived(t *testing.T) {
+func TestMessagesBeforeTheHandshakeIsAcknowledgedAreReceived(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var s *cryo.Session
 		peer, dial := diallingTo(t, cryo.DialOptions{}, &s)

@@ -26,7 +26,7 @@ func TestAPingIsAnsweredWithItsNumberAndAPongNever(t *testing.T) {
 	})
 }
 
-func TestAWebSocketPingIsAnsweredWithItsWords(t *testing.T) {
+func TestWebSocketPongCarriesThePingData(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		pongs := make(chan string, 1)
 		peer.WS.SetPongHandler(func(words string) error { pongs <- words; return nil })
@@ -35,7 +35,7 @@ func TestAWebSocketPingIsAnsweredWithItsWords(t *testing.T) {
 	})
 }
 
-func TestAFloodOfPingsIsAnsweredNowAndThen(t *testing.T) {
+func TestAnswersToAFloodOfPingsAreBounded(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Conn().StopReading()
 		stuck := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })
@@ -94,7 +94,7 @@ func TestABlackHoleIsNoticedWithinThreeIntervals(t *testing.T) {
 	}
 }
 
-func TestABlackHoleIsNoticedByWhoeverSendsIntoIt(t *testing.T) {
+func TestBlackHoleIsDetectedWhileSending(t *testing.T) {
 	const interval = 10 * time.Second
 	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: interval}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
@@ -111,7 +111,7 @@ func TestABlackHoleIsNoticedByWhoeverSendsIntoIt(t *testing.T) {
 	})
 }
 
-func TestASlowLineIsNotSilence(t *testing.T) {
+func TestSlowLineIsNoPeerTimeout(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: 10 * time.Second}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		// Our pings wait behind the message, so the peer answers none for more
 		// than four minutes.
@@ -171,7 +171,7 @@ func fill(t *testing.T, s *cryo.Session, peer *cryotest.Peer) *cryo.Message {
 
 var smallBuffer = cryo.SessionOptions{MaxBufferBytes: 1000}
 
-func TestSilenceIsNobodysFaultWhileNothingIsRead(t *testing.T) {
+func TestPausedReadsDoNotCountTowardsThePeerTimeout(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		peer.Conn().StopReading() // not even answers to WebSocket pings
@@ -222,7 +222,7 @@ func TestALostConnectionIsNoticedWhileReadsArePaused(t *testing.T) {
 	})
 }
 
-func TestADiallingEndSaysThatItIsAliveWhileItDoesNotRead(t *testing.T) {
+func TestDiallingEndSendsKeepalivesWhileReadsArePaused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
 		m := fill(t, s, peer)
@@ -237,7 +237,7 @@ func TestADiallingEndSaysThatItIsAliveWhileItDoesNotRead(t *testing.T) {
 	})
 }
 
-func TestUnaskedPongsKeepToHalfTheLastIntervalOfPings(t *testing.T) {
+func TestKeepaliveIntervalIsHalfThePingInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
 		for i, pause := range []time.Duration{0, 12 * time.Second, 8 * time.Second, 9 * time.Second} {
@@ -270,7 +270,7 @@ func TestUnaskedPongsKeepToHalfTheLastIntervalOfPings(t *testing.T) {
 	})
 }
 
-func TestUnaskedPongsComeLessOftenAgainWhenPingsDo(t *testing.T) {
+func TestKeepaliveIntervalFollowsThePingInterval(t *testing.T) {
 	for _, want := range []struct{ last, every time.Duration }{
 		{110 * time.Millisecond, 55 * time.Millisecond},
 		{1010 * time.Millisecond, 505 * time.Millisecond},
@@ -297,9 +297,9 @@ func TestUnaskedPongsComeLessOftenAgainWhenPingsDo(t *testing.T) {
 	}
 }
 
-// TestAStalledPipelineDoesNotCostTheSession plays cryo-server, which ends a
+// TestStalledReceiverDoesNotEndTheSession plays cryo-server, which ends a
 // session that sent no pong between two of its ticks.
-func TestAStalledPipelineDoesNotCostTheSession(t *testing.T) {
+func TestStalledReceiverDoesNotEndTheSession(t *testing.T) {
 	for _, tick := range []time.Duration{5 * time.Second, 15 * time.Second, time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
@@ -321,7 +321,7 @@ func TestAStalledPipelineDoesNotCostTheSession(t *testing.T) {
 	}
 }
 
-func TestAListeningEndKeepsQuietWhileItDoesNotRead(t *testing.T) {
+func TestListeningEndSendsNoKeepalives(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: smallBuffer})
 		fill(t, s, peer)
@@ -335,7 +335,7 @@ func TestAListeningEndKeepsQuietWhileItDoesNotRead(t *testing.T) {
 	})
 }
 
-func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
+func TestPeerThatSendsAndNeverReadsTimesOut(t *testing.T) {
 	opts := cryo.SessionOptions{SendOnly: true}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		// The refusals of all that would be without bound.
@@ -358,7 +358,7 @@ func TestWhoeverSendsAndNeverReadsIsTakenForDead(t *testing.T) {
 
 // A slow line too keeps pings behind the data: behind many messages, or behind one
 // that takes longer than the interval. Nothing is paused then.
-func TestADiallingEndSaysThatItIsAliveWhilePingsAreBehindData(t *testing.T) {
+func TestDiallingEndSendsKeepalivesWhilePingsAreBehindData(t *testing.T) {
 	for name, size := range map[string]int{"many messages": 10_000, "one message": 1_000_000} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -404,7 +404,7 @@ func TestADiallingEndSaysThatItIsAliveWhilePingsAreBehindData(t *testing.T) {
 
 // A pipeline that is only slow makes many pauses, each shorter than any interval.
 // The pings are as far behind the data as in one long pause.
-func TestADiallingEndSaysThatItIsAliveThroughManyShortPauses(t *testing.T) {
+func TestDiallingEndSendsKeepalivesThroughManyShortPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: smallBuffer})
 		peer.WriteFrames(cryotest.Ping(1))

@@ -94,7 +94,7 @@ func crowded(t *testing.T) (clients []*cryotest.Peer, sessions []*cryo.Session, 
 	return clients, sessions, rests, third
 }
 
-func TestLargeMessagesThatAreComingInAreBoundedTogether(t *testing.T) {
+func TestIncompleteLargeMessagesAreBoundedTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
 
@@ -107,7 +107,7 @@ func TestLargeMessagesThatAreComingInAreBoundedTogether(t *testing.T) {
 	})
 }
 
-func TestSmallMessagesPassLargeOnesThatAreComingIn(t *testing.T) {
+func TestSmallMessagesOvertakeIncompleteLargeOnes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large}})
 		slow, quick := join(t, l, 1), join(t, l, 2)
@@ -146,7 +146,7 @@ func trickle(t *testing.T, clients []*cryotest.Peer, sessions []*cryo.Session, r
 	return alive
 }
 
-func TestALargeMessageThatKeepsOthersWaitingForAMinuteLosesItsSession(t *testing.T) {
+func TestLargeMessageThatStarvesOthersForAMinuteEndsItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
 		require.Equal(t, 2, trickle(t, clients, sessions, rests, 49*time.Second), "of a minute")
@@ -166,7 +166,7 @@ func TestALargeMessageThatKeepsOthersWaitingForAMinuteLosesItsSession(t *testing
 }
 
 // Who has been slow while nobody waited doesn't pay for it when somebody does.
-func TestAMomentsWaitCostsNoSession(t *testing.T) {
+func TestShortWaitEndsNoSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests := slow(t, 2)
 		require.Equal(t, 2, trickle(t, clients, sessions, rests, 10*time.Minute))
@@ -182,7 +182,7 @@ func TestAMomentsWaitCostsNoSession(t *testing.T) {
 
 // Those that wait to come in must not all do so when they were let through to wait
 // while there was room for what is whole.
-func TestWhatHasWaitedToComeInNeedsRoomWhenItIsWholeToo(t *testing.T) {
+func TestWaitingLargeMessagesCheckTheBufferAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const count = 8
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large + 1000}})
@@ -205,7 +205,7 @@ func TestWhatHasWaitedToComeInNeedsRoomWhenItIsWholeToo(t *testing.T) {
 	})
 }
 
-func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *testing.T) {
+func TestAcknowledgementBehindAWaitingLargeMessageIsReadAfterTenSeconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests := slow(t, 2)
 		send := start(func() error { return sessions[2].SendText(t.Context(), "hello") })
@@ -221,7 +221,7 @@ func TestAnAcknowledgementBehindWhatWaitsToComeInIsReadAfterSomePatience(t *test
 	})
 }
 
-func TestALargeMessageMayTakeItsTimeWhereNobodyWaits(t *testing.T) {
+func TestSlowLargeMessageIsReceivedIfNoOtherWaits(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{MaxBufferBytes: 1000}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		b := bytesOf(t, peer, cryotest.Binary(1, string(make([]byte, 70_000))))
 		if end.dialled { // a server doesn't mask
@@ -279,7 +279,7 @@ func TestALargeMessageInFragmentsIsBoundedToo(t *testing.T) {
 	})
 }
 
-func TestUnfinishedFragmentsKeepNobodyElseOut(t *testing.T) {
+func TestIncompleteFragmentsBlockNoOtherSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{}) // 32 MiB
 		for i := range uint64(20) {
@@ -358,7 +358,7 @@ func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
 
 // What has some of its memory must not wait for what its own session is to settle, or
 // those that wait for that memory would, too.
-func TestALargeMessageInFragmentsGoesOnThoughItsSessionHoldsMoreThanItsShare(t *testing.T) {
+func TestFragmentedMessageContinuesBeyondItsSessionsShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bound = 1 << 20
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
@@ -383,7 +383,7 @@ func TestALargeMessageInFragmentsGoesOnThoughItsSessionHoldsMoreThanItsShare(t *
 
 // A session that is ended for its message releases the memory at once, and not when its
 // peer is gone; and it is still told why, behind what was queued.
-func TestASessionThatKeepsOthersOutReleasesItsMemoryAtOnce(t *testing.T) {
+func TestEvictedSessionReleasesItsMemoryImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
 		trickle(t, clients, sessions, rests, 49*time.Second)

@@ -141,8 +141,8 @@ func TestAcknowledgementsSurviveUnreadData(t *testing.T) {
 	}
 }
 
-// TestAGoodbyeSurvivesUnreadData: the same for whoever is sent away.
-func TestAGoodbyeSurvivesUnreadData(t *testing.T) {
+// TestCloseHandshakeSurvivesUnreadData: the same for whoever is sent away.
+func TestCloseHandshakeSurvivesUnreadData(t *testing.T) {
 	target, sessions := serveTCP(t)
 	peer := cryotest.DialPeer(t, websocket.DefaultDialer, target, token, sid)
 	peer.ClientHandshake()

@@ -29,7 +29,7 @@ func TestNumbersStartAnywhereInTheRangeOfTheirEnd(t *testing.T) {
 }
 
 // A peer that answers on a new connection what it got on the one before answers nothing.
-func TestAnswersThatWereMeantForTheLastConnectionMeetNothing(t *testing.T) {
+func TestAnswersToTheLastConnectionMatchNoFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := quiet
 		opts.CloseTimeout = time.Second

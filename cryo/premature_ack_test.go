@@ -182,7 +182,7 @@ func TestASendReturnsNilOnlyWhenItsLastByteWasWrittenAndAnswered(t *testing.T) {
 	})
 }
 
-func TestASendThatIsGivenUpWhileItIsWrittenReturnsAtOnce(t *testing.T) {
+func TestSendCancelledDuringItsWriteReturnsImmediately(t *testing.T) {
 	for _, answered := range []bool{false, true} {
 		t.Run(fmt.Sprint("answered: ", answered), func(t *testing.T) {
 			late := 0
@@ -219,7 +219,7 @@ func TestASendThatIsGivenUpWhileItIsWrittenReturnsAtOnce(t *testing.T) {
 
 // What is taken back was never sent, and an answer to it is one to a number that nobody
 // waits for.
-func TestAnAnswerToWhatWasTakenBackIsLate(t *testing.T) {
+func TestAnswerToAWithdrawnSendIsLate(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Conn().StopReading()
 		large := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })

@@ -163,7 +163,7 @@ func TestAFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
 
 // However a frame waits, for the receive buffer and then for what is coming in, a local
 // sender waits no longer than for one of both.
-func TestReadingStopsForTenSecondsAtMostWhileALocalSenderWaits(t *testing.T) {
+func TestReadsPauseForAtMostTenSecondsWhileASenderWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large, HeartbeatInterval: time.Hour}})
 		slow, waits := join(t, l, 1), join(t, l, 2)
@@ -208,7 +208,7 @@ func TestARejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
 	})
 }
 
-func TestChunksThatNobodyTakesNeedNoCapacity(t *testing.T) {
+func TestUnwantedChunksNeedNoCapacity(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		release := s.Reserve(90_000)
@@ -258,7 +258,7 @@ func TestAHeaderThatBreaksTheProtocolEndsTheSessionBeforeThePayloadComes(t *test
 
 // The last net: a session that nobody closes, receives from or discards holds the memory
 // of its server no longer than it is in memory.
-func TestASessionThatIsForgottenHoldsNothingOfItsServersReceiveBuffer(t *testing.T) {
+func TestGarbageCollectedSessionReleasesItsReceiveBuffer(t *testing.T) {
 	_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
 	func() {
 		peer := join(t, l, sid)
@@ -331,7 +331,7 @@ func (tr *rawTraffic) send(end end, f wire.Frame) {
 
 // Random traffic of a raw peer: of all sizes, whole and in fragments, with rejections,
 // frames that nobody takes, streams and a receive buffer that is full now and then.
-func TestAPayloadThatWasHandedOutNeverChangesAndNothingIsAcknowledgedUnasked(t *testing.T) {
+func TestReceivedPayloadsNeverChangeAndAreNotAcknowledgedImplicitly(t *testing.T) {
 	cryo.Poison(true)
 	defer cryo.Poison(false)
 	for _, seed := range stormSeeds(t, 20, 2_000) {

@@ -48,7 +48,7 @@ func TestMessagesAreReceivedInOrderAsTheyCame(t *testing.T) {
 	})
 }
 
-func TestABatchIsWhatWaitsUpToItsLimit(t *testing.T) {
+func TestReceiveBatchReturnsTheQueueUpToItsLimit(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(10) {
 			peer.WriteFrames(cryotest.Text(i, fmt.Sprint(i)))
@@ -146,7 +146,7 @@ func TestAckRejectAndAckBatchOnTheWire(t *testing.T) {
 	})
 }
 
-func TestWhoeverSettlesFirstDoes(t *testing.T) {
+func TestFirstSettlementCounts(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		var settling sync.WaitGroup
 		for i := range uint32(100) {
@@ -164,7 +164,7 @@ func TestWhoeverSettlesFirstDoes(t *testing.T) {
 	})
 }
 
-func TestAMessageIsSettledOnceInWhicheverSliceItIs(t *testing.T) {
+func TestMessageInTwoSlicesIsSettledOnce(t *testing.T) {
 	for _, size := range []uint32{1, 3} { // of the batch
 		for name, settle := range map[string]func(*cryo.Message) error{
 			"Ack":      (*cryo.Message).Ack,
@@ -265,7 +265,7 @@ func TestOneBatchAcknowledgesMessagesOfManySessions(t *testing.T) {
 	})
 }
 
-func TestTheQueueIsHandedOutAfterTheEndAndThenTheCause(t *testing.T) {
+func TestQueueIsReceivedAfterTheEndBeforeTheCause(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "a"), cryotest.Text(2, "b"))
 		peer.WriteClose(4000, "Client finished.")
@@ -287,7 +287,7 @@ func TestTheQueueIsHandedOutAfterTheEndAndThenTheCause(t *testing.T) {
 	})
 }
 
-func TestTheEndWakesAllWhoReceive(t *testing.T) {
+func TestEndWakesAllReceivers(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		var calls []*call
 		for range 3 {
@@ -335,7 +335,7 @@ func TestANumberBelongsToItsConnection(t *testing.T) {
 	})
 }
 
-func TestPayloadsAreTheReceiversToKeep(t *testing.T) {
+func TestReceiverOwnsThePayloads(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		var kept []*cryo.Message
 		sizes := []int{0, 1, 100, 5, 511, 512, 20_000, 3, 70_000, 300_000, 1, 1 << 20, 2 << 20, 40}
@@ -354,7 +354,7 @@ func TestPayloadsAreTheReceiversToKeep(t *testing.T) {
 	})
 }
 
-func TestAKeptMessageKeepsNoOthers(t *testing.T) {
+func TestRetainedMessageRetainsNoOthers(t *testing.T) {
 	listener := cryotest.NewServer(t)
 	dial := make(chan *cryo.Session, 1)
 	go func() {

@@ -69,7 +69,7 @@ func TestSendConnects(t *testing.T) {
 	})
 }
 
-func TestSendSendsAgainOnlyWhatIsNotAcknowledged(t *testing.T) {
+func TestSendResendsOnlyUnacknowledgedMessages(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		sending := sendBy(c, "a", "b", "not \xff text", "c", "d", "e")
 		peer := nextSession(t, g, server)
@@ -104,7 +104,7 @@ func TestSendSendsAgainOnlyWhatIsNotAcknowledged(t *testing.T) {
 }
 
 // The acknowledgement may come with the end itself.
-func TestWhatIsAcknowledgedInTheLastMomentIsNotSentAgain(t *testing.T) {
+func TestMessageAcknowledgedAtTheEndIsNotResent(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		sending := sendBy(c, "a", "b")
 		peer := nextSession(t, g, server)
@@ -175,7 +175,7 @@ func TestASessionOnWhichAMessageWasNotSentDoesNotCountAgainstIt(t *testing.T) {
 	})
 }
 
-func TestABatchIsDeliveredToAServerThatTakesOneMessageASession(t *testing.T) {
+func TestBatchIsDeliveredAtOneMessageASession(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		var texts []string
 		for i := range 25 {
@@ -235,7 +235,7 @@ func TestTheContextBoundsAllOfASend(t *testing.T) {
 	}
 }
 
-func TestASendIsNotAcknowledgedByAClose(t *testing.T) {
+func TestClientCloseDoesNotCompleteASend(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		sending := sendBy(c, "a", "b")
 		peer := nextSession(t, g, server)

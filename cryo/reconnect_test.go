@@ -208,7 +208,7 @@ func wantDoubling(t *testing.T, waits []time.Duration, n int) {
 	require.True(t, jitter)
 }
 
-func TestNewClientChecksWhatItIsGivenAndDialsNothing(t *testing.T) {
+func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 	dialled := func(context.Context, string, string) (net.Conn, error) {
 		t.Error("dialled")
 		return nil, errors.New("dialled")
@@ -259,7 +259,7 @@ func TestAClientKeepsItsSessionAndItsID(t *testing.T) {
 	})
 }
 
-func TestAClientTriesAServerThatIsNotThereEverMoreRarely(t *testing.T) {
+func TestClientBacksOffFromAnUnreachableServer(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(away, 9)
 		awaiting := start(func() error { _, err := c.Await(t.Context()); return err })
@@ -269,7 +269,7 @@ func TestAClientTriesAServerThatIsNotThereEverMoreRarely(t *testing.T) {
 	})
 }
 
-func TestASessionThatLastedLetsTheWaitsBeginAgain(t *testing.T) {
+func TestLongSessionResetsTheBackoff(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(away, 3)
 		awaiting := start(func() error { _, err := c.Await(t.Context()); return err })
@@ -291,7 +291,7 @@ func TestASessionThatLastedLetsTheWaitsBeginAgain(t *testing.T) {
 	})
 }
 
-func TestConnectReturnsTheFailureOfOneAttemptAndWhenTheNextIs(t *testing.T) {
+func TestConnectReturnsOneFailureAndTheTimeToTheNextAttempt(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(away, 1)
 		_, err := c.Connect(t.Context())
@@ -309,7 +309,7 @@ func TestConnectReturnsTheFailureOfOneAttemptAndWhenTheNextIs(t *testing.T) {
 	})
 }
 
-func TestTheGhostOfALostSessionIsAwaitedEverySecond(t *testing.T) {
+func TestExistingSessionIsRetriedEverySecond(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(denied(401, "The session already exists"), 5)
 		_, err := c.Connect(t.Context())
@@ -321,7 +321,7 @@ func TestTheGhostOfALostSessionIsAwaitedEverySecond(t *testing.T) {
 	})
 }
 
-func TestATokenIsAskedForAtEachAttempt(t *testing.T) {
+func TestTokenFuncIsCalledForEachAttempt(t *testing.T) {
 	var asked []time.Time
 	tokens := []string{"first-token", "second-token", "third-token"}
 	synctest.Test(t, func(t *testing.T) {
@@ -358,7 +358,7 @@ func TestATokenIsAskedForAtEachAttempt(t *testing.T) {
 	})
 }
 
-func TestATokenThatCannotBeHadIsAFailedAttempt(t *testing.T) {
+func TestTokenFuncErrorIsAFailedAttempt(t *testing.T) {
 	noToken := errors.New("the vault is sealed")
 	withPeers(t, cryo.ClientOptions{TokenFunc: func(context.Context) (string, error) { return "", noToken }}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
 		begin := time.Now()
@@ -385,7 +385,7 @@ func TestATokenThatCannotBeHadIsAFailedAttempt(t *testing.T) {
 	})
 }
 
-func TestADenialSaysWhenToTryAgain(t *testing.T) {
+func TestRetryAfterIsParsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 		for value, want := range map[string]time.Duration{
@@ -454,7 +454,7 @@ func TestAClientObeysRetryAfter(t *testing.T) {
 	}
 }
 
-func TestADateThatIsNearlyOverIsNoReasonToHurry(t *testing.T) {
+func TestRetryAfterHasAMinimumWait(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
 		time.Sleep(time.Second - 1)
 		g.answer(denied(503, "full", "Retry-After: Sat, 01 Jan 2000 00:00:01 GMT"), 1)
@@ -465,7 +465,7 @@ func TestADateThatIsNearlyOverIsNoReasonToHurry(t *testing.T) {
 	})
 }
 
-func TestAServerThatSendsItsClientsAwayAtOnceIsTriedEverMoreRarely(t *testing.T) {
+func TestShortSessionsBackOff(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		for range 8 {
 			awaiting := start(func() error { _, err := c.Await(context.Background()); return err })
@@ -478,7 +478,7 @@ func TestAServerThatSendsItsClientsAwayAtOnceIsTriedEverMoreRarely(t *testing.T)
 	})
 }
 
-func TestAShortSessionOnWhichSomethingWasAcknowledgedIsDialledAgainSoon(t *testing.T) {
+func TestShortSessionWithAnAcknowledgementResetsTheBackoff(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		g.answer(away, 5)
 		for range 20 {
@@ -560,7 +560,7 @@ func TestACallersContextEndsItsWaitAndNotTheAttempt(t *testing.T) {
 	})
 }
 
-func TestTheSessionOfAnAttemptThatNobodyAwaitsIsTheNextCallers(t *testing.T) {
+func TestSessionOfAnAbandonedAttemptServesTheNextCaller(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		ctx, cancel := context.WithCancel(t.Context())
 		connecting := start(func() error { _, err := c.Connect(ctx); return err })
@@ -592,7 +592,7 @@ func TestTheErrorOfAnEndedWaitHasThatOfTheLastAttempt(t *testing.T) {
 	})
 }
 
-func TestAContextWhoseCauseIsAClientsErrorEndsTheWaitAllTheSame(t *testing.T) {
+func TestContextCausedByARetryErrorEndsTheWait(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		s, _ := connectClient(t, c, g, server)
 		cut(s)
@@ -610,7 +610,7 @@ func TestAContextWhoseCauseIsAClientsErrorEndsTheWaitAllTheSame(t *testing.T) {
 	})
 }
 
-func TestConnectWaitsUntilNothingIsLeftOfTheLastSession(t *testing.T) {
+func TestConnectWaitsUntilTheLastSessionIsOver(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		_, peer := connectClient(t, c, g, server)
 		time.Sleep(time.Second)
@@ -674,7 +674,7 @@ func TestTheHooksSeeEachSessionOnce(t *testing.T) {
 	})
 }
 
-func TestFailedAttemptsThatAreReturnedToNobodyAreLogged(t *testing.T) {
+func TestFailedAttemptsOfAwaitAreLogged(t *testing.T) {
 	lines := &lineLog{}
 	opts := cryo.ClientOptions{}
 	opts.Logger = slog.New(slog.NewTextHandler(lines, nil))
@@ -726,7 +726,7 @@ func (l *lineLog) all() []string {
 	return l.lines
 }
 
-func TestAClientCanBeClosedWheneverItIs(t *testing.T) {
+func TestClientCanBeClosedInEveryState(t *testing.T) {
 	for name, c := range map[string]struct {
 		opts   cryo.ClientOptions
 		before func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server)
@@ -804,7 +804,7 @@ func TestAClientCanBeClosedWheneverItIs(t *testing.T) {
 	}
 }
 
-func TestCloseClosesTheSessionInGoodOrder(t *testing.T) {
+func TestClientCloseSendsBye(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		s, peer := connectClient(t, c, g, server)
 		closing := start(func() error { return c.Close(t.Context(), "enough") })

@@ -15,7 +15,7 @@ import (
 )
 
 // A fetch is progress only when it goes further than the ones before.
-func TestAPeerThatFetchesTheSameForEverHoldsNoSender(t *testing.T) {
+func TestRepeatedFetchesDoNotExtendTheStepTimeout(t *testing.T) {
 	for _, end0 := range []uint32{0, 1} {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
@@ -43,7 +43,7 @@ func TestAPeerThatFetchesTheSameForEverHoldsNoSender(t *testing.T) {
 	}
 }
 
-func TestAnOpenStreamIsBoundedThoughMessagesAreRefused(t *testing.T) {
+func TestUnreadStreamIsBoundedInASendOnlySession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := bounded()
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: opts})
@@ -73,7 +73,7 @@ func TestAnErrorIsNotAnsweredWithAnError(t *testing.T) {
 	})
 }
 
-func TestAMessageGivesBackWhatItCameWithWhateverBecameOfItsPayload(t *testing.T) {
+func TestMessageReleasesItsReservationWhateverItsPayload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: bounded()})
 		peer.WriteFrames(cryotest.Text(0, strings.Repeat("x", 1000)))
@@ -87,7 +87,7 @@ func TestAMessageGivesBackWhatItCameWithWhateverBecameOfItsPayload(t *testing.T)
 
 // A message's memory is a part of a block. Frames that nobody keeps must not use up
 // the rest of it, or what MaxBufferBytes counts would be a small part of what is held.
-func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
+func TestRetainedMessageRetainsLittleElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		const messages = 100
 		var encoded []byte
@@ -114,7 +114,7 @@ func TestAMessageThatIsKeptKeepsLittleElse(t *testing.T) {
 	})
 }
 
-func TestAWordThatIsCutOffKeepsNothingElse(t *testing.T) {
+func TestTruncatedTextRetainsNothingElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		const messages = 20
 		batch := make([]cryo.OutMessage, messages)

@@ -136,7 +136,7 @@ func TestAnErrorWithoutTheTokenStaysWhatItIs(t *testing.T) {
 	})
 }
 
-func TestARefusalCutWithinTheTokenSaysNothingOfIt(t *testing.T) {
+func TestDenialTruncatedWithinTheTokenIsRedacted(t *testing.T) {
 	secret := hex.EncodeToString([]byte("forty characters are to be cut"))
 	synctest.Test(t, func(t *testing.T) {
 		for kept := range len(secret) + 1 {
@@ -151,7 +151,7 @@ func TestARefusalCutWithinTheTokenSaysNothingOfIt(t *testing.T) {
 	})
 }
 
-func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
+func TestNoTextOfTheServerRepeatsTheToken(t *testing.T) {
 	words := "you said " + url.QueryEscape(token) + ", that is " + token
 	const redacted = "you said [token], that is [token]"
 	for name, end := range map[string]func(*cryotest.Peer){
@@ -179,7 +179,7 @@ func TestNoWordOfTheServerRepeatsTheToken(t *testing.T) {
 	}
 }
 
-func TestAShortTokenIsNotTakenOutOfWords(t *testing.T) {
+func TestTextWithAShortTokenIsLeftOut(t *testing.T) {
 	const leftOut = "(left out: the token may be in it)"
 	for _, tt := range []struct{ token, page, want string }{
 		{"t", "The message is too late", leftOut},
@@ -202,7 +202,7 @@ func TestAShortTokenIsNotTakenOutOfWords(t *testing.T) {
 	}
 }
 
-func TestAGhostIsKnownThoughTheTokenIsAWordOfTheRefusal(t *testing.T) {
+func TestExistingSessionIsDetectedIfTheTokenIsPartOfTheMessage(t *testing.T) {
 	for _, token := range []string{"s", "session", "already exists"} {
 		synctest.Test(t, func(t *testing.T) {
 			l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n<p>Session already\nexists</p>" })

@@ -46,7 +46,7 @@ func TestNothingIsSentAsNothing(t *testing.T) {
 	})
 }
 
-func TestSendFailsWithThePeersRefusalWhichIsNeverAcknowledged(t *testing.T) {
+func TestRejectedSendFailsAndTheErrorIsNotAcknowledged(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendText(t.Context(), "no") })
 		peer.WantFrame("the text", cryotest.Text(end.first, "no"))
@@ -57,7 +57,7 @@ func TestSendFailsWithThePeersRefusalWhichIsNeverAcknowledged(t *testing.T) {
 	})
 }
 
-func TestARefusalIsNotRepeatedAtLength(t *testing.T) {
+func TestRejectionTextIsTruncated(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendText(t.Context(), "no") })
 		peer.WantType("the text", wire.UTF8)
@@ -82,7 +82,7 @@ func TestSendWaitsNoLongerThanItsContext(t *testing.T) {
 	})
 }
 
-func TestSendTellsWhyItsContextWasCancelled(t *testing.T) {
+func TestSendReturnsTheCauseOfItsContext(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		send := start(func() error { return s.SendText(ctx, "first") })
@@ -119,7 +119,7 @@ func TestALateAcknowledgementSettlesNothingElse(t *testing.T) {
 	})
 }
 
-func TestALateRefusalIsNeitherAcknowledgedNorReceived(t *testing.T) {
+func TestLateRejectionIsNeitherAcknowledgedNorReceived(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -235,7 +235,7 @@ func TestTheLargestMessagePasses(t *testing.T) {
 	})
 }
 
-func TestWhatNobodyWaitsForAnyMoreIsNotSent(t *testing.T) {
+func TestCancelledSendIsNotSent(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Conn().StopReading()
 		first := start(func() error { return s.SendBinary(t.Context(), make([]byte, 1<<20)) })

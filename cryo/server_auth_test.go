@@ -54,7 +54,7 @@ func upgrade() http.Header {
 	}
 }
 
-func TestAServerJudgesRequestsOneAfterAnother(t *testing.T) {
+func TestServerChecksRequestsInOrder(t *testing.T) {
 	good := "authorization=" + url.QueryEscape("Bearer "+token)
 	const (
 		missing = "The parameter authorization with a Bearer token is missing."
@@ -125,7 +125,7 @@ func knockRaw(t *testing.T, l *cryotest.Listener, request string) string {
 	return b.String()
 }
 
-func TestARequestThatIsNoValidUpgradeLeavesALiveSessionAlone(t *testing.T) {
+func TestInvalidUpgradeDoesNotTakeOverASession(t *testing.T) {
 	const (
 		webSocket = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
 		version   = "Sec-WebSocket-Version: 13\r\n"
@@ -183,7 +183,7 @@ func TestARequestThatIsNoValidUpgradeLeavesALiveSessionAlone(t *testing.T) {
 	}
 }
 
-func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
+func TestClientThatSendsBeforeTheResponseIsDenied(t *testing.T) {
 	request := "GET /?x-cryo-sid=1&authorization=" + url.QueryEscape("Bearer "+token) + " HTTP/1.1\r\nHost: cryo.test\r\n" +
 		"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 	for name, early := range map[string]string{
@@ -231,7 +231,7 @@ func TestAClientThatDoesNotAwaitTheAnswerIsNotLetIn(t *testing.T) {
 	}
 }
 
-func TestNobodyMayComeInByDefault(t *testing.T) {
+func TestAllClientsAreDeniedByDefault(t *testing.T) {
 	for name, authorize := range map[string]func(*cryo.Upgrade) error{
 		"no Authorize": nil,
 		"no tokens":    cryo.Tokens(),
@@ -249,7 +249,7 @@ func TestNobodyMayComeInByDefault(t *testing.T) {
 	}
 }
 
-func TestAnyOfTheTokensMayComeIn(t *testing.T) {
+func TestEachOfTheTokensIsAccepted(t *testing.T) {
 	authorize := cryo.Tokens("one", "two")
 	require.NoError(t, authorize(&cryo.Upgrade{Token: "one"}))
 	require.NoError(t, authorize(&cryo.Upgrade{Token: "two"}))
@@ -258,7 +258,7 @@ func TestAnyOfTheTokensMayComeIn(t *testing.T) {
 	require.Error(t, authorize(&cryo.Upgrade{}))
 }
 
-func TestAuthorizeSeesTheRequestAndPassesAValueOn(t *testing.T) {
+func TestAuthorizeReceivesTheRequestAndSetsAValue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		type seen struct {
 			token, more, remote string
@@ -290,7 +290,7 @@ func TestAuthorizeSeesTheRequestAndPassesAValueOn(t *testing.T) {
 	})
 }
 
-func TestWhyAuthorizeRefusesIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
+func TestAuthorizeErrorIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := &logged{}
 		_, l, _ := serve(t, cryo.ServerOptions{
@@ -309,7 +309,7 @@ func TestWhyAuthorizeRefusesIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
 	})
 }
 
-func TestAClientIsToldWhatElseThanItsTokenIsRefused(t *testing.T) {
+func TestAdmissionErrorIsSentToTheClient(t *testing.T) {
 	for status, words := range map[int]string{0: "403 Forbidden", http.StatusPaymentRequired: "402 Payment Required"} {
 		synctest.Test(t, func(t *testing.T) {
 			lines := &logged{}
@@ -330,7 +330,7 @@ func TestAClientIsToldWhatElseThanItsTokenIsRefused(t *testing.T) {
 	}
 }
 
-func TestAFullServerRefuses(t *testing.T) {
+func TestFullServerDeniesClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 2})
 		first := join(t, l, 1)
@@ -347,7 +347,7 @@ func TestAFullServerRefuses(t *testing.T) {
 	})
 }
 
-func TestSessionsThatAreStillClosingCountToo(t *testing.T) {
+func TestClosingSessionsCountAgainstTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions := make(chan *cryo.Session, 4)
 		server := newServer(t, cryo.ServerOptions{
@@ -391,7 +391,7 @@ func TestSessionsThatAreStillClosingCountToo(t *testing.T) {
 	})
 }
 
-func TestAnIDBelongsToTheTokenThatItCameWith(t *testing.T) {
+func TestSessionIDBelongsToItsToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{Authorize: cryo.Tokens(token, "another")})
 		peer := join(t, l, sid)
@@ -409,7 +409,7 @@ func TestAnIDBelongsToTheTokenThatItCameWith(t *testing.T) {
 	})
 }
 
-func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
+func TestReturningClientTakesOverItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
 		old := join(t, l, sid)
@@ -450,7 +450,7 @@ func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 	})
 }
 
-func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
+func TestSessionsOfAnAddressAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := newServer(t, cryo.ServerOptions{Authorize: cryo.Tokens(token), MaxSessionsPerAddress: 2})
 		l := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -502,7 +502,7 @@ func TestAnAddressHasOnlyAsManySessionsAsItMay(t *testing.T) {
 	})
 }
 
-func TestWhoKeepsSomethingOfSessionsSaysWhenItIsFull(t *testing.T) {
+func TestFullDeniesClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var full atomic.Bool
 		_, l, _ := serve(t, cryo.ServerOptions{Full: full.Load})
@@ -518,7 +518,7 @@ func TestWhoKeepsSomethingOfSessionsSaysWhenItIsFull(t *testing.T) {
 	})
 }
 
-func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
+func TestDenialsLeftOutOfTheLogAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := &logged{}
 		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())}})
@@ -536,7 +536,7 @@ func TestRefusalsThatAreNotLoggedAreCounted(t *testing.T) {
 
 // A stranger may send a token of a megabyte. What is made of it so that the log
 // doesn't repeat it costs hundreds of times as much.
-func TestALongTokenIsRefusedCheaply(t *testing.T) {
+func TestDenyingALongTokenIsCheap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := newServer(t, cryo.ServerOptions{Authorize: cryo.Tokens(token)})
 		r := httptest.NewRequest(http.MethodGet, "/?authorization=Bearer+"+strings.Repeat("word+", 100_000), http.NoBody)

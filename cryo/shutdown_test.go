@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestShutdownSaysByeToAllAndWaits(t *testing.T) {
+func TestShutdownSendsByeToAllAndWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{})
 		var peers []*cryotest.Peer

@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestStatsCountWhatIsUnsettledAwaitedAndQueued(t *testing.T) {
+func TestStatsCountUnsettledUnacknowledgedAndQueued(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		require.Equal(t, cryo.Stats{}, s.Stats())
 		peer.WriteFrames(cryotest.Text(1, "abc"), cryotest.Text(2, "de"), txStart(3, 0, -1, "announced"))
@@ -55,7 +55,7 @@ func TestStatsReportThatReadsArePaused(t *testing.T) {
 	})
 }
 
-func TestStatsOfAClosedSessionTellWhatIsToBeDiscarded(t *testing.T) {
+func TestStatsOfAClosedSessionCountUnsettledMessages(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "abc"))
 		synctest.Wait()

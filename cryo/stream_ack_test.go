@@ -13,7 +13,7 @@ import (
 
 // Of two that acknowledge a stream at the same time, neither is told that it is
 // acknowledged when nobody is any more.
-func TestTwoThatAcknowledgeAStreamAfterTheEndGetTheCause(t *testing.T) {
+func TestConcurrentAcksAfterTheEndReturnTheCause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 		var streams []*cryo.IncomingStream

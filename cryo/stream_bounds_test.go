@@ -67,7 +67,7 @@ func TestABrokenStreamIsCancelledOnceWhoeverEndsItFirst(t *testing.T) {
 	})
 }
 
-func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
+func TestMoreThan256StreamsAreCancelled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for tx := range uint32(256) {
 			peer.WriteFrames(txStart(1, tx, -1, ""))
@@ -95,7 +95,7 @@ func TestMoreThan256StreamsAreNotKeptWaiting(t *testing.T) {
 
 // A serial consumer may let streams wait for as long as it likes. Only where there are too
 // many, those that nobody seems to want make way, the oldest first.
-func TestAStreamThatNobodyAcceptsMakesWayForAnotherWhenThereAreTooMany(t *testing.T) {
+func TestOldestUnacceptedStreamIsEvictedFromAFullTable(t *testing.T) {
 	var rejected []cryo.Kind
 	counting := quiet
 	counting.OnReject = func(_ *cryo.Session, kind cryo.Kind) { rejected = append(rejected, kind) }
@@ -158,7 +158,7 @@ func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
 	})
 }
 
-func TestAnEndlessStreamIsTakenByDefault(t *testing.T) {
+func TestEndlessStreamIsReceivedByDefault(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		little := quiet
 		little.MaxBufferBytes = 100_000
@@ -183,7 +183,7 @@ func TestAnEndlessStreamIsTakenByDefault(t *testing.T) {
 	})
 }
 
-func TestASilentStreamIsCancelled(t *testing.T) {
+func TestIdleStreamIsCancelled(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	atBothEnds(t, idle, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -244,7 +244,7 @@ func TestEmptyChunksKeepNoStreamOpen(t *testing.T) {
 	})
 }
 
-func TestAStreamIsNotSilentWhileItIsOurTurn(t *testing.T) {
+func TestStreamIsNotIdleWhileItsBytesAreUnread(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	idle.MaxBufferBytes = 100_000
@@ -279,7 +279,7 @@ func TestAStreamIsNotSilentWhileItIsOurTurn(t *testing.T) {
 }
 
 // A pause that ends just before the time-out must not look like silence.
-func TestAPauseOfReadingIsNoSilenceAfterwards(t *testing.T) {
+func TestPauseOfReadsDoesNotCountAsIdle(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	idle.MaxBufferBytes = 100_000
@@ -309,7 +309,7 @@ func readsOn(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 	peer.WantFrame("the acknowledgement", cryotest.Acked(4711))
 }
 
-func TestASilentPulledStreamIsCancelled(t *testing.T) {
+func TestIdlePulledStreamIsCancelled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		p := pullFrom(t, end, s, peer, 10)
 		p.wantFetch(0, 1)
@@ -323,7 +323,7 @@ func TestASilentPulledStreamIsCancelled(t *testing.T) {
 	})
 }
 
-func TestALongNameIsRefusedHoweverLongItIs(t *testing.T) {
+func TestStreamWithALongNameIsCancelled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(3) {
 			peer.WriteFrames(txStart(1, i, -1, strings.Repeat("n", 1025<<(6*i))))

@@ -43,7 +43,7 @@ func TestUnreadBytesCountAgainstTheBound(t *testing.T) {
 	})
 }
 
-func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
+func TestSettledStreamReleasesItsCapacity(t *testing.T) {
 	for name, settle := range map[string]func(*testing.T, *cryotest.Peer, *cryo.IncomingStream){
 		"read": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) { wantBytes(t, st, "abcdef") },
 		"whole, Ack": func(t *testing.T, peer *cryotest.Peer, st *cryo.IncomingStream) {
@@ -91,7 +91,7 @@ func TestTheBoundIsFreeAgainWhenAStreamIsSettled(t *testing.T) {
 	}
 }
 
-func TestALostSessionsStreamsGiveTheirRoomBackWhenTheyAreSettled(t *testing.T) {
+func TestSettledStreamsOfALostSessionReleaseTheirCapacity(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: bounded()})
 		open := func(id uint64) (*cryo.Session, *cryotest.Peer) {
@@ -117,7 +117,7 @@ func TestALostSessionsStreamsGiveTheirRoomBackWhenTheyAreSettled(t *testing.T) {
 	})
 }
 
-func TestReadingPausesForUnreadBytes(t *testing.T) {
+func TestReadsPauseForUnreadStreamBytes(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		for i := range uint32(3) { // the second is one too many
@@ -136,7 +136,7 @@ func TestReadingPausesForUnreadBytes(t *testing.T) {
 
 // Bytes that were read don't count: two streams that are both being read never
 // stop each other, however the peer mixes them.
-func TestTwoHalfReadStreamsDoNotStopEachOther(t *testing.T) {
+func TestTwoHalfReadStreamsDoNotBlockEachOther(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tiny := quiet
 		tiny.MaxBufferBytes = 1000

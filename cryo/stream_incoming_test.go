@@ -100,7 +100,7 @@ func TestARejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
 	})
 }
 
-func TestAReaderLearnsThatItsStreamWasSettled(t *testing.T) {
+func TestCloseEndsAWaitingRead(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		read := start(func() error {
@@ -154,7 +154,7 @@ func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
 
 // The sender of a stream that its receiver tries to acknowledge too early is not left
 // alone: the stream goes on, and ends one way or the other.
-func TestTheSenderOfAStreamThatIsAcknowledgedTooEarlyLearnsItsFate(t *testing.T) {
+func TestEarlyAckDoesNotSettleAStream(t *testing.T) {
 	for _, flow := range []wire.Flow{wire.FlowPush, wire.FlowPull} {
 		for _, fate := range []string{"read on", "rejected", "left alone"} {
 			t.Run(fmt.Sprint(flow, ", ", fate), func(t *testing.T) {
@@ -228,7 +228,7 @@ func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) 
 	}
 }
 
-func TestTheEndOfTheSessionIsToldWhoeverSettlesLater(t *testing.T) {
+func TestSettlingAfterTheEndReturnsTheCause(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		whole, half, fresh := incoming(t, s, peer, 1, 0), incoming(t, s, peer, 2, 1), incoming(t, s, peer, 3, 2)
 		peer.WriteFrames(txFinish(4, 0), txChunk(1, 1, "abc"), txStart(5, 3, -1, "never accepted"))
@@ -295,7 +295,7 @@ func TestEachStreamIsAcceptedOnce(t *testing.T) {
 	})
 }
 
-func TestNamesComeAsTextAndWithinABound(t *testing.T) {
+func TestStreamNamesAreValidAndBounded(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(
 			txStart(1, 0, -1, "caf\xe9/\x00"),
@@ -330,7 +330,7 @@ func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	})
 }
 
-func TestANumberThatIsOpenTwiceEndsTheSession(t *testing.T) {
+func TestRepeatedStreamNumberEndsTheSession(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 5)
 		peer.WriteFrames(txChunk(5, 1, "abc"), txStart(2, 5, -1, "again"))

@@ -81,7 +81,7 @@ func TestEachWriteAndEachReadBecomesChunks(t *testing.T) {
 	})
 }
 
-func TestStreamOptionsAreCheckedBeforeAnythingIsSaid(t *testing.T) {
+func TestStreamOptionsAreCheckedBeforeAnythingIsSent(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for _, c := range []struct {
 			opts cryo.StreamOptions
@@ -240,7 +240,7 @@ func (endless) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestAnErrorThatNamesAStepIsARefusalOfTheStream(t *testing.T) {
+func TestErrorForAStepRejectsTheStream(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		refused := &cryo.RejectedError{Text: "no streams here"}
 		open := start(func() error {
@@ -285,7 +285,7 @@ type idler struct{}
 
 func (idler) Read([]byte) (int, error) { return 0, nil }
 
-func TestAStreamThatMissesAChunkCanNotBeFinished(t *testing.T) {
+func TestStreamWithAMissingChunkCannotBeFinished(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{StepTimeout: time.Second})
 		peer.Conn().StopReading()
@@ -303,7 +303,7 @@ func TestAStreamThatMissesAChunkCanNotBeFinished(t *testing.T) {
 	})
 }
 
-func TestAnAbandonedStreamSaysNothingMore(t *testing.T) {
+func TestAbandonedStreamSendsNothingMore(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		abandoned, _ := opening(t, s, peer, nil)
 		for range 2 {
@@ -434,7 +434,7 @@ func TestStreamsOfAnEndedSessionFailWithItsCause(t *testing.T) {
 	})
 }
 
-func TestNoStreamIsSentToAPeerThatHasAnnouncedNone(t *testing.T) {
+func TestNoStreamIsSentToAPeerWithoutStreams(t *testing.T) {
 	without := cryotest.EndpointInfo(1)
 	without.Features = 0
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -466,7 +466,7 @@ func TestNoStreamIsSentToAPeerThatHasAnnouncedNone(t *testing.T) {
 	})
 }
 
-func TestAStreamIsSentToAServerThatNeverAnnouncedAnything(t *testing.T) {
+func TestStreamIsSentToAServerWithoutEndpointInfo(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		var s *cryo.Session
 		peer, dial := diallingTo(t, cryo.DialOptions{SessionOptions: quiet}, &s)

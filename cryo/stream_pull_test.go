@@ -210,7 +210,7 @@ func TestStreamsWithoutASizeAreNotPulled(t *testing.T) {
 	})
 }
 
-func TestASizeIsHeldAgainstAPushedStreamToo(t *testing.T) {
+func TestAnnouncedSizeIsCheckedForPushedStreams(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for tx, chunk := range []string{"abc", "abcd", "abcde"} {
 			peer.WriteFrames(txStart(1, uint32(tx), 4, ""))

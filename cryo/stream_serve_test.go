@@ -57,7 +57,7 @@ func (p *pulled) finish() {
 	p.WantIdle("nothing follows", time.Hour)
 }
 
-func TestAPulledStreamIsSentAsItIsAskedFor(t *testing.T) {
+func TestPulledStreamIsSentAsFetched(t *testing.T) {
 	for name, fetch := range map[string]func(*pulled){
 		"one by one": func(p *pulled) {
 			for i := range 3 {
@@ -88,7 +88,7 @@ func TestAPulledStreamIsSentAsItIsAskedFor(t *testing.T) {
 	}
 }
 
-func TestAPulledStreamIsCancelledWhileNothingIsAskedFor(t *testing.T) {
+func TestPulledStreamCanBeCancelledBetweenFetches(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		p := pulling(t, end, s, peer)
 		p.fetch(0, 1, 0)
@@ -100,7 +100,7 @@ func TestAPulledStreamIsCancelledWhileNothingIsAskedFor(t *testing.T) {
 	})
 }
 
-func TestWhatIsAskedForBeforeTheStartIsAcknowledgedComesAfterIt(t *testing.T) {
+func TestEarlyFetchIsServedAfterTheStartIsAcknowledged(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, wire.FlowPull)
 		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader("abc"), nil) })
@@ -115,7 +115,7 @@ func TestWhatIsAskedForBeforeTheStartIsAcknowledgedComesAfterIt(t *testing.T) {
 	})
 }
 
-func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
+func TestEmptyPulledStreamFinishesOnAnEmptyFetch(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, wire.FlowPull)
 		past := strings.NewReader("abc")
@@ -134,7 +134,7 @@ func TestAnEmptyPulledStreamFinishesWhenNothingIsAskedFor(t *testing.T) {
 	})
 }
 
-func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
+func TestQueuedFetchesAreBounded(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, wire.FlowPull)
 		send := start(func() error {
@@ -158,7 +158,7 @@ func TestAPeerThatAsksTooOftenIsServedWithinBounds(t *testing.T) {
 	})
 }
 
-func TestTheFlowCountsForStreamsThatAreOpenedLater(t *testing.T) {
+func TestFlowAppliesToLaterStreams(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		pushed, tx := opening(t, s, peer, nil)
 		setFlow(peer, wire.FlowPull)
@@ -300,7 +300,7 @@ type liar struct{ *strings.Reader }
 
 func (liar) Seek(int64, int) (int64, error) { return 0, nil }
 
-func TestASourceWithoutAnEndIsNotReadWherePulled(t *testing.T) {
+func TestEndlessSourceIsNotReadForAPull(t *testing.T) {
 	device, err := os.Open("/dev/zero")
 	if err != nil {
 		t.Skip(err)
@@ -314,7 +314,7 @@ func TestASourceWithoutAnEndIsNotReadWherePulled(t *testing.T) {
 	})
 }
 
-func TestWhatIsPulledIsSentFromWhereItStands(t *testing.T) {
+func TestPulledSourceIsSentFromItsPosition(t *testing.T) {
 	for name, source := range map[string]func(*testing.T) io.ReadSeeker{
 		"a file":    func(t *testing.T) io.ReadSeeker { return file(t, "..abc") },
 		"a text":    func(*testing.T) io.ReadSeeker { return strings.NewReader("..abc") },

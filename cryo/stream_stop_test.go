@@ -23,7 +23,7 @@ func busyStream(t *testing.T) *OutgoingStream {
 // The reading goroutine acknowledges a TX_CANCEL when it has stopped the stream, or does not
 // find it. Neither may happen before another goroutine that stops the stream has withdrawn
 // its chunks.
-func TestAStreamThatIsBeingStoppedIsFoundAndNotStoppedYet(t *testing.T) {
+func TestStreamBeingStoppedIsStillInTheTable(t *testing.T) {
 	st := busyStream(t)
 	w := st.s.writer
 	_, err := st.Write([]byte("a chunk"))

@@ -110,7 +110,7 @@ func TestCancelWithdrawsWhatIsNeitherAcknowledgedNorRejected(t *testing.T) {
 	})
 }
 
-func TestWhatWasCancelledIsNotWrittenHoweverMuchOfTheQueueItIs(t *testing.T) {
+func TestCancelledSendsAreNotWritten(t *testing.T) {
 	for _, every := range []int{2, 3, 10} {
 		t.Run(strconv.Itoa(every), func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -224,7 +224,7 @@ func TestEverySendIsDoneAtTheEnd(t *testing.T) {
 
 // Against the clock: sends are started, cancelled, acknowledged, rejected and cut off at any
 // time.
-func TestEverySendIsDoneWhateverBecomesOfIt(t *testing.T) {
+func TestEverySendIsDoneWhateverItsResult(t *testing.T) {
 	for range 10 {
 		client, server := overTCP(t)
 		var going sync.WaitGroup

@@ -47,7 +47,7 @@ func binaryCall(w *writer, size int) *call {
 	return c
 }
 
-func TestTheRestOfAWriteThatWouldHaveToWaitIsWritten(t *testing.T) {
+func TestRestOfANonblockingWriteIsWritten(t *testing.T) {
 	w, peer := networkWriter(t)
 	sent := 0
 	for ; !isActive(w); sent++ {
@@ -63,7 +63,7 @@ func TestTheRestOfAWriteThatWouldHaveToWaitIsWritten(t *testing.T) {
 	require.False(t, w.closed)
 }
 
-func TestALargeFrameIsNotWrittenByWhoSendsIt(t *testing.T) {
+func TestLargeFrameIsNotWrittenByItsSender(t *testing.T) {
 	w, _ := networkWriter(t)
 	c := binaryCall(w, MaxPayload)
 	require.True(t, w.send(c.frames))

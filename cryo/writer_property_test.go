@@ -181,7 +181,7 @@ type replayedConn struct {
 
 func (c *replayedConn) Read(p []byte) (int, error) { return c.bytes.Read(p) }
 
-func TestWhatIsSentIsAccountedForWhateverHappensWhen(t *testing.T) {
+func TestEverySentFrameIsAccountedFor(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		x := newWriterSteps(rapid.Bool().Draw(t, "masks"))
 		sizes := rapid.SampledFrom([]int{0, 1, 100, 50_000, ws.GatherBytes})

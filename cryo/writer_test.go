@@ -75,7 +75,7 @@ func TestCancellingASendCostsTimeInItsOwnFramesOnly(t *testing.T) {
 	}
 }
 
-func TestWithdrawnFramesThatAreTakenAtTheirTurnCountNoMore(t *testing.T) {
+func TestDequeuedWithdrawnFramesAreNotCounted(t *testing.T) {
 	w := busyWriter()
 	all := queueCalls(w, 100, 1)
 	for i := 0; i < 100; i += 4 {
@@ -100,7 +100,7 @@ func TestWithdrawnFramesThatAreTakenAtTheirTurnCountNoMore(t *testing.T) {
 }
 
 // What is withdrawn was not taken, and what is taken is not withdrawn.
-func TestAFrameThatWasTakenIsWrittenAndNotWithdrawn(t *testing.T) {
+func TestDequeuedFrameIsNotWithdrawn(t *testing.T) {
 	w := busyWriter()
 	c := queueCalls(w, 1, 2)[0]
 	q := w.dequeue()
@@ -144,7 +144,7 @@ func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
 
 // Otherwise an answer that comes in between would be one to a frame that was not sent, which
 // ends the session.
-func TestACancelledCallsNumbersAreGivenUpBeforeItsFramesAreWithdrawn(t *testing.T) {
+func TestCancelRemovesNumbersBeforeItWithdrawsFrames(t *testing.T) {
 	w := busyWriter()
 	c := queueCalls(w, 1, 1)[0]
 	w.mu.Lock()
@@ -172,7 +172,7 @@ func TestTheCauseOfAFailedWriteIsReportedBeforeTheQueueIsClosed(t *testing.T) {
 	require.False(t, w.acknowledge([]uint32{1}))
 }
 
-func TestAnEmptyQueueKeepsLittleMemory(t *testing.T) {
+func TestEmptyQueueHasLittleMemory(t *testing.T) {
 	for _, size := range []int{maxIdleSlice, 100 * maxIdleSlice} {
 		w := busyWriter()
 		queueCalls(w, size, 1)

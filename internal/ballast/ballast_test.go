@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestWhatTheUserHasSetDecides(t *testing.T) {
+func TestUserSettingsTakePrecedence(t *testing.T) {
 	for name, c := range map[string]struct {
 		gogc    string
 		limit   int64

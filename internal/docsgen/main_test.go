@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestEachPageSaysWhatAUserNeeds(t *testing.T) {
+func TestEachPageHasItsSections(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
 	require.Len(t, pages, 4, "inputs and outputs cryo and cryo_server")
@@ -24,7 +24,7 @@ func TestEachPageSaysWhatAUserNeeds(t *testing.T) {
 	}
 }
 
-func TestAFieldTellsItsMarks(t *testing.T) {
+func TestFieldsAreMarkedAsInTheSpecification(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
 

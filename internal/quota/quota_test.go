@@ -76,7 +76,7 @@ func TestRequestsAreGrantedInOrderOfArrival(t *testing.T) {
 	require.Equal(t, []bool{true, true, true, true}, state(), "what was granted is free again")
 }
 
-func TestAHolderOverItsShareHoldsUpNobody(t *testing.T) {
+func TestHolderOverItsShareBlocksNobody(t *testing.T) {
 	q := quota.New(100, eightTimes)
 	greedy, modest := q.Share(), q.Share()
 	greedy.Force(95)
@@ -105,7 +105,7 @@ func TestACancelledRequestHoldsNothing(t *testing.T) {
 	wantUsage(t, c, 0, 1)
 }
 
-func TestAsMuchAsThereIsIsALimitToo(t *testing.T) {
+func TestLargestLimitIsValid(t *testing.T) {
 	for _, limit := range []int64{math.MaxInt64, math.MaxInt64 - 1, math.MaxInt64/8 + 1} {
 		s := quota.New(limit, eightTimes).Share()
 		for range 3 {
@@ -116,7 +116,7 @@ func TestAsMuchAsThereIsIsALimitToo(t *testing.T) {
 	}
 }
 
-func TestOneHolderAPeriodIsToldThatOthersStarve(t *testing.T) {
+func TestStarvedIsTrueForOneHolderAPeriod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period = time.Minute
 		q := quota.New(10, nil)

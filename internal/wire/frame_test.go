@@ -106,7 +106,7 @@ func TestEveryTypeHasAFrameOfTheReference(t *testing.T) {
 	}
 }
 
-func TestMalformedFramesAreTakenAsTheReferenceTakesThem(t *testing.T) {
+func TestMalformedFramesAreHandledAsByTheReference(t *testing.T) {
 	_, bad := cryotest.Vectors(t)
 	for _, m := range bad {
 		t.Run(m.Name, func(t *testing.T) {
@@ -148,7 +148,7 @@ func TestEveryNegativeStreamSizeMeansUnknown(t *testing.T) {
 	}
 }
 
-func TestTruncatedFramesAreRefusedUpToTheirPayload(t *testing.T) {
+func TestFramesTruncatedBeforeTheirPayloadAreErrors(t *testing.T) {
 	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
@@ -177,7 +177,7 @@ func TestFixedPartsHaveTheirSizes(t *testing.T) {
 	}
 }
 
-func TestThirteenTypesAreKnownAndAllOthersRefused(t *testing.T) {
+func TestThirteenTypesAreKnownAndAllOthersAreErrors(t *testing.T) {
 	names := map[wire.Type]string{}
 	for _, l := range layouts {
 		names[l.typ] = l.name
@@ -199,7 +199,7 @@ func TestThirteenTypesAreKnownAndAllOthersRefused(t *testing.T) {
 	}
 }
 
-func TestPayloadsOf16MiBPassAndOneByteMoreIsRefused(t *testing.T) {
+func TestPayloadsOverMaxPayloadAreErrors(t *testing.T) {
 	const limit = 16 << 20
 	require.Equal(t, limit, wire.MaxPayload)
 
@@ -236,7 +236,7 @@ func TestTypesWithoutAPayloadAreNotWrittenWithOne(t *testing.T) {
 	}
 }
 
-func TestFramesThatNobodyUnderstandsAreNotWritten(t *testing.T) {
+func TestInvalidFramesAreNotEncoded(t *testing.T) {
 	tests := map[string]struct {
 		frame wire.Frame
 		says  string
@@ -257,7 +257,7 @@ func TestFramesThatNobodyUnderstandsAreNotWritten(t *testing.T) {
 	}
 }
 
-func TestRefusalsOfReceivedBytesSayWhatTheyAre(t *testing.T) {
+func TestFrameErrorsNameTheFrame(t *testing.T) {
 	tests := map[string]struct {
 		encoded string
 		says    string
@@ -287,7 +287,7 @@ func TestAPayloadIsAPartOfTheBytesAndCannotGrowIntoTheNext(t *testing.T) {
 	require.Equal(t, "second", string(both[len(first):]))
 }
 
-func TestTextIsFitForReading(t *testing.T) {
+func TestTextIsValidUTF8WithoutTrailingNULs(t *testing.T) {
 	tests := map[string]struct{ payload, want string }{
 		"nothing":                     {"", ""},
 		"plain":                       {"grüße 🧊", "grüße 🧊"},

@@ -43,7 +43,7 @@ func TestTheEndIsReadAfterTheData(t *testing.T) {
 	}
 }
 
-func TestTheHandshakeTakesNothingOfWhatFollows(t *testing.T) {
+func TestHandshakeConsumesNoBytesOfTheFirstMessage(t *testing.T) {
 	conn := &transport{Conn: &scriptedConn{data: []byte("handshake, frame")}}
 	answer, err := bufio.NewReader(conn).ReadString(',')
 	require.NoError(t, err)
@@ -86,7 +86,7 @@ func TestALargeBufferIsHeldOnlyWhileDataFlows(t *testing.T) {
 	}
 }
 
-func TestAllIsDiscardedWhateverWasReadAhead(t *testing.T) {
+func TestDiscardIncludesTheReadBuffer(t *testing.T) {
 	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * readBytes} {
 		for peeked := range 3 {
 			c := &offeredConn{arrived: size}
@@ -116,7 +116,7 @@ func (c *brokenConn) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-func TestAWriteInPiecesSaysHowFarItGot(t *testing.T) {
+func TestWriteInPiecesReturnsItsLength(t *testing.T) {
 	conn := &transport{Conn: &brokenConn{room: GatherBytes + 10}}
 	n, err := conn.Write(make([]byte, 3*GatherBytes))
 	require.Equal(t, errBroken, err)
@@ -143,7 +143,7 @@ func (c *stuckConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestAWriteInProgressIsABacklogWhereTheKernelIsNotAsked(t *testing.T) {
+func TestWriteInProgressIsTheBacklogWithoutKernelCounts(t *testing.T) {
 	conn := &stuckConn{accept: make(chan struct{})}
 	c := New(conn, false)
 	writing := make(chan error, 1)

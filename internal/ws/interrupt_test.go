@@ -77,7 +77,7 @@ func TestAnInterruptedReadLosesNothingOfWhatFollows(t *testing.T) {
 	}
 }
 
-func TestALittleThatIsReadAheadKeepsNoLargeBuffer(t *testing.T) {
+func TestMostlyReadBufferIsReleased(t *testing.T) {
 	Poisoning.Store(true)
 	defer Poisoning.Store(false)
 	for _, left := range []int{0, 1, readSmall, readSmall + 1, readBytes/4 - 1, readBytes / 4, readBytes} {

@@ -12,7 +12,7 @@ import (
 )
 
 // What a socket doesn't take at once is left for the next flush, in order.
-func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
+func TestRestOfANonblockingWriteIsLeftForFlush(t *testing.T) {
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	require.NoError(t, err)
 	defer func() { _ = l.Close() }()
@@ -55,7 +55,7 @@ func TestWhatIsNotTakenAtOnceIsLeft(t *testing.T) {
 }
 
 // A connection around a socket may do more than that in its Write.
-func TestOnlySocketsThemselvesAreWrittenToAtOnce(t *testing.T) {
+func TestOnlySocketsAreWrittenWithoutWaiting(t *testing.T) {
 	near, far := net.Pipe()
 	defer func() { _, _ = near.Close(), far.Close() }()
 	require.False(t, (&transport{Conn: near}).canTryFlush())

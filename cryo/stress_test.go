@@ -48,7 +48,7 @@ func stormSeeds(t *testing.T, usually, long int) (seeds []uint64) {
 // Random traffic in both directions between two ends of this library: nothing changes on
 // its way, in its receiver's hands, or after that; nothing is acknowledged to its sender
 // that its receiver has not acknowledged; nothing is left in the end.
-func TestStorms(t *testing.T) {
+func TestStress(t *testing.T) {
 	cryo.Poison(true)
 	defer cryo.Poison(false)
 	var all stormSummary
@@ -72,7 +72,7 @@ func TestStorms(t *testing.T) {
 	}
 }
 
-func TestStormsOverTheNetwork(t *testing.T) {
+func TestStressOverTheNetwork(t *testing.T) {
 	cryo.Poison(true)
 	defer cryo.Poison(false)
 	for _, network := range []string{"TCP", "TLS"} {
