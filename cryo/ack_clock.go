@@ -2,31 +2,30 @@ package cryo
 
 import "time"
 
-// maxAckTicks bounds the ticks of an AckClock: ten times the time-out.
+// maxAckTicks bounds the ticks of an AckClock: ten times the timeout.
 const maxAckTicks = 20
 
-// AckClock decides when the acknowledgement of what was just sent is late. It ticks twice
-// in each time-out. Time in which a slow line still transfers what was queued by the first
-// tick does not count, if at least 4 KiB of it are delivered between two ticks: a large
-// message may be on its way for longer than a peer may take to acknowledge it. So a peer that
-// takes nothing is late after the time-out, and one that takes everything slowly after
-// ten times as long. What is delivered is known as for HeartbeatInterval of
-// [SessionOptions].
+// AckClock decides when the acknowledgement of a message that was just sent is late. It ticks
+// twice per timeout. Time in which a slow line still transfers data that was queued at the first
+// tick does not count, if at least 4 KiB of it are delivered between two ticks: the transfer of
+// a large message may take longer than the timeout. A peer that receives nothing is late after
+// the timeout, and one that receives slowly after at most ten times as long. Delivered data is
+// determined as described at HeartbeatInterval in [SessionOptions].
 //
 // The zero value is not usable; see [Session.AckClock]. One goroutine at a time may use it.
 type AckClock struct {
 	s         *Session
-	ticks     int   // so far
-	missed    int   // in a row, without progress
-	delivered int64 // by the connection, at the last tick
-	end       int64 // delivered when all is that was queued at the first tick
+	ticks     int   // number of ticks so far
+	missed    int   // number of ticks in a row without progress
+	delivered int64 // bytes delivered by the connection at the last tick
+	end       int64 // value of delivered once all data queued at the first tick is delivered
 }
 
-// AckClock returns a clock for what has just been sent on the session.
+// AckClock returns a clock for messages that were just sent on the session.
 func (s *Session) AckClock() AckClock { return AckClock{s: s} }
 
-// Tick must be called each time half of the time-out has passed. It reports whether the
-// acknowledgement is late.
+// Tick must be called at every half of the timeout. It reports whether the acknowledgement is
+// late.
 func (c *AckClock) Tick() (late bool) {
 	delivered, backlog := c.s.conn.Progress()
 	left := c.end - c.delivered
@@ -42,13 +41,14 @@ func (c *AckClock) Tick() (late bool) {
 	return c.missed == 2 || c.ticks == maxAckTicks
 }
 
-// ackTimer is an AckClock that ticks by itself. Without a time-out it never ticks.
+// ackTimer is an AckClock with a ticker. Without a timeout it never ticks.
 type ackTimer struct {
 	AckClock
 	ticker *time.Ticker
 	C      <-chan time.Time
 }
 
+// ackTimer starts the timer of one step. The caller must stop it.
 func (s *Session) ackTimer(timeout time.Duration) *ackTimer {
 	t := &ackTimer{AckClock: s.AckClock()}
 	if timeout > 0 {

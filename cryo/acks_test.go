@@ -44,9 +44,9 @@ func TestNumbersWrapAndSkipUnansweredOnes(t *testing.T) {
 		for _, first := range []uint32{0, 1, 12_345, numberMask - 2, numberMask} {
 			at := func(i uint32) uint32 { return base + (first+i)&numberMask }
 			acks := newAckTable(base, first)
-			want := func(want answerResult, number uint32, says ...any) {
+			want := func(want answerResult, number uint32, msg ...any) {
 				t.Helper()
-				require.Equal(t, want, acks.answer(number, nil), says...)
+				require.Equal(t, want, acks.answer(number, nil), msg...)
 			}
 			want(answerForeign, at(0))
 			require.Equal(t, at(0), acks.number())

@@ -105,7 +105,7 @@ func TestReadsContinueWhenASessionBecomesSendOnly(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		s.SetSendOnly(true)
-		peer.WantFrame("the refusal of what waited", cryotest.Error(1001, "this session receives no messages"))
+		peer.WantFrame("the rejection of what waited", cryotest.Error(1001, "this session receives no messages"))
 		require.NoError(t, m.Ack())
 		peer.WantFrame("the acknowledgement of what was taken", cryotest.Acked(1000))
 	})
@@ -176,7 +176,7 @@ func TestStalledSessionLeavesCapacityForOthers(t *testing.T) {
 func TestStalledSessionsLetOthersSend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
-		for i := range uint64(5) { // more than enough to use up all room
+		for i := range uint64(5) { // more than enough to use up all capacity
 			stalled := join(t, l, 1+i)
 			stalled.ClientHandshake()
 			flood(t, stalled, cryotest.Text(1, "never settled"))
@@ -223,7 +223,7 @@ func TestEndedSessionReleasesItsCapacity(t *testing.T) {
 		}
 		require.Empty(t, server.Sessions())
 		alive()
-		for range 5 { // what was not taken is refused
+		for range 5 { // what was not taken is rejected
 			fillAndLeave(true)
 			next(t, sessions).SetSendOnly(true)
 		}
@@ -282,8 +282,8 @@ func TestUnreadAnswersAreBounded(t *testing.T) {
 		frame  wire.Frame
 		answer wire.Type
 	}{
-		"refusals":            {cryotest.Text(1, ""), wire.Error},
-		"refusals of streams": {wire.Frame{Type: wire.TxStart, Ack: 1, Size: -1}, wire.TxCancel},
+		"rejections":            {cryotest.Text(1, ""), wire.Error},
+		"rejections of streams": {wire.Frame{Type: wire.TxStart, Ack: 1, Size: -1}, wire.TxCancel},
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Nothing more is read until they are written.
@@ -315,7 +315,7 @@ func TestTwoEndsThatOnlySendCannotBlockEachOther(t *testing.T) {
 		}
 		up := start(func() error { return client.SendBatch(t.Context(), batch) })
 		down := start(func() error { return next(t, sessions).SendBatch(t.Context(), batch) })
-		// All refused, or the session ended: either is better than waiting for ever.
+		// All rejected, or the session ended: either is better than waiting for ever.
 		require.Error(t, <-up.done)
 		require.Error(t, <-down.done)
 	})

@@ -94,7 +94,7 @@ func TestAStreamIsCancelledWhenTheReceiveBufferIsFullAndASenderWaits(t *testing.
 }
 
 // A client that sends more than can be held and reads nothing meanwhile can't
-// even be told so. It is given up, and not waited with for ever.
+// even receive a rejection. It times out.
 func TestPeerThatFillsTheBufferAndNeverReadsTimesOut(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		fill(t, s, peer)

@@ -48,35 +48,35 @@ func TestLateAcknowledgementsAreReportedWithTheirSession(t *testing.T) {
 
 func TestWhatASessionRejectsByItselfIsReportedWithTheSession(t *testing.T) {
 	var (
-		refused []cryo.Kind
-		by      *cryo.Session
+		rejected []cryo.Kind
+		by       *cryo.Session
 	)
 	opts := cryo.SessionOptions{SendOnly: true, OnReject: func(s *cryo.Session, kind cryo.Kind) {
-		refused, by = append(refused, kind), s
+		rejected, by = append(rejected, kind), s
 	}}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		refused = nil
+		rejected = nil
 		peer.WriteFrames(
 			cryotest.Text(1, ""), cryotest.Binary(2, ""), cryotest.Error(3, ""),
 			wire.Frame{SID: sid, Type: wire.TxStart, Ack: 4, Tx: 1, Size: -1},
 		)
 		synctest.Wait()
-		require.Equal(t, []cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}, refused)
+		require.Equal(t, []cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}, rejected)
 		require.Same(t, s, by)
 	})
 }
 
 func TestMessagesRejectedBecauseTheReceiveBufferIsFullAreCounted(t *testing.T) {
 	opts := smallBuffer
-	var refused []cryo.Kind
-	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { refused = append(refused, kind) }
+	var rejected []cryo.Kind
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { rejected = append(rejected, kind) }
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
-		refused = nil
-		fill(t, s, peer) // one message more waits than there is room for
+		rejected = nil
+		fill(t, s, peer) // one message more waits than the receive buffer has capacity for
 		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
 		peer.Ack(peer.WantType("the answer", wire.UTF8))
 		require.NoError(t, <-answer.done) // it takes rejectAfter
-		require.Equal(t, []cryo.Kind{cryo.KindText}, refused)
+		require.Equal(t, []cryo.Kind{cryo.KindText}, rejected)
 	})
 }
 
@@ -101,7 +101,7 @@ func TestOnSessionEndFollowsEachOnSession(t *testing.T) {
 				ended = append(ended, s)
 			},
 		})
-		join(t, l, sid+1) // says nothing
+		join(t, l, sid+1) // sends nothing
 		peer := join(t, l, sid)
 		peer.ClientHandshake()
 		s := next(t, sessions)

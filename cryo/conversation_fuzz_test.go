@@ -45,7 +45,7 @@ func FuzzConversation(f *testing.F) {
 			c.peer.Read()
 			for len(script) >= 5 && len(script) < 2000 {
 				v := valid[int(binary.LittleEndian.Uint16(script))%len(valid)]
-				c.say(v.Bytes, script[2], script[3], script[4])
+				c.send(v.Bytes, script[2], script[3], script[4])
 				script = script[5:]
 			}
 			c.end(sending, opts.MaxBufferBytes)
@@ -53,7 +53,7 @@ func FuzzConversation(f *testing.F) {
 	})
 }
 
-// conversation is what was said, and what may be said to it.
+// conversation records the frames that were sent and may be answered.
 type conversation struct {
 	t      *testing.T
 	s      *cryo.Session
@@ -66,8 +66,8 @@ type conversation struct {
 	acked  map[uint32]int // how often it was
 }
 
-// say sends a frame under a number, with one byte changed if xor is not 0.
-func (c *conversation) say(vector []byte, number, at, xor byte) {
+// send sends a frame under a number, with one byte changed if xor is not 0.
+func (c *conversation) send(vector []byte, number, at, xor byte) {
 	frame := append([]byte(nil), vector...)
 	binary.BigEndian.PutUint64(frame, c.peer.SID)
 	if t := wire.Type(frame[8]); t != wire.TxChunk && t != wire.Ack && t != wire.Error {

@@ -185,7 +185,7 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 			<-ctx.Done() // the connection has the same deadline, and may report it first
 		}
 		// A response is a rejection, even if its body was cut off by the timeout.
-		if _, refused := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !refused {
+		if _, denied := errors.AsType[*HandshakeError](err); ctx.Err() != nil && !denied {
 			err = context.Cause(ctx)
 		}
 		return nil, fmt.Errorf("dialling %s: %w", t, err)

@@ -174,9 +174,9 @@ func TestHandshakeErrorDistinguishesAnExistingSessionFromARejectedToken(t *testi
 		err = dialAnswer(t, "HTTP/1.1 503 Service Unavailable\r\n\r\nThe session already exists, says who?")
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 		require.NotErrorIs(t, err, cryo.ErrSessionExists)
-		refusal, ok := errors.AsType[*cryo.HandshakeError](err)
+		denial, ok := errors.AsType[*cryo.HandshakeError](err)
 		require.True(t, ok)
-		require.Equal(t, &cryo.HandshakeError{StatusCode: 503, Message: "The session already exists, says who?"}, refusal)
+		require.Equal(t, &cryo.HandshakeError{StatusCode: 503, Message: "The session already exists, says who?"}, denial)
 	})
 }
 

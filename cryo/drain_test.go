@@ -147,7 +147,7 @@ func TestTheWaitForACancelEndsWithThePeer(t *testing.T) {
 		cut   bool
 	}{
 		"closes": {func(_ *testing.T, peer *cryotest.Peer) { peer.WriteClose(4000, "") }, false},
-		"says BYE": {func(_ *testing.T, peer *cryotest.Peer) {
+		"sends BYE": {func(_ *testing.T, peer *cryotest.Peer) {
 			peer.WriteFrames(cryotest.Bye(9, ""))
 			peer.WantFrame("BYE is acknowledged", cryotest.Acked(9))
 		}, false},

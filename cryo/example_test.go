@@ -11,7 +11,7 @@ import (
 )
 
 // A client sends a message, and knows that it was delivered when Send returns.
-// Then it receives one, and says so when it has dealt with it.
+// Then it receives one, and acknowledges it once it is processed.
 func ExampleDial() {
 	server := startServer()
 	defer server.stop()

@@ -103,7 +103,7 @@ func TestClientThatLeavesImmediatelyIsAnnounced(t *testing.T) {
 		wantEnded(t, s)
 		require.Same(t, s, next(t, ended))
 	}
-	require.Empty(t, ended, "each was told once")
+	require.Empty(t, ended, "each was reported once")
 }
 
 func TestAnotherVersionEndsTheSession(t *testing.T) {

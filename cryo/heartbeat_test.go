@@ -190,7 +190,7 @@ func TestPausedReadsDoNotCountTowardsThePeerTimeout(t *testing.T) {
 	})
 }
 
-// The first ping to a peer that is gone may only make its system say so.
+// The first ping to a peer that is gone may only make its kernel report it.
 func TestWhileReadsArePausedThereAreTwoWebSocketPingsAnInterval(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		begin := time.Now()
@@ -228,7 +228,7 @@ func TestDiallingEndSendsKeepalivesWhileReadsArePaused(t *testing.T) {
 		m := fill(t, s, peer)
 		begin := time.Now()
 		for i := range 3 {
-			peer.WantFrame("an unasked pong", cryotest.Pong(0))
+			peer.WantFrame("a keepalive", cryotest.Pong(0))
 			require.Equal(t, time.Duration(1+i)*5*time.Second, time.Since(begin), "before any ping was seen")
 		}
 		require.NoError(t, m.Ack())
@@ -248,11 +248,11 @@ func TestKeepaliveIntervalIsHalfThePingInterval(t *testing.T) {
 		m := fill(t, s, peer)
 		begin := time.Now()
 		for i := range 3 {
-			peer.WantFrame("an unasked pong with the last ping's number", cryotest.Pong(3))
+			peer.WantFrame("a keepalive with the last ping's number", cryotest.Pong(3))
 			require.Equal(t, time.Duration(1+i)*4500*time.Millisecond, time.Since(begin))
 		}
 
-		// Pings that pile up meanwhile come all at once, which says nothing.
+		// Pings that pile up meanwhile come all at once, which is no interval.
 		for i := range uint32(4) {
 			peer.WriteFrames(cryotest.Ping(10 + i))
 		}
@@ -265,7 +265,7 @@ func TestKeepaliveIntervalIsHalfThePingInterval(t *testing.T) {
 		peer.WantFrame("the acknowledgement of what waited", cryotest.Acked(1001))
 		fill(t, s, peer)
 		begin = time.Now()
-		peer.WantFrame("an unasked pong", cryotest.Pong(13))
+		peer.WantFrame("a keepalive", cryotest.Pong(13))
 		require.Equal(t, 4500*time.Millisecond, time.Since(begin))
 	})
 }
@@ -289,7 +289,7 @@ func TestKeepaliveIntervalFollowsThePingInterval(t *testing.T) {
 				fill(t, s, peer)
 				begin := time.Now()
 				for i := range 3 {
-					peer.WantFrame("an unasked pong", cryotest.Pong(7))
+					peer.WantFrame("a keepalive", cryotest.Pong(7))
 					require.Equal(t, time.Duration(1+i)*want.every, time.Since(begin))
 				}
 			})
@@ -338,7 +338,7 @@ func TestListeningEndSendsNoKeepalives(t *testing.T) {
 func TestPeerThatSendsAndNeverReadsTimesOut(t *testing.T) {
 	opts := cryo.SessionOptions{SendOnly: true}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		// The refusals of all that would be without bound.
+		// The rejections of all that would be without bound.
 		peer.Conn().StopReading()
 		flood := start(func() error {
 			frame, _ := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.UTF8})
@@ -415,7 +415,7 @@ func TestDiallingEndSendsKeepalivesThroughManyShortPauses(t *testing.T) {
 			peer.WriteFrames(cryotest.Binary(1, string(make([]byte, 1000))))
 		}
 		peer.Read()
-		time.Sleep(time.Second / 2) // or it goes on at the very moments when it is to say so
+		time.Sleep(time.Second / 2) // so that reads do not continue exactly when a keepalive is due
 		begin, pongs := time.Now(), 0
 		for range 40 {
 			m := receive(t, s)

@@ -65,12 +65,12 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		session.SetSendOnly(true)
 		peer.WriteFrames(txStart(1, 0, -1, "in"))
 		peer.WantType("TX_CANCEL", wire.TxCancel)
-		want("a stream is refused", 1)
+		want("a stream is rejected", 1)
 		peer.WriteFrames(cryotest.Text(2, "in"))
 		peer.WantType("ERROR", wire.Error)
-		want("a message is refused", 1)
+		want("a message is rejected", 1)
 		peer.WriteFrames(cryotest.Error(3, "out of paper"))
-		want("an error of the peer's application is refused and logged", 2)
+		want("an error of the peer's application is rejected and logged", 2)
 		session.SetSendOnly(false)
 		time.Sleep(time.Minute) // the log's limit
 
@@ -79,7 +79,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		session.SetSendOnly(true)
 		peer.WantType("ERROR", wire.Error)
 		peer.WantType("TX_CANCEL", wire.TxCancel)
-		want("what waits is refused", 2)
+		want("what waits is rejected", 2)
 		session.SetSendOnly(false)
 
 		peer.WriteFrames(txStart(9, 3, -1, "in"), txChunk(3, 0, "early"))
@@ -94,7 +94,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		peer.WantFrame("TX_CANCEL", txCancel(end.first+3, 1000))
 		want("a stream makes way", 1)
 		session.SetSendOnly(true)
-		want("all of them are refused", 256)
+		want("all of them are rejected", 256)
 		session.SetSendOnly(false)
 		peer.Skip()
 
@@ -116,7 +116,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		peer.Ack(text)
 		send.wantSuccess(t)
 		require.NoError(t, m.Ack())
-		want("a chunk and a message without capacity: one line, one refusal", 2)
+		want("a chunk and a message without capacity: one line, one rejection", 2)
 	})
 }
 

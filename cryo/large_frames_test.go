@@ -45,7 +45,7 @@ func begin(t *testing.T, peer *cryotest.Peer, number uint32) (rest []byte) {
 	return b[large/2:]
 }
 
-// slow is a server with room for as many large messages to come in, each of which
+// slow is a server with capacity for as many incomplete large messages, each of which
 // has come by half, and for one client more.
 func slow(t *testing.T, count int) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte) {
 	t.Helper()
@@ -79,7 +79,7 @@ func begins(t *testing.T, peer *cryotest.Peer, behind ...wire.Frame) <-chan stru
 	return written
 }
 
-// crowded is a server with room for two large messages to come in, and three
+// crowded is a server with capacity for two incomplete large messages, and three
 // clients; the third has begun one that is not read.
 func crowded(t *testing.T) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte, third <-chan struct{}) {
 	t.Helper()
@@ -150,7 +150,7 @@ func TestLargeMessageThatStarvesOthersForAMinuteEndsItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
 		require.Equal(t, 2, trickle(t, clients, sessions, rests, 49*time.Second), "of a minute")
-		require.Equal(t, 1, trickle(t, clients, sessions, rests, cryo.DefaultHeartbeatInterval+time.Second), "one makes room")
+		require.Equal(t, 1, trickle(t, clients, sessions, rests, cryo.DefaultHeartbeatInterval+time.Second), "one ends, and releases its capacity")
 		<-third
 		require.Len(t, receive(t, sessions[2]).Payload, large)
 		require.Equal(t, 1, trickle(t, clients, sessions, rests, time.Hour), "nobody waits for the other")
@@ -159,7 +159,7 @@ func TestLargeMessageThatStarvesOthersForAMinuteEndsItsSession(t *testing.T) {
 				clients[c].Conn().ReadOn()
 				synctest.Wait()
 				clients[c].Skip() // pings
-				clients[c].WantClose("it is told", 4001, cryo.ErrReceiveTimeout.Error())
+				clients[c].WantClose("the close frame with the cause", 4001, cryo.ErrReceiveTimeout.Error())
 			}
 		}
 	})
@@ -181,7 +181,7 @@ func TestShortWaitEndsNoSession(t *testing.T) {
 }
 
 // Those that wait to come in must not all do so when they were let through to wait
-// while there was room for what is whole.
+// while the receive buffer had capacity.
 func TestWaitingLargeMessagesCheckTheBufferAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const count = 8
@@ -217,7 +217,7 @@ func TestAcknowledgementBehindAWaitingLargeMessageIsReadAfterTenSeconds(t *testi
 		require.Less(t, time.Since(begin), rejectAfter+2*time.Second)
 		require.Equal(t, "a small one", string(receive(t, sessions[2]).Payload))
 		clients[2].Conn().ReadOn()
-		clients[2].WantFrame("the refusal", cryotest.Error(102, bufferFull))
+		clients[2].WantFrame("the rejection", cryotest.Error(102, bufferFull))
 	})
 }
 
@@ -382,7 +382,7 @@ func TestFragmentedMessageContinuesBeyondItsSessionsShare(t *testing.T) {
 }
 
 // A session that is ended for its message releases the memory at once, and not when its
-// peer is gone; and it is still told why, behind what was queued.
+// peer is gone; and the close frame with the cause is still sent, behind queued frames.
 func TestEvictedSessionReleasesItsMemoryImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)

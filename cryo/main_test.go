@@ -60,7 +60,7 @@ func serve(t *testing.T, opts cryo.ServerOptions) (*cryo.Server, *cryotest.Liste
 	return server, listener, sessions
 }
 
-// join opens a connection to a server as a raw client that has said nothing yet.
+// join opens a connection to a server as a raw client that has sent nothing yet.
 func join(t *testing.T, l *cryotest.Listener, id uint64) *cryotest.Peer {
 	t.Helper()
 	return cryotest.DialPeer(t, l.Dialer(), memoryURL, token, id)

@@ -18,7 +18,7 @@ import (
 )
 
 // wantProtocolError wants a session to end because of its peer, at once, with
-// an intact goodbye.
+// an intact close handshake.
 func wantProtocolError(t *testing.T, s *cryo.Session, peer *cryotest.Peer, code int, problem string) {
 	t.Helper()
 	const broke = "the peer broke the protocol: "

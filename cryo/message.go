@@ -53,7 +53,7 @@ func (m *Message) Ack() error {
 }
 
 // Reject rejects the message, by an ERROR with its number: it will not be delivered. The text
-// is sent to the peer, cut to 1 KiB, so it must contain no secrets. A message of KindError is
+// is sent to the peer, truncated to 1 KiB, so it must contain no secrets. A message of KindError is
 // not answered. Otherwise Reject is like Ack.
 func (m *Message) Reject(text string) error {
 	if !m.settle() {

@@ -44,7 +44,7 @@ func TestMisbehaviour(t *testing.T) {
 	for _, m := range slices.Concat(malformedFrames(t), brokenWebSocket(), floods(), strangeNumbers(), strangeStreams()) {
 		t.Run(m.does, func(t *testing.T) {
 			if !strings.HasPrefix(m.does, "sends the malformed vector") {
-				require.Contains(t, string(page), "`"+m.does+"`", "what becomes of it is told there")
+				require.Contains(t, string(page), "`"+m.does+"`", "the page describes the effect")
 			}
 			t.Run("dialled", func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {

@@ -141,7 +141,7 @@ func TestAcknowledgementsSurviveUnreadData(t *testing.T) {
 	}
 }
 
-// TestCloseHandshakeSurvivesUnreadData: the same for whoever is sent away.
+// TestCloseHandshakeSurvivesUnreadData: the same for a client that is disconnected.
 func TestCloseHandshakeSurvivesUnreadData(t *testing.T) {
 	target, sessions := serveTCP(t)
 	peer := cryotest.DialPeer(t, websocket.DefaultDialer, target, token, sid)

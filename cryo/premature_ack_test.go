@@ -25,7 +25,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 	for name, c := range map[string]struct {
 		send   func(*testing.T, *cryo.Session, []byte) error
 		answer func(number uint32) wire.Frame
-		says   string
+		want   string
 	}{
 		"ACK of a message": {
 			func(t *testing.T, s *cryo.Session, data []byte) error { return s.SendBinary(t.Context(), data) },
@@ -66,10 +66,10 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 				})
 				synctest.Wait()
 				peer.WriteFrames(c.answer(end.first + 1))
-				says := strings.ReplaceAll(c.says, "%d", fmt.Sprint(end.first+1))
+				want := strings.ReplaceAll(c.want, "%d", fmt.Sprint(end.first+1))
 				synctest.Wait()
 				sending.wantBlocked(t)
-				require.EqualError(t, s.Err(), "session ended: the peer broke the protocol: "+says)
+				require.EqualError(t, s.Err(), "session ended: the peer broke the protocol: "+want)
 
 				peer.Conn().ReadOn()
 				peer.WantType("the large message", wire.Binary)
@@ -77,7 +77,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 					e, err := peer.Try("what was queued, and the end")
 					if err != nil {
 						require.ErrorContains(t, err, "close 4001")
-						require.ErrorContains(t, err, says)
+						require.ErrorContains(t, err, want)
 						break
 					}
 					require.NotContains(t, string(e.Payload), "ANOTHER")
@@ -87,7 +87,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 					err := sending.result(t)
 					_, ok := errors.AsType[*cryo.ProtocolError](err)
 					require.True(t, ok, "%v", err)
-					require.ErrorContains(t, err, says)
+					require.ErrorContains(t, err, want)
 				}
 			})
 		})

@@ -73,7 +73,7 @@ func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, erro
 
 // SetSendOnly makes a session one that only sends, or one that receives again. While
 // it only sends, messages in its queue and those that come are rejected with an ERROR, and
-// streams that nobody has accepted and new ones with TX_CANCEL; see
+// streams that are not accepted and new ones with TX_CANCEL; see
 // [SessionOptions.SendOnly].
 func (s *Session) SetSendOnly(on bool) {
 	s.sendOnly.Store(on)

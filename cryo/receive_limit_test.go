@@ -91,7 +91,7 @@ func TestNothingIsHeldAfterTheLastSettle(t *testing.T) {
 			_, err := io.CopyN(io.Discard, st, 140_001)
 			require.NoError(t, err)
 		},
-		"begins to refuse": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
+		"begins to reject": func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream) {
 			s.SetSendOnly(true)
 			require.NoError(t, st.Close())
 		},
@@ -234,7 +234,7 @@ func TestUnwantedChunksNeedNoCapacity(t *testing.T) {
 // unknownTx is the number of no stream.
 const unknownTx = 4711
 
-// What a frame's header tells is told before its payload has come.
+// An error in a header is reported before the payload is received.
 func TestAHeaderThatBreaksTheProtocolEndsTheSessionBeforeThePayloadComes(t *testing.T) {
 	for problem, f := range map[string]wire.Frame{
 		"BINARYDATA frame for the foreign session 7":                                               {SID: 7, Type: wire.Binary, Payload: make([]byte, large)},

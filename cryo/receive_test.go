@@ -130,7 +130,7 @@ func TestAckRejectAndAckBatchOnTheWire(t *testing.T) {
 		require.NoError(t, batch[1].Ack())
 		peer.WantFrame("the acknowledgement of b", cryotest.Acked(11))
 		require.NoError(t, batch[3].Reject("disk full"))
-		peer.WantFrame("the refusal of d", cryotest.Error(13, "disk full"))
+		peer.WantFrame("the rejection of d", cryotest.Error(13, "disk full"))
 		require.NoError(t, cryo.AckBatch([]*cryo.Message{batch[2], batch[1], batch[0], batch[3]}))
 		peer.WantFrame("the acknowledgement of c", cryotest.Acked(12))
 		peer.WantFrame("the acknowledgement of a", cryotest.Acked(10))
@@ -343,7 +343,7 @@ func TestReceiverOwnsThePayloads(t *testing.T) {
 			for i, size := range sizes {
 				peer.WriteFrames(cryotest.Binary(0, strings.Repeat(string(rune('a'+round*len(sizes)+i)), size)))
 				m := receive(t, s)
-				m.Payload = append(m.Payload, "?"...) // has no room behind it that another uses
+				m.Payload = append(m.Payload, "?"...) // has no capacity behind it that another uses
 				kept = append(kept, m)
 			}
 		}

@@ -426,14 +426,14 @@ func TestAClientObeysRetryAfter(t *testing.T) {
 		answer  string
 		atLeast time.Duration
 	}{
-		"seconds, full":            {denied(503, "full", "Retry-After: 7"), 7 * time.Second},
-		"seconds, too many":        {denied(429, "too many", "retry-after: 60"), time.Minute},
-		"seconds, a refused token": {denied(401, "wrong", "Retry-After: 3"), 3 * time.Second},
-		"seconds, a ghost":         {denied(401, "session already exists", "Retry-After: 3"), 3 * time.Second},
-		"a date":                   {denied(503, "full", "Retry-After: Sat, 01 Jan 2000 00:00:20 GMT"), 20 * time.Second},
-		"less than the first wait": {denied(503, "full", "Retry-After: Sat, 01 Jan 2000 00:00:01 GMT"), time.Second},
-		"absurdly long":            {denied(503, "full", "Retry-After: 99999999999999999999999"), 5 * time.Minute},
-		"an absurd date":           {denied(503, "full", "Retry-After: Fri, 31 Dec 9999 23:59:59 GMT"), 5 * time.Minute},
+		"seconds, full":                {denied(503, "full", "Retry-After: 7"), 7 * time.Second},
+		"seconds, too many":            {denied(429, "too many", "retry-after: 60"), time.Minute},
+		"seconds, a rejected token":    {denied(401, "wrong", "Retry-After: 3"), 3 * time.Second},
+		"seconds, an existing session": {denied(401, "session already exists", "Retry-After: 3"), 3 * time.Second},
+		"a date":                       {denied(503, "full", "Retry-After: Sat, 01 Jan 2000 00:00:20 GMT"), 20 * time.Second},
+		"less than the first wait":     {denied(503, "full", "Retry-After: Sat, 01 Jan 2000 00:00:01 GMT"), time.Second},
+		"absurdly long":                {denied(503, "full", "Retry-After: 99999999999999999999999"), 5 * time.Minute},
+		"an absurd date":               {denied(503, "full", "Retry-After: Fri, 31 Dec 9999 23:59:59 GMT"), 5 * time.Minute},
 	} {
 		t.Run(name, func(t *testing.T) {
 			withPeers(t, cryo.ClientOptions{}, func(t *testing.T, client *cryo.Client, g *gate, server *cryotest.Server) {
@@ -614,7 +614,7 @@ func TestConnectWaitsUntilTheLastSessionIsOver(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		_, peer := connectClient(t, c, g, server)
 		time.Sleep(time.Second)
-		// A server that says BYE and doesn't close, as cryo-server at times.
+		// A server that sends BYE and doesn't close, as cryo-server at times.
 		peer.WriteFrames(cryotest.Bye(1, "bye"))
 		synctest.Wait()
 		require.Nil(t, c.Session())
@@ -692,7 +692,7 @@ func TestFailedAttemptsOfAwaitAreLogged(t *testing.T) {
 		awaiting.wantSuccess(t)
 		peer.Ack(wantTexts(t, peer, "m")...)
 		sending.wantSuccess(t)
-		require.Len(t, lines.all(), 3, "one an attempt, whoever waits for it")
+		require.Len(t, lines.all(), 3, "one an attempt, however many wait for it")
 		for _, line := range lines.all() {
 			require.Contains(t, line, `level=WARN msg="Connecting failed, retrying (at most one such line a second)" error="dialling ws://cryo.test/path: the server answered the upgrade with 401 Unauthorized: wrong (next attempt after 30s)"`)
 		}

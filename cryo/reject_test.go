@@ -52,15 +52,15 @@ func TestASessionThatOnlySendsRejectsMessages(t *testing.T) {
 	opts := cryo.SessionOptions{SendOnly: true, Logger: slog.New(lines.handler())}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(3, "hello"), cryotest.Binary(4, "hello"))
-		peer.WantFrame("a refusal", cryotest.Error(3, "this session receives no messages"))
-		peer.WantFrame("a refusal", cryotest.Error(4, "this session receives no messages"))
+		peer.WantFrame("a rejection", cryotest.Error(3, "this session receives no messages"))
+		peer.WantFrame("a rejection", cryotest.Error(4, "this session receives no messages"))
 
 		lines.reset()
 		for range 5 {
 			peer.WriteFrames(cryotest.Error(5, "out of paper "+strings.Repeat("!", 5000)))
 		}
-		peer.WantIdle("neither refusal nor acknowledgement of an error", instant)
-		require.Equal(t, 1, strings.Count(lines.text(), "out of paper"), "told once a second")
+		peer.WantIdle("neither rejection nor acknowledgement of an error", instant)
+		require.Equal(t, 1, strings.Count(lines.text(), "out of paper"), "logged once a second")
 		require.Less(t, len(lines.text()), 2000, "and not at length")
 
 		send := start(func() error { return s.SendText(t.Context(), "still sends") })
@@ -75,10 +75,10 @@ func TestASessionCanStopAndBeginReceiving(t *testing.T) {
 		taken := receive(t, s)
 		synctest.Wait()
 		s.SetSendOnly(true)
-		peer.WantFrame("a refusal of what waits", cryotest.Error(2, "this session receives no messages"))
-		peer.WantFrame("a refusal of what waits", cryotest.Error(3, "this session receives no messages"))
-		peer.WriteFrames(cryotest.Text(4, "refused"))
-		peer.WantFrame("a refusal of what comes", cryotest.Error(4, "this session receives no messages"))
+		peer.WantFrame("a rejection of what waits", cryotest.Error(2, "this session receives no messages"))
+		peer.WantFrame("a rejection of what waits", cryotest.Error(3, "this session receives no messages"))
+		peer.WriteFrames(cryotest.Text(4, "rejected"))
+		peer.WantFrame("a rejection of what comes", cryotest.Error(4, "this session receives no messages"))
 		require.NoError(t, taken.Ack())
 		peer.WantFrame("the acknowledgement of what was taken", cryotest.Acked(1))
 

@@ -49,8 +49,8 @@ func wantNoSecret(t *testing.T, err error, secret string) {
 func TestNoErrorRepeatsTheToken(t *testing.T) {
 	const upgraded = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 	answers := map[string]string{
-		"in a refusal":           "HTTP/1.1 401 Unauthorized\r\n\r\n<p>The token «%s» is wrong.</p>",
-		"twice in a refusal":     "HTTP/1.1 403 Forbidden\r\n\r\n%[1]s and %[1]s",
+		"in a denial":            "HTTP/1.1 401 Unauthorized\r\n\r\n<p>The token «%s» is wrong.</p>",
+		"twice in a denial":      "HTTP/1.1 403 Forbidden\r\n\r\n%[1]s and %[1]s",
 		"in the status":          "HTTP/1.1 401 %s\r\n\r\n",
 		"for the status":         "HTTP/1.1 %s\r\n\r\n",
 		"for the answer":         "%s\r\n\r\n",

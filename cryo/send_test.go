@@ -52,7 +52,7 @@ func TestRejectedSendFailsAndTheErrorIsNotAcknowledged(t *testing.T) {
 		peer.WantFrame("the text", cryotest.Text(end.first, "no"))
 		peer.WriteFrames(cryotest.Error(end.first, "disk full\x00\x00"))
 		require.Equal(t, &cryo.RejectedError{Text: "disk full"}, send.result(t))
-		peer.WantIdle("no acknowledgement of a refusal", instant)
+		peer.WantIdle("no acknowledgement of a rejection", instant)
 		require.NoError(t, s.Err())
 	})
 }
@@ -127,7 +127,7 @@ func TestLateRejectionIsNeitherAcknowledgedNorReceived(t *testing.T) {
 		peer.WantFrame("the text", cryotest.Text(end.first, "first"))
 		peer.WriteFrames(cryotest.Error(end.first, "too late"), cryotest.Text(9, "next"))
 		require.Equal(t, "next", string(receive(t, s).Payload))
-		peer.WantIdle("no acknowledgement of a refusal", instant)
+		peer.WantIdle("no acknowledgement of a rejection", instant)
 	})
 }
 

@@ -58,7 +58,7 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 	good := "authorization=" + url.QueryEscape("Bearer "+token)
 	const (
 		missing = "The parameter authorization with a Bearer token is missing."
-		refused = "The token was rejected."
+		denied  = "The token was rejected."
 		badID   = "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."
 	)
 	for name, c := range map[string]struct {
@@ -70,9 +70,9 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 		"no upgrade":                     {good, http.Header{}, 426, "This is a Cryo server: connect with a Cryo client, over WebSocket."},
 		"no token":                       {"x-cryo-sid=1", upgrade(), 401, missing},
 		"no Bearer":                      {"authorization=Basic+abc&x-cryo-sid=1", upgrade(), 401, missing},
-		"another token":                  {"authorization=Bearer+wrong&x-cryo-sid=1", upgrade(), 401, refused},
-		"an empty token":                 {"authorization=Bearer&x-cryo-sid=1", upgrade(), 401, refused},
-		"another token and no id":        {"authorization=Bearer+wrong", upgrade(), 401, refused},
+		"another token":                  {"authorization=Bearer+wrong&x-cryo-sid=1", upgrade(), 401, denied},
+		"an empty token":                 {"authorization=Bearer&x-cryo-sid=1", upgrade(), 401, denied},
+		"another token and no id":        {"authorization=Bearer+wrong", upgrade(), 401, denied},
 		"no id":                          {good, upgrade(), 401, badID},
 		"a negative id":                  {good + "&x-cryo-sid=-1", upgrade(), 401, badID},
 		"a signed id":                    {good + "&x-cryo-sid=%2B1", upgrade(), 401, badID},
@@ -80,7 +80,7 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 		"an id of 65 bits":               {good + "&x-cryo-sid=18446744073709551616", upgrade(), 401, badID},
 		"a query that can't be read":     {good + "&x-cryo-sid=1;a=b", upgrade(), 400, "The URL's query is malformed."},
 		"an origin that is not allowed":  {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 403, "This origin is not allowed."},
-		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 401, refused},
+		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 401, denied},
 		"an origin that is allowed":      {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://good.test"), 101, ""},
 		"the largest id, and compressed": {good + "&x-cryo-sid=18446744073709551615", with(upgrade(), "Sec-Websocket-Extensions", "permessage-deflate"), 101, ""},
 		"a token without the space":      {"authorization=" + url.QueryEscape("Bearer"+token) + "&x-cryo-sid=0&more=1", upgrade(), 101, ""},
@@ -301,7 +301,7 @@ func TestAuthorizeErrorIsLoggedWithoutTheTokenAndNotSent(t *testing.T) {
 			_, _, body := knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
 			require.Equal(t, "The token was rejected.", body)
 		}
-		require.Equal(t, 1, strings.Count(lines.text(), "no such tenant for [token]"), "told once a second: %s", lines.text())
+		require.Equal(t, 1, strings.Count(lines.text(), "no such tenant for [token]"), "logged once a second: %s", lines.text())
 		require.NotContains(t, lines.text(), "s3cret")
 		time.Sleep(time.Second)
 		knock(t, l, "x-cryo-sid=1&authorization=Bearer+s3cret", upgrade())
@@ -414,21 +414,21 @@ func TestReturningClientTakesOverItsSession(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: 1})
 		old := join(t, l, sid)
 		old.ClientHandshake()
-		ghost := next(t, sessions)
-		waiting := start(func() error { return ghost.SendText(t.Context(), "lost") })
+		lost := next(t, sessions)
+		waiting := start(func() error { return lost.SendText(t.Context(), "lost") })
 		old.WantType("the text", wire.UTF8)
 		old.Conn().StopReading() // its network is gone
 
-		peer := join(t, l, sid) // full or not, there is a place for it
+		peer := join(t, l, sid) // a full server has a slot for it too
 		require.ErrorIs(t, waiting.result(t), cryo.ErrTakenOver)
-		wantEnded(t, ghost)
-		require.ErrorIs(t, ghost.Err(), net.ErrClosed)
+		wantEnded(t, lost)
+		require.ErrorIs(t, lost.Err(), net.ErrClosed)
 		_, known := server.Session(sid)
-		require.False(t, known, "neither the ghost, nor one in its handshake")
+		require.False(t, known, "neither the old session, nor one in its handshake")
 
 		peer.ClientHandshake()
 		s := next(t, sessions)
-		require.NotSame(t, ghost, s)
+		require.NotSame(t, lost, s)
 		found, known := server.Session(sid)
 		require.True(t, known)
 		require.Same(t, s, found)
@@ -467,37 +467,37 @@ func TestSessionsOfAnAddressAreLimited(t *testing.T) {
 			t.Cleanup(func() { cut(s) })
 			return s
 		}
-		refused := func(address string, id uint64) {
+		denied := func(address string, id uint64) {
 			t.Helper()
 			_, err := from(address, id)
 			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 429 Too Many Requests: This address has reached its limit of sessions.")
 		}
 		first := welcome("192.0.2.1:1", 1)
 		welcome("192.0.2.1:2", 2)
-		refused("192.0.2.1:3", 3)
-		refused("192.0.2.1", 3)
-		refused("[::ffff:192.0.2.1]:3", 3)
+		denied("192.0.2.1:3", 3)
+		denied("192.0.2.1", 3)
+		denied("[::ffff:192.0.2.1]:3", 3)
 		welcome("192.0.2.2:1", 3)
 		welcome("192.0.2.1:4", 2) // takes its own over: none more
-		refused("192.0.2.1:5", 4)
+		denied("192.0.2.1:5", 4)
 		cut(first)
 		synctest.Wait()
 		welcome("192.0.2.1:5", 4)
 		welcome("192.0.2.3:1", 4) // from elsewhere: its old place is free
 		welcome("192.0.2.1:6", 5)
-		refused("192.0.2.1:7", 4) // and can't come back while it is full
+		denied("192.0.2.1:7", 4) // and can't come back while it is full
 
 		welcome("[2001:db8::1]:1", 11)
 		welcome("[2001:db8::2]:1", 12)
-		refused("[2001:db8::3:4]:1", 13)
-		refused("2001:db8::5", 13)
-		refused("[2001:db8::5]", 13)
+		denied("[2001:db8::3:4]:1", 13)
+		denied("2001:db8::5", 13)
+		denied("[2001:db8::5]", 13)
 		welcome("[2001:db8:0:2::1]", 13)
 		welcome("[2001:db8:0:1::1]:1", 14)
 
 		welcome("nonsense", 21)
 		welcome("more nonsense", 22)
-		refused("whatever", 23)
+		denied("whatever", 23)
 		require.NoError(t, server.Shutdown(t.Context()))
 	})
 }
@@ -541,15 +541,15 @@ func TestDenyingALongTokenIsCheap(t *testing.T) {
 		server := newServer(t, cryo.ServerOptions{Authorize: cryo.Tokens(token)})
 		r := httptest.NewRequest(http.MethodGet, "/?authorization=Bearer+"+strings.Repeat("word+", 100_000), http.NoBody)
 		r.Header = upgrade()
-		refuse := func() {
+		deny := func() {
 			w := httptest.NewRecorder()
 			server.ServeHTTP(w, r)
 			require.Equal(t, 401, w.Code)
 		}
-		refuse() // it is logged
+		deny() // it is logged
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		refuse()
+		deny()
 		runtime.ReadMemStats(&after)
 		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(5<<20))
 	})

@@ -124,7 +124,7 @@ func (o SessionOptions) withDefaults() SessionOptions {
 }
 
 // Session is one Cryo connection, from its handshake to its end; a client that
-// reconnects gets a new one, with the same id if it wants. All methods may be
+// reconnects gets a new one, optionally with the same id. All methods may be
 // called from any goroutine.
 //
 // A session has one goroutine that reads, and one that writes while there is
@@ -254,7 +254,7 @@ func (s *Session) Stats() Stats {
 }
 
 // Close ends the session: streams that are coming in are cancelled, queued
-// acknowledgements are written, BYE carries the reason (cut to 123 bytes), and the
+// acknowledgements are written, BYE carries the reason (truncated to 123 bytes), and the
 // WebSocket is closed with code 4000. Data that still arrives is discarded until the peer
 // closes too. CloseTimeout and the context bound all of it; then the connection is
 // closed. Close returns when the session's goroutines are gone, and may be

@@ -133,7 +133,7 @@ func ExampleSession_SetSendOnly() {
 	// rejected by the peer: "this session receives no messages"
 }
 
-// Redact takes the token out of what a peer says, for a log.
+// Redact removes the token from a text of the peer, for a log.
 func ExampleSession_Redact() {
 	server := taker()
 	defer server.Close()

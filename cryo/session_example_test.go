@@ -282,7 +282,7 @@ func ExampleSessionOptions() {
 	// 1 0
 }
 
-// A goodbye: what is queued is written, and the peer learns the reason.
+// A close handshake: queued frames are written, and the peer receives the reason.
 func ExampleSession_Close() {
 	server := taker()
 	defer server.Close()

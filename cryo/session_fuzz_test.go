@@ -28,7 +28,7 @@ const (
 	fuzzSteps
 )
 
-// FuzzSession plays a peer that says anything: the session serves it or ends,
+// FuzzSession plays a peer that sends anything: the session serves it or ends,
 // in good time and with an error of its own, and nothing panics or hangs.
 func FuzzSession(f *testing.F) {
 	add := func(script []byte) {
@@ -90,7 +90,7 @@ func FuzzSession(f *testing.F) {
 	})
 }
 
-// play does what the script says, until that fails.
+// play executes the script until a step fails.
 func play(peer *cryotest.Peer, script []byte) {
 	for len(script) >= 2 {
 		step, n := script[0]%fuzzSteps, min(int(script[1]), len(script)-2)

@@ -67,10 +67,10 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		defer l.release()
 		cryotest.ServeOn(t, l, server)
 		join(t, l.Listener, sid).ClientHandshake()
-		ghost := next(t, sessions)
+		old := next(t, sessions)
 		peer := join(t, l.Listener, sid)
 		peer.ClientHandshake()
-		<-ghost.Context().Done()
+		<-old.Context().Done()
 
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		peer.WantType("BYE", wire.Bye)
@@ -78,7 +78,7 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		shutdown.wantBlocked(t)
 		l.release()
 		shutdown.wantSuccess(t)
-		wantEnded(t, ghost)
+		wantEnded(t, old)
 	})
 }
 

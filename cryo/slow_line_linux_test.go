@@ -132,7 +132,7 @@ func dialOver(t *testing.T, e *endpoint, l *line, opts cryo.SessionOptions) *cry
 }
 
 // slowEnds opens a session whose data goes over a line. The other end acknowledges so many
-// messages when all of them have come, and says nothing by itself.
+// messages when all of them have come, and sends nothing by itself.
 var slowEnds = map[string]func(t *testing.T, l *line, secure bool) (s *cryo.Session, acknowledge func(t *testing.T, n int)){
 	"to a raw client": func(t *testing.T, l *line, secure bool) (*cryo.Session, func(*testing.T, int)) {
 		e, sessions := serveSessions(t, cryo.SessionOptions{HeartbeatInterval: slowHeartbeat}, secure)

@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Of two that acknowledge a stream at the same time, neither is told that it is
+// Of two that acknowledge a stream at the same time, neither returns that it is
 // acknowledged when nobody is any more.
 func TestConcurrentAcksAfterTheEndReturnTheCause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -223,7 +223,7 @@ func TestAStreamMayHaveAnIdleTimeoutOfItsOwn(t *testing.T) {
 				st.SetIdleTimeout(c.set)
 				read := start(func() error { return wantRest(t, st, "") })
 				peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
-				peer.WantIdle("silence", c.want-instant)
+				peer.WantIdle("no TX_CANCEL yet", c.want-instant)
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 0))
 				require.ErrorIs(t, read.result(t), cryo.ErrStreamIdle)
 			})
@@ -260,7 +260,7 @@ func TestStreamIsNotIdleWhileItsBytesAreUnread(t *testing.T) {
 		release := s.Reserve(100_000)
 		stopReading(peer)
 		time.Sleep(time.Hour + time.Second)
-		peer.Skip() // a dialling end says that it is alive
+		peer.Skip() // keepalives of a dialling end
 		release()
 		readsOn(t, s, peer)
 		peer.WantIdle("time begins when reading goes on", 10*time.Second-instant)
@@ -278,7 +278,7 @@ func TestStreamIsNotIdleWhileItsBytesAreUnread(t *testing.T) {
 	})
 }
 
-// A pause that ends just before the time-out must not look like silence.
+// A pause that ends just before the time-out must not count as idle.
 func TestPauseOfReadsDoesNotCountAsIdle(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
@@ -317,7 +317,7 @@ func TestIdlePulledStreamIsCancelled(t *testing.T) {
 		p.wantFetch(1, 2)
 		require.NoError(t, s.Err())
 		wantBytes(t, p.st, "abc")
-		p.WantIdle("silence", cryo.DefaultStreamIdleTimeout-instant)
+		p.WantIdle("no TX_CANCEL yet", cryo.DefaultStreamIdleTimeout-instant)
 		p.wantCancel()
 		require.ErrorIs(t, wantRest(t, p.st, ""), cryo.ErrStreamIdle)
 	})

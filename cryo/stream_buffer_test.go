@@ -66,7 +66,7 @@ func TestSettledStreamReleasesItsCapacity(t *testing.T) {
 			synctest.Wait()
 			require.NoError(t, st.Close())
 		},
-		"silent, Close": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
+		"idle, Close": func(t *testing.T, _ *cryotest.Peer, st *cryo.IncomingStream) {
 			wantBytes(t, st, "abcdef")
 			time.Sleep(cryo.DefaultStreamIdleTimeout)
 			require.ErrorIs(t, wantRest(t, st, ""), cryo.ErrStreamIdle)

@@ -216,7 +216,7 @@ func ExampleIncomingStream_Close() {
 	// true
 }
 
-// A stream without Finish is not delivered, and Close says so.
+// A stream without Finish is not delivered, and Close returns an error.
 func ExampleOutgoingStream_Close() {
 	server := receiver(func(context.Context, *cryo.Session) {})
 	defer server.Close()

@@ -159,7 +159,7 @@ func startFuzzed(t *testing.T, s *cryo.Session, pull bool) *fuzzed {
 	return app
 }
 
-// take does with a stream what its number says.
+// take handles a stream as its number selects.
 func take(st *cryo.IncomingStream) {
 	switch st.Tx() % 4 {
 	case 0:

@@ -195,7 +195,7 @@ func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) 
 			peer.WriteFrames(txStart(3, 5, -1, ""))
 			require.NoError(t, acceptStream(t, s).Close())
 		},
-		"refused": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+		"rejected by SetSendOnly": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			s.SetSendOnly(true)
 			peer.WriteFrames(txStart(3, 5, -1, ""))
 		},

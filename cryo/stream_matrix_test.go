@@ -105,7 +105,7 @@ func (m *matrix) cutShort(t *testing.T, st *cryo.IncomingStream, read int) error
 	return err
 }
 
-// serves wants the session to be good for another stream, with all its room.
+// serves wants the session to be good for another stream, with its full capacity.
 func (m *matrix) serves(t *testing.T) {
 	t.Helper()
 	data := m.data[:100_000]

@@ -242,21 +242,21 @@ func (endless) Read(p []byte) (int, error) {
 
 func TestErrorForAStepRejectsTheStream(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
-		refused := &cryo.RejectedError{Text: "no streams here"}
+		rejected := &cryo.RejectedError{Text: "no streams here"}
 		open := start(func() error {
 			_, err := s.OpenStream(t.Context(), nil)
 			return err
 		})
 		f := peer.WantType("TX_START", wire.TxStart)
-		peer.WriteFrames(cryotest.Error(f.Ack, refused.Text))
-		require.ErrorAs(t, open.result(t), &refused)
+		peer.WriteFrames(cryotest.Error(f.Ack, rejected.Text))
+		require.ErrorAs(t, open.result(t), &rejected)
 
 		st, _ := opening(t, s, peer, nil)
 		finish := start(st.Finish)
 		f = peer.WantType("TX_FINISH", wire.TxFinish)
-		peer.WriteFrames(cryotest.Error(f.Ack, refused.Text))
-		require.ErrorAs(t, finish.result(t), &refused)
-		peer.WantIdle("a refusal is never acknowledged", instant)
+		peer.WriteFrames(cryotest.Error(f.Ack, rejected.Text))
+		require.ErrorAs(t, finish.result(t), &rejected)
+		peer.WantIdle("a rejection is never acknowledged", instant)
 	})
 }
 
@@ -341,7 +341,7 @@ func TestAbandonedStreamSendsNothingMore(t *testing.T) {
 		_, err = finished.ReadFrom(bytes.NewReader([]byte("x")))
 		require.ErrorIs(t, err, cryo.ErrStreamClosed)
 		require.NoError(t, finished.Close())
-		require.Equal(t, uint32(3), tx, "a stream whose context had ended took a number, and said nothing")
+		require.Equal(t, uint32(3), tx, "a stream whose context had ended used a number, and sent nothing")
 	})
 }
 
@@ -391,7 +391,7 @@ var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, fun
 		peer.WantType("TX_START", wire.TxStart)
 		return step
 	},
-	"room": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
+	"window": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, send func(io.Reader) error) *call {
 		step := start(func() error { return send(endless{}) })
 		f := peer.WantType("TX_START", wire.TxStart)
 		peer.Conn().StopReading()
@@ -412,7 +412,7 @@ var streamSteps = map[string]func(*testing.T, *cryo.Session, *cryotest.Peer, fun
 	},
 }
 
-// setFlow has a peer say how it wants streams.
+// setFlow sends the TX_FLOW of a peer.
 func setFlow(peer *cryotest.Peer, flow wire.Flow) {
 	peer.WriteFrames(txFlow(99, flow))
 	peer.WantFrame("TX_FLOW acknowledged", cryotest.Acked(99))

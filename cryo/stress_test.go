@@ -125,7 +125,7 @@ type storm struct {
 
 // stormSummary counts what has become of messages and streams.
 type stormSummary struct {
-	acknowledged, rejected, lost int // messages, as their senders are told
+	acknowledged, rejected, lost int // messages, as reported to their senders
 	streams, streamsLost         int // likewise
 	cutShort                     int // streams, at their receivers
 }
@@ -147,7 +147,7 @@ type fate struct {
 	acknowledged bool // by its receiver
 }
 
-// tinyKind are messages without a name: there is no room for one.
+// tinyKind are messages without a name: they are too small for one.
 type tinyKind struct {
 	to   *cryo.Session
 	size int
@@ -298,7 +298,7 @@ func size(r *rand.Rand) int {
 	}
 }
 
-// payload makes one that says who it is, and notes it.
+// payload makes and records a payload that identifies itself.
 func (s *storm) payload(r *rand.Rand) (id uint64, payload []byte) {
 	n := size(r)
 	if n < stormHead {
@@ -316,7 +316,7 @@ func (s *storm) payload(r *rand.Rand) (id uint64, payload []byte) {
 	return id, payload
 }
 
-// check wants a payload to be as it was made, and returns what it says that it is.
+// check compares a payload with the one that was made, and returns its identity.
 func (s *storm) check(payload []byte, when string) *fate {
 	if len(payload) < stormHead {
 		if !bytes.Equal(payload, stormNoise()[:len(payload)]) {
@@ -368,7 +368,7 @@ func (s *storm) sendMessages(r *rand.Rand, from, to *cryo.Session) {
 	}
 }
 
-// sentMessages compares what a sender is told with what the receiver has done, and uses
+// sentMessages compares a sender.s results with the receiver.s actions, and uses
 // the memory again that is the sender's again.
 func (s *storm) sentMessages(to *cryo.Session, ids []uint64, batch []cryo.OutMessage, err error, givenUp bool) {
 	errs := make([]error, len(ids))
@@ -468,7 +468,7 @@ func (s *storm) settle(r *rand.Rand, session *cryo.Session, batch []*cryo.Messag
 	_ = cryo.AckBatch(acknowledge)
 }
 
-// sendStreams sends some whose names say who they are.
+// sendStreams sends streams whose names identify them.
 func (s *storm) sendStreams(r *rand.Rand, from *cryo.Session) {
 	for range 3 {
 		if from.Err() != nil {

@@ -134,7 +134,7 @@ func (x *writerSteps) check(t require.TestingT) {
 	}
 }
 
-// checkOutcome compares what callers are told with what is in the network and with what
+// checkOutcome compares what callers receive with what is in the network and with what
 // the peer has answered. Nothing is sent any more.
 func (x *writerSteps) checkOutcome(t require.TestingT) {
 	arrived := x.arrived(t)

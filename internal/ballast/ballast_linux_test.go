@@ -32,7 +32,7 @@ func use(t *testing.T, b []byte) {
 	require.NotZero(t, resident(t, pages(b)))
 }
 
-// resident tells how many of these pages are.
+// resident returns the number of resident pages.
 func resident(t *testing.T, b []byte) (n int) {
 	t.Helper()
 	vec := make([]byte, len(b)/os.Getpagesize())

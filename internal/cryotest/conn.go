@@ -175,7 +175,7 @@ func (h *half) write(p []byte) (written int, err error) {
 		n := min(len(p), connBuffer-len(h.data))
 		h.data = append(h.data, p[:n]...)
 		written, p = written+n, p[n:]
-		if n > 0 { // or two that wait for room would wake each other for ever
+		if n > 0 { // otherwise two waiting writers would wake each other for ever
 			h.changed.Broadcast()
 		}
 		if len(p) == 0 {

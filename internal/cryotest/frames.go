@@ -4,7 +4,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// EndpointInfo is what every endpoint says first.
+// EndpointInfo is the first frame of every endpoint.
 func EndpointInfo(number uint32) wire.Frame {
 	return wire.Frame{
 		Type: wire.EndpointInfo, Ack: number,

@@ -52,7 +52,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-// Close refuses what is dialled from now on.
+// Close makes later dials fail.
 func (l *Listener) Close() error {
 	l.once.Do(func() { close(l.closed) })
 	return nil

@@ -17,7 +17,7 @@ import (
 // testing/synctest.
 const Patience = 10 * time.Second
 
-// Peer is the other end of a Cryo connection. It says what the test says and
+// Peer is the other end of a Cryo connection. It sends what the test sends and
 // nothing else, but for answers to WebSocket pings, and fails the test when what
 // it wants doesn't come. Reading begins with the first Want, or with Read.
 type Peer struct {

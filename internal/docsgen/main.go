@@ -129,7 +129,7 @@ type spec struct {
 	Children []spec `json:"children"`
 }
 
-// fieldsOf adds to the fields what only the specification says.
+// fieldsOf adds to the fields properties that only the specification has.
 func fieldsOf(config *service.ConfigView, data []service.TemplateDataPluginField) ([]field, error) {
 	raw, err := config.FormatJSON()
 	if err != nil {

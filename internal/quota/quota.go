@@ -128,7 +128,7 @@ type Request struct {
 	share   *Share
 	n       int64
 	granted chan struct{}
-	entry   *list.Element // its place; nil once it is granted or cancelled. Guarded by the quota's mutex
+	entry   *list.Element // position in waiting; nil once it is granted or cancelled. Guarded by the quota's mutex
 }
 
 // Request requests n, which is granted as soon as possible. Cancel must be called for a request

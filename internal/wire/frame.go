@@ -45,7 +45,7 @@ const (
 	TxFinish     Type = 2   // ack u32 · tx u32: the stream is whole ("Streams")
 	TxFlow       Type = 3   // ack u32 · flow u8: how the peer shall send streams from now on ("Streams")
 	TxFetch      Type = 4   // ack u32 · tx u32 · start u32 · end u32: asks for chunks by index, half open ("Streams")
-	TxCancel     Type = 5   // ack u32 · tx u32: the receiver wants no more of the peer's stream ("Streams")
+	TxCancel     Type = 5   // ack u32 · tx u32: the receiver cancels the peer's stream ("Streams")
 	Binary       Type = 249 // ack u32 · bytes: BINARYDATA ("Acknowledgements")
 	UTF8         Type = 250 // ack u32 · text: UTF8DATA ("Acknowledgements")
 	PingPong     Type = 251 // ack u32 · "ping" or "pong" ("Heartbeat")

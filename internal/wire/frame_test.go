@@ -51,7 +51,7 @@ func requireParses(tb testing.TB, want wire.Frame, encoded []byte) {
 	requireFrame(tb, want, got)
 }
 
-func requireParseRefused(tb testing.TB, encoded []byte) *wire.FrameError {
+func requireParseError(tb testing.TB, encoded []byte) *wire.FrameError {
 	tb.Helper()
 	f, err := wire.Parse(encoded)
 	var refusal *wire.FrameError
@@ -60,7 +60,7 @@ func requireParseRefused(tb testing.TB, encoded []byte) *wire.FrameError {
 	return refusal
 }
 
-func requireAppendRefused(tb testing.TB, f wire.Frame) *wire.FrameError {
+func requireAppendError(tb testing.TB, f wire.Frame) *wire.FrameError {
 	tb.Helper()
 	b, err := wire.Append([]byte("in front"), &f)
 	var refusal *wire.FrameError
@@ -115,7 +115,7 @@ func TestMalformedFramesAreHandledAsByTheReference(t *testing.T) {
 				require.NoError(t, err)
 				return
 			}
-			requireParseRefused(t, m.Bytes)
+			requireParseError(t, m.Bytes)
 		})
 	}
 }
@@ -157,7 +157,7 @@ func TestFramesTruncatedBeforeTheirPayloadAreErrors(t *testing.T) {
 			for size := range v.Bytes {
 				encoded := bytes.Clone(v.Bytes[:size]) // what lies behind is out of reach
 				if size < fixed || whole.Type == wire.PingPong {
-					require.Equal(t, size, requireParseRefused(t, encoded).Size)
+					require.Equal(t, size, requireParseError(t, encoded).Size)
 					continue
 				}
 				cut := whole
@@ -194,8 +194,8 @@ func TestThirteenTypesAreKnownAndAllOthersAreErrors(t *testing.T) {
 		require.Contains(t, typ.String(), "unassigned")
 		encoded := make([]byte, 64)
 		encoded[8] = byte(typ)
-		require.Equal(t, typ, requireParseRefused(t, encoded).Type)
-		require.Equal(t, typ, requireAppendRefused(t, sample(typ)).Type)
+		require.Equal(t, typ, requireParseError(t, encoded).Type)
+		require.Equal(t, typ, requireAppendError(t, sample(typ)).Type)
 	}
 }
 
@@ -217,8 +217,8 @@ func TestPayloadsOverMaxPayloadAreErrors(t *testing.T) {
 
 			f.Payload = payload
 			tooLong := l.fixed + limit + 1
-			require.Equal(t, tooLong, requireParseRefused(t, append(encoded, 0)).Size)
-			require.Equal(t, tooLong, requireAppendRefused(t, f).Size)
+			require.Equal(t, tooLong, requireParseError(t, append(encoded, 0)).Size)
+			require.Equal(t, tooLong, requireAppendError(t, f).Size)
 		})
 	}
 }
@@ -231,7 +231,7 @@ func TestTypesWithoutAPayloadAreNotWrittenWithOne(t *testing.T) {
 		t.Run(l.name, func(t *testing.T) {
 			f := sample(l.typ)
 			f.Payload = []byte{0}
-			require.ErrorContains(t, requireAppendRefused(t, f), "malformed "+l.name+" frame")
+			require.ErrorContains(t, requireAppendError(t, f), "malformed "+l.name+" frame")
 		})
 	}
 }
@@ -239,7 +239,7 @@ func TestTypesWithoutAPayloadAreNotWrittenWithOne(t *testing.T) {
 func TestInvalidFramesAreNotEncoded(t *testing.T) {
 	tests := map[string]struct {
 		frame wire.Frame
-		says  string
+		want  string
 	}{
 		"unknown type":     {wire.Frame{Type: 6}, "malformed unassigned type 6 frame of 9 bytes: no such frame type"},
 		"flow 2":           {wire.Frame{Type: wire.TxFlow, Flow: 2}, "malformed TX_FLOW frame of 14 bytes: flow 2 is neither push (0) nor pull (1)"},
@@ -252,7 +252,7 @@ func TestInvalidFramesAreNotEncoded(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			require.EqualError(t, requireAppendRefused(t, test.frame), test.says)
+			require.EqualError(t, requireAppendError(t, test.frame), test.want)
 		})
 	}
 }
@@ -260,7 +260,7 @@ func TestInvalidFramesAreNotEncoded(t *testing.T) {
 func TestFrameErrorsNameTheFrame(t *testing.T) {
 	tests := map[string]struct {
 		encoded string
-		says    string
+		want    string
 	}{
 		"nothing":      {"", "malformed frame of 0 bytes: shorter than session id and type"},
 		"no type":      {"00000000", "malformed frame of 8 bytes: shorter than session id and type"},
@@ -271,7 +271,7 @@ func TestFrameErrorsNameTheFrame(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			require.EqualError(t, requireParseRefused(t, []byte(test.encoded)), test.says)
+			require.EqualError(t, requireParseError(t, []byte(test.encoded)), test.want)
 		})
 	}
 }
@@ -333,7 +333,7 @@ func FuzzParseFrame(f *testing.F) {
 	f.Fuzz(func(t *testing.T, encoded []byte) {
 		parsed, err := wire.Parse(encoded)
 		if err != nil {
-			requireParseRefused(t, encoded)
+			requireParseError(t, encoded)
 			return
 		}
 		again := appendFrame(t, nil, parsed)
@@ -357,7 +357,7 @@ func FuzzFrameRoundTrip(f *testing.F) {
 		}
 		encoded, err := wire.Append(nil, &written)
 		if err != nil {
-			requireAppendRefused(t, written)
+			requireAppendError(t, written)
 			return
 		}
 		requireParses(t, onlyItsFields(written), encoded)

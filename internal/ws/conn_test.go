@@ -54,7 +54,7 @@ func TestHandshakeConsumesNoBytesOfTheFirstMessage(t *testing.T) {
 	require.Equal(t, " frame", string(rest))
 }
 
-// offeredConn gives what has arrived, and tells how much room it was last offered.
+// offeredConn returns received data, and records the size of the last read buffer.
 type offeredConn struct {
 	net.Conn
 	arrived int
@@ -103,28 +103,28 @@ func TestDiscardIncludesTheReadBuffer(t *testing.T) {
 // brokenConn takes some bytes and breaks then.
 type brokenConn struct {
 	net.Conn
-	room int
+	capacity int
 }
 
 var errBroken = errors.New("broken")
 
 func (c *brokenConn) Write(p []byte) (int, error) {
-	n := min(len(p), c.room)
-	if c.room -= n; n < len(p) {
+	n := min(len(p), c.capacity)
+	if c.capacity -= n; n < len(p) {
 		return n, errBroken
 	}
 	return n, nil
 }
 
 func TestWriteInPiecesReturnsItsLength(t *testing.T) {
-	conn := &transport{Conn: &brokenConn{room: GatherBytes + 10}}
+	conn := &transport{Conn: &brokenConn{capacity: GatherBytes + 10}}
 	n, err := conn.Write(make([]byte, 3*GatherBytes))
 	require.Equal(t, errBroken, err)
 	require.Equal(t, GatherBytes+10, n)
 	require.EqualValues(t, n, conn.accepted.Load())
 	require.Zero(t, conn.unaccepted.Load())
 
-	conn = &transport{Conn: &brokenConn{room: 10}}
+	conn = &transport{Conn: &brokenConn{capacity: 10}}
 	b, err := conn.reserve(100)
 	require.NoError(t, err)
 	conn.gathered(append(b, make([]byte, 100)...))
@@ -132,7 +132,7 @@ func TestWriteInPiecesReturnsItsLength(t *testing.T) {
 	require.NoError(t, conn.flush(), "nothing is left to write")
 }
 
-// stuckConn accepts nothing until it is told to.
+// stuckConn accepts nothing until the test allows it.
 type stuckConn struct {
 	net.Conn
 	accept chan struct{}
