@@ -209,7 +209,7 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
 		s.fail(err)
 		<-s.done
-		return nil, fmt.Errorf("Cryo handshake: %w", err)
+		return nil, fmt.Errorf("protocol handshake: %w", err)
 	}
 	s.peerAcked.Store(false) // it was ENDPOINT_INFO
 	return s, nil

@@ -280,7 +280,7 @@ func TestAnUpgradeThatWasNotAskedForIsNotAccepted(t *testing.T) {
 					}).Dial
 					_, err := cryo.Dial(t.Context(), memoryURL, opts)
 					if c.problem == "" {
-						require.ErrorContains(t, err, "dialling ws://cryo.test: Cryo handshake: ")
+						require.ErrorContains(t, err, "dialling ws://cryo.test: protocol handshake: ")
 						return
 					}
 					require.EqualError(t, err, "dialling ws://cryo.test: upgrade: "+c.problem)
@@ -295,7 +295,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := answer(t, func(r *http.Request) string { return informational + upgraded(r, "websocket", "") })
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-		require.ErrorContains(t, err, "dialling ws://cryo.test: Cryo handshake: ")
+		require.ErrorContains(t, err, "dialling ws://cryo.test: protocol handshake: ")
 
 		err = dialAnswer(t, informational+"HTTP/1.1 401 Unauthorized\r\n\r\nSession already exists")
 		require.ErrorIs(t, err, cryo.ErrSessionExists)

@@ -128,7 +128,7 @@ func TestAnotherVersionEndsTheSession(t *testing.T) {
 			peer.WantClose("the end, without BYE", 4001, reason)
 			require.NoError(t, peer.WS.Close())
 			err := dial.result(t)
-			require.EqualError(t, err, "dialling ws://cryo.test: Cryo handshake: session ended: "+reason)
+			require.EqualError(t, err, "dialling ws://cryo.test: protocol handshake: session ended: "+reason)
 			require.ErrorAs(t, err, new(*cryo.ProtocolError))
 		})
 	})
@@ -252,7 +252,7 @@ func TestASessionThatEndsDuringTheHandshakeFailsDial(t *testing.T) {
 		peer, dial := dialling(t, cryo.DialOptions{})
 		peer.WriteClose(4002, "go away")
 		err := dial.result(t)
-		require.EqualError(t, err, `dialling ws://cryo.test: Cryo handshake: session ended: closed by the peer with code 4002: "go away"`)
+		require.EqualError(t, err, `dialling ws://cryo.test: protocol handshake: session ended: closed by the peer with code 4002: "go away"`)
 		require.ErrorIs(t, err, net.ErrClosed)
 	})
 }

@@ -93,9 +93,9 @@ func (t Type) String() string {
 type Flow byte
 
 const (
-	// FlowPush: the sender, once TX_START is acknowledged.
+	// FlowPush selects the sender, once TX_START is acknowledged.
 	FlowPush Flow = 0
-	// FlowPull: the receiver, by TX_FETCH.
+	// FlowPull selects the receiver, by TX_FETCH.
 	FlowPull Flow = 1
 )
 
