@@ -142,7 +142,7 @@ func TestSessionThatDoesNotReadBlocksNoOther(t *testing.T) {
 	})
 }
 
-func TestBatchesTravelInTheOrderOfTheirStart(t *testing.T) {
+func TestBatchesAreSentInTheOrderOfQueue(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		first := s.Queue(texts("a", "b"))
 		second := s.Queue(texts("c"))

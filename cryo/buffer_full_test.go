@@ -21,7 +21,7 @@ const (
 
 // The acknowledgement that our sender waits for is behind a message for which there is no
 // capacity, and the capacity may be waiting for our sender: only reading on can end that.
-func TestAnAcknowledgementBehindAFullReceiveBufferIsReadAfterTenSeconds(t *testing.T) {
+func TestAcknowledgementBehindAFullBufferIsReadAfterTenSeconds(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer) // 1001 waits
 		answer := start(func() error { return s.SendText(t.Context(), "the answer") })
@@ -77,7 +77,7 @@ func TestSenderThatStartsDuringALongPauseIsDetected(t *testing.T) {
 	})
 }
 
-func TestAStreamIsCancelledWhenTheReceiveBufferIsFullAndASenderWaits(t *testing.T) {
+func TestStreamIsCancelledWithAFullBufferAndAWaitingSender(t *testing.T) {
 	atBothEnds(t, bounded(), func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		release := s.Reserve(90_000)

@@ -14,7 +14,7 @@ import (
 
 // What nobody keeps gives its memory back. That must never be the memory of a
 // message that came before it.
-func TestAMessageKeepsItsMemoryWhateverComesBehindIt(t *testing.T) {
+func TestMessageMemoryIsNotReusedByLaterFrames(t *testing.T) {
 	for name, dropped := range map[string][]wire.Frame{
 		"chunks of no stream": {
 			{Type: wire.TxChunk, Tx: 1, Seq: 0, Payload: make([]byte, cryo.DefaultChunkBytes)},
@@ -45,7 +45,7 @@ func TestAMessageKeepsItsMemoryWhateverComesBehindIt(t *testing.T) {
 
 // While the receive buffer is full, a large frame is skipped, and has no memory of its
 // own: the frame before it keeps what it has.
-func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
+func TestMessageMemoryIsNotReusedByADiscardedFrame(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = 2000
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
@@ -68,7 +68,7 @@ func TestAMessageKeepsItsMemoryWhenTheNextOneIsSkipped(t *testing.T) {
 	})
 }
 
-func TestAStreamKeepsItsBytesWhenAMessageBehindThemIsSkipped(t *testing.T) {
+func TestStreamMemoryIsNotReusedByADiscardedMessage(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = 90_000
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {

@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestLateAcknowledgementsAreReportedWithTheirSession(t *testing.T) {
+func TestOnLateAckIsCalledWithTheSession(t *testing.T) {
 	late := 0
 	var of *cryo.Session
 	opts := cryo.SessionOptions{OnLateAck: func(s *cryo.Session) { late, of = late+1, s }}
@@ -46,7 +46,7 @@ func TestLateAcknowledgementsAreReportedWithTheirSession(t *testing.T) {
 	})
 }
 
-func TestWhatASessionRejectsByItselfIsReportedWithTheSession(t *testing.T) {
+func TestOnRejectIsCalledWithTheSession(t *testing.T) {
 	var (
 		rejected []cryo.Kind
 		by       *cryo.Session
@@ -66,7 +66,7 @@ func TestWhatASessionRejectsByItselfIsReportedWithTheSession(t *testing.T) {
 	})
 }
 
-func TestMessagesRejectedBecauseTheReceiveBufferIsFullAreCounted(t *testing.T) {
+func TestOnRejectIsCalledForAFullReceiveBuffer(t *testing.T) {
 	opts := smallBuffer
 	var rejected []cryo.Kind
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { rejected = append(rejected, kind) }

@@ -227,8 +227,8 @@ func TestAConnectionCanBeLost(t *testing.T) {
 	}
 }
 
-// TestAnEndInAllWaysAtOnce is for the race detector.
-func TestAnEndInAllWaysAtOnce(t *testing.T) {
+// TestConcurrentEndsHaveOneCause is for the race detector.
+func TestConcurrentEndsHaveOneCause(t *testing.T) {
 	for range 20 {
 		atBothEnds(t, cryo.SessionOptions{CloseTimeout: time.Second}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 			peer.Read()

@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestEveryWaitThatItsContextEndsMatchesTheContextsErrorAndItsCause(t *testing.T) {
+func TestEveryWaitReturnsItsContextsErrorAndCause(t *testing.T) {
 	cause := errors.New("the application's own reason")
 	messages := []cryo.OutMessage{cryo.Text("x")}
 	for name, wait := range map[string]func(ctx context.Context, s *cryo.Session) error{
@@ -63,7 +63,7 @@ func TestEveryWaitThatItsContextEndsMatchesTheContextsErrorAndItsCause(t *testin
 	}
 }
 
-func TestAStreamsEndByItsContextMatchesTheContextsErrorAndItsCause(t *testing.T) {
+func TestStreamReturnsItsContextsErrorAndCause(t *testing.T) {
 	cause := errors.New("the application's own reason")
 	for name, step := range map[string]func(st *cryo.OutgoingStream) error{
 		"Write": func(st *cryo.OutgoingStream) error {
@@ -98,7 +98,7 @@ func TestAStreamsEndByItsContextMatchesTheContextsErrorAndItsCause(t *testing.T)
 	}
 }
 
-func TestAStreamThatThePeerCancelledDoesNotMatchAnErrorOfAContext(t *testing.T) {
+func TestErrStreamCancelledMatchesNoContextError(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		st, tx := opening(t, s, peer, nil)
 		finish := start(st.Finish)
@@ -110,7 +110,7 @@ func TestAStreamThatThePeerCancelledDoesNotMatchAnErrorOfAContext(t *testing.T) 
 	})
 }
 
-func TestACloseThatItsContextCutsMatchesTheContextsErrorAndItsCause(t *testing.T) {
+func TestCloseReturnsTheContextsErrorAndCause(t *testing.T) {
 	cause := errors.New("the application's own reason")
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, _ *cryotest.Peer) {
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, cause)

@@ -154,7 +154,7 @@ func dialAnswer(t *testing.T, reply string) error {
 	return err
 }
 
-func TestHandshakeErrorDistinguishesAnExistingSessionFromARejectedToken(t *testing.T) {
+func TestHandshakeErrorDistinguishesTheTwoKindsOf401(t *testing.T) {
 	const refused = "HTTP/1.1 401 Unauthorized\r\nContent-Type: text/html\r\n\r\n<html><body><h1>401 Unauthorized</h1><p>Upgrade request for 127.0.0.1:5000 was refused. "
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, refused+"The session already exists.</p></body></html>")
@@ -315,7 +315,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 	})
 }
 
-func TestAServerThatIsNotThereFailsDial(t *testing.T) {
+func TestDialFailsWithoutAServer(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	require.NoError(t, l.Close())

@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestDiscardReleasesWhatClosedSessionsHaveReceived(t *testing.T) {
+func TestDiscardReleasesMessagesOfClosedSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 1 << 20}})
 		for i, n := range []uint32{31, 31, 31, 9, 1} {

@@ -100,7 +100,7 @@ func TestCloseWaitsForStreamsThatWereCancelledJustBefore(t *testing.T) {
 	})
 }
 
-func TestCloseWaitsHalfOfItsTimeoutForACancelThatIsNotAcknowledged(t *testing.T) {
+func TestCloseWaitsHalfItsTimeoutForAnUnansweredCancel(t *testing.T) {
 	opts := quiet
 	opts.CloseTimeout = 4 * time.Second
 	for name, c := range map[string]struct {
@@ -263,7 +263,7 @@ func TestDrainReadsOnWhereReadsWerePaused(t *testing.T) {
 	})
 }
 
-func TestDrainDoesNotWaitForWhatIsDiscarded(t *testing.T) {
+func TestDrainDoesNotWaitForDiscardedMessages(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "nobody takes it"))
 		synctest.Wait()
@@ -325,7 +325,7 @@ func TestDrainReturnsTheCauseWhenTheSessionEndsFirst(t *testing.T) {
 	}
 }
 
-func TestCloseNowCutsTheConnectionWhateverElseEndsTheSession(t *testing.T) {
+func TestCloseNowClosesTheConnectionInEveryState(t *testing.T) {
 	for name, ending := range map[string]func(context.Context, *cryo.Session) error{
 		"nothing": func(context.Context, *cryo.Session) error { return nil },
 		"Close":   func(ctx context.Context, s *cryo.Session) error { return s.Close(ctx, "") },

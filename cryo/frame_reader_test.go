@@ -91,7 +91,7 @@ func TestMemoryIsAllocatedForReceivedBytes(t *testing.T) {
 	}
 }
 
-func TestAFrameThatIsNoDataNeedsLittleMemory(t *testing.T) {
+func TestControlFrameNeedsLittleMemory(t *testing.T) {
 	for _, typ := range []wire.Type{wire.Bye, wire.TxStart, wire.Error} { // an ERROR that is an answer
 		b := recorded(t, wire.Frame{Type: typ, Payload: bytes.Repeat([]byte("x"), wire.MaxPayload)})
 		reader, in := readerOf(tapeOf(append(b, recorded(t, wire.Frame{Type: wire.Ack, Ack: 7})...)), 1), new(received)

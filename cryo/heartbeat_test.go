@@ -78,7 +78,7 @@ func TestAnswersToWebSocketPingsKeepASessionAlive(t *testing.T) {
 	})
 }
 
-func TestABlackHoleIsNoticedWithinThreeIntervals(t *testing.T) {
+func TestBlackHoleIsDetectedWithinThreeIntervals(t *testing.T) {
 	const interval = 10 * time.Second
 	for range 10 {
 		atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: interval}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -140,7 +140,7 @@ func TestAVerySlowLineIsNoPeerTimeout(t *testing.T) {
 	})
 }
 
-func TestAMessageThatComesInSlowlyIsNoPeerTimeout(t *testing.T) {
+func TestSlowlyReceivedMessageIsNoPeerTimeout(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		message := cryotest.Binary(1, string(make([]byte, 500_000)))
 		message.SID = sid
@@ -211,7 +211,7 @@ func TestWhileReadsArePausedThereAreTwoWebSocketPingsAnInterval(t *testing.T) {
 	})
 }
 
-func TestALostConnectionIsNoticedWhileReadsArePaused(t *testing.T) {
+func TestLostConnectionIsDetectedWhileReadsArePaused(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		fill(t, s, peer)
 		time.Sleep(time.Minute + time.Second)

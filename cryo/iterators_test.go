@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestAnIteratorOverMessagesLeavesWhatItHasNotYielded(t *testing.T) {
+func TestMessagesLeavesTheRestInTheQueue(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "first"), cryotest.Text(2, "second"), cryotest.Text(3, "third"))
 		synctest.Wait()
@@ -31,7 +31,7 @@ func TestAnIteratorOverMessagesLeavesWhatItHasNotYielded(t *testing.T) {
 	})
 }
 
-func TestAnIteratorOverMessagesYieldsTheEndOfTheSessionOnceBehindAllMessages(t *testing.T) {
+func TestMessagesYieldsTheEndOnceAfterAllMessages(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "first"), cryotest.Text(2, "second"))
 		synctest.Wait()
@@ -52,7 +52,7 @@ func TestAnIteratorOverMessagesYieldsTheEndOfTheSessionOnceBehindAllMessages(t *
 	})
 }
 
-func TestAnIteratorOverStreamsLeavesWhatItHasNotYielded(t *testing.T) {
+func TestStreamsLeavesTheRestUnaccepted(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 1, -1, "in"), txStart(2, 2, -1, "other"), txStart(3, 3, -1, "in"))
 		synctest.Wait()
@@ -71,7 +71,7 @@ func TestAnIteratorOverStreamsLeavesWhatItHasNotYielded(t *testing.T) {
 	})
 }
 
-func TestAnIteratorThatWaitsYieldsTheErrorThatEndsItOnce(t *testing.T) {
+func TestWaitingIteratorYieldsItsErrorOnce(t *testing.T) {
 	cause := errors.New("the application's own reason")
 	for name, iterate := range map[string]func(ctx context.Context, s *cryo.Session) (errs []error){
 		"messages": func(ctx context.Context, s *cryo.Session) (errs []error) {

@@ -412,7 +412,7 @@ func TestEvictedSessionReleasesItsMemoryImmediately(t *testing.T) {
 }
 
 // Data that comes when the session is ending can't be acknowledged: it gets no memory.
-func TestALargeMessageIsDiscardedWithoutMemoryOnceItsSessionIsEnding(t *testing.T) {
+func TestEndingSessionDiscardsALargeMessageWithoutMemory(t *testing.T) {
 	for name, before := range map[string]int{"begun before": large / 2, "begun after": 0} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

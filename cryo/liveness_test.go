@@ -118,7 +118,7 @@ func (c *livelyClient) read() {
 
 // All that is sent is acknowledged at last where the application acknowledges all that it
 // gets, however small the receive buffer is, and whatever others are sending.
-func TestAllIsAcknowledgedInTheEndHoweverSmallTheReceiveBufferIs(t *testing.T) {
+func TestEverythingIsAcknowledgedWithAnyReceiveBuffer(t *testing.T) {
 	cryo.Poison(true)
 	defer cryo.Poison(false)
 	for _, limit := range []int{1, 100, 64 << 10, 1 << 20} {

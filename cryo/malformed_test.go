@@ -79,7 +79,7 @@ func TestALengthBeyondAllBoundsEndsTheSession(t *testing.T) {
 	})
 }
 
-func TestWhatIsQueuedStillGoesOutWhenThePeerBreaksTheProtocol(t *testing.T) {
+func TestQueueIsWrittenAfterAProtocolError(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "good"), cryotest.Text(2, "good"))
 		peer.Conn().StopReading()

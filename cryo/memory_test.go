@@ -60,7 +60,7 @@ func (c *keptConn) Close() error {
 }
 
 // A broadcast to many sessions that are slow has what is large in memory once.
-func TestWhatIsLargeIsWrittenFromWhereItIs(t *testing.T) {
+func TestLargePayloadIsWrittenWithoutACopy(t *testing.T) {
 	payload := bytes.Repeat([]byte("x"), ws.WriteDirect+ws.GatherBytes)
 	for name, send := range map[string]func(s *Session){
 		"a message": func(s *Session) {

@@ -21,7 +21,7 @@ import (
 // A peer can foresee our numbers. If it answers a frame that it has not got, a send that
 // took that for its answer would return, and its caller use the payload's memory for
 // something else, which the peer would get.
-func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
+func TestPrematureAnswerEndsTheSession(t *testing.T) {
 	for name, c := range map[string]struct {
 		send   func(*testing.T, *cryo.Session, []byte) error
 		answer func(number uint32) wire.Frame
@@ -94,7 +94,7 @@ func TestAnAnswerToAFrameThatWasNotSentEndsTheSession(t *testing.T) {
 	}
 }
 
-func TestAnAcknowledgementOfTheWholeBeforeItsEndWasSentEndsTheSession(t *testing.T) {
+func TestPrematureAckOfTXFinishEndsTheSession(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, tx := opening(t, s, peer, &cryo.StreamOptions{ChunkBytes: 100_000})
 		peer.Conn().StopReading()
@@ -241,7 +241,7 @@ func TestAnswerToAWithdrawnSendIsLate(t *testing.T) {
 
 // Whatever becomes of a stream's chunks, they don't count as waiting to be written any
 // more when it is over.
-func TestNothingOfAStreamWaitsToBeWrittenWhenItIsOver(t *testing.T) {
+func TestEndedStreamHasNoQueuedFrames(t *testing.T) {
 	for name, over := range map[string]func(s *cryo.Session, peer *cryotest.Peer, st *cryo.OutgoingStream){
 		"written":   func(_ *cryo.Session, peer *cryotest.Peer, _ *cryo.OutgoingStream) { peer.Conn().ReadOn() },
 		"abandoned": func(_ *cryo.Session, _ *cryotest.Peer, st *cryo.OutgoingStream) { _ = st.Close() },

@@ -235,7 +235,7 @@ func TestUnwantedChunksNeedNoCapacity(t *testing.T) {
 const unknownTx = 4711
 
 // An error in a header is reported before the payload is received.
-func TestAHeaderThatBreaksTheProtocolEndsTheSessionBeforeThePayloadComes(t *testing.T) {
+func TestInvalidHeaderEndsTheSessionBeforeItsPayload(t *testing.T) {
 	for problem, f := range map[string]wire.Frame{
 		"BINARYDATA frame for the foreign session 7":                                               {SID: 7, Type: wire.Binary, Payload: make([]byte, large)},
 		fmt.Sprintf("malformed unassigned type 9 frame of %d bytes: no such frame type", large+13): {SID: sid, Type: 9},

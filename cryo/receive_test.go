@@ -80,7 +80,7 @@ func TestReceiveWaitsNoLongerThanItsContext(t *testing.T) {
 	})
 }
 
-func TestManyReceiveAtOnce(t *testing.T) {
+func TestConcurrentReceives(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		const messages = 2000
 		var (

@@ -154,7 +154,7 @@ func TestAMessageThatEndsEverySessionFailsAfterTen(t *testing.T) {
 	})
 }
 
-func TestASessionOnWhichAMessageWasNotSentDoesNotCountAgainstIt(t *testing.T) {
+func TestSessionWithoutASendDoesNotCountAsLost(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		sending := sendBy(c, "m")
 		for range 2 {
@@ -251,7 +251,7 @@ func TestClientCloseDoesNotCompleteASend(t *testing.T) {
 }
 
 // Whatever becomes of the connections.
-func TestSendReportsExactlyWhatWasAcknowledgedAndDoesNotRepeatIt(t *testing.T) {
+func TestSendReturnsExactResultsAndRepeatsNoAcknowledgedMessage(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		const senders, each = 10, 20
 		type result struct {

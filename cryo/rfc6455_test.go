@@ -99,7 +99,7 @@ func TestAnswersFollowRFC6455(t *testing.T) {
 }
 
 // RFC 6455, 7.4 and 11.7. gorilla, which the peer is made of, can't read the answer.
-func TestAPeerMayCloseAsABadGateway(t *testing.T) {
+func TestPeerMayCloseWith1014(t *testing.T) {
 	overRealSockets(t, func(t *testing.T, s *cryo.Session, peer rawPeer) {
 		peer.send(t, raw(peer.end, 0x88, closePayload(1014, "")))
 		_, err := peer.Try("the answer")

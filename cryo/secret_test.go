@@ -123,7 +123,7 @@ func TestNoProxysErrorRepeatsTheToken(t *testing.T) {
 	}
 }
 
-func TestAnErrorWithoutTheTokenStaysWhatItIs(t *testing.T) {
+func TestErrorWithoutTheTokenIsUnchanged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := cryotest.Listen()
 		require.NoError(t, l.Close())

@@ -34,7 +34,7 @@ func TestSendReturnsWhenThePeerHasAcknowledged(t *testing.T) {
 	})
 }
 
-func TestNothingIsSentAsNothing(t *testing.T) {
+func TestEmptyMessagesAreSent(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		text := start(func() error { return s.SendText(t.Context(), "") })
 		peer.WantFrame("an empty text", cryotest.Text(end.first, ""))
@@ -160,7 +160,7 @@ func TestSendFailsWithALostConnection(t *testing.T) {
 	})
 }
 
-func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
+func TestBatchIsSentInOrderAndReturnsErrorsByIndex(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		huge := make([]byte, cryo.MaxPayload+1)
 		send := start(func() error {
@@ -201,7 +201,7 @@ func TestABatchIsSentInOrderAndNamesWhatFailed(t *testing.T) {
 	})
 }
 
-func TestABatchWithoutAnyMessageThatCanBeSentFailsAtOnce(t *testing.T) {
+func TestBatchWithoutValidMessagesFailsImmediately(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		require.EqualError(t, s.SendText(t.Context(), "\xff"), "text of 1 bytes is not valid UTF-8: send it as binary")
 		peer.WantIdle("nothing", instant)
@@ -257,7 +257,7 @@ func TestCancelledSendIsNotSent(t *testing.T) {
 	})
 }
 
-func TestManySendAtOnce(t *testing.T) {
+func TestConcurrentSends(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		const senders, each = 20, 50
 		var sending sync.WaitGroup

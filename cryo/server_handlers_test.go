@@ -40,7 +40,7 @@ func serveHandlers(t *testing.T) (*handlers, *cryotest.Listener) {
 	return h, l
 }
 
-func TestOnSessionEndIsCalledOnceWhenOnSessionHasReturnedAndDoneIsClosed(t *testing.T) {
+func TestOnSessionEndIsCalledOnceAfterOnSessionAndDone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h, l := serveHandlers(t)
 		peer := join(t, l, sid)

@@ -155,6 +155,6 @@ func TestShutdownIsBoundedByItsContext(t *testing.T) {
 	})
 }
 
-func TestAServerWithoutSessionsShutsDownAtOnce(t *testing.T) {
+func TestServerWithoutSessionsShutsDownImmediately(t *testing.T) {
 	require.NoError(t, newServer(t, cryo.ServerOptions{}).Shutdown(t.Context()))
 }

@@ -53,7 +53,7 @@ func TestAFailedStreamNoLongerCountsAsOpen(t *testing.T) {
 	}
 }
 
-func TestABrokenStreamIsCancelledOnceWhoeverEndsItFirst(t *testing.T) {
+func TestBrokenStreamIsCancelledOnce(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(200) {
 			st := incoming(t, s, peer, 1, i)
@@ -231,7 +231,7 @@ func TestAStreamMayHaveAnIdleTimeoutOfItsOwn(t *testing.T) {
 	}
 }
 
-func TestEmptyChunksKeepNoStreamOpen(t *testing.T) {
+func TestEmptyChunksDoNotExtendTheIdleTimeout(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	atBothEnds(t, idle, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -333,7 +333,7 @@ func TestStreamWithALongNameIsCancelled(t *testing.T) {
 	})
 }
 
-func TestAnOpenStreamKeepsNoEndedSessionInMemory(t *testing.T) {
+func TestOpenStreamDoesNotRetainAnEndedSession(t *testing.T) {
 	long := quiet
 	long.StreamIdleTimeout = 24 * time.Hour
 	for name, run := range map[string]func(s *cryo.Session, peer *cryotest.Peer) *cryo.IncomingStream{

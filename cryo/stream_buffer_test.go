@@ -166,7 +166,7 @@ func TestTwoHalfReadStreamsDoNotBlockEachOther(t *testing.T) {
 
 // A peer that sends a large frame for nobody and then a small chunk must not
 // make us keep more than is counted.
-func TestASmallChunkDoesNotKeepTheMemoryOfALargeFrame(t *testing.T) {
+func TestSmallChunkDoesNotRetainALargeFrame(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 		st := incoming(t, s, peer, 1, 0)

@@ -59,7 +59,7 @@ func (x *scriptedStream) whole() bool {
 	return !gap && (x.Finish && (sized || x.Announced < 0) || x.Pull && sized && x.Announced > 0)
 }
 
-func TestAStreamReadsToEOFOnlyIfItIsWholeAndOnlyThenIsItsTXFinishAcknowledged(t *testing.T) {
+func TestOnlyACompleteStreamReadsToEOFAndIsAcknowledged(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		x := scriptedStreams.Draw(rt, "stream")
 		synctest.Test(t, func(t *testing.T) { x.run(t) })

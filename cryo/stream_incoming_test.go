@@ -189,7 +189,7 @@ func TestEarlyAckDoesNotSettleAStream(t *testing.T) {
 
 // A stream that is whole by its size is acknowledged with its TX_FINISH, which may come
 // later, or never. Another stream of its number has nothing of that.
-func TestTheNumberOfAStreamThatWasAcknowledgedAcknowledgesNoOther(t *testing.T) {
+func TestReusedStreamNumberIsNotAcknowledgedForTheOldStream(t *testing.T) {
 	for name, another := range map[string]func(t *testing.T, s *cryo.Session, peer *cryotest.Peer){
 		"rejected": func(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 			peer.WriteFrames(txStart(3, 5, -1, ""))
@@ -342,7 +342,7 @@ func TestRepeatedStreamNumberEndsTheSession(t *testing.T) {
 	})
 }
 
-func TestABrokenStreamIsCancelledAfterWhatCame(t *testing.T) {
+func TestBrokenStreamReadsItsBytesBeforeTheError(t *testing.T) {
 	for name, frames := range map[string][]wire.Frame{
 		"a chunk is missing":       {txChunk(5, 2, "x")},
 		"a chunk comes twice":      {txChunk(5, 0, "<")},

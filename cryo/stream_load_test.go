@@ -52,7 +52,7 @@ func TestWriteBlocksWhileThePeerDoesNotRead(t *testing.T) {
 
 // A source that gives single bytes must not have each of them keep a chunk's
 // memory.
-func TestSmallReadsKeepLittleMemory(t *testing.T) {
+func TestSmallReadsRetainLittleMemory(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{ChunkBytes: 1 << 20})
@@ -113,7 +113,7 @@ func TestMessagesAreNotStarvedByStreams(t *testing.T) {
 	})
 }
 
-func TestManyStreamsAndMessagesAtOnceBothWays(t *testing.T) {
+func TestConcurrentStreamsAndMessagesBothWays(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		opts := quiet
 		opts.MaxBufferBytes = 100_000

@@ -165,7 +165,7 @@ func TestACancelNamesTheSendersOwnStream(t *testing.T) {
 	})
 }
 
-func TestWhatComesFirstCountsWhenAStreamIsAcknowledgedAndCancelled(t *testing.T) {
+func TestFirstOfAcknowledgementAndCancelCounts(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 50 {
 			for _, cancelFirst := range []bool{false, true} {

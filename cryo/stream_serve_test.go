@@ -240,7 +240,7 @@ func TestNoStreamIsOpenedForWritingToAPeerThatPulls(t *testing.T) {
 
 // Only where it is known what a source has may its size be announced. Others say that
 // they have nothing, or would have to be believed.
-func TestASourceWhoseSizeIsNotKnownIsOnlyPushed(t *testing.T) {
+func TestSourceOfUnknownSizeIsOnlyPushed(t *testing.T) {
 	open := func(name string) func(*testing.T) (io.Reader, string) {
 		return func(t *testing.T) (io.Reader, string) {
 			want, err := os.ReadFile(name)

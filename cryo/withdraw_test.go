@@ -75,7 +75,7 @@ func TestManyCancelledSendsAreDoneBeforeTheirTurn(t *testing.T) {
 	}
 }
 
-func TestCancelWithdrawsWhatIsNeitherAcknowledgedNorRejected(t *testing.T) {
+func TestCancelWithdrawsUnansweredMessages(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		pending := s.Queue(texts("acknowledged", "rejected", "unanswered"))
 		peer.Ack(peer.WantType("the first", wire.UTF8))
@@ -141,7 +141,7 @@ func TestCancelledSendsAreNotWritten(t *testing.T) {
 	}
 }
 
-func TestThePayloadOfACancelledSendIsNotKeptInTheQueue(t *testing.T) {
+func TestQueueDoesNotRetainACancelledPayload(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		first, _ := blocked(s, peer.Conn(), 10) // more than is withdrawn: the queue is not compacted
 		payload := new([1 << 20]byte)

@@ -76,7 +76,7 @@ func TestRequestsAreGrantedInOrderOfArrival(t *testing.T) {
 	require.Equal(t, []bool{true, true, true, true}, state(), "what was granted is free again")
 }
 
-func TestHolderOverItsShareBlocksNobody(t *testing.T) {
+func TestHolderOverItsShareBlocksNoOther(t *testing.T) {
 	q := quota.New(100, eightTimes)
 	greedy, modest := q.Share(), q.Share()
 	greedy.Force(95)
@@ -261,7 +261,7 @@ func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
 
 // Whatever many do at once, never more is granted than the limit and the last grant, and
 // nothing is left.
-func TestManyHoldersAtOnce(t *testing.T) {
+func TestConcurrentHolders(t *testing.T) {
 	const limit, most = 100, 7
 	q := quota.New(limit, eightTimes)
 	var all sync.WaitGroup

@@ -31,7 +31,7 @@ func (c *interruptedConn) SetReadDeadline(time.Time) error { return nil }
 
 // Wherever a read is interrupted, the rest of the message can be discarded from there, and
 // what follows is read as if nothing had happened.
-func TestAnInterruptedReadLosesNothingOfWhatFollows(t *testing.T) {
+func TestInterruptedReadLosesNoBytes(t *testing.T) {
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		tape := &tapeConn{}

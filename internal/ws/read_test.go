@@ -49,7 +49,7 @@ func connOf(c net.Conn, masks bool) *Conn {
 	return conn
 }
 
-func TestWhatIsWrittenIsRead(t *testing.T) {
+func TestWrittenMessagesAreRead(t *testing.T) {
 	sizes := []int{0, 1, 125, 126, 65535, 65536, GatherBytes - maxFrameHead, GatherBytes, 3*GatherBytes + 1}
 	for _, masks := range []bool{false, true} {
 		conn := &tapeConn{}
