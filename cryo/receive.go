@@ -21,7 +21,7 @@ const maxErrorText = 1024
 
 // Receive waits for the next message. Messages that were received before the end of the
 // session are still returned after it; then the error is that of [Session.Err]. An
-// application that does not want them calls SetSendOnly before, or Discard afterwards. When the
+// application that does not receive them calls SetSendOnly before, or Discard afterwards. When the
 // context is done first, the error matches the context's error and its cause.
 func (s *Session) Receive(ctx context.Context) (*Message, error) {
 	batch, err := s.ReceiveBatch(ctx, 1)

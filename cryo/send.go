@@ -58,7 +58,7 @@ func (s *Session) SendBinary(ctx context.Context, data []byte) error {
 
 func (s *Session) sendOne(ctx context.Context, m OutMessage) error {
 	err := s.SendBatch(ctx, []OutMessage{m})
-	if batch, ok := err.(*BatchError); ok { //nolint:errorlint // it is SendBatch's own
+	if batch, ok := err.(*BatchError); ok { //nolint:errorlint // SendBatch returns it unwrapped
 		return batch.Errs[0]
 	}
 	return err

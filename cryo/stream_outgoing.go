@@ -44,7 +44,7 @@ var ErrStepTimeout = errors.New("step timeout")
 // announced first, and the peer fetches its chunks by index.
 var (
 	// ErrPeerPulls: the size is not known to OpenStream. Use SendStream.
-	ErrPeerPulls = errors.New("the peer pulls streams: their size must be known")
+	ErrPeerPulls = errors.New("the peer pulls streams: use SendStream, which announces their size")
 	// ErrNotSeekable: the source of SendStream is neither a regular file nor in memory,
 	// or its actual size differs from the size that it reports.
 	ErrNotSeekable = errors.New("the peer pulls streams: their source must be a regular file or in memory")

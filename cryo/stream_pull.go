@@ -42,7 +42,7 @@ func indexedSource(source io.Reader) (*indexed, bool) {
 	size = max(size, from) // the position may be behind the end
 	last := max(from, size-1)
 	var probe [2]byte
-	if n, err := at.ReadAt(probe[:], last); int64(n) != size-last || err != io.EOF { //nolint:errorlint // a source's own
+	if n, err := at.ReadAt(probe[:], last); int64(n) != size-last || err != io.EOF { //nolint:errorlint // io.ReaderAt returns it unwrapped
 		return nil, false
 	}
 	if _, err := at.Seek(size, io.SeekStart); err != nil {

@@ -231,7 +231,7 @@ func TestNoStreamIsOpenedForWritingToAPeerThatPulls(t *testing.T) {
 		setFlow(peer, wire.FlowPull)
 		_, err := s.OpenStream(t.Context(), &cryo.StreamOptions{Name: "log"})
 		require.ErrorIs(t, err, cryo.ErrPeerPulls)
-		require.EqualError(t, err, `sending the stream "log": the peer pulls streams: their size must be known`)
+		require.EqualError(t, err, `sending the stream "log": the peer pulls streams: use SendStream, which announces their size`)
 		peer.WantIdle("nothing is announced", time.Hour)
 		setFlow(peer, wire.FlowPush)
 		opening(t, s, peer, nil)

@@ -89,10 +89,10 @@ func (c *Conn) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}
 }
 
-// LocalAddr is made up.
+// LocalAddr returns a fixed address.
 func (c *Conn) LocalAddr() net.Addr { return c.local }
 
-// RemoteAddr is made up.
+// RemoteAddr returns a fixed address.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
 // SetDeadline bounds reads and writes.

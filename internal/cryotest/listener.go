@@ -58,7 +58,7 @@ func (l *Listener) Close() error {
 	return nil
 }
 
-// Addr is made up.
+// Addr returns a fixed address.
 func (l *Listener) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 2), Port: 80} }
 
 // Dialer is a WebSocket client over a listener in memory.

@@ -13,13 +13,13 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// Patience is how long a Peer waits for what it wants; virtual time under
+// Patience is the time that a Peer waits for an expected frame; virtual time under
 // testing/synctest.
 const Patience = 10 * time.Second
 
 // Peer is the other end of a Cryo connection. It sends what the test sends and
-// nothing else, but for answers to WebSocket pings, and fails the test when what
-// it wants doesn't come. Reading begins with the first Want, or with Read.
+// nothing else, except answers to WebSocket pings, and fails the test when an expected
+// frame is not received. Reading begins with the first Want, or with Read.
 type Peer struct {
 	WS *websocket.Conn
 	// SID is put into frames that are written without one, and expected in all
@@ -188,7 +188,7 @@ func (p *Peer) take() (e event, ok bool) {
 	return e, true
 }
 
-// WantType wants a frame of a type next, and returns it.
+// WantType expects a frame of a type next, and returns it.
 func (p *Peer) WantType(what string, typ wire.Type) wire.Frame {
 	p.tb.Helper()
 	e := p.next(what)
@@ -199,7 +199,7 @@ func (p *Peer) WantType(what string, typ wire.Type) wire.Frame {
 	return e.frame
 }
 
-// WantFrame wants exactly this frame next.
+// WantFrame expects exactly this frame next.
 func (p *Peer) WantFrame(what string, want wire.Frame) {
 	p.tb.Helper()
 	e := p.next(what)
@@ -210,7 +210,7 @@ func (p *Peer) WantFrame(what string, want wire.Frame) {
 	require.Equal(p.tb, want, e.frame, "wanted: %s", what)
 }
 
-// WantClose wants a close frame next.
+// WantClose expects a close frame next.
 func (p *Peer) WantClose(what string, code int, reason string) {
 	p.tb.Helper()
 	e := p.next(what)
@@ -220,7 +220,7 @@ func (p *Peer) WantClose(what string, code int, reason string) {
 	require.Equal(p.tb, websocket.CloseError{Code: code, Text: reason}, *closed, "wanted: %s", what)
 }
 
-// WantLost wants the connection to end next, without a close frame.
+// WantLost expects the connection to end next, without a close frame.
 func (p *Peer) WantLost(what string) {
 	p.tb.Helper()
 	e := p.next(what)
@@ -230,7 +230,7 @@ func (p *Peer) WantLost(what string) {
 	}
 }
 
-// WantIdle wants no frame for some time. Under synctest, an instant is enough
+// WantIdle expects no frame for some time. Under synctest, an instant is enough
 // for all that happens without the passing of time.
 func (p *Peer) WantIdle(what string, during time.Duration) {
 	p.tb.Helper()
@@ -259,7 +259,7 @@ func (p *Peer) Taken() (frames []wire.Frame) {
 // Skip drops what has come, and returns how many frames these were.
 func (p *Peer) Skip() (frames int) { return len(p.Taken()) }
 
-// WantEndpointInfo wants the other end's ENDPOINT_INFO next, which sets First.
+// WantEndpointInfo expects the other end's ENDPOINT_INFO next, which sets First.
 func (p *Peer) WantEndpointInfo(what string) {
 	p.tb.Helper()
 	f := p.WantType(what, wire.EndpointInfo)
@@ -286,7 +286,7 @@ func (p *Peer) ServerHandshake() {
 	p.WantFrame("the client acknowledges ENDPOINT_INFO", Acked(0))
 }
 
-// Next wants any frame, and returns it.
+// Next expects any frame, and returns it.
 func (p *Peer) Next(what string) wire.Frame {
 	p.tb.Helper()
 	e := p.next(what)

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// MaxMessage bounds the messages that are read, in bytes: one frame of Cryo.
+// MaxMessage bounds the messages that are read, in bytes: the largest Cryo frame.
 const MaxMessage = 8 + 1 + 4 + 4 + 4 + 16<<20
 
 // Sizes that callers may rely on, in bytes.
@@ -155,8 +155,8 @@ func (c *Conn) Progress() (delivered, backlog int64) {
 // goroutine reads, and one writes. The handshake uses it as a [net.Conn].
 type transport struct {
 	net.Conn
-	heard atomic.Bool  // bytes were read since this was last cleared
-	got   atomic.Int64 // bytes that were read since this was last cleared
+	heard atomic.Bool  // bytes were read since it was last cleared
+	got   atomic.Int64 // number of bytes read since it was last reset
 
 	queue      *sendQueue   // nil if the kernel does not count delivered bytes; only then these count:
 	accepted   atomic.Int64 // bytes that the connection has accepted
@@ -298,7 +298,7 @@ func (t *transport) read(p []byte) (int, error) {
 	switch err {
 	case nil:
 		err = io.ErrNoProgress
-	case io.EOF: //nolint:errorlint // a connection's own
+	case io.EOF: //nolint:errorlint // net.Conn returns it unwrapped
 		// io.EOF would be mistaken for the end of complete data, such as a stream.
 		err = io.ErrUnexpectedEOF
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// UpgradeError is the reason why a request is not upgraded.
+// UpgradeError is returned for a request that is not upgraded.
 type UpgradeError struct {
 	Status   int
 	Message  string      // response body
@@ -85,7 +85,7 @@ func Upgrade(w http.ResponseWriter, r *http.Request) (*Conn, error) {
 	return newConn(h.conn, false), nil
 }
 
-// handedOver passes the library a connection that can gather writes.
+// handedOver makes the library use a connection that can gather writes.
 type handedOver struct {
 	http.ResponseWriter
 	conn *transport

@@ -54,7 +54,7 @@ func (c *Conn) Write(op int, head, payload []byte) error {
 func (c *Conn) appendHead(b []byte, op, size int) (_ []byte, key uint32) {
 	second := byte(0)
 	if c.masks {
-		second, key = maskBit, rand.Uint32() //nolint:gosec // not a secret; ChaCha8 can't be foreseen from outside
+		second, key = maskBit, rand.Uint32() //nolint:gosec // not a secret; ChaCha8 is not predictable from outside
 	}
 	b = append(b, finalBit|byte(op))
 	switch {
