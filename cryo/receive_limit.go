@@ -101,7 +101,7 @@ type receiveLimit struct {
 	wants      func(*wire.Frame) bool // reports whether the frame can be received; false once the session is ending
 
 	bytes, incoming, slot *quota.Share
-	belowLimit            *quota.Share // of bytes, and holds nothing: it grants whenever the limit is not reached
+	belowLimit            *quota.Share // share of bytes that holds nothing: it grants whenever the limit is not reached
 
 	rejecting bool                      // data without capacity is rejected without a wait while a local sender waits
 	changed   chan struct{}             // holds a token when wants may have changed

@@ -375,7 +375,7 @@ func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 		}
 		if lost == maxLostSessions {
 			for _, i := range left {
-				errs[i] = fmt.Errorf("%d sessions have ended without acknowledging it, the last: %w", maxLostSessions, errs[i])
+				errs[i] = fmt.Errorf("%d sessions in a row have ended without acknowledging the message, the last: %w", maxLostSessions, errs[i])
 			}
 			break
 		}

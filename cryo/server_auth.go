@@ -18,7 +18,7 @@ import (
 
 // Upgrade is a client's request for a session.
 type Upgrade struct {
-	Token     string // what followed "Bearer " in the query
+	Token     string // text after "Bearer " in the query
 	SessionID uint64
 	Request   *http.Request // for query, headers and remote address; its URL contains the token
 	// Value may be set by Authorize. OnSession and [Session.Value] return it.

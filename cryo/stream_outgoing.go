@@ -102,7 +102,7 @@ type OutgoingStream struct {
 	callerCtx context.Context // passed by the caller
 	ctx       context.Context // derived from callerCtx; also done when the peer cancels or this end closes the stream
 	cancel    context.CancelCauseFunc
-	unwatch   func() bool // of the context's end; guarded by mu
+	unwatch   func() bool // stops waiting for the end of ctx; guarded by mu
 	opts      StreamOptions
 	tx        uint32
 	pull      bool

@@ -122,8 +122,8 @@ type Frame struct {
 // FrameError is the reason why some bytes are not a Cryo frame, or why a frame can't be
 // encoded.
 type FrameError struct {
-	Type    Type   // of the frame; meaningless where it is too short to have one
-	Size    int    // of the frame, received or to be encoded, in bytes
+	Type    Type   // type of the frame; undefined if the frame is too short to have one
+	Size    int    // size of the frame, received or to be encoded, in bytes
 	Problem string // the violation
 }
 

@@ -47,7 +47,7 @@ func newNonblockingWriter(conn net.Conn) *nonblockingWriter {
 // write returns how many bytes were accepted.
 func (w *nonblockingWriter) write(data []byte) int {
 	w.data, w.written = data, 0
-	_ = w.raw.Write(w.try) // of a closed connection: nothing was written
+	_ = w.raw.Write(w.try) // fails for a closed connection: nothing was written
 	w.data = nil
 	return max(w.written, 0)
 }

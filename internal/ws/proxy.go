@@ -86,7 +86,7 @@ func requestTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	}
 	// Nothing is lost with the reader: the client sends first through the tunnel.
 	response := bufio.NewReader(io.LimitReader(c, maxResponse))
-	resp, err := http.ReadResponse(response, req) //nolint:bodyclose // that would wait for a body that nobody needs
+	resp, err := http.ReadResponse(response, req) //nolint:bodyclose // closing would wait for an unused body
 	if err != nil {
 		return err
 	}
