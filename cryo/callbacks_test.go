@@ -113,7 +113,7 @@ func TestOnSessionEndFollowsEachOnSession(t *testing.T) {
 	})
 }
 
-func TestAServerReportsTheStatusWithWhichItDeniesAClient(t *testing.T) {
+func TestOnDenyIsCalledWithTheStatus(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var statuses []int
 		_, l, _ := serve(t, cryo.ServerOptions{OnDeny: func(status int) { statuses = append(statuses, status) }})

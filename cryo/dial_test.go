@@ -239,7 +239,7 @@ func upgraded(r *http.Request, upgrade, more string) string {
 		"Sec-WebSocket-Accept: " + acceptKey(r.Header.Get("Sec-Websocket-Key")) + "\r\n" + more + "\r\n"
 }
 
-func TestAnUpgradeThatWasNotAskedForIsNotAccepted(t *testing.T) {
+func TestUnrequestedUpgradeIsNotAccepted(t *testing.T) {
 	const (
 		extension   = "the server uses a WebSocket extension that was not requested"
 		subprotocol = "the server uses a subprotocol that was not requested"

@@ -141,7 +141,7 @@ func TestCloseWaitsHalfItsTimeoutForAnUnansweredCancel(t *testing.T) {
 	}
 }
 
-func TestTheWaitForACancelEndsWithThePeer(t *testing.T) {
+func TestWaitForACancelEndsWithTheSession(t *testing.T) {
 	for name, c := range map[string]struct {
 		leave func(*testing.T, *cryotest.Peer)
 		cut   bool

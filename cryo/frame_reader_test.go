@@ -156,7 +156,7 @@ func fragmented(t *testing.T, frame []byte, size int) (all []byte) {
 	return all
 }
 
-func TestAMessageInFragmentsThatIsTooLongIsAnError(t *testing.T) {
+func TestTooLongFragmentedMessageIsAnError(t *testing.T) {
 	frame, err := wire.Append(nil, &wire.Frame{Type: wire.Binary, Payload: make([]byte, wire.MaxPayload)})
 	require.NoError(t, err)
 	in := new(received)

@@ -255,7 +255,7 @@ func encoded(t *testing.T, peer *cryotest.Peer, f wire.Frame) []byte {
 
 // Of a message in fragments nobody knows how large it gets: it takes 1 MiB until more
 // has come.
-func TestALargeMessageInFragmentsIsBoundedToo(t *testing.T) {
+func TestLargeFragmentedMessagesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 1 << 20}})
 		first, second := join(t, l, 1), join(t, l, 2)

@@ -129,7 +129,7 @@ func TestPrematureAckOfTXFinishEndsTheSession(t *testing.T) {
 
 // A large payload is written from where it is, where nothing is masked. Its peer may have
 // all of it, and answer, before the write returns: then the send is over when it has.
-func TestASendReturnsNilOnlyWhenItsLastByteWasWrittenAndAnswered(t *testing.T) {
+func TestSendReturnsNilOnlyOnceWrittenAndAnswered(t *testing.T) {
 	sendingTo := func(t *testing.T, test func(t *testing.T, s *cryo.Session, peer *cryotest.Peer, ctx context.Context, data []byte, sending *call, answer func(wire.Frame))) {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})

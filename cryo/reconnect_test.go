@@ -234,7 +234,7 @@ func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 	require.NoError(t, c.Close(t.Context(), ""))
 }
 
-func TestAClientKeepsItsSessionAndItsID(t *testing.T) {
+func TestClientReusesItsSessionAndItsID(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		require.Nil(t, c.Session())
 		s, peer := connectClient(t, c, g, server)
@@ -577,7 +577,7 @@ func TestSessionOfAnAbandonedAttemptServesTheNextCaller(t *testing.T) {
 	})
 }
 
-func TestTheErrorOfAnEndedWaitHasThatOfTheLastAttempt(t *testing.T) {
+func TestEndedWaitReturnsTheLastAttemptsErrorToo(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
 		g.answer(denied(401, "wrong"), 1)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

@@ -208,7 +208,7 @@ func TestBatchWithoutValidMessagesFailsImmediately(t *testing.T) {
 	})
 }
 
-func TestAnEndedContextFailsTheRestOfABatch(t *testing.T) {
+func TestEndedContextFailsTheRestOfABatch(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()

@@ -236,7 +236,7 @@ func TestABacklogThatDoesNotMoveIsAPeerTimeout(t *testing.T) {
 }
 
 // A process that hangs has a system that still acknowledges what little it is sent.
-func TestATrickleToAPeerThatHangsIsAPeerTimeout(t *testing.T) {
+func TestTrickleToAHungPeerIsAPeerTimeout(t *testing.T) {
 	for name, secure := range map[string]bool{"TCP": false, "TLS": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestAFailedStreamNoLongerCountsAsOpen(t *testing.T) {
+func TestFailedStreamDoesNotCountAsOpen(t *testing.T) {
 	for name, failure := range map[string]struct {
 		cause func(peer *cryotest.Peer, tx uint32)
 		want  error
@@ -135,7 +135,7 @@ func TestOldestUnacceptedStreamIsEvictedFromAFullTable(t *testing.T) {
 	})
 }
 
-func TestNoMoreSettledStreamsAreRememberedThan1024(t *testing.T) {
+func TestRememberedStreamsAreBounded(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		pullStreams(t, s, peer)
 		for tx := range uint32(1030) {

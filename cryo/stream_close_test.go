@@ -171,7 +171,7 @@ func TestAckReportsTheEndOfTheSessionEachTime(t *testing.T) {
 
 // A stream that is closed while it is written or finished either arrives whole, or its
 // TX_FINISH is not sent.
-func TestAStreamThatIsClosedWhileItIsSentIsNeverFinishedInPart(t *testing.T) {
+func TestStreamClosedDuringASendIsNeverFinished(t *testing.T) {
 	const chunks = 5
 	finishes := 0
 	for i := range 300 {

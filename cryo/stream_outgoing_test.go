@@ -260,7 +260,7 @@ func TestErrorForAStepRejectsTheStream(t *testing.T) {
 	})
 }
 
-func TestASourcesErrorIsReturnedAndTheStreamAbandoned(t *testing.T) {
+func TestSourceErrorAbandonsTheStream(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for _, c := range []struct {
 			source io.Reader

@@ -344,7 +344,7 @@ func TestPulledSourceIsSentFromItsPosition(t *testing.T) {
 	}
 }
 
-func TestAFileThatChangesItsSizeWhileItIsPulledFailsTheStream(t *testing.T) {
+func TestPulledFileThatChangesItsSizeFailsTheStream(t *testing.T) {
 	for name, c := range map[string]struct {
 		size int64
 		err  string

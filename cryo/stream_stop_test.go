@@ -61,7 +61,7 @@ func TestAChunkOfAStoppedStreamLeavesItsWindow(t *testing.T) {
 	require.Empty(t, st.s.writer.queue.data)
 }
 
-func TestAStreamRemembersNoChunkThatIsWritten(t *testing.T) {
+func TestStreamForgetsWrittenChunks(t *testing.T) {
 	st := busyStream(t)
 	w := st.s.writer
 	for range 100 {
@@ -76,7 +76,7 @@ func TestAStreamRemembersNoChunkThatIsWritten(t *testing.T) {
 }
 
 // The receiver of a stream without the chunks that are withdrawn must not take it for whole.
-func TestTheEndOfAStoppedStreamIsNotWrittenWithoutItsChunks(t *testing.T) {
+func TestTXFinishIsNotWrittenWithoutItsChunks(t *testing.T) {
 	for range 100 {
 		st := busyStream(t)
 		for range 200 {

@@ -51,7 +51,7 @@ func isDone(sending *cryo.Pending) bool {
 	}
 }
 
-func TestManyCancelledSendsAreDoneBeforeTheirTurn(t *testing.T) {
+func TestCancelledSendsAreDoneBeforeTheirTurn(t *testing.T) {
 	for name, order := range map[string]func([]*cryo.Pending){
 		"the oldest first": func([]*cryo.Pending) {},
 		"in any order": func(s []*cryo.Pending) {
@@ -271,7 +271,7 @@ func TestEverySendIsDoneWhateverItsResult(t *testing.T) {
 	}
 }
 
-func TestAnAbandonedStreamsChunksLeaveTheQueueUnwritten(t *testing.T) {
+func TestChunksOfAnAbandonedStreamAreNotWritten(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		abandoned, _ := opening(t, s, peer, nil)
 		kept, _ := opening(t, s, peer, nil)
