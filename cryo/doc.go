@@ -57,15 +57,15 @@
 //
 //	                stops                            still possible                      returns when                    releases
 //	Close           sends and reads of data;         Ack until BYE; Receive and Read     the peer has closed, or after   nothing
-//	                cancels incomplete streams       of received data, without limit     CloseTimeout
+//	                cancels incomplete streams       of received data, at any time       CloseTimeout
 //	CloseNow        everything                       Receive and Read of received        the connection is closed        nothing
-//	                                                 data, without limit
+//	                                                 data, at any time
 //	Drain           new messages and streams;        Receive, Ack, Reject, sends         everything received is          settled messages
 //	                cancels incomplete streams       until everything is settled         settled, and then as Close
 //	Discard         Receive of messages in the       everything else; the session        immediately                     the messages in the
 //	                queue, and of later ones         does not end                                                        queue, and later ones
-//	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     messages of sessions
-//	                sessions                                                             their handlers returned         without OnSession
+//	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     all messages if
+//	                sessions                                                             their handlers returned         OnSession is nil
 //	Server.Drain    new clients; as Drain for all    as Drain                            as Shutdown                     as Shutdown
 //
 // When the context is done, Close and Shutdown close the connections without a close

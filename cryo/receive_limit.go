@@ -31,7 +31,8 @@ const (
 // addition to 64 KiB a session.
 //
 // Two payloads never wait for each other: a payload waits for incoming while it has no
-// reservation, and then only for slot, whose owner waits for no other payload.
+// reservation. The only other capacity that it waits for and another incomplete payload may
+// have is slot, whose owner waits for no other payload.
 type receiveBuffer struct{ bytes, incoming, slot *quota.Quota }
 
 func newReceiveBuffer(limit int) receiveBuffer {

@@ -68,8 +68,8 @@ type SessionOptions struct {
 	SendOnly bool
 	// Logger receives events that are not returned as errors. Default: none.
 	Logger *slog.Logger
-	// OnLateAck is called when the peer acknowledges or rejects a frame after its send has
-	// returned an error.
+	// OnLateAck is called when the peer acknowledges or rejects a frame after its send was
+	// cancelled: the frame has arrived, but its send has returned an error.
 	// OnReject is called when the session itself rejects a message or, with KindStream, a
 	// stream; it is not called for [Message.Reject]. Both are for counting: they run
 	// on the session's reading goroutine, OnReject also on that of a SetSendOnly call, without

@@ -153,8 +153,8 @@ func (s *Share) Request(n int64) *Request {
 // more.
 func (r *Request) Granted() <-chan struct{} { return r.granted }
 
-// Cancel ends the wait, or releases the grant. It must be called at most once, and not after the
-// grant was released by Release.
+// Cancel ends the wait, or releases the grant. It must be called at most once, and not for a
+// grant that is used.
 func (r *Request) Cancel() {
 	q := r.share.q
 	q.mu.Lock()
