@@ -136,7 +136,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *refusal) {
 	switch {
 	case s.closed:
 		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server is shutting down."}
-	case old == nil && s.places >= s.opts.MaxSessions, s.places >= 2*s.opts.MaxSessions:
+	case old == nil && s.places >= s.opts.MaxSessions, s.places/2 >= s.opts.MaxSessions:
 		return nil, &refusal{status: http.StatusServiceUnavailable, sentence: "The server has as many sessions as it may."}
 	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
 		return nil, &refusal{status: http.StatusUnauthorized, sentence: "The session already exists."}
