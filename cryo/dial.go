@@ -206,7 +206,7 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 	if err != nil {
 		return nil, handshakeError(err, resp, opts.token)
 	}
-	s := newSession(opts.SessionID, true, conn, newReceiveBuffer(opts.MaxBufferBytes), opts.SessionOptions, nil)
+	s := newSession(opts.SessionID, true, nil, conn, newReceiveBuffer(opts.MaxBufferBytes), opts.SessionOptions, nil)
 	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
 		s.fail(err)
 		<-s.done

@@ -201,8 +201,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
 	e.left = 2
-	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
-	e.session.value = u.Value // nobody has the session yet
+	e.session = newSession(id, false, u.Value, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	closed := s.closed
 	e.decided = closed // not announced, whatever it does until it has ended
 	s.mu.Unlock()

@@ -165,14 +165,14 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
+func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
 	}
 	numbers := newAckTable(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
-		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
+		id: id, dialing: dialing, value: value, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, pend: numbers, inbox: newInbox(),
 		reports:   rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
