@@ -354,3 +354,34 @@ func TestCloseNowCutsTheConnectionWhateverElseEndsTheSession(t *testing.T) {
 		})
 	}
 }
+
+func TestDrainClosesWhenTheLastAnswerOfAStreamIsQueued(t *testing.T) {
+	for name, settle := range map[string]func(*cryo.IncomingStream) error{
+		"Ack":   (*cryo.IncomingStream).Ack,
+		"Close": (*cryo.IncomingStream).Close,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
+			_, _, whole := fourStreams(t, s, peer)
+			drain := start(func() error { return s.Drain(t.Context(), "") })
+			peer.Ack(wantCancels(t, peer, 0, 1, 2)...)
+			time.Sleep(50 * time.Millisecond) // Drain waits for the stream
+			release := s.HoldWriter()
+			settling := start(func() error { return settle(whole) })
+			time.Sleep(50 * time.Millisecond) // the stream is not open any more
+			early := s.Err()
+			release()
+			require.NoError(t, early)
+			settling.wantSuccess(t)
+			if name == "Ack" {
+				peer.WantFrame("TX_FINISH is acknowledged", cryotest.Acked(1004))
+			} else {
+				peer.Ack(wantCancels(t, peer, 3)...)
+			}
+			peer.WantType("BYE", wire.Bye)
+			peer.WantClose("the end", 4000, "")
+			peer.WriteClose(4000, "")
+			drain.wantSuccess(t)
+		})
+	}
+}

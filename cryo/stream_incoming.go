@@ -275,9 +275,12 @@ func (st *IncomingStream) settle(as settlement) error {
 	st.mu.Unlock()
 	st.signal()
 
-	heard := true
+	heard, open := true, st.s.incoming.settled(st)
+	if open {
+		defer st.s.incoming.answered()
+	}
 	switch {
-	case !st.s.incoming.settled(st): // it has failed, and is cancelled already
+	case !open: // it has failed, and is cancelled already
 	case as == rejected:
 		heard = st.s.cancel(st.tx)
 	case finish != nil:

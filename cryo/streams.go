@@ -31,7 +31,8 @@ type incomingStreams struct {
 	pulls      bool                       // this end has asked to pull
 	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
 	announced  []*IncomingStream          // of those, nobody has accepted yet; the oldest first
-	changed    chan struct{}              // closed and replaced when a stream is announced or removed, or a TX_CANCEL acknowledged
+	changed    chan struct{}              // closed and replaced when a stream is announced or removed, its last answer queued, or a TX_CANCEL acknowledged
+	answers    int                        // last answers, of streams that were taken out of open, that are not queued yet
 	cancels    []sentCancel               // TX_CANCELs that the peer has not acknowledged; the newest maxStreams
 	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
 }
@@ -182,15 +183,34 @@ func (in *incomingStreams) cancelFailed(st *IncomingStream) {
 	}
 	in.mu.Lock()
 	accepted := !slices.Contains(in.announced, st)
-	removed := in.removeLocked(st)
+	removed := in.removeToAnswerLocked(st)
 	in.mu.Unlock()
-	switch {
-	case !removed: // its receiver was faster
-	case accepted:
+	if !removed { // its receiver was faster
+		return
+	}
+	defer in.answered()
+	if accepted {
 		in.s.cancel(st.tx)
-	default: // it has broken the protocol, and nobody will know it
+	} else { // it has broken the protocol, and nobody will know it
 		in.reject(st.tx)
 	}
+}
+
+// removeToAnswerLocked is removeLocked for who calls answered once the stream's last answer
+// is queued: the end of the session waits for that.
+func (in *incomingStreams) removeToAnswerLocked(st *IncomingStream) bool {
+	removed := in.removeLocked(st)
+	if removed {
+		in.answers++
+	}
+	return removed
+}
+
+func (in *incomingStreams) answered() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.answers--
+	in.changedLocked()
 }
 
 // removeLocked takes a stream out of the table, and reports whether it was there.
@@ -207,8 +227,8 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	return true
 }
 
-// settled takes a stream out of the table, and reports whether it was there. Of an
-// acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
+// settled takes a stream out of the table, and reports whether it was there: answered must be
+// called then. Of an acknowledged one, the TX_FINISH that is still to come is acknowledged then, of so many
 // streams; of others it stays unanswered.
 func (in *incomingStreams) settled(st *IncomingStream) bool {
 	in.mu.Lock()
@@ -219,7 +239,7 @@ func (in *incomingStreams) settled(st *IncomingStream) bool {
 		}
 		in.remembered = append(in.remembered, st.tx)
 	}
-	return in.removeLocked(st)
+	return in.removeToAnswerLocked(st)
 }
 
 // wants reports whether the chunks of a stream are taken: it is accepted, and has neither
@@ -336,21 +356,25 @@ func (in *incomingStreams) count() int {
 }
 
 // lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, zero if there
-// is none, and a channel that is closed when it is worth asking again.
+// is none, and a channel that is closed when it is worth asking again. One that may be about
+// to be sent counts as sent now.
 func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if n := len(in.cancels); n > 0 {
 		at = in.cancels[n-1].at
 	}
+	if in.answers > 0 {
+		at = time.Now()
+	}
 	return in.changed, at
 }
 
-// awaitSettled waits until no stream is announced or open.
+// awaitSettled waits until no stream is announced or open, and the last answers are queued.
 func (in *incomingStreams) awaitSettled(ctx, session context.Context) error {
 	for {
 		in.mu.Lock()
-		changed, open := in.changed, len(in.open)
+		changed, open := in.changed, len(in.open)+in.answers
 		in.mu.Unlock()
 		if session.Err() != nil {
 			return context.Cause(session)
