@@ -238,7 +238,7 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // what there is of it
 	text := token.Text(string(body))
 	if len(body) == maxRefusal {
-		text = token.End(text)
+		text = token.End(text, 1)
 	}
 	text = withoutMarkup(text)
 	// A page of cryo-server says the status again, which the error says already.
