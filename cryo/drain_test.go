@@ -385,3 +385,53 @@ func TestDrainClosesWhenTheLastAnswerOfAStreamIsQueued(t *testing.T) {
 		})
 	}
 }
+
+// acknowledgedAhead has a peer send all of a stream but TX_FINISH, and acknowledges it.
+func acknowledgedAhead(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+	t.Helper()
+	pull := start(func() error { return s.PullStreams(t.Context()) })
+	peer.Ack(peer.WantType("TX_FLOW", wire.TxFlow))
+	pull.wantSuccess(t)
+	peer.WriteFrames(txStart(1, 0, 3, "in"))
+	st := acceptStream(t, s)
+	read := start(func() error { return wantRest(t, st, "abc") })
+	peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+	peer.Ack(peer.WantType("TX_FETCH", wire.TxFetch))
+	peer.WriteFrames(txChunk(0, 0, "abc"))
+	read.wantSuccess(t)
+	require.NoError(t, st.Ack())
+}
+
+func TestTheEndWaitsForTheFinishOfAStreamThatIsAcknowledged(t *testing.T) {
+	for name, finish := range map[string]func(*cryo.Session, context.Context, string) error{
+		"Close": (*cryo.Session).Close,
+		"Drain": (*cryo.Session).Drain,
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+				acknowledgedAhead(t, s, peer)
+				ending := start(func() error { return finish(s, t.Context(), "") })
+				peer.WantIdle("BYE waits", time.Second)
+				peer.WriteFrames(txFinish(2, 0))
+				peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+				peer.WantType("BYE", wire.Bye)
+				peer.WantClose("the end", 4000, "")
+				peer.WriteClose(4000, "")
+				ending.wantSuccess(t)
+			})
+		})
+	}
+}
+
+func TestAFinishThatNeverComesDelaysByeByHalfOfCloseTimeout(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		acknowledgedAhead(t, s, peer)
+		time.Sleep(time.Second)
+		begin := time.Now()
+		closing := start(func() error { return s.Close(t.Context(), "") })
+		peer.WantType("BYE", wire.Bye)
+		require.Equal(t, cryo.DefaultCloseTimeout/2-time.Second, time.Since(begin))
+		peer.WriteClose(4000, "")
+		closing.wantSuccess(t)
+	})
+}

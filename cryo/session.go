@@ -265,7 +265,8 @@ func (s *Session) Stats() Stats {
 // called more than once. Its error is the context's.
 //
 // BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
-// the published server, while it sends a stream, does not survive the end of its session.
+// the published server, while it sends a stream, does not survive the end of its session. It
+// waits as well for the TX_FINISH of a pulled stream that was acknowledged ahead of that.
 //
 // Messages that were received can still be taken; if nobody does, call Discard, or they
 // count against the MaxBufferBytes of a server for good.

@@ -35,6 +35,7 @@ type incomingStreams struct {
 	answers    int                        // last answers, of streams that were taken out of open, that are not queued yet
 	cancels    []sentCancel               // TX_CANCELs that the peer has not acknowledged; the newest maxStreams
 	remembered []uint32                   // acknowledged streams whose TX_FINISH is still to come: they were whole by their size
+	since      time.Time                  // when the last of these was acknowledged
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
@@ -151,9 +152,13 @@ func (in *incomingStreams) finish(f *wire.Frame) {
 	} else {
 		delivered = in.forgetLocked(f.Tx)
 	}
+	if delivered {
+		in.answers++
+	}
 	in.mu.Unlock()
 	if delivered {
 		in.s.out.acknowledge([]uint32{f.Ack})
+		in.answered()
 	}
 	if st != nil {
 		in.cancelFailed(st)
@@ -237,7 +242,7 @@ func (in *incomingStreams) settled(st *IncomingStream) bool {
 		if len(in.remembered) == maxRemembered {
 			in.remembered = in.remembered[1:]
 		}
-		in.remembered = append(in.remembered, st.tx)
+		in.remembered, in.since = append(in.remembered, st.tx), time.Now()
 	}
 	return in.removeToAnswerLocked(st)
 }
@@ -322,9 +327,9 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	}
 }
 
-// awaitCancels waits until the peer has acknowledged each TX_CANCEL, or one of the channels
-// is closed. It waits for half of CloseTimeout at most, which begins for each when it was
-// sent: some peers never answer it.
+// awaitCancels waits until the peer has acknowledged each TX_CANCEL and sent the TX_FINISH of
+// each acknowledged stream, or one of the channels is closed. It waits for half of CloseTimeout
+// at most, which begins for each when it was sent or acknowledged: some peers never answer.
 func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
 	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
 	for {
@@ -355,14 +360,17 @@ func (in *incomingStreams) count() int {
 	return len(in.open)
 }
 
-// lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, zero if there
-// is none, and a channel that is closed when it is worth asking again. One that may be about
-// to be sent counts as sent now.
+// lastCancel returns when the last TX_CANCEL that is not acknowledged was sent, or the last
+// stream acknowledged whose TX_FINISH is to come, zero if there is none, and a channel that is
+// closed when it is worth asking again. A last answer that is about to be queued counts as now.
 func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if n := len(in.cancels); n > 0 {
 		at = in.cancels[n-1].at
+	}
+	if len(in.remembered) > 0 && in.since.After(at) {
+		at = in.since
 	}
 	if in.answers > 0 {
 		at = time.Now()
