@@ -73,9 +73,9 @@ type SessionOptions struct {
 	// OnLateAck is called when the peer acknowledges or rejects a frame whose send has
 	// ended before: it has arrived, but counted as not acknowledged.
 	// OnReject is called when the session itself rejects what it received: a message, or
-	// for KindStream a stream; not for [Message.Reject]. Both are for counting: they run
-	// on the session's reading goroutine, OnReject on that of Session.SetSendOnly too, without
-	// a lock, and must not wait. At a server they may run before OnSession does. Default:
+	// for KindStream a stream; not for [Message.Reject]. Both are for counting: they run on
+	// the session's reading goroutine, OnReject on those of SetSendOnly, Close and Drain too,
+	// without a lock, and must not wait. At a server they may run before OnSession does. Default:
 	// none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
@@ -302,10 +302,10 @@ func (s *Session) CloseNow() error {
 // Drain lets what was received be settled, and closes the session then: streams that are
 // coming in are cancelled and new ones rejected; messages that come from now on are
 // discarded, neither acknowledged nor rejected, so that the peer sends them again on
-// another session. Receive and AcceptStream hand out what was received before, and
-// everything can be sent, such as responses. When each message is acknowledged or
-// rejected, and each stream that had come whole settled, Drain closes the session as
-// Close does, without waiting for what is being sent.
+// another session. Receive returns what was received before, and everything can be sent,
+// such as responses. When each message is acknowledged or rejected, and each stream that
+// had come whole settled, Drain closes the session as Close does, without waiting for
+// what is being sent.
 //
 // When the context is done before that, Drain returns its error, and the session is
 // still open, and drains: call Drain again, Close or CloseNow. If the session ends
