@@ -69,7 +69,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 		s.opts.OnDeny(refused.status)
 	}
 	s.refused.Add(1)
-	s.refusals.Do(func() {
+	due := false
+	s.refusals.Do(func() { due = true }) // and no more: a handler of the log may wait
+	if due {
 		cause := refused.cause
 		if cause == nil {
 			cause = errors.New(refused.sentence)
@@ -78,7 +80,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, refused *refusal
 		cause = redact.New(refused.token).Error(cause)
 		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", refused.status, "cause", cause,
 			"left_out", max(s.refused.Swap(0)-1, 0))
-	})
+	}
 	if !refused.answered {
 		http.Error(w, refused.sentence, refused.status)
 	}
