@@ -205,7 +205,7 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 	if err != nil {
 		return nil, handshakeError(err, resp, opts.token)
 	}
-	s := newSession(opts.SessionID, true, conn, newReceiveBuffer(opts.MaxBufferBytes), opts.SessionOptions, nil)
+	s := newSession(opts.SessionID, true, nil, conn, newReceiveBuffer(opts.MaxBufferBytes), opts.SessionOptions, nil)
 	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
 		s.fail(err)
 		<-s.done
@@ -237,7 +237,7 @@ func handshakeError(err error, resp *http.Response, token *redact.Secret) error 
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxDenialBody)) // may be incomplete
 	text := token.Text(string(body))
 	if len(body) == maxDenialBody {
-		text = token.End(text)
+		text = token.End(text, 1)
 	}
 	text = withoutMarkup(text)
 	// cryo-server's page repeats the status, which the error has already.

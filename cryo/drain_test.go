@@ -354,3 +354,84 @@ func TestCloseNowClosesTheConnectionInEveryState(t *testing.T) {
 		})
 	}
 }
+
+func TestDrainClosesWhenTheLastAnswerOfAStreamIsQueued(t *testing.T) {
+	for name, settle := range map[string]func(*cryo.IncomingStream) error{
+		"Ack":   (*cryo.IncomingStream).Ack,
+		"Close": (*cryo.IncomingStream).Close,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
+			_, _, whole := fourStreams(t, s, peer)
+			drain := start(func() error { return s.Drain(t.Context(), "") })
+			peer.Ack(wantCancels(t, peer, 0, 1, 2)...)
+			time.Sleep(50 * time.Millisecond) // Drain waits for the stream
+			release := s.HoldWriter()
+			settling := start(func() error { return settle(whole) })
+			time.Sleep(50 * time.Millisecond) // the stream is not open any more
+			early := s.Err()
+			release()
+			require.NoError(t, early)
+			settling.wantSuccess(t)
+			if name == "Ack" {
+				peer.WantFrame("TX_FINISH is acknowledged", cryotest.Acked(1004))
+			} else {
+				peer.Ack(wantCancels(t, peer, 3)...)
+			}
+			peer.WantType("BYE", wire.Bye)
+			peer.WantClose("the end", 4000, "")
+			peer.WriteClose(4000, "")
+			drain.wantSuccess(t)
+		})
+	}
+}
+
+// acknowledgedAhead has a peer send all of a stream but TX_FINISH, and acknowledges it.
+func acknowledgedAhead(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
+	t.Helper()
+	pull := start(func() error { return s.PullStreams(t.Context()) })
+	peer.Ack(peer.WantType("TX_FLOW", wire.TxFlow))
+	pull.wantSuccess(t)
+	peer.WriteFrames(txStart(1, 0, 3, "in"))
+	st := acceptStream(t, s)
+	read := start(func() error { return wantRest(t, st, "abc") })
+	peer.WantFrame("TX_START acknowledged", cryotest.Acked(1))
+	peer.Ack(peer.WantType("TX_FETCH", wire.TxFetch))
+	peer.WriteFrames(txChunk(0, 0, "abc"))
+	read.wantSuccess(t)
+	require.NoError(t, st.Ack())
+}
+
+func TestTheEndWaitsForTheFinishOfAStreamThatIsAcknowledged(t *testing.T) {
+	for name, finish := range map[string]func(*cryo.Session, context.Context, string) error{
+		"Close": (*cryo.Session).Close,
+		"Drain": (*cryo.Session).Drain,
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+				acknowledgedAhead(t, s, peer)
+				ending := start(func() error { return finish(s, t.Context(), "") })
+				peer.WantIdle("BYE waits", time.Second)
+				peer.WriteFrames(txFinish(2, 0))
+				peer.WantFrame("TX_FINISH acknowledged", cryotest.Acked(2))
+				peer.WantType("BYE", wire.Bye)
+				peer.WantClose("the end", 4000, "")
+				peer.WriteClose(4000, "")
+				ending.wantSuccess(t)
+			})
+		})
+	}
+}
+
+func TestAFinishThatNeverComesDelaysByeByHalfOfCloseTimeout(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		acknowledgedAhead(t, s, peer)
+		time.Sleep(time.Second)
+		begin := time.Now()
+		closing := start(func() error { return s.Close(t.Context(), "") })
+		peer.WantType("BYE", wire.Bye)
+		require.Equal(t, cryo.DefaultCloseTimeout/2-time.Second, time.Since(begin))
+		peer.WriteClose(4000, "")
+		closing.wantSuccess(t)
+	})
+}

@@ -69,3 +69,9 @@ func (s *Session) Free() (bytes, incoming, slot int64) {
 	_, slot = s.limit.slot.Usage()
 	return bytes, incoming, slot
 }
+
+// HoldWriter locks the session's queue until release is called.
+func (s *Session) HoldWriter() (release func()) {
+	s.writer.mu.Lock()
+	return s.writer.mu.Unlock
+}

@@ -76,7 +76,7 @@ func TestLargePayloadIsWrittenWithoutACopy(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			conn := &keptConn{}
 			conn.closed, conn.close = context.WithCancel(t.Context())
-			s := newSession(1, false, ws.New(conn, false), newReceiveBuffer(1), SessionOptions{}.withDefaults(), nil)
+			s := newSession(1, false, nil, ws.New(conn, false), newReceiveBuffer(1), SessionOptions{}.withDefaults(), nil)
 			send(s)
 			s.writer.wait()
 			require.Less(t, len(conn.given[0]), 100, "the head")

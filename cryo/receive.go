@@ -158,14 +158,16 @@ func errorText(payload []byte) []byte {
 // Redact returns a text of the peer, such as a payload or a stream's name, as it may be
 // logged: truncated to 1 KiB, and without the token that the session was dialled with.
 func (s *Session) Redact(text string) string {
-	return redact.Cut(s.opts.token.Text(text), maxErrorText)
+	text = s.opts.token.Text(text)
+	text = s.opts.token.End(text, redact.MinToken) // the peer may have truncated it
+	return redact.Cut(text, maxErrorText)
 }
 
 // redactControl is Redact for the text of a control frame, which may have been truncated to
 // maxControl bytes in the middle of the token.
 func (s *Session) redactControl(text string) string {
-	if s.opts.token != nil && len(text) >= maxControl {
-		text = s.opts.token.End(text)
+	if len(text) >= maxControl {
+		text = s.opts.token.End(text, 1)
 	}
 	return s.Redact(text)
 }

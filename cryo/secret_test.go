@@ -212,3 +212,26 @@ func TestExistingSessionIsDetectedIfTheTokenIsPartOfTheMessage(t *testing.T) {
 		})
 	}
 }
+
+func TestNoWordThatThePeerHasCutWithinTheTokenRepeatsIt(t *testing.T) {
+	cut := func(size, kept int) string { return strings.Repeat(".", size-kept) + token[:kept] }
+	for name, end := range map[string]func(*cryotest.Peer){
+		"BYE":   func(peer *cryotest.Peer) { peer.WriteFrames(cryotest.Bye(9, cut(123, 16))) },
+		"close": func(peer *cryotest.Peer) { peer.WriteClose(4001, cut(123, 16)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, peer := dialled(t, cryo.DialOptions{})
+				send := start(func() error { return s.SendText(t.Context(), "hello") })
+				peer.WriteFrames(cryotest.Error(peer.WantType("the text", wire.UTF8).Ack, cut(1000, len(token)-1)))
+				require.Equal(t, &cryo.RejectedError{Text: cut(1001-len(token), 0) + "[token] [token]"}, send.result(t))
+				require.Equal(t, "...[token]", s.Redact(cut(9, 6)))
+				require.Equal(t, "....corre", s.Redact(cut(9, 5)), "which may be there by chance")
+
+				end(peer)
+				<-s.Context().Done()
+				require.ErrorContains(t, s.Err(), `.[token] [token]"`)
+			})
+		})
+	}
+}

@@ -40,7 +40,8 @@ type ServerOptions struct {
 	Authorize func(*Upgrade) error
 	// OnSession is called when a session is connected, on the goroutine of its request,
 	// which ends when OnSession returns; the session stays open. OnSession may run until
-	// the session has ended, at the cost of that goroutine.
+	// the session has ended, at the cost of that goroutine. If it panics, the session's
+	// connection is closed.
 	OnSession func(*Session, *Upgrade)
 	// OnSessionEnd is called once for each session that OnSession was called for, when
 	// OnSession has returned and the session's Done is closed. The session's id may be
@@ -183,9 +184,24 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if s.opts.OnSession != nil {
-		s.opts.OnSession(session, u)
+		s.handOut(session, u)
 	}
 }
+
+// handOut calls OnSession. If that panics, which the HTTP server recovers, nobody has the
+// session, so it ends.
+func (s *Server) handOut(session *Session, u *Upgrade) {
+	returned := false
+	defer func() {
+		if !returned {
+			session.fail(errHandlerPanicked)
+		}
+	}()
+	s.opts.OnSession(session, u)
+	returned = true
+}
+
+var errHandlerPanicked = errors.New("OnSession has panicked")
 
 // open upgrades the request and starts the session.
 func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
@@ -201,8 +217,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
 	e.endsLeft = 2
-	e.session = newSession(id, false, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
-	e.session.value = u.Value // before the session is reachable
+	e.session = newSession(id, false, u.Value, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	closed := s.closed
 	e.decided = closed // never announced
 	s.mu.Unlock()

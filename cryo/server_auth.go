@@ -67,7 +67,9 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 		s.opts.OnDeny(denied.status)
 	}
 	s.suppressed.Add(1)
-	s.logLimit.Do(func() {
+	due := false
+	s.logLimit.Do(func() { due = true }) // and no more: the log's handler may wait
+	if due {
 		cause := denied.cause
 		if cause == nil {
 			cause = errors.New(denied.message)
@@ -76,7 +78,7 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 		cause = redact.New(denied.token).Error(cause)
 		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
 			"left_out", max(s.suppressed.Swap(0)-1, 0))
-	})
+	}
 	if !denied.answered {
 		http.Error(w, denied.message, denied.status)
 	}
@@ -134,7 +136,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	switch {
 	case s.closed:
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down."}
-	case old == nil && s.slots >= s.opts.MaxSessions, s.slots >= 2*s.opts.MaxSessions:
+	case old == nil && s.slots >= s.opts.MaxSessions, s.slots/2 >= s.opts.MaxSessions:
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has reached its limit of sessions."}
 	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
 		return nil, &denial{status: http.StatusUnauthorized, message: "The session already exists."}

@@ -554,3 +554,34 @@ func TestDenyingALongTokenIsCheap(t *testing.T) {
 		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(5<<20))
 	})
 }
+
+func TestALogHandlerThatWaitsHoldsUpNoOtherDenial(t *testing.T) {
+	logging, release := make(chan struct{}, 2), make(chan struct{})
+	log := slog.New(onLog{slog.DiscardHandler, func() {
+		logging <- struct{}{}
+		<-release
+	}})
+	server := newServer(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: log}})
+	deny := func() error {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(http.MethodGet, "/", http.NoBody)
+		r.Header = upgrade()
+		server.ServeHTTP(w, r)
+		if w.Code != http.StatusUnauthorized {
+			return fmt.Errorf("denied with %d", w.Code)
+		}
+		return nil
+	}
+	logged := start(deny)
+	next(t, logging)
+	other := start(deny)
+	select {
+	case err := <-other.done:
+		require.NoError(t, err)
+	case <-time.After(time.Second):
+		t.Error("it waits for the log")
+		defer other.wantSuccess(t)
+	}
+	close(release)
+	logged.wantSuccess(t)
+}

@@ -2,6 +2,7 @@ package cryo_test
 
 import (
 	"context"
+	"net/http"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -192,5 +193,20 @@ func TestAServerWithoutOptionsDeniesEverybody(t *testing.T) {
 		require.NoError(t, err)
 		status, _, _ := knock(t, cryotest.Serve(t, server), "x-cryo-sid=1&authorization=Bearer+a", upgrade())
 		require.Equal(t, 401, status)
+	})
+}
+
+func TestASessionEndsWithThePanicOfOnSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ended := make(chan *cryo.Session, 1)
+		server, l, _ := serve(t, cryo.ServerOptions{
+			OnSession:    func(*cryo.Session, *cryo.Upgrade) { panic(http.ErrAbortHandler) },
+			OnSessionEnd: func(s *cryo.Session) { ended <- s },
+		})
+		peer := join(t, l, sid)
+		peer.WriteFrames(cryotest.EndpointInfo(0))
+		require.EqualError(t, next(t, ended).Err(), "session ended: OnSession has panicked")
+		require.Empty(t, server.Sessions())
+		require.NoError(t, server.Shutdown(t.Context()))
 	})
 }

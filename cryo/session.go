@@ -72,8 +72,8 @@ type SessionOptions struct {
 	// cancelled: the frame has arrived, but its send has returned an error.
 	// OnReject is called when the session itself rejects a message or, with KindStream, a
 	// stream; it is not called for [Message.Reject]. Both are for counting: they run
-	// on the session's reading goroutine, OnReject also on that of a SetSendOnly call, without
-	// a lock held, and must not wait. At a server they may run before OnSession. Default:
+	// on the session's reading goroutine, OnReject also on those of SetSendOnly, Close and Drain,
+	// without a lock held, and must not wait. At a server they may run before OnSession. Default:
 	// none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
@@ -163,14 +163,14 @@ type Session struct {
 }
 
 // newSession starts a session over an upgraded connection.
-func newSession(id uint64, dialing bool, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
+func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiveBuffer, opts SessionOptions, onEnd func(closeDone func())) *Session {
 	base := listeningNumbers
 	if dialing {
 		base = dialingNumbers
 	}
 	numbers := newAckTable(base, rand.Uint32()&numberMask) //nolint:gosec // not a secret
 	s := &Session{
-		id: id, dialing: dialing, opts: opts, onEnd: onEnd, log: opts.Logger,
+		id: id, dialing: dialing, value: value, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, acks: numbers, inbox: newInbox(),
 		logLimit:  rate.Sometimes{First: 1, Interval: time.Second},
 		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
@@ -261,7 +261,8 @@ func (s *Session) Stats() Stats {
 // called more than once. Its error is the context's.
 //
 // BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
-// the published server, while it sends a stream, does not survive the end of its session.
+// the published server, while it sends a stream, does not survive the end of its session. It
+// waits as well for the TX_FINISH of a pulled stream that was acknowledged ahead of that.
 //
 // Messages in the queue can still be received; otherwise call Discard, or they count against
 // the MaxBufferBytes of a server for good.
@@ -296,9 +297,8 @@ func (s *Session) CloseNow() error {
 
 // Drain waits until all received messages and streams are settled, and then closes the session.
 // Incomplete streams are cancelled and new ones rejected; later messages are discarded, neither
-// acknowledged nor rejected, so that the peer sends them again on another session. Receive and
-// AcceptStream return messages and streams that were received before, and everything can be
-// sent, such as responses. When each message is acknowledged or rejected, and each complete
+// acknowledged nor rejected, so that the peer sends them again on another session. Receive
+// returns messages that were received before, and everything can be sent, such as responses. When each message is acknowledged or rejected, and each complete
 // stream settled, Drain closes the session as Close does, without waiting for sends.
 //
 // When the context is done before that, Drain returns its error, and the session is still open

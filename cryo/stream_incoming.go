@@ -271,9 +271,12 @@ func (st *IncomingStream) settle(as settlement) error {
 	st.mu.Unlock()
 	st.signal()
 
-	queued := true
+	queued, open := true, st.s.incoming.removeSettled(st)
+	if open {
+		defer st.s.incoming.answered()
+	}
 	switch {
-	case !st.s.incoming.removeSettled(st): // failed and cancelled before
+	case !open: // failed and cancelled before
 	case as == rejected:
 		queued = st.s.cancel(st.tx)
 	case finish != nil:

@@ -31,9 +31,11 @@ type incomingStreams struct {
 	pulls      bool                       // this end has asked to pull
 	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
 	announced  []*IncomingStream          // those of open that are not accepted yet; the oldest first
-	changed    chan struct{}              // closed and replaced when a stream is announced or removed, or a TX_CANCEL acknowledged
+	changed    chan struct{}              // closed and replaced when a stream is announced or removed, its last answer queued, or a TX_CANCEL acknowledged
+	answers    int                        // last answers of removed streams that are not queued yet
 	cancels    []sentCancel               // unacknowledged TX_CANCELs, at most the newest maxStreams
 	remembered []uint32                   // pulled streams that were acknowledged before their TX_FINISH
+	since      time.Time                  // of the last acknowledgement of these
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
@@ -149,9 +151,13 @@ func (in *incomingStreams) handleFinish(f *wire.Frame) {
 	} else {
 		delivered = in.forgetLocked(f.Tx)
 	}
+	if delivered {
+		in.answers++
+	}
 	in.mu.Unlock()
 	if delivered {
 		in.s.writer.acknowledge([]uint32{f.Ack})
+		in.answered()
 	}
 	if st != nil {
 		in.cancelFailed(st)
@@ -181,15 +187,34 @@ func (in *incomingStreams) cancelFailed(st *IncomingStream) {
 	}
 	in.mu.Lock()
 	accepted := !slices.Contains(in.announced, st)
-	removed := in.removeLocked(st)
+	removed := in.removeToAnswerLocked(st)
 	in.mu.Unlock()
-	switch {
-	case !removed: // settled by the application meanwhile
-	case accepted:
+	if !removed { // settled by the application meanwhile
+		return
+	}
+	defer in.answered()
+	if accepted {
 		in.s.cancel(st.tx)
-	default: // the application never sees it
+	} else { // the application never sees it
 		in.reject(st.tx)
 	}
+}
+
+// removeToAnswerLocked is removeLocked for a caller that calls answered once the stream's last
+// answer is queued: the end of the session waits for that.
+func (in *incomingStreams) removeToAnswerLocked(st *IncomingStream) bool {
+	removed := in.removeLocked(st)
+	if removed {
+		in.answers++
+	}
+	return removed
+}
+
+func (in *incomingStreams) answered() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.answers--
+	in.changedLocked()
 }
 
 // removeLocked removes a stream from the table, and reports whether it was there.
@@ -206,7 +231,8 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	return true
 }
 
-// removeSettled removes a settled stream from the table, and reports whether it was there. An
+// removeSettled removes a settled stream from the table, and reports whether it was there:
+// answered must be called then. An
 // acknowledged stream without TX_FINISH is remembered, so that its TX_FINISH is acknowledged
 // when it is received; that of a closed stream is never acknowledged.
 func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
@@ -216,9 +242,9 @@ func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
 		if len(in.remembered) == maxRemembered {
 			in.remembered = in.remembered[1:]
 		}
-		in.remembered = append(in.remembered, st.tx)
+		in.remembered, in.since = append(in.remembered, st.tx), time.Now()
 	}
-	return in.removeLocked(st)
+	return in.removeToAnswerLocked(st)
 }
 
 // wants reports whether a stream receives chunks: it is accepted, and has neither failed nor
@@ -303,9 +329,9 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	}
 }
 
-// awaitCancels waits until the peer has acknowledged each TX_CANCEL, or one of the channels
-// is closed. For each TX_CANCEL it waits for at most half of CloseTimeout after it was sent,
-// because some peers never acknowledge it.
+// awaitCancels waits until the peer has acknowledged each TX_CANCEL and sent the TX_FINISH of
+// each acknowledged stream, or one of the channels is closed. For each it waits for at most half
+// of CloseTimeout after it was sent or acknowledged, because some peers never answer.
 func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
 	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
 	for {
@@ -336,22 +362,29 @@ func (in *incomingStreams) count() int {
 	return len(in.open)
 }
 
-// lastCancel returns the time of the last unacknowledged TX_CANCEL, zero if there is none, and
-// a channel that is closed when that may have changed.
+// lastCancel returns the time of the last unacknowledged TX_CANCEL, or of the last
+// acknowledgement of a stream without TX_FINISH, and a channel that is closed when that may
+// have changed. It is zero if there is none, and now while a last answer is not queued yet.
 func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if n := len(in.cancels); n > 0 {
 		at = in.cancels[n-1].at
 	}
+	if len(in.remembered) > 0 && in.since.After(at) {
+		at = in.since
+	}
+	if in.answers > 0 {
+		at = time.Now()
+	}
 	return in.changed, at
 }
 
-// awaitSettled waits until no stream is announced or open.
+// awaitSettled waits until no stream is announced or open, and the last answers are queued.
 func (in *incomingStreams) awaitSettled(ctx, session context.Context) error {
 	for {
 		in.mu.Lock()
-		changed, open := in.changed, len(in.open)
+		changed, open := in.changed, len(in.open)+in.answers
 		in.mu.Unlock()
 		if session.Err() != nil {
 			return context.Cause(session)

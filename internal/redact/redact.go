@@ -26,8 +26,9 @@ const (
 	leftOut  = "(left out: the token may be in it)"
 )
 
-// minToken is the length from which a token is not expected in a text by chance, in bytes.
-const minToken = 6
+// MinToken is the length from which a token, or a part of it, is not expected in a text by
+// chance, in bytes.
+const MinToken = 6
 
 // minWord is the length from which a word of a token is redacted alone, in bytes.
 const minWord = 4
@@ -44,7 +45,7 @@ func New(token string) *Secret {
 		}
 	}
 	// The longest spellings come first: the replacer uses the first match.
-	s := &Secret{short: len(token) < minToken}
+	s := &Secret{short: len(token) < MinToken}
 	var pairs []string
 	for _, spelling := range plain {
 		inJSON, _ := json.Marshal(spelling) // a string never fails
@@ -80,10 +81,14 @@ func (s *Secret) Text(text string) string {
 	return without
 }
 
-// End redacts a prefix of the token at the end of a truncated text.
-func (s *Secret) End(text string) string {
+// End redacts a prefix of the token, of at least so many bytes, at the end of a text that is, or
+// may be, truncated.
+func (s *Secret) End(text string, least int) string {
+	if s == nil {
+		return text
+	}
 	for _, spelling := range s.spellings {
-		for n := len(spelling) - 1; n > 0; n-- {
+		for n := min(len(spelling)-1, len(text)); n >= least; n-- {
 			switch before, ok := strings.CutSuffix(text, spelling[:n]); {
 			case ok && s.short:
 				return leftOut
