@@ -134,7 +134,9 @@ func (in *incomingStreams) handleChunk(f *received) {
 		return
 	}
 	kept := st.addChunk(f)
-	in.cancelFailed(st)
+	if !in.s.isEnding() { // otherwise Close cancels it, and CloseNow sends nothing more
+		in.cancelFailed(st)
+	}
 	if !kept {
 		in.s.reportBufferFull()
 	}
