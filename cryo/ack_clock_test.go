@@ -41,7 +41,7 @@ func TestAPeerThatDoesNotReadIsLateAfterTheTimeout(t *testing.T) {
 
 // 1.5 MB at 30 kB/s take 50 s, so the third tick still sees it move, at 45 s, and the fourth
 // that it is there. Two more make it late.
-func TestTimeInWhichASlowLineTransfersDoesNotCountForAnAcknowledgement(t *testing.T) {
+func TestSlowTransferDoesNotCountTowardsTheTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(30_000)
@@ -62,7 +62,7 @@ func TestTheTransferOfAMessageTakesTenTimesTheTimeoutAtMost(t *testing.T) {
 }
 
 // Later messages keep the line busy, but prove nothing for the first one.
-func TestOnlyWhatWasQueuedByTheFirstTickDelaysATimeout(t *testing.T) {
+func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(64 << 10)
