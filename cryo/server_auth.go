@@ -68,7 +68,7 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	}
 	s.suppressed.Add(1)
 	due := false
-	s.logLimit.Do(func() { due = true }) // and no more: the log's handler may wait
+	s.logLimit.Do(func() { due = true }) // logs without a lock held: a log handler may wait
 	if due {
 		cause := denied.cause
 		if cause == nil {

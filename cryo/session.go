@@ -298,8 +298,9 @@ func (s *Session) CloseNow() error {
 // Drain waits until all received messages and streams are settled, and then closes the session.
 // Incomplete streams are cancelled and new ones rejected; later messages are discarded, neither
 // acknowledged nor rejected, so that the peer sends them again on another session. Receive
-// returns messages that were received before, and everything can be sent, such as responses. When each message is acknowledged or rejected, and each complete
-// stream settled, Drain closes the session as Close does, without waiting for sends.
+// returns messages that were received before, and everything can be sent, such as responses.
+// When each message is acknowledged or rejected, and each complete stream settled, Drain closes
+// the session as Close does, without waiting for sends.
 //
 // When the context is done before that, Drain returns its error, and the session is still open
 // and drains: call Drain again, Close or CloseNow. If the session ends first, Drain returns the

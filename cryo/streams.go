@@ -32,10 +32,10 @@ type incomingStreams struct {
 	open       map[uint32]*IncomingStream // neither settled nor failed; at most maxStreams
 	announced  []*IncomingStream          // those of open that are not accepted yet; the oldest first
 	changed    chan struct{}              // closed and replaced when a stream is announced or removed, its last answer queued, or a TX_CANCEL acknowledged
-	answers    int                        // last answers of removed streams that are not queued yet
+	answers    int                        // number of removed streams whose last answer is not queued yet
 	cancels    []sentCancel               // unacknowledged TX_CANCELs, at most the newest maxStreams
 	remembered []uint32                   // pulled streams that were acknowledged before their TX_FINISH
-	since      time.Time                  // of the last acknowledgement of these
+	since      time.Time                  // time of the last acknowledgement of a remembered stream
 }
 
 func newIncomingStreams(s *Session) *incomingStreams {
@@ -212,6 +212,7 @@ func (in *incomingStreams) removeToAnswerLocked(st *IncomingStream) bool {
 	return removed
 }
 
+// answered counts the last answer of a removed stream as queued.
 func (in *incomingStreams) answered() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -233,10 +234,10 @@ func (in *incomingStreams) removeLocked(st *IncomingStream) bool {
 	return true
 }
 
-// removeSettled removes a settled stream from the table, and reports whether it was there:
-// answered must be called then. An
-// acknowledged stream without TX_FINISH is remembered, so that its TX_FINISH is acknowledged
-// when it is received; that of a closed stream is never acknowledged.
+// removeSettled removes a settled stream from the table, and reports whether it was there: the
+// caller must then call answered. An acknowledged stream without TX_FINISH is remembered, so that
+// its TX_FINISH is acknowledged when it is received; that of a closed stream is never
+// acknowledged.
 func (in *incomingStreams) removeSettled(st *IncomingStream) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -332,8 +333,8 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 }
 
 // awaitCancels waits until the peer has acknowledged each TX_CANCEL and sent the TX_FINISH of
-// each acknowledged stream, or one of the channels is closed. For each it waits for at most half
-// of CloseTimeout after it was sent or acknowledged, because some peers never answer.
+// each acknowledged stream, or one of the channels is closed. For each of them it waits for at
+// most half of CloseTimeout after it was sent or acknowledged, because some peers never answer.
 func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
 	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
 	for {
@@ -365,8 +366,8 @@ func (in *incomingStreams) count() int {
 }
 
 // lastCancel returns the time of the last unacknowledged TX_CANCEL, or of the last
-// acknowledgement of a stream without TX_FINISH, and a channel that is closed when that may
-// have changed. It is zero if there is none, and now while a last answer is not queued yet.
+// acknowledgement of a stream without TX_FINISH, zero if there is neither, and a channel that is
+// closed when that may have changed. It returns now while a last answer is not queued yet.
 func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
