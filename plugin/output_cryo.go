@@ -31,7 +31,7 @@ func outputSpec() *service.ConfigSpec {
 
 == Delivery
 
-A message is delivered when the server has acknowledged it. It has failed when the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`, or when it cannot be sent.
+A message is delivered when the server has acknowledged it. It has failed when the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`, or when it cannot be sent. A stream has failed when the server cancels it, as a server does too that closes the connection before it has all of the stream.
 
 A lost connection is no failure by itself. A batch that is in flight then waits for the next connection, and only what is not acknowledged is sent again there. Connections are waited for until `+"`ack_timeout`"+` after the first loss; then what is left has failed, and so it has when 10 connections were lost with one batch, because the batch may be what ends them. A batch that comes while there is no connection is kept until there is one, for however long: nothing of it was sent.
 `+sendVerdicts+`

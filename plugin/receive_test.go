@@ -57,6 +57,7 @@ func TestAFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
 			require.Equal(t, []string{"another"}, c.texts(), "the input goes on")
 			c.deliver()
 			other.wantAcked(t, "delivered")
+			synctest.Wait() // until the input knows of it, which ends the waits
 			e.probe.arrivals <- b
 		}
 		e.arrival().deliver()
