@@ -53,12 +53,14 @@ type DialOptions struct {
 	TLS *tls.Config
 	// Proxy returns the proxy for the upgrade request: http, https or socks5; nil is none.
 	// http.ProxyFromEnvironment and http.ProxyURL are such functions. The URL of its
-	// request has the scheme http or https for ws or wss, and no query. Default: no proxy.
+	// request has the scheme http or https for ws or wss, and no query. Caller's goroutine.
+	// Default: no proxy.
 	Proxy func(*http.Request) (*url.URL, error)
 	// ConnectTimeout bounds Dial: the connection, TLS, the upgrade and the
 	// Cryo handshake. Default 5 s.
 	ConnectTimeout time.Duration
-	// NetDial opens the network connection. Default: that of a net.Dialer.
+	// NetDial opens the network connection, and must return when the context is done.
+	// Default: that of a net.Dialer.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 

@@ -36,7 +36,8 @@ type ServerOptions struct {
 
 	// Authorize decides whether a client may connect. Its error denies the client, and is
 	// logged but not sent, unless it is an [*AdmissionError]. It runs on the request's
-	// goroutine. There is no default: without it all clients are denied. See [Tokens].
+	// goroutine, so calls may be concurrent. There is no default: without it all clients are
+	// denied. See [Tokens].
 	Authorize func(*Upgrade) error
 	// OnSession is called when a session is connected, on the goroutine of its request,
 	// which ends when OnSession returns; the session stays open. OnSession may run until
@@ -64,14 +65,16 @@ type ServerOptions struct {
 	MaxSessionsPerAddress int
 	// Full is called for each authorized client; if it returns true, the client is denied
 	// with 503. It is for applications that keep state of ended sessions, such as messages
-	// that are not processed yet. Default: never full.
+	// that are not processed yet. Request's goroutine, so calls may be concurrent. Default:
+	// never full.
 	Full func() bool
 	// HandshakeTimeout bounds the time from the upgrade to the client's
 	// ENDPOINT_INFO. Default 10 s. The HTTP server's timeouts bound the time before
 	// the upgrade.
 	HandshakeTimeout time.Duration
 	// CheckOrigin reports whether a browser may connect, by its Origin header. Default:
-	// always, because a browser does not add Cryo's token by itself, unlike a cookie.
+	// always, because a browser does not add Cryo's token by itself, unlike a cookie. Request's
+	// goroutine, so calls may be concurrent.
 	CheckOrigin func(*http.Request) bool
 }
 
@@ -331,7 +334,7 @@ func (s *Server) idleLocked() {
 	}
 }
 
-// Session returns the connected session with this id.
+// Session returns the connected session with this id, which may be ending.
 func (s *Server) Session(id uint64) (*Session, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -341,7 +344,7 @@ func (s *Server) Session(id uint64) (*Session, bool) {
 	return nil, false
 }
 
-// Sessions returns the connected sessions, in no order.
+// Sessions returns the connected sessions, in no order. Some may be ending.
 func (s *Server) Sessions() []*Session {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -18,8 +18,8 @@ import (
 
 // Upgrade is a client's request for a session.
 type Upgrade struct {
-	Token     string // text after "Bearer " in the query
-	SessionID uint64
+	Token     string        // text after "Bearer " in the query
+	SessionID uint64        // undefined if it is missing or malformed: the client is denied after Authorize then
 	Request   *http.Request // for query, headers and remote address; its URL contains the token
 	// Value may be set by Authorize. OnSession and [Session.Value] return it.
 	Value any

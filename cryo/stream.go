@@ -123,7 +123,8 @@ func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*Incom
 // (TX_FLOW), and waits for its acknowledgement. The peer then announces each stream's size,
 // and sends a chunk when this end fetches it, at the cost of a round trip a chunk. Without
 // PullStreams, streams are pushed: the peer sends chunks as fast as the network and
-// MaxBufferBytes allow. Do not pull from the published Node client: it stops working.
+// MaxBufferBytes allow. Its error is the peer's rejection, the context's, or the session's end.
+// Do not pull from the published Node client: it stops working.
 func (s *Session) PullStreams(ctx context.Context) error {
 	s.incoming.startPulling()
 	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: wire.FlowPull}); err != nil {

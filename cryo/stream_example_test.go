@@ -176,7 +176,7 @@ func ExampleIncomingStream_Read() {
 	must(err)
 	defer st.Close()
 	st.SetIdleTimeout(10 * time.Millisecond)
-	_, err = io.Copy(io.Discard, st) // st.Received() bytes; st.Size() were announced, -1 if none were
+	_, err = io.Copy(io.Discard, st) // st.Received() bytes; st.Size() were announced, -1 if none were; st.Tx() is the peer's number
 	switch {
 	case err == nil:
 		must(st.Ack())

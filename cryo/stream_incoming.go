@@ -111,7 +111,7 @@ func (st *IncomingStream) Received() int64 {
 }
 
 // SetIdleTimeout sets the idle timeout of the stream in place of
-// [SessionOptions.StreamIdleTimeout], which 0 restores. Call it before the first Read.
+// [SessionOptions.StreamIdleTimeout], which 0 and less restore. Call it before the first Read.
 func (st *IncomingStream) SetIdleTimeout(d time.Duration) {
 	if d <= 0 {
 		d = st.s.opts.StreamIdleTimeout
