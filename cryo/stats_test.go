@@ -29,6 +29,7 @@ func TestStatsCountUnsettledUnacknowledgedAndQueued(t *testing.T) {
 		peer.WantFrame("ACK", cryotest.Acked(1))
 		peer.WantFrame("ERROR", cryotest.Error(2, "no"))
 		peer.WantType("TX_CANCEL", wire.TxCancel)
+		synctest.Wait() // until its write has returned
 		require.Equal(t, cryo.Stats{}, s.Stats())
 
 		peer.Conn().StopReading()
@@ -41,6 +42,7 @@ func TestStatsCountUnsettledUnacknowledgedAndQueued(t *testing.T) {
 		peer.Ack(peer.WantType("first", wire.Binary), peer.WantType("second", wire.UTF8))
 		first.wantSuccess(t)
 		second.wantSuccess(t)
+		synctest.Wait()
 		require.Equal(t, cryo.Stats{}, s.Stats())
 	})
 }
