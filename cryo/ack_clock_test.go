@@ -12,6 +12,12 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
+// readAll lets a peer that reads slowly end its last slow read.
+func readAll(peer *cryotest.Peer) {
+	peer.Conn().ReadSlowly(0)
+	time.Sleep(time.Hour)
+}
+
 // ticks returns how often a clock ticks, every 15 s, until the acknowledgement is late.
 func ticks(s *cryo.Session) (n int) {
 	clock := s.AckClock()
@@ -45,6 +51,7 @@ func TestSlowTransferDoesNotCountTowardsTheTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(30_000)
+		defer readAll(peer)
 		_ = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 1_500_000))})
 		require.InDelta(t, 5.5, ticks(s), 0.5)
 	})
@@ -54,6 +61,7 @@ func TestTheTransferOfAMessageTakesTenTimesTheTimeoutAtMost(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(7 << 10)
+		defer readAll(peer)
 		_ = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 16<<20))})
 		require.Equal(t, 20, ticks(s))
 		peer.Conn().ReadSlowly(0)
@@ -66,6 +74,7 @@ func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(64 << 10)
+		defer readAll(peer)
 		_ = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 64<<10))})
 		stop := make(chan struct{})
 		later := start(func() error {
@@ -81,8 +90,6 @@ func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 		require.LessOrEqual(t, ticks(s), 4)
 		close(stop)
 		later.wantSuccess(t)
-		peer.Conn().ReadSlowly(0)
-		time.Sleep(time.Minute) // until all is read
 	})
 }
 
@@ -90,6 +97,7 @@ func TestAStreamsStepMayTakeLongerWhileItIsTransferred(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{ChunkBytes: 1_500_000, StepTimeout: 30 * time.Second})
 		peer.Conn().ReadSlowly(30_000)
+		defer readAll(peer)
 		sending := start(func() error {
 			if _, err := st.Write(make([]byte, 1_500_000)); err != nil {
 				return err

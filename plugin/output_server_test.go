@@ -289,5 +289,7 @@ func TestALargeMessageIsDeliveredOverASlowLine(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		peer.Ack(peer.WantType("all of it", wire.UTF8))
 		f.wantDelivered(t, "acknowledged")
+		peer.Conn().ReadSlowly(0)
+		time.Sleep(time.Minute) // until its last slow read is over
 	})
 }
