@@ -124,8 +124,8 @@ func TestSmallMessagesOvertakeIncompleteLargeOnes(t *testing.T) {
 	})
 }
 
-// trickle lets clients send what is left of their messages, a byte a second each,
-// which are signs of life, and gives how many of the sessions live after some time.
+// trickle sends the rest of each client's message, one byte a second, which keeps the session
+// alive. It returns the number of sessions that are alive afterwards.
 func trickle(t *testing.T, clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte, during time.Duration) (alive int) {
 	t.Helper()
 	for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(time.Second) {

@@ -257,7 +257,7 @@ func TestInvalidHeaderEndsTheSessionBeforeItsPayload(t *testing.T) {
 }
 
 // The last net: a session that nobody closes, receives from or discards holds the memory
-// of its server no longer than it is in memory.
+// of its server until it is collected.
 func TestGarbageCollectedSessionReleasesItsReceiveBuffer(t *testing.T) {
 	_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
 	func() {
