@@ -192,15 +192,10 @@ func (s *Session) reportBufferFull() {
 // report logs a warning, at most one a second. It logs without a lock held, because a log
 // handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
-	due := false
-	s.logLimit.Do(func() { due = true })
-	if due {
-		s.log.Warn(message+rateLimited, append([]any{"session", s.id}, attrs...)...)
+	if suppressed, ok := s.logLimit.Allow(); ok {
+		s.log.Warn(message, append([]any{"session", s.id, "suppressed", suppressed}, attrs...)...)
 	}
 }
-
-// rateLimited ends the messages of a rate-limited log.
-const rateLimited = " (at most one such line a second)"
 
 // acknowledge queues acknowledgements before it releases the reservation: the answers to
 // frames that are read as a result are queued behind them.

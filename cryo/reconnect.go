@@ -9,7 +9,7 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/time/rate"
+	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 )
 
 // The waits of a Client; see its comment.
@@ -88,7 +88,7 @@ type Client struct {
 	attempt  *attempt      // attempt in flight; nil if there is none
 	failures int           // failed attempts in a row
 	due      time.Time     // earliest time of the next attempt
-	logLimit rate.Sometimes
+	logLimit *loglimit.Limit
 }
 
 // attempt is one attempt to connect. Its callers wait under their own contexts, and it continues
@@ -134,7 +134,7 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	closed, cancel := context.WithCancel(context.Background())
 	return &Client{
 		target: t, opts: opts, closed: closed, close: cancel,
-		logLimit: rate.Sometimes{First: 1, Interval: time.Second},
+		logLimit: loglimit.New(),
 	}, nil
 }
 
@@ -331,10 +331,8 @@ func (c *Client) backOffLocked() time.Duration {
 // logFailure logs a failed attempt. It logs without a lock held, because a log handler may call
 // the Client.
 func (c *Client) logFailure(err error) {
-	due := false
-	c.logLimit.Do(func() { due = true })
-	if due {
-		c.opts.Logger.Warn("Connecting failed, retrying"+rateLimited, "error", err)
+	if suppressed, ok := c.logLimit.Allow(); ok {
+		c.opts.Logger.Warn("Connecting failed, retrying", "error", err, "suppressed", suppressed)
 	}
 }
 

@@ -10,11 +10,9 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-
+	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
@@ -81,10 +79,9 @@ type ServerOptions struct {
 // Server accepts Cryo sessions. It is an [http.Handler] for any path of any
 // HTTP/1.1 server.
 type Server struct {
-	opts       ServerOptions
-	buffer     receiveBuffer
-	logLimit   rate.Sometimes // rate limit of log lines
-	suppressed atomic.Int64   // denials since the last log line
+	opts     ServerOptions
+	buffer   receiveBuffer
+	logLimit *loglimit.Limit
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
@@ -149,7 +146,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
-		logLimit: rate.Sometimes{First: 1, Interval: time.Second},
+		logLimit: loglimit.New(),
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),

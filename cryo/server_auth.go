@@ -66,18 +66,15 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	if s.opts.OnDeny != nil {
 		s.opts.OnDeny(denied.status)
 	}
-	s.suppressed.Add(1)
-	due := false
-	s.logLimit.Do(func() { due = true }) // logs without a lock held: a log handler may wait
-	if due {
+	if suppressed, ok := s.logLimit.Allow(); ok {
 		cause := denied.cause
 		if cause == nil {
 			cause = errors.New(denied.message)
 		}
 		// Only for denials that are logged: a long token is expensive to redact.
 		cause = redact.New(denied.token).Error(cause)
-		s.opts.Logger.Warn("Denied a client"+rateLimited, "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
-			"left_out", max(s.suppressed.Swap(0)-1, 0))
+		s.opts.Logger.Warn("Denied a client", "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
+			"suppressed", suppressed)
 	}
 	if !denied.answered {
 		http.Error(w, denied.message, denied.status)

@@ -526,11 +526,11 @@ func TestDenialsLeftOutOfTheLogAreCounted(t *testing.T) {
 			knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
 		}
 		require.Equal(t, 1, strings.Count(lines.text(), "Denied a client"))
-		require.Equal(t, 1, strings.Count(lines.text(), "left_out=0"))
+		require.Equal(t, 1, strings.Count(lines.text(), "suppressed=0"))
 		time.Sleep(time.Second)
 		knock(t, l, "x-cryo-sid=1&authorization=Bearer+wrong", upgrade())
 		require.Equal(t, 2, strings.Count(lines.text(), "Denied a client"))
-		require.Equal(t, 1, strings.Count(lines.text(), "left_out=99"))
+		require.Equal(t, 1, strings.Count(lines.text(), "suppressed=99"))
 	})
 }
 

@@ -13,8 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-
+	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
@@ -145,7 +144,7 @@ type Session struct {
 	incoming  *incomingStreams
 	outgoing  *outgoingStreams
 
-	logLimit   rate.Sometimes         // rate limit of log lines
+	logLimit   *loglimit.Limit
 	sendOnly   atomic.Bool            // received messages and streams are rejected
 	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO is received
 	peerAcked  atomic.Bool            // the peer has acknowledged a frame; at a dialling end, other than ENDPOINT_INFO
@@ -172,7 +171,7 @@ func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiv
 	s := &Session{
 		id: id, dialing: dialing, value: value, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, acks: numbers, inbox: newInbox(),
-		logLimit:  rate.Sometimes{First: 1, Interval: time.Second},
+		logLimit:  loglimit.New(),
 		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
 	}
 	s.ctx, s.end = context.WithCancelCause(context.Background())

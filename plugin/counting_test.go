@@ -25,17 +25,17 @@ func TestInputsCountMessages(t *testing.T) {
 		delivered := send(peer, "12345")
 		a := e.arrival()
 		e.wantMetrics("in the pipeline", map[string]int64{
-			"cryo_received{message_type=utf8}":       1,
-			"cryo_received_bytes{message_type=utf8}": 5,
-			"cryo_unacknowledged":                    1,
-			"cryo_ack_latency_ns":                    0,
+			"cryo_messages_received{message_type=utf8}": 1,
+			"cryo_bytes_received{message_type=utf8}":    5,
+			"cryo_messages_unacknowledged":              1,
+			"cryo_ack_latency_ns":                       0,
 		})
 		time.Sleep(3 * time.Second)
 		a.deliver()
 		delivered.wantAcked(t, "delivered")
 		e.wantMetrics("delivered", map[string]int64{
-			"cryo_unacknowledged": 0,
-			"cryo_ack_latency_ns": int64(3 * time.Second),
+			"cryo_messages_unacknowledged": 0,
+			"cryo_ack_latency_ns":          int64(3 * time.Second),
 		})
 
 		rejected := sendAny(func() error { return peer.SendBinary(t.Context(), []byte("123")) })
@@ -43,14 +43,14 @@ func TestInputsCountMessages(t *testing.T) {
 		rejected.wantRefused(t, rejection)
 		sendStream(peer, "orders", "").wantAcked(t, "dropped")
 		e.wantMetrics("rejected, and left out", map[string]int64{
-			"cryo_received{message_type=binary}":       1,
-			"cryo_received_bytes{message_type=binary}": 3,
-			"cryo_rejected{message_type=binary}":       1,
-			"cryo_rejected{message_type=utf8}":         0,
-			"cryo_received{message_type=stream}":       1,
-			"cryo_filtered{message_type=stream}":       1,
-			"cryo_unacknowledged":                      0,
-			"cryo_ack_latency_ns":                      int64(3 * time.Second),
+			"cryo_messages_received{message_type=binary}": 1,
+			"cryo_bytes_received{message_type=binary}":    3,
+			"cryo_messages_rejected{message_type=binary}": 1,
+			"cryo_messages_rejected{message_type=utf8}":   0,
+			"cryo_messages_received{message_type=stream}": 1,
+			"cryo_messages_filtered{message_type=stream}": 1,
+			"cryo_messages_unacknowledged":                0,
+			"cryo_ack_latency_ns":                         int64(3 * time.Second),
 		})
 	})
 }
@@ -60,17 +60,17 @@ func TestInputsCountStreams(t *testing.T) {
 		stream := sendStream(peer, "orders", "1234567")
 		a := e.arrival()
 		e.wantMetrics("in the pipeline", map[string]int64{
-			"cryo_received{message_type=stream}":       1,
-			"cryo_received_bytes{message_type=stream}": 7,
-			"cryo_streams_open":                        1,
-			"cryo_unacknowledged":                      1,
+			"cryo_messages_received{message_type=stream}": 1,
+			"cryo_bytes_received{message_type=stream}":    7,
+			"cryo_streams_open":                           1,
+			"cryo_messages_unacknowledged":                1,
 		})
 		a.deliver()
 		stream.wantAcked(t, "delivered")
-		e.wantMetrics("delivered", map[string]int64{"cryo_streams_open": 0, "cryo_unacknowledged": 0})
+		e.wantMetrics("delivered", map[string]int64{"cryo_streams_open": 0, "cryo_messages_unacknowledged": 0})
 
 		require.ErrorIs(t, sendStream(peer, "orders", "12345678901").result(t), cryo.ErrStreamCancelled)
-		e.wantMetrics("too long", map[string]int64{"cryo_streams_open": 0, "cryo_rejected{message_type=stream}": 1})
+		e.wantMetrics("too long", map[string]int64{"cryo_streams_open": 0, "cryo_messages_rejected{message_type=stream}": 1})
 	})
 }
 
@@ -78,17 +78,17 @@ func TestOutputsCountMessages(t *testing.T) {
 	atBothOutputs(t, "ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.give("12345", "\xff\x00")
 		m := receiveTexts(t, peer, "12345", "\xff\x00")
-		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 2, "cryo_sessions": 1})
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2, "cryo_sessions": 1})
 		time.Sleep(2 * time.Second)
 		require.NoError(t, cryo.AckBatch(m))
 		f.wantDelivered(t, "acknowledged")
 		delivered := map[string]int64{
-			"cryo_sent{message_type=utf8}":         1,
-			"cryo_sent_bytes{message_type=utf8}":   5,
-			"cryo_sent{message_type=binary}":       1,
-			"cryo_sent_bytes{message_type=binary}": 2,
-			"cryo_unacknowledged":                  0,
-			"cryo_ack_latency_ns":                  int64(2 * time.Second),
+			"cryo_messages_sent{message_type=utf8}":   1,
+			"cryo_bytes_sent{message_type=utf8}":      5,
+			"cryo_messages_sent{message_type=binary}": 1,
+			"cryo_bytes_sent{message_type=binary}":    2,
+			"cryo_messages_unacknowledged":            0,
+			"cryo_ack_latency_ns":                     int64(2 * time.Second),
 		}
 		e.wantMetrics("delivered", delivered)
 
@@ -96,7 +96,7 @@ func TestOutputsCountMessages(t *testing.T) {
 		require.NoError(t, receiveTexts(t, peer, "no")[0].Reject("not today"))
 		require.Error(t, next(t, f.verdict))
 		e.wantMetrics("rejected", delivered)
-		e.wantMetrics("rejected", map[string]int64{"cryo_rejected{message_type=utf8}": 1})
+		e.wantMetrics("rejected", map[string]int64{"cryo_sends_rejected{message_type=utf8}": 1})
 	})
 }
 
@@ -117,10 +117,10 @@ func TestOutputsCountStreams(t *testing.T) {
 			require.Equal(t, take, next(t, f.verdict) == nil)
 		}
 		e.wantMetrics("one delivered, one cancelled", map[string]int64{
-			"cryo_sent{message_type=stream}":       1,
-			"cryo_sent_bytes{message_type=stream}": 5,
-			"cryo_rejected{message_type=stream}":   1,
-			"cryo_streams_open":                    0,
+			"cryo_messages_sent{message_type=stream}":  1,
+			"cryo_bytes_sent{message_type=stream}":     5,
+			"cryo_sends_rejected{message_type=stream}": 1,
+			"cryo_streams_open":                        0,
 		})
 	})
 }
@@ -131,17 +131,17 @@ func TestABroadcastCountsOncePerSession(t *testing.T) {
 		a, b := e.dial(), e.dial()
 		f := e.give("12345")
 		fromA, fromB := receive(t, a), receive(t, b)
-		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 2})
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2})
 		time.Sleep(time.Second)
 		require.NoError(t, fromA.Ack())
 		require.NoError(t, fromB.Reject("no"))
 		f.wantDelivered(t, "by one")
 		e.wantMetrics("one acknowledged, one refused", map[string]int64{
-			"cryo_sent{message_type=utf8}":       1,
-			"cryo_sent_bytes{message_type=utf8}": 5,
-			"cryo_rejected{message_type=utf8}":   1,
-			"cryo_unacknowledged":                0,
-			"cryo_ack_latency_ns":                int64(time.Second),
+			"cryo_messages_sent{message_type=utf8}":  1,
+			"cryo_bytes_sent{message_type=utf8}":     5,
+			"cryo_sends_rejected{message_type=utf8}": 1,
+			"cryo_messages_unacknowledged":           0,
+			"cryo_ack_latency_ns":                    int64(time.Second),
 		})
 	})
 }
@@ -152,15 +152,15 @@ func TestAWorkQueueCounts(t *testing.T) {
 		worker := e.dial()
 		f := e.give("12345")
 		m := receive(t, worker)
-		e.wantMetrics("on the way", map[string]int64{"cryo_unacknowledged": 1})
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 1})
 		time.Sleep(time.Second)
 		require.NoError(t, m.Ack())
 		f.wantDelivered(t, "acknowledged")
 		e.wantMetrics("delivered", map[string]int64{
-			"cryo_sent{message_type=utf8}":       1,
-			"cryo_sent_bytes{message_type=utf8}": 5,
-			"cryo_unacknowledged":                0,
-			"cryo_ack_latency_ns":                int64(time.Second),
+			"cryo_messages_sent{message_type=utf8}": 1,
+			"cryo_bytes_sent{message_type=utf8}":    5,
+			"cryo_messages_unacknowledged":          0,
+			"cryo_ack_latency_ns":                   int64(time.Second),
 		})
 	})
 }
@@ -175,10 +175,10 @@ func TestLateAcknowledgementsAreCounted(t *testing.T) {
 		require.Error(t, next(t, f.verdict))
 		require.NoError(t, m[0].Ack())
 		e.wantMetrics("too late", map[string]int64{
-			"cryo_late_acks":               1,
-			"cryo_sent{message_type=utf8}": 0,
-			"cryo_unacknowledged":          0,
-			"cryo_ack_latency_ns":          0,
+			"cryo_late_acks":                        1,
+			"cryo_messages_sent{message_type=utf8}": 0,
+			"cryo_messages_unacknowledged":          0,
+			"cryo_ack_latency_ns":                   0,
 		})
 	})
 }
@@ -222,9 +222,9 @@ func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
 		require.Error(t, err)
 		end(a)
 		e.wantMetrics("one left, two were not let in", map[string]int64{
-			"cryo_sessions":                     1,
-			"cryo_sessions_refused{status=503}": 1,
-			"cryo_sessions_refused{status=401}": 1,
+			"cryo_sessions":                    1,
+			"cryo_sessions_denied{status=503}": 1,
+			"cryo_sessions_denied{status=401}": 1,
 		})
 
 		time.Sleep(noInputPatience)
@@ -232,8 +232,8 @@ func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
 		send(b, "anybody?").wantRefused(t, "this session receives no messages")
 		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)
 		e.wantMetrics("nobody receives", map[string]int64{
-			"cryo_refused{message_type=utf8}":   1,
-			"cryo_refused{message_type=stream}": 1,
+			"cryo_session_rejections{message_type=utf8}":   1,
+			"cryo_session_rejections{message_type=stream}": 1,
 		})
 	})
 }

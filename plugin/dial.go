@@ -102,8 +102,8 @@ type dialer struct {
 	again   bool           // a session was connected before; used by connected alone
 	reports sync.WaitGroup // the goroutine that logs the end of the session
 
-	logged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
-	lines  *sparing                        // the log lines of await
+	logged   atomic.Pointer[cryo.RetryError] // the last failure that await has logged
+	awaitLog limitedLog                      // of await
 }
 
 // errDialerClosed is the error of those who wait for a session when the component closes.
@@ -111,7 +111,8 @@ var errDialerClosed = errors.New("the component is closed")
 
 // dialerFromParsed adds the configuration to opts.
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*dialer, error) {
-	d := &dialer{opts: opts, log: res.Logger(), lines: newSparing(), metrics: newDialMetrics(meterOf(res))}
+	d := &dialer{opts: opts, log: res.Logger(), metrics: newDialMetrics(meterOf(res))}
+	d.awaitLog = newLimitedLog(d.log)
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)
 	var err error
@@ -252,9 +253,9 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 		case ok:
 			last = withHint(failed)
 			if d.logged.Swap(failed) != failed {
-				d.lines.do(d.log, func(log *service.Logger) {
-					log.Warnf("Connecting to %s again failed, messages wait for it: %v (at most one such line a second)", d.name, last)
-				})
+				if log, ok := d.awaitLog.allow(); ok {
+					log.Warnf("Connecting to %s again failed, messages wait for it: %v", d.name, last)
+				}
 			}
 		case errors.Is(err, cryo.ErrClosed):
 			return nil, errDialerClosed

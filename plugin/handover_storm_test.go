@@ -245,7 +245,7 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 				t.Errorf("pending for ever: %v (stream %v, session %v)", a.texts, a.stream, a.live.Err())
 			}
 		}
-		if v := e.metrics.value("cryo_unacknowledged"); v != 0 {
+		if v := e.metrics.value("cryo_messages_unacknowledged"); v != 0 {
 			t.Errorf("gauge unacknowledged %d", v)
 		}
 		if v := e.metrics.value("cryo_streams_open"); v != 0 {

@@ -21,8 +21,7 @@ const minPending = 1024
 // in at once. As many as there may be sessions can all connect at the same time.
 type pending struct {
 	limit int
-	log   *service.Logger
-	lines *sparing
+	log   limitedLog
 
 	mu     sync.Mutex
 	places map[net.Conn]*list.Element
@@ -31,7 +30,7 @@ type pending struct {
 
 func newPending(maxSessions int, log *service.Logger) *pending {
 	return &pending{
-		limit: max(maxSessions, minPending), log: log, lines: newSparing(),
+		limit: max(maxSessions, minPending), log: newLimitedLog(log),
 		places: make(map[net.Conn]*list.Element), order: list.New(),
 	}
 }
@@ -42,9 +41,9 @@ func (p *pending) changed(c net.Conn, state http.ConnState) {
 	case http.StateNew:
 		if oldest := p.add(c); oldest != nil {
 			_ = oldest.Close()
-			p.lines.do(p.log, func(log *service.Logger) {
-				log.Warnf("Closed a connection that is no session, as there were more than %d of them (at most one such line a second): %v", p.limit, oldest.RemoteAddr())
-			})
+			if log, ok := p.log.allow(); ok {
+				log.Warnf("Closed a connection that is no session, as there were more than %d of them: %v", p.limit, oldest.RemoteAddr())
+			}
 		}
 	case http.StateHijacked, http.StateClosed:
 		p.mu.Lock()

@@ -6,11 +6,10 @@ import (
 	stdlog "log"
 	"log/slog"
 	"slices"
-	"sync/atomic"
-	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
-	"golang.org/x/time/rate"
+
+	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 )
 
 // libraryLogger lets the library's few log lines go to the engine's logger.
@@ -55,34 +54,33 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup ignores groups: the library has none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// sparing is for log lines of which a client can cause as many as it likes: at
-// most one a second gets through, with a count of those that don't.
-type sparing struct {
-	often   rate.Sometimes
-	leftOut atomic.Int64 // since the last line
+// limitedLog is a logger for lines of which a client can cause any number: at most one a
+// second is written.
+type limitedLog struct {
+	log   *service.Logger
+	limit *loglimit.Limit
 }
 
-func newSparing() *sparing { return &sparing{often: rate.Sometimes{First: 1, Interval: time.Second}} }
+func newLimitedLog(log *service.Logger) limitedLog { return limitedLog{log, loglimit.New()} }
 
-// do calls report with the logger for a line that gets through.
-func (s *sparing) do(log *service.Logger, report func(log *service.Logger)) {
-	s.leftOut.Add(1)
-	s.often.Do(func() {
-		if n := s.leftOut.Swap(0) - 1; n > 0 {
-			log = log.With("left_out", n)
-		}
-		report(log)
-	})
+// allow returns the logger if a line may be written now. The field suppressed of the line is
+// the number of lines that were not written since the last one.
+func (l limitedLog) allow() (*service.Logger, bool) {
+	suppressed, ok := l.limit.Allow()
+	if !ok {
+		return nil, false
+	}
+	return l.log.With("suppressed", suppressed), true
 }
 
 // serverLog is the log of an HTTP server, which has a line for each client that
 // speaks no HTTP or breaks TLS off.
 func serverLog(log *service.Logger) *stdlog.Logger {
-	lines := newSparing()
+	limited := newLimitedLog(log)
 	return stdlog.New(writerFunc(func(line []byte) (int, error) {
-		lines.do(log, func(log *service.Logger) {
-			log.Debugf("A client is not understood (at most one such line a second): %s", bytes.TrimSpace(line))
-		})
+		if log, ok := limited.allow(); ok {
+			log.Debugf("Malformed HTTP request or TLS handshake: %s", bytes.TrimSpace(line))
+		}
 		return len(line), nil
 	}), "", 0)
 }

@@ -92,7 +92,7 @@ func TestClientsCanNotFloodTheLog(t *testing.T) {
 			flood()
 			require.Equal(t, 1+seconds, e.log.count("Gave up the stream"))
 			require.Equal(t, 1+seconds, e.log.count("reports an error"))
-			require.Equal(t, 2*seconds, e.log.count("left_out=99"))
+			require.Equal(t, 2*seconds, e.log.count("suppressed=99"))
 			time.Sleep(time.Second)
 		}
 	})
@@ -112,7 +112,7 @@ func TestRejectionsDoNotFloodTheLog(t *testing.T) {
 						synctest.Wait()
 					}
 					require.Equal(t, 1+seconds, e.log.count(c.line))
-					require.Equal(t, seconds, e.log.count("left_out=99"))
+					require.Equal(t, seconds, e.log.count("suppressed=99"))
 					time.Sleep(time.Second)
 				}
 			})
@@ -132,6 +132,6 @@ func TestClientsThatAreClosedDoNotFloodTheLog(t *testing.T) {
 		e.dial()
 		require.Error(t, next(t, e.give("m").verdict))
 		require.Equal(t, 2, e.log.count("WARN Closing session "))
-		e.log.want(t, "left_out=9")
+		e.log.want(t, "suppressed=9")
 	})
 }

@@ -17,20 +17,21 @@ import (
 // tests compare. Labels are few, and none of them comes from a peer. What is
 // frequent is counted once a batch.
 const (
-	metricSessions        = "cryo_sessions"
-	metricSessionsRefused = "cryo_sessions_refused"
-	metricReconnections   = "cryo_reconnections"
-	metricReceived        = "cryo_received"
-	metricReceivedBytes   = "cryo_received_bytes"
-	metricSent            = "cryo_sent"
-	metricSentBytes       = "cryo_sent_bytes"
-	metricFiltered        = "cryo_filtered"
-	metricRejected        = "cryo_rejected"
-	metricRefused         = "cryo_refused"
-	metricAckLatency      = "cryo_ack_latency_ns"
-	metricUnacknowledged  = "cryo_unacknowledged"
-	metricLateAcks        = "cryo_late_acks"
-	metricStreamsOpen     = "cryo_streams_open"
+	metricSessions          = "cryo_sessions"
+	metricSessionsDenied    = "cryo_sessions_denied"
+	metricReconnections     = "cryo_reconnections"
+	metricReceived          = "cryo_messages_received"
+	metricBytesReceived     = "cryo_bytes_received"
+	metricSent              = "cryo_messages_sent"
+	metricBytesSent         = "cryo_bytes_sent"
+	metricFiltered          = "cryo_messages_filtered"
+	metricRejected          = "cryo_messages_rejected"
+	metricSendsRejected     = "cryo_sends_rejected"
+	metricSessionRejections = "cryo_session_rejections"
+	metricAckLatency        = "cryo_ack_latency_ns"
+	metricUnacknowledged    = "cryo_messages_unacknowledged"
+	metricLateAcks          = "cryo_late_acks"
+	metricStreamsOpen       = "cryo_streams_open"
 
 	labelMessageType = "message_type"
 	labelStatus      = "status" // of HTTP
@@ -38,23 +39,23 @@ const (
 
 // sessionMetrics are those of whoever has sessions.
 type sessionMetrics struct {
-	sessions *gauge
-	refused  *service.MetricCounter
-	lateAcks *service.MetricCounter
+	sessions   *gauge
+	rejections *service.MetricCounter
+	lateAcks   *service.MetricCounter
 }
 
 func newSessionMetrics(m meter) sessionMetrics {
 	return sessionMetrics{
-		sessions: m.newGauge(metricSessions),
-		refused:  m.NewCounter(metricRefused, labelMessageType),
-		lateAcks: m.NewCounter(metricLateAcks),
+		sessions:   m.newGauge(metricSessions),
+		rejections: m.NewCounter(metricSessionRejections, labelMessageType),
+		lateAcks:   m.NewCounter(metricLateAcks),
 	}
 }
 
 // watch lets sessions with these options count.
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.lateAcks.Incr(1) }
-	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.refused.Incr(1, messageTypeName(kind)) }
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.rejections.Incr(1, messageTypeName(kind)) }
 }
 
 // dialMetrics are those of a component that dials.
@@ -81,17 +82,17 @@ func (m dialMetrics) gone() { m.sessions.add(-1) }
 // opened it.
 type listenMetrics struct {
 	sessionMetrics
-	sessionsRefused *service.MetricCounter
+	sessionsDenied *service.MetricCounter
 }
 
 func newListenMetrics(m meter) listenMetrics {
-	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsRefused, labelStatus)}
+	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
 }
 
 // watch lets a server with these options count.
 func (m listenMetrics) watch(opts *cryo.ServerOptions) {
 	m.sessionMetrics.watch(&opts.SessionOptions)
-	opts.OnDeny = func(status int) { m.sessionsRefused.Incr(1, strconv.Itoa(status)) }
+	opts.OnDeny = func(status int) { m.sessionsDenied.Incr(1, strconv.Itoa(status)) }
 }
 
 // receiveMetrics are those of the receiving half.
@@ -106,7 +107,7 @@ type receiveMetrics struct {
 func newReceiveMetrics(m meter) receiveMetrics {
 	return receiveMetrics{
 		received:       m.NewCounter(metricReceived, labelMessageType),
-		receivedBytes:  m.NewCounter(metricReceivedBytes, labelMessageType),
+		receivedBytes:  m.NewCounter(metricBytesReceived, labelMessageType),
 		filtered:       m.NewCounter(metricFiltered, labelMessageType),
 		rejected:       m.NewCounter(metricRejected, labelMessageType),
 		ackLatency:     m.NewTimer(metricAckLatency),
@@ -141,8 +142,8 @@ type sendMetrics struct {
 func newSendMetrics(m meter) sendMetrics {
 	return sendMetrics{
 		sent:           m.NewCounter(metricSent, labelMessageType),
-		sentBytes:      m.NewCounter(metricSentBytes, labelMessageType),
-		rejected:       m.NewCounter(metricRejected, labelMessageType),
+		sentBytes:      m.NewCounter(metricBytesSent, labelMessageType),
+		rejected:       m.NewCounter(metricSendsRejected, labelMessageType),
 		ackLatency:     m.NewTimer(metricAckLatency),
 		unacknowledged: m.newGauge(metricUnacknowledged),
 		streamsOpen:    m.newGauge(metricStreamsOpen),
@@ -154,7 +155,7 @@ func newSendMetrics(m meter) sendMetrics {
 func newAnswerMetrics(m meter) sendMetrics {
 	answers := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
 	answers.sent = m.NewCounter(metricSent, labelMessageType)
-	answers.sentBytes = m.NewCounter(metricSentBytes, labelMessageType)
+	answers.sentBytes = m.NewCounter(metricBytesSent, labelMessageType)
 	return answers
 }
 
@@ -190,7 +191,7 @@ func (m *sendMetrics) settled(messages []parcel, errs []error) {
 	rejected.count(m.rejected, nil)
 }
 
-// isRejection tells what the peer has refused from what was lost.
+// isRejection tells what the peer has rejections from what was lost.
 func isRejection(err error) bool {
 	var rejected *cryo.RejectedError
 	return errors.As(err, &rejected) || errors.Is(err, cryo.ErrStreamCancelled)

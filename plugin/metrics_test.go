@@ -113,12 +113,12 @@ func TestGaugesOfCopiesAddUp(t *testing.T) {
 		for i := range sessions {
 			received = append(received, receive(t, sessions[i]))
 		}
-		require.Equal(t, int64(4), e.metrics.value("cryo_unacknowledged"))
+		require.Equal(t, int64(4), e.metrics.value("cryo_messages_unacknowledged"))
 		for _, m := range received {
 			require.NoError(t, m.Ack())
 		}
 		synctest.Wait()
-		require.Zero(t, e.metrics.value("cryo_unacknowledged"))
+		require.Zero(t, e.metrics.value("cryo_messages_unacknowledged"))
 		end(sessions[0])
 		synctest.Wait()
 		require.Equal(t, int64(3), e.metrics.value("cryo_sessions"))
@@ -134,10 +134,10 @@ func TestGaugesComeBackWhenAnInputIsCutOff(t *testing.T) {
 			return client.SendStream(context.Background(), strings.NewReader("d\ne\n"), nil)
 		})
 		synctest.Wait()
-		require.Positive(t, e.metrics.value("cryo_unacknowledged"))
+		require.Positive(t, e.metrics.value("cryo_messages_unacknowledged"))
 		require.Equal(t, int64(1), e.metrics.value("cryo_streams_open"))
 		in.kill()
-		require.Zero(t, e.metrics.value("cryo_unacknowledged"))
+		require.Zero(t, e.metrics.value("cryo_messages_unacknowledged"))
 		require.Zero(t, e.metrics.value("cryo_streams_open"))
 		require.Zero(t, e.metrics.value("cryo_sessions"))
 	})

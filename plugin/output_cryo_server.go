@@ -76,8 +76,8 @@ type serverOutput struct {
 	*serverComponent
 	sender
 	targetConfig
-	queue      *workQueue // of send_to: any
-	closeLines *sparing   // of the log
+	queue    *workQueue // of send_to: any
+	closeLog limitedLog
 }
 
 var (
@@ -95,7 +95,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	return &serverOutput{serverComponent: c, sender: s, targetConfig: to, closeLines: newSparing()}, policy, maxInFlight, err
+	return &serverOutput{serverComponent: c, sender: s, targetConfig: to, closeLog: newLimitedLog(res.Logger())}, policy, maxInFlight, err
 }
 
 // Connect starts the listener, or joins that of another component.

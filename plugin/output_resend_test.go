@@ -435,7 +435,7 @@ func TestFailedAttemptsOfWaitingBatchesAreLoggedOnceEach(t *testing.T) {
 		for _, line := range e.log.all() {
 			if strings.Contains(line, "messages wait for it: dialling ws://"+somewhere+": the server answered the upgrade with 503") {
 				lines++
-				_, leftOut, _ := strings.Cut(line, "left_out=")
+				_, leftOut, _ := strings.Cut(line, "suppressed=")
 				n, _ := strconv.Atoi(leftOut)
 				lines += n
 			}

@@ -66,7 +66,7 @@ type receiver struct {
 	metrics receiveMetrics
 	answers sender // of synchronous responses
 
-	errorLines, streamLines, answerLines, rejectLines, redeliveryLines *sparing // of the log
+	errorLog, streamLog, answerLog, rejectLog, redeliveryLog limitedLog
 
 	arrivals chan []item   // from the sessions' pumps; not buffered, so that they queue up fairly
 	shares   *shares       // of the clients, in flight
@@ -106,7 +106,6 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		log:        res.Logger(),
 		metrics:    newReceiveMetrics(meterOf(res)),
 		answers:    sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: conf.ackTimeout, metrics: newAnswerMetrics(meterOf(res))},
-		errorLines: newSparing(), streamLines: newSparing(), answerLines: newSparing(), rejectLines: newSparing(), redeliveryLines: newSparing(),
 		arrivals:   make(chan []item),
 		wake:       make(chan struct{}, 1),
 		shares:     newShares(conf.maxInFlight, conf.shared),
@@ -115,6 +114,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 		byID:       make(map[string]*source),
 		deliveries: make(map[*delivery]struct{}),
 	}
+	r.errorLog, r.streamLog, r.answerLog = newLimitedLog(r.log), newLimitedLog(r.log), newLimitedLog(r.log)
+	r.rejectLog, r.redeliveryLog = newLimitedLog(r.log), newLimitedLog(r.log)
 	r.stopped, r.stop = context.WithCancel(context.Background())
 	r.draining, r.drain = context.WithCancel(r.stopped)
 	return r
@@ -290,9 +291,9 @@ func (r *receiver) wants(it *item) bool {
 		return true
 	}
 	if m.Kind == cryo.KindError {
-		r.errorLines.do(r.log, func(log *service.Logger) {
-			log.Warnf("The application at the other end of session %s reports an error: %q (at most one such line a second)", it.source.id, it.source.session.Redact(string(m.Payload)))
-		})
+		if log, ok := r.errorLog.allow(); ok {
+			log.Warnf("The application at the other end of session %s reports an error: %q", it.source.id, it.source.session.Redact(string(m.Payload)))
+		}
 	}
 	r.metrics.filtered.Incr(1, messageTypeName(m.Kind))
 	_ = m.Ack() // if the session has ended, nobody waits for it

@@ -132,7 +132,7 @@ func receiveFields(sessions bool) []*service.ConfigField {
 	}
 	return []*service.ConfigField{
 		service.NewStringListField(fieldMessageTypes).
-			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_filtered`) and dropped, as by a mapping's `deleted()`.").
+			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_messages_filtered`) and dropped, as by a mapping's `deleted()`.").
 			Default([]any{"utf8", "binary", messageTypeStream}).
 			LintRule(`
 let known = "` + knownMessageTypes(sessions) + `".re_replace_all(" or ", ", ").split(", ")

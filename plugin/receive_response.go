@@ -247,9 +247,9 @@ func (r *receiver) unanswered(ctx context.Context, a *answer, cause error) {
 		}
 		return
 	}
-	r.answerLines.do(r.log, func(log *service.Logger) {
-		log.Warnf("Rejected what session %s sent, because it has not acknowledged the answer: %v (at most one such line a second)", a.source.id, cause)
-	})
+	if log, ok := r.answerLog.allow(); ok {
+		log.Warnf("Rejected what session %s sent, because it has not acknowledged the answer: %v", a.source.id, cause)
+	}
 	if r.conf.onReceipt {
 		return // it was acknowledged long ago
 	}

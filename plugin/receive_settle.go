@@ -5,8 +5,6 @@ import (
 	"errors"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
-
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -26,9 +24,9 @@ func (r *receiver) settle(ctx context.Context, d *delivery, err error) {
 	var answers []*answer
 	if err == nil {
 		if answers, err = d.answers(); err != nil {
-			r.answerLines.do(r.log, func(log *service.Logger) {
-				log.Warnf("A batch of %d messages counts as not delivered: %v (at most one such line a second)", len(d.items), err)
-			})
+			if log, ok := r.answerLog.allow(); ok {
+				log.Warnf("A batch of %d messages counts as not delivered: %v", len(d.items), err)
+			}
 		}
 	}
 	switch {
@@ -93,9 +91,9 @@ func (r *receiver) failed(d *delivery, err error) {
 	r.cameThrough(d.items)
 	r.log.Debugf("Delivering a message again: %v", err)
 	if it.failures >= outageFailures {
-		r.redeliveryLines.do(r.log, func(log *service.Logger) {
-			log.Warnf("A message of session %s has failed %d times and is delivered again until it succeeds: %v (at most one such line a second)", it.source.id, it.failures+1, err)
-		})
+		if log, ok := r.redeliveryLog.allow(); ok {
+			log.Warnf("A message of session %s has failed %d times and is delivered again until it succeeds: %v", it.source.id, it.failures+1, err)
+		}
 	}
 	r.redeliver(d, func() { r.redeliveries.failed(it, time.Now()) })
 }
@@ -179,13 +177,13 @@ func (r *receiver) acknowledge(items []item) {
 }
 
 func (r *receiver) reject(items []item, cause error) {
-	r.rejectLines.do(r.log, func(log *service.Logger) {
+	if log, ok := r.rejectLog.allow(); ok {
 		if r.conf.onReceipt {
-			log.Errorf("Lost %d messages that were acknowledged when they were received: %v (at most one such line a second)", len(items), cause)
+			log.Errorf("Lost %d messages that were acknowledged when they were received: %v", len(items), cause)
 		} else {
-			log.Errorf("Rejected %d messages: %v (at most one such line a second)", len(items), cause)
+			log.Errorf("Rejected %d messages: %v", len(items), cause)
 		}
-	})
+	}
 	if r.conf.onReceipt {
 		return
 	}

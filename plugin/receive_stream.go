@@ -167,13 +167,13 @@ func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
 	t := &transfer{r: r, source: src, stream: st, pending: 1}
 	err := r.scanAll(src, t)
 	if err != nil && r.stopped.Err() == nil {
-		r.streamLines.do(r.log, func(log *service.Logger) {
+		if log, ok := r.streamLog.allow(); ok {
 			if _, panicked := errors.AsType[*panicError](err); panicked {
-				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v (at most one such line a second)", src.session.Redact(st.Name()), src.id, r.conf.streams.scanner.name, err)
-				return
+				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v", src.session.Redact(st.Name()), src.id, r.conf.streams.scanner.name, err)
+			} else {
+				log.Warnf("Gave up the stream %q of session %s: %v", src.session.Redact(st.Name()), src.id, err)
 			}
-			log.Warnf("Gave up the stream %q of session %s: %v (at most one such line a second)", src.session.Redact(st.Name()), src.id, err)
-		})
+		}
 	}
 	t.done(err)
 }

@@ -33,7 +33,7 @@ const (
 func streamsField() *service.ConfigField {
 	return service.NewObjectField(fieldStreams,
 		service.NewStringListField(fieldNames).
-			Description("The names of the streams to take, exactly as their senders write them. Others are acknowledged, counted (`cryo_filtered`) and dropped. Empty: all are taken.").
+			Description("The names of the streams to take, exactly as their senders write them. Others are acknowledged, counted (`cryo_messages_filtered`) and dropped. Empty: all are taken.").
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
 			Description("How the bytes of a stream become messages: the whole stream as one (`to_the_end`), one a line (`lines`), a CSV row (`csv`), a file of an archive (`tar`), a number of bytes (`chunker`), and so on; `decompress` goes in front. With a scanner that cuts it up, a stream of any length costs little memory.").

@@ -370,7 +370,7 @@ func TestMessagesOfOtherTypesAreAcknowledgedAndDropped(t *testing.T) {
 	atBothInputs(t, "message_types: [ binary ]", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		send(peer, "text").wantAcked(t, "dropped on purpose")
 		send(peer, "text").wantAcked(t, "dropped on purpose")
-		require.Equal(t, int64(2), e.metrics.value("cryo_filtered{message_type=utf8}"))
+		require.Equal(t, int64(2), e.metrics.value("cryo_messages_filtered{message_type=utf8}"))
 		e.wantNoArrival("text is not asked for")
 		m := sendAny(func() error { return peer.SendBinary(t.Context(), []byte{0xff, 0}) })
 		a := e.arrival()

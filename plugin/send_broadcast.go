@@ -8,8 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
-
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -156,9 +154,9 @@ func (o *serverOutput) settle(ctx context.Context, g group, session *cryo.Sessio
 func (o *serverOutput) cutIfLate(ctx context.Context, session *cryo.Session, errs []error) {
 	for _, err := range errs {
 		if isLate(err) && !session.Stats().Paused && ctx.Err() == nil && session.Err() == nil {
-			o.closeLines.do(o.log, func(log *service.Logger) {
-				log.Warnf("Closing session %d: %v (at most one such line a second)", session.ID(), err)
-			})
+			if log, ok := o.closeLog.allow(); ok {
+				log.Warnf("Closing session %d: %v", session.ID(), err)
+			}
 			cut, cancel := context.WithTimeout(ctx, 0)
 			defer cancel()
 			_ = session.Close(cut, "no acknowledgement in time") // it doesn't read: no time for a goodbye

@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/bloblang"
 	"github.com/redpanda-data/benthos/v4/public/service"
-	"golang.org/x/time/rate"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -24,13 +22,12 @@ var errNoMatch = errors.New("no session that is connected matches")
 
 // matcher is the mapping.
 type matcher struct {
-	mapping  *bloblang.Executor
-	log      *service.Logger
-	failures rate.Sometimes // of log lines
+	mapping *bloblang.Executor
+	log     limitedLog
 }
 
 func newMatcher(mapping *bloblang.Executor, log *service.Logger) *matcher {
-	return &matcher{mapping: mapping, log: log, failures: rate.Sometimes{First: 1, Interval: time.Second}}
+	return &matcher{mapping: mapping, log: newLimitedLog(log)}
 }
 
 // matchingSessions is the sessions that the mapping says yes to, for each
@@ -111,7 +108,9 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	if m.failed[i] == nil {
 		m.failed[i] = err
 	}
-	m.failures.Do(func() { m.log.Warnf("Not sent (at most one such line a second): %v", err) })
+	if log, ok := m.log.allow(); ok {
+		log.Warnf("Not sent: %v", err)
+	}
 	return false
 }
 

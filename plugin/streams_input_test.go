@@ -168,18 +168,18 @@ func TestOnlyStreamsWithTheNamesAreTaken(t *testing.T) {
 		sendStream(peer, "Orders", strings.Repeat("x", 1<<20)).wantAcked(t, "acknowledged and dropped")
 		sendStream(peer, "", "anonymous").wantAcked(t, "acknowledged and dropped")
 		e.wantNoArrival("nobody wants these")
-		require.Equal(t, int64(2), e.metrics.value("cryo_filtered{message_type=stream}"))
+		require.Equal(t, int64(2), e.metrics.value("cryo_messages_filtered{message_type=stream}"))
 		stream := sendStream(peer, "returns", "wanted")
 		e.want("wanted")[0].deliver()
 		stream.wantAcked(t, "delivered")
-		require.Equal(t, int64(2), e.metrics.value("cryo_filtered{message_type=stream}"))
+		require.Equal(t, int64(2), e.metrics.value("cryo_messages_filtered{message_type=stream}"))
 	})
 }
 
 func TestWithoutStreamsInTheMessageTypesTheyAreAcknowledgedAndDropped(t *testing.T) {
 	atBothInputs(t, "message_types: [ utf8 ], streams: { flow_control: pull }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "orders", "content").wantAcked(t, "acknowledged and dropped")
-		require.Equal(t, int64(1), e.metrics.value("cryo_filtered{message_type=stream}"))
+		require.Equal(t, int64(1), e.metrics.value("cryo_messages_filtered{message_type=stream}"))
 		m := send(peer, "text")
 		e.want("text")[0].deliver()
 		m.wantAcked(t, "delivered")
@@ -360,7 +360,7 @@ func TestOneClientCannotKeepAllStreamsForItself(t *testing.T) {
 			}
 		}
 		require.Equal(t, 4, opened, "half of them")
-		e.wantMetrics("no more wait here than may be taken", map[string]int64{"cryo_received{message_type=stream}": 8})
+		e.wantMetrics("no more wait here than may be taken", map[string]int64{"cryo_messages_received{message_type=stream}": 8})
 		for i := range 3 { // others get theirs, each its own half of the rest
 			stream := sendStream(e.dial(), "modest", fmt.Sprintf("%d\n", i))
 			e.want(fmt.Sprint(i))[0].deliver()

@@ -75,10 +75,9 @@ func injectTracingField() *service.ConfigField {
 // message half changed where the mapping fails; both log each message of which the
 // mapping makes nothing.
 type tracing struct {
-	mapping  *bloblang.Executor
-	tracer   trace.Tracer
-	log      *service.Logger
-	failures *sparing
+	mapping *bloblang.Executor
+	tracer  trace.Tracer
+	log     limitedLog
 }
 
 // tracingFromParsed returns nil where the field is not set.
@@ -91,7 +90,7 @@ func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, erro
 		return nil, fmt.Errorf("field %s: %w", field, err)
 	}
 	res := conf.Resources()
-	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), res.Logger(), newSparing()}, nil
+	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), newLimitedLog(res.Logger())}, nil
 }
 
 // tracerName is that of the engine's own spans.
@@ -99,9 +98,9 @@ const tracerName = "redpanda-connect"
 
 // failed logs that a message goes without a span.
 func (t *tracing) failed(field string, err error) {
-	t.failures.do(t.log, func(log *service.Logger) {
-		log.Warnf("A message goes without its span (at most one such line a second): field %s: %v", field, err)
-	})
+	if log, ok := t.log.allow(); ok {
+		log.Warnf("A message goes without its span: field %s: %v", field, err)
+	}
 }
 
 // testableInput is any of our inputs.

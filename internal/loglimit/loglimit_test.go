@@ -1,0 +1,34 @@
+package loglimit_test
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/loglimit"
+)
+
+func TestOneLineASecondIsAllowedAndCountsTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limit := loglimit.New()
+		for _, suppressed := range []int64{0, 99, 99} {
+			n, ok := limit.Allow()
+			require.True(t, ok)
+			require.Equal(t, suppressed, n)
+			for range 99 {
+				_, ok := limit.Allow()
+				require.False(t, ok)
+				time.Sleep(time.Millisecond)
+			}
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Hour)
+		n, ok := limit.Allow()
+		require.True(t, ok, "lines that were not written must not add up")
+		require.EqualValues(t, 99, n)
+		_, ok = limit.Allow()
+		require.False(t, ok)
+	})
+}
