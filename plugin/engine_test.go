@@ -55,37 +55,11 @@ func newEngine(t testing.TB) *engine {
 	e.dialer = e.net.Dial
 	e.shared = newListeners(e.net.Listen)
 	must := func(err error) { require.NoError(t, err) }
-	must(e.env.RegisterBatchInput("cryo", specs()["input cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		in, err := newInput(conf, res, cryo.DialOptions{NetDial: e.dialer})
-		if err != nil {
-			return nil, err
-		}
-		return withExtraction(conf, "cryo", in)
-	}))
-	must(e.env.RegisterBatchOutput("cryo", specs()["output cryo"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		out, policy, maxInFlight, err := newOutput(conf, res, cryo.DialOptions{NetDial: e.dialer})
-		if err != nil {
-			return nil, policy, 0, err
-		}
-		traced, err := withInjection(conf, out)
-		return traced, policy, maxInFlight, err
-	}))
-	must(e.env.RegisterBatchInput("cryo_server", specs()["input cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		res.GetOrSetGeneric(listenersKey{}, e.shared)
-		in, err := newServerInput(conf, res)
-		if err != nil {
-			return nil, err
-		}
-		return withExtraction(conf, "cryo_server", in)
-	}))
-	must(e.env.RegisterBatchOutput("cryo_server", specs()["output cryo_server"], func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		res.GetOrSetGeneric(listenersKey{}, e.shared)
-		out, policy, maxInFlight, err := newServerOutput(conf, res)
-		if err != nil {
-			return nil, policy, 0, err
-		}
-		traced, err := withInjection(conf, out)
-		return traced, policy, maxInFlight, err
+	must(register(e.env, dependencies{
+		dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return e.dialer(ctx, network, address)
+		},
+		listeners: e.shared,
 	}))
 	for name, maxInFlight := range map[string]int{"probe": 100, "serial": 1} {
 		spec := service.NewConfigSpec().Field(service.NewBatchPolicyField("batching"))

@@ -8,16 +8,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func init() {
-	service.MustRegisterBatchInput("cryo", inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		in, err := newInput(conf, res, cryo.DialOptions{})
-		if err != nil {
-			return nil, err
-		}
-		return withExtraction(conf, "cryo", in)
-	})
-}
-
 func inputSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().
 		Beta().

@@ -10,16 +10,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func init() {
-	service.MustRegisterBatchInput("cryo_server", serverInputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-		in, err := newServerInput(conf, res)
-		if err != nil {
-			return nil, err
-		}
-		return withExtraction(conf, "cryo_server", in)
-	})
-}
-
 func serverInputSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().
 		Beta().

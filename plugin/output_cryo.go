@@ -11,17 +11,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func init() {
-	service.MustRegisterBatchOutput("cryo", outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		out, policy, maxInFlight, err := newOutput(conf, res, cryo.DialOptions{})
-		if err != nil {
-			return nil, policy, 0, err
-		}
-		traced, err := withInjection(conf, out)
-		return traced, policy, maxInFlight, err
-	})
-}
-
 func outputSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().
 		Beta().

@@ -6,17 +6,6 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-func init() {
-	service.MustRegisterBatchOutput("cryo_server", serverOutputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-		out, policy, maxInFlight, err := newServerOutput(conf, res)
-		if err != nil {
-			return nil, policy, 0, err
-		}
-		traced, err := withInjection(conf, out)
-		return traced, policy, maxInFlight, err
-	})
-}
-
 func serverOutputSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().
 		Beta().
