@@ -5,17 +5,18 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
-	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// jwt signs claims with HS256, or says to have done so with another algorithm.
+// jwt signs claims with HS256. The header names the algorithm.
 func jwt(t *testing.T, algorithm, secret string, claims map[string]any) string {
 	t.Helper()
 	text, err := json.Marshal(claims)
@@ -29,12 +30,12 @@ func jwt(t *testing.T, algorithm, secret string, claims map[string]any) string {
 
 func TestJWTClients(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.jsonl")
-	p := example(t, "jwt_clients.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+path)
-	url := "ws://" + p.wantLogged("Listening for Cryo clients on ")
+	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+path)
+	url := "ws://" + p.Listening()
 	expires := time.Now().Add(time.Hour).Unix()
 	good := map[string]any{"sub": "ann", "aud": "cryo", "roles": []string{"admin", "ops"}, "exp": expires}
 
-	for name, refused := range map[string]string{
+	for name, denied := range map[string]string{
 		"another secret":         jwt(t, "HS256", "guessed", good),
 		"an empty secret":        jwt(t, "HS256", "", good),
 		"no algorithm":           jwt(t, "none", "s3cret", good),
@@ -45,40 +46,31 @@ func TestJWTClients(t *testing.T) {
 		"no JWT":                 "s3cret",
 		"a signature of nothing": ".." + jwt(t, "HS256", "s3cret", good),
 	} {
-		_, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: refused})
+		_, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: denied})
 		require.ErrorIs(t, err, cryo.ErrUnauthorized, name)
 	}
 
 	s, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: jwt(t, "HS256", "s3cret", good)})
 	require.NoError(t, err)
-	require.NoError(t, next(t, send(s, "hello")))
-	content, err := os.ReadFile(path)
-	require.NoError(t, err)
-	require.JSONEq(t, `{"user":"ann","roles":["admin","ops"],"expires":`+jsonOf(t, expires)+`,"text":"hello"}`, string(content))
+	testkit.WantDelivered(t, s, "hello")
+	require.JSONEq(t, `{"user":"ann","roles":["admin","ops"],"expires":`+strconv.FormatInt(expires, 10)+`,"text":"hello"}`, testkit.ReadFile(t, path))
 	require.NoError(t, s.Close(t.Context(), ""))
-	p.interrupt()
+	p.Interrupt()
 }
 
-func TestWithoutASecretNoJWTLetsAnybodyIn(t *testing.T) {
-	p := example(t, "jwt_clients.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
-	_, err := cryo.Dial(t.Context(), "ws://"+p.wantLogged("Listening for Cryo clients on "), &cryo.DialOptions{
+func TestWithoutASecretEveryJWTIsDenied(t *testing.T) {
+	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
+	_, err := cryo.Dial(t.Context(), "ws://"+p.Listening(), &cryo.DialOptions{
 		Token: jwt(t, "HS256", "", map[string]any{"sub": "ann", "aud": "cryo"}),
 	})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 }
 
-func jsonOf(t *testing.T, v any) string {
-	t.Helper()
-	text, err := json.Marshal(v)
-	require.NoError(t, err)
-	return string(text)
-}
-
-func TestTheLogSaysThatAJWTHasExpired(t *testing.T) {
-	p := example(t, "jwt_clients.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
-	_, err := cryo.Dial(t.Context(), "ws://"+p.wantLogged("Listening for Cryo clients on "), &cryo.DialOptions{
+func TestTheLogReportsAnExpiredJWT(t *testing.T) {
+	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
+	_, err := cryo.Dial(t.Context(), "ws://"+p.Listening(), &cryo.DialOptions{
 		Token: jwt(t, "HS256", "s3cret", map[string]any{"sub": "ann", "aud": "cryo", "exp": time.Now().Add(-time.Hour).Unix()}),
 	})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
-	p.wantLogged("the mapping failed in line 1: token is expired")
+	p.WantLog("line 1", "token is expired")
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -30,7 +31,7 @@ type page struct {
 	ctx context.Context //nolint:containedctx // it is the tab
 }
 
-// browse opens the page, and tells it which server to talk to.
+// browse opens the page, with the address of a server.
 func browse(t *testing.T, pageURL, server string) *page {
 	t.Helper()
 	browser := ""
@@ -45,8 +46,8 @@ func browse(t *testing.T, pageURL, server string) *page {
 	}
 	allocator, cancel := chromedp.NewExecAllocator(context.Background(), append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.ExecPath(browser),
-		chromedp.WSURLReadTimeout(2*patience), // it starts slowly on a busy machine
-		chromedp.NoSandbox,                    // as root it would not start
+		chromedp.WSURLReadTimeout(2*testkit.Patience), // it starts slowly on a busy machine
+		chromedp.NoSandbox,                            // or it does not start as root
 		chromedp.DisableGPU,
 		chromedp.Flag("disable-quic", true),
 		chromedp.Flag("disable-component-update", true),
@@ -63,7 +64,7 @@ func browse(t *testing.T, pageURL, server string) *page {
 	return p
 }
 
-// hash tells the page which server to talk to, with which token.
+// hash adds the server's address and the token to the page's URL.
 func hash(pageURL, server string) string {
 	return pageURL + "#" + url.Values{"server": {server}, "token": {token}}.Encode()
 }
@@ -74,7 +75,7 @@ func servePage(w http.ResponseWriter, r *http.Request) {
 
 func (p *page) do(actions ...chromedp.Action) {
 	p.t.Helper()
-	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	ctx, cancel := context.WithTimeout(p.ctx, testkit.Patience)
 	defer cancel()
 	require.NoError(p.t, chromedp.Run(ctx, actions...))
 }
@@ -82,11 +83,11 @@ func (p *page) do(actions ...chromedp.Action) {
 // want waits until a condition, in JavaScript, is true.
 func (p *page) want(condition string) {
 	p.t.Helper()
-	err := chromedp.Run(p.ctx, chromedp.Poll(condition, nil, chromedp.WithPollingTimeout(patience)))
+	err := chromedp.Run(p.ctx, chromedp.Poll(condition, nil, chromedp.WithPollingTimeout(testkit.Patience)))
 	if err != nil {
 		var text string
 		_ = chromedp.Run(p.ctx, chromedp.Evaluate("document.body.innerText", &text))
-		require.NoError(p.t, err, "wanted: %s; the page says:\n%s", condition, text)
+		require.NoError(p.t, err, "wanted: %s; the page shows:\n%s", condition, text)
 	}
 }
 
@@ -95,7 +96,7 @@ func (p *page) wantState(state string) {
 	p.want(fmt.Sprintf("document.querySelector('#state').textContent === %q", state))
 }
 
-// wantLine waits for a line with these words, sent or received, and this note.
+// wantLine waits for a line in the page's log, sent or received, with this note.
 func (p *page) wantLine(kind, words, note string) {
 	p.t.Helper()
 	p.want(fmt.Sprintf("[...document.querySelectorAll('#log li.%s')].some(li => li.firstChild.textContent === %q && li.lastChild.textContent === %q)", kind, words, note))
@@ -118,18 +119,18 @@ const (
 	delivered = "✓ delivered"
 )
 
-func TestBrowsersTalkThroughAPipeline(t *testing.T) {
-	pageAddress := freeAddress(t)
-	p := launch(t, nil, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "PAGE_ADDRESS=" + pageAddress, "PAGE_ORIGIN=http://" + pageAddress},
+func TestBrowsersExchangeMessagesThroughAPipeline(t *testing.T) {
+	pageAddress := testkit.ReserveAddress(t)
+	p := launch(t, []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "PAGE_ADDRESS=" + pageAddress, "PAGE_ORIGIN=http://" + pageAddress},
 		"streams", "--set", "http.enabled=false", "config/browser")
-	address := p.wantLogged("Listening for Cryo clients on ")
-	p.wantLogged("Receiving HTTP messages at: ")
-	other := dial(t, address)
+	address := p.Listening()
+	p.WantLog("Receiving HTTP messages at: ")
+	other := testkit.Dial(t, address)
 	browser := browse(t, "http://"+pageAddress+"/", "ws://"+address)
 	browser.wantState("connected")
 
 	browser.send("grüße")
-	m := receive(t, other)
+	m := testkit.Receive(t, other)
 	require.Equal(t, cryo.KindText, m.Kind)
 	name, words, _ := strings.Cut(string(m.Payload), ": ")
 	require.Regexp(t, `^\d{1,4}$`, name)
@@ -139,16 +140,16 @@ func TestBrowsersTalkThroughAPipeline(t *testing.T) {
 	require.NoError(t, m.Ack())
 	browser.wantLine("sent", "grüße", delivered)
 
-	sent := send(other, "hello")
-	m = receive(t, other)
+	sent := testkit.Send(other, "hello")
+	m = testkit.Receive(t, other)
 	require.Contains(t, string(m.Payload), ": hello")
 	browser.wantLine("received", string(m.Payload), "message")
 	require.NoError(t, m.Ack())
-	require.NoError(t, next(t, sent), "the page has acknowledged it")
+	require.NoError(t, testkit.Next(t, sent), "the page acknowledged it")
 
-	content := random(200_000)
+	content := testkit.RandomBytes(200_000)
 	browser.sendFile("photo.jpg", content)
-	st := acceptStream(t, other)
+	st := testkit.AcceptStream(t, other)
 	require.Equal(t, "photo.jpg", st.Name())
 	got, err := io.ReadAll(st)
 	require.NoError(t, err)
@@ -164,40 +165,31 @@ func TestBrowsersTalkThroughAPipeline(t *testing.T) {
 		.then(bytes => crypto.subtle.digest("SHA-256", bytes))
 		.then(sum => [...new Uint8Array(sum)].map(b => b.toString(16).padStart(2, "0")).join(""))`,
 		&sum, func(p *runtime.EvaluateParams) *runtime.EvaluateParams { return p.WithAwaitPromise(true) }))
-	require.Equal(t, fmt.Sprintf("%x", sha256.Sum256(content)), sum, "what the page has received")
+	require.Equal(t, fmt.Sprintf("%x", sha256.Sum256(content)), sum, "the bytes that the page received")
 
-	// The same page, served by somebody else. A browser tells a page nothing
-	// of why it is refused.
-	stranger := listen(t)
+	// The same page of another origin is denied. The page does not learn the reason from
+	// its browser.
+	stranger := testkit.Listen(t)
 	cryotest.ServeOn(t, stranger, http.HandlerFunc(servePage))
 	browser.do(chromedp.Navigate(hash("http://"+stranger.Addr().String()+"/", "ws://"+address)))
-	p.wantLogged("This origin is not allowed")
+	p.WantLog("Denied a client", "403")
 	browser.wantState("connecting …")
 }
 
-func acceptStream(t *testing.T, s *cryo.Session) *cryo.IncomingStream {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	st, err := s.AcceptStream(ctx)
-	require.NoError(t, err)
-	return st
-}
-
-// withPeer serves the page, and a peer that says what the test says.
+// withPeer serves the page, and a peer that sends what the test sends.
 func withPeer(t *testing.T) (*page, *cryotest.Server) {
 	t.Helper()
 	server := cryotest.NewServer(t)
 	routes := http.NewServeMux()
 	routes.Handle("/cryo", server)
 	routes.HandleFunc("/", servePage)
-	socket := listen(t)
+	socket := testkit.Listen(t)
 	cryotest.ServeOn(t, socket, routes)
 	address := socket.Addr().String()
 	return browse(t, "http://"+address+"/", "ws://"+address+"/cryo"), server
 }
 
-func TestABrowserSpeaksCryo(t *testing.T) {
+func TestTheBrowserPageFollowsTheProtocol(t *testing.T) {
 	browser, server := withPeer(t)
 	peer := server.NextPeer()
 	require.Equal(t, "Bearer "+token, peer.Request.URL.Query().Get("authorization"))
@@ -242,7 +234,7 @@ func TestABrowserSpeaksCryo(t *testing.T) {
 	peer.WantClose("and the connection closed", 4000, "")
 }
 
-func TestABrowserComesBackAndSendsAgainWhatWasNotAcknowledged(t *testing.T) {
+func TestTheBrowserPageReconnectsAndResendsUnacknowledgedMessages(t *testing.T) {
 	browser, server := withPeer(t)
 	peer := server.NextPeer()
 	peer.ServerHandshake()

@@ -13,44 +13,43 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// crowd is a number of clients that acknowledge all they get.
+// crowd is a number of clients that acknowledge every message.
 type crowd struct {
 	tb       testing.TB
 	sessions []*cryo.Session
-	lines    []*heardConn
+	conns    []*countingConn
 	got      atomic.Int64 // messages that were the expected one
 	running  sync.WaitGroup
 }
 
-// heardConn counts how often something came, which without messages is the
-// server's heartbeat.
-type heardConn struct {
+// countingConn counts its reads: without messages, the server's heartbeats.
+type countingConn struct {
 	net.Conn
-	heard atomic.Int64
+	reads atomic.Int64
 }
 
-func (c *heardConn) Read(p []byte) (int, error) {
+func (c *countingConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	c.heard.Add(1)
+	c.reads.Add(1)
 	return n, err
 }
 
-// join connects n clients, some at a time. Without a configuration for TLS there
-// is none.
+// join connects n clients, 64 at a time, with TLS if secure is not nil.
 func join(tb testing.TB, address string, secure *tls.Config, n int, expected []byte) *crowd {
 	tb.Helper()
-	c := &crowd{tb: tb, sessions: make([]*cryo.Session, n), lines: make([]*heardConn, n)}
+	c := &crowd{tb: tb, sessions: make([]*cryo.Session, n), conns: make([]*countingConn, n)}
 	tb.Cleanup(c.leave)
 	var (
-		taken   atomic.Int64
+		next    atomic.Int64
 		errs    = make([]error, n)
 		dialers sync.WaitGroup
 	)
 	for range 64 {
 		dialers.Go(func() {
-			for i := int(taken.Add(1)) - 1; i < n; i = int(taken.Add(1)) - 1 {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
 				if errs[i] = c.dial(i, address, secure); errs[i] != nil {
 					return
 				}
@@ -75,11 +74,11 @@ func (c *crowd) dial(i int, address string, secure *tls.Config) (err error) {
 	c.sessions[i], err = cryo.Dial(context.Background(), scheme+address, &cryo.DialOptions{
 		Token:          token,
 		TLS:            secure,
-		ConnectTimeout: patience,
+		ConnectTimeout: testkit.Patience,
 		NetDial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := from.DialContext(ctx, network, address)
-			c.lines[i] = &heardConn{Conn: conn}
-			return c.lines[i], err
+			c.conns[i] = &countingConn{Conn: conn}
+			return c.conns[i], err
 		},
 	})
 	return err
@@ -94,22 +93,22 @@ func (c *crowd) receive(s *cryo.Session, expected []byte) {
 		if bytes.Equal(m.Payload, expected) {
 			c.got.Add(1)
 		}
-		_ = m.Ack() // or the test sees that the session has ended
+		_ = m.Ack() // wantAlive reports a session that has ended
 	}
 }
 
-// send lets each client send a message, some at a time, and waits for the
+// send sends a message from each client, 64 at a time, and waits for the
 // acknowledgements.
 func (c *crowd) send(message []byte) {
 	c.tb.Helper()
 	var (
-		taken   atomic.Int64
+		next    atomic.Int64
 		errs    = make([]error, len(c.sessions))
 		senders sync.WaitGroup
 	)
 	for range 64 {
 		senders.Go(func() {
-			for i := int(taken.Add(1)) - 1; i < len(errs); i = int(taken.Add(1)) - 1 {
+			for i := int(next.Add(1)) - 1; i < len(errs); i = int(next.Add(1)) - 1 {
 				errs[i] = c.sessions[i].SendBinary(context.Background(), message)
 			}
 		})
@@ -120,20 +119,20 @@ func (c *crowd) send(message []byte) {
 	}
 }
 
-// wantHeartbeats waits until each client has heard so many more of them.
+// wantHeartbeats waits until each client has read n more heartbeats.
 func (c *crowd) wantHeartbeats(n int64, longest time.Duration) {
 	c.tb.Helper()
-	before := make([]int64, len(c.lines))
-	for i, line := range c.lines {
-		before[i] = line.heard.Load()
+	before := make([]int64, len(c.conns))
+	for i, conn := range c.conns {
+		before[i] = conn.reads.Load()
 	}
 	deadline := time.Now().Add(longest)
-	for i := 0; i < len(c.lines); {
-		if c.lines[i].heard.Load() >= before[i]+n {
+	for i := 0; i < len(c.conns); {
+		if c.conns[i].reads.Load() >= before[i]+n {
 			i++
 			continue
 		}
-		require.True(c.tb, time.Now().Before(deadline), "client %d has heard too little in %v", i, longest)
+		require.True(c.tb, time.Now().Before(deadline), "client %d: too few heartbeats in %v", i, longest)
 		time.Sleep(10 * time.Millisecond)
 	}
 }
@@ -145,7 +144,7 @@ func (c *crowd) wantAlive() {
 	}
 }
 
-// leave cuts the connections.
+// leave closes the sessions without waiting for the server.
 func (c *crowd) leave() {
 	for _, s := range c.sessions {
 		if s != nil {

@@ -45,7 +45,7 @@ func anchors(page string) map[string]bool {
 	return found
 }
 
-func TestLinksInTheDocumentationLeadSomewhere(t *testing.T) {
+func TestLinksInTheDocumentationResolve(t *testing.T) {
 	pages := documents(t)
 	code := regexp.MustCompile("(?s)```.*?```|`[^`\n]*`")
 	for path, page := range pages {
@@ -108,9 +108,9 @@ func declared(t *testing.T, dir string) map[string]bool {
 	return names
 }
 
-// TestTheArchitectureIsOfThisCode keeps the names in docs/architecture.md from
+// TestTheArchitecturePageNamesExistingCode keeps the names in docs/architecture.md from
 // outliving what they name.
-func TestTheArchitectureIsOfThisCode(t *testing.T) {
+func TestTheArchitecturePageNamesExistingCode(t *testing.T) {
 	page, err := os.ReadFile("../docs/architecture.md")
 	require.NoError(t, err)
 	names := declared(t, "../cryo")
@@ -131,10 +131,10 @@ func TestTheArchitectureIsOfThisCode(t *testing.T) {
 	require.Greater(t, found, 30)
 }
 
-// TestTheGuaranteesNameTestsThatThereAre: each row of docs/guarantees.md names the
+// TestTheGuaranteesCiteExistingTests: each row of docs/guarantees.md names the
 // test that shows it, or its table does. A test may be named with its file, as a
 // link, and with what its subtests are called.
-func TestTheGuaranteesNameTestsThatThereAre(t *testing.T) {
+func TestTheGuaranteesCiteExistingTests(t *testing.T) {
 	page, err := os.ReadFile("../docs/guarantees.md")
 	require.NoError(t, err)
 	in := make(map[string][]string)   // files of a test

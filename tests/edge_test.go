@@ -8,7 +8,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -18,13 +17,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// certify writes a certificate, which is its own authority, and its key, and
-// gives the configuration of a client that trusts it.
+// certify writes a self-signed certificate and its key, and returns the TLS
+// configuration of a client that trusts it.
 func certify(t testing.TB, certFile, keyFile string) *tls.Config {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -53,90 +54,85 @@ func TestCryoServerTLS(t *testing.T) {
 	dir := t.TempDir()
 	certFile, keyFile, messages := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), filepath.Join(dir, "messages.txt")
 	trusted := certify(t, certFile, keyFile)
-	p := example(t, "cryo_server_tls.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CERT_FILE="+certFile, "KEY_FILE="+keyFile,
+	p := example(t, "cryo_server_tls.yaml", "CRYO_ADDRESS=127.0.0.1:0", "CERT_FILE="+certFile, "KEY_FILE="+keyFile,
 		"CRYO_TOKEN="+token, "CRYO_NEXT_TOKEN=next", "SESSIONS_PER_ADDRESS=2", "FILE="+messages)
-	address := p.wantLogged("Listening for Cryo clients on ")
-	knock := func(opts cryo.DialOptions) (*cryo.Session, error) {
+	address := p.Listening()
+	dial := func(opts cryo.DialOptions) (*cryo.Session, error) {
 		if opts.TLS == nil {
 			opts.TLS = trusted
 		}
 		return cryo.Dial(t.Context(), "wss://"+address, &opts)
 	}
-	s, err := knock(cryo.DialOptions{Token: token, SessionID: 7, Header: http.Header{"Origin": {"https://app.example.com"}}})
+	s, err := dial(cryo.DialOptions{Token: token, SessionID: 7, Header: http.Header{"Origin": {"https://app.example.com"}}})
 	require.NoError(t, err)
-	require.NoError(t, next(t, send(s, "hello")))
+	testkit.WantDelivered(t, s, "hello")
 
-	// What is asked for, and what is said to those who ask for something else.
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: trusted, DisableKeepAlives: true}}
-	get := func(path string, header http.Header) (int, string) {
+	transport := &http.Transport{TLSClientConfig: trusted}
+	status := func(path string, header http.Header) int {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+address+path, http.NoBody)
 		require.NoError(t, err)
 		req.Header = header
-		resp, err := client.Do(req)
+		resp, err := testkit.Do(transport, req)
 		require.NoError(t, err)
-		defer resp.Body.Close()
-		body, err := io.ReadAll(resp.Body)
-		require.NoError(t, err)
-		return resp.StatusCode, strings.TrimSpace(string(body))
+		return resp.Status
 	}
-	status, body := get("/", http.Header{})
-	require.Equal(t, http.StatusUpgradeRequired, status)
-	require.Equal(t, "This is a Cryo server: connect with a Cryo client, over WebSocket.", body)
-	status, _ = get("/else", http.Header{})
-	require.Equal(t, http.StatusNotFound, status)
-	status, _ = get("/", http.Header{"X-Long": {strings.Repeat("x", 30_000)}})
-	require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, status)
+	require.Equal(t, http.StatusUpgradeRequired, status("/", http.Header{}))
+	require.Equal(t, http.StatusNotFound, status("/else", http.Header{}))
+	require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, status("/", http.Header{"X-Long": {strings.Repeat("x", 30_000)}}))
+
+	var handshake *cryo.HandshakeError
 	_, err = cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token})
-	require.ErrorContains(t, err, "Client sent an HTTP request to an HTTPS server.")
+	require.ErrorAs(t, err, &handshake)
+	require.Equal(t, http.StatusBadRequest, handshake.StatusCode, "HTTP on the HTTPS port")
 	old := trusted.Clone()
 	old.MaxVersion = tls.VersionTLS12
-	_, err = knock(cryo.DialOptions{Token: token, TLS: old})
-	require.ErrorContains(t, err, "protocol version")
-	_, err = knock(cryo.DialOptions{Token: token, Header: http.Header{"Origin": {"https://evil.test"}}})
-	require.ErrorContains(t, err, "403 Forbidden: This origin is not allowed.")
+	_, err = dial(cryo.DialOptions{Token: token, TLS: old})
+	require.ErrorContains(t, err, "protocol version") // the alert's type is not exported
+	_, err = dial(cryo.DialOptions{Token: token, Header: http.Header{"Origin": {"https://evil.test"}}})
+	require.ErrorAs(t, err, &handshake)
+	require.Equal(t, http.StatusForbidden, handshake.StatusCode)
 
-	// A session belongs to its token, and to who comes back with it.
-	_, err = knock(cryo.DialOptions{Token: "next", SessionID: 7})
+	// A session belongs to its token: only a client with the same one takes it over.
+	_, err = dial(cryo.DialOptions{Token: "next", SessionID: 7})
 	require.ErrorIs(t, err, cryo.ErrSessionExists)
-	_, err = knock(cryo.DialOptions{Token: "wrong", SessionID: 7})
-	require.ErrorIs(t, err, cryo.ErrUnauthorized, "who has no token does not learn that the session exists")
-	require.NoError(t, next(t, send(s, "still here")))
-	again, err := knock(cryo.DialOptions{Token: token, SessionID: 7})
+	_, err = dial(cryo.DialOptions{Token: "wrong", SessionID: 7})
+	require.ErrorIs(t, err, cryo.ErrUnauthorized, "a client without a valid token does not learn that the session exists")
+	testkit.WantDelivered(t, s, "still here")
+	again, err := dial(cryo.DialOptions{Token: token, SessionID: 7})
 	require.NoError(t, err)
 	<-s.Done()
-	require.NoError(t, next(t, send(again, "again")))
+	testkit.WantDelivered(t, again, "again")
 
-	second, err := knock(cryo.DialOptions{Token: "next"})
+	second, err := dial(cryo.DialOptions{Token: "next"})
 	require.NoError(t, err)
-	_, err = knock(cryo.DialOptions{Token: "next"})
-	require.ErrorContains(t, err, "429 Too Many Requests: This address has reached its limit of sessions.")
+	_, err = dial(cryo.DialOptions{Token: "next"})
+	require.ErrorAs(t, err, &handshake)
+	require.Equal(t, http.StatusTooManyRequests, handshake.StatusCode)
 	require.NoError(t, second.Close(t.Context(), ""))
 
-	// The certificate is renewed.
+	// The certificate is replaced while the server runs.
 	renewed := certify(t, certFile, keyFile)
-	require.EventuallyWithT(t, func(c *assertT) {
-		third, err := knock(cryo.DialOptions{Token: token, TLS: renewed})
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		third, err := dial(cryo.DialOptions{Token: token, TLS: renewed})
 		require.NoError(c, err)
 		require.NoError(c, third.Close(context.Background(), ""))
-	}, patience, 50*time.Millisecond)
-	require.NoError(t, next(t, send(again, "since before")))
+	})
+	testkit.WantDelivered(t, again, "since before")
 	require.NoError(t, again.Close(t.Context(), ""))
-	p.interrupt()
-	content, err := os.ReadFile(messages)
-	require.NoError(t, err)
-	require.Equal(t, "hello\nstill here\nagain\nsince before\n", string(content))
+	p.Interrupt()
+	require.Equal(t, "hello\nstill here\nagain\nsince before\n", testkit.ReadFile(t, messages))
 }
 
-func TestRefusalsDoNotFloodTheLog(t *testing.T) {
-	p := example(t, "cryo_server_to_file.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "FILE="+filepath.Join(t.TempDir(), "messages.txt"))
-	address := p.wantLogged("Listening for Cryo clients on ")
+func TestDeniedClientsDoNotFloodTheLog(t *testing.T) {
+	p := example(t, "cryo_server_to_file.yaml", "FILE="+filepath.Join(t.TempDir(), "messages.txt"))
+	address := p.Listening()
 	begin := time.Now()
 	for range 300 {
 		_, err := cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: "guessed"})
 		require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	}
 	lines := 0
-	for _, line := range p.said() {
+	for _, line := range p.All() {
 		if strings.Contains(line, "Denied a client") {
 			lines++
 		}
@@ -144,5 +140,5 @@ func TestRefusalsDoNotFloodTheLog(t *testing.T) {
 	}
 	require.Positive(t, lines)
 	require.LessOrEqual(t, lines, 2+int(time.Since(begin)/time.Second), "one a second")
-	p.interrupt()
+	p.Interrupt()
 }

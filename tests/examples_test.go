@@ -3,10 +3,10 @@ package tests
 import (
 	"context"
 	"encoding/json"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -14,17 +14,11 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// example runs one of config/ until the test's end.
-func example(t *testing.T, file string, stdin io.Reader, env ...string) *process {
-	t.Helper()
-	return launch(t, stdin, env, "run", "--set", "http.enabled=false", "config/"+file)
-}
-
 func TestEveryExampleIsLintedCleanAndListed(t *testing.T) {
-	readme, err := os.ReadFile("../README.md")
-	require.NoError(t, err)
+	readme := testkit.ReadFile(t, "../README.md")
 	var files []string
 	require.NoError(t, filepath.WalkDir("../config", func(path string, _ os.DirEntry, err error) error {
 		if strings.HasSuffix(path, ".yaml") {
@@ -33,22 +27,19 @@ func TestEveryExampleIsLintedCleanAndListed(t *testing.T) {
 		return err
 	}))
 	require.NotEmpty(t, files)
-	out, err := exec.Command(binary, append([]string{"lint", "--deprecated"}, files...)...).CombinedOutput()
-	require.NoError(t, err, string(out))
-	require.Empty(t, out)
+	wantLinted(t, nil, files...)
 	for _, file := range files {
-		content, err := os.ReadFile(file)
-		require.NoError(t, err)
-		require.True(t, strings.HasPrefix(string(content), "# Shows: "), "%s: the first line says what it shows", file)
-		require.Contains(t, string(readme), "("+strings.TrimPrefix(file, "../")+")", "the README lists it")
+		content := testkit.ReadFile(t, file)
+		require.True(t, strings.HasPrefix(content, "# Shows: "), "%s: the first line describes the example", file)
+		require.Contains(t, readme, "("+strings.TrimPrefix(file, "../")+")", "the README lists it")
 		var config any
-		require.NoError(t, yaml.Unmarshal(content, &config))
+		require.NoError(t, yaml.Unmarshal([]byte(content), &config))
 		wantPeriods(t, file, config)
 	}
 }
 
-// wantPeriods wants every batching policy to have a period: by count or bytes
-// alone, the last messages would wait for others, and so would their senders.
+// wantPeriods wants every batching policy to have a period. With a count or a size alone,
+// the last messages would wait for others, and so would their senders.
 func wantPeriods(t *testing.T, file string, config any) {
 	t.Helper()
 	switch c := config.(type) {
@@ -70,25 +61,28 @@ func TestTheSnippetsOfTheDocumentationAreLintedClean(t *testing.T) {
 	files, err := filepath.Glob("../docs/*.md")
 	require.NoError(t, err)
 	require.NotEmpty(t, files)
-	files = append(files, "../README.md")
-	out, err := exec.Command(binary, append([]string{"lint", "--deprecated", "--skip-env-var-check"}, files...)...).CombinedOutput()
+	wantLinted(t, []string{"--skip-env-var-check"}, append(files, "../README.md")...)
+}
+
+// wantLinted wants no lint error, in an environment with env in addition.
+func wantLinted(t *testing.T, flags []string, files ...string) {
+	t.Helper()
+	cmd := testkit.Command(t, slices.Concat([]string{"lint", "--deprecated"}, flags, files)...)
+	cmd.Dir = ""
+	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, string(out))
-	require.Empty(t, out)
+	require.Empty(t, string(out))
 }
 
 func TestStdinToCryo(t *testing.T) {
-	server := serve(t)
+	server := testkit.Serve(t)
 	texts := numbered(6)
-	p := example(t, "stdin_to_cryo.yaml", strings.NewReader(strings.Join(texts, "\n")), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)
-	s := server.session(t)
+	p := exampleReading(t, "stdin_to_cryo.yaml", strings.Join(texts, "\n"), "CRYO_URL="+server.URL())
+	s := server.Session(t)
 	want := func(text string) *cryo.Message {
-		m := receive(t, s)
+		m := testkit.Receive(t, s)
 		require.Equal(t, text, string(m.Payload), "in order")
-		select {
-		case <-p.ended:
-			require.FailNow(t, "ended before the last line was acknowledged")
-		default:
-		}
+		require.True(t, p.Running(), "the process ended before the last line was acknowledged")
 		return m
 	}
 	require.NoError(t, want(texts[0]).Ack())
@@ -96,42 +90,41 @@ func TestStdinToCryo(t *testing.T) {
 	require.NoError(t, want(texts[1]).Reject("nor now"))
 	require.NoError(t, want(texts[1]).Ack())
 	want(texts[2])
-	require.NoError(t, s.Close(contextFor(t), "")) // without an acknowledgement
-	s = server.session(t)
+	require.NoError(t, s.Close(testkit.Context(t), "")) // without an acknowledgement
+	s = server.Session(t)
 	for _, text := range texts[2:5] {
 		require.NoError(t, want(text).Ack())
 	}
 	require.NoError(t, want(texts[5]).Reject("not the last one either"))
 	require.NoError(t, want(texts[5]).Ack())
-	p.wantSuccess()
+	p.WantExit(0)
 }
 
 func TestCryoServerToFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.txt")
-	p := example(t, "cryo_server_to_file.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "FILE="+path)
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
+	p := example(t, "cryo_server_to_file.yaml", "FILE="+path)
+	s := testkit.Dial(t, p.Listening())
 	want := ""
 	for _, text := range []string{"one", "two", "three"} {
-		require.NoError(t, next(t, send(s, text)))
-		content, err := os.ReadFile(path)
-		require.NoError(t, err)
+		testkit.WantDelivered(t, s, text)
 		want += text + "\n"
-		require.Equal(t, want, string(content), "what is acknowledged is in the file")
+		require.Equal(t, want, testkit.ReadFile(t, path), "acknowledged messages are in the file")
 	}
-	p.interrupt()
+	p.Interrupt()
 }
 
-// TestAFullDiskDamagesNoLineOfJSON bounds the size of files, has a write fail in
-// the middle of a line, and starts the process again without the bound.
+// A limit of the file size makes a write fail in the middle of a line; then the process is
+// started again without the limit.
 func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.jsonl")
-	env := []string{"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN=" + token, "FILE=" + path}
-	p := launchAs(t, nil, env, "sh", "-c", `ulimit -f 1; exec "$0" "$@"`,
-		binary, "run", "--set", "http.enabled=false", "config/cryo_server_to_json_lines.yaml")
+	limited := exec.Command("sh", "-c", `ulimit -f 1; exec "$0" "$@"`,
+		testkit.Binary(t), "run", "--set", "http.enabled=false", "../config/cryo_server_to_json_lines.yaml")
+	limited.Env = append(os.Environ(), "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "FILE="+path)
+	p := testkit.Start(t, limited)
 	texts := numbered(40)
-	s := dialAs(t, p.wantLogged("Listening for Cryo clients on "), 1)
+	s := testkit.DialAs(t, p.Listening(), 1)
 	acknowledged := 0
-	ended := start(func() error {
+	ended := testkit.Go(func() error {
 		for _, text := range texts {
 			if err := s.SendText(context.Background(), text); err != nil {
 				return err
@@ -140,21 +133,20 @@ func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
 		}
 		return nil
 	})
-	p.wantLogged("Failed to send message to file")
-	p.kill()
-	require.Error(t, next(t, ended))
+	p.WantLog("Failed to send message to file")
+	p.Kill()
+	require.Error(t, testkit.Next(t, ended))
 
-	p = example(t, "cryo_server_to_json_lines.yaml", nil, env...)
-	s = dialAs(t, p.wantLogged("Listening for Cryo clients on "), 1)
+	p = example(t, "cryo_server_to_json_lines.yaml", "FILE="+path)
+	s = testkit.DialAs(t, p.Listening(), 1)
 	for _, text := range texts[acknowledged:] {
-		require.NoError(t, next(t, send(s, text)))
+		testkit.WantDelivered(t, s, text)
 	}
-	p.interrupt()
+	p.Interrupt()
 
-	content, err := os.ReadFile(path)
-	require.NoError(t, err)
+	content := testkit.ReadFile(t, path)
 	written, torn := make(map[string]bool), 0
-	for line := range strings.Lines(string(content)) {
+	for line := range strings.Lines(content) {
 		var m struct{ Session, Text string }
 		switch err := json.Unmarshal([]byte(line), &m); {
 		case err == nil:
@@ -163,7 +155,7 @@ func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
 			torn++
 		}
 	}
-	require.Equal(t, 1, torn, "one write was cut short: %s", content)
+	require.Equal(t, 1, torn, "one truncated line: %s", content)
 	for _, text := range texts {
 		require.True(t, written[text], "%s was acknowledged and has no line", text)
 	}

@@ -3,27 +3,25 @@ package tests
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // Several instances behind a load balancer, with Kafka between them
 // (docs/scaling.md).
 
-// plenty is more than a test makes of anything.
+// plenty is a buffer that no test fills.
 const plenty = 10_000
 
 // instance is one of several processes that run the same pipelines.
 type instance struct {
-	*process
+	*testkit.Process
 	address string
 }
 
@@ -35,94 +33,44 @@ func runInstance(t *testing.T, name, address string, k *kafka, files ...string) 
 	for _, file := range files {
 		args = append(args, "config/"+file)
 	}
-	p := launch(t, nil, []string{
+	p := launch(t, []string{
 		"INSTANCE=" + name, "CRYO_ADDRESS=" + address, "CRYO_TOKEN=" + token,
 		"KAFKA_BROKERS=" + k.brokers(), "KAFKA_TOPIC=events", "KAFKA_JOBS=jobs", "KAFKA_GROUP=workers",
 	}, args...)
-	return &instance{p, p.wantLogged("Listening for Cryo clients on ")}
+	return &instance{p, p.Listening()}
 }
 
-// balancer is a load balancer: it passes connections on to backends in turn, and
-// over those that don't answer.
-type balancer struct {
-	net.Listener
-	backends []string
-	turn     atomic.Int64
-	running  sync.WaitGroup
-}
-
-func balance(t *testing.T, backends ...string) *balancer {
-	t.Helper()
-	b := &balancer{Listener: listen(t), backends: backends}
-	b.running.Go(func() {
-		for {
-			client, err := b.Accept()
-			if err != nil {
-				return
-			}
-			b.running.Go(func() { b.pass(client) })
-		}
-	})
-	t.Cleanup(func() {
-		_ = b.Close()
-		b.running.Wait()
-	})
-	return b
-}
-
-func (b *balancer) address() string { return b.Addr().String() }
-
-func (b *balancer) pass(client net.Conn) {
-	defer client.Close()
-	for range b.backends {
-		backend, err := net.Dial("tcp", b.backends[int(b.turn.Add(1))%len(b.backends)])
-		if err != nil {
-			continue
-		}
-		var answers sync.WaitGroup
-		answers.Go(func() {
-			_, _ = io.Copy(client, backend)
-			_ = client.(*net.TCPConn).CloseWrite()
-		})
-		_, _ = io.Copy(backend, client)
-		_ = backend.(*net.TCPConn).CloseWrite()
-		answers.Wait()
-		_ = backend.Close()
-		return
-	}
-}
-
-// employ runs a client that does jobs and comes back whenever its session ends.
-// What it has done goes to done.
+// employ runs a client that does jobs, on one session after the other, and sends what it
+// has done to done.
 func employ(t *testing.T, address string, done chan<- string) {
 	t.Helper()
+	sessions := testkit.Redial(t, address, cryo.DialOptions{})
 	ctx, leave := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() {
-		for ctx.Err() == nil {
-			s, err := cryo.Dial(ctx, "ws://"+address, &cryo.DialOptions{Token: token})
-			if err != nil {
-				time.Sleep(10 * time.Millisecond) // as clients do between tries
-				continue
+	var working sync.WaitGroup
+	working.Go(func() {
+		for {
+			select {
+			case s := <-sessions:
+				work(ctx, s, done)
+			case <-ctx.Done():
+				return
 			}
-			work(ctx, s, done)
-			_ = s.Close(ctx, "")
 		}
 	})
 	t.Cleanup(func() {
 		leave()
-		running.Wait()
+		working.Wait()
 	})
 }
 
-// work does jobs until the session ends.
+// work receives and acknowledges jobs until the session ends, and sends them to done.
 func work(ctx context.Context, s *cryo.Session, done chan<- string) {
 	for {
 		m, err := s.Receive(ctx)
 		if err != nil {
 			return
 		}
-		if m.Ack() == nil { // or it comes again
+		if m.Ack() == nil { // or it is delivered again
 			done <- string(m.Payload)
 		}
 	}
@@ -133,12 +81,12 @@ func TestABroadcastReachesTheClientsOfAllInstances(t *testing.T) {
 	files := []string{"cryo_to_kafka.yaml", "scaling/broadcast.yaml"}
 	a := runInstance(t, "a", "127.0.0.1:0", k, files...)
 	b := runInstance(t, "b", "127.0.0.1:0", k, files...)
-	atA, atB := dial(t, a.address), dial(t, b.address)
+	atA, atB := testkit.Dial(t, a.address), testkit.Dial(t, b.address)
 	gotA, gotB := make(chan string, plenty), make(chan string, plenty)
 	go work(t.Context(), atA, gotA)
 	go work(t.Context(), atB, gotB)
 
-	// A new instance gets what comes from when it has found the topic's end.
+	// An instance receives the records that are produced after it has found the topic's end.
 	for _, s := range []*cryo.Session{atA, atB} {
 		for _, got := range []chan string{gotA, gotB} {
 			wantProbe(t, s, got)
@@ -151,14 +99,14 @@ func TestABroadcastReachesTheClientsOfAllInstances(t *testing.T) {
 		if i%2 == 1 {
 			s = atB
 		}
-		require.NoError(t, next(t, send(s, text)))
+		testkit.WantDelivered(t, s, text)
 	}
 	for _, got := range []chan string{gotA, gotB} {
 		var odd, even []string
 		for range texts {
-			text := next(t, got)
+			text := testkit.Next(t, got)
 			for text == areYouThere {
-				text = next(t, got)
+				text = testkit.Next(t, got)
 			}
 			if (text[len(text)-1]-'0')%2 == 1 {
 				odd = append(odd, text)
@@ -167,34 +115,34 @@ func TestABroadcastReachesTheClientsOfAllInstances(t *testing.T) {
 			}
 		}
 		for i, text := range texts {
-			require.Equal(t, text, [][]string{even, odd}[i%2][i/2], "what one client sends arrives once, and in order")
+			require.Equal(t, text, [][]string{even, odd}[i%2][i/2], "the messages of a client arrive once, and in order")
 		}
 	}
-	a.interrupt()
-	b.interrupt()
+	a.Interrupt()
+	b.Interrupt()
 }
 
 const areYouThere = "are you there?"
 
-// wantProbe sends until something arrives.
+// wantProbe sends until a message arrives.
 func wantProbe(t *testing.T, s *cryo.Session, got <-chan string) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); ; {
-		require.NoError(t, next(t, send(s, areYouThere)))
+	for deadline := time.Now().Add(testkit.Patience); ; {
+		testkit.WantDelivered(t, s, areYouThere)
 		select {
 		case <-got:
 			return
 		case <-time.After(100 * time.Millisecond):
-			require.True(t, time.Now().Before(deadline), "nothing arrived")
+			require.True(t, time.Now().Before(deadline), "no message arrived")
 		}
 	}
 }
 
-func TestAJobIsDoneOnceByAClientOfOneInstance(t *testing.T) {
+func TestEachJobIsDoneOnceByAClientOfOneInstance(t *testing.T) {
 	k := runKafka(t, "jobs")
 	a := runInstance(t, "a", "127.0.0.1:0", k, "scaling/work_queue.yaml")
 	b := runInstance(t, "b", "127.0.0.1:0", k, "scaling/work_queue.yaml")
-	_, err := k.WaitGroupStable(contextFor(t), "workers", 2)
+	_, err := k.WaitGroupStable(testkit.Context(t), "workers", 2)
 	require.NoError(t, err)
 	gotA, gotB := make(chan string, plenty), make(chan string, plenty)
 	for range 2 {
@@ -213,15 +161,15 @@ func TestAJobIsDoneOnceByAClientOfOneInstance(t *testing.T) {
 		case job := <-gotB:
 			byB++
 			done[job]++
-		case <-time.After(patience):
-			require.FailNow(t, "jobs are missing", "%d of %d are done", len(done), len(jobs))
+		case <-time.After(testkit.Patience):
+			require.FailNow(t, "timed out waiting for jobs", "%d of %d are done", len(done), len(jobs))
 		}
 	}
 	require.Len(t, done, len(jobs), "each once")
 	require.Positive(t, byA)
 	require.Positive(t, byB)
-	a.interrupt()
-	b.interrupt()
+	a.Interrupt()
+	b.Interrupt()
 	require.Equal(t, len(jobs), k.committed("workers", "jobs"))
 }
 
@@ -230,30 +178,30 @@ func TestRestartingInstancesInTurnLosesNothing(t *testing.T) {
 	run := func(name, address string) *instance {
 		return runInstance(t, name, address, k, "cryo_to_kafka.yaml", "scaling/work_queue.yaml")
 	}
-	instances := []*instance{run("a", freeAddress(t)), run("b", freeAddress(t))}
-	_, err := k.WaitGroupStable(contextFor(t), "workers", 2)
+	instances := []*instance{run("a", testkit.ReserveAddress(t)), run("b", testkit.ReserveAddress(t))}
+	_, err := k.WaitGroupStable(testkit.Context(t), "workers", 2)
 	require.NoError(t, err)
 
-	// Workers have a session with each instance. A client of the balancer's does
-	// jobs too, and sends events, again if they are not acknowledged.
+	// Workers have a session with each instance. A client behind a load balancer does
+	// jobs too, and sends events, each until it is acknowledged.
 	done := make(chan string, plenty)
 	for _, i := range instances {
 		for range 2 {
 			employ(t, i.address, done)
 		}
 	}
-	lb := balance(t, instances[0].address, instances[1].address)
+	lb := testkit.NewProxy(t, instances[0].address, instances[1].address)
 	restarted, finish := context.WithCancel(t.Context())
 	defer finish()
 	sent := make(chan []string, 1)
-	go func() { sent <- sendUntil(restarted, lb.address(), done) }()
+	go func() { sent <- sendUntil(restarted, lb.Address(), done) }()
 	jobs := numbered(400)
 
 	counts := make(map[string]int)
 	wantDone := func(jobs []string) {
 		for _, job := range jobs {
 			for counts[job] == 0 {
-				counts[next(t, done)]++
+				counts[testkit.Next(t, done)]++
 			}
 		}
 	}
@@ -262,7 +210,7 @@ func TestRestartingInstancesInTurnLosesNothing(t *testing.T) {
 	for i, name := range []string{"a", "b"} {
 		now := jobs[100*(i+1) : 100*(i+2)]
 		k.produce(t, "jobs", now[:50]...)
-		instances[i].interrupt() // with some of them under way
+		instances[i].Interrupt() // with some of them in flight
 		k.produce(t, "jobs", now[50:]...)
 		wantDone(now)
 		instances[i] = run(name, instances[i].address)
@@ -270,15 +218,15 @@ func TestRestartingInstancesInTurnLosesNothing(t *testing.T) {
 	k.produce(t, "jobs", jobs[300:]...)
 	wantDone(jobs)
 	finish()
-	events := next(t, sent)
+	events := testkit.Next(t, sent)
 	require.NotEmpty(t, events)
 	for _, i := range instances {
-		i.interrupt()
+		i.Interrupt()
 	}
 	require.Equal(t, len(jobs), k.committed("workers", "jobs"))
 	found := k.texts(t, "events")
 	for _, text := range events {
-		require.Positive(t, found[text], "%s was acknowledged, and is not in the topic", text)
+		require.Positive(t, found[text], "%s was acknowledged and is not in the topic", text)
 	}
 }
 
@@ -287,8 +235,8 @@ func TestABroadcastGoesOnWhileAnotherInstanceRestarts(t *testing.T) {
 	run := func(name, address string) *instance {
 		return runInstance(t, name, address, k, "cryo_to_kafka.yaml", "scaling/broadcast.yaml")
 	}
-	a, b := run("a", freeAddress(t)), run("b", "127.0.0.1:0")
-	atB, gotB := dial(t, b.address), make(chan string, plenty)
+	a, b := run("a", testkit.ReserveAddress(t)), run("b", "127.0.0.1:0")
+	atB, gotB := testkit.Dial(t, b.address), make(chan string, plenty)
 	go work(t.Context(), atB, gotB)
 	wantProbe(t, atB, gotB)
 	restarted, finish := context.WithCancel(t.Context())
@@ -296,27 +244,27 @@ func TestABroadcastGoesOnWhileAnotherInstanceRestarts(t *testing.T) {
 	sent := make(chan []string, 1)
 	go func() { sent <- sendUntil(restarted, b.address, make(chan string, plenty)) }()
 
-	a.interrupt()
+	a.Interrupt()
 	a = run("a", a.address)
-	atA, gotA := dial(t, a.address), make(chan string, plenty)
+	atA, gotA := testkit.Dial(t, a.address), make(chan string, plenty)
 	go work(t.Context(), atA, gotA)
 	wantProbe(t, atB, gotA)
 	finish()
-	events := next(t, sent)
+	events := testkit.Next(t, sent)
 	require.NotEmpty(t, events)
 	for _, event := range events {
-		text := next(t, gotB)
+		text := testkit.Next(t, gotB)
 		for text == areYouThere {
-			text = next(t, gotB)
+			text = testkit.Next(t, gotB)
 		}
 		require.Equal(t, event, text, "each once, and in order")
 	}
-	a.interrupt()
-	b.interrupt()
+	a.Interrupt()
+	b.Interrupt()
 }
 
-// sendUntil sends texts one after the other, each until it is acknowledged, over
-// as many sessions as it takes, and gives those that were.
+// sendUntil sends texts one after the other, on one session after the other, and returns
+// those that were acknowledged.
 func sendUntil(finished context.Context, address string, done chan<- string) (acked []string) {
 	for finished.Err() == nil {
 		s, err := cryo.Dial(finished, "ws://"+address, &cryo.DialOptions{Token: token})

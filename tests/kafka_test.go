@@ -13,13 +13,14 @@ import (
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// kafka is a cluster of one broker in this process, which speaks the real wire
-// protocol.
+// kafka is a cluster of one broker in this process, which speaks the wire protocol of
+// Kafka. Its listener can be taken down.
 type kafka struct {
 	*kfake.Cluster
-	*gate
+	*testkit.Listener
 }
 
 func runKafka(t *testing.T, topics ...string) *kafka {
@@ -34,8 +35,8 @@ func runKafka(t *testing.T, topics ...string) *kafka {
 			if err != nil {
 				return nil, err
 			}
-			k.gate = newGate(l)
-			return k.gate, nil
+			k.Listener = testkit.NewListener(l)
+			return k.Listener, nil
 		}),
 	)
 	require.NoError(t, err)
@@ -53,14 +54,14 @@ func (k *kafka) client(t *testing.T, opts ...kgo.Opt) *kgo.Client {
 	return client
 }
 
-// records are all that is in a topic now.
+// records returns the records of a topic, in all partitions.
 func (k *kafka) records(t *testing.T, topic string) []*kgo.Record {
 	t.Helper()
 	want := 0
 	for _, p := range k.PartitionInfos(topic) {
 		want += int(p.HighWatermark)
 	}
-	ctx := patient(t)
+	ctx := testkit.Context(t)
 	client := k.client(t, kgo.ConsumeTopics(topic))
 	defer client.Close()
 	var records []*kgo.Record
@@ -72,7 +73,7 @@ func (k *kafka) records(t *testing.T, topic string) []*kgo.Record {
 	return records
 }
 
-// texts counts how often each value is in a topic.
+// texts returns how often each value is in a topic.
 func (k *kafka) texts(t *testing.T, topic string) map[string]int {
 	t.Helper()
 	found := make(map[string]int)
@@ -82,7 +83,7 @@ func (k *kafka) texts(t *testing.T, topic string) map[string]int {
 	return found
 }
 
-// produce spreads texts over the partitions.
+// produce writes texts to the partitions in turn.
 func (k *kafka) produce(t *testing.T, topic string, texts ...string) {
 	t.Helper()
 	client := k.client(t, kgo.RecordPartitioner(kgo.RoundRobinPartitioner()))
@@ -92,7 +93,7 @@ func (k *kafka) produce(t *testing.T, topic string, texts ...string) {
 	}
 }
 
-// committed is how many records of a topic a group has done with.
+// committed returns how many records of a topic a group has committed.
 func (k *kafka) committed(group, topic string) int {
 	done := 0
 	if info := k.GroupInfo(group); info != nil {
@@ -103,15 +104,16 @@ func (k *kafka) committed(group, topic string) int {
 	return done
 }
 
-// wantNoneElseCommitted watches for the time of several commits.
+// wantNoneElseCommitted wants no commit beyond the acknowledged records, for several
+// commit periods.
 func (k *kafka) wantNoneElseCommitted(t *testing.T, group, topic string, acknowledged int) {
 	t.Helper()
 	require.Never(t, func() bool { return k.committed(group, topic) > acknowledged },
 		500*time.Millisecond, 20*time.Millisecond, "committed and not acknowledged")
 }
 
-// forgetMembers spares a test the time after which a group gives up on a member
-// that was killed.
+// forgetMembers removes the members of a group that were killed, without waiting for
+// their session timeout.
 func (k *kafka) forgetMembers(t *testing.T, group string) {
 	t.Helper()
 	leave := kmsg.NewPtrLeaveGroupRequest()
@@ -138,12 +140,11 @@ func header(r *kgo.Record, key string) string {
 
 func TestCryoToKafka(t *testing.T) {
 	k := runKafka(t, "events")
-	p := example(t, "cryo_to_kafka.yaml", nil,
-		"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=events")
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
+	p := example(t, "cryo_to_kafka.yaml", "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=events")
+	s := testkit.Dial(t, p.Listening())
 	texts := numbered(200)
 	for _, text := range texts[:10] {
-		require.NoError(t, next(t, send(s, text)))
+		testkit.WantDelivered(t, s, text)
 		require.Equal(t, 1, k.texts(t, "events")[text], "what is acknowledged is in the topic")
 	}
 	partition := int32(-1)
@@ -156,114 +157,112 @@ func TestCryoToKafka(t *testing.T) {
 		partition = r.Partition
 	}
 
-	k.goAway()
+	k.SetDown(true)
 	var sent []<-chan error
 	for _, text := range texts[10:] {
-		sent = append(sent, send(s, text))
+		sent = append(sent, testkit.Send(s, text))
 	}
-	k.wantTries(t, 1)
+	k.WantAttempt(t)
 	for _, done := range sent {
-		wantPending(t, done, "the broker is away")
+		testkit.WantPending(t, done, "the broker is down")
 	}
-	k.comeBack()
+	k.SetDown(false)
 	for _, done := range sent {
-		require.NoError(t, next(t, done))
+		require.NoError(t, testkit.Next(t, done))
 	}
 	found := k.texts(t, "events")
 	for _, text := range texts {
 		require.Positive(t, found[text], "%s was acknowledged, and is not in the topic", text)
 	}
-	p.interrupt()
+	p.Interrupt()
 }
 
-func TestMessagesThatCannotBeProcessedBecomeDeadLetters(t *testing.T) {
+func TestAMessageThatCannotBeProcessedBecomesADeadLetter(t *testing.T) {
 	k := runKafka(t, "good", "bad")
-	p := example(t, "cryo_to_kafka_dead_letters.yaml", nil,
-		"CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=good", "KAFKA_DEAD_LETTERS=bad")
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
-	good, poison := send(s, `{"n":1}`), send(s, `{"n":`)
-	require.NoError(t, next(t, good))
-	require.NoError(t, next(t, poison))
+	p := example(t, "cryo_to_kafka_dead_letters.yaml", "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=good", "KAFKA_DEAD_LETTERS=bad")
+	s := testkit.Dial(t, p.Listening())
+	good, poison := testkit.Send(s, `{"n":1}`), testkit.Send(s, `{"n":`)
+	require.NoError(t, testkit.Next(t, good))
+	require.NoError(t, testkit.Next(t, poison))
 
 	records := k.records(t, "good")
 	require.Len(t, records, 1)
 	require.JSONEq(t, `{"n":1,"session":"`+strconv.FormatUint(s.ID(), 10)+`"}`, string(records[0].Value))
 	letters := k.records(t, "bad")
 	require.Len(t, letters, 1)
-	require.Equal(t, `{"n":`, string(letters[0].Value), "as it came")
+	require.Equal(t, `{"n":`, string(letters[0].Value), "unchanged")
 	require.Contains(t, header(letters[0], "reason"), "parse as json")
 	require.Equal(t, strconv.FormatUint(s.ID(), 10), header(letters[0], "cryo_session_id"))
-	p.interrupt()
+	p.Interrupt()
 }
 
 func TestKafkaToCryo(t *testing.T) {
 	const group, topic = "bridge", "events"
 	k := runKafka(t, topic)
-	server := serve(t)
-	run := func() *process {
+	server := testkit.Serve(t)
+	run := func() *testkit.Process {
 		env := []string{
-			"CRYO_URL=" + server.url(), "CRYO_TOKEN=" + token,
+			"CRYO_URL=" + server.URL(), "CRYO_TOKEN=" + token,
 			"KAFKA_BROKERS=" + k.brokers(), "KAFKA_TOPIC=" + topic, "KAFKA_GROUP=" + group,
 		}
-		return launch(t, nil, env, "run", "--set", "http.enabled=false",
-			"--set", "input.redpanda.commit_period=100ms", // not the 5 s that it is otherwise
+		return launch(t, env, "run", "--set", "http.enabled=false",
+			"--set", "input.redpanda.commit_period=100ms", // instead of 5 s
 			"config/kafka_to_cryo.yaml")
 	}
 	texts := numbered(150)
 	k.produce(t, topic, texts[:100]...)
 
-	// It is killed while half is acknowledged. By then it has committed no
-	// more than that.
+	// It is killed while half of the records are acknowledged, and has committed no
+	// others.
 	p := run()
-	s := server.session(t)
+	s := server.Session(t)
 	acked := make(map[string]bool)
 	for len(acked) < 50 {
-		m := receive(t, s)
+		m := testkit.Receive(t, s)
 		require.NoError(t, m.Ack())
 		acked[string(m.Payload)] = true
 	}
 	k.wantNoneElseCommitted(t, group, topic, len(acked))
-	p.kill()
+	p.Kill()
 	k.forgetMembers(t, group)
 
-	// What was not acknowledged comes again to whoever takes over.
+	// The next process delivers the others again.
 	p = run()
-	s = server.session(t)
+	s = server.Session(t)
 	receiveAll(t, s, acked, texts[:100])
 
-	// The Cryo server goes away, and others produce meanwhile.
-	require.NoError(t, s.Close(contextFor(t), ""))
+	// The Cryo server closes the session; records are produced meanwhile.
+	require.NoError(t, s.Close(testkit.Context(t), ""))
 	k.produce(t, topic, texts[100:125]...)
-	s = server.session(t)
-	receive(t, s) // and does not acknowledge
+	s = server.Session(t)
+	testkit.Receive(t, s) // not acknowledged
 	k.wantNoneElseCommitted(t, group, topic, len(acked))
-	require.NoError(t, s.Close(contextFor(t), ""))
-	receiveAll(t, server.session(t), acked, texts[:125])
-	p.interrupt()
+	require.NoError(t, s.Close(testkit.Context(t), ""))
+	receiveAll(t, server.Session(t), acked, texts[:125])
+	p.Interrupt()
 	require.Equal(t, 125, k.committed(group, topic))
 
-	// The broker goes away.
+	// The broker is down for a while.
 	p = run()
-	s = server.session(t)
-	_, err := k.WaitGroupStable(patient(t), group, 1)
+	s = server.Session(t)
+	_, err := k.WaitGroupStable(testkit.Context(t), group, 1)
 	require.NoError(t, err)
-	k.goAway()
-	k.wantTries(t, 1)
-	k.comeBack()
+	k.SetDown(true)
+	k.WantAttempt(t)
+	k.SetDown(false)
 	k.produce(t, topic, texts[125:]...)
 	receiveAll(t, s, acked, texts)
-	_, err = k.WaitGroupInfo(patient(t), group, func(*kfake.GroupInfo) bool { return k.committed(group, topic) == 150 })
+	_, err = k.WaitGroupInfo(testkit.Context(t), group, func(*kfake.GroupInfo) bool { return k.committed(group, topic) == 150 })
 	require.NoError(t, err, "%d are committed", k.committed(group, topic))
-	p.interrupt()
+	p.Interrupt()
 }
 
-// receiveAll receives and acknowledges until it has all of texts, those
-// included that it had before.
+// receiveAll receives and acknowledges until all of texts are in acked.
 func receiveAll(t *testing.T, s *cryo.Session, acked map[string]bool, texts []string) {
 	t.Helper()
 	for _, text := range texts {
 		for !acked[text] {
-			m := receive(t, s)
+			m := testkit.Receive(t, s)
 			require.NoError(t, m.Ack())
 			acked[string(m.Payload)] = true
 		}

@@ -2,11 +2,9 @@ package tests
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -14,29 +12,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
-
-// seeded gives random choices. A failure tells the seed, and CRYO_SEED sets it.
-func seeded(t *testing.T) *rand.Rand {
-	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	if given := os.Getenv("CRYO_SEED"); given != "" {
-		var err error
-		seed, err = strconv.ParseUint(given, 10, 64)
-		require.NoError(t, err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("CRYO_SEED=%d makes the same random choices", seed)
-		}
-	})
-	return rand.New(rand.NewPCG(seed, 0))
-}
 
 var numberedPattern = regexp.MustCompile(`m-\d{6}`)
 
-// inFile gives the messages in a file, and how often each is there. A kill may
-// leave half a message, or no newline behind one.
+// inFile returns how often each message is in a file. A kill can leave half a message, or
+// one without a newline.
 func inFile(t *testing.T, path string) map[string]int {
 	t.Helper()
 	content, err := os.ReadFile(path)
@@ -50,115 +32,106 @@ func inFile(t *testing.T, path string) map[string]int {
 	return found
 }
 
-// route is a way through a process, from Cryo to somewhere else.
+// route is a pipeline that receives messages.
 type route struct {
-	config   string
-	sessions <-chan *cryo.Session
-	arrived  func() map[string]int // how often each message is there by now
+	config    string
+	sessions  <-chan *cryo.Session  // of the sender
+	delivered func() map[string]int // how often each message was delivered up to now
 }
 
 func toFile(t *testing.T, input string, sessions <-chan *cryo.Session) route {
 	path := filepath.Join(t.TempDir(), "messages.txt")
 	return route{
-		config:   "input: " + input + "\noutput: { file: { path: " + path + ", codec: lines } }",
-		sessions: sessions,
-		arrived:  func() map[string]int { return inFile(t, path) },
+		config:    "input: " + input + "\noutput: { file: { path: " + path + ", codec: lines } }",
+		sessions:  sessions,
+		delivered: func() map[string]int { return inFile(t, path) },
 	}
 }
 
 var routes = map[string]func(t *testing.T) route{
 	"input cryo to a file": func(t *testing.T) route {
-		server := serve(t)
-		return toFile(t, "{ cryo: { url: "+server.url()+", token: "+token+" } }", server.sessions)
+		server := testkit.Serve(t)
+		return toFile(t, "{ cryo: { url: "+server.URL()+", token: "+token+" } }", server.Sessions)
 	},
 	"input cryo_server to a file": func(t *testing.T) route {
-		address := freeAddress(t)
-		return toFile(t, "{ cryo_server: { address: "+address+", tokens: [ "+token+" ] } }", redial(t, address))
+		address := testkit.ReserveAddress(t)
+		return toFile(t, "{ cryo_server: { address: "+address+", tokens: [ "+token+" ] } }", testkit.Redial(t, address, cryo.DialOptions{}))
 	},
 	"input cryo_server to Kafka": func(t *testing.T) route {
-		k, address := runKafka(t, "messages"), freeAddress(t)
+		k, address := runKafka(t, "messages"), testkit.ReserveAddress(t)
 		return route{
 			config: "input: { cryo_server: { address: " + address + ", tokens: [ " + token + " ] } }\n" +
 				"output: { redpanda: { seed_brokers: [ " + k.brokers() + " ], topic: messages, batching: { count: 200, period: 5ms } } }",
-			sessions: redial(t, address),
-			arrived:  func() map[string]int { return k.texts(t, "messages") },
+			sessions:  testkit.Redial(t, address, cryo.DialOptions{}),
+			delivered: func() map[string]int { return k.texts(t, "messages") },
 		}
 	},
 }
 
-// rounds is how often a process is ended in a test.
+// rounds is how often a test ends its process.
 func rounds() int {
-	if os.Getenv("CRYO_LONG_TESTS") == "1" {
+	if testkit.LongTests() {
 		return 40
 	}
 	return 4
 }
 
-func launchConfig(t *testing.T, config string) func() *process {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "pipeline.yaml")
-	require.NoError(t, os.WriteFile(path, []byte("http: { enabled: false }\n"+config), 0o600))
-	return func() *process { return launch(t, nil, nil, "run", path) }
-}
-
-// endSomehow is SIGKILL or SIGTERM.
-func (p *process) endSomehow(signal syscall.Signal) {
-	p.t.Helper()
+// end ends a process with SIGKILL, or with SIGTERM and exit code 0.
+func end(p *testkit.Process, signal syscall.Signal) {
 	if signal == syscall.SIGKILL {
-		p.kill()
+		p.Kill()
 	} else {
-		p.terminate()
+		p.Terminate()
 	}
 }
 
-// TestNoMessageIsLostHoweverOftenTheProcessEnds kills the process, and stops it
-// in good order, at random moments. In good order nothing is even delivered
-// twice: each message that was delivered was acknowledged by then.
+// The process is killed, and stopped in good order, at random moments. In good order no
+// message is even delivered twice: each delivered message was acknowledged by then.
 func TestNoMessageIsLostHoweverOftenTheProcessEnds(t *testing.T) {
 	for name, prepare := range routes {
 		t.Run(name, func(t *testing.T) {
-			random := seeded(t)
+			random := testkit.Random(t)
 			route := prepare(t)
-			run := launchConfig(t, route.config)
+			run := func() *testkit.Process { return runConfig(t, route.config) }
 			texts := numbered(1500 * rounds())
 			r := newResender(route.sessions, texts, 256)
 			defer func() { r.stop(); r.working.Wait() }()
 			for round := range rounds() {
 				p := run()
 				r.wait(t, len(r.acknowledged())+random.IntN(1000))
-				time.Sleep(time.Duration(random.IntN(3000)) * time.Microsecond) // the moment's chance, not a wait for anything
-				p.endSomehow([]syscall.Signal{syscall.SIGKILL, syscall.SIGTERM}[round%2])
-				acked, found := r.acknowledged(), route.arrived()
+				time.Sleep(time.Duration(random.IntN(3000)) * time.Microsecond) // a random moment, not a wait
+				end(p, []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM}[round%2])
+				acked, found := r.acknowledged(), route.delivered()
 				for _, text := range acked {
-					require.Positive(t, found[text], "%s was acknowledged, and is not there", text)
+					require.Positive(t, found[text], "%s was acknowledged and not delivered", text)
 				}
 			}
 			p := run()
 			r.wait(t, len(texts))
-			p.interrupt()
+			p.Interrupt()
 
-			found, again := route.arrived(), 0
+			found, again := route.delivered(), 0
 			for _, text := range texts {
-				require.Positive(t, found[text], "%s is not there", text)
-				require.LessOrEqual(t, found[text]-1, r.unclear[text], "%s was delivered again without need", text)
+				require.Positive(t, found[text], "%s was not delivered", text)
+				require.LessOrEqual(t, found[text]-1, r.unclear[text], "%s was delivered again needlessly", text)
 				again += found[text] - 1
 			}
 			t.Logf("%d messages, %d sends, %d delivered more than once", len(texts), r.sends, again)
-			require.Greater(t, r.sends, len(texts), "some had to be sent again, or this has tested nothing")
+			require.Greater(t, r.sends, len(texts), "no message was sent again: the test did not interrupt anything")
 		})
 	}
 }
 
-// TestKafkaToCryoHoweverOftenTheProcessEnds: first in good order, which repeats
-// nothing, then without.
+// First in good order, which repeats no message, then not.
 func TestKafkaToCryoHoweverOftenTheProcessEnds(t *testing.T) {
 	const group, topic = "group", "messages"
-	random := seeded(t)
-	k, server := runKafka(t, topic), serve(t)
-	run := launchConfig(t, fmt.Sprintf(`
+	random := testkit.Random(t)
+	k, server := runKafka(t, topic), testkit.Serve(t)
+	config := fmt.Sprintf(`
 input: { redpanda: { seed_brokers: [ %q ], topics: [ %s ], consumer_group: %s } }
 output: { cryo: { url: %q, token: %q } }
-`, k.brokers(), topic, group, server.url(), token))
+`, k.brokers(), topic, group, server.URL(), token)
+	run := func() *testkit.Process { return runConfig(t, config) }
 	texts, produced := numbered(500*rounds()+500), 0
 	received := make(map[string]int)
 	receiveSome := func(s *cryo.Session, n int) {
@@ -168,12 +141,12 @@ output: { cryo: { url: %q, token: %q } }
 				return
 			}
 			received[string(m.Payload)]++
-			_ = m.Ack() // it may be too late
+			_ = m.Ack() // the session may have ended
 		}
 	}
-	wantNoneAgain := func() {
+	wantNoRepeats := func() {
 		for text, times := range received {
-			require.Equal(t, 1, times, "%s was delivered again without need", text)
+			require.Equal(t, 1, times, "%s was delivered again needlessly", text)
 		}
 	}
 	for round := range rounds() {
@@ -184,28 +157,28 @@ output: { cryo: { url: %q, token: %q } }
 		k.produce(t, topic, texts[produced:produced+500]...)
 		produced += 500
 		p := run()
-		s := server.session(t)
+		s := server.Session(t)
 		receiveSome(s, random.IntN(produced-len(received)))
-		if round == rounds()/2 { // after the last one in good order
-			wantNoneAgain()
+		if round == rounds()/2 { // after the last end in good order
+			wantNoRepeats()
 		}
 		ending := make(chan struct{})
-		go func() { defer close(ending); p.endSomehow(signal) }()
-		receiveSome(s, len(texts)) // to the end of the session
+		go func() { defer close(ending); end(p, signal) }()
+		receiveSome(s, len(texts)) // until the session ends
 		<-ending
 		if signal == syscall.SIGTERM {
-			wantNoneAgain()
+			wantNoRepeats()
 		}
 		k.forgetMembers(t, group)
-		require.LessOrEqual(t, k.committed(group, topic), len(received), "committed and not acknowledged")
+		require.LessOrEqual(t, k.committed(group, topic), len(received), "a record was committed before it was acknowledged")
 	}
 	k.produce(t, topic, texts[produced:]...)
 	p := run()
-	s := server.session(t)
+	s := server.Session(t)
 	for len(received) < len(texts) {
-		m := receive(t, s)
+		m := testkit.Receive(t, s)
 		received[string(m.Payload)]++
 		require.NoError(t, m.Ack())
 	}
-	p.interrupt()
+	p.Interrupt()
 }

@@ -4,21 +4,19 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// A pipeline from clients to a server, whose every metric moves.
+// A pipeline from clients to a server, in which every metric changes.
 const metricsPipeline = `
 input:
   label: clients
@@ -32,46 +30,46 @@ output:
   cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 2s }
 `
 
-func TestTheBinaryExportsItsMetricsAsTheyAreDocumentedAndDrawn(t *testing.T) {
-	server := serve(t)
-	clients := freeAddress(t)
-	_, service := runServing(t, metricsPipeline, "CLIENTS="+clients, "SERVER="+server.url())
-	session := server.session(t)
-	client := dial(t, clients)
+func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
+	server := testkit.Serve(t)
+	p, service := runServing(t, metricsPipeline, "CLIENTS=127.0.0.1:0", "SERVER="+server.URL())
+	clients := p.Listening()
+	session := server.Session(t)
+	client := testkit.Dial(t, clients)
 
 	// One of each: delivered, rejected, filtered, late, a stream.
-	done := send(client, "delivered")
-	require.NoError(t, receive(t, session).Ack())
-	require.NoError(t, next(t, done))
-	done = send(client, "rejected")
-	require.NoError(t, receive(t, session).Reject("no"))
-	require.Error(t, next(t, done))
+	done := testkit.Send(client, "delivered")
+	require.NoError(t, testkit.Receive(t, session).Ack())
+	require.NoError(t, testkit.Next(t, done))
+	done = testkit.Send(client, "rejected")
+	require.NoError(t, testkit.Receive(t, session).Reject("no"))
+	require.Error(t, testkit.Next(t, done))
 	require.NoError(t, client.SendBinary(t.Context(), []byte("filtered")))
-	done = send(client, "late")
-	late := receive(t, session)
-	require.Error(t, next(t, done))
+	done = testkit.Send(client, "late")
+	late := testkit.Receive(t, session)
+	require.Error(t, testkit.Next(t, done))
 	require.NoError(t, late.Ack())
-	done = start(func() error { return client.SendStream(t.Context(), strings.NewReader("a stream"), nil) })
+	done = testkit.Go(func() error { return client.SendStream(t.Context(), strings.NewReader("a stream"), nil) })
 	stream, err := session.AcceptStream(t.Context())
 	require.NoError(t, err)
 	content, err := io.ReadAll(stream)
 	require.NoError(t, err)
 	require.Equal(t, "a stream", string(content))
 	require.NoError(t, stream.Ack())
-	require.NoError(t, next(t, done))
+	require.NoError(t, testkit.Next(t, done))
 	// Data for a session that only sends, a client without the token, and a
 	// connection that is lost.
-	require.Error(t, next(t, send(session, "refused")))
+	require.Error(t, testkit.Next(t, testkit.Send(session, "rejected")))
 	_, err = cryo.Dial(t.Context(), "ws://"+clients, &cryo.DialOptions{Token: "wrong"})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	require.NoError(t, session.Close(t.Context(), ""))
-	done = send(client, "again")
-	session = server.session(t)
-	require.NoError(t, receive(t, session).Ack())
-	require.NoError(t, next(t, done))
+	done = testkit.Send(client, "again")
+	session = server.Session(t)
+	require.NoError(t, testkit.Receive(t, session).Ack())
+	require.NoError(t, testkit.Next(t, done))
 
 	var exported map[string]string
-	require.EventuallyWithT(t, func(c *assertT) {
+	testkit.Eventually(t, func(c *assert.CollectT) {
 		exported = scrape(t, service)
 		for series, want := range map[string]string{
 			`cryo_sessions{label="clients",path="root.input"}`:                                "1",
@@ -98,7 +96,7 @@ func TestTheBinaryExportsItsMetricsAsTheyAreDocumentedAndDrawn(t *testing.T) {
 		} {
 			assert.Equal(c, want, exported[series], series)
 		}
-	}, patience, 100*time.Millisecond)
+	})
 
 	var ours, all []string
 	for series := range exported {
@@ -110,34 +108,20 @@ func TestTheBinaryExportsItsMetricsAsTheyAreDocumentedAndDrawn(t *testing.T) {
 		}
 	}
 	slices.Sort(ours)
-	assert.Equal(t, slices.Compact(ours), metricNames(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "docs/metrics.md has what is exported")
-	assert.Subset(t, all, metricNames(t, "../docs/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/metrics.md names metrics of the engine that there are")
+	assert.Equal(t, slices.Compact(ours), metricNames(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "docs/metrics.md lists every metric")
+	assert.Subset(t, all, metricNames(t, "../docs/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/metrics.md names existing metrics of the engine")
 	for _, name := range dashboardMetrics(t) {
-		assert.Contains(t, all, name, "the dashboard draws what is exported")
+		assert.Contains(t, all, name, "the dashboard uses exported metrics")
 	}
 }
 
-// runServing runs a configuration, and gives the address of its metrics and /ready.
-func runServing(t *testing.T, config string, env ...string) (p *process, address string) {
+// scrape returns the metrics that a process exports, by series.
+func scrape(t *testing.T, url string) map[string]string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "config.yaml")
-	require.NoError(t, os.WriteFile(path, []byte(config), 0o600))
-	address = freeAddress(t)
-	return launch(t, nil, append(env, "CRYO_TOKEN="+token), "run", "--set", "http.address="+address, path), address
-}
-
-// scrape gives what a process exports, by series.
-func scrape(t *testing.T, address string) map[string]string {
-	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+"/metrics", nil)
-	require.NoError(t, err)
-	resp, err := http.DefaultClient.Do(req)
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	resp, err := testkit.HTTP(http.MethodGet, url+"/metrics", "")
 	require.NoError(t, err)
 	series := make(map[string]string)
-	for line := range strings.Lines(string(body)) {
+	for line := range strings.Lines(resp.Body) {
 		if at := strings.LastIndexByte(line, ' '); at > 0 && line[0] != '#' {
 			series[line[:at]] = strings.TrimSpace(line[at:])
 		}
@@ -145,12 +129,10 @@ func scrape(t *testing.T, address string) map[string]string {
 	return series
 }
 
-// metricNames finds names in a text.
+// metricNames returns the names in a file that match a pattern.
 func metricNames(t *testing.T, file, pattern string) []string {
 	t.Helper()
-	content, err := os.ReadFile(file)
-	require.NoError(t, err)
-	return find(string(content), pattern)
+	return find(testkit.ReadFile(t, file), pattern)
 }
 
 func find(text, pattern string) []string {
@@ -162,11 +144,9 @@ func find(text, pattern string) []string {
 	return slices.Compact(names)
 }
 
-// dashboardMetrics are the names in the dashboard's queries.
+// dashboardMetrics returns the names in the dashboard's queries.
 func dashboardMetrics(t *testing.T) []string {
 	t.Helper()
-	content, err := os.ReadFile("../config/grafana/cryo-connect.json")
-	require.NoError(t, err)
 	var dashboard struct {
 		Panels []struct {
 			ID      int
@@ -175,14 +155,14 @@ func dashboardMetrics(t *testing.T) []string {
 			Targets []struct{ Expr string }
 		}
 	}
-	require.NoError(t, json.Unmarshal(content, &dashboard))
+	require.NoError(t, json.Unmarshal([]byte(testkit.ReadFile(t, "../config/grafana/cryo-connect.json")), &dashboard))
 	ids := make(map[int]bool)
 	var queries strings.Builder
 	for _, p := range dashboard.Panels {
-		require.False(t, ids[p.ID], "panel %d is there once", p.ID)
+		require.False(t, ids[p.ID], "two panels have the id %d", p.ID)
 		ids[p.ID] = true
 		require.NotEmpty(t, p.Title)
-		require.True(t, p.Type == "row" || len(p.Targets) > 0, "panel %q shows something", p.Title)
+		require.True(t, p.Type == "row" || len(p.Targets) > 0, "panel %q has no query", p.Title)
 		for _, target := range p.Targets {
 			queries.WriteString(target.Expr + "\n")
 		}

@@ -1,33 +1,28 @@
 package tests
 
 import (
-	"context"
-	"io"
 	"net/http"
 	"net/url"
 	"testing"
-	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 func TestPresence(t *testing.T) {
-	address := freeAddress(t)
-	p := example(t, "presence.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "HTTP_ADDRESS="+address)
-	server := "ws://" + p.wantLogged("Listening for Cryo clients on ")
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	address := testkit.ReserveAddress(t)
+	p := example(t, "presence.yaml", "HTTP_ADDRESS="+address)
+	server := "ws://" + p.Listening()
 	want := func(id, query, presence string) {
 		t.Helper()
-		require.EventuallyWithT(t, func(c *assertT) {
-			resp, err := client.Get("http://" + address + "/presence/" + id + query)
+		testkit.Eventually(t, func(c *assert.CollectT) {
+			resp, err := testkit.HTTP(http.MethodGet, "http://"+address+"/presence/"+id+query, "")
 			require.NoError(c, err)
-			body, err := io.ReadAll(resp.Body)
-			require.NoError(c, err)
-			require.NoError(c, resp.Body.Close())
-			require.JSONEq(c, presence, string(body))
-		}, patience, 10*time.Millisecond)
+			require.JSONEq(c, presence, resp.Body)
+		})
 	}
 	visit := func(name string) *cryo.Session {
 		s, err := cryo.Dial(t.Context(), server, &cryo.DialOptions{Token: token, SessionID: 7, Query: url.Values{"name": {name}}})
@@ -45,15 +40,13 @@ func TestPresence(t *testing.T) {
 	require.NoError(t, s.Close(t.Context(), ""))
 	want("7", "", away)
 
-	ghost := visit("ann") // whose network is gone
+	lost := visit("ann") // whose connection is lost without a close
 	want("7", "", `{"connected":true,"name":"ann"}`)
 	s = visit("ann again")
 	want("7", "", `{"connected":true,"name":"ann again"}`)
-	<-ghost.Done()
+	<-lost.Done()
 	want("7", "", `{"connected":true,"name":"ann again"}`)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	require.NoError(t, s.Close(ctx, ""))
+	require.NoError(t, s.Close(t.Context(), ""))
 	want("7", "", away)
-	p.interrupt()
+	p.Interrupt()
 }

@@ -7,13 +7,15 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 func TestTheQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
-	p := launch(t, nil, []string{"QUICKSTART_ADDRESS=" + freeAddress(t)},
+	p := launch(t, []string{"QUICKSTART_ADDRESS=" + testkit.ReserveAddress(t)},
 		"streams", "--set", "http.enabled=false", "config/quickstart")
-	printed := p.stdout.want(t, 3, func(line string) bool { return strings.HasPrefix(line, "{") })
-	for _, line := range printed {
+	for range 3 {
+		line := p.Take("a message", func(line string) bool { return strings.HasPrefix(line, "{") })
 		var m struct {
 			Sensor     string
 			Celsius    float64
@@ -27,15 +29,15 @@ func TestTheQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
 		require.Regexp(t, `^\d{1,20}$`, m.Session)
 		require.NotEmpty(t, m.Time)
 	}
-	p.interrupt()
-	for _, line := range p.said() {
+	p.Interrupt()
+	for _, line := range p.All() {
 		if strings.Contains(line, "connection refused") {
-			continue // the client may be quicker than the server
+			continue // the client can be faster than the server
 		}
 		require.NotRegexp(t, "level=(warn|error)", line)
 	}
-	// The client may say goodbye first, or the server.
-	p.stdout.want(t, 1, regexp.MustCompile(
+	// Either end can be the first to close.
+	p.Take("the end of the session", regexp.MustCompile(
 		`Closed the session with ws://|Disconnected from ws://.*server is shutting down`).MatchString)
-	p.wantLogged("Closed the listener on ")
+	p.WantLog("Closed the listener on ")
 }

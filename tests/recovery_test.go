@@ -5,7 +5,6 @@ import (
 	"errors"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/assert"
@@ -15,18 +14,17 @@ import (
 	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 	_ "github.com/cryo-connect/cryo-connect/plugin"
 )
 
-type assertT = assert.CollectT
-
-// flaky is an output that fails until it recovers.
+// flaky is an output that rejects messages until it recovers.
 type flaky struct {
 	mu        sync.Mutex
 	works     bool
 	failures  int
 	delivered map[string]int
-	failed    chan struct{} // one for each failure, as far as they are wanted
+	failed    chan struct{} // one for each failure
 }
 
 func newFlaky() *flaky {
@@ -64,49 +62,50 @@ func (f *flaky) has(text string) bool {
 	return f.delivered[text] > 0
 }
 
-// runPipeline runs a pipeline in this process until the test's end.
-func runPipeline(t *testing.T, build func(b *service.StreamBuilder)) {
+// runPipeline runs a pipeline in this process until the test's end, and returns what it
+// logs.
+func runPipeline(t *testing.T, build func(b *service.StreamBuilder)) (logged *testkit.Lines) {
 	t.Helper()
+	logged = testkit.NewLines(t, "the pipeline")
 	b := service.NewStreamBuilder()
-	b.SetLogger(testLog(t))
+	b.SetLogger(testkit.Logger(t, logged))
 	require.NoError(t, b.SetMetricsYAML(`none: {}`))
 	build(b)
 	stream, err := b.Build()
 	require.NoError(t, err)
-	ended := start(func() error { return stream.Run(context.Background()) })
+	ended := testkit.Go(func() error { return stream.Run(context.Background()) })
 	t.Cleanup(func() {
-		assert.NoError(t, stream.StopWithin(patience))
-		assert.NoError(t, next(t, ended))
+		assert.NoError(t, stream.StopWithin(testkit.Patience))
+		assert.NoError(t, testkit.Next(t, ended))
 	})
+	return logged
 }
 
-func TestWhileTheOutputFailsNothingIsAcknowledgedAndThenEverythingIs(t *testing.T) {
-	// Each gives a way to send a text through Cryo to a pipeline with that
-	// output, and to wait for what becomes of it.
+func TestNothingIsAcknowledgedUntilTheOutputRecovers(t *testing.T) {
+	// A sender sends a text over Cryo to a pipeline with the flaky output; the channel
+	// receives the outcome.
 	type sender func(text string) <-chan error
 	for name, connect := range map[string]func(t *testing.T, out *flaky) sender{
 		"into the input cryo": func(t *testing.T, out *flaky) sender {
-			server := serve(t)
+			server := testkit.Serve(t)
 			runPipeline(t, func(b *service.StreamBuilder) {
-				require.NoError(t, b.AddInputYAML(`cryo: { url: "`+server.url()+`", token: "`+token+`" }`))
+				require.NoError(t, b.AddInputYAML(`cryo: { url: "`+server.URL()+`", token: "`+token+`" }`))
 				require.NoError(t, b.AddConsumerFunc(out.write))
 			})
-			s := server.session(t)
-			return func(text string) <-chan error { return send(s, text) }
+			s := server.Session(t)
+			return func(text string) <-chan error { return testkit.Send(s, text) }
 		},
 		"into the input cryo_server": func(t *testing.T, out *flaky) sender {
-			address := freeAddress(t)
-			runPipeline(t, func(b *service.StreamBuilder) {
-				require.NoError(t, b.AddInputYAML(`cryo_server: { address: "`+address+`", tokens: [ "`+token+`" ] }`))
+			logged := runPipeline(t, func(b *service.StreamBuilder) {
+				require.NoError(t, b.AddInputYAML(`cryo_server: { address: "127.0.0.1:0", tokens: [ "`+token+`" ] }`))
 				require.NoError(t, b.AddConsumerFunc(out.write))
 			})
-			s := dial(t, address)
-			return func(text string) <-chan error { return send(s, text) }
+			s := testkit.Dial(t, logged.Listening())
+			return func(text string) <-chan error { return testkit.Send(s, text) }
 		},
 		"from one pipeline to another": func(t *testing.T, out *flaky) sender {
-			address := freeAddress(t)
-			runPipeline(t, func(b *service.StreamBuilder) {
-				require.NoError(t, b.AddInputYAML(`cryo_server: { address: "`+address+`", tokens: [ "`+token+`" ] }`))
+			logged := runPipeline(t, func(b *service.StreamBuilder) {
+				require.NoError(t, b.AddInputYAML(`cryo_server: { address: "127.0.0.1:0", tokens: [ "`+token+`" ] }`))
 				require.NoError(t, b.AddConsumerFunc(out.write))
 			})
 			var produce service.MessageHandlerFunc
@@ -114,10 +113,10 @@ func TestWhileTheOutputFailsNothingIsAcknowledgedAndThenEverythingIs(t *testing.
 				var err error
 				produce, err = b.AddProducerFunc()
 				require.NoError(t, err)
-				require.NoError(t, b.AddOutputYAML(`cryo: { url: "ws://`+address+`", token: "`+token+`" }`))
+				require.NoError(t, b.AddOutputYAML(`cryo: { url: "ws://`+logged.Listening()+`", token: "`+token+`" }`))
 			})
 			return func(text string) <-chan error {
-				return start(func() error { return produce(context.Background(), service.NewMessage([]byte(text))) })
+				return testkit.Go(func() error { return produce(context.Background(), service.NewMessage([]byte(text))) })
 			}
 		},
 	} {
@@ -130,43 +129,34 @@ func TestWhileTheOutputFailsNothingIsAcknowledgedAndThenEverythingIs(t *testing.
 			for _, text := range texts {
 				sent[text] = send(text)
 			}
-			for range 200 { // each has failed several times by then
-				next(t, out.failed)
+			for range 200 { // several failures of each
+				testkit.Next(t, out.failed)
 			}
 			for _, done := range sent {
-				wantPending(t, done, "the output fails")
+				testkit.WantPending(t, done, "the output fails")
 			}
 
 			out.recover()
 			for text, done := range sent {
-				require.NoError(t, next(t, done), text)
+				require.NoError(t, testkit.Next(t, done), text)
 				require.True(t, out.has(text), "%s was acknowledged and not delivered", text)
 			}
 		})
 	}
 }
 
-func TestAMessageThatThePipelineRejectsIsRefusedToItsSender(t *testing.T) {
+func TestAMessageThatThePipelineRejectsIsRejectedToItsSender(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
-	server, out := serve(t), newFlaky()
+	server, out := testkit.Serve(t), newFlaky()
 	runPipeline(t, func(b *service.StreamBuilder) {
-		require.NoError(t, b.AddInputYAML(`cryo: { url: "`+server.url()+`", token: "`+token+`", auto_replay_nacks: false }`))
+		require.NoError(t, b.AddInputYAML(`cryo: { url: "`+server.URL()+`", token: "`+token+`", auto_replay_nacks: false }`))
 		require.NoError(t, b.AddConsumerFunc(out.write))
 	})
-	s := server.session(t)
+	s := server.Session(t)
 	var rejected *cryo.RejectedError
-	require.ErrorAs(t, next(t, send(s, "bad")), &rejected)
-	require.Equal(t, "the message could not be delivered", rejected.Text)
+	require.ErrorAs(t, testkit.Next(t, testkit.Send(s, "bad")), &rejected)
 	out.recover()
-	require.NoError(t, next(t, send(s, "good")))
+	testkit.WantDelivered(t, s, "good")
 	require.Equal(t, 1, out.failures)
-	require.NoError(t, s.Close(contextFor(t), ""))
-}
-
-// contextFor bounds what a test does at its end.
-func contextFor(t *testing.T) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	t.Cleanup(cancel)
-	return ctx
+	require.NoError(t, s.Close(testkit.Context(t), ""))
 }

@@ -1,7 +1,6 @@
 package tests
 
 import (
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -10,30 +9,29 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"gopkg.in/yaml.v3"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // goreleaser is the version that CONTRIBUTING.md names too.
 const goreleaser = "github.com/goreleaser/goreleaser/v2@v2.15.4"
 
-// wantLinkerVariables wants a release's command line to set the variables that
-// there are, for the linker says nothing about others.
+// wantLinkerVariables wants a command line to set the variables of version.go: the linker
+// ignores others silently.
 func wantLinkerVariables(t *testing.T, flags string) {
 	t.Helper()
-	source, err := os.ReadFile("../cmd/cryo-connect/version.go")
-	require.NoError(t, err)
+	source := testkit.ReadFile(t, "../cmd/cryo-connect/version.go")
 	var set []string
 	for _, name := range regexp.MustCompile(`-X main\.(\w+)=`).FindAllStringSubmatch(flags, -1) {
-		require.Regexp(t, `(?m)^\t`+name[1]+`\s+string$`, string(source))
+		require.Regexp(t, `(?m)^\t`+name[1]+`\s+string$`, source)
 		set = append(set, name[1])
 	}
 	require.ElementsMatch(t, []string{"releaseVersion", "releaseCommit", "releaseDate"}, set)
 }
 
-// TestTheReleaseNamesWhatThereIs also runs goreleaser's own check if
-// CRYO_LONG_TESTS=1; building that takes minutes.
-func TestTheReleaseNamesWhatThereIs(t *testing.T) {
-	content, err := os.ReadFile("../.goreleaser.yaml")
-	require.NoError(t, err)
+// With CRYO_LONG_TESTS=1, goreleaser itself checks its configuration; building it takes
+// minutes.
+func TestTheReleaseConfigurationNamesExistingFiles(t *testing.T) {
 	var release struct {
 		Version int
 		Builds  []struct {
@@ -44,7 +42,7 @@ func TestTheReleaseNamesWhatThereIs(t *testing.T) {
 		SBOMs    []struct{ Artifacts string }
 		Checksum struct{ Algorithm string }
 	}
-	require.NoError(t, yaml.Unmarshal(content, &release))
+	require.NoError(t, yaml.Unmarshal([]byte(testkit.ReadFile(t, "../.goreleaser.yaml")), &release))
 	require.Equal(t, 2, release.Version)
 	require.Len(t, release.Builds, 1)
 	build := release.Builds[0]
@@ -62,14 +60,11 @@ func TestTheReleaseNamesWhatThereIs(t *testing.T) {
 	require.NotEmpty(t, release.SBOMs)
 	require.Equal(t, "sha256", release.Checksum.Algorithm)
 
-	contributing, err := os.ReadFile("../CONTRIBUTING.md")
-	require.NoError(t, err)
-	require.Contains(t, string(contributing), goreleaser)
-	if os.Getenv("CRYO_LONG_TESTS") != "1" {
+	require.Contains(t, testkit.ReadFile(t, "../CONTRIBUTING.md"), goreleaser)
+	if !testkit.LongTests() {
 		return
 	}
 	check := exec.Command("go", "run", goreleaser, "check", "--quiet")
 	check.Dir = ".."
-	out, err := check.CombinedOutput()
-	require.NoError(t, err, string(out))
+	testkit.Output(t, check)
 }

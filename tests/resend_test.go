@@ -3,7 +3,6 @@ package tests
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -12,25 +11,26 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// resender sends messages until each is acknowledged, on whatever session there
-// is, as an application would.
+// resender is an application that sends messages on its newest session, each until it
+// is acknowledged.
 type resender struct {
 	mu       sync.Mutex
 	todo     []string
 	acked    []string
-	unclear  map[string]int // sends of which nobody knows whether they were delivered
+	unclear  map[string]int // failed sends that may have been delivered
 	sends    int
 	progress chan struct{}      // closed and replaced with each acknowledgement
 	session  *cryo.Session      // the newest; nil before the first
-	came     chan struct{}      // closed and replaced with each session
+	renewed  chan struct{}      // closed and replaced with each session
 	stop     context.CancelFunc // ends the workers
 	working  sync.WaitGroup
 }
 
 func newResender(sessions <-chan *cryo.Session, texts []string, workers int) *resender {
-	r := &resender{todo: slices.Clone(texts), unclear: make(map[string]int), progress: make(chan struct{}), came: make(chan struct{})}
+	r := &resender{todo: slices.Clone(texts), unclear: make(map[string]int), progress: make(chan struct{}), renewed: make(chan struct{})}
 	var ctx context.Context
 	ctx, r.stop = context.WithCancel(context.Background())
 	r.working.Go(func() {
@@ -39,8 +39,8 @@ func newResender(sessions <-chan *cryo.Session, texts []string, workers int) *re
 			case s := <-sessions:
 				r.mu.Lock()
 				r.session = s
-				close(r.came)
-				r.came = make(chan struct{})
+				close(r.renewed)
+				r.renewed = make(chan struct{})
 				r.mu.Unlock()
 			case <-ctx.Done():
 				return
@@ -62,13 +62,13 @@ func (r *resender) work(ctx context.Context) {
 		}
 		text := r.todo[0]
 		r.todo = r.todo[1:]
-		session, came := r.session, r.came
+		session, renewed := r.session, r.renewed
 		if session != nil {
 			r.sends++
 		}
 		r.mu.Unlock()
 
-		err := fmt.Errorf("nobody is connected")
+		err := errors.New("no session yet")
 		if session != nil {
 			err = session.SendText(ctx, text)
 		}
@@ -87,24 +87,24 @@ func (r *resender) work(ctx context.Context) {
 		r.mu.Unlock()
 		if err != nil && !another {
 			select {
-			case <-came:
+			case <-renewed:
 			case <-ctx.Done():
 			}
 		}
 	}
 }
 
-// acknowledged gives what is acknowledged by now.
+// acknowledged returns the messages that are acknowledged up to now.
 func (r *resender) acknowledged() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.acked)
 }
 
-// wait waits until so many are acknowledged.
+// wait waits until n messages are acknowledged.
 func (r *resender) wait(t *testing.T, n int) {
 	t.Helper()
-	deadline := time.After(patience)
+	deadline := time.After(testkit.Patience)
 	for {
 		r.mu.Lock()
 		acked, progress := len(r.acked), r.progress
@@ -115,42 +115,7 @@ func (r *resender) wait(t *testing.T, n int) {
 		select {
 		case <-progress:
 		case <-deadline:
-			require.FailNow(t, "too few are acknowledged", "%d of %d", acked, n)
+			require.FailNow(t, "timed out waiting for acknowledgements", "%d of %d", acked, n)
 		}
 	}
-}
-
-// redial is a client that has a session whenever somebody listens, until the
-// test's end.
-func redial(t *testing.T, address string) <-chan *cryo.Session {
-	t.Helper()
-	sessions := make(chan *cryo.Session)
-	ctx, cancel := context.WithCancel(context.Background())
-	var dialling sync.WaitGroup
-	id := cryo.NewSessionID()
-	dialling.Go(func() {
-		for ctx.Err() == nil {
-			s, err := cryo.Dial(ctx, "ws://"+address, &cryo.DialOptions{Token: token, SessionID: id})
-			if err != nil {
-				select {
-				case <-time.After(20 * time.Millisecond): // as any client would
-				case <-ctx.Done():
-				}
-				continue
-			}
-			select {
-			case sessions <- s:
-				select {
-				case <-s.Done():
-				case <-ctx.Done():
-				}
-			case <-ctx.Done():
-			}
-			cut, cut2 := context.WithTimeout(context.Background(), time.Second)
-			_ = s.Close(cut, "")
-			cut2()
-		}
-	})
-	t.Cleanup(func() { cancel(); dialling.Wait() })
-	return sessions
 }

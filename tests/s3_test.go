@@ -2,7 +2,6 @@ package tests
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"io"
 	"io/fs"
@@ -13,70 +12,60 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 const bucket = "bridge"
 
-// s3 is a real S3 server, Versity's gateway, in a process of its own. Its
-// buckets are directories, and its objects files in them.
+// s3 is an S3 server, Versity's gateway, in a process of its own. Its buckets are
+// directories, and its objects are files in them.
 type s3 struct {
 	t       *testing.T
 	path    string // of the binary
 	address string
 	dir     string
-	cmd     *exec.Cmd // while it runs
+	process *testkit.Process // while it is up
 }
 
 func runS3(t *testing.T) *s3 {
 	t.Helper()
 	tool := exec.Command("go", "tool", "-C", "../tools/versitygw", "-n", "versitygw") // builds it, unless it is cached
-	tool.Stderr = os.Stderr
-	path, err := tool.Output()
-	require.NoError(t, err)
-	s := &s3{t: t, path: strings.TrimSpace(string(path)), address: freeAddress(t), dir: t.TempDir()}
+	s := &s3{t: t, path: strings.TrimSpace(testkit.Output(t, tool)), address: testkit.ReserveAddress(t), dir: t.TempDir()}
 	require.NoError(t, os.MkdirAll(filepath.Join(s.dir, "buckets", bucket), 0o700))
 	require.NoError(t, os.Mkdir(filepath.Join(s.dir, "metadata"), 0o700))
-	s.comeBack()
-	t.Cleanup(s.goAway)
+	s.up()
 	return s
 }
 
-// env is what an example needs to find it.
+// env has the variables of the examples.
 func (s *s3) env() []string {
 	return []string{
 		"S3_ENDPOINT=http://" + s.address, "S3_BUCKET=" + bucket,
 		"AWS_ACCESS_KEY_ID=cryo", "AWS_SECRET_ACCESS_KEY=" + token, "AWS_REGION=us-east-1",
-		"AWS_MAX_ATTEMPTS=1", // the pipeline tries again by itself; so it tells sooner
+		"AWS_MAX_ATTEMPTS=1", // the pipeline retries, and logs the failure sooner
 	}
 }
 
-func (s *s3) comeBack() {
+// up starts the server, and waits until it is healthy.
+func (s *s3) up() {
 	s.t.Helper()
-	s.cmd = exec.Command(s.path, "--port", s.address, "--access", "cryo", "--secret", token, "--health", "/health", "--quiet",
-		"posix", "--sidecar", filepath.Join(s.dir, "metadata"), filepath.Join(s.dir, "buckets"))
-	var said bytes.Buffer
-	s.cmd.Stdout, s.cmd.Stderr = &said, &said
-	require.NoError(s.t, s.cmd.Start())
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	require.EventuallyWithT(s.t, func(c *assertT) {
-		resp, err := client.Get("http://" + s.address + "/health")
+	s.process = testkit.Start(s.t, exec.Command(s.path, "--port", s.address, "--access", "cryo", "--secret", token, "--health", "/health", "--quiet",
+		"posix", "--sidecar", filepath.Join(s.dir, "metadata"), filepath.Join(s.dir, "buckets")))
+	testkit.Eventually(s.t, func(c *assert.CollectT) {
+		_, err := testkit.HTTP(http.MethodGet, "http://"+s.address+"/health", "")
 		require.NoError(c, err)
-		require.NoError(c, resp.Body.Close())
-	}, patience, 10*time.Millisecond)
+	})
 }
 
-// goAway kills it.
-func (s *s3) goAway() {
-	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait()
-}
+// down kills the server.
+func (s *s3) down() { s.process.Kill() }
 
-// objects are the objects by their keys.
+// objects returns the objects by their keys.
 func (s *s3) objects() map[string]string {
 	s.t.Helper()
 	objects := make(map[string]string)
@@ -102,7 +91,7 @@ func (s *s3) put(key, content string) {
 
 type line struct{ Session, Text, Base64 string }
 
-// lines are the lines of all objects.
+// lines returns the lines of all objects.
 func (s *s3) lines() []line {
 	s.t.Helper()
 	var all []line
@@ -120,40 +109,40 @@ func (s *s3) lines() []line {
 
 func TestCryoToS3(t *testing.T) {
 	store := runS3(t)
-	p := example(t, "cryo_to_s3.yaml", nil, append(store.env(), "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token)...)
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
+	p := example(t, "cryo_to_s3.yaml", store.env()...)
+	s := testkit.Dial(t, p.Listening())
 	session := strconv.FormatUint(s.ID(), 10)
-	require.NoError(t, next(t, send(s, "two\nlines")))
+	testkit.WantDelivered(t, s, "two\nlines")
 	require.NoError(t, s.SendBinary(t.Context(), []byte{0, 1, 2}))
 	require.ElementsMatch(t, []line{{Session: session, Text: "two\nlines"}, {Session: session, Base64: "AAEC"}}, store.lines(),
-		"what is acknowledged is stored")
+		"an acknowledged message is stored")
 
 	texts := numbered(1200)
 	var sent []<-chan error
 	for _, text := range texts[:1000] {
-		sent = append(sent, send(s, text))
+		sent = append(sent, testkit.Send(s, text))
 	}
 	for _, done := range sent {
-		require.NoError(t, next(t, done))
+		require.NoError(t, testkit.Next(t, done))
 	}
 	most := 0
 	for _, content := range store.objects() {
 		most = max(most, strings.Count(content, "\n"))
 	}
-	require.Greater(t, most, 1, "messages share an object")
+	require.Greater(t, most, 1, "an object has several messages")
 
-	store.goAway()
+	store.down()
 	sent = nil
 	for _, text := range texts[1000:] {
-		sent = append(sent, send(s, text))
+		sent = append(sent, testkit.Send(s, text))
 	}
-	p.wantLogged("Failed to send message to aws_s3: ")
+	p.WantLog("Failed to send message to aws_s3: ")
 	for _, done := range sent {
-		wantPending(t, done, "the store is away")
+		testkit.WantPending(t, done, "the store is down")
 	}
-	store.comeBack()
+	store.up()
 	for _, done := range sent {
-		require.NoError(t, next(t, done))
+		require.NoError(t, testkit.Next(t, done))
 	}
 	found := make(map[string]bool)
 	for _, l := range store.lines() {
@@ -162,40 +151,40 @@ func TestCryoToS3(t *testing.T) {
 	for _, text := range texts {
 		require.True(t, found[text], "%s was acknowledged, and is not stored", text)
 	}
-	p.interrupt()
+	p.Interrupt()
 }
 
 func TestCryoStreamsToS3(t *testing.T) {
 	store := runS3(t)
-	p := example(t, "cryo_streams_to_s3.yaml", nil, append(store.env(), "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token)...)
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
-	large := string(random(6<<20 + 1))
-	require.NoError(t, next(t, streamOf(s, "report-1.bin", strings.NewReader(large))))
-	require.Equal(t, map[string]string{"streams/report-1.bin": large}, store.objects(), "what is acknowledged is stored")
+	p := example(t, "cryo_streams_to_s3.yaml", store.env()...)
+	s := testkit.Dial(t, p.Listening())
+	large := string(testkit.RandomBytes(6<<20 + 1))
+	require.NoError(t, testkit.Next(t, testkit.SendStream(s, "report-1.bin", strings.NewReader(large))))
+	require.Equal(t, map[string]string{"streams/report-1.bin": large}, store.objects(), "an acknowledged message is stored")
 
 	names := []string{"", "..", "../../etc/passwd", "a/b", "line\nbreak", "nul\x00nul", "ünïcode ☃", strings.Repeat("long", 256)}
 	for _, name := range names {
 		before := len(store.objects())
-		require.NoError(t, next(t, streamOf(s, name, strings.NewReader(name))), "%q", name)
+		require.NoError(t, testkit.Next(t, testkit.SendStream(s, name, strings.NewReader(name))), "%q", name)
 		require.Len(t, store.objects(), before+1, "%q", name)
 	}
 	for key := range store.objects() {
 		require.Regexp(t, `^streams/[A-Za-z0-9_-][A-Za-z0-9._-]{0,220}$`, key)
 	}
 
-	store.goAway()
-	sent := streamOf(s, "late.txt", strings.NewReader("content"))
-	p.wantLogged("Failed to send message to aws_s3: ")
-	wantPending(t, sent, "the store is away")
-	store.comeBack()
-	require.NoError(t, next(t, sent))
+	store.down()
+	sent := testkit.SendStream(s, "late.txt", strings.NewReader("content"))
+	p.WantLog("Failed to send message to aws_s3: ")
+	testkit.WantPending(t, sent, "the store is down")
+	store.up()
+	require.NoError(t, testkit.Next(t, sent))
 	require.Equal(t, "content", store.objects()["streams/late.txt"])
-	p.interrupt()
+	p.Interrupt()
 }
 
 func TestS3ToCryoStreams(t *testing.T) {
-	store, server := runS3(t), serve(t)
-	want := map[string]string{"outbox/empty": "", "outbox/large.bin": string(random(3<<20 + 1))}
+	store, server := runS3(t), testkit.Serve(t)
+	want := map[string]string{"outbox/empty": "", "outbox/large.bin": string(testkit.RandomBytes(3<<20 + 1))}
 	for _, text := range numbered(20) {
 		want["outbox/"+text+".txt"] = "content of " + text
 	}
@@ -203,61 +192,59 @@ func TestS3ToCryoStreams(t *testing.T) {
 		store.put(key, content)
 	}
 	store.put("elsewhere/x", "another's")
-	run := func() *process {
-		return example(t, "s3_to_cryo_streams.yaml", nil, append(store.env(), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)...)
+	run := func() *testkit.Process {
+		return example(t, "s3_to_cryo_streams.yaml", append(store.env(), "CRYO_URL="+server.URL())...)
 	}
 	got := make(map[string]string)
-	take := func(st *cryo.IncomingStream) *cryo.IncomingStream {
+	read := func(st *cryo.IncomingStream) *cryo.IncomingStream {
 		content, err := io.ReadAll(st)
 		require.NoError(t, err)
 		got[st.Name()] = string(content)
 		return st
 	}
 	accept := func(s *cryo.Session) *cryo.IncomingStream {
-		st, err := s.AcceptStream(patient(t))
-		require.NoError(t, err)
-		return take(st)
+		return read(testkit.AcceptStream(t, s))
 	}
-	acknowledgeTheRest := func(p *process, s *cryo.Session) {
+	acknowledgeTheRest := func(p *testkit.Process, s *cryo.Session) {
 		for {
-			st, err := s.AcceptStream(patient(t))
+			st, err := s.AcceptStream(testkit.Context(t))
 			if err != nil { // the process has closed the session
 				break
 			}
-			require.NoError(t, take(st).Ack())
+			require.NoError(t, read(st).Ack())
 		}
-		p.wantSuccess()
+		p.WantExit(0)
 	}
 
-	// Killed with streams on their way: what is not acknowledged stays.
+	// Killed with unacknowledged streams: their objects stay.
 	p := run()
-	s := server.session(t)
+	s := server.Session(t)
 	for range 5 {
 		require.NoError(t, accept(s).Ack())
 	}
 	accept(s)
-	p.kill()
-	require.GreaterOrEqual(t, len(store.objects()), len(want)+1-5, "deleted and not acknowledged")
+	p.Kill()
+	require.GreaterOrEqual(t, len(store.objects()), len(want)+1-5, "an object was deleted before its stream was acknowledged")
 
-	// The store goes away in the middle. What could not be read, or not be
-	// deleted, stays for the next run. (Whether the input says that it could not
-	// read depends on how the connection ends: see docs/bridges.md.)
+	// The store is down for a while. Objects that could not be read or deleted stay for
+	// the next run. (Whether the input logs the failed read depends on how the
+	// connection ends: see docs/bridges.md.)
 	p = run()
-	s = server.session(t)
+	s = server.Session(t)
 	st := accept(s)
-	store.goAway()
+	store.down()
 	require.NoError(t, st.Ack())
-	p.wantLogged("Failed to acknowledge message: ")
-	store.comeBack()
+	p.WantLog("Failed to acknowledge message: ")
+	store.up()
 	acknowledgeTheRest(p, s)
 	require.Contains(t, store.objects(), st.Name())
 
-	// The Cryo server goes away.
+	// The Cryo server closes the session.
 	p = run()
-	s = server.session(t)
+	s = server.Session(t)
 	accept(s)
-	require.NoError(t, s.Close(contextFor(t), ""))
-	acknowledgeTheRest(p, server.session(t))
+	require.NoError(t, s.Close(testkit.Context(t), ""))
+	acknowledgeTheRest(p, server.Session(t))
 	require.Equal(t, want, got)
 	require.Equal(t, map[string]string{"elsewhere/x": "another's"}, store.objects())
 }

@@ -2,7 +2,6 @@ package tests
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -11,21 +10,24 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// What many sessions cost. The server is the binary, a process of its own, so
-// that its memory is none of the clients'.
+// What many sessions cost. The server is the binary, a process of its own, so that its
+// memory is measured without the clients'.
 
-// What an idle session may take of the process: resident, with all that its
-// collector has not given back.
+// The limits of the resident memory of an idle session, in bytes, with what the garbage
+// collector has not returned.
 const (
-	mostMemoryASession = 32 << 10
-	moreWithTLS        = 16 << 10
-	garbage            = 8 << 20 // of the process, however many they are: that much was seen, and some more
+	maxSessionMemory = 32 << 10
+	maxTLSMemory     = 16 << 10 // in addition
+	maxGarbage       = 8 << 20  // of the process, with any number of sessions
 )
 
-// crowdConfig takes what clients send, and sends what is posted to all of them.
+// crowdConfig drops the messages of clients, and broadcasts those of HTTP requests.
 const crowdConfig = `
 input:
   broker:
@@ -55,7 +57,7 @@ output:
             ack_timeout: 5m
 `
 
-// idleness is a number of sessions that have little to do.
+// idleness is a number of sessions that are mostly idle.
 type idleness struct {
 	sessions   int
 	heartbeat  time.Duration
@@ -63,13 +65,12 @@ type idleness struct {
 	broadcasts int
 }
 
-func TestIdleSessionsAreCheapAndABroadcastReachesThemAll(t *testing.T) {
+func TestIdleSessionsNeedLittleMemoryAndReceiveABroadcast(t *testing.T) {
 	(&idleness{sessions: 1000, heartbeat: time.Second, broadcasts: 1}).measure(t)
 }
 
-// BenchmarkTenThousandIdleSessions is the same with ten times the sessions,
-// which are too many for the race detector, and says how long it takes. After 25
-// broadcasts their memory hardly grows any more.
+// BenchmarkTenThousandIdleSessions has ten times the sessions, which are too many for
+// the race detector, and reports times. After 25 broadcasts their memory hardly grows.
 func BenchmarkTenThousandIdleSessions(b *testing.B) {
 	for _, secure := range []bool{false, true} {
 		b.Run(fmt.Sprintf("TLS=%v", secure), func(b *testing.B) {
@@ -83,30 +84,30 @@ func BenchmarkTenThousandIdleSessions(b *testing.B) {
 func (i *idleness) measure(tb testing.TB) {
 	n := i.sessions
 	allowFiles(tb, uint64(n)+500)
-	httpAddress := freeAddress(tb)
+	httpAddress := testkit.ReserveAddress(tb)
 	env := []string{"HTTP_ADDRESS=" + httpAddress, "HEARTBEAT=" + i.heartbeat.String()}
-	most := mostMemoryASession + garbage/float64(n)
+	most := maxSessionMemory + maxGarbage/float64(n)
 	var trusted *tls.Config
 	if i.secure {
 		dir := tb.TempDir()
 		certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 		trusted = certify(tb, certFile, keyFile)
 		env = append(env, "CERT_FILE="+certFile, "KEY_FILE="+keyFile)
-		most += moreWithTLS
+		most += maxTLSMemory
 	}
 	p := runConfig(tb, crowdConfig, env...)
-	address := p.wantLogged("Listening for Cryo clients on ")
+	address := p.Listening()
 	message := bytes.Repeat([]byte("x"), 1<<10)
 	join(tb, address, trusted, 1, message)
 	broadcast(tb, httpAddress, message)
-	before := p.memory("VmRSS")
-	perSession := func() float64 { return float64(p.memory("VmRSS")-before) / float64(n) }
+	before := memory(tb, p, "VmRSS")
+	perSession := func() float64 { return float64(memory(tb, p, "VmRSS")-before) / float64(n) }
 
 	begin := time.Now()
 	c := join(tb, address, trusted, n, message)
 	connecting := time.Since(begin)
-	c.send(message) // none of them has always been idle
-	c.wantHeartbeats(2, 10*i.heartbeat+patience)
+	c.send(message) // no session has been idle since it was opened
+	c.wantHeartbeats(2, 10*i.heartbeat+testkit.Patience)
 	idle := perSession()
 
 	begin = time.Now()
@@ -116,11 +117,11 @@ func (i *idleness) measure(tb testing.TB) {
 		broadcast(tb, httpAddress, message)
 	}
 	after := perSession()
-	require.EqualValues(tb, i.broadcasts*n, c.got.Load(), "all clients have each when it counts as delivered")
+	require.EqualValues(tb, i.broadcasts*n, c.got.Load(), "a delivered broadcast reached every client")
 	c.wantAlive()
 
 	if b, ok := tb.(*testing.B); ok {
-		b.ReportMetric(0, "ns/op") // hides it: most of it is waiting for heartbeats
+		b.ReportMetric(0, "ns/op") // not reported: most of the time is waiting for heartbeats
 		b.ReportMetric(idle, "B/session")
 		b.ReportMetric(after, "B/session-after-broadcasts")
 		b.ReportMetric(connecting.Seconds(), "s-to-connect")
@@ -131,23 +132,18 @@ func (i *idleness) measure(tb testing.TB) {
 	require.Less(tb, after, most)
 }
 
-// broadcast sends to all clients, and returns when all have acknowledged.
+// broadcast sends a message to all clients, and returns when all have acknowledged it.
 func broadcast(tb testing.TB, httpAddress string, message []byte) {
 	tb.Helper()
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	require.EventuallyWithT(tb, func(c *assertT) {
-		// Repeated only until the output listens: nothing has been sent before.
-		req, err := http.NewRequestWithContext(context.Background(), http.MethodPost, "http://"+httpAddress+"/broadcast", bytes.NewReader(message))
+	testkit.Eventually(tb, func(c *assert.CollectT) { // until the output listens; before, nothing is sent
+		resp, err := testkit.HTTP(http.MethodPost, "http://"+httpAddress+"/broadcast", string(message))
 		require.NoError(c, err)
-		resp, err := client.Do(req)
-		require.NoError(c, err)
-		require.NoError(c, resp.Body.Close())
-		require.Equal(c, http.StatusOK, resp.StatusCode)
-	}, 5*time.Minute, 10*time.Millisecond)
+		require.Equal(c, http.StatusOK, resp.Status)
+	})
 }
 
-// allowFiles raises the limit on open files, of this process and of those that
-// it starts. Go by itself raises it as far as it may.
+// allowFiles raises the limit of open files, of this process and of those that it
+// starts, beyond the maximum to which Go raises it.
 func allowFiles(tb testing.TB, n uint64) {
 	tb.Helper()
 	var limit syscall.Rlimit

@@ -2,15 +2,16 @@ package tests
 
 import (
 	"encoding/json"
-	"os/exec"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// jsonSchema is as much of a JSON schema as an editor needs to complete fields.
+// jsonSchema is the part of a JSON schema with which an editor completes fields.
 type jsonSchema struct {
 	Type                 any
 	Ref                  string `json:"$ref"`
@@ -22,11 +23,10 @@ type jsonSchema struct {
 	Definitions          map[string]jsonSchema
 }
 
-func TestTheJSONSchemaHasOurComponentsWithAllTheirFields(t *testing.T) {
-	out, err := exec.Command(binary, "list", "--format", "jsonschema").Output()
-	require.NoError(t, err)
+func TestTheJSONSchemaHasTheComponentsWithAllTheirFields(t *testing.T) {
+	out := testkit.Output(t, testkit.Command(t, "list", "--format", "jsonschema"))
 	var schema jsonSchema
-	require.NoError(t, json.Unmarshal(out, &schema))
+	require.NoError(t, json.Unmarshal([]byte(out), &schema))
 	require.Equal(t, "#/definitions/input", schema.Properties["input"].Ref)
 	require.Equal(t, "#/definitions/output", schema.Properties["output"].Ref)
 
@@ -45,9 +45,9 @@ func TestTheJSONSchemaHasOurComponentsWithAllTheirFields(t *testing.T) {
 			require.GreaterOrEqual(t, at, 0)
 			component := alternatives[at].Properties[c.name]
 			require.Equal(t, c.required, component.Required)
-			require.False(t, *component.AdditionalProperties, "a misspelt field is marked")
+			require.False(t, *component.AdditionalProperties, "the schema rejects a misspelt field")
 
-			// The reference pages come from the same specifications.
+			// The reference pages are generated from the same specifications.
 			fields := metricNames(t, "../docs/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `(.+)`$")
 			require.NotEmpty(t, fields)
 			for _, field := range fields {
@@ -60,7 +60,7 @@ func TestTheJSONSchemaHasOurComponentsWithAllTheirFields(t *testing.T) {
 	}
 }
 
-// wantField wants a field that has a name as in the reference, such as
+// wantField wants a field with a name of the reference, such as
 // tls.client_certs[].key.
 func (s jsonSchema) wantField(t *testing.T, path string) {
 	t.Helper()

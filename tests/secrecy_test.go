@@ -1,16 +1,14 @@
 package tests
 
 import (
-	"io"
 	"net/http"
 	"net/url"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 const (
@@ -18,7 +16,7 @@ const (
 	otherSecret = "an0ther-s3cret"
 )
 
-// wantNoSecret wants no token in a text, however it is spelled.
+// wantNoSecret wants no token in a text, in any encoding.
 func wantNoSecret(t *testing.T, text string) {
 	t.Helper()
 	for _, spelling := range []string{secret, url.QueryEscape(secret), url.PathEscape(secret), otherSecret, "pr0xy-pass"} {
@@ -26,16 +24,8 @@ func wantNoSecret(t *testing.T, text string) {
 	}
 }
 
-// writeConfig writes a configuration into a file.
-func writeConfig(t *testing.T, yaml string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "config.yaml")
-	require.NoError(t, os.WriteFile(path, []byte(yaml), 0o600))
-	return path
-}
-
 func TestEchoShowsNoToken(t *testing.T) {
-	config := writeConfig(t, `
+	config := testkit.WriteFile(t, "config.yaml", `
 input:
   cryo:
     url: ws://localhost:8080
@@ -54,40 +44,36 @@ output:
           url: ws://localhost:8080
           token: ${OTHER_TOKEN}
 `)
-	cmd := exec.Command(binary, "echo", config)
-	cmd.Env = append(os.Environ(), "OTHER_TOKEN="+otherSecret)
+	cmd := testkit.Command(t, "echo", config)
+	cmd.Env = append(cmd.Env, "OTHER_TOKEN="+otherSecret)
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, string(out))
 	require.Equal(t, 6, strings.Count(string(out), "!!!SECRET_SCRUBBED!!!"), string(out))
 	wantNoSecret(t, string(out))
 }
 
-func TestTheProcessTellsNobodyItsTokens(t *testing.T) {
-	server, api := serve(t), freeAddress(t) // whose token is another
-	config := writeConfig(t, `
+func TestNoTokenIsLoggedOrServed(t *testing.T) {
+	server, api := testkit.Serve(t), testkit.ReserveAddress(t) // with another token
+	config := testkit.WriteFile(t, "config.yaml", `
 http: { address: `+api+`, debug_endpoints: true }
 input:
   broker:
     inputs:
-      - cryo: { url: "`+server.url()+`", token: '`+secret+`' }
+      - cryo: { url: "`+server.URL()+`", token: '`+secret+`' }
       - cryo_server: { address: "127.0.0.1:0", tokens: [ '`+secret+`', `+otherSecret+` ] }
 output:
-  cryo: { url: "`+server.url()+`", token: `+otherSecret+` }
+  cryo: { url: "`+server.URL()+`", token: `+otherSecret+` }
 `)
-	p := launch(t, nil, nil, "run", "--log.level", "trace", config)
-	p.wantLogged("Listening for Cryo clients on ")
-	p.stdout.either(t, p.stderr, "Failed to connect to cryo: ")
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	p := launch(t, nil, "run", "--log.level", "trace", config)
+	p.Listening()
+	p.WantLog("Failed to connect to cryo: ")
 	for _, path := range []string{"/metrics", "/stats", "/debug/config/json", "/debug/config/yaml", "/endpoints"} {
-		resp, err := client.Get("http://" + api + path)
+		resp, err := testkit.HTTP(http.MethodGet, "http://"+api+path, "")
 		require.NoError(t, err)
-		body, err := io.ReadAll(resp.Body)
-		require.NoError(t, err)
-		require.NoError(t, resp.Body.Close())
-		require.Equal(t, http.StatusOK, resp.StatusCode, path)
-		require.NotEmpty(t, body, path)
-		wantNoSecret(t, string(body))
+		require.Equal(t, http.StatusOK, resp.Status, path)
+		require.NotEmpty(t, resp.Body, path)
+		wantNoSecret(t, resp.Body)
 	}
-	p.kill() // an output that never connected keeps the engine until its time-out
-	wantNoSecret(t, strings.Join(p.said(), "\n"))
+	p.Kill() // an output that never connected delays the engine's shutdown to its timeout
+	wantNoSecret(t, strings.Join(p.All(), "\n"))
 }

@@ -13,25 +13,27 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// Streams of any length cost little memory. By default these tests send half a
-// gibibyte, which takes seconds; with CRYO_LONG_TESTS=1 in the environment they
-// send four.
+// The resident memory of a process does not depend on the length of its streams. By
+// default these tests send half a gibibyte, which takes seconds; with
+// CRYO_LONG_TESTS=1 they send four.
 
-const mostMemory = 200 << 20
+const maxMemory = 200 << 20 // bytes
 
 func longStream() int64 {
-	if os.Getenv("CRYO_LONG_TESTS") == "1" {
+	if testkit.LongTests() {
 		return 4 << 30
 	}
 	return 512 << 20
 }
 
-// longPatience is how long such a stream may take, on a busy machine too.
+// longPatience bounds the wait for such a stream on a busy machine.
 const longPatience = 10 * time.Minute
 
-// repeating gives a pattern again and again.
+// repeating reads a pattern without an end.
 type repeating struct {
 	pattern []byte
 	at      int
@@ -47,35 +49,26 @@ func (r *repeating) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// memory is one of the kernel's accounts of the process: VmRSS, what is resident
-// now, or VmHWM, the most that was.
-func (p *process) memory(account string) int64 {
-	p.t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	require.NoError(p.t, err)
-	_, rest, found := strings.Cut(string(status), account+":")
-	require.True(p.t, found)
+// memory returns one of the kernel's accounts of a process, in bytes: VmRSS, the
+// resident memory, or VmHWM, its maximum up to now.
+func memory(tb testing.TB, p *testkit.Process, account string) int64 {
+	tb.Helper()
+	status := testkit.ReadFile(tb, fmt.Sprintf("/proc/%d/status", p.Cmd.Process.Pid))
+	_, rest, found := strings.Cut(status, account+":")
+	require.True(tb, found)
 	kib, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
-	require.NoError(p.t, err)
+	require.NoError(tb, err)
 	return kib << 10
 }
 
-func (p *process) wantLittleMemory(bytes int64, begin time.Time) {
-	p.t.Helper()
-	peak := p.memory("VmHWM")
-	p.t.Logf("%d MiB in %v, at most %d MiB resident", bytes>>20, time.Since(begin).Round(time.Millisecond), peak>>20)
-	require.Less(p.t, peak, int64(mostMemory))
-}
-
-// runConfig runs a configuration of the test's own.
-func runConfig(t testing.TB, config string, env ...string) *process {
+func wantLittleMemory(t *testing.T, p *testkit.Process, bytes int64, begin time.Time) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "config.yaml")
-	require.NoError(t, os.WriteFile(path, []byte(config), 0o600))
-	return launch(t, nil, append(env, "CRYO_TOKEN="+token), "run", "--set", "http.enabled=false", path)
+	peak := memory(t, p, "VmHWM")
+	t.Logf("%d MiB in %v, at most %d MiB resident", bytes>>20, time.Since(begin).Round(time.Millisecond), peak>>20)
+	require.Less(t, peak, int64(maxMemory))
 }
 
-func TestALongStreamInCostsLittleMemory(t *testing.T) {
+func TestReceivingALongStreamNeedsLittleMemory(t *testing.T) {
 	for _, scanner := range []string{"lines: {}", "chunker: { size: 1048576 }"} {
 		t.Run(scanner, func(t *testing.T) {
 			p := runConfig(t, `
@@ -89,32 +82,32 @@ input:
 output:
   drop: {}
 `)
-			s := dial(t, p.wantLogged("Listening for Cryo clients on "))
+			s := testkit.Dial(t, p.Listening())
 			size, begin := longStream(), time.Now()
 			line := append(bytes.Repeat([]byte("x"), 1023), '\n')
-			sent := streamOf(s, "long", io.LimitReader(&repeating{pattern: line}, size))
+			sent := testkit.SendStream(s, "long", io.LimitReader(&repeating{pattern: line}, size))
 			select {
 			case err := <-sent:
 				require.NoError(t, err)
 			case <-time.After(longPatience):
 				require.FailNow(t, "the stream is not acknowledged")
 			}
-			p.wantLittleMemory(size, begin)
-			p.interrupt()
+			wantLittleMemory(t, p, size, begin)
+			p.Interrupt()
 		})
 	}
 }
 
-func TestLongStreamsOutCostLittleMemory(t *testing.T) {
+func TestSendingLongStreamsNeedsLittleMemory(t *testing.T) {
 	const message = 4 << 20
 	size := longStream()
 	path := filepath.Join(t.TempDir(), "large")
 	large, err := os.Create(path)
 	require.NoError(t, err)
-	require.NoError(t, large.Truncate(size)) // it takes no room on the disk
+	require.NoError(t, large.Truncate(size)) // a sparse file
 	require.NoError(t, large.Close())
 
-	server := serve(t)
+	server := testkit.Serve(t)
 	begin := time.Now()
 	p := runConfig(t, `
 input:
@@ -125,13 +118,13 @@ pipeline:
   threads: 1
 output:
   cryo:
-    url: `+server.url()+`
+    url: `+server.URL()+`
     token: ${CRYO_TOKEN}
     message_type: stream
     stream: { name: "${! @path }" }
     max_in_flight: 2
 `)
-	s := server.session(t)
+	s := server.Session(t)
 	ctx, cancel := context.WithTimeout(t.Context(), longPatience)
 	defer cancel()
 	for got := int64(0); got < size; got += message {
@@ -141,10 +134,10 @@ output:
 		n, err := io.Copy(io.Discard, st)
 		require.NoError(t, err)
 		require.Equal(t, int64(message), n)
-		if got+message == size { // it ends when all is acknowledged
-			p.wantLittleMemory(size, begin)
+		if got+message == size { // the process ends with the last acknowledgement
+			wantLittleMemory(t, p, size, begin)
 		}
 		require.NoError(t, st.Ack())
 	}
-	p.wantSuccess()
+	p.WantExit(0)
 }

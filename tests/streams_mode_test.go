@@ -2,7 +2,6 @@ package tests
 
 import (
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -10,14 +9,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// Several pipelines of one process, which share a listener and its sessions,
-// while some of them come and go.
+// Pipelines are added and removed while they share a listener and its sessions.
 func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 	const listens = "cryo_server: { address: 127.0.0.1:0, tokens: [ " + token + " ]"
-	api, toAll, toOne := freeAddress(t), freeAddress(t), freeAddress(t)
+	api, toAll, toOne := testkit.ReserveAddress(t), testkit.ReserveAddress(t), testkit.ReserveAddress(t)
 	collected := filepath.Join(t.TempDir(), "collected.txt")
 	fromHTTP := func(address, fields string) string {
 		return "input: { http_server: { address: '" + address + "', path: /post, timeout: 30s } }\noutput:\n  label: sender\n  " + listens + ", " + fields + " }\n"
@@ -31,42 +32,29 @@ func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(config), 0o600))
 	}
-	p := launch(t, nil, nil, "streams", "--set", "http.address="+api, dir)
-	address := p.wantLogged("Listening for Cryo clients on ")
+	p := launch(t, nil, "streams", "--set", "http.address="+api, dir)
+	address := p.Listening()
 	for range 2 {
-		p.wantLogged("is now active")
+		p.WantLog("is now active")
 	}
 
-	call := func(method, url, body string) (int, error) {
-		req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
-		if err != nil {
-			return 0, err
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return 0, err
-		}
-		_, _ = io.Copy(io.Discard, resp.Body)
-		return resp.StatusCode, resp.Body.Close()
-	}
-	defer http.DefaultClient.CloseIdleConnections()
 	manage := func(method, stream, body string) {
 		t.Helper()
-		require.EventuallyWithT(t, func(c *assertT) {
-			status, err := call(method, "http://"+api+"/streams/"+stream, body)
+		testkit.Eventually(t, func(c *assert.CollectT) {
+			resp, err := testkit.HTTP(method, "http://"+api+"/streams/"+stream, body)
 			require.NoError(c, err)
-			require.Equal(c, http.StatusOK, status)
-		}, patience, 10*time.Millisecond)
+			require.Equal(c, http.StatusOK, resp.Status)
+		})
 	}
-	s := dial(t, address)
+	s := testkit.Dial(t, address)
 	wantSent := func(address, text string) {
 		t.Helper()
 		var posted <-chan error
-		require.EventuallyWithT(t, func(c *assertT) { // until it listens; then it waits for the session
-			posted = start(func() error {
-				status, err := call(http.MethodPost, "http://"+address+"/post", text)
-				if err == nil && status != http.StatusOK {
-					err = fmt.Errorf("status %d", status)
+		testkit.Eventually(t, func(c *assert.CollectT) { // until it listens; then it waits for the session
+			posted = testkit.Go(func() error {
+				resp, err := testkit.HTTP(http.MethodPost, "http://"+address+"/post", text)
+				if err == nil && resp.Status != http.StatusOK {
+					err = fmt.Errorf("status %d", resp.Status)
 				}
 				return err
 			})
@@ -75,42 +63,40 @@ func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 				require.NoError(c, err)
 			case <-time.After(time.Second):
 			}
-		}, patience, 10*time.Millisecond)
-		m := receive(t, s)
+		})
+		m := testkit.Receive(t, s)
 		require.Equal(t, text, string(m.Payload))
 		require.NoError(t, m.Ack())
-		require.NoError(t, next(t, posted))
+		require.NoError(t, testkit.Next(t, posted))
 	}
-	require.NoError(t, next(t, send(s, "to the input")))
+	testkit.WantDelivered(t, s, "to the input")
 	wantSent(toAll, "from one output")
 	wantSent(toOne, "from the other")
 
-	// The input goes, and the sessions stay with the outputs.
+	// The input is removed; the sessions stay with the outputs.
 	manage(http.MethodDelete, "collect", "")
 	wantSent(toAll, "after the input")
-	waits := send(s, "while there is no input")
+	waits := testkit.Send(s, "while there is no input")
 
-	// An output goes too, and another input comes.
+	// An output is removed too, and another input is added.
 	manage(http.MethodDelete, "all", "")
 	manage(http.MethodPost, "again", collect(""))
-	require.NoError(t, next(t, waits), "it has waited for the next input")
-	require.EventuallyWithT(t, func(c *assertT) {
-		require.NoError(c, next(t, send(s, "to the next input")))
-	}, patience, 10*time.Millisecond)
+	require.NoError(t, testkit.Next(t, waits), "the message waited for the next input")
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		require.NoError(c, testkit.Next(t, testkit.Send(s, "to the next input")))
+	})
 	wantSent(toOne, "from the output that is left")
 
-	// One that differs is told with whom, and in what.
+	// One that differs is rejected, with the name of the other one and the fields.
 	manage(http.MethodPost, "differs", collect(", max_sessions: 5"))
-	p.wantLogged(" and the input cryo_server collector of the stream differs share the listener on 127.0.0.1:0, but differ in max_sessions")
+	p.WantLog("the input cryo_server collector of the stream differs", "differ in max_sessions")
 
-	content, err := os.ReadFile(collected)
-	require.NoError(t, err)
-	require.Equal(t, "to the input\nwhile there is no input\nto the next input\n", string(content))
-	require.NoError(t, s.Err(), "through all of it")
+	require.Equal(t, "to the input\nwhile there is no input\nto the next input\n", testkit.ReadFile(t, collected))
+	require.NoError(t, s.Err(), "the session outlived all of it")
 	require.NoError(t, s.Close(t.Context(), ""))
-	p.interrupt()
+	p.Interrupt()
 	opened := 0
-	for _, line := range p.said() {
+	for _, line := range p.All() {
 		if strings.Contains(line, "Listening for Cryo clients on ") {
 			opened++
 		}
@@ -118,15 +104,12 @@ func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
 	require.Equal(t, 1, opened)
 }
 
-func TestWhichPipelinesDisagreeOnAListenerIsSaid(t *testing.T) {
+func TestPipelinesThatDisagreeOnAListenerAreNamed(t *testing.T) {
 	dir := t.TempDir()
 	for name, tokens := range map[string]string{"orders": "[ a ]", "events": "[ b ]"} {
 		config := "input: { cryo_server: { address: 127.0.0.1:0, tokens: " + tokens + " } }\noutput: { drop: {} }\n"
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(config), 0o600))
 	}
-	p := launch(t, nil, nil, "streams", "--set", "http.enabled=false", dir)
-	p.wantLogged("share the listener on 127.0.0.1:0, but differ in tokens")
-	for _, stream := range []string{"orders", "events"} {
-		p.wantLogged("the input cryo_server at input of the stream " + stream + " ")
-	}
+	p := launch(t, nil, "streams", "--set", "http.enabled=false", dir)
+	p.WantLog("share the listener on 127.0.0.1:0", "differ in tokens", "of the stream orders ", "of the stream events ")
 }

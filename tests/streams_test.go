@@ -2,10 +2,8 @@ package tests
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,16 +12,10 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// streamOf sends a whole stream.
-func streamOf(s *cryo.Session, name string, source io.Reader) <-chan error {
-	return start(func() error {
-		return s.SendStream(context.Background(), source, &cryo.StreamOptions{Name: name})
-	})
-}
-
-// filesIn are the files below a directory, by path, with the hashes of their contents.
+// filesIn returns the hashes of the files below a directory, by path.
 func filesIn(t *testing.T, dir string) map[string][sha256.Size]byte {
 	t.Helper()
 	files := make(map[string][sha256.Size]byte)
@@ -39,44 +31,37 @@ func filesIn(t *testing.T, dir string) map[string][sha256.Size]byte {
 	return files
 }
 
-// random gives bytes that are the same each time.
-func random(n int) []byte {
-	b := make([]byte, n)
-	_, _ = rand.NewChaCha8([32]byte{byte(n)}).Read(b)
-	return b
-}
-
-// streamsToFiles runs the example that makes files of streams.
-func streamsToFiles(t *testing.T, dir string) (p *process, address string) {
+// streamsToFiles runs the example that writes streams into files.
+func streamsToFiles(t *testing.T, dir string) (p *testkit.Process, address string) {
 	t.Helper()
-	p = example(t, "cryo_streams_to_files.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "DIRECTORY="+dir)
-	return p, p.wantLogged("Listening for Cryo clients on ")
+	p = example(t, "cryo_streams_to_files.yaml", "DIRECTORY="+dir)
+	return p, p.Listening()
 }
 
-func TestFilesTravelAsStreamsAndAreFilesAgainByteForByte(t *testing.T) {
+func TestFilesSentAsStreamsArriveUnchanged(t *testing.T) {
 	outbox, inbox := t.TempDir(), filepath.Join(t.TempDir(), "inbox")
 	for name, content := range map[string][]byte{
 		"empty":                      nil,
 		"text.txt":                   []byte("one\r\ntwo\n\n"),
 		"nul-and-BOM.bin":            []byte("\xEF\xBB\xBF\x00\xFF\xFE\x00"),
-		"one-chunk":                  random(64 << 10),
-		"many_chunks":                random(1<<20 + 1),
-		"more-than-a-frame-may-have": random(cryo.MaxPayload + 12345),
+		"one-chunk":                  testkit.RandomBytes(64 << 10),
+		"many_chunks":                testkit.RandomBytes(1<<20 + 1),
+		"more-than-a-frame-may-have": testkit.RandomBytes(cryo.MaxPayload + 12345),
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(outbox, name), content, 0o600))
 	}
 	receiving, address := streamsToFiles(t, inbox)
-	sending := example(t, "files_to_cryo.yaml", nil, "CRYO_URL=ws://"+address, "CRYO_TOKEN="+token, "FILES="+outbox+"/*")
-	sending.wantSuccess() // when all are acknowledged, so:
+	sending := example(t, "files_to_cryo.yaml", "CRYO_URL=ws://"+address, "CRYO_TOKEN="+token, "FILES="+outbox+"/*")
+	sending.WantExit(0) // when all are acknowledged
 	require.Equal(t, filesIn(t, outbox), filesIn(t, inbox))
-	receiving.interrupt()
+	receiving.Interrupt()
 }
 
-func TestNamesFromOutsideMakeNoFilesOutsideTheDirectory(t *testing.T) {
+func TestAStreamNameCannotLeaveTheDirectory(t *testing.T) {
 	parent := t.TempDir()
 	inbox := filepath.Join(parent, "a", "b", "inbox")
 	p, address := streamsToFiles(t, inbox)
-	s := dial(t, address)
+	s := testkit.Dial(t, address)
 	names := []string{
 		"../../etc/x", "..", ".", "/", "/etc/passwd", "a/b", `..\..\x`, "", " ", "ünïcode ☃", "~root", "-rf", ".hidden",
 		"line\nbreak", "nul\x00nul", "$HOME", "${CRYO_TOKEN}", `${! env("CRYO_TOKEN") }`, "%2e%2e%2f", "CON",
@@ -84,7 +69,7 @@ func TestNamesFromOutsideMakeNoFilesOutsideTheDirectory(t *testing.T) {
 	}
 	for _, name := range names {
 		before := filesIn(t, parent)
-		require.NoError(t, next(t, streamOf(s, name, strings.NewReader("content of "+name))), "%q", name)
+		require.NoError(t, testkit.Next(t, testkit.SendStream(s, name, strings.NewReader("content of "+name))), "%q", name)
 		changed := 0
 		for path, hash := range filesIn(t, parent) {
 			if before[path] == hash {
@@ -96,25 +81,23 @@ func TestNamesFromOutsideMakeNoFilesOutsideTheDirectory(t *testing.T) {
 		}
 		require.Equal(t, 1, changed, "%q", name)
 	}
-	p.interrupt()
+	p.Interrupt()
 }
 
 func TestCSVStreamToJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "rows.jsonl")
-	p := example(t, "csv_stream_to_json.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token, "FILE="+path)
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
-	require.NoError(t, next(t, streamOf(s, "fruit.csv", strings.NewReader("name,taste\napple,sweet\n\"lemon, green\",\"very\nsour\"\n"))))
-	content, err := os.ReadFile(path)
-	require.NoError(t, err)
-	rows := strings.Split(strings.TrimSuffix(string(content), "\n"), "\n")
+	p := example(t, "csv_stream_to_json.yaml", "FILE="+path)
+	s := testkit.Dial(t, p.Listening())
+	require.NoError(t, testkit.Next(t, testkit.SendStream(s, "fruit.csv", strings.NewReader("name,taste\napple,sweet\n\"lemon, green\",\"very\nsour\"\n"))))
+	rows := strings.Split(strings.TrimSuffix(testkit.ReadFile(t, path), "\n"), "\n")
 	require.ElementsMatch(t, []string{`{"name":"apple","taste":"sweet"}`, `{"name":"lemon, green","taste":"very\nsour"}`}, rows,
-		"what is acknowledged is in the file")
-	p.interrupt()
+		"acknowledged rows are in the file")
+	p.Interrupt()
 }
 
-func TestLinesOfAStreamArePrintedAsTheyCome(t *testing.T) {
-	p := example(t, "lines_of_a_stream.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token)
-	s := dial(t, p.wantLogged("Listening for Cryo clients on "))
+func TestTheLinesOfAStreamArePrintedOneByOne(t *testing.T) {
+	p := example(t, "lines_of_a_stream.yaml")
+	s := testkit.Dial(t, p.Listening())
 	st, err := s.OpenStream(t.Context(), &cryo.StreamOptions{Name: "log"})
 	require.NoError(t, err)
 	for i, text := range numbered(5) {
@@ -124,27 +107,23 @@ func TestLinesOfAStreamArePrintedAsTheyCome(t *testing.T) {
 		if i > 0 {
 			want = "half a " + text
 		}
-		p.stdout.want(t, 1, func(line string) bool { return line == want })
+		p.Take(want, func(line string) bool { return line == want })
 	}
 	_, err = st.Write([]byte("line"))
 	require.NoError(t, err)
 	require.NoError(t, st.Finish())
-	// What is acknowledged is printed, if not yet read from the pipe.
-	p.stdout.want(t, 1, func(line string) bool { return line == "half a line" })
-	p.interrupt()
+	p.Take("the last line", func(line string) bool { return line == "half a line" })
+	p.Interrupt()
 }
 
-func TestABatchGoesOutAsOneStream(t *testing.T) {
-	server := serve(t)
-	texts := numbered(2000) // a batch that is not full would wait for its time
-	p := example(t, "batch_as_stream.yaml", strings.NewReader(strings.Join(texts, "\n")+"\n"), "CRYO_URL="+server.url(), "CRYO_TOKEN="+token)
-	s := server.session(t)
+func TestABatchIsSentAsOneStream(t *testing.T) {
+	server := testkit.Serve(t)
+	texts := numbered(2000) // full batches, which do not wait for their period
+	p := exampleReading(t, "batch_as_stream.yaml", strings.Join(texts, "\n")+"\n", "CRYO_URL="+server.URL())
+	s := server.Session(t)
 	var got []string
 	for range 2 {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		st, err := s.AcceptStream(ctx)
-		cancel()
-		require.NoError(t, err)
+		st := testkit.AcceptStream(t, s)
 		require.Regexp(t, `^lines-\d+\.txt$`, st.Name())
 		content, err := io.ReadAll(st)
 		require.NoError(t, err)
@@ -154,5 +133,5 @@ func TestABatchGoesOutAsOneStream(t *testing.T) {
 		require.NoError(t, st.Ack())
 	}
 	require.ElementsMatch(t, texts, got)
-	p.wantSuccess()
+	p.WantExit(0)
 }

@@ -4,23 +4,23 @@ import (
 	"context"
 	"net/http"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
-	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// listener is a client that acknowledges all that it gets, and keeps it.
+// listener is a client that acknowledges and collects every message.
 type listener struct {
 	mu    sync.Mutex
 	texts []string
 }
 
-// listenIn connects one until the test's end.
+// listenIn connects a listener until the test's end.
 func listenIn(t *testing.T, address, token string) *listener {
 	t.Helper()
 	s, err := cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token})
@@ -53,32 +53,27 @@ func (l *listener) got() []string {
 }
 
 func TestRooms(t *testing.T) {
-	address := freeAddress(t)
-	p := example(t, "rooms.yaml", nil, "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "HTTP_ADDRESS="+address)
-	cryoAddress := p.wantLogged("Listening for Cryo clients on ")
-	p.wantLogged("Output type cryo_server is now active")
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	say := func(room, text string) (status int, err error) {
-		resp, err := client.Post("http://"+address+"/rooms/"+room, "text/plain", strings.NewReader(text))
-		if err != nil {
-			return 0, err
-		}
-		return resp.StatusCode, resp.Body.Close()
+	address := testkit.ReserveAddress(t)
+	p := example(t, "rooms.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "HTTP_ADDRESS="+address)
+	cryoAddress := p.Listening()
+	p.WantLog("Output type cryo_server is now active")
+	say := func(room, text string) (testkit.Response, error) {
+		return testkit.HTTP(http.MethodPost, "http://"+address+"/rooms/"+room, text)
 	}
 	enter := func(rooms ...string) *listener {
 		l := listenIn(t, cryoAddress, jwt(t, "HS256", "s3cret", map[string]any{"rooms": rooms}))
-		require.EventuallyWithT(t, func(c *assertT) { // until the pipeline knows the session
+		testkit.Eventually(t, func(c *assert.CollectT) { // until the output has the session
 			_, err := say(rooms[0], "welcome")
 			require.NoError(c, err)
 			require.NotEmpty(c, l.got())
-		}, patience, 10*time.Millisecond)
+		})
 		return l
 	}
 	red, blue, both := enter("red"), enter("blue"), enter("both", "red", "blue")
 	for room, text := range map[string]string{"red": "to red", "blue": "to blue", "green": "to nobody"} {
-		status, err := say(room, text)
+		resp, err := say(room, text)
 		require.NoError(t, err)
-		require.Equal(t, http.StatusOK, status)
+		require.Equal(t, http.StatusOK, resp.Status)
 	}
 	said := func(l *listener) []string {
 		return slices.DeleteFunc(l.got(), func(text string) bool { return text == "welcome" })
@@ -86,19 +81,19 @@ func TestRooms(t *testing.T) {
 	require.Equal(t, []string{"to red"}, said(red))
 	require.Equal(t, []string{"to blue"}, said(blue))
 	require.ElementsMatch(t, []string{"to red", "to blue"}, said(both))
-	p.interrupt()
+	p.Interrupt()
 }
 
 func TestWorkQueue(t *testing.T) {
-	p := example(t, "work_queue.yaml", strings.NewReader("one\ntwo\nthree\n"), "CRYO_ADDRESS=127.0.0.1:0", "CRYO_TOKEN="+token)
-	address := p.wantLogged("Listening for Cryo clients on ")
+	p := exampleReading(t, "work_queue.yaml", "one\ntwo\nthree\n")
+	address := p.Listening()
 	jobs := map[string]bool{"one": true, "two": true, "three": true}
-	leaves := dial(t, address)
-	undone := string(receive(t, leaves).Payload)
+	leaves := testkit.Dial(t, address)
+	undone := string(testkit.Receive(t, leaves).Payload)
 	require.True(t, jobs[undone])
 
-	stays := dial(t, address)
-	m := receive(t, stays)
+	stays := testkit.Dial(t, address)
+	m := testkit.Receive(t, stays)
 	require.NotEqual(t, undone, string(m.Payload), "each job goes to one client")
 	require.NoError(t, leaves.Close(t.Context(), ""))
 	for len(jobs) > 0 {
@@ -106,8 +101,8 @@ func TestWorkQueue(t *testing.T) {
 		delete(jobs, string(m.Payload))
 		require.NoError(t, m.Ack())
 		if len(jobs) > 0 {
-			m = receive(t, stays) // in the end also what the other left undone
+			m = testkit.Receive(t, stays) // the last one is the job of the client that left
 		}
 	}
-	p.wantSuccess()
+	p.WantExit(0)
 }

@@ -8,12 +8,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestATraceGoesThrough(t *testing.T) {
+func TestATraceSpansAPipeline(t *testing.T) {
 	const (
 		trace  = "0af7651916cd43dd8448eb211c80319c"
 		sender = "b7ad6b7169203331"
@@ -26,39 +27,32 @@ func TestATraceGoesThrough(t *testing.T) {
 		}
 	}))
 	t.Cleanup(jaeger.Close)
-	server, address := serve(t), freeAddress(t)
-	example(t, "traces.yaml", nil, "CRYO_ADDRESS="+address, "CRYO_URL="+server.url(), "CRYO_TOKEN="+token, "JAEGER_URL="+jaeger.URL)
-	session := server.session(t)
+	server := testkit.Serve(t)
+	p := example(t, "traces.yaml", "CRYO_URL="+server.URL(), "JAEGER_URL="+jaeger.URL)
+	session := server.Session(t)
 
-	done := send(dial(t, address), `{"id":1,"trace":{"traceparent":"00-`+trace+`-`+sender+`-01"}}`)
-	m := receive(t, session)
+	done := testkit.Send(testkit.Dial(t, p.Listening()), `{"id":1,"trace":{"traceparent":"00-`+trace+`-`+sender+`-01"}}`)
+	m := testkit.Receive(t, session)
 	var content struct {
 		ID    int
 		Trace struct{ Traceparent string }
 	}
 	require.NoError(t, json.Unmarshal(m.Payload, &content))
 	require.Equal(t, 1, content.ID)
-	require.Regexp(t, "^00-"+trace+"-[0-9a-f]{16}-01$", content.Trace.Traceparent, "the same trace …")
-	require.NotContains(t, content.Trace.Traceparent, sender, "… with a span of the pipeline's")
+	require.Regexp(t, "^00-"+trace+"-[0-9a-f]{16}-01$", content.Trace.Traceparent, "the same trace")
+	require.NotContains(t, content.Trace.Traceparent, sender, "with a span of the pipeline")
 	require.NoError(t, m.Ack())
-	require.NoError(t, next(t, done))
+	require.NoError(t, testkit.Next(t, done))
 
-	// Jaeger learns of the trace and of the sender's span; Thrift's integers are
-	// big-endian.
+	// Jaeger receives the trace and the sender's span; Thrift's integers are big-endian.
 	id, err := hex.DecodeString(trace)
 	require.NoError(t, err)
 	parent, err := hex.DecodeString(sender)
 	require.NoError(t, err)
 	var report []byte
-	deadline := time.After(patience)
 	for _, want := range [][]byte{id[:8], id[8:], parent} {
 		for !bytes.Contains(report, want) {
-			select {
-			case more := <-reports:
-				report = append(report, more...)
-			case <-deadline:
-				require.FailNow(t, "no such span", "%x", want)
-			}
+			report = append(report, testkit.Next(t, reports)...)
 		}
 	}
 }
