@@ -12,26 +12,26 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// documents are the repository's pages, by path.
+// documents returns the repository's pages, by path.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	pages := make(map[string]string)
-	for _, pattern := range []string{"../*.md", "../docs/*.md", "../docs/components/*/*.md"} {
+	for _, pattern := range []string{"../*.md", "*.md", "../docs/*.md", "../docs/components/*/*.md"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
-			content, err := os.ReadFile(file)
-			require.NoError(t, err)
-			pages[filepath.Clean(file)] = string(content)
+			pages[filepath.Clean(file)] = testkit.ReadFile(t, file)
 		}
 	}
 	require.NotEmpty(t, pages)
 	return pages
 }
 
-// anchors are the headings of a page, as links name them.
+// anchors returns the anchors of a page: its headings, and those that it names itself.
 func anchors(page string) map[string]bool {
 	found := make(map[string]bool)
 	dropped := regexp.MustCompile(`[^\p{L}\p{N} _-]`)
@@ -67,8 +67,8 @@ func TestLinksInTheDocumentationResolve(t *testing.T) {
 	}
 }
 
-// declared are the names in a package: of types, functions, constants and
-// variables as they are, of methods and fields behind their type's.
+// declared returns the names of a package: of types, functions, constants and variables,
+// and of methods, as Type.Method.
 func declared(t *testing.T, dir string) map[string]bool {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
@@ -108,57 +108,52 @@ func declared(t *testing.T, dir string) map[string]bool {
 	return names
 }
 
-// TestTheArchitecturePageNamesExistingCode keeps the names in docs/architecture.md from
-// outliving what they name.
+// Every name of code in docs/architecture.md must be declared in cryo or plugin.
 func TestTheArchitecturePageNamesExistingCode(t *testing.T) {
-	page, err := os.ReadFile("../docs/architecture.md")
-	require.NoError(t, err)
+	page := testkit.ReadFile(t, "../docs/architecture.md")
 	names := declared(t, "../cryo")
 	for name := range declared(t, "../plugin") {
 		names[name] = true
 	}
 	found := 0
-	// Those of the diagram are not in backquotes.
+	// The names of the diagram are not in backquotes.
 	pattern := regexp.MustCompile("`(?:cryo\\.)?([A-Za-z]+(?:\\.[A-Za-z]+)?)`|\\b((?:Session|receiver|outbox)\\.[A-Za-z]+)")
-	for _, match := range pattern.FindAllStringSubmatch(string(page), -1) {
+	for _, match := range pattern.FindAllStringSubmatch(page, -1) {
 		name := match[1] + match[2]
 		if name == strings.ToLower(name) && !names[name] {
 			continue // a package, a component, a field or a file
 		}
-		require.True(t, names[name], "docs/architecture.md names %s, which is not there", name)
+		require.True(t, names[name], "docs/architecture.md names %s, which does not exist", name)
 		found++
 	}
 	require.Greater(t, found, 30)
 }
 
-// TestTheGuaranteesCiteExistingTests: each row of docs/guarantees.md names the
-// test that shows it, or its table does. A test may be named with its file, as a
-// link, and with what its subtests are called.
+// Each row of docs/guarantees.md, or the head of its table, must cite a test. A citation
+// can have the test's file, as a link, and the names of subtests.
 func TestTheGuaranteesCiteExistingTests(t *testing.T) {
-	page, err := os.ReadFile("../docs/guarantees.md")
-	require.NoError(t, err)
-	in := make(map[string][]string)   // files of a test
-	code := make(map[string][]string) // of a directory
+	page := testkit.ReadFile(t, "../docs/guarantees.md")
+	in := make(map[string][]string)   // the files of a test
+	code := make(map[string][]string) // the files' contents by directory
 	for _, pattern := range []string{"*_test.go", "*/*_test.go", "../cryo/*_test.go", "../plugin/*_test.go", "../cmd/*/*_test.go", "../internal/*/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
-			content, err := os.ReadFile(file)
-			require.NoError(t, err)
-			code[filepath.Dir(file)] = append(code[filepath.Dir(file)], string(content))
-			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(string(content), -1) {
+			content := testkit.ReadFile(t, file)
+			code[filepath.Dir(file)] = append(code[filepath.Dir(file)], content)
+			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(content, -1) {
 				in[f[1]] = append(in[f[1]], file)
 			}
 		}
 	}
 	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)((?:/[^`]+)?)`(?:\\]\\(\\.\\./([^)]+)\\))?")
-	for _, n := range named.FindAllStringSubmatch(string(page), -1) {
+	for _, n := range named.FindAllStringSubmatch(page, -1) {
 		name, subtests, file := n[1], n[2], n[3]
-		require.NotEmpty(t, in[name], "there is no test %s", name)
+		require.NotEmpty(t, in[name], "no test is called %s", name)
 		if file != "" {
 			file, err := filepath.Rel("tests", file)
 			require.NoError(t, err)
-			require.Contains(t, in[name], file, "%s is elsewhere", name)
+			require.Contains(t, in[name], file, "%s is in another file", name)
 		}
 		for part := range strings.SplitSeq(strings.Trim(subtests, "/"), "/") {
 			literal := `"` + strings.ReplaceAll(part, "_", " ") + `"`
@@ -170,7 +165,7 @@ func TestTheGuaranteesCiteExistingTests(t *testing.T) {
 	}
 
 	rows := 0
-	for table := range strings.SplitSeq(string(page), "\n\n") {
+	for table := range strings.SplitSeq(page, "\n\n") {
 		header, body, ok := strings.Cut(table, "\n|---|")
 		if !ok || named.MatchString(header) {
 			continue

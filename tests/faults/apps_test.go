@@ -4,9 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log"
 	"math/rand/v2"
-	"net/http"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,27 +12,26 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/assert"
-	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// ledger notes what was sent and what came of it. A unit is what is acknowledged
-// as a whole, a message or a stream, and has one text or several.
+// ledger records what was sent, delivered and acknowledged. A unit is a message or a
+// stream, which is acknowledged as a whole, and has one text or several.
 type ledger struct {
 	t      *testing.T
-	random *rand.Rand // the sender's
-	lines  int        // of a unit, at most
+	random *rand.Rand // owned by the sender
+	lines  int        // maximum texts of a unit
 
 	mu        sync.Mutex
 	units     [][]string
 	delivered [][]bool
 	firsts    []string // keys of the first deliveries, in order
 	again     int      // deliveries that were not the first
-	accepted  int      // units
+	accepted  int      // acknowledged units
 }
 
-// unit makes the next unit to be sent.
+// unit adds the next unit, and returns its index.
 func (l *ledger) unit() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -52,17 +49,17 @@ func (l *ledger) unit() int {
 	return i
 }
 
-// key is what a text starts with, as long for each.
+// key is the beginning of a text, of fixed length.
 func key(i, j int) string { return fmt.Sprintf("%06d.%02d ", i, j) }
 
-// deliver notes a text that has arrived where it was to go.
+// deliver records the delivery of a text.
 func (l *ledger) deliver(text string) {
 	var i, j int
 	_, err := fmt.Sscanf(text, "%06d.%02d ", &i, &j)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	sent := err == nil && i < len(l.units) && j < len(l.units[i]) && l.units[i][j] == text
-	if !assert.Truef(l.t, sent, "delivered what was never sent: %.50q, %d bytes", text, len(text)) {
+	if !assert.Truef(l.t, sent, "delivered and never sent: %.50q, %d bytes", text, len(text)) {
 		return
 	}
 	if l.delivered[i][j] {
@@ -73,7 +70,7 @@ func (l *ledger) deliver(text string) {
 	l.firsts = append(l.firsts, key(i, j))
 }
 
-// accept notes an acknowledgement. All of the unit has to be delivered by now.
+// accept records the acknowledgement of a unit, which must be delivered completely.
 func (l *ledger) accept(i int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -83,8 +80,8 @@ func (l *ledger) accept(i int) {
 	}
 }
 
-// wantInOrder wants all to be delivered, and in the order of sending the first
-// time.
+// wantInOrder wants every unit to be acknowledged, and the first deliveries to be in the
+// order of sending.
 func (l *ledger) wantInOrder() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -98,15 +95,15 @@ func (l *ledger) wantInOrder() {
 	assert.Equal(l.t, want, l.firsts)
 }
 
-// queue is what is sent and not yet accepted, in order.
+// queue holds the unacknowledged units, in order.
 type queue struct {
 	*ledger
-	least  int // units
-	more   func() bool
+	least  int         // minimum units to send
+	more   func() bool // whether to send more than that
 	queued []int
 }
 
-// next gives the units for the next write, in order, and whether there are any.
+// next returns the units of the next write, in order, and whether there are any.
 func (q *queue) next(limit int) ([]int, bool) {
 	for len(q.queued) < limit && (len(q.units) < q.least || q.more()) {
 		q.queued = append(q.queued, q.unit())
@@ -114,7 +111,8 @@ func (q *queue) next(limit int) ([]int, bool) {
 	return q.queued[:min(limit, len(q.queued))], len(q.queued) > 0
 }
 
-// settle takes what was accepted out of the queue; errs is by index, or nil.
+// settle removes the acknowledged units from the queue. errs has an error for each sent
+// unit; nil is none at all.
 func (q *queue) settle(sent []int, errs []error) {
 	var left []int
 	for n, i := range sent {
@@ -127,8 +125,8 @@ func (q *queue) settle(sent []int, errs []error) {
 	q.queued = append(left, q.queued[len(sent):]...)
 }
 
-// sendTo is an application that sends all it has on the newest session there is,
-// and again on the next what was not acknowledged.
+// sendTo is an application that sends its units on its newest session, and sends the
+// unacknowledged ones again on the next session.
 func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, streams bool) {
 	var s *cryo.Session
 	for {
@@ -144,7 +142,7 @@ func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, strea
 			select {
 			case s = <-sessions:
 			case <-ctx.Done():
-				assert.Fail(q.t, "no session came", "%d units left", len(q.queued))
+				assert.Fail(q.t, "timed out waiting for a session", "%d units left", len(q.queued))
 				return
 			}
 			continue
@@ -156,7 +154,7 @@ func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, strea
 			err = q.sendBatch(ctx, s, sent)
 		}
 		if err != nil && s.Err() == nil {
-			assert.NoError(q.t, err, "on a session that lives")
+			assert.NoError(q.t, err, "on a session that has not ended")
 			return
 		}
 	}
@@ -183,8 +181,7 @@ func (q *queue) sendStream(ctx context.Context, s *cryo.Session, i int) error {
 	return err
 }
 
-// receiveFrom is an application that notes what it receives, and acknowledges it
-// then.
+// receiveFrom is an application that records what it receives, and then acknowledges it.
 func (l *ledger) receiveFrom(ctx context.Context, sessions <-chan *cryo.Session, streams bool) {
 	var receiving sync.WaitGroup
 	defer receiving.Wait()
@@ -209,7 +206,7 @@ func (l *ledger) receive(ctx context.Context, s *cryo.Session, streams bool) boo
 			return false
 		}
 		l.deliver(string(m.Payload))
-		_ = m.Ack() // it may be too late
+		_ = m.Ack() // the session may have ended
 		return true
 	}
 	st, err := s.AcceptStream(ctx)
@@ -221,94 +218,14 @@ func (l *ledger) receive(ctx context.Context, s *cryo.Session, streams bool) boo
 		return s.Err() == nil
 	}
 	l.deliver(string(content))
-	_ = st.Ack() // it may be too late
+	_ = st.Ack() // the session may have ended
 	return true
 }
 
-// sessionOptions are those of the applications.
-func sessionOptions(timing timing) cryo.SessionOptions {
-	return cryo.SessionOptions{HeartbeatInterval: timing.heartbeat, CloseTimeout: time.Second}
-}
-
-// clientID is the session id of a dialling application.
+// clientID is the session id of an application that dials.
 const clientID = 4711
 
-// redial is a client that has a session whenever it can.
-func redial(ctx context.Context, address string, timing timing, sessions chan<- *cryo.Session) {
-	for ctx.Err() == nil {
-		s, err := cryo.Dial(ctx, "ws://"+address, &cryo.DialOptions{
-			SessionOptions: sessionOptions(timing),
-			Token:          token, SessionID: clientID, ConnectTimeout: timing.connect,
-		})
-		if err != nil {
-			select {
-			case <-time.After(50 * time.Millisecond): // as any client would
-			case <-ctx.Done():
-			}
-			continue
-		}
-		sessions <- s
-		select {
-		case <-s.Done():
-		case <-ctx.Done():
-			hangUp(s)
-		}
-	}
-}
-
-func hangUp(s *cryo.Session) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	_ = s.Close(ctx, "")
-}
-
-// serve is a server whose address is given, until the test's end.
-func serve(t *testing.T, timing timing, sessions chan<- *cryo.Session) (address string) {
-	t.Helper()
-	server := newServer(t, cryo.ServerOptions{
-		SessionOptions: sessionOptions(timing),
-		Authorize:      cryo.Tokens(token),
-		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
-	})
-	socket := listen(t)
-	h := &http.Server{Handler: server, ReadHeaderTimeout: patience, ErrorLog: log.New(io.Discard, "", 0)}
-	var serving sync.WaitGroup
-	serving.Go(func() { _ = h.Serve(socket) })
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		_ = server.Shutdown(ctx)
-		_ = h.Close()
-		serving.Wait()
-	})
-	return socket.Addr().String()
-}
-
-// listening waits until a pipeline listens, and gives its address.
-type listening chan string
-
-func (l listening) Write(line []byte) (int, error) {
-	if _, rest, ok := strings.Cut(string(line), "Listening for Cryo clients on "); ok {
-		l <- strings.FieldsFunc(rest, func(r rune) bool { return r == '"' || r == ' ' || r == '\n' })[0]
-	}
-	return len(line), nil
-}
-
-func (l listening) address(t *testing.T) string {
-	t.Helper()
-	select {
-	case address := <-l:
-		return address
-	case <-time.After(patience):
-		require.FailNow(t, "the pipeline does not listen")
-		return ""
-	}
-}
-
-// newServer makes a server of valid options.
-func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
-	tb.Helper()
-	server, err := cryo.NewServer(&opts)
-	require.NoError(tb, err)
-	return server
+// sessionOptions returns the options of the applications.
+func sessionOptions(timing timing) cryo.SessionOptions {
+	return cryo.SessionOptions{HeartbeatInterval: timing.heartbeat, CloseTimeout: time.Second}
 }

@@ -3,10 +3,7 @@ package faults
 import (
 	"context"
 	"fmt"
-	"io"
-	"log/slog"
 	"math/rand/v2"
-	"net"
 	"sync"
 	"testing"
 	"time"
@@ -19,19 +16,20 @@ import (
 	_ "github.com/redpanda-data/benthos/v4/public/components/pure"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 	_ "github.com/cryo-connect/cryo-connect/plugin"
 )
 
-// fault is what is wrong with a line.
+// fault is a fault of the network.
 type fault struct {
 	toxics []string // of toxiproxy, in both directions, all the time
-	breaks *breaks  // of connections, now and then; nil: none
-	away   bool     // now and then the server can't be reached
-	silent bool     // nobody is told of a break: only heartbeats tell
-	small  bool     // the line is so slow that less is sent
+	breaks *breaks  // of connections, now and then; nil is none
+	down   bool     // the server cannot be reached now and then
+	silent bool     // an end is not notified of a break, only heartbeats detect it
+	slow   bool     // less is sent
 }
 
-// faults are made anew for each test.
+// faults returns new faults for each test.
 func faults() map[string]fault {
 	times := 4
 	if long {
@@ -43,16 +41,16 @@ func faults() map[string]fault {
 	return map[string]fault{
 		"latency":       {toxics: []string{`"type": "latency", "attributes": { "latency": 20 }`}},
 		"jitter":        {toxics: []string{`"type": "latency", "attributes": { "latency": 20, "jitter": 20 }`}},
-		"tiny slices":   {toxics: []string{`"type": "slicer", "attributes": { "average_size": 11, "size_variation": 10 }`}, small: true},
-		"low bandwidth": {toxics: []string{`"type": "bandwidth", "attributes": { "rate": 100 }`}, small: true},
+		"tiny slices":   {toxics: []string{`"type": "slicer", "attributes": { "average_size": 11, "size_variation": 10 }`}, slow: true},
+		"low bandwidth": {toxics: []string{`"type": "bandwidth", "attributes": { "rate": 100 }`}, slow: true},
 
-		"cuts at random bytes":              {breaks: breaks(closed, closed, false)},
-		"resets":                            {breaks: breaks(closed, closed, true)},
-		"black holes":                       {breaks: breaks(swallowed, swallowed, false), silent: true},
-		"half-open, only the server learns": {breaks: breaks(closed, swallowed, false), silent: true},
-		"half-open, only the client learns": {breaks: breaks(swallowed, closed, false), silent: true},
-		"what the client sends gets lost":   {breaks: breaks(swallowed, passed, false), silent: true},
-		"what the server sends gets lost":   {breaks: breaks(passed, swallowed, false), silent: true},
+		"cuts at random bytes":                   {breaks: breaks(closed, closed, false)},
+		"resets":                                 {breaks: breaks(closed, closed, true)},
+		"black holes":                            {breaks: breaks(swallowed, swallowed, false), silent: true},
+		"half-open, only the server is notified": {breaks: breaks(closed, swallowed, false), silent: true},
+		"half-open, only the client is notified": {breaks: breaks(swallowed, closed, false), silent: true},
+		"data from the client is lost":           {breaks: breaks(swallowed, passed, false), silent: true},
+		"data from the server is lost":           {breaks: breaks(passed, swallowed, false), silent: true},
 		"cuts on a slow line with slices": {
 			toxics: []string{
 				`"type": "latency", "attributes": { "latency": 5, "jitter": 5 }`,
@@ -60,13 +58,13 @@ func faults() map[string]fault {
 			},
 			breaks: breaks(closed, closed, false),
 		},
-		"a server that is away": {away: true},
+		"a server that is down": {down: true},
 	}
 }
 
-// component is one of ours, with the other end of its line.
+// component is one of the components.
 type component struct {
-	sends   bool // it is an output
+	sends   bool // an output
 	listens bool
 }
 
@@ -77,21 +75,21 @@ var components = map[string]component{
 	"output cryo_server": {sends: true, listens: true},
 }
 
-// timing is both ends'.
+// timing is that of both ends.
 type timing struct{ heartbeat, connect time.Duration }
 
-// quick is for lines on which silence is all that tells of a break.
+// quick is for faults that only heartbeats detect.
 var quick = timing{heartbeat: 500 * time.Millisecond, connect: time.Second}
 
-// config is the component's, in a pipeline.
+// config returns the component's configuration.
 func (c component) config(server string, timing timing, streams bool) string {
-	role := fmt.Sprintf(`url: "ws://%s", token: %q, connect_timeout: %v`, server, token, timing.connect)
+	role := fmt.Sprintf(`url: "ws://%s", token: %q, connect_timeout: %v`, server, testkit.Token, timing.connect)
 	name := "cryo"
 	if c.listens {
-		role = fmt.Sprintf(`address: "127.0.0.1:0", tokens: [ %q ]`, token)
+		role = fmt.Sprintf(`address: "127.0.0.1:0", tokens: [ %q ]`, testkit.Token)
 		name = "cryo_server"
 	}
-	half := "max_in_flight: 64, max_buffer_bytes: 200000, streams: { scanner: { lines: {} } }" // what leaked would stop it soon
+	half := "max_in_flight: 64, max_buffer_bytes: 200000, streams: { scanner: { lines: {} } }" // a leak would soon stop it
 	switch {
 	case c.sends && streams:
 		half = "message_type: stream, stream: { chunk_bytes: 1000 }, max_in_flight: 1"
@@ -104,12 +102,10 @@ func (c component) config(server string, timing timing, streams bool) string {
 	return fmt.Sprintf("%s: { %s, heartbeat_interval: %v, %s }", name, role, timing.heartbeat, half)
 }
 
-// TestNothingIsLostOnABadLine sends through each of the components over a line
-// with each of the faults. What the sender saw accepted has to be delivered by
-// then, in the order of sending the first time; the connection has to come back
-// by itself; and nothing may be left behind.
+// Each component sends or receives over a line with each of the faults. An acknowledged
+// unit must be delivered, the first deliveries must be in the order of sending, the client
+// must reconnect, and no goroutine and no file may be left.
 func TestNothingIsLostOnABadLine(t *testing.T) {
-	seed := newSeed(t)
 	files := openFiles(t)
 	t.Run("with", func(t *testing.T) {
 		for componentName, c := range components {
@@ -118,15 +114,16 @@ func TestNothingIsLostOnABadLine(t *testing.T) {
 					t.Run(componentName+"/"+kind+"/"+faultName, func(t *testing.T) {
 						t.Parallel()
 						test := &test{T: t, component: c, fault: f, streams: kind == "streams"}
-						test.run(seeded(t, seed))
+						test.run(testkit.Random(t))
 					})
 				}
 			}
 		}
 	})
-	goleak.VerifyNone(t, proxysOwn...)
-	require.EventuallyWithT(t, func(t *assert.CollectT) { require.LessOrEqual(t, openFiles(t), files) }, patience, 10*time.Millisecond,
-		"file descriptors are left open")
+	goleak.VerifyNone(t, leaksOfTheProxy...)
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		require.LessOrEqual(c, openFiles(c), files, "file descriptors are left open")
+	})
 }
 
 // test is one component with one fault.
@@ -138,7 +135,7 @@ type test struct {
 }
 
 func (t *test) run(random *rand.Rand) {
-	timing := timing{heartbeat: 15 * time.Second, connect: patience}
+	timing := timing{heartbeat: 15 * time.Second, connect: 2 * testkit.Patience}
 	if t.silent {
 		timing = quick
 	}
@@ -152,7 +149,7 @@ func (t *test) run(random *rand.Rand) {
 		l.lines = 20
 	}
 	least := 300
-	if t.small || t.streams {
+	if t.slow || t.streams {
 		least = 50
 	}
 
@@ -160,12 +157,26 @@ func (t *test) run(random *rand.Rand) {
 	var working sync.WaitGroup
 	t.Cleanup(working.Wait)
 	t.Cleanup(cancel)
-	came, sessions := make(chan *cryo.Session), make(chan *cryo.Session, 10_000)
+	var opened <-chan *cryo.Session // by the application
+	sessions := make(chan *cryo.Session, 10_000)
 	connected, again := 0, make(chan struct{}, 10_000)
+	// The line is between the pipeline and the application.
+	var line *line
+	var p *pipeline
+	if t.listens {
+		p = t.runPipeline(l, random, "", timing)
+		line = newLine(t.T, p.log.Listening(), t.toxics, b)
+		opened = testkit.Redial(t, line.Listen, cryo.DialOptions{SessionOptions: sessionOptions(timing), SessionID: clientID, ConnectTimeout: timing.connect})
+	} else {
+		server := testkit.ServeOn(t, testkit.Listen(t), sessionOptions(timing))
+		opened = server.Sessions
+		line = newLine(t.T, server.Address, t.toxics, b)
+		p = t.runPipeline(l, random, line.Listen, timing)
+	}
 	working.Go(func() {
 		for {
 			select {
-			case s := <-came:
+			case s := <-opened:
 				connected++
 				sessions <- s
 				again <- struct{}{}
@@ -175,31 +186,19 @@ func (t *test) run(random *rand.Rand) {
 		}
 	})
 
-	// The line is between the pipeline and the application.
-	var line *line
-	var p *pipeline
-	if t.listens {
-		p = t.runPipeline(l, random, "", timing)
-		line = newLine(t.T, p.listening.address(t.T), t.toxics, b)
-		working.Go(func() { redial(ctx, line.Listen, timing, came) })
-	} else {
-		line = newLine(t.T, serve(t.T, timing, came), t.toxics, b)
-		p = t.runPipeline(l, random, line.Listen, timing)
-	}
-
 	q := &queue{ledger: l, least: least, more: func() bool { return !b.enough() }}
-	if t.away {
-		away := disappear(ctx, line, rand.New(rand.NewPCG(random.Uint64(), 1)), again, &working)
+	if t.down {
+		over := interrupt(ctx, line, rand.New(rand.NewPCG(random.Uint64(), 1)), again, &working)
 		q.more = func() bool {
 			select {
-			case <-away:
+			case <-over:
 				return false
 			default:
 				return true
 			}
 		}
 	}
-	limit := patience
+	limit := 2 * testkit.Patience
 	if long {
 		limit = time.Hour
 	}
@@ -215,19 +214,18 @@ func (t *test) run(random *rand.Rand) {
 	cancel()
 	working.Wait()
 	l.wantInOrder()
-	// Behind the breaks, which all have happened by now, it has connected again,
-	// or not everything would be delivered.
-	if t.breaks == nil && !t.away {
-		assert.Equal(t, 1, connected, "a bad line is no reason to lose the session")
+	// After the last break the client has reconnected, or not everything would be delivered.
+	if t.breaks == nil && !t.down {
+		assert.Equal(t, 1, connected, "this fault must not end the session")
 	}
 	if long || t.Failed() {
 		t.Logf("%d units on %d sessions, %d texts delivered more than once", l.accepted, connected, l.again)
 	}
 }
 
-// disappear lets the server be out of reach now and then, each time after the
-// client has come back. The channel is closed when that is over.
-func disappear(ctx context.Context, line *line, random *rand.Rand, connected <-chan struct{}, working *sync.WaitGroup) <-chan struct{} {
+// interrupt takes the line down now and then, each time after the client has reconnected.
+// The channel is closed when that is over.
+func interrupt(ctx context.Context, line *line, random *rand.Rand, connected <-chan struct{}, working *sync.WaitGroup) <-chan struct{} {
 	over := make(chan struct{})
 	times := 2
 	if long {
@@ -241,19 +239,19 @@ func disappear(ctx context.Context, line *line, random *rand.Rand, connected <-c
 			case <-ctx.Done():
 				return
 			}
-			time.Sleep(time.Duration(random.IntN(100)) * time.Millisecond) // a moment's chance, not a wait for anything
+			time.Sleep(time.Duration(random.IntN(100)) * time.Millisecond) // a random moment, not a wait
 			line.Stop()
 			time.Sleep(time.Duration(random.IntN(1000)) * time.Millisecond)
-			for line.Start() != nil { // somebody else has the port
-				time.Sleep(50 * time.Millisecond)
+			if err := line.Start(); err != nil {
+				panic(err) // the address is reserved
 			}
 		}
 	})
 	return over
 }
 
-// produce is an application that gives its messages to a pipeline, and again
-// what it didn't accept.
+// produce is an application that writes its messages to a pipeline, and writes the
+// rejected ones again.
 func (q *queue) produce(ctx context.Context, produce service.MessageBatchHandlerFunc) {
 	for {
 		sent, more := q.next(1 + q.random.IntN(40))
@@ -266,7 +264,7 @@ func (q *queue) produce(ctx context.Context, produce service.MessageBatchHandler
 		}
 		err := produce(ctx, batch)
 		if ctx.Err() != nil {
-			assert.Fail(q.t, "the pipeline does not accept what it is given", "%d units left: %v", len(q.queued), err)
+			assert.Fail(q.t, "timed out writing to the pipeline", "%d units left: %v", len(q.queued), err)
 			return
 		}
 		if err == nil {
@@ -275,20 +273,19 @@ func (q *queue) produce(ctx context.Context, produce service.MessageBatchHandler
 	}
 }
 
-// pipeline is one with a component of ours, and the application's own code at
-// its other end.
+// pipeline has a component of ours, and the application's code at its other end.
 type pipeline struct {
-	stream    *service.Stream
-	ended     chan error
-	produce   service.MessageBatchHandlerFunc
-	listening listening
+	stream  *service.Stream
+	ended   chan error
+	produce service.MessageBatchHandlerFunc
+	log     *testkit.Lines
 }
 
 func (t *test) runPipeline(l *ledger, random *rand.Rand, server string, timing timing) *pipeline {
 	t.Helper()
-	p := &pipeline{ended: make(chan error, 1), listening: make(listening, 1)}
+	p := &pipeline{ended: make(chan error, 1), log: testkit.NewLines(t, "the pipeline")}
 	b := service.NewStreamBuilder()
-	b.SetLogger(slog.New(slog.NewTextHandler(io.MultiWriter(p.listening, testLog{t.T}), nil)))
+	b.SetLogger(testkit.Logger(t, p.log))
 	require.NoError(t, b.SetMetricsYAML("none: {}"))
 	config := t.config(server, timing, t.streams)
 	if t.sends {
@@ -302,7 +299,7 @@ func (t *test) runPipeline(l *ledger, random *rand.Rand, server string, timing t
 		require.NoError(t, b.AddConsumerFunc(func(_ context.Context, m *service.Message) error {
 			text, err := m.AsBytes()
 			if err == nil {
-				time.Sleep(time.Duration(slow.IntN(1000)) * time.Microsecond) // an output is no memory
+				time.Sleep(time.Duration(slow.IntN(1000)) * time.Microsecond) // an output takes time
 				l.deliver(string(text))
 			}
 			return err
@@ -316,28 +313,13 @@ func (t *test) runPipeline(l *ledger, random *rand.Rand, server string, timing t
 	return p
 }
 
-// stop stops the pipeline in good order. It may be called again.
+// stop stops the pipeline in good order. It can be called again.
 func (p *pipeline) stop(t *testing.T) {
 	t.Helper()
 	if p.stream == nil {
 		return
 	}
-	assert.NoError(t, p.stream.StopWithin(patience))
+	assert.NoError(t, p.stream.StopWithin(2*testkit.Patience))
 	assert.NoError(t, <-p.ended)
 	p.stream = nil
-}
-
-// testLog shows a pipeline's log when the test fails.
-type testLog struct{ *testing.T }
-
-func (t testLog) Write(line []byte) (int, error) {
-	t.Log(string(line[:len(line)-1]))
-	return len(line), nil
-}
-
-func listen(t *testing.T) net.Listener {
-	t.Helper()
-	socket, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	return socket
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/Shopify/toxiproxy/v2/toxics"
 	"github.com/rs/zerolog"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // line is a network line between a client and a server, with its faults.
@@ -22,12 +24,12 @@ type line struct {
 	breaks *breaks
 }
 
-// newLine makes a line to a server. The faults are those of toxiproxy, in both
-// directions, and of the breaks.
+// newLine makes a line to a server, with the faults of toxiproxy in both directions, and
+// with breaks. It is stopped and started at the same address.
 func newLine(t *testing.T, upstream string, toxics []string, b *breaks) *line {
 	t.Helper()
 	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
-	l := &line{toxiproxy.NewProxy(server, t.Name(), "127.0.0.1:0", upstream), b}
+	l := &line{toxiproxy.NewProxy(server, t.Name(), testkit.ReserveAddress(t), upstream), b}
 	add := func(format string, values ...any) {
 		_, err := l.Toxics.AddToxicJson(strings.NewReader(fmt.Sprintf(format, values...)))
 		require.NoError(t, err)
@@ -39,8 +41,7 @@ func newLine(t *testing.T, upstream string, toxics []string, b *breaks) *line {
 			add(`{ "stream": %q, %s }`, direction, toxic)
 		}
 		if b.reset {
-			// Without toxicity it does nothing but let a connection's end be a
-			// reset.
+			// With toxicity 0 its only effect is that a connection ends with a reset.
 			add(`{ "stream": %q, "type": "reset_peer", "toxicity": 0, "attributes": {} }`, direction)
 		}
 		if b.times > 0 {
@@ -56,16 +57,16 @@ func newLine(t *testing.T, upstream string, toxics []string, b *breaks) *line {
 	return l
 }
 
-// after is what becomes of a direction of a broken connection.
+// after is the state of one direction of a broken connection.
 type after int
 
 const (
-	passed    after = iota // it works on
-	closed                 // its receiver learns of an end
-	swallowed              // nobody learns anything
+	passed    after = iota // still works
+	closed                 // its receiver reads the end
+	swallowed              // data is dropped silently
 )
 
-// breaks are to happen to connections, each after some random number of bytes.
+// breaks are breaks of connections, each after a random number of bytes.
 type breaks struct {
 	times    int
 	up, down after // up is from the client to the server
@@ -77,8 +78,8 @@ type breaks struct {
 	random  *rand.Rand
 	done    int
 	conns   []*conn // in the order in which they were opened
-	ups     int     // of these, known to the toxics of this direction …
-	downs   int     // … and of the other
+	ups     int     // how many of conns the toxic of this direction has
+	downs   int     // how many the toxic of the other direction has
 	allDone chan struct{}
 }
 
@@ -94,13 +95,13 @@ type conn struct {
 	of *breaks
 
 	mu     sync.Mutex
-	early  bool          // it is to break within the handshake
+	early  bool          // breaks within the handshake
 	left   int           // bytes until it breaks, in both directions together
 	broken chan struct{} // closed when it breaks
 }
 
-// half gives the next connection to a direction's toxic. The proxy asks for both
-// before it takes the next connection.
+// half returns the next connection for the toxic of a direction. The proxy calls it for
+// both directions before it accepts another connection.
 func (b *breaks) half(up bool) *conn {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -116,7 +117,7 @@ func (b *breaks) half(up bool) *conn {
 	return b.conns[*n-1]
 }
 
-// pass counts bytes that want to pass in a direction, and gives how many do.
+// pass counts n bytes of a direction, and returns how many of them pass.
 func (b *breaks) pass(c *conn, then after, n int) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -148,22 +149,21 @@ func (c *conn) isBroken() bool {
 	}
 }
 
-// early tells whether the next break may come within the handshake: every other
-// one does.
+// early reports whether the next break is within the handshake: every other one is.
 func (b *breaks) early() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.done%2 == 1
 }
 
-// later gives the bytes until a break behind the handshake.
+// later returns the bytes until a break after the handshake.
 func (b *breaks) later() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return int(math.Exp2(11 + 6*b.random.Float64()))
 }
 
-// another counts a break, and reports false when there were enough.
+// another counts a break; false is one too many.
 func (b *breaks) another() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -185,7 +185,7 @@ func (b *breaks) enough() bool {
 	}
 }
 
-// breaker is one direction's toxic.
+// breaker is the toxic of one direction.
 type breaker struct {
 	Plan int64 `json:"plan"`
 	Up   bool  `json:"up"`
@@ -193,19 +193,19 @@ type breaker struct {
 
 var (
 	planned atomic.Int64
-	plans   sync.Map // of breaks, by id: toxics are made from JSON
+	plans   sync.Map // breaks by id: toxics are configured with JSON
 )
 
 func init() { toxics.Register("break", new(breaker)) }
 
-// NewState is asked for each connection.
+// NewState is called for each connection.
 func (t *breaker) NewState() any {
 	b, _ := plans.Load(t.Plan)
 	return b.(*breaks).half(t.Up)
 }
 
-// Pipe passes data on until the connection breaks. What the proxy reads it takes
-// to the end, or the proxy's goroutines would stay.
+// Pipe passes data until the connection breaks. It reads its input to the end, or the
+// proxy's goroutines would stay.
 func (t *breaker) Pipe(stub *toxics.ToxicStub) {
 	c := stub.State.(*conn)
 	b := c.of
