@@ -2,16 +2,19 @@ package interop_test
 
 import (
 	"fmt"
+	"net/http"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // cryo-connect listens, and cryo-client-node connects.
 
-// listen is the listener that the components of this file share.
+// listen has the common fields of this file's components, which share a listener.
 const listen = `
     address: 127.0.0.1:0
     tokens: [ "${CRYO_TOKEN}" ]
@@ -39,7 +42,7 @@ func TestClientSendsMessages(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+toLines)
 	c := client(t)
-	id := c.connect(p.wantListening())
+	id := c.connect(p.Listening())
 
 	for _, m := range payloads {
 		c.run(m.command())
@@ -59,7 +62,7 @@ func TestClientReceivesMessages(t *testing.T) {
 	p := run(t, input+"output:\n  cryo_server:"+listen+`
     message_type: ${! @type }
 `)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	s.ready(p)
 
 	for _, m := range append(payloads, payload{kind: "text"}) {
@@ -73,13 +76,13 @@ func TestClientManyMessagesBothWays(t *testing.T) {
 	const sent, posts = 2000, 300
 	s, input := newSource(t)
 	p := run(t, bothWays(input, "", "    stdout: {}\n", "    max_in_flight: 400\n"))
-	address := p.wantListening()
+	address := p.Listening()
 	s.ready(p)
 	clients := []*node{client(t), client(t)}
 	for _, c := range clients {
-		// The package is content with the WebSocket; what is sent to all goes to
-		// those who have said ENDPOINT_INFO.
-		p.wantLog("Session " + c.connect(address) + " connected")
+		// The package is connected with the WebSocket, but a broadcast reaches only clients
+		// that have sent ENDPOINT_INFO.
+		p.WantLog("Session " + c.connect(address) + " connected")
 	}
 
 	var running []int
@@ -98,11 +101,11 @@ func TestClientManyMessagesBothWays(t *testing.T) {
 		for k := range posts {
 			c.want("text", func(e event) bool { return e.Text == fmt.Sprintf("down-%d", k) })
 		}
-		require.Zero(t, c.count(isEvent("text")), "messages came twice")
+		require.Zero(t, c.Count(isEvent("text")), "messages came twice")
 		prefix := fmt.Sprintf("up-%d-", i)
 		seen := make(map[string]bool)
 		for range sent {
-			line := p.take("a client's message", func(line string) bool { return strings.HasPrefix(line, prefix) })
+			line := p.Take("a client's message", func(line string) bool { return strings.HasPrefix(line, prefix) })
 			require.False(t, seen[line], "%s came twice", line)
 			seen[line] = true
 		}
@@ -134,77 +137,77 @@ func indent(yaml string) string { return strings.ReplaceAll(yaml, "\n", "\n    "
 
 func TestClientIsAcknowledgedAfterDelivery(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
-	p := run(t, "input:\n  cryo_server:"+listen+g.output())
-	c := connected(t, p.wantListening())
+	g := testkit.NewWebService(t)
+	p := run(t, "input:\n  cryo_server:"+listen+toService(g))
+	c := connected(t, p.Listening())
 
 	first := c.tell(command{"do": "text", "text": "first"})
-	d1 := g.next()
+	d1 := g.Next()
 	second := c.tell(command{"do": "binary", "size": 1000})
-	d2 := g.next()
+	d2 := g.Next()
 	c.wantOpen(first)
 	c.wantOpen(second)
 
-	d2.pass()
+	d2.Respond(http.StatusOK)
 	c.wantDone(second)
 	c.wantOpen(first)
 
-	// Tried again, because that is the default.
-	d1.turnAway()
-	again := g.next()
-	require.Equal(t, "first", string(again.data))
+	// Redelivered, which is the default.
+	d1.Respond(http.StatusInternalServerError)
+	again := g.Next()
+	require.Equal(t, "first", string(again.Body))
 	c.wantOpen(first)
-	again.pass()
+	again.Respond(http.StatusOK)
 	c.wantDone(first)
 }
 
-func TestClientIsToldOfARejection(t *testing.T) {
+func TestClientReceivesARejection(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
-	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+g.output())
-	c := connected(t, p.wantListening())
+	g := testkit.NewWebService(t)
+	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+toService(g))
+	c := connected(t, p.Listening())
 
 	for _, m := range []command{{"do": "text", "text": "bad"}, {"do": "binary", "size": 100}} {
-		refused := c.tell(m)
-		g.next().turnAway()
-		require.Equal(t, "the message could not be delivered", c.wantFailed(refused))
+		rejected := c.tell(m)
+		g.Next().Respond(http.StatusInternalServerError)
+		c.wantFailed(rejected)
 	}
 	good := c.tell(command{"do": "text", "text": "good"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	c.wantDone(good)
 }
 
-// What no sender of a refusal can avoid, and docs/interop.md warns of.
-func TestClientThatDoesNotCatchARejection(t *testing.T) {
+// The sender of a rejection cannot prevent this; docs/interop.md warns of it.
+func TestClientThatDoesNotCatchARejectionEnds(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
-	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+g.output())
-	c := connected(t, p.wantListening())
+	g := testkit.NewWebService(t)
+	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+toService(g))
+	c := connected(t, p.Listening())
 	c.run(command{"do": "uncaught", "text": "bad"})
-	c.killed = true // by its own application
-	g.next().turnAway()
-	c.wantExit(1)
+	c.ended = true // by its own application
+	g.Next().Respond(http.StatusInternalServerError)
+	c.WantExit(1)
 }
 
-func TestClientIsRefusedWithoutAnInput(t *testing.T) {
+func TestClientMessagesWithoutAnInputAreRejected(t *testing.T) {
 	t.Parallel()
 	s, input := newSource(t)
 	p := run(t, input+"output:\n  cryo_server:"+listen)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	s.ready(p)
 
 	text := c.tell(command{"do": "text", "text": "for nobody"})
 	stream := c.tell(command{"do": "stream", "name": "for nobody", "chunks": []int{10, 10}})
-	require.Equal(t, "this session receives no messages", c.wantFailed(text))
+	c.wantFailed(text)
 	s.deliver([]byte("goes on"))
-	c.wantOpen(stream) // cancelled, of which the package takes no notice
+	c.wantOpen(stream) // cancelled, which the package ignores
 	c.want("text", is([]byte("goes on")))
 }
 
 func TestClientSendsStreams(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+toLines)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 
 	c.run(command{"do": "stream", "name": "three parts", "chunks": []int{10, 100_000, 1}})
 	r := p.wantMessage("a stream", join(10, 100_000, 1))
@@ -254,7 +257,7 @@ func TestClientReceivesStreams(t *testing.T) {
       name: ${! @name }
       chunk_bytes: 5000
 `)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	s.ready(p)
 
 	var running []*posted
@@ -276,21 +279,21 @@ func TestClientStreamIsCancelled(t *testing.T) {
       max_bytes: 1000
       idle_timeout: 1200ms # so that each is logged: streams are at most once a second
 `+toLines)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 
-	// The package takes no notice of TX_CANCEL, and must survive it.
+	// The package ignores TX_CANCEL, and must survive it.
 	c.run(command{"do": "stream", "name": "long", "chunks": []int{600, 600, 600}})
-	p.wantLog("Gave up the stream", "long", "too long")
+	p.WantLog("Gave up the stream", "long", "too long")
 
 	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	c.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.wantLog("Gave up the stream", "silent", "stream idle")
+	p.WantLog("Gave up the stream", "silent", "stream idle")
 
 	id := c.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	c.run(command{"do": "chunk", "source": "broken", "size": 10})
 	c.run(command{"do": "fail", "source": "broken"})
 	require.Equal(t, "the source has failed", c.wantFailed(id))
-	p.wantLog("Gave up the stream", "broken", "stream idle")
+	p.WantLog("Gave up the stream", "broken", "stream idle")
 
 	c.run(command{"do": "end", "source": "silent"})
 	c.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
@@ -308,7 +311,7 @@ func TestClientStreamIsCutOff(t *testing.T) {
       scanner:
         lines: {}
 `+toLines)
-			c := connected(t, p.wantListening())
+			c := connected(t, p.Listening())
 			c.tell(command{"do": "stream", "name": "cut", "source": "s"})
 			c.run(command{"do": "chunk", "source": "s", "text": "whole line\npart of a "})
 			p.wantMessage("the line that was whole", []byte("whole line"))
@@ -318,73 +321,73 @@ func TestClientStreamIsCutOff(t *testing.T) {
 				c.run(command{"do": cut})
 				c.want("closed")
 			}
-			p.wantLog("Gave up the stream", "cut", "unexpected EOF")
+			p.WantLog("Gave up the stream", "cut", "unexpected EOF")
 			p.wantNoMessage()
 		})
 	}
 }
 
-func TestClientHeartbeat(t *testing.T) {
+func TestClientReceivesHeartbeats(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+"    heartbeat_interval: 200ms\n"+toLines)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	for range 8 {
 		require.Equal(t, "ping", c.want("heartbeat").Kind)
 	}
 	c.run(command{"do": "text", "text": "still here"})
 	// A pong that is answered would be answered again, thousands a second.
-	require.Less(t, c.count(isEvent("heartbeat")), 50)
-	require.Zero(t, c.count(isEvent("closed")))
+	require.Less(t, c.Count(isEvent("heartbeat")), 50)
+	require.Zero(t, c.Count(isEvent("closed")))
 }
 
-func TestClientHeartbeatWhileThePipelineStalls(t *testing.T) {
+func TestClientReceivesHeartbeatsWhileThePipelineStalls(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
+	g := testkit.NewWebService(t)
 	p := run(t, "input:\n  cryo_server:"+listen+`
     heartbeat_interval: 200ms
     max_buffer_bytes: 50000
     max_in_flight: 2
-`+g.output())
-	c := connected(t, p.wantListening())
+`+toService(g))
+	c := connected(t, p.Listening())
 
 	var ids []int
 	for range 20 {
 		ids = append(ids, c.tell(command{"do": "binary", "size": 20_000}))
 	}
-	held := g.next()
-	for range 10 { // two seconds, of which cryo-connect reads nothing
+	held := g.Next()
+	for range 10 { // two seconds, in which cryo-connect reads nothing
 		require.Equal(t, "ping", c.want("heartbeat").Kind)
 	}
-	held.pass()
-	g.open()
+	held.Respond(http.StatusOK)
+	g.RespondToAll(http.StatusOK)
 	for _, id := range ids {
 		c.wantDone(id)
 	}
-	require.Zero(t, c.count(isEvent("closed")))
+	require.Zero(t, c.Count(isEvent("closed")))
 }
 
-func TestClientThatFreezesIsGivenUp(t *testing.T) {
+func TestClientThatFreezesTimesOut(t *testing.T) {
 	t.Parallel()
 	s, input := newSource(t)
 	p := run(t, input+"output:\n  cryo_server:"+listen+"    heartbeat_interval: 200ms\n")
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	s.ready(p)
-	require.NoError(t, c.cmd.Process.Signal(syscall.SIGSTOP))
-	defer c.cmd.Process.Signal(syscall.SIGCONT)
-	m := s.post([]byte("into the void"))
-	p.wantLog("peer timeout")
+	require.NoError(t, c.Cmd.Process.Signal(syscall.SIGSTOP))
+	defer c.Cmd.Process.Signal(syscall.SIGCONT)
+	m := s.post([]byte("lost"))
+	p.WantLog("peer timeout")
 	m.wantRejected("a message to a client that is frozen")
-	require.NoError(t, c.cmd.Process.Signal(syscall.SIGCONT))
+	require.NoError(t, c.Cmd.Process.Signal(syscall.SIGCONT))
 	c.want("closed")
 }
 
 func TestClientWithAWrongToken(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+toLines)
-	address := p.wantListening()
+	address := p.Listening()
 	c := client(t)
 	id := c.tell(command{"do": "connect", "url": "ws://" + address, "token": "wrong"})
-	line := p.wantLog("Denied a client", "401")
+	line := p.WantLog("Denied a client", "401")
 	require.NotContains(t, line, "wrong")
 	require.Contains(t, c.wantFailed(id), "Unable to connect") // after five attempts
 	c.connect(address)
@@ -399,56 +402,54 @@ input:
     address: 127.0.0.1:0
     authorize: root = true
 `+toLines)
-	c := connected(t, p.wantListening())
+	c := connected(t, p.Listening())
 	c.run(command{"do": "text", "text": "one"})
 
-	// With another token it is somebody else's.
+	// With another token it belongs to another client.
 	require.Contains(t, c.wantFailed(c.tell(command{"do": "again", "token": "another"})), "401")
 	c.run(command{"do": "text", "text": "two"})
 
-	// With the same token it is the same client, back again.
+	// With the same token it is the same client, which reconnects.
 	c.run(command{"do": "again"})
 	require.Equal(t, 1006, c.want("closed").Code)
 }
 
 func TestClientCloses(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
-	p := run(t, "input:\n  cryo_server:"+listen+g.output())
-	address := p.wantListening()
+	g := testkit.NewWebService(t)
+	p := run(t, "input:\n  cryo_server:"+listen+toService(g))
+	address := p.Listening()
 	c := connected(t, address)
 	first := c.tell(command{"do": "text", "text": "delivered"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	c.wantDone(first)
-	c.tell(command{"do": "text", "text": "on its way"})
-	held := g.next()
+	c.tell(command{"do": "text", "text": "in flight"})
+	held := g.Next()
 	c.run(command{"do": "close"})
 	require.Equal(t, 4000, c.want("closed").Code)
 
-	// Nothing of what was said to the one reaches the next.
+	// No acknowledgement for the first session reaches the second.
 	c2 := connected(t, address)
 	id := c2.tell(command{"do": "text", "text": "of another client"})
-	d := g.next()
-	held.pass()
+	d := g.Next()
+	held.Respond(http.StatusOK)
 	c2.wantOpen(id)
-	d.pass()
+	d.Respond(http.StatusOK)
 	c2.wantDone(id)
 }
 
-func TestClientIsToldOfTheEnd(t *testing.T) {
+func TestClientIsClosedAfterTheLastAcknowledgement(t *testing.T) {
 	t.Parallel()
-	g := newGate(t)
-	p := run(t, "input:\n  cryo_server:"+listen+g.output())
-	c := connected(t, p.wantListening())
+	g := testkit.NewWebService(t)
+	p := run(t, "input:\n  cryo_server:"+listen+toService(g))
+	c := connected(t, p.Listening())
 	id := c.tell(command{"do": "text", "text": "in the pipeline at the end"})
-	d := g.next()
-	p.interrupt()
-	d.pass()
+	d := g.Next()
+	p.Signal(syscall.SIGTERM)
+	d.Respond(http.StatusOK)
 	c.wantDone(id)
-	e := c.want("closed")
-	require.Equal(t, 4000, e.Code)
-	require.Equal(t, "server is shutting down", e.Reason)
-	p.wantExit(0)
+	require.Equal(t, 4000, c.want("closed").Code)
+	p.WantExit(0)
 }
 
 func TestClientSetsFlowControl(t *testing.T) {
@@ -463,7 +464,7 @@ func TestClientSetsFlowControl(t *testing.T) {
       name: ${! @name.or("stuck") }
 `)
 	c := client(t)
-	session := "session=" + c.connect(p.wantListening())
+	session := "session=" + c.connect(p.Listening())
 	s.ready(p)
 
 	c.run(command{"do": "flow", "behaviour": 0})

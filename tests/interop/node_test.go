@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,21 +16,26 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 const token = "correct horse/battery+staple&more"
 
-// node is a Node process with one of the published packages. It has to outlive
-// the test: when the test ends, it must be there, answer, and end with code 0.
+// node is a Node process with one of the published packages. At the test's end it must
+// still run, respond, and end with exit code 0.
 type node struct {
-	*process
+	*testkit.Process
+	t       *testing.T
+	name    string
+	stdin   io.WriteCloser
 	version string // of the package
 	port    int    // the server's
 	number  int
-	killed  bool // by the test
+	ended   bool // as the test wants it
 }
 
-// command is what a Node process is told; event what it says.
+// command is a command for a Node process; event is what it reports.
 type (
 	command map[string]any
 	event   struct {
@@ -55,7 +62,9 @@ func startNode(t *testing.T, script string, args ...string) *node {
 	modules := nodeModules(t)
 	cmd := exec.Command("node", append([]string{filepath.Join("peers", script)}, args...)...)
 	cmd.Env = append(os.Environ(), "CRYO_NODE_MODULES="+modules)
-	n := &node{process: start(t, script, cmd)}
+	stdin, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	n := &node{Process: testkit.Start(t, cmd), t: t, name: script, stdin: stdin}
 	t.Cleanup(n.wantHealthy)
 	e := n.want("package")
 	n.version = e.Name + " " + e.Version
@@ -63,16 +72,15 @@ func startNode(t *testing.T, script string, args ...string) *node {
 	return n
 }
 
-// wantHealthy is the last of each test: nothing that cryo-connect sent may have
-// ended the process.
+// wantHealthy is the end of each test: cryo-connect must not have ended the process.
 func (n *node) wantHealthy() {
 	n.t.Helper()
-	if n.killed {
+	if n.ended {
 		return
 	}
 	n.run(command{"do": "alive"})
 	_ = n.stdin.Close()
-	n.wantExit(0)
+	n.WantExit(0)
 }
 
 // client is a Cryo client that has not connected yet.
@@ -89,16 +97,26 @@ func connected(t *testing.T, address string) *node {
 	return c
 }
 
-// connect connects a client and gives the session's id.
+// connect connects a client and returns the session's id.
 func (n *node) connect(address string) string {
 	n.t.Helper()
 	return n.run(command{"do": "connect", "url": "ws://" + address, "token": token}).Session
 }
 
-// quiet is a heartbeat that never comes in a test.
+// quiet is a heartbeat interval that does not pass in a test.
 const quiet = time.Hour
 
-// server is a Cryo server. Port 0 chooses one.
+// reservePort returns a port for a server that is started again.
+func reservePort(t *testing.T) int {
+	t.Helper()
+	_, port, err := net.SplitHostPort(testkit.ReserveAddress(t))
+	require.NoError(t, err)
+	n, err := strconv.Atoi(port)
+	require.NoError(t, err)
+	return n
+}
+
+// server is a Cryo server. Port 0 is any port.
 func server(t *testing.T, port int, keepAlive time.Duration) *node {
 	t.Helper()
 	n := startNode(t, "server.mjs", strconv.Itoa(port), token, strconv.FormatInt(keepAlive.Milliseconds(), 10))
@@ -112,7 +130,7 @@ func parseEvent(line string) (e event, ok bool) {
 	return e, strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &e) == nil
 }
 
-// isEvent suits an event of that name to which all of the tests apply.
+// isEvent suits an event of that name for which all of also are true.
 func isEvent(name string, also ...func(event) bool) func(string) bool {
 	return func(line string) bool {
 		e, ok := parseEvent(line)
@@ -131,11 +149,11 @@ func isEvent(name string, also ...func(event) bool) func(string) bool {
 // want waits for an event.
 func (n *node) want(name string, also ...func(event) bool) event {
 	n.t.Helper()
-	e, _ := parseEvent(n.take("event "+name, isEvent(name, also...)))
+	e, _ := parseEvent(n.Take("event "+name, isEvent(name, also...)))
 	return e
 }
 
-// tell gives a command and does not wait.
+// tell sends a command and does not wait.
 func (n *node) tell(c command) (id int) {
 	n.t.Helper()
 	n.number++
@@ -147,63 +165,63 @@ func (n *node) tell(c command) (id int) {
 	return n.number
 }
 
-func answers(id int) func(string) bool {
+func responds(id int) func(string) bool {
 	return func(line string) bool {
 		e, ok := parseEvent(line)
 		return ok && e.ID == id && (e.Event == "done" || e.Event == "failed")
 	}
 }
 
-// answer waits for a command's promise to settle.
-func (n *node) answer(id int) event {
+// response waits until a command's promise has settled.
+func (n *node) response(id int) event {
 	n.t.Helper()
-	e, _ := parseEvent(n.take(fmt.Sprintf("the answer to command %d", id), answers(id)))
+	e, _ := parseEvent(n.Take(fmt.Sprintf("the response to command %d", id), responds(id)))
 	return e
 }
 
-// wantDone waits for a command's promise, which has to resolve.
+// wantDone waits for a command's promise, which must resolve.
 func (n *node) wantDone(id int) event {
 	n.t.Helper()
-	e := n.answer(id)
+	e := n.response(id)
 	require.Equal(n.t, "done", e.Event, "command %d of %s: %s", id, n.name, e.Error)
 	return e
 }
 
-// wantFailed waits for a command's promise, which has to reject.
+// wantFailed waits for a command's promise, which must reject, and returns its error.
 func (n *node) wantFailed(id int) string {
 	n.t.Helper()
-	e := n.answer(id)
+	e := n.response(id)
 	require.Equal(n.t, "failed", e.Event, "command %d of %s", id, n.name)
 	return e.Error
 }
 
-// wantOpen wants a command's promise not to have settled: what cryo-connect has
-// said up to now is awaited.
+// wantOpen wants a command's promise not to have settled, after everything that
+// cryo-connect has sent up to now.
 func (n *node) wantOpen(id int) {
 	n.t.Helper()
-	for range 2 { // what is written with the answer to the first comes before the second's
+	for range 2 { // frames written with the first reply arrive before the second
 		n.run(command{"do": "roundtrip"})
 	}
 	n.run(command{"do": "alive"})
-	require.Zero(n.t, n.count(answers(id)), "the promise of command %d has settled", id)
+	require.Zero(n.t, n.Count(responds(id)), "the promise of command %d has settled", id)
 }
 
-// run gives a command and waits until it is done.
+// run sends a command and waits until it is done.
 func (n *node) run(c command) event {
 	n.t.Helper()
 	return n.wantDone(n.tell(c))
 }
 
-// stop kills the process, as the test wants it.
+// stop kills the process.
 func (n *node) stop() {
-	n.killed = true
-	n.kill()
+	n.ended = true
+	n.Kill()
 }
 
-// A payload is data that both a Node process and the test can make.
+// A payload is data that both a Node process and the test can generate.
 type payload struct {
 	kind string // text, binary
-	text string // if it is not made of size
+	text string // instead of size generated bytes
 	size int
 }
 
@@ -233,7 +251,7 @@ func (p payload) bytes() []byte {
 	}
 }
 
-// messageType is the kind as cryo-connect names it.
+// messageType is cryo-connect's name of the kind.
 func (p payload) messageType() string {
 	if p.kind == "text" {
 		return "utf8"

@@ -1,29 +1,25 @@
 package interop_test
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // pipeline is a running cryo-connect.
 type pipeline struct {
-	*process
+	*testkit.Process
+	t *testing.T
 }
 
 const common = `
@@ -34,56 +30,28 @@ logger:
 shutdown_timeout: 10s
 `
 
-// run starts cryo-connect with a configuration. At the test's end it is asked to
-// end, and has to do so with code 0.
+// run starts cryo-connect with a configuration. The test's end terminates it, and wants
+// exit code 0.
 func run(t *testing.T, config string) *pipeline {
 	t.Helper()
 	nodeModules(t)
-	file := filepath.Join(t.TempDir(), "pipeline.yaml")
-	require.NoError(t, os.WriteFile(file, []byte(common+config), 0o600))
-	cmd := exec.Command(binary(t), "run", file)
+	cmd := exec.Command(binary(t), "run", testkit.WriteFile(t, "pipeline.yaml", common+config))
 	cmd.Env = append(os.Environ(), "CRYO_TOKEN="+token, "GORACE=halt_on_error=1 exitcode=66")
-	p := &pipeline{start(t, "cryo-connect", cmd)}
+	p := &pipeline{testkit.Start(t, cmd), t}
 	t.Cleanup(p.stop)
 	return p
 }
 
-// stop asks the pipeline to end, as a service manager does.
+// stop terminates the pipeline, unless it has ended, and wants exit code 0.
 func (p *pipeline) stop() {
 	p.t.Helper()
-	p.interrupt()
-	p.wantExit(0)
-}
-
-func (p *pipeline) interrupt() {
-	if p.running() {
-		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	if p.Running() {
+		_ = p.Cmd.Process.Signal(syscall.SIGTERM) // it may end by itself at this moment
 	}
+	p.WantExit(0)
 }
 
-// wantLog waits for a line of the log that has all of the words.
-func (p *pipeline) wantLog(words ...string) string {
-	p.t.Helper()
-	return p.take(fmt.Sprintf("a line with %q", words), func(line string) bool {
-		for _, w := range words {
-			if !strings.Contains(line, w) {
-				return false
-			}
-		}
-		return true
-	})
-}
-
-var listeningPattern = regexp.MustCompile(`Listening for Cryo clients on ([0-9.]+:[0-9]+)`)
-
-// wantListening waits for the listener, and gives its address.
-func (p *pipeline) wantListening() string {
-	p.t.Helper()
-	line := p.take("the listener", listeningPattern.MatchString)
-	return listeningPattern.FindStringSubmatch(line)[1]
-}
-
-// received is what a pipeline with the output toLines tells of a message.
+// received is what a pipeline with the output toLines writes about a message.
 type received struct {
 	Type    string
 	Session string
@@ -94,7 +62,7 @@ type received struct {
 	Size    int // of the stream, as announced
 }
 
-// toLines is a pipeline's second half that describes each message in a line.
+// toLines is the second half of a pipeline, which writes a line about each message.
 const toLines = `
 pipeline:
   processors:
@@ -118,7 +86,7 @@ func parseReceived(line string) (r received, ok bool) {
 func (p *pipeline) wantMessage(what string, data []byte) received {
 	p.t.Helper()
 	want := sum(data)
-	line := p.take(what, func(line string) bool {
+	line := p.Take(what, func(line string) bool {
 		r, ok := parseReceived(line)
 		return ok && r.SHA256 == want && r.Bytes == len(data)
 	})
@@ -126,51 +94,14 @@ func (p *pipeline) wantMessage(what string, data []byte) received {
 	return r
 }
 
-// wantNoMessage wants nothing more to have been delivered.
+// wantNoMessage wants no further message to have been delivered.
 func (p *pipeline) wantNoMessage() {
 	p.t.Helper()
-	require.Zero(p.t, p.count(func(line string) bool { _, ok := parseReceived(line); return ok }), "messages that nobody expected")
+	require.Zero(p.t, p.Count(func(line string) bool { _, ok := parseReceived(line); return ok }), "unexpected messages")
 }
 
-// gate is an output under the test's control: what arrives waits until the test
-// lets it through or turns it away.
-type gate struct {
-	t       *testing.T
-	url     string
-	arrived chan *delivery
-}
-
-type delivery struct {
-	data   []byte
-	header http.Header
-	status chan int
-}
-
-func newGate(t *testing.T) *gate {
-	t.Helper()
-	g := &gate{t: t, arrived: make(chan *delivery, 10_000)}
-	ended := make(chan struct{})
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		data, _ := io.ReadAll(r.Body)
-		d := &delivery{data, r.Header, make(chan int, 1)}
-		g.arrived <- d
-		select {
-		case status := <-d.status:
-			w.WriteHeader(status)
-		case <-ended:
-		case <-r.Context().Done():
-		}
-	}))
-	t.Cleanup(func() {
-		close(ended)
-		srv.Close()
-	})
-	g.url = srv.URL
-	return g
-}
-
-// output is the gate in a configuration.
-func (g *gate) output() string {
+// toService is a pipeline's output to a web service, which decides over each message.
+func toService(s *testkit.WebService) string {
 	return fmt.Sprintf(`
 output:
   http_client:
@@ -181,55 +112,20 @@ output:
     max_in_flight: 2000
     headers:
       Type: ${! @cryo_message_type }
-`, g.url)
+`, s.URL)
 }
 
-// next waits for the next message at the gate.
-func (g *gate) next() *delivery {
-	g.t.Helper()
-	ctx, cancel := context.WithTimeout(g.t.Context(), patience)
-	defer cancel()
-	select {
-	case d := <-g.arrived:
-		return d
-	case <-ctx.Done():
-		require.FailNow(g.t, "nothing came to the output")
-		return nil
-	}
-}
-
-// pass lets a message through.
-func (d *delivery) pass() { d.status <- http.StatusOK }
-
-// turnAway rejects it.
-func (d *delivery) turnAway() { d.status <- http.StatusInternalServerError }
-
-// open lets all through from now on.
-func (g *gate) open() {
-	ctx := g.t.Context()
-	go func() {
-		for {
-			select {
-			case d := <-g.arrived:
-				d.pass()
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-}
-
-// source is an input under the test's control: what is posted has been delivered
-// when it is answered with success.
+// source is an input for the test: a posted message is delivered when the response is a
+// success.
 type source struct {
 	t   *testing.T
 	url string
 }
 
-// newSource gives a source and its configuration.
+// newSource returns a source and its configuration.
 func newSource(t *testing.T) (*source, string) {
 	t.Helper()
-	address := freeAddress(t)
+	address := testkit.ReserveAddress(t)
 	return &source{t, "http://" + address + "/"}, fmt.Sprintf(`
 input:
   http_server:
@@ -239,19 +135,10 @@ input:
 `, address)
 }
 
-// freeAddress is one that nobody listens on.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer l.Close()
-	return l.Addr().String()
-}
+// ready waits until the pipeline listens for requests.
+func (s *source) ready(p *pipeline) { p.WantLog("Receiving HTTP messages at") }
 
-// ready waits until the pipeline listens for what is posted.
-func (s *source) ready(p *pipeline) { p.wantLog("Receiving HTTP messages at") }
-
-// posted is a message on its way.
+// posted is a message in flight.
 type posted struct {
 	t      *testing.T
 	status chan int
@@ -268,19 +155,10 @@ func (s *source) post(data []byte, parameters ...string) *posted {
 	result := &posted{s.t, make(chan int, 1)}
 	go func() {
 		defer close(result.status)
-		ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
-		defer cancel()
-		req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url+"?"+query.Encode(), bytes.NewReader(data))
-		if err != nil {
-			return
+		resp, err := testkit.HTTP(http.MethodPost, s.url+"?"+query.Encode(), string(data))
+		if err == nil {
+			result.status <- resp.Status
 		}
-		req.Header.Set("Content-Type", "application/octet-stream")
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return
-		}
-		_ = resp.Body.Close()
-		result.status <- resp.StatusCode
 	}()
 	return result
 }
@@ -297,13 +175,13 @@ func (m *posted) wantRejected(what string) {
 	require.Equal(m.t, http.StatusBadGateway, <-m.status, "%s", what)
 }
 
-// wantOpen wants it to be neither; whoever calls has made sure that it would be
-// known.
+// wantOpen wants the message to be unacknowledged. The caller has awaited everything that
+// could have ended it.
 func (m *posted) wantOpen(what string) {
 	m.t.Helper()
 	select {
 	case status := <-m.status:
-		require.FailNow(m.t, "answered", "with %d: %s", status, what)
+		require.FailNow(m.t, "ended early", "status %d: %s", status, what)
 	default:
 	}
 }

@@ -2,7 +2,6 @@ package interop_test
 
 import (
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"os"
 	"regexp"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -24,27 +24,27 @@ var (
 	layoutPattern  = regexp.MustCompile(`(?m)^\| (\d+) \| ([A-Z0-9_]+) \| (number u32)?`)
 )
 
-// Each example of docs/protocol.md is a frame that a published package has
-// written, and means to the library what the document says.
-func TestExamplesOfTheProtocol(t *testing.T) {
+// Each example of docs/protocol.md is a frame that a published package has sent, and the
+// library parses it into the described fields.
+func TestTheExamplesOfTheProtocolAreRealFrames(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile(protocolDoc)
 	require.NoError(t, err)
 	examples := examplePattern.FindAllStringSubmatch(string(doc), -1)
-	require.Len(t, examples, len(blockPattern.FindAll(doc, -1)), "an example that can't be read")
+	require.Len(t, examples, len(blockPattern.FindAll(doc, -1)), "an example cannot be parsed")
 	published := vectors(t)
 	shown := make(map[wire.Type]bool)
 	for _, example := range examples {
 		about := example[1]
 		encoded, err := hex.DecodeString(strings.Join(strings.Fields(example[2]), ""))
 		require.NoError(t, err, "%s", about)
-		require.Contains(t, published, string(encoded), "no published package has written: %s", about)
+		require.Contains(t, published, string(encoded), "no published package has sent: %s", about)
 
-		said := describedFrame(t, about)
+		described := describedFrame(t, about)
 		read, err := wire.Parse(encoded)
 		require.NoError(t, err, "%s", about)
-		require.Equal(t, string(said.Payload), string(read.Payload), "%s", about)
-		written, err := wire.Append(nil, &said)
+		require.Equal(t, string(described.Payload), string(read.Payload), "%s", about)
+		written, err := wire.Append(nil, &described)
 		require.NoError(t, err, "%s", about)
 		require.Equal(t, encoded, written, "%s", about)
 		shown[read.Type] = true
@@ -52,8 +52,8 @@ func TestExamplesOfTheProtocol(t *testing.T) {
 	require.Len(t, shown, 13, "some types have no example")
 }
 
-// The document's table of types has all of them, with their names.
-func TestTypesOfTheProtocol(t *testing.T) {
+// The document's table has every frame type, with its name.
+func TestTheProtocolListsEveryFrameType(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile(protocolDoc)
 	require.NoError(t, err)
@@ -67,13 +67,13 @@ func TestTypesOfTheProtocol(t *testing.T) {
 	}
 }
 
-// describedFrame makes a frame of an example's first line.
+// describedFrame returns the frame of an example's first line.
 func describedFrame(t *testing.T, about string) wire.Frame {
 	t.Helper()
 	name, _, _ := strings.Cut(about, " ")
 	f := wire.Frame{Type: typeNamed(t, name)}
 	fields := fieldPattern.FindAllStringSubmatch(about, -1)
-	require.Equal(t, about, name+rejoined(fields), "a field that can't be read")
+	require.Equal(t, about, name+rejoined(fields), "a field cannot be parsed")
 	for _, field := range fields {
 		key, value := field[1], field[2]
 		switch key {
@@ -140,21 +140,14 @@ func typeNamed(t *testing.T, name string) wire.Type {
 	return 0
 }
 
-// vectors are the frames that the published packages have written, with their
-// names.
+// vectors returns the names of the frames that the published packages have sent, by their
+// bytes.
 func vectors(t *testing.T) map[string]string {
 	t.Helper()
-	text, err := os.ReadFile("../../internal/cryotest/testdata/vectors.json")
-	require.NoError(t, err)
-	var file struct {
-		Valid []struct{ Name, Hex string }
+	valid, _ := cryotest.Vectors(t)
+	names := make(map[string]string)
+	for _, v := range valid {
+		names[string(v.Bytes)] = v.Name
 	}
-	require.NoError(t, json.Unmarshal(text, &file))
-	found := make(map[string]string)
-	for _, v := range file.Valid {
-		encoded, err := hex.DecodeString(v.Hex)
-		require.NoError(t, err)
-		found[string(encoded)] = v.Name
-	}
-	return found
+	return names
 }

@@ -14,9 +14,11 @@ import (
 
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// Recording the transcripts in testdata, between the binary and the published
+// These tests record the transcripts in testdata, between the binary and the published
 // packages: CRYO_RECORD=1 go test -run TestRecord ./tests/interop
 
 func recording(t *testing.T) {
@@ -26,7 +28,7 @@ func recording(t *testing.T) {
 	}
 }
 
-// tap passes WebSocket messages on, and writes them down.
+// tap is a WebSocket proxy that records messages.
 type tap struct {
 	address string
 	target  string // host and port
@@ -36,7 +38,7 @@ type tap struct {
 	ended      chan struct{}
 }
 
-// newTap listens for whoever dials.
+// newTap runs a tap until the test's end.
 func newTap(t *testing.T) *tap {
 	t.Helper()
 	tp := &tap{ended: make(chan struct{})}
@@ -66,13 +68,13 @@ func (tp *tap) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	close(tp.ended)
 }
 
-// pump passes one direction on.
+// pump passes the messages of one direction.
 func (tp *tap) pump(from, to *websocket.Conn, ours bool) {
 	from.SetCloseHandler(func(int, string) error { return nil }) // the other end answers
 	for {
 		_, b, err := from.ReadMessage()
 		if err == nil {
-			tp.note(entry{ours: ours, wire: b})
+			tp.record(entry{ours: ours, wire: b})
 			if to.WriteMessage(websocket.BinaryMessage, b) != nil {
 				return
 			}
@@ -80,7 +82,7 @@ func (tp *tap) pump(from, to *websocket.Conn, ours bool) {
 		}
 		var closed *websocket.CloseError
 		if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
-			tp.note(entry{ours: ours, code: closed.Code, reason: closed.Text})
+			tp.record(entry{ours: ours, code: closed.Code, reason: closed.Text})
 			_ = to.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(closed.Code, closed.Text), time.Now().Add(time.Second))
 			return
 		}
@@ -89,7 +91,7 @@ func (tp *tap) pump(from, to *websocket.Conn, ours bool) {
 	}
 }
 
-func (tp *tap) note(e entry) {
+func (tp *tap) record(e entry) {
 	tp.mu.Lock()
 	defer tp.mu.Unlock()
 	tp.transcript.entries = append(tp.transcript.entries, e)
@@ -100,8 +102,8 @@ func (tp *tap) finish(t *testing.T, name string, n *node, about string) {
 	t.Helper()
 	select {
 	case <-tp.ended:
-	case <-time.After(patience):
-		require.FailNow(t, "the session goes on")
+	case <-time.After(testkit.Patience):
+		require.FailNow(t, "timed out waiting for the session's end")
 	}
 	tp.mu.Lock()
 	defer tp.mu.Unlock()
@@ -128,28 +130,28 @@ func (tp *tap) dial() string {
 func TestRecordClientMessages(t *testing.T) {
 	recording(t)
 	s, in := newSource(t)
-	g := newGate(t)
-	p := run(t, bothWays(in, "    auto_replay_nacks: false\n", gateIn(g), "    message_type: ${! @type }\n"))
+	g := testkit.NewWebService(t)
+	p := run(t, bothWays(in, "    auto_replay_nacks: false\n", serviceIn(g), "    message_type: ${! @type }\n"))
 	tp := newTap(t)
-	tp.target = p.wantListening()
+	tp.target = p.Listening()
 	s.ready(p)
 	c := connected(t, tp.address)
 
 	for _, m := range []payload{{kind: "text", text: "hello"}, {kind: "text", text: multiByte}, {kind: "binary", size: 5}, {kind: "binary"}} {
 		id := c.tell(m.command())
-		g.next().pass()
+		g.Next().Respond(http.StatusOK)
 		c.wantDone(id)
 	}
 	id := c.tell(command{"do": "text", "text": "bad"})
-	g.next().turnAway()
+	g.Next().Respond(http.StatusInternalServerError)
 	c.wantFailed(id)
 	// Two at a time, the second delivered first.
 	first, second := c.tell(command{"do": "text", "text": "first"}), 0
-	d := g.next()
+	d := g.Next()
 	second = c.tell(command{"do": "text", "text": "second"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	c.wantDone(second)
-	d.pass()
+	d.Respond(http.StatusOK)
 	c.wantDone(first)
 	for _, m := range []payload{{kind: "text", text: "to the client"}, {kind: "binary", size: 5}, {kind: "text"}} {
 		s.deliver(m.bytes(), "type="+m.messageType())
@@ -157,23 +159,23 @@ func TestRecordClientMessages(t *testing.T) {
 	c.run(command{"do": "roundtrip"})
 	c.run(command{"do": "close"})
 	c.want("closed")
-	tp.finish(t, "client_messages", c, "Messages both ways, one of them refused; the client closes.")
+	tp.finish(t, "client_messages", c, "Messages both ways, one of them rejected; the client closes.")
 }
 
-// gateIn is the gate for bothWays.
-func gateIn(g *gate) string {
-	body := strings.TrimPrefix(g.output(), "\noutput:")
+// serviceIn is toService for bothWays.
+func serviceIn(g *testkit.WebService) string {
+	body := strings.TrimPrefix(toService(g), "\noutput:")
 	return strings.TrimPrefix(strings.ReplaceAll(body, "\n", "\n  "), "\n")
 }
 
 func TestRecordClientStreams(t *testing.T) {
 	recording(t)
 	s, in := newSource(t)
-	g := newGate(t)
-	g.open()
-	p := run(t, bothWays(in, "    streams:\n      max_bytes: 100\n", gateIn(g), "    message_type: stream\n    stream:\n      name: down\n      chunk_bytes: 20\n"))
+	g := testkit.NewWebService(t)
+	g.RespondToAll(http.StatusOK)
+	p := run(t, bothWays(in, "    streams:\n      max_bytes: 100\n", serviceIn(g), "    message_type: stream\n    stream:\n      name: down\n      chunk_bytes: 20\n"))
 	tp := newTap(t)
-	tp.target = p.wantListening()
+	tp.target = p.Listening()
 	s.ready(p)
 	c := connected(t, tp.address)
 
@@ -185,7 +187,7 @@ func TestRecordClientStreams(t *testing.T) {
 		c.want("streamed", is(numbers(size, 0)))
 	}
 	c.run(command{"do": "stream", "name": "too long", "chunks": []int{60, 60}})
-	p.wantLog("Lost the stream")
+	p.WantLog("Lost the stream")
 	c.run(command{"do": "text", "text": "after it"})
 	p.stop()
 	c.want("closed")
@@ -196,8 +198,8 @@ func TestRecordServerInput(t *testing.T) {
 	recording(t)
 	n := server(t, 0, quiet)
 	tp := through(t, n, false)
-	g := newGate(t)
-	run(t, "input:\n  cryo:"+tp.dial()+"    auto_replay_nacks: false\n    message_types: [ utf8, binary, stream, error ]\n"+g.output())
+	g := testkit.NewWebService(t)
+	run(t, "input:\n  cryo:"+tp.dial()+"    auto_replay_nacks: false\n    message_types: [ utf8, binary, stream, error ]\n"+toService(g))
 	n.want("connected")
 	for _, c := range []command{
 		{"do": "text", "text": "hello"},
@@ -207,20 +209,20 @@ func TestRecordServerInput(t *testing.T) {
 		{"do": "error", "text": "of the application"},
 	} {
 		id := n.tell(c)
-		g.next().pass()
+		g.Next().Respond(http.StatusOK)
 		n.wantDone(id)
 	}
 	n.tell(command{"do": "text", "text": "bad"})
-	g.next().turnAway()
+	g.Next().Respond(http.StatusInternalServerError)
 	n.want("error")
 	id := n.tell(command{"do": "stream", "name": "a stream", "chunks": []int{10, 20}})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	n.wantDone(id)
 	n.tell(command{"do": "stream", "name": "a bad one", "chunks": []int{5}})
-	g.next().turnAway()
+	g.Next().Respond(http.StatusInternalServerError)
 	n.run(command{"do": "roundtrip"})
 	n.tell(command{"do": "close", "reason": "that was it"})
-	tp.finish(t, "server_input", n, "Messages and streams of a server, one of each refused; the server closes.")
+	tp.finish(t, "server_input", n, "Messages and streams of a server, one of each rejected; the server closes.")
 }
 
 func TestRecordServerOutput(t *testing.T) {
@@ -240,7 +242,7 @@ func TestRecordServerOutput(t *testing.T) {
 
 	n.run(command{"do": "flow", "behaviour": 1})
 	m := s.post(numbers(50, 0), "type=stream")
-	n.drop(isEvent("stream", func(e event) bool { return e.Tx == 0 }))
+	n.Drop(isEvent("stream", func(e event) bool { return e.Tx == 0 }))
 	tx := n.want("stream").Tx
 	for _, r := range [][2]int{{0, 2}, {2, 3}} {
 		n.run(command{"do": "fetch", "tx": tx, "start": r[0], "end": r[1]})
@@ -261,9 +263,9 @@ func TestRecordServerPull(t *testing.T) {
 	recording(t)
 	n := server(t, 0, 300*time.Millisecond)
 	tp := through(t, n, false)
-	g := newGate(t)
-	g.open()
-	p := run(t, "input:\n  cryo:"+tp.dial()+"    streams:\n      flow_control: pull\n"+g.output())
+	g := testkit.NewWebService(t)
+	g.RespondToAll(http.StatusOK)
+	p := run(t, "input:\n  cryo:"+tp.dial()+"    streams:\n      flow_control: pull\n"+toService(g))
 	n.want("connected")
 	n.run(command{"do": "text", "text": "the flow control is set"})
 	for i, chunks := range [][]int{{10, 20, 0, 5}, {}} {

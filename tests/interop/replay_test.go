@@ -15,13 +15,14 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// A session of the library, fed with a recorded package's half, says what
-// cryo-connect has said then: the same frames, but for the numbers that it
-// chooses itself, and for the order of what goes out side by side.
-func TestReplay(t *testing.T) {
+// A session of the library that reads the recorded frames of a package sends the recorded
+// frames of cryo-connect: the same ones, except for the numbers that it chooses, and for
+// the order of independent frames.
+func TestRecordedSessionsAreReplayedWithTheSameFrames(t *testing.T) {
 	t.Parallel()
 	for _, file := range transcripts(t) {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
@@ -31,23 +32,19 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// replayPatience bounds each wait of a replay.
-const replayPatience = 20 * time.Second
-
-// replay plays the package's half over a connection in memory, and the
-// application's on top of the session: it acknowledges, refuses and sends when
-// the transcript has it.
+// replay plays the package over a connection in memory, and the application of the
+// session: it acknowledges, rejects and sends where the transcript does.
 type replay struct {
 	t       *testing.T
 	tr      *transcript
 	ctx     context.Context
-	session *cryo.Session // known from the second frame on when accepted
+	session *cryo.Session // nil until the handshake
 	accept  chan *cryo.Session
 	peer    *cryotest.Peer
 
-	said     chan entry // by the session
-	unasked  []entry
-	numbers  map[uint32]uint32 // of the session's frames: recorded → actual
+	sent     chan entry        // by the session
+	extra    []entry           // sent and not yet expected
+	numbers  map[uint32]uint32 // of the session's frames: actual by recorded
 	txs      map[uint32]uint32 // of its streams, likewise
 	theirs   map[uint32]wire.Frame
 	messages map[uint32]*cryo.Message
@@ -71,10 +68,10 @@ type call struct {
 
 func newReplay(t *testing.T, tr *transcript) *replay {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*replayPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*testkit.Patience)
 	t.Cleanup(cancel)
 	r := &replay{
-		t: t, tr: tr, ctx: ctx, said: make(chan entry, 1000), accept: make(chan *cryo.Session, 1),
+		t: t, tr: tr, ctx: ctx, sent: make(chan entry, 1000), accept: make(chan *cryo.Session, 1),
 		numbers: make(map[uint32]uint32), txs: make(map[uint32]uint32), theirs: make(map[uint32]wire.Frame),
 		messages: make(map[uint32]*cryo.Message), streams: make(map[uint32]*incoming),
 	}
@@ -84,7 +81,7 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 		l := cryotest.NewServer(t)
 		go func() {
 			s, err := cryo.Dial(ctx, "ws://replay.test", &cryo.DialOptions{
-				SessionOptions: options, Token: token, SessionID: sid, NetDial: l.Dial, ConnectTimeout: replayPatience,
+				SessionOptions: options, Token: token, SessionID: sid, NetDial: l.Dial, ConnectTimeout: testkit.Patience,
 			})
 			if err == nil {
 				r.accept <- s
@@ -92,7 +89,7 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 		}()
 		r.peer = l.NextPeer()
 	} else {
-		l := cryotest.Serve(t, newServer(t, cryo.ServerOptions{
+		l := cryotest.Serve(t, testkit.NewServer(t, cryo.ServerOptions{
 			SessionOptions: options, Authorize: cryo.Tokens(token),
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { r.accept <- s },
 		}))
@@ -103,17 +100,17 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 	return r
 }
 
-// listen notes what the session says.
+// listen reads what the session sends.
 func (r *replay) listen() {
-	defer close(r.said)
+	defer close(r.sent)
 	for {
 		_, b, err := r.peer.WS.ReadMessage()
 		if err == nil {
-			r.said <- entry{ours: true, wire: b}
+			r.sent <- entry{ours: true, wire: b}
 			continue
 		}
 		if closed, ok := err.(*websocket.CloseError); ok && closed.Code != websocket.CloseAbnormalClosure { //nolint:errorlint // never wrapped
-			r.said <- entry{ours: true, code: closed.Code, reason: closed.Text}
+			r.sent <- entry{ours: true, code: closed.Code, reason: closed.Text}
 		}
 		return
 	}
@@ -138,9 +135,9 @@ func (r *replay) run() {
 	}
 	for _, c := range r.calls {
 		select {
-		case <-c.done: // with the outcome that the package's answer had
+		case <-c.done: // with the outcome that the transcript has
 		case <-r.ctx.Done():
-			require.FailNow(r.t, "still waiting", "%s", c.what)
+			require.FailNow(r.t, "timed out", "%s", c.what)
 		}
 	}
 	select {
@@ -148,28 +145,28 @@ func (r *replay) run() {
 	case <-r.ctx.Done():
 		require.FailNow(r.t, "the session goes on")
 	}
-	for e := range r.said {
-		r.unasked = append(r.unasked, e)
+	for e := range r.sent {
+		r.extra = append(r.extra, e)
 	}
-	for i := range r.unasked {
-		require.Fail(r.t, "not in the transcript", "%s", &r.unasked[i])
+	for i := range r.extra {
+		require.Fail(r.t, "not in the transcript", "%s", &r.extra[i])
 	}
 }
 
-// theSession is there when the handshake is done.
+// theSession waits for the handshake, and returns the session.
 func (r *replay) theSession() *cryo.Session {
 	r.t.Helper()
 	if r.session == nil {
 		select {
 		case r.session = <-r.accept:
 		case <-r.ctx.Done():
-			require.FailNow(r.t, "the handshake did not succeed")
+			require.FailNow(r.t, "timed out waiting for the handshake")
 		}
 	}
 	return r.session
 }
 
-// feed says a frame of the package to the session, with the session's numbers.
+// feed sends a frame of the package to the session, with the session's numbers.
 func (r *replay) feed(f wire.Frame) {
 	r.t.Helper()
 	switch f.Type {
@@ -199,8 +196,8 @@ func (r *replay) feed(f wire.Frame) {
 	}
 }
 
-// act does what the application did to make the session say a frame. Nothing
-// for what a session says by itself.
+// act does what makes the application's session send a frame: nothing for frames that a
+// session sends by itself.
 func (r *replay) act(f *wire.Frame, at int) {
 	r.t.Helper()
 	switch f.Type {
@@ -224,7 +221,7 @@ func (r *replay) act(f *wire.Frame, at int) {
 			return s.SendStream(r.ctx, bytes.NewReader(data), &cryo.StreamOptions{Name: string(f.Payload), ChunkBytes: chunk})
 		})
 	case wire.TxFlow:
-		require.Equal(r.t, wire.FlowPull, f.Flow, "this library asks for nothing else")
+		require.Equal(r.t, wire.FlowPull, f.Flow, "the library requests nothing else")
 		r.call(describe(f), func(s *cryo.Session) error { return s.PullStreams(r.ctx) })
 	case wire.Bye:
 		r.call(describe(f), func(s *cryo.Session) error { return s.Close(r.ctx, string(f.Payload)) })
@@ -261,7 +258,7 @@ func (r *replay) acknowledge(number uint32) {
 	}
 }
 
-// receive reads a stream, which makes the session take it.
+// receive accepts and reads a stream.
 func (r *replay) receive(f *wire.Frame) {
 	r.t.Helper()
 	stream, err := r.theSession().AcceptStream(r.ctx)
@@ -277,8 +274,8 @@ func (r *replay) receive(f *wire.Frame) {
 	}()
 }
 
-// outgoing is the data of a stream that the session sends. What was never
-// recorded of one that was cancelled is made up.
+// outgoing returns the data of a stream that the session sends. The bytes that were not
+// recorded, of a cancelled stream, are zeros.
 func (r *replay) outgoing(f *wire.Frame, at int) (data []byte, chunk int) {
 	r.t.Helper()
 	for i := at; i < len(r.tr.entries); i++ {
@@ -297,7 +294,7 @@ func (r *replay) outgoing(f *wire.Frame, at int) (data []byte, chunk int) {
 	return data, max(chunk, 1)
 }
 
-// chunks are a stream's recorded bytes.
+// chunks returns the recorded bytes of a stream.
 func (r *replay) chunks(tx uint32, ours bool) []byte {
 	r.t.Helper()
 	var data []byte
@@ -311,51 +308,51 @@ func (r *replay) chunks(tx uint32, ours bool) []byte {
 	return data
 }
 
-// next waits for something that the session says, and keeps it.
+// next waits for a frame or a close of the session, and adds it to extra.
 func (r *replay) next(want string) {
 	r.t.Helper()
 	select {
-	case e, ok := <-r.said:
+	case e, ok := <-r.sent:
 		if !ok {
 			require.FailNow(r.t, "the connection has ended", "wanted %s, left over: %v", want, r.leftOver())
 		}
-		r.unasked = append(r.unasked, e)
-	case <-time.After(replayPatience):
-		require.FailNow(r.t, "nothing came", "wanted %s, left over: %v", want, r.leftOver())
+		r.extra = append(r.extra, e)
+	case <-time.After(testkit.Patience):
+		require.FailNow(r.t, "timed out", "wanted %s, left over: %v", want, r.leftOver())
 	}
 }
 
 func (r *replay) leftOver() (all []string) {
-	for i := range r.unasked {
-		all = append(all, r.unasked[i].String())
+	for i := range r.extra {
+		all = append(all, r.extra[i].String())
 	}
 	return all
 }
 
-// wantFrame wants the session to say a frame.
+// wantFrame wants the session to send a frame.
 func (r *replay) wantFrame(want *wire.Frame, e *entry) {
 	r.t.Helper()
 	for {
-		i := slices.IndexFunc(r.unasked, func(got entry) bool { return got.wire != nil && r.equal(want, got.frame(r.t)) })
+		i := slices.IndexFunc(r.extra, func(got entry) bool { return got.wire != nil && r.equal(want, got.frame(r.t)) })
 		if i >= 0 {
-			// Order counts, but for answers: these go out as soon as they can.
-			for _, before := range r.unasked[:i] {
+			// The order must be the same, except for responses, which are sent as early as possible.
+			for _, before := range r.extra[:i] {
 				f := before.frame(r.t)
-				require.True(r.t, isAnswer(f.Type) || isAnswer(want.Type), "%s before %s", &before, e)
+				require.True(r.t, isResponse(f.Type) || isResponse(want.Type), "%s before %s", &before, e)
 			}
-			r.unasked = slices.Delete(r.unasked, i, i+1)
+			r.extra = slices.Delete(r.extra, i, i+1)
 			return
 		}
 		r.next(e.String())
 	}
 }
 
-func isAnswer(typ wire.Type) bool {
+func isResponse(typ wire.Type) bool {
 	return typ == wire.Ack || typ == wire.Error || typ == wire.PingPong || typ == wire.TxFetch || typ == wire.TxCancel
 }
 
-// equal compares a recorded frame of ours with one that was said, and learns
-// the numbers from the first that suits.
+// equal compares a recorded frame of ours with a frame that was sent, and records the
+// numbers of the first equal one.
 func (r *replay) equal(want *wire.Frame, got wire.Frame) bool {
 	expected := *want
 	switch expected.Type {
@@ -387,10 +384,10 @@ func (r *replay) equal(want *wire.Frame, got wire.Frame) bool {
 func (r *replay) wantClose(want *entry) {
 	r.t.Helper()
 	for {
-		for i, got := range r.unasked {
+		for i, got := range r.extra {
 			if got.wire == nil {
 				require.Equal(r.t, want.String(), got.String())
-				r.unasked = slices.Delete(r.unasked, i, i+1)
+				r.extra = slices.Delete(r.extra, i, i+1)
 				return
 			}
 		}
@@ -399,11 +396,3 @@ func (r *replay) wantClose(want *entry) {
 }
 
 var kinds = map[wire.Type]cryo.Kind{wire.UTF8: cryo.KindText, wire.Binary: cryo.KindBinary, wire.Error: cryo.KindError}
-
-// newServer makes a server of valid options.
-func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
-	tb.Helper()
-	server, err := cryo.NewServer(&opts)
-	require.NoError(tb, err)
-	return server
-}

@@ -2,19 +2,20 @@ package interop_test
 
 import (
 	"fmt"
-	"io"
-	"net"
+	"net/http"
 	"strings"
-	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
 // cryo-connect dials, and cryo-server listens.
 
-// dial is what the components of this file have in common.
+// dial has the common fields of this file's components.
 func dial(n *node) string {
 	return fmt.Sprintf(`
     url: %s
@@ -72,8 +73,8 @@ func TestServerSendsNoFrameOf4MiB(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	input(t, n, "", toLines)
-	// Why docs/interop.md tells its users to stay below: this one, and what is
-	// sent after it, waits for ever.
+	// The reason for the limit in docs/interop.md: this frame, and every later one, waits
+	// for ever.
 	large := n.tell(command{"do": "binary", "size": 4<<20 - 13})
 	after := n.tell(command{"do": "text", "text": "after it"})
 	n.wantOpen(large)
@@ -84,8 +85,8 @@ func TestServerManyMessagesBothWays(t *testing.T) {
 	t.Parallel()
 	const sent = 1000
 	n := server(t, 0, quiet)
-	g, s := newGate(t), (*source)(nil)
-	g.open()
+	g, s := testkit.NewWebService(t), (*source)(nil)
+	g.RespondToAll(http.StatusOK)
 	receiver := input(t, n, "", toLines)
 	down := n.tell(command{"do": "texts", "count": sent, "prefix": "down-"})
 	s, _ = output(t, n, "    max_in_flight: 400\n")
@@ -102,79 +103,79 @@ func TestServerManyMessagesBothWays(t *testing.T) {
 		receiver.wantMessage(fmt.Sprintf("message %d of the server", i), fmt.Appendf(nil, "down-%d", i))
 	}
 	receiver.wantNoMessage()
-	require.Zero(t, n.count(isEvent("text")), "messages came twice")
+	require.Zero(t, n.Count(isEvent("text")), "messages came twice")
 }
 
 func TestServerIsAcknowledgedAfterDelivery(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	g := newGate(t)
-	input(t, n, "", g.output())
+	g := testkit.NewWebService(t)
+	input(t, n, "", toService(g))
 
 	first := n.tell(command{"do": "text", "text": "first"})
-	d1 := g.next()
+	d1 := g.Next()
 	second := n.tell(command{"do": "binary", "size": 1000})
-	d2 := g.next()
+	d2 := g.Next()
 	n.wantOpen(first)
 	n.wantOpen(second)
-	d2.pass()
+	d2.Respond(http.StatusOK)
 	n.wantDone(second)
 	n.wantOpen(first)
-	d1.turnAway()
-	again := g.next()
+	d1.Respond(http.StatusInternalServerError)
+	again := g.Next()
 	n.wantOpen(first)
-	again.pass()
+	again.Respond(http.StatusOK)
 	n.wantDone(first)
 }
 
-func TestServerForgetsAcknowledgementsThatAreLate(t *testing.T) {
+func TestServerIgnoresLateAcknowledgements(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, 500*time.Millisecond)
-	g := newGate(t)
-	input(t, n, "", g.output())
+	g := testkit.NewWebService(t)
+	input(t, n, "", toService(g))
 	late := n.tell(command{"do": "text", "text": "late"})
-	d := g.next()
+	d := g.Next()
 	for range 8 { // the package gives up after 2.5 seconds
 		n.want("heartbeat")
 	}
-	d.pass()
+	d.Respond(http.StatusOK)
 	next := n.tell(command{"do": "text", "text": "next"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	n.wantDone(next)
 	n.wantOpen(late)
 }
 
-func TestServerIsAcknowledgedOnReceiptIfAsked(t *testing.T) {
+func TestServerIsAcknowledgedOnReceiptIfConfigured(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	g := newGate(t)
-	input(t, n, "    acknowledge: received\n", g.output())
+	g := testkit.NewWebService(t)
+	input(t, n, "    acknowledge: received\n", toService(g))
 	n.run(command{"do": "text", "text": "first"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 }
 
-func TestServerIsToldOfARejection(t *testing.T) {
+func TestServerReceivesARejection(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	g := newGate(t)
-	input(t, n, "    auto_replay_nacks: false\n", g.output())
-	refused := n.tell(command{"do": "text", "text": "bad"})
-	g.next().turnAway()
-	require.Equal(t, "the message could not be delivered", n.want("error").Text)
-	n.wantOpen(refused) // the package rejects no promise
+	g := testkit.NewWebService(t)
+	input(t, n, "    auto_replay_nacks: false\n", toService(g))
+	rejected := n.tell(command{"do": "text", "text": "bad"})
+	g.Next().Respond(http.StatusInternalServerError)
+	n.want("error")
+	n.wantOpen(rejected) // the package rejects no promise
 
 	good := n.tell(command{"do": "text", "text": "good"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	n.wantDone(good)
 }
 
-func TestServerSendsToAnOutput(t *testing.T) {
+func TestServerMessagesToAnOutputAreRejected(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	s, _ := output(t, n, "")
-	refused := n.tell(command{"do": "text", "text": "for nobody"})
-	require.Equal(t, "this session receives no messages", n.want("error").Text)
-	n.wantOpen(refused)
+	rejected := n.tell(command{"do": "text", "text": "for nobody"})
+	n.want("error")
+	n.wantOpen(rejected)
 	stream := n.tell(command{"do": "stream", "name": "for nobody", "chunks": []int{10, 10}})
 	n.wantOpen(stream)
 	s.deliver([]byte("goes on"))
@@ -187,13 +188,13 @@ func TestServerSendsApplicationErrors(t *testing.T) {
 	p := input(t, n, "    message_types: [ utf8, error ]\n", toLines)
 	n.run(command{"do": "error", "text": "the pump is dry"})
 	require.Equal(t, "error", p.wantMessage("an error of the application", []byte("the pump is dry")).Type)
-	n.run(command{"do": "binary", "size": 10}) // not taken, and acknowledged
+	n.run(command{"do": "binary", "size": 10}) // not a configured type, and acknowledged
 	n.run(command{"do": "text", "text": "last"})
-	p.wantMessage("what came after it", []byte("last"))
+	p.wantMessage("the message after it", []byte("last"))
 	p.wantNoMessage()
 }
 
-func TestServerHeartbeat(t *testing.T) {
+func TestServerReceivesHeartbeats(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, 300*time.Millisecond)
 	p := input(t, n, "", toLines)
@@ -202,37 +203,37 @@ func TestServerHeartbeat(t *testing.T) {
 	}
 	n.run(command{"do": "text", "text": "still here"})
 	p.wantMessage("a message after that", []byte("still here"))
-	require.Zero(t, n.count(isEvent("closed")))
-	require.Less(t, n.count(isEvent("heartbeat")), 50)
+	require.Zero(t, n.Count(isEvent("closed")))
+	require.Less(t, n.Count(isEvent("heartbeat")), 50)
 }
 
-func TestServerHeartbeatWhileThePipelineStalls(t *testing.T) {
+func TestServerReceivesHeartbeatsWhileThePipelineStalls(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, time.Second)
-	g := newGate(t)
+	g := testkit.NewWebService(t)
 	input(t, n, `
     max_buffer_bytes: 50000
     max_in_flight: 2
-`, g.output())
+`, toService(g))
 	for range 2 { // so that the interval is known
 		n.want("heartbeat")
 	}
 	for range 20 {
 		n.tell(command{"do": "binary", "size": 20_000})
 	}
-	held := g.next()
-	for range 8 { // several seconds, of which cryo-connect reads nothing
+	held := g.Next()
+	for range 8 { // several seconds, in which cryo-connect reads nothing
 		require.Equal(t, "pong", n.want("heartbeat").Kind)
 	}
-	require.Zero(t, n.count(isEvent("closed")))
-	held.pass()
-	g.open()
+	require.Zero(t, n.Count(isEvent("closed")))
+	held.Respond(http.StatusOK)
+	g.RespondToAll(http.StatusOK)
 	last := n.tell(command{"do": "text", "text": "last"})
 	n.wantDone(last)
-	require.Zero(t, n.count(isEvent("closed")))
+	require.Zero(t, n.Count(isEvent("closed")))
 }
 
-func TestServerRefusesTheToken(t *testing.T) {
+func TestServerRejectsTheToken(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := run(t, fmt.Sprintf(`
@@ -241,31 +242,31 @@ input:
     url: %s
     token: a wrong one
 `, n.url())+toLines)
-	line := p.wantLog("401 Unauthorized", "check the field token; trying again in 30s")
+	line := p.WantLog("401 Unauthorized", "check the field token; trying again in 30s")
 	require.NotContains(t, line, "a wrong one")
-	require.Zero(t, n.count(isEvent("session")))
+	require.Zero(t, n.Count(isEvent("session")))
 }
 
-func TestServerStillHasTheSession(t *testing.T) {
+func TestServerStillHasTheSessionAfterAHalfOpenConnection(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	between := newForwarder(t, fmt.Sprintf("127.0.0.1:%d", n.port))
+	between := testkit.NewProxy(t, fmt.Sprintf("127.0.0.1:%d", n.port))
 	s, in := newSource(t)
 	p := run(t, in+fmt.Sprintf(`
 output:
   cryo:
     url: ws://%s
     token: ${CRYO_TOKEN}
-`, between.address))
+`, between.Address()))
 	id := n.want("connected").Session
 	s.ready(p)
 	s.deliver([]byte("before"))
 
-	between.cutOneSide()
+	between.CutClients()
 	m := s.post([]byte("after"))
-	p.wantLog("The session already exists", "passes within seconds")
-	require.Zero(t, n.count(isEvent("closed")))
-	between.cutOtherSide()
+	p.WantLog("The session already exists", "passes within seconds")
+	require.Zero(t, n.Count(isEvent("closed")))
+	between.CutBackends()
 	n.want("closed")
 	require.Equal(t, id, n.want("connected").Session, "another session's id")
 	m.wantDelivered("a message that waited for the session")
@@ -274,15 +275,15 @@ output:
 
 func TestServerRestarts(t *testing.T) {
 	t.Parallel()
-	n := server(t, 0, quiet)
+	n := server(t, reservePort(t), quiet)
 	s, p := output(t, n, "")
 	s.deliver([]byte("before"))
 	n.stop()
 	m := s.post([]byte("meanwhile"))
-	p.wantLog("Disconnected from")
+	p.WantLog("Disconnected from")
 	n2 := server(t, n.port, quiet)
 	n2.want("connected")
-	p.wantLog("Reconnected to")
+	p.WantLog("Reconnected to")
 	m.wantDelivered("a message that waited for the server")
 	n2.want("text", is([]byte("meanwhile")))
 	s.deliver([]byte("after"))
@@ -290,7 +291,7 @@ func TestServerRestarts(t *testing.T) {
 
 func TestServerRestartsDuringAStream(t *testing.T) {
 	t.Parallel()
-	n := server(t, 0, quiet)
+	n := server(t, reservePort(t), quiet)
 	s, p := output(t, n, `
     message_type: stream
     stream:
@@ -301,7 +302,7 @@ func TestServerRestartsDuringAStream(t *testing.T) {
 	n.run(command{"do": "fetch", "tx": n.want("stream").Tx, "start": 0, "end": 2})
 	n.want("chunk")
 	n.stop()
-	p.wantLog("Disconnected from")
+	p.WantLog("Disconnected from")
 	n2 := server(t, n.port, quiet)
 	n2.want("streamed", is(numbers(4500, 0))) // from the start
 	m.wantDelivered("a stream that was cut off")
@@ -309,37 +310,37 @@ func TestServerRestartsDuringAStream(t *testing.T) {
 
 func TestServerRestartsDuringDelivery(t *testing.T) {
 	t.Parallel()
-	n := server(t, 0, quiet)
-	g := newGate(t)
-	p := input(t, n, "", g.output())
+	n := server(t, reservePort(t), quiet)
+	g := testkit.NewWebService(t)
+	p := input(t, n, "", toService(g))
 	n.tell(command{"do": "text", "text": "of the old server"})
-	old := g.next()
+	old := g.Next()
 	n.stop()
-	p.wantLog("Disconnected from")
+	p.WantLog("Disconnected from")
 	n2 := server(t, n.port, quiet)
 	n2.want("connected")
 	// Both servers number from 0: the old message's acknowledgement must not
 	// reach the new one's.
 	id := n2.tell(command{"do": "text", "text": "of the new server"})
-	d := g.next()
-	old.pass()
+	d := g.Next()
+	old.Respond(http.StatusOK)
 	n2.wantOpen(id)
-	d.pass()
+	d.Respond(http.StatusOK)
 	n2.wantDone(id)
 }
 
 func TestServerCloses(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	g := newGate(t)
-	p := input(t, n, "", g.output())
+	g := testkit.NewWebService(t)
+	p := input(t, n, "", toService(g))
 	for i, reason := range []string{"", "that was it", strings.Repeat("a long goodbye ", 20), "äöü"} {
 		c := command{"do": "close"}
 		if reason != "" {
 			c["reason"] = reason
 		}
 		n.tell(c)
-		line := p.wantLog("Disconnected from", "closed by the peer")
+		line := p.WantLog("Disconnected from", "closed by the peer")
 		if i == 1 {
 			require.Contains(t, line, reason)
 		}
@@ -347,31 +348,31 @@ func TestServerCloses(t *testing.T) {
 		n.want("connected")
 	}
 	id := n.tell(command{"do": "text", "text": "after it"})
-	g.next().pass()
+	g.Next().Respond(http.StatusOK)
 	n.wantDone(id)
 
 	n.run(command{"do": "destroy"})
-	p.wantLog("Disconnected from", "Server shutdown.")
+	p.WantLog("Disconnected from", "Server shutdown.")
 }
 
-func TestServerIsToldOfTheEnd(t *testing.T) {
+func TestServerIsClosedAfterTheLastAcknowledgement(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
-	g := newGate(t)
-	p := input(t, n, "", g.output())
+	g := testkit.NewWebService(t)
+	p := input(t, n, "", toService(g))
 	id := n.tell(command{"do": "text", "text": "in the pipeline at the end"})
-	d := g.next()
-	p.interrupt()
-	d.pass()
+	d := g.Next()
+	p.Signal(syscall.SIGTERM)
+	d.Respond(http.StatusOK)
 	n.wantDone(id)
 	n.want("closed")
-	p.wantExit(0)
+	p.WantExit(0)
 }
 
 func TestServerPackageDials(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+"    heartbeat_interval: 300ms\n"+toLines)
-	address := p.wantListening()
+	address := p.Listening()
 	n := server(t, 0, 300*time.Millisecond)
 	id := n.run(command{"do": "dial", "url": "ws://" + address, "token": token}).Session
 	n.want("connected")
@@ -383,63 +384,6 @@ func TestServerPackageDials(t *testing.T) {
 	require.Equal(t, id, p.wantMessage("a message", []byte("of a server")).Session)
 	n.run(command{"do": "stream", "chunks": []int{10, 20}})
 	p.wantMessage("a stream", join(10, 20))
-	require.Less(t, n.count(isEvent("heartbeat")), 50)
-	require.Zero(t, n.count(isEvent("closed")))
-}
-
-// forwarder passes bytes on between a pipeline and a server, and can lose one
-// side of the connection without the other's knowing.
-type forwarder struct {
-	address string
-
-	mu      sync.Mutex
-	clients []net.Conn
-	servers []net.Conn
-}
-
-func newForwarder(t *testing.T, target string) *forwarder {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	f := &forwarder{address: l.Addr().String()}
-	t.Cleanup(func() {
-		_ = l.Close()
-		f.cutOneSide()
-		f.cutOtherSide()
-	})
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", target)
-			if err != nil {
-				_ = client.Close()
-				continue
-			}
-			f.mu.Lock()
-			f.clients, f.servers = append(f.clients, client), append(f.servers, server)
-			f.mu.Unlock()
-			go func() { _, _ = io.Copy(server, client) }() // leaves the server's side open
-			go func() {
-				_, _ = io.Copy(client, server)
-				_ = client.Close()
-			}()
-		}
-	}()
-	return f
-}
-
-func (f *forwarder) cutOneSide() { f.cut(&f.clients) }
-
-func (f *forwarder) cutOtherSide() { f.cut(&f.servers) }
-
-func (f *forwarder) cut(conns *[]net.Conn) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, c := range *conns {
-		_ = c.Close()
-	}
-	*conns = nil
+	require.Less(t, n.Count(isEvent("heartbeat")), 50)
+	require.Zero(t, n.Count(isEvent("closed")))
 }

@@ -14,13 +14,13 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// A transcript is what both ends of a real session said: one frame or close a
-// line, in the order in which it passed between them. "<" is what the published
-// package said, ">" what cryo-connect said.
+// A transcript is what both ends of a real session sent: a frame or a close in each line,
+// in the order in which the tap passed them. "<" was sent by the published package, ">" by
+// cryo-connect.
 type transcript struct {
 	about     []string // comments
 	dialled   bool     // by cryo-connect
-	sendsOnly bool     // cryo-connect refuses what it is sent
+	sendsOnly bool     // cryo-connect rejects messages
 	entries   []entry
 }
 
@@ -62,7 +62,7 @@ func (e *entry) String() string {
 	return fmt.Sprintf("%s %x  %s", who, e.wire, about)
 }
 
-// describe tells a frame to people.
+// describe describes a frame for people.
 func describe(f *wire.Frame) string {
 	s := f.Type.String()
 	if f.Type != wire.TxChunk {
@@ -145,9 +145,8 @@ func transcripts(t *testing.T) []string {
 	return files
 }
 
-// Whatever passed between a published package and cryo-connect is read and
-// written by the library without a change of one byte.
-func TestRecordedFramesComeBackTheSame(t *testing.T) {
+// Every recorded frame is parsed and encoded by the library without a change.
+func TestRecordedFramesAreEncodedUnchanged(t *testing.T) {
 	t.Parallel()
 	types := make(map[wire.Type]bool)
 	for _, file := range transcripts(t) {
