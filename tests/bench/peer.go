@@ -51,6 +51,8 @@ type peer struct {
 	orders  io.WriteCloser
 	answers *bufio.Scanner
 	address string // where it listens
+
+	reserved io.Closer // the address that it dials; nil if it listens
 }
 
 func startPeer(spec peerSpec) (*peer, error) {
@@ -103,6 +105,9 @@ func (p *peer) order(format string, args ...any) (r report, err error) {
 func (p *peer) stop() {
 	_ = p.orders.Close()
 	_ = p.process.Wait()
+	if p.reserved != nil {
+		_ = p.reserved.Close()
+	}
 }
 
 // isPeer tells whether this process was started as a peer, after it has been one.

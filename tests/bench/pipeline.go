@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +17,7 @@ import (
 
 	_ "github.com/cryo-connect/cryo-connect/plugin"
 
+	reserve "github.com/cryo-connect/cryo-connect/internal/testkit/address"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
@@ -94,24 +95,24 @@ func sending(spec peerSpec, batch int, output string) (*running, error) {
 	return &running{p, do, stop}, nil
 }
 
-// startPeerFor starts a peer and gives the address at which the two meet: the
-// peer's, or a free one for the subject to listen on.
+// startPeerFor starts a peer and returns the address of the connection: the peer's, or a
+// reserved one on which the subject listens.
 func startPeerFor(spec peerSpec) (p *peer, address string, err error) {
-	if spec.Sessions > 0 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+	if spec.Sessions == 0 {
+		if p, err = startPeer(spec); err != nil {
 			return nil, "", err
 		}
-		spec.Dial = l.Addr().String()
-		_ = l.Close()
+		return p, p.address, nil
+	}
+	var reserved io.Closer
+	if spec.Dial, reserved, err = reserve.Reserve(); err != nil {
+		return nil, "", err
 	}
 	if p, err = startPeer(spec); err != nil {
 		return nil, "", err
 	}
-	if spec.Dial != "" {
-		return p, spec.Dial, nil
-	}
-	return p, p.address, nil
+	p.reserved = reserved
+	return p, spec.Dial, nil
 }
 
 // runPipeline runs until stop is called. The input "own" is one of ours, if any.
