@@ -68,7 +68,7 @@ output: { drop: {} }`,
 			"the token is wrong", `
 input: { cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}x" } }
 output: { stdout: {} }`,
-			[]string{"a.yaml: input: failed: ", "a.yaml: output: not tested, this component has no test"},
+			[]string{"a.yaml: input: failed: ", "a.yaml: output: not tested"},
 		},
 		{
 			"the address is taken", `

@@ -22,25 +22,26 @@ const (
 	flagTimeout   = "timeout"
 )
 
-// checkCommand is "cryo-connect check": lint, and try the connections.
+// checkCommand is "cryo-connect check": it lints configurations and tests their
+// connections.
 func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
 	return &cli.Command{
 		Name:      "check",
-		Usage:     "Test the connections of configurations, without running them",
+		Usage:     "Lint configurations and test their connections, without running them",
 		ArgsUsage: "config.yaml…",
-		Description: `Lints each configuration, then connects each of its inputs and outputs that can be tested, and hangs up again.
-No message is written, and none that comes is acknowledged or refused.
-What is wrong is told in one line each; the exit code is 1 if anything is:
+		Description: `Lints each configuration, connects each of its inputs and outputs that supports a connection test, and
+closes the connections. No message is sent, and no received message is acknowledged or rejected.
+Each result is one line; the exit code is 1 if any of them is a failure:
 
   cryo-connect check pipeline.yaml
   cryo-connect check -r resources.yaml pipeline.yaml`,
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with further resources, as for run"},
-			&cli.DurationFlag{Name: flagTimeout, Value: 30 * time.Second, Usage: "how long the tests of one configuration may take"},
+			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with resources, as for run"},
+			&cli.DurationFlag{Name: flagTimeout, Value: 30 * time.Second, Usage: "the maximum duration of the tests of one configuration"},
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() == 0 {
-				return cli.Exit("Which configuration? For example: cryo-connect check pipeline.yaml", 1)
+				return cli.Exit("No configuration given. For example: cryo-connect check pipeline.yaml", 1)
 			}
 			k := checker{out: c.App.Writer, schema: schema(), resources: c.StringSlice(flagResources)}
 			for _, file := range c.Args().Slice() {
@@ -61,7 +62,7 @@ type checker struct {
 	out       io.Writer
 	schema    *service.ConfigSchema
 	resources []string // files
-	failed    bool
+	failed    bool     // any of the results is a failure
 }
 
 // check checks one configuration.
@@ -69,23 +70,23 @@ func (k *checker) check(ctx context.Context, file string) {
 	stream, err := k.build(file)
 	if err != nil {
 		for _, err := range each(err) {
-			k.say(file, "failed: %v", err)
+			k.print(file, "failed: %v", err)
 		}
 		k.failed = true
 		return
 	}
 	results, err := stream.ConnectionTest(ctx)
 	if err != nil {
-		k.say(file, "failed: %v", err)
+		k.print(file, "failed: %v", err)
 		k.failed = true
 	}
-	slices.SortStableFunc(results, byPath) // a broker gives its inputs' in any order
+	slices.SortStableFunc(results, byPath) // those of a broker's inputs are unordered
 	for _, r := range results {
 		k.report(file, r)
 	}
 }
 
-// byPath orders components as a configuration does that lists them by name.
+// byPath orders components by their path; indices are ordered as numbers.
 func byPath(a, b *service.ConnectionTestResult) int {
 	return slices.CompareFunc(a.Path, b.Path, func(a, b string) int {
 		m, errA := strconv.Atoi(a)
@@ -97,7 +98,7 @@ func byPath(a, b *service.ConnectionTestResult) int {
 	})
 }
 
-// build makes the pipeline of a configuration, without starting it.
+// build builds the pipeline of a configuration, and does not start it.
 func (k *checker) build(file string) (*service.Stream, error) {
 	config, err := k.read(file)
 	if err != nil {
@@ -105,7 +106,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
-	builder.SetLogger(slog.New(slog.DiscardHandler)) // what matters is in the results
+	builder.SetLogger(slog.New(slog.DiscardHandler)) // the results have the errors
 	if err := builder.SetYAML(config); err != nil {
 		return nil, err
 	}
@@ -138,7 +139,7 @@ func (k *checker) read(file string) (string, error) {
 	return string(config), errors.Join(errs...)
 }
 
-// report tells the result of one component's test.
+// report prints the result of the test of a component.
 func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	name := strings.Join(r.Path, ".")
 	if r.Label != "" {
@@ -146,22 +147,22 @@ func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	}
 	switch {
 	case r.Err == nil:
-		k.say(file, "%s: ok", name)
+		k.print(file, "%s: ok", name)
 	case errors.Is(r.Err, service.ErrConnectionTestNotSupported):
-		k.say(file, "%s: not tested, this component has no test", name)
+		k.print(file, "%s: not tested, the component has no connection test", name)
 	default:
-		k.say(file, "%s: failed: %v", name, r.Err)
+		k.print(file, "%s: failed: %v", name, r.Err)
 		k.failed = true
 	}
 }
 
-// say says one line.
-func (k *checker) say(file, format string, args ...any) {
+// print writes one line.
+func (k *checker) print(file, format string, args ...any) {
 	line := strings.Join(strings.Fields(fmt.Sprintf(format, args...)), " ")
 	fmt.Fprintf(k.out, "%s: %s\n", file, line)
 }
 
-// each gives the errors that were joined: lint's, of the configuration itself.
+// each returns the joined errors of lint, or the only error.
 func each(err error) []error {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		return joined.Unwrap()

@@ -1,6 +1,6 @@
-// Command cryo-connect is Redpanda Connect's engine with the Cryo components
-// built in, with the components that reach Kafka, S3, HTTP, Prometheus and
-// Jaeger, and with Bloblang's methods for JWTs.
+// Command cryo-connect is Redpanda Connect's engine with the Cryo components, with the
+// components for Kafka, S3, HTTP, Prometheus and Jaeger, and with Bloblang's methods for
+// JWTs.
 //
 // Try "cryo-connect help", or "cryo-connect list inputs".
 package main

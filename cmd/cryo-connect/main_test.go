@@ -51,7 +51,7 @@ func TestTheExamplesOfTheReferenceAreLintedClean(t *testing.T) {
 	}
 }
 
-func TestBuildStamp(t *testing.T) {
+func TestTheVersionNamesReleaseCommitAndDate(t *testing.T) {
 	clone := &debug.BuildInfo{
 		Main: debug.Module{Version: "v0.3.1-0.20260102030405-abcdef012345"},
 		Settings: []debug.BuildSetting{
@@ -68,7 +68,7 @@ func TestBuildStamp(t *testing.T) {
 		wantVersion, wantDate string
 	}{
 		{
-			name:        "nothing is known",
+			name:        "no build information",
 			wantVersion: "unknown",
 			wantDate:    "unknown",
 		},

@@ -16,14 +16,14 @@ const (
 	probeTimeout    = 3 * time.Second
 )
 
-// probeCommand is the health check of a container image that has no shell and
-// no other program.
+// probeCommand is the health check of a container image without a shell.
 var probeCommand = &cli.Command{
 	Name:      "probe",
-	Usage:     "Ask a running cryo-connect how it is",
+	Usage:     "Check the health of a running instance",
 	ArgsUsage: "[URL]",
-	Description: `Ends with exit code 0 if the URL answers with success, and says why not otherwise. Without a URL it is
-` + probeDefaultURL + `, which tells whether the process lives; /ready there tells whether it is connected.`,
+	Description: `The exit code is 0 if the response to a GET request for the URL has a status of 2xx; otherwise it is 1, and the
+reason is written to standard error. The default URL is ` + probeDefaultURL + `, which reports that the process
+runs; /ready instead reports whether its inputs and outputs are connected.`,
 	Action: func(c *cli.Context) error {
 		url := probeDefaultURL
 		if c.NArg() > 0 {
@@ -36,7 +36,7 @@ var probeCommand = &cli.Command{
 	},
 }
 
-// probe wants a URL to answer with success.
+// probe returns an error unless the response for the URL has a status of 2xx.
 func probe(ctx context.Context, url string) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
@@ -51,7 +51,7 @@ func probe(ctx context.Context, url string) error {
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-		return fmt.Errorf("%s answers %s: %s", url, resp.Status, strings.TrimSpace(string(body)))
+		return fmt.Errorf("%s responded with %s: %s", url, resp.Status, strings.TrimSpace(string(body)))
 	}
 	return nil
 }

@@ -10,13 +10,13 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestABuildInACloneCarriesItsCommit(t *testing.T) {
+func TestABuildInACloneReportsItsCommit(t *testing.T) {
 	if dir, err := os.Stat("../../.git"); err != nil || !dir.IsDir() {
-		t.Skip("this is no clone, or a linked worktree, of which the Go command records nothing")
+		t.Skip("not a clone, or a linked worktree, for which the Go command records no commit")
 	}
 	commit, err := exec.Command("git", "rev-parse", "HEAD").Output()
 	if err != nil {
-		t.Skip("git knows no commit: ", err)
+		t.Skip("git has no commit: ", err)
 	}
 	file := filepath.Join(t.TempDir(), "cryo-connect")
 	out, err := exec.Command("go", "build", "-buildvcs=true", "-o", file, ".").CombinedOutput()

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// connBuffer is how many bytes a connection takes in one direction before its
-// writer has to wait, as a socket's buffers do.
+// connBuffer is the capacity of one direction in bytes, like a socket's buffers: a writer
+// waits when it is full.
 const connBuffer = 64 << 10
 
 // Conn is one end of a connection in memory. It behaves like TCP: it buffers,
@@ -34,35 +34,35 @@ func Pipe() (*Conn, *Conn) {
 		&Conn{in: b, out: a, local: server, remote: client}
 }
 
-// Freeze makes a black hole of the connection, both ways: what is written is
-// buffered and doesn't arrive.
+// Freeze makes the connection a black hole in both directions: written data is buffered
+// and does not arrive.
 func (c *Conn) Freeze() {
 	c.in.change(func(h *half) { h.frozen = true })
 	c.out.change(func(h *half) { h.frozen = true })
 }
 
-// StopReading lets nothing more arrive at this end, until ReadOn.
+// StopReading stops the arrival of data at this end, until ReadOn.
 func (c *Conn) StopReading() { c.in.change(func(h *half) { h.frozen = true }) }
 
-// ReadSlowly lets only so many bytes a second arrive at this end.
+// ReadSlowly limits the rate at which data arrives at this end.
 func (c *Conn) ReadSlowly(bytesPerSecond int) { c.readRate.Store(int64(bytesPerSecond)) }
 
 // ReadOn ends StopReading.
 func (c *Conn) ReadOn() { c.in.change(func(h *half) { h.frozen = false }) }
 
-// Cut breaks the connection, as a reset does.
+// Cut resets the connection.
 func (c *Conn) Cut() {
 	c.in.change(func(h *half) { h.reset = true })
 	c.out.change(func(h *half) { h.reset = true })
 }
 
-// CloseWrite lets the other end read the end of the data.
+// CloseWrite makes the other end read EOF after the data.
 func (c *Conn) CloseWrite() error {
 	c.out.change(func(h *half) { h.finished = true })
 	return nil
 }
 
-// Close ends the connection. The other end can still read what was written.
+// Close closes this end. The other end can still read the data that was written.
 func (c *Conn) Close() error {
 	c.in.change(func(h *half) { h.readerGone = true })
 	c.out.change(func(h *half) { h.finished, h.writerGone = true, true })
@@ -112,7 +112,7 @@ type half struct {
 	mu                    sync.Mutex
 	changed               *sync.Cond
 	data                  []byte
-	finished              bool // no more data will come
+	finished              bool // EOF follows the data
 	readerGone            bool
 	writerGone            bool
 	frozen                bool
@@ -185,7 +185,7 @@ func (h *half) write(p []byte) (written int, err error) {
 	}
 }
 
-// deadline wakes who waits when it passes. Guarded by its half.
+// deadline wakes the waiting reader or writer when it passes; guarded by its half.
 type deadline struct {
 	timer  *time.Timer
 	passed bool

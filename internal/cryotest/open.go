@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Server is a raw server: it lets everybody in and leaves the rest to the test.
+// Server is a raw server: it upgrades every request, and leaves the session to the test.
 type Server struct {
 	*Listener
 	tb    testing.TB
@@ -26,7 +26,7 @@ func NewServer(tb testing.TB) *Server {
 	return s
 }
 
-// ServeHTTP hands an upgraded connection to Accept.
+// ServeHTTP upgrades a connection, for NextPeer.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	sid, _ := strconv.ParseUint(r.URL.Query().Get("x-cryo-sid"), 10, 64)
 	ws, err := (&websocket.Upgrader{}).Upgrade(w, r, nil)
@@ -35,25 +35,24 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// NextPeer waits for the next client, whose peer has not said anything yet.
+// NextPeer waits for the next client. Its peer has not sent a frame.
 func (s *Server) NextPeer() *Peer {
 	s.tb.Helper()
 	select {
 	case p := <-s.peers:
 		return p
 	case <-time.After(Patience):
-		require.FailNow(s.tb, "no client came")
+		require.FailNow(s.tb, "timed out waiting for a client")
 		return nil
 	}
 }
 
-// DialPeer opens a connection as a client that has not said anything yet. The
-// dialer is a Listener's, or websocket.DefaultDialer for a real network.
+// DialPeer opens a connection as a client that has not sent a frame. The dialer is a Listener's, or websocket.DefaultDialer for a real network.
 func DialPeer(tb testing.TB, dialer *websocket.Dialer, rawURL, token string, sid uint64) *Peer {
 	tb.Helper()
 	query := url.Values{"authorization": {"Bearer " + token}, "x-cryo-sid": {strconv.FormatUint(sid, 10)}}
 	ws, resp, err := dialer.Dial(rawURL+"?"+query.Encode(), nil)
-	require.NoError(tb, err, "answered with %+v", resp)
+	require.NoError(tb, err, "response: %+v", resp)
 	_ = resp.Body.Close()
 	return newPeer(tb, ws, sid, nil)
 }

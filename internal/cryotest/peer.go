@@ -22,13 +22,13 @@ const Patience = 10 * time.Second
 // frame is not received. Reading begins with the first Want, or with Read.
 type Peer struct {
 	WS *websocket.Conn
-	// SID is put into frames that are written without one, and expected in all
-	// that are read.
+	// SID is set in frames that are written without one, and expected in all frames that
+	// are read.
 	SID uint64
-	// Request is what opened the connection; nil for a client.
+	// Request is the upgrade request; nil for a client.
 	Request *http.Request
-	// First is the number of the other end's first frame, its ENDPOINT_INFO, once
-	// that has come. Each session starts at another one.
+	// First is the number of the other end's first frame, its ENDPOINT_INFO, once that is
+	// received. Each session starts at another number.
 	First uint32
 
 	tb      testing.TB
@@ -36,7 +36,7 @@ type Peer struct {
 	writing chan struct{} // a lock; waiting for a mutex would stop synctest's clock
 
 	mu      sync.Mutex
-	pongs   bool // answer pings, and don't report them
+	pongs   bool // respond to pings, and do not report them
 	events  []event
 	arrived chan struct{} // holds a token when there are events
 }
@@ -49,7 +49,7 @@ type event struct {
 
 func newPeer(tb testing.TB, ws *websocket.Conn, sid uint64, r *http.Request) *Peer {
 	p := &Peer{WS: ws, SID: sid, Request: r, tb: tb, writing: make(chan struct{}, 1), arrived: make(chan struct{}, 1)}
-	ws.SetCloseHandler(func(int, string) error { return nil }) // doesn't answer
+	ws.SetCloseHandler(func(int, string) error { return nil }) // sends no close frame
 	tb.Cleanup(func() { _ = ws.Close() })
 	return p
 }
@@ -62,13 +62,13 @@ func (p *Peer) Conn() *Conn {
 	return c
 }
 
-// WriteFrames sends frames, each in one message.
+// WriteFrames sends frames, each in a message of its own.
 func (p *Peer) WriteFrames(frames ...wire.Frame) {
 	p.tb.Helper()
 	require.NoError(p.tb, p.TryWriteFrames(frames...))
 }
 
-// TryWriteFrames is WriteFrames for when it may fail.
+// TryWriteFrames is WriteFrames for a connection that may have ended.
 func (p *Peer) TryWriteFrames(frames ...wire.Frame) error {
 	for _, f := range frames {
 		if f.SID == 0 {
@@ -111,7 +111,7 @@ func (p *Peer) WriteClose(code int, reason string) {
 	require.NoError(p.tb, p.write(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason)))
 }
 
-// AnswerPings makes the peer answer pings by itself, as the published ones do.
+// AnswerPings makes the peer respond to pings, as the published packages do.
 func (p *Peer) AnswerPings() {
 	p.mu.Lock()
 	p.pongs = true
@@ -119,7 +119,7 @@ func (p *Peer) AnswerPings() {
 	p.Read()
 }
 
-// Read makes the peer read all that comes from now on, until the end.
+// Read makes the peer read continuously from now on.
 func (p *Peer) Read() { p.reading.Do(func() { go p.read() }) }
 
 func (p *Peer) read() {
@@ -133,7 +133,7 @@ func (p *Peer) read() {
 			f, err = wire.Parse(b)
 		}
 		if len(f.Payload) == 0 {
-			f.Payload = nil // so that frames can be compared
+			f.Payload = nil // so that frames compare equal
 		}
 		p.add(event{f, err})
 		if err != nil {
@@ -173,7 +173,7 @@ func (p *Peer) next(what string) event {
 		select {
 		case <-p.arrived:
 		case <-patience:
-			require.FailNow(p.tb, "nothing came", "wanted: %s", what)
+			require.FailNow(p.tb, "timed out", "wanted: %s", what)
 		}
 	}
 }
@@ -194,7 +194,7 @@ func (p *Peer) WantType(what string, typ wire.Type) wire.Frame {
 	e := p.next(what)
 	require.NoError(p.tb, e.err, "wanted: %s", what)
 	if e.frame.Type != typ || e.frame.SID != p.SID {
-		require.FailNow(p.tb, "another frame came", "wanted: %s, a %v of session %d, got %v %+v", what, typ, p.SID, e.frame.Type, e.frame)
+		require.FailNow(p.tb, "another frame", "wanted: %s, a %v of session %d, got %v %+v", what, typ, p.SID, e.frame.Type, e.frame)
 	}
 	return e.frame
 }
@@ -230,8 +230,8 @@ func (p *Peer) WantLost(what string) {
 	}
 }
 
-// WantIdle expects no frame for some time. Under synctest, an instant is enough
-// for all that happens without the passing of time.
+// WantIdle expects no frame for some time. Under synctest, a nanosecond covers everything
+// that happens without a timer.
 func (p *Peer) WantIdle(what string, during time.Duration) {
 	p.tb.Helper()
 	p.Read()
@@ -241,11 +241,11 @@ func (p *Peer) WantIdle(what string, during time.Duration) {
 	if len(p.events) > 0 {
 		e := p.events[0]
 		require.NoError(p.tb, e.err, "wanted: %s", what)
-		require.FailNow(p.tb, "a frame came", "wanted: %s, got %v %+v", what, e.frame.Type, e.frame)
+		require.FailNow(p.tb, "unexpected frame", "wanted: %s, got %v %+v", what, e.frame.Type, e.frame)
 	}
 }
 
-// Taken gives the frames that have come.
+// Taken returns the frames that are received and not yet expected.
 func (p *Peer) Taken() (frames []wire.Frame) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -256,7 +256,7 @@ func (p *Peer) Taken() (frames []wire.Frame) {
 	return frames
 }
 
-// Skip drops what has come, and returns how many frames these were.
+// Skip drops the frames that Taken returns, and returns their number.
 func (p *Peer) Skip() (frames int) { return len(p.Taken()) }
 
 // WantEndpointInfo expects the other end's ENDPOINT_INFO next, which sets First.
@@ -269,7 +269,7 @@ func (p *Peer) WantEndpointInfo(what string) {
 	require.Equal(p.tb, want, f, "wanted: %s", what)
 }
 
-// ClientHandshake plays the client's part, as cryo-client-node does.
+// ClientHandshake does the client's part of the handshake, as cryo-client-node does.
 func (p *Peer) ClientHandshake() {
 	p.tb.Helper()
 	p.WriteFrames(EndpointInfo(0))
@@ -278,7 +278,7 @@ func (p *Peer) ClientHandshake() {
 	p.WriteFrames(Acked(p.First))
 }
 
-// ServerHandshake plays the server's part, as cryo-server does.
+// ServerHandshake does the server's part of the handshake, as cryo-server does.
 func (p *Peer) ServerHandshake() {
 	p.tb.Helper()
 	p.WantEndpointInfo("the client's ENDPOINT_INFO")

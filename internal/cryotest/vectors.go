@@ -22,7 +22,7 @@ var vectorTypes = map[string]wire.Type{
 	"ping_pong": wire.PingPong, "error": wire.Error, "ack": wire.Ack, "bye": wire.Bye, "endpoint_info": wire.EndpointInfo,
 }
 
-// Vector is a frame that the reference wrote, with the fields it put in.
+// Vector is a frame that the reference encoded, with its fields.
 type Vector struct {
 	Name  string
 	Bytes HexBytes `json:"hex"`
@@ -44,7 +44,7 @@ type Vector struct {
 	Payload              HexBytes `json:"payload_hex"`
 }
 
-// Frame is the frame that the fields describe.
+// Frame returns the frame with the fields.
 func (v Vector) Frame() wire.Frame {
 	f := wire.Frame{
 		SID: v.SID, Ack: v.Ack, Version: v.Version, Features: v.Features,
@@ -56,7 +56,7 @@ func (v Vector) Frame() wire.Frame {
 	return f
 }
 
-// Malformed is a byte sequence and what the reference said to it.
+// Malformed is an invalid frame, with the reference's reaction.
 type Malformed struct {
 	Name      string
 	Bytes     HexBytes `json:"hex"`
@@ -72,7 +72,7 @@ func (h *HexBytes) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Vectors returns the frames that the reference wrote, and malformed ones.
+// Vectors returns frames that the reference encoded, and malformed ones.
 func Vectors(tb testing.TB) (valid []Vector, bad []Malformed) {
 	tb.Helper()
 	var vectors struct {
@@ -81,7 +81,7 @@ func Vectors(tb testing.TB) (valid []Vector, bad []Malformed) {
 		Malformed []Malformed
 	}
 	decoder := json.NewDecoder(bytes.NewReader(vectorsFile))
-	decoder.DisallowUnknownFields() // a field of the reference that nobody compares
+	decoder.DisallowUnknownFields() // a field of the reference that no test compares
 	require.NoError(tb, decoder.Decode(&vectors))
 	require.NotEmpty(tb, vectors.Valid)
 	require.NotEmpty(tb, vectors.Malformed)

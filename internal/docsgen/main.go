@@ -1,9 +1,9 @@
-// Command docsgen writes the reference pages of the components, one Markdown
-// file each, from the specifications that the engine itself goes by:
+// Command docsgen writes the reference pages of the components, one Markdown file each,
+// from the specifications with which they are registered:
 //
 //	docsgen docs/components
 //
-// It owns that directory: "go generate ./..." runs it, CI compares.
+// "go generate ./..." runs it; CI fails if the pages differ.
 package main
 
 import (
@@ -34,7 +34,7 @@ func main() {
 	}
 }
 
-// write writes all pages under dir, which exists.
+// write writes all pages into dir, which must exist.
 func write(dir string) error {
 	pages, err := render()
 	if err != nil {
@@ -56,7 +56,7 @@ func write(dir string) error {
 	return nil
 }
 
-// render gives the pages of all our components, by file name.
+// render returns the pages of our components, by file name.
 func render() (map[string][]byte, error) {
 	var (
 		env   = service.GlobalEnvironment()
@@ -88,13 +88,13 @@ var page = template.Must(template.New("component").Funcs(template.FuncMap{
 	"trim":     strings.TrimSpace,
 }).Parse(pageText))
 
-// component is what a page is made of.
+// component is the data of a page.
 type component struct {
 	service.TemplateDataPlugin
 	Fields []field
 }
 
-// field is a field with what the engine's data for templates leaves out.
+// field is a field with the properties that the engine's template data omits.
 type field struct {
 	service.TemplateDataPluginField
 	Type     string
@@ -129,7 +129,7 @@ type spec struct {
 	Children []spec `json:"children"`
 }
 
-// fieldsOf adds to the fields properties that only the specification has.
+// fieldsOf adds the properties that only the specification has.
 func fieldsOf(config *service.ConfigView, data []service.TemplateDataPluginField) ([]field, error) {
 	raw, err := config.FormatJSON()
 	if err != nil {
@@ -147,7 +147,7 @@ func fieldsOf(config *service.ConfigView, data []service.TemplateDataPluginField
 	for i, d := range data {
 		f, ok := specs[d.FullName]
 		if !ok {
-			return nil, fmt.Errorf("field %s is in the data for templates, but not in the specification", d.FullName)
+			return nil, fmt.Errorf("field %s is in the template data, but not in the specification", d.FullName)
 		}
 		f.TemplateDataPluginField = d
 		fields[i] = f
@@ -155,7 +155,7 @@ func fieldsOf(config *service.ConfigView, data []service.TemplateDataPluginField
 	return fields, nil
 }
 
-// collect notes a field's children by their full names, which are the engine's.
+// collect adds a field's children to into, by the full names that the engine uses.
 func (s *spec) collect(path string, advanced bool, into map[string]field) {
 	for _, child := range s.Children {
 		name, advanced := path+child.Name, advanced || child.Advanced
@@ -182,8 +182,7 @@ var (
 	link      = regexp.MustCompile(`(https?://[^\s\[\]]+)\[([^\]^]*)\^?\]`)
 )
 
-// markdown turns the engine's dialect of AsciiDoc, in which descriptions are
-// written, into Markdown.
+// markdown converts descriptions from the engine's dialect of AsciiDoc into Markdown.
 func markdown(text string) string {
 	text = heading.ReplaceAllStringFunc(text, func(h string) string {
 		return strings.ReplaceAll(h, "=", "#")

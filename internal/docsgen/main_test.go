@@ -16,7 +16,7 @@ func TestEachPageHasItsSections(t *testing.T) {
 	for name, content := range pages {
 		page := string(content)
 		for _, section := range []string{"## Delivery", "## Metadata", "## Performance", "## Examples", "## Fields"} {
-			assert.Contains(t, page, "\n\n"+section+"\n\n", "%s has a section", name)
+			assert.Contains(t, page, "\n\n"+section+"\n\n", "%s has no such section", name)
 		}
 		for _, leftover := range []string{"missing documentation", "xref:", "\n==", "^]", "<no value>"} {
 			assert.NotContains(t, page, leftover, name)
@@ -24,7 +24,7 @@ func TestEachPageHasItsSections(t *testing.T) {
 	}
 }
 
-func TestFieldsAreMarkedAsInTheSpecification(t *testing.T) {
+func TestFieldsHaveTheirTypeDefaultAndMarks(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
 
@@ -36,7 +36,7 @@ func TestFieldsAreMarkedAsInTheSpecification(t *testing.T) {
 			"### `token`\n\n`string` · default `\"\"` · **secret**",
 			"### `connect_timeout`\n\n`string` · default `\"5s\"` · advanced\n",
 			"### `headers`\n\n`object with values of string` · default `{}` · advanced\n",
-			"### `tls.client_certs[].cert`\n\n`string` · default `\"\"` · advanced\n", // as its parent
+			"### `tls.client_certs[].cert`\n\n`string` · default `\"\"` · advanced\n", // like its parent
 			"### `streams`\n\n`object`\n",
 			"| `received` | ",
 			"url: ws://localhost:8080\n# or\nurl: wss://",
@@ -54,7 +54,7 @@ func TestFieldsAreMarkedAsInTheSpecification(t *testing.T) {
 	}
 }
 
-func TestMarkdown(t *testing.T) {
+func TestDescriptionsBecomeMarkdown(t *testing.T) {
 	assert.Equal(t, strings.Join([]string{
 		"## Section",
 		"a == b, see [there](https://example.com/a) and",

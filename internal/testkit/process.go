@@ -64,7 +64,7 @@ func Binary(tb testing.TB, flags ...string) string {
 			built.path, built.err = filepath.Abs(built.path)
 			return
 		}
-		if built.dir, built.err = os.MkdirTemp("", "cryo-connect-"); built.err != nil {
+		if built.dir, built.err = os.MkdirTemp("", "cryo-connect-"); built.err != nil { //nolint:usetesting // it outlives the test
 			return
 		}
 		built.path = filepath.Join(built.dir, "cryo-connect")

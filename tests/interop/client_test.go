@@ -155,7 +155,7 @@ func TestClientIsAcknowledgedAfterDelivery(t *testing.T) {
 	// Redelivered, which is the default.
 	d1.Respond(http.StatusInternalServerError)
 	again := g.Next()
-	require.Equal(t, "first", string(again.Body))
+	require.Equal(t, "first", again.Body)
 	c.wantOpen(first)
 	again.Respond(http.StatusOK)
 	c.wantDone(first)
