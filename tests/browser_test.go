@@ -69,10 +69,12 @@ func hash(pageURL, server string) string {
 	return pageURL + "#" + url.Values{"server": {server}, "token": {token}}.Encode()
 }
 
+// servePage serves the page of config/browser.
 func servePage(w http.ResponseWriter, r *http.Request) {
 	http.ServeFile(w, r, "../config/browser/index.html")
 }
 
+// do runs actions in the tab.
 func (p *page) do(actions ...chromedp.Action) {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.ctx, testkit.Patience)
@@ -91,6 +93,7 @@ func (p *page) want(condition string) {
 	}
 }
 
+// wantState waits until the page shows a state of its connection.
 func (p *page) wantState(state string) {
 	p.t.Helper()
 	p.want(fmt.Sprintf("document.querySelector('#state').textContent === %q", state))
@@ -102,11 +105,13 @@ func (p *page) wantLine(kind, words, note string) {
 	p.want(fmt.Sprintf("[...document.querySelectorAll('#log li.%s')].some(li => li.firstChild.textContent === %q && li.lastChild.textContent === %q)", kind, words, note))
 }
 
+// send types a text and sends it.
 func (p *page) send(text string) {
 	p.t.Helper()
 	p.do(chromedp.SendKeys("#text", text, chromedp.ByQuery), chromedp.Click("button", chromedp.ByQuery))
 }
 
+// sendFile chooses a file, which the page sends as a stream.
 func (p *page) sendFile(name string, content []byte) {
 	p.t.Helper()
 	path := filepath.Join(p.t.TempDir(), name)

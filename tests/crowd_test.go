@@ -64,6 +64,7 @@ func join(tb testing.TB, address string, secure *tls.Config, n int, expected []b
 	return c
 }
 
+// dial connects the client with index i.
 func (c *crowd) dial(i int, address string, secure *tls.Config) (err error) {
 	scheme := "ws://"
 	if secure != nil {
@@ -84,6 +85,7 @@ func (c *crowd) dial(i int, address string, secure *tls.Config) (err error) {
 	return err
 }
 
+// receive acknowledges the messages of a session, and counts the expected ones.
 func (c *crowd) receive(s *cryo.Session, expected []byte) {
 	for {
 		m, err := s.Receive(context.Background())
@@ -137,6 +139,7 @@ func (c *crowd) wantHeartbeats(n int64, longest time.Duration) {
 	}
 }
 
+// wantAlive wants every session to be open.
 func (c *crowd) wantAlive() {
 	c.tb.Helper()
 	for _, s := range c.sessions {

@@ -45,6 +45,7 @@ type image struct {
 	Entrypoint, Cmd, Healthcheck []string
 }
 
+// readDockerfile reads the repository's Dockerfile.
 func readDockerfile(t *testing.T) image {
 	t.Helper()
 	return readBy[image](t, "dockerfile", "Dockerfile")

@@ -23,6 +23,7 @@ type kafka struct {
 	*testkit.Listener
 }
 
+// runKafka runs a cluster with topics of three partitions, until the test's end.
 func runKafka(t *testing.T, topics ...string) *kafka {
 	t.Helper()
 	k := &kafka{}
@@ -44,8 +45,10 @@ func runKafka(t *testing.T, topics ...string) *kafka {
 	return k
 }
 
+// brokers returns the addresses for a pipeline's configuration.
 func (k *kafka) brokers() string { return strings.Join(k.ListenAddrs(), ",") }
 
+// client returns a client of the cluster, which the test's end closes.
 func (k *kafka) client(t *testing.T, opts ...kgo.Opt) *kgo.Client {
 	t.Helper()
 	client, err := kgo.NewClient(append(opts, kgo.SeedBrokers(k.ListenAddrs()...))...)
@@ -129,6 +132,7 @@ func (k *kafka) forgetMembers(t *testing.T, group string) {
 	require.NoError(t, err)
 }
 
+// header returns the value of a record's header, or "".
 func header(r *kgo.Record, key string) string {
 	for _, h := range r.Headers {
 		if h.Key == key {

@@ -135,6 +135,7 @@ func metricNames(t *testing.T, file, pattern string) []string {
 	return find(testkit.ReadFile(t, file), pattern)
 }
 
+// find returns the first groups of all matches, sorted and without duplicates.
 func find(text, pattern string) []string {
 	var names []string
 	for _, match := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {

@@ -29,16 +29,16 @@ func TestPresence(t *testing.T) {
 		require.NoError(t, err)
 		return s
 	}
-	const away = `{"connected":false}`
-	want("7", "", away)
-	want("7", "?cryo_session_event=connected&cryo_session_id=7&cryo_message_type=session", away)
-	want("7", "", away)
+	const offline = `{"connected":false}`
+	want("7", "", offline)
+	want("7", "?cryo_session_event=connected&cryo_session_id=7&cryo_message_type=session", offline)
+	want("7", "", offline)
 
 	s := visit("ann")
 	want("7", "", `{"connected":true,"name":"ann"}`)
-	want("8", "", away)
+	want("8", "", offline)
 	require.NoError(t, s.Close(t.Context(), ""))
-	want("7", "", away)
+	want("7", "", offline)
 
 	lost := visit("ann") // whose connection is lost without a close
 	want("7", "", `{"connected":true,"name":"ann"}`)
@@ -47,6 +47,6 @@ func TestPresence(t *testing.T) {
 	<-lost.Done()
 	want("7", "", `{"connected":true,"name":"ann again"}`)
 	require.NoError(t, s.Close(t.Context(), ""))
-	want("7", "", away)
+	want("7", "", offline)
 	p.Interrupt()
 }

@@ -27,10 +27,12 @@ type flaky struct {
 	failed    chan struct{} // one for each failure
 }
 
+// newFlaky returns an output that fails.
 func newFlaky() *flaky {
 	return &flaky{delivered: make(map[string]int), failed: make(chan struct{}, 1000)}
 }
 
+// write is the output, for AddConsumerFunc.
 func (f *flaky) write(_ context.Context, m *service.Message) error {
 	b, err := m.AsBytes()
 	if err != nil {
@@ -50,12 +52,14 @@ func (f *flaky) write(_ context.Context, m *service.Message) error {
 	return nil
 }
 
+// recover makes later writes succeed.
 func (f *flaky) recover() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.works = true
 }
 
+// has reports whether a text was delivered.
 func (f *flaky) has(text string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

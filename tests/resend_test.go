@@ -17,20 +17,21 @@ import (
 // resender is an application that sends messages on its newest session, each until it
 // is acknowledged.
 type resender struct {
-	mu       sync.Mutex
-	todo     []string
-	acked    []string
-	unclear  map[string]int // failed sends that may have been delivered
-	sends    int
-	progress chan struct{}      // closed and replaced with each acknowledgement
-	session  *cryo.Session      // the newest; nil before the first
-	renewed  chan struct{}      // closed and replaced with each session
-	stop     context.CancelFunc // ends the workers
-	working  sync.WaitGroup
+	mu             sync.Mutex
+	todo           []string
+	acked          []string
+	maybeDelivered map[string]int // failed sends that may have been delivered
+	sends          int
+	progress       chan struct{}      // closed and replaced with each acknowledgement
+	session        *cryo.Session      // the newest; nil before the first
+	renewed        chan struct{}      // closed and replaced with each session
+	stop           context.CancelFunc // ends the workers
+	working        sync.WaitGroup
 }
 
+// newResender sends texts with a number of workers, until stop is called.
 func newResender(sessions <-chan *cryo.Session, texts []string, workers int) *resender {
-	r := &resender{todo: slices.Clone(texts), unclear: make(map[string]int), progress: make(chan struct{}), renewed: make(chan struct{})}
+	r := &resender{todo: slices.Clone(texts), maybeDelivered: make(map[string]int), progress: make(chan struct{}), renewed: make(chan struct{})}
 	var ctx context.Context
 	ctx, r.stop = context.WithCancel(context.Background())
 	r.working.Go(func() {
@@ -53,6 +54,7 @@ func newResender(sessions <-chan *cryo.Session, texts []string, workers int) *re
 	return r
 }
 
+// work sends one message after the other until all are acknowledged.
 func (r *resender) work(ctx context.Context) {
 	for ctx.Err() == nil {
 		r.mu.Lock()
@@ -80,7 +82,7 @@ func (r *resender) work(ctx context.Context) {
 		} else {
 			r.todo = append(r.todo, text)
 			if closed := (*cryo.PeerClosedError)(nil); session != nil && !errors.As(err, &closed) {
-				r.unclear[text]++
+				r.maybeDelivered[text]++
 			}
 		}
 		another := r.session != session

@@ -32,6 +32,7 @@ type s3 struct {
 	process *testkit.Process // while it is up
 }
 
+// runS3 runs a server with an empty bucket, until the test's end.
 func runS3(t *testing.T) *s3 {
 	t.Helper()
 	tool := exec.Command("go", "tool", "-C", "../tools/versitygw", "-n", "versitygw") // builds it, unless it is cached
@@ -82,6 +83,7 @@ func (s *s3) objects() map[string]string {
 	return objects
 }
 
+// put stores an object.
 func (s *s3) put(key, content string) {
 	s.t.Helper()
 	path := filepath.Join(s.dir, "buckets", bucket, filepath.FromSlash(key))

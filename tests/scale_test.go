@@ -81,6 +81,7 @@ func BenchmarkTenThousandIdleSessions(b *testing.B) {
 	}
 }
 
+// measure opens the sessions, broadcasts, and checks the memory of both.
 func (i *idleness) measure(tb testing.TB) {
 	n := i.sessions
 	allowFiles(tb, uint64(n)+500)

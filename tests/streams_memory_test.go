@@ -23,6 +23,7 @@ import (
 
 const maxMemory = 200 << 20 // bytes
 
+// longStream returns the length of a long stream in bytes.
 func longStream() int64 {
 	if testkit.LongTests() {
 		return 4 << 30
@@ -61,6 +62,8 @@ func memory(tb testing.TB, p *testkit.Process, account string) int64 {
 	return kib << 10
 }
 
+// wantLittleMemory checks the maximum resident memory of a process that has transferred
+// bytes since begin.
 func wantLittleMemory(t *testing.T, p *testkit.Process, bytes int64, begin time.Time) {
 	t.Helper()
 	peak := memory(t, p, "VmHWM")

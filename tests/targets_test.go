@@ -46,6 +46,7 @@ func listenIn(t *testing.T, address, token string) *listener {
 	return l
 }
 
+// got returns the texts up to now.
 func (l *listener) got() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -57,13 +58,13 @@ func TestRooms(t *testing.T) {
 	p := example(t, "rooms.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "HTTP_ADDRESS="+address)
 	cryoAddress := p.Listening()
 	p.WantLog("Output type cryo_server is now active")
-	say := func(room, text string) (testkit.Response, error) {
+	post := func(room, text string) (testkit.Response, error) {
 		return testkit.HTTP(http.MethodPost, "http://"+address+"/rooms/"+room, text)
 	}
 	enter := func(rooms ...string) *listener {
 		l := listenIn(t, cryoAddress, jwt(t, "HS256", "s3cret", map[string]any{"rooms": rooms}))
 		testkit.Eventually(t, func(c *assert.CollectT) { // until the output has the session
-			_, err := say(rooms[0], "welcome")
+			_, err := post(rooms[0], "welcome")
 			require.NoError(c, err)
 			require.NotEmpty(c, l.got())
 		})
@@ -71,16 +72,16 @@ func TestRooms(t *testing.T) {
 	}
 	red, blue, both := enter("red"), enter("blue"), enter("both", "red", "blue")
 	for room, text := range map[string]string{"red": "to red", "blue": "to blue", "green": "to nobody"} {
-		resp, err := say(room, text)
+		resp, err := post(room, text)
 		require.NoError(t, err)
 		require.Equal(t, http.StatusOK, resp.Status)
 	}
-	said := func(l *listener) []string {
+	received := func(l *listener) []string {
 		return slices.DeleteFunc(l.got(), func(text string) bool { return text == "welcome" })
 	}
-	require.Equal(t, []string{"to red"}, said(red))
-	require.Equal(t, []string{"to blue"}, said(blue))
-	require.ElementsMatch(t, []string{"to red", "to blue"}, said(both))
+	require.Equal(t, []string{"to red"}, received(red))
+	require.Equal(t, []string{"to blue"}, received(blue))
+	require.ElementsMatch(t, []string{"to red", "to blue"}, received(both))
 	p.Interrupt()
 }
 

@@ -18,7 +18,7 @@ import (
 const Patience = 10 * time.Second
 
 // Peer is the other end of a Cryo connection. It sends what the test sends and
-// nothing else, except answers to WebSocket pings, and fails the test when an expected
+// nothing else, except WebSocket pongs, and fails the test when an expected
 // frame is not received. Reading begins with the first Want, or with Read.
 type Peer struct {
 	WS *websocket.Conn

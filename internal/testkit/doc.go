@@ -42,7 +42,7 @@ func Listen(tb testing.TB) net.Listener {
 
 // ReserveAddress returns an address that refuses connections until a program listens on
 // it, which it may do repeatedly; see package address for why no other program gets the
-// port meanwhile. Use it where the program is told its address before it listens: for
+// port meanwhile. Use it where the address must be known before the program listens: for
 // the engine's http.address, and for servers that restart. Where the program logs its
 // port, let it listen on port 0 and call [Lines.Listening].
 func ReserveAddress(tb testing.TB) string {

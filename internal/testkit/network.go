@@ -83,7 +83,7 @@ func (c *listenerConn) Close() error {
 }
 
 // Proxy is a TCP proxy. It passes each connection to the next of its backends, and skips
-// those that refuse connections, as a load balancer does.
+// those that do not listen, as a load balancer does.
 type Proxy struct {
 	net.Listener
 	backends []string
@@ -140,6 +140,7 @@ func (p *Proxy) cut(conns *[]net.Conn) {
 	*conns = nil
 }
 
+// pass passes data in both directions until the backend closes.
 func (p *Proxy) pass(client net.Conn) {
 	defer client.Close()
 	backend := p.dial()
@@ -162,6 +163,7 @@ func (p *Proxy) pass(client net.Conn) {
 	_, _ = io.Copy(client, backend)
 }
 
+// dial connects to the next backend that listens; nil is none.
 func (p *Proxy) dial() net.Conn {
 	for range p.backends {
 		if backend, err := net.Dial("tcp", p.backends[int(p.turn.Add(1))%len(p.backends)]); err == nil {

@@ -111,9 +111,9 @@ func (q *queue) next(limit int) ([]int, bool) {
 	return q.queued[:min(limit, len(q.queued))], len(q.queued) > 0
 }
 
-// settle removes the acknowledged units from the queue. errs has an error for each sent
+// remove removes the acknowledged units from the queue. errs has an error for each sent
 // unit; nil is none at all.
-func (q *queue) settle(sent []int, errs []error) {
+func (q *queue) remove(sent []int, errs []error) {
 	var left []int
 	for n, i := range sent {
 		if errs != nil && errs[n] != nil {
@@ -160,6 +160,7 @@ func (q *queue) sendTo(ctx context.Context, sessions <-chan *cryo.Session, strea
 	}
 }
 
+// sendBatch sends messages in a batch, and removes the acknowledged ones.
 func (q *queue) sendBatch(ctx context.Context, s *cryo.Session, sent []int) error {
 	batch := make([]cryo.OutMessage, len(sent))
 	for n, i := range sent {
@@ -170,14 +171,15 @@ func (q *queue) sendBatch(ctx context.Context, s *cryo.Session, sent []int) erro
 	if failed, ok := err.(*cryo.BatchError); ok { //nolint:errorlint // it is SendBatch's own
 		errs = failed.Errs
 	}
-	q.settle(sent, errs)
+	q.remove(sent, errs)
 	return err
 }
 
+// sendStream sends a unit as a stream, and removes it if it is acknowledged.
 func (q *queue) sendStream(ctx context.Context, s *cryo.Session, i int) error {
 	source := strings.NewReader(strings.Join(q.units[i], "\n"))
 	err := s.SendStream(ctx, source, &cryo.StreamOptions{Name: strconv.Itoa(i), ChunkBytes: 1 + q.random.IntN(5000)})
-	q.settle([]int{i}, []error{err})
+	q.remove([]int{i}, []error{err})
 	return err
 }
 
@@ -199,6 +201,8 @@ func (l *ledger) receiveFrom(ctx context.Context, sessions <-chan *cryo.Session,
 	}
 }
 
+// receive receives and acknowledges a message or a stream; false is the end of the
+// session.
 func (l *ledger) receive(ctx context.Context, s *cryo.Session, streams bool) bool {
 	if !streams {
 		m, err := s.Receive(ctx)

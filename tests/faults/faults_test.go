@@ -134,6 +134,7 @@ type test struct {
 	streams bool
 }
 
+// run sends until the faults have happened, and checks the ledger.
 func (t *test) run(random *rand.Rand) {
 	timing := timing{heartbeat: 15 * time.Second, connect: 2 * testkit.Patience}
 	if t.silent {
@@ -268,7 +269,7 @@ func (q *queue) produce(ctx context.Context, produce service.MessageBatchHandler
 			return
 		}
 		if err == nil {
-			q.settle(sent, nil)
+			q.remove(sent, nil)
 		}
 	}
 }
@@ -281,6 +282,8 @@ type pipeline struct {
 	log     *testkit.Lines
 }
 
+// runPipeline runs a pipeline with the component, in the test's process. server is the
+// address for a component that dials.
 func (t *test) runPipeline(l *ledger, random *rand.Rand, server string, timing timing) *pipeline {
 	t.Helper()
 	p := &pipeline{ended: make(chan error, 1), log: testkit.NewLines(t, "the pipeline")}

@@ -83,6 +83,7 @@ type breaks struct {
 	allDone chan struct{}
 }
 
+// start must be called before the line is made.
 func (b *breaks) start(random *rand.Rand) {
 	b.random, b.over, b.allDone = random, make(chan struct{}), make(chan struct{})
 	if b.times == 0 {
@@ -140,6 +141,7 @@ func (b *breaks) pass(c *conn, then after, n int) int {
 	return n
 }
 
+// isBroken reports whether the connection has broken.
 func (c *conn) isBroken() bool {
 	select {
 	case <-c.broken:
@@ -176,6 +178,7 @@ func (b *breaks) another() bool {
 	return true
 }
 
+// enough reports whether every break has happened.
 func (b *breaks) enough() bool {
 	select {
 	case <-b.allDone:

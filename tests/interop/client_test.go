@@ -101,12 +101,12 @@ func TestClientManyMessagesBothWays(t *testing.T) {
 		for k := range posts {
 			c.want("text", func(e event) bool { return e.Text == fmt.Sprintf("down-%d", k) })
 		}
-		require.Zero(t, c.Count(isEvent("text")), "messages came twice")
+		require.Zero(t, c.Count(isEvent("text")), "duplicate messages")
 		prefix := fmt.Sprintf("up-%d-", i)
 		seen := make(map[string]bool)
 		for range sent {
 			line := p.Take("a client's message", func(line string) bool { return strings.HasPrefix(line, prefix) })
-			require.False(t, seen[line], "%s came twice", line)
+			require.False(t, seen[line], "%s was delivered twice", line)
 			seen[line] = true
 		}
 	}
@@ -335,7 +335,7 @@ func TestClientReceivesHeartbeats(t *testing.T) {
 		require.Equal(t, "ping", c.want("heartbeat").Kind)
 	}
 	c.run(command{"do": "text", "text": "still here"})
-	// A pong that is answered would be answered again, thousands a second.
+	// If a pong were answered with a ping, there would be thousands in a second.
 	require.Less(t, c.Count(isEvent("heartbeat")), 50)
 	require.Zero(t, c.Count(isEvent("closed")))
 }

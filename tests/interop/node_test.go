@@ -57,6 +57,7 @@ type (
 	}
 )
 
+// startNode starts a script of peers with the packages, and waits until it is ready.
 func startNode(t *testing.T, script string, args ...string) *node {
 	t.Helper()
 	modules := nodeModules(t)
@@ -124,8 +125,10 @@ func server(t *testing.T, port int, keepAlive time.Duration) *node {
 	return n
 }
 
+// url returns the server's URL.
 func (n *node) url() string { return fmt.Sprintf("ws://127.0.0.1:%d", n.port) }
 
+// parseEvent parses a line of a Node process; other lines are not ok.
 func parseEvent(line string) (e event, ok bool) {
 	return e, strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &e) == nil
 }
@@ -165,6 +168,7 @@ func (n *node) tell(c command) (id int) {
 	return n.number
 }
 
+// responds suits the line that ends a command's promise.
 func responds(id int) func(string) bool {
 	return func(line string) bool {
 		e, ok := parseEvent(line)
@@ -232,6 +236,7 @@ func (p payload) String() string {
 	return fmt.Sprintf("%s of %d bytes", p.kind, p.size)
 }
 
+// command returns the command that sends the payload.
 func (p payload) command() command {
 	c := command{"do": p.kind, "size": p.size}
 	if p.text != "" {
@@ -240,6 +245,7 @@ func (p payload) command() command {
 	return c
 }
 
+// bytes returns the data.
 func (p payload) bytes() []byte {
 	switch {
 	case p.text != "":
@@ -259,6 +265,7 @@ func (p payload) messageType() string {
 	return p.kind
 }
 
+// letters returns a text that peers/peer.mjs generates too.
 func letters(size int) []byte {
 	b := make([]byte, size)
 	for i := range b {
@@ -267,6 +274,7 @@ func letters(size int) []byte {
 	return b
 }
 
+// numbers returns bytes that peers/peer.mjs generates too.
 func numbers(size, seed int) []byte {
 	b := make([]byte, size)
 	for i := range b {
@@ -275,6 +283,7 @@ func numbers(size, seed int) []byte {
 	return b
 }
 
+// sum returns the SHA-256 of data in hex.
 func sum(b []byte) string {
 	s := sha256.Sum256(b)
 	return hex.EncodeToString(s[:])
@@ -286,4 +295,5 @@ func is(b []byte) func(event) bool {
 	return func(e event) bool { return e.Bytes == len(b) && e.SHA256 == want }
 }
 
+// named suits an event of a stream with this name.
 func named(name string) func(event) bool { return func(e event) bool { return e.Name == name } }

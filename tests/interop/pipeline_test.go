@@ -78,6 +78,7 @@ output:
   stdout: {}
 `
 
+// parseReceived parses a line of toLines; other lines are not ok.
 func parseReceived(line string) (r received, ok bool) {
 	return r, strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &r) == nil
 }

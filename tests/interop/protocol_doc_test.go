@@ -121,6 +121,7 @@ func describedFrame(t *testing.T, about string) wire.Frame {
 	return f
 }
 
+// rejoined returns the text that the fields were parsed from.
 func rejoined(fields [][]string) string {
 	var b strings.Builder
 	for _, field := range fields {
@@ -129,6 +130,7 @@ func rejoined(fields [][]string) string {
 	return b.String()
 }
 
+// typeNamed returns the frame type with a name.
 func typeNamed(t *testing.T, name string) wire.Type {
 	t.Helper()
 	for n := range 256 {

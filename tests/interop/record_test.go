@@ -21,6 +21,7 @@ import (
 // These tests record the transcripts in testdata, between the binary and the published
 // packages: CRYO_RECORD=1 go test -run TestRecord ./tests/interop
 
+// recording skips the test unless transcripts are recorded.
 func recording(t *testing.T) {
 	t.Helper()
 	if os.Getenv("CRYO_RECORD") == "" {
@@ -48,6 +49,7 @@ func newTap(t *testing.T) *tap {
 	return tp
 }
 
+// ServeHTTP connects the client to the target, and passes messages in both directions.
 func (tp *tap) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	accepting, resp, err := websocket.DefaultDialer.Dial("ws://"+tp.target+"/?"+r.URL.RawQuery, nil)
 	if err != nil {
@@ -70,7 +72,7 @@ func (tp *tap) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // pump passes the messages of one direction.
 func (tp *tap) pump(from, to *websocket.Conn, ours bool) {
-	from.SetCloseHandler(func(int, string) error { return nil }) // the other end answers
+	from.SetCloseHandler(func(int, string) error { return nil }) // the other end sends the close frame
 	for {
 		_, b, err := from.ReadMessage()
 		if err == nil {
@@ -91,6 +93,7 @@ func (tp *tap) pump(from, to *websocket.Conn, ours bool) {
 	}
 }
 
+// record adds a frame or a close to the transcript.
 func (tp *tap) record(e entry) {
 	tp.mu.Lock()
 	defer tp.mu.Unlock()
@@ -120,6 +123,7 @@ func through(t *testing.T, n *node, sendsOnly bool) *tap {
 	return tp
 }
 
+// dial has the fields of a component that dials the tap.
 func (tp *tap) dial() string {
 	return fmt.Sprintf(`
     url: ws://%s

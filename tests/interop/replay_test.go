@@ -66,6 +66,7 @@ type call struct {
 	done chan error
 }
 
+// newReplay opens the session and its peer.
 func newReplay(t *testing.T, tr *transcript) *replay {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*testkit.Patience)
@@ -95,7 +96,7 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 		}))
 		r.peer = cryotest.DialPeer(t, l.Dialer(), "ws://replay.test", token, sid)
 	}
-	r.peer.WS.SetCloseHandler(func(int, string) error { return nil }) // the transcript has the answer
+	r.peer.WS.SetCloseHandler(func(int, string) error { return nil }) // the transcript has the close frame
 	go r.listen()
 	return r
 }
@@ -116,6 +117,7 @@ func (r *replay) listen() {
 	}
 }
 
+// run plays the transcript, and wants no frame that it does not have.
 func (r *replay) run() {
 	r.t.Helper()
 	for i := range r.tr.entries {
@@ -143,7 +145,7 @@ func (r *replay) run() {
 	select {
 	case <-r.theSession().Done():
 	case <-r.ctx.Done():
-		require.FailNow(r.t, "the session goes on")
+		require.FailNow(r.t, "timed out waiting for the session's end")
 	}
 	for e := range r.sent {
 		r.extra = append(r.extra, e)
@@ -228,6 +230,7 @@ func (r *replay) act(f *wire.Frame, at int) {
 	}
 }
 
+// call runs a call of the application that waits for the peer.
 func (r *replay) call(what string, f func(*cryo.Session) error) {
 	c := &call{what, make(chan error, 1)}
 	r.calls = append(r.calls, c)
@@ -250,7 +253,7 @@ func (r *replay) acknowledge(number uint32) {
 		select {
 		case <-st.read:
 		case <-r.ctx.Done():
-			require.FailNow(r.t, "the stream goes on", "tx %d", f.Tx)
+			require.FailNow(r.t, "timed out waiting for the stream's end", "tx %d", f.Tx)
 		}
 		require.NoError(r.t, st.err)
 		require.Equal(r.t, string(r.chunks(f.Tx, false)), string(st.data), "the stream's bytes")
@@ -322,6 +325,7 @@ func (r *replay) next(want string) {
 	}
 }
 
+// leftOver describes extra.
 func (r *replay) leftOver() (all []string) {
 	for i := range r.extra {
 		all = append(all, r.extra[i].String())
@@ -347,6 +351,7 @@ func (r *replay) wantFrame(want *wire.Frame, e *entry) {
 	}
 }
 
+// isResponse reports whether a session sends frames of this type in response to others.
 func isResponse(typ wire.Type) bool {
 	return typ == wire.Ack || typ == wire.Error || typ == wire.PingPong || typ == wire.TxFetch || typ == wire.TxCancel
 }

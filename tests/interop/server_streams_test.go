@@ -41,14 +41,14 @@ func TestServerIsPulledFrom(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := input(t, n, "    streams:\n      flow_control: pull\n", toLines)
-	// The reply to a text comes behind the one to TX_FLOW.
+	// The acknowledgement of a text follows that of TX_FLOW.
 	n.run(command{"do": "text", "text": "the flow control is set"})
 	p.wantMessage("a message", []byte("the flow control is set"))
 	testServerStreams(t, n, p, 0)
 }
 
-// testServerStreams has the server send streams. Their size is announced unless
-// it is said to be -1.
+// testServerStreams makes the server send streams. announced is -1 if the package does not
+// announce their size.
 func testServerStreams(t *testing.T, n *node, p *pipeline, announced int) {
 	t.Helper()
 	const most = 4<<20 - 17 - 1 // as above
@@ -61,7 +61,7 @@ func testServerStreams(t *testing.T, n *node, p *pipeline, announced int) {
 		if announced < 0 {
 			require.Equal(t, -1, r.Size)
 			n.wantDone(id)
-		} else { // the promise of a stream that is pulled never settles
+		} else { // the package's promise of a pulled stream never settles
 			require.Equal(t, len(join(chunks...)), r.Size)
 		}
 	}

@@ -103,7 +103,7 @@ func TestServerManyMessagesBothWays(t *testing.T) {
 		receiver.wantMessage(fmt.Sprintf("message %d of the server", i), fmt.Appendf(nil, "down-%d", i))
 	}
 	receiver.wantNoMessage()
-	require.Zero(t, n.Count(isEvent("text")), "messages came twice")
+	require.Zero(t, n.Count(isEvent("text")), "duplicate messages")
 }
 
 func TestServerIsAcknowledgedAfterDelivery(t *testing.T) {
@@ -135,7 +135,7 @@ func TestServerIgnoresLateAcknowledgements(t *testing.T) {
 	input(t, n, "", toService(g))
 	late := n.tell(command{"do": "text", "text": "late"})
 	d := g.Next()
-	for range 8 { // the package gives up after 2.5 seconds
+	for range 8 { // the package forgets a message after 2.5 s
 		n.want("heartbeat")
 	}
 	d.Respond(http.StatusOK)

@@ -39,6 +39,7 @@ const (
 	sendsOnlyRole = ", to send only"
 )
 
+// frame parses the frame of an entry that is not a close.
 func (e *entry) frame(t *testing.T) wire.Frame {
 	t.Helper()
 	f, err := wire.Parse(e.wire)
@@ -46,6 +47,7 @@ func (e *entry) frame(t *testing.T) wire.Frame {
 	return f
 }
 
+// String is the entry's line in the file.
 func (e *entry) String() string {
 	who := "<"
 	if e.ours {
@@ -86,6 +88,7 @@ func describe(f *wire.Frame) string {
 	return s
 }
 
+// write writes the file testdata/name.txt.
 func (tr *transcript) write(t *testing.T, name string) {
 	t.Helper()
 	var b strings.Builder
@@ -106,6 +109,7 @@ func (tr *transcript) write(t *testing.T, name string) {
 	require.NoError(t, os.WriteFile(filepath.Join("testdata", name+".txt"), []byte(b.String()), 0o600))
 }
 
+// readTranscript reads a file that write has written.
 func readTranscript(t *testing.T, file string) *transcript {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -137,6 +141,7 @@ func readTranscript(t *testing.T, file string) *transcript {
 	return tr
 }
 
+// transcripts returns the files' paths.
 func transcripts(t *testing.T) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join("testdata", "*.txt"))

@@ -1,5 +1,5 @@
-// Package address reserves TCP addresses for programs that are told where to listen
-// and do not report which port they chose.
+// Package address reserves TCP addresses for programs that do not report which port
+// they have chosen.
 package address
 
 import "io"
