@@ -160,7 +160,9 @@ func (p *Proxy) pass(client net.Conn) {
 			_ = backend.(*net.TCPConn).CloseWrite()
 		}
 	})
-	_, _ = io.Copy(client, backend)
+	if _, err := io.Copy(client, backend); errors.Is(err, net.ErrClosed) { // CutClients closed it
+		_, _ = io.Copy(io.Discard, backend)
+	}
 }
 
 // dial connects to the next backend that listens; nil is none.

@@ -141,24 +141,31 @@ func TestClientIsAcknowledgedAfterDelivery(t *testing.T) {
 	p := run(t, "input:\n  cryo_server:"+listen+toService(g))
 	c := connected(t, p.Listening())
 
-	first := c.tell(command{"do": "text", "text": "first"})
+	wantAcknowledgedAfterDelivery(t, g, c)
+}
+
+// wantAcknowledgedAfterDelivery makes the node send messages, and wants each to be
+// acknowledged when the service has accepted it.
+func wantAcknowledgedAfterDelivery(t *testing.T, g *testkit.WebService, n *node) {
+	t.Helper()
+	first := n.tell(command{"do": "text", "text": "first"})
 	d1 := g.Next()
-	second := c.tell(command{"do": "binary", "size": 1000})
+	second := n.tell(command{"do": "binary", "size": 1000})
 	d2 := g.Next()
-	c.wantOpen(first)
-	c.wantOpen(second)
+	n.wantOpen(first)
+	n.wantOpen(second)
 
 	d2.Respond(http.StatusOK)
-	c.wantDone(second)
-	c.wantOpen(first)
+	n.wantDone(second)
+	n.wantOpen(first)
 
 	// Redelivered, which is the default.
 	d1.Respond(http.StatusInternalServerError)
 	again := g.Next()
 	require.Equal(t, "first", again.Body)
-	c.wantOpen(first)
+	n.wantOpen(first)
 	again.Respond(http.StatusOK)
-	c.wantDone(first)
+	n.wantDone(first)
 }
 
 func TestClientReceivesARejection(t *testing.T) {
@@ -260,6 +267,13 @@ func TestClientReceivesStreams(t *testing.T) {
 	c := connected(t, p.Listening())
 	s.ready(p)
 
+	wantStreamsOfAllSizes(t, s, c)
+}
+
+// wantStreamsOfAllSizes posts streams, and wants the node to receive them in chunks of 5000
+// bytes.
+func wantStreamsOfAllSizes(t *testing.T, s *source, n *node) {
+	t.Helper()
 	var running []*posted
 	sizes := []int{0, 1, 4999, 5000, 5001, 3_000_000}
 	for _, size := range sizes {
@@ -267,7 +281,7 @@ func TestClientReceivesStreams(t *testing.T) {
 	}
 	for i, size := range sizes {
 		running[i].wantDelivered(fmt.Sprintf("stream of %d bytes", size))
-		e := c.want("streamed", named(fmt.Sprintf("of %d", size)), is(numbers(size, 0)))
+		e := n.want("streamed", named(fmt.Sprintf("of %d", size)), is(numbers(size, 0)))
 		require.Equal(t, (size+4999)/5000, e.Chunks, "chunks of %d bytes", size)
 	}
 }

@@ -18,16 +18,7 @@ func TestServerReceivesStreams(t *testing.T) {
       name: ${! @name }
       chunk_bytes: 5000
 `)
-	var running []*posted
-	sizes := []int{0, 1, 4999, 5000, 5001, 3_000_000}
-	for _, size := range sizes {
-		running = append(running, s.post(numbers(size, 0), fmt.Sprintf("name=of %d", size)))
-	}
-	for i, size := range sizes {
-		running[i].wantDelivered(fmt.Sprintf("stream of %d bytes", size))
-		e := n.want("streamed", named(fmt.Sprintf("of %d", size)), is(numbers(size, 0)))
-		require.Equal(t, (size+4999)/5000, e.Chunks, "chunks of %d bytes", size)
-	}
+	wantStreamsOfAllSizes(t, s, n)
 }
 
 func TestServerSendsStreams(t *testing.T) {

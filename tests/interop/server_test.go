@@ -112,20 +112,7 @@ func TestServerIsAcknowledgedAfterDelivery(t *testing.T) {
 	g := testkit.NewWebService(t)
 	input(t, n, "", toService(g))
 
-	first := n.tell(command{"do": "text", "text": "first"})
-	d1 := g.Next()
-	second := n.tell(command{"do": "binary", "size": 1000})
-	d2 := g.Next()
-	n.wantOpen(first)
-	n.wantOpen(second)
-	d2.Respond(http.StatusOK)
-	n.wantDone(second)
-	n.wantOpen(first)
-	d1.Respond(http.StatusInternalServerError)
-	again := g.Next()
-	n.wantOpen(first)
-	again.Respond(http.StatusOK)
-	n.wantDone(first)
+	wantAcknowledgedAfterDelivery(t, g, n)
 }
 
 func TestServerIgnoresLateAcknowledgements(t *testing.T) {
