@@ -18,8 +18,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// BenchmarkLoad: one operation is one message. Compare two states of the code
-// with benchstat, or loads of one run with benchstat -col /of.
+// One operation is one message. Compare two versions of the code with benchstat, or the
+// loads of one run with benchstat -col /of.
 func BenchmarkLoad(b *testing.B) {
 	for _, l := range loads {
 		way, of, _ := strings.Cut(l.name, "/")
@@ -27,7 +27,7 @@ func BenchmarkLoad(b *testing.B) {
 			run, err := l.start()
 			require.NoError(b, err)
 			defer run.stop()
-			require.NoError(b, run.do(max(16, l.sessions))) // the first ones wait for the sessions
+			require.NoError(b, run.do(max(16, l.sessions))) // the first messages wait for the sessions
 			b.SetBytes(int64(l.unit))
 			b.ReportAllocs()
 			b.ResetTimer()
@@ -38,8 +38,8 @@ func BenchmarkLoad(b *testing.B) {
 	}
 }
 
-// The table and the names of loads have to agree.
-func TestGoals(t *testing.T) {
+// The names of loads are unique, and the table uses existing ones.
+func TestEveryGoalNamesALoad(t *testing.T) {
 	known := make(map[string]bool)
 	for _, l := range allLoads() {
 		require.False(t, known[l.name], "two loads are called %s", l.name)

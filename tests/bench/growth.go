@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// growing is one table of how cost grows.
+// growing is a table of loads with growing cost.
 type growing struct {
 	what  string
 	loads []load
@@ -56,7 +56,7 @@ func bytesText(n int) string {
 	}
 }
 
-// allLoads are those that can be named.
+// allLoads are the loads of all tables.
 func allLoads() []load {
 	all := slices.Clone(loads)
 	for _, g := range growths() {
@@ -82,7 +82,7 @@ func printGrowth(rounds int, duration time.Duration) error {
 	return printLatency(rounds, duration)
 }
 
-// printLatency paces the peer at half the rate that was just measured.
+// printLatency measures the latency at half of a rate.
 func printLatency(rounds int, duration time.Duration) error {
 	l := cryoInput("cryo", defaultInput, kib, window)
 	var p50, p99, rates []float64

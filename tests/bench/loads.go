@@ -8,16 +8,16 @@ import (
 
 const token = "bench"
 
-// load is something to be measured: a subject in this process, and its peer.
+// load is a measured transfer: a subject in this process, and its peer.
 type load struct {
 	name  string
 	start func() (*running, error)
 	unit  int // bytes of a message's payload
 
-	sessions int // that take part; no fewer messages are tried
+	sessions int // at least one message is sent for each
 }
 
-// What the loads have in common, if they don't say otherwise.
+// The defaults of the loads.
 const (
 	window = 1024 // messages outstanding
 	batch  = 64
@@ -49,7 +49,7 @@ func cryoInput(name, yaml string, size, window int) load {
 	return input(name, "cryo", yaml, peerSpec{Protocol: speaksCryo, Size: size, Window: window})
 }
 
-// serverInput's sessions have the window together.
+// serverInput has a number of sessions, which share the window.
 func serverInput(name string, sessions, window int) load {
 	return input(name, "cryo_server", listen, peerSpec{Protocol: speaksCryo, Size: kib, Window: window, Sessions: sessions})
 }
@@ -59,7 +59,7 @@ func loopInput(kind, name string, size, window int) load {
 	return load{name: "in/" + kind + name, unit: size, start: func() (*running, error) { return startLoop(spec) }}
 }
 
-// minimalInput is an input of the engine that costs nothing else.
+// minimalInput is an input that costs no more than the engine.
 func minimalInput(name string, size, window int) load {
 	spec := peerSpec{Protocol: speaksCryo, Source: true, Size: size, Window: window}
 	return load{name: "in/minimal" + name, unit: size, start: func() (*running, error) {
@@ -78,7 +78,7 @@ func output(name, component, yaml string, batch int, spec peerSpec) load {
 	}}
 }
 
-// cryoOutput has as many batches on their way as fill the window.
+// cryoOutput has as many batches in flight as fill the window.
 func cryoOutput(name string, size, batch, window int) load {
 	yaml := fmt.Sprintf(`{ url: ws://ADDRESS, token: TOKEN, max_in_flight: %d }`, max(1, window/batch))
 	return output(name, "cryo", yaml, batch, peerSpec{Protocol: speaksCryo, Size: size})
@@ -114,7 +114,7 @@ func loopOutput(kind, name string, size, window int) load {
 	return load{name: "out/" + kind + name, unit: size, start: func() (*running, error) { return startLoop(spec) }}
 }
 
-// loads are all that the table and the benchmarks measure.
+// loads are the loads of the table and the benchmarks.
 var loads = []load{
 	cryoInput("cryo-bare", bareInput, kib, window),
 	cryoInput("cryo", defaultInput, kib, window),
@@ -128,7 +128,7 @@ var loads = []load{
 	loopOutput(speaksPlain, "", kib, window),
 
 	serverInput("cryo_server", 1, window),
-	serverInput("cryo_server-100-sessions", 100, 100*batch), // each may have a batch outstanding
+	serverInput("cryo_server-100-sessions", 100, 100*batch), // a batch in flight for each
 	input("socket_server", "socket_server", `{ network: tcp, address: ADDRESS, scanner: { lines: {} } }`,
 		peerSpec{Protocol: speaksLines, Size: kib, Sessions: 1}),
 	serverOutput("cryo_server", 1),

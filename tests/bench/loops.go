@@ -16,9 +16,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// The measure: loops over gorilla/websocket that acknowledge, and do nothing
-// else. The plain one has the library's defaults and one write a frame; the
-// gathered one has buffers of 64 KiB, and one write for what there is.
+// The reference: loops over gorilla/websocket that only acknowledge. The plain one has the
+// library's defaults and one write for each frame; the gathered one has buffers of 64 KiB
+// and one write for all pending frames.
 
 const (
 	gatheredBuffer = 64 << 10
@@ -61,8 +61,8 @@ func (g *gathering) flush() error {
 	return err
 }
 
-// loop is one end of a Cryo session by hand. Both ends of a loop are the same,
-// but for who dials.
+// loop is one end of a Cryo session without the library. Both ends of a loop are the same,
+// except that one dials.
 type loop struct {
 	ws    *websocket.Conn
 	flush func() error
@@ -71,7 +71,7 @@ type loop struct {
 	sent     int64
 	acked    atomic.Int64
 	progress chan struct{} // holds a token when acked has grown
-	ended    chan struct{} // closed when nothing more is read
+	ended    chan struct{} // closed when reading has ended
 }
 
 const loopSession = 1
@@ -101,7 +101,7 @@ func dialLoop(address string, gathered bool) (*loop, error) {
 	return newLoop(ws), nil
 }
 
-// listenLoop says where it listens, and waits for the one that dials.
+// listenLoop listens, writes its address, and waits for the other end.
 func listenLoop(gathered bool) (*loop, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -141,7 +141,7 @@ func frame(f wire.Frame) []byte {
 	return b
 }
 
-// next reads a message into memory that the next one will use again.
+// next reads a message; it is valid until the next call.
 func (l *loop) next() (f wire.Frame, err error) {
 	_, r, err := l.ws.NextReader()
 	if err != nil {
@@ -163,7 +163,7 @@ func (l *loop) next() (f wire.Frame, err error) {
 	}
 }
 
-// acknowledge answers what comes, until the connection ends.
+// acknowledge acknowledges messages until the connection ends.
 func (l *loop) acknowledge() {
 	defer close(l.ended)
 	ack := frame(wire.Frame{Type: wire.Ack})
@@ -215,8 +215,7 @@ func (l *loop) send(n int, message []byte, window int) error {
 	return nil
 }
 
-// run starts the end of a loop that this process has, and says how it lets
-// messages pass.
+// run starts this process's end of a loop, and returns a function that transfers messages.
 func (l *loop) run(spec peerSpec, source bool) (do func(n int) error) {
 	if !source {
 		go l.acknowledge()

@@ -12,16 +12,16 @@ import (
 	"time"
 )
 
-// result is what one run of a load tells.
+// result is the result of one run of a load.
 type result struct {
 	Rate   float64 // messages a second
 	CPU    float64 // of both processes, in µs a message
-	Allocs float64 // of the subject, the engine's own included, a message
-	Peak   float64 // MiB that were resident at most, of the subject
+	Allocs float64 // of the subject, including the engine, a message
+	Peak   float64 // maximum resident MiB of the subject
 }
 
-// measure runs a load for about so long. It is warm by then: how many messages
-// that are is tried first.
+// measure runs a load for about a duration, after runs that determine the number of
+// messages.
 func measure(l load, duration time.Duration, profile string) (r result, err error) {
 	run, err := l.start()
 	if err != nil {
@@ -70,8 +70,8 @@ func measure(l load, duration time.Duration, profile string) (r result, err erro
 	}, nil
 }
 
-// enough is how many messages take about so long, tried from n on. The first ones
-// also wait for the sessions to be there, so they tell nothing.
+// enough returns how many messages take about a duration, beginning with n. The first run
+// is not counted: it waits for the sessions.
 func enough(run *running, n int, duration time.Duration) (int, error) {
 	if err := run.do(n); err != nil {
 		return 0, err
@@ -87,7 +87,7 @@ func enough(run *running, n int, duration time.Duration) (int, error) {
 	}
 }
 
-// peakMemory is known on Linux, else 0.
+// peakMemory is 0 on systems other than Linux.
 func peakMemory() float64 {
 	status, _ := os.ReadFile("/proc/self/status") // of other systems: nothing
 	_, rest, _ := strings.Cut(string(status), "VmHWM:")
@@ -96,7 +96,7 @@ func peakMemory() float64 {
 	return kilobytes / 1024
 }
 
-// printOne is the process that measures one load.
+// printOne measures one load, and prints its result.
 func printOne(name string, duration time.Duration, profile string) error {
 	i := slices.IndexFunc(allLoads(), func(l load) bool { return l.name == name })
 	if i < 0 {
@@ -104,7 +104,7 @@ func printOne(name string, duration time.Duration, profile string) error {
 		for _, l := range allLoads() {
 			names = append(names, l.name)
 		}
-		return fmt.Errorf("there is no load %q, but %s", name, strings.Join(names, ", "))
+		return fmt.Errorf("no load is called %q; the loads are %s", name, strings.Join(names, ", "))
 	}
 	r, err := measure(allLoads()[i], duration, profile)
 	if err != nil {
@@ -131,8 +131,7 @@ func inProcess(l load, duration time.Duration) (r result, err error) {
 // measured are the results of a load, by round.
 type measured []result
 
-// inTurn measures all loads, round after round, so that what disturbs the
-// machine meets all of them.
+// inTurn measures all loads, round after round, so that a disturbance affects all of them.
 func inTurn(loads []load, rounds int, duration time.Duration) (map[string]measured, error) {
 	all := make(map[string]measured)
 	for round := range rounds {

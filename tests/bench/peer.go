@@ -13,36 +13,36 @@ import (
 	"time"
 )
 
-// A peer is the other end of a load, in a process of its own: this program,
-// started again with a peerSpec in its environment. It takes orders on its
-// standard input, a line each, and answers each with a line.
+// A peer is the other end of a load, in a process of its own: this program, started again
+// with a peerSpec in its environment. It reads commands from its standard input, one a
+// line, and responds to each with a line.
 
 const peerVariable = "CRYO_BENCH_PEER"
 
-// What a peer speaks.
+// The protocols of a peer.
 const (
 	speaksCryo      = "cryo"
-	speaksStreams   = "streams"   // Cryo, and each order is one stream; Size is a chunk's
+	speaksStreams   = "streams"   // Cryo; each command sends one stream of chunks of Size
 	speaksWebSocket = "websocket" // nothing is acknowledged
 	speaksLines     = "lines"     // over TCP, nothing is acknowledged
 	speaksPlain     = "plain"     // the loops' Cryo, with the other end of a loop
 	speaksGathered  = "gathered"
 )
 
-// peerSpec tells a peer what to be.
+// peerSpec configures a peer.
 type peerSpec struct {
 	Protocol string
-	Source   bool   // sends when ordered to; otherwise it acknowledges what comes
+	Source   bool   // sends on command; otherwise it acknowledges what it receives
 	Dial     string // the address to dial; empty is to listen
 	Sessions int    // to dial
-	Window   int    // messages that may be unacknowledged, of all sessions together
+	Window   int    // maximum of unacknowledged messages, of all sessions together
 	Size     int    // of a message's payload, in bytes
 }
 
-// report is a peer's answer.
+// report is a peer's response.
 type report struct {
 	CPU     time.Duration   // used since the peer was started
-	Latency []time.Duration // from send to acknowledgement, of the paced order
+	Latency []time.Duration // from send to acknowledgement, of a paced command
 }
 
 // peer is the handle of a peer's process.
@@ -85,12 +85,12 @@ func startPeer(spec peerSpec) (*peer, error) {
 
 func (p *peer) answer() (string, error) {
 	if !p.answers.Scan() {
-		return "", errors.New("the peer has ended, see above")
+		return "", errors.New("the peer has ended")
 	}
 	return p.answers.Text(), nil
 }
 
-// order lets the peer do something, and waits for it to be done.
+// order sends a command to the peer, and waits until it is done.
 func (p *peer) order(format string, args ...any) (r report, err error) {
 	if _, err = fmt.Fprintf(p.orders, format+"\n", args...); err != nil {
 		return r, err
@@ -110,7 +110,7 @@ func (p *peer) stop() {
 	}
 }
 
-// isPeer tells whether this process was started as a peer, after it has been one.
+// isPeer runs the peer if this process was started as one, and reports whether it was.
 func isPeer() bool {
 	spec := os.Getenv(peerVariable)
 	if spec == "" {
@@ -122,7 +122,7 @@ func isPeer() bool {
 	return true
 }
 
-// runPeer is the peer's process. It ends when nobody can give orders any more.
+// runPeer is the peer's process. It ends at the end of its standard input.
 func runPeer(text string) error {
 	var spec peerSpec
 	if err := json.Unmarshal([]byte(text), &spec); err != nil {
@@ -153,12 +153,11 @@ func runPeer(text string) error {
 	return nil
 }
 
-// sendFunc sends n messages, at a rate a second if it is not 0; only then it
-// gives their latencies.
+// sendFunc sends n messages. A rate that is not 0 limits it, in messages a second; only
+// then it returns their latencies.
 type sendFunc func(n int, rate float64) (latency []time.Duration, err error)
 
-// connectPeer says where it listens, if it does, and returns when the sessions
-// are there.
+// connectPeer writes its address if it listens, and returns when the sessions are open.
 func connectPeer(spec peerSpec) (sendFunc, error) {
 	switch {
 	case spec.Protocol == speaksPlain || spec.Protocol == speaksGathered:
@@ -188,16 +187,16 @@ func obey(send sendFunc, line string) (r report, err error) {
 	case "pace":
 		_, err = fmt.Sscanf(rest, "%d %g", &n, &rate)
 	default:
-		err = errors.New("no such order")
+		err = errors.New("unknown command")
 	}
 	if err != nil {
-		return r, fmt.Errorf("order %q: %w", line, err)
+		return r, fmt.Errorf("command %q: %w", line, err)
 	}
 	r.Latency, err = send(n, rate)
 	return r, err
 }
 
-// acceptSession listens, says where, and waits for the one session.
+// acceptSession listens, writes its address, and waits for the session.
 func acceptSession(spec peerSpec) (sessions, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -213,7 +212,7 @@ func acceptSession(spec peerSpec) (sessions, error) {
 	return sessions{s}, err
 }
 
-// dialSessions dials, as soon as somebody listens.
+// dialSessions dials until the subject listens.
 func dialSessions(spec peerSpec) (all sessions, err error) {
 	fmt.Println("-")
 	for id := range spec.Sessions {

@@ -21,25 +21,23 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// running is a load under way: some subject, and its peer.
+// running is a running load: the subject and its peer.
 type running struct {
 	peer *peer
-	// do lets n messages pass, and returns when they are delivered, and
-	// acknowledged where anything is.
+	// do transfers n messages, and returns when they are delivered and, if the protocol has
+	// acknowledgements, acknowledged.
 	do  func(n int) error
 	end func() // ends the subject
 }
 
-// stop ends the peer first: it knows no goodbye, and the subjects don't wait for
-// one from who is gone.
+// stop ends the peer first: it has no close handshake, for which the subject would wait.
 func (r *running) stop() {
 	r.peer.stop()
 	r.end()
 }
 
-// receiving measures an input: the peer sends, and the pipeline drops. Each
-// message has passed when drop has it and the peer its acknowledgement. ADDRESS
-// in the input's YAML stands for that of the peer, or for the one to listen on.
+// receiving measures an input: the peer sends, and the pipeline drops. ADDRESS in the
+// input's YAML is replaced by the peer's address, or by the one on which to listen.
 func receiving(spec peerSpec, input string) (*running, error) {
 	p, address, err := startPeerFor(spec)
 	if err != nil {
@@ -69,8 +67,8 @@ func dropping(p *peer, own service.BatchInput, input string) (*running, error) {
 	return &running{p, do, stop}, nil
 }
 
-// sending measures an output: an input of our own hands over batches, and each
-// message has passed when the output says so.
+// sending measures an output: an input of our own returns batches, and a message is
+// transferred when its batch is acknowledged.
 func sending(spec peerSpec, batch int, output string) (*running, error) {
 	p, address, err := startPeerFor(spec)
 	if err != nil {
@@ -131,7 +129,7 @@ func runPipeline(count *counter, own service.BatchInput, input, output string) (
 		return nil, err
 	}
 	b := env.NewStreamBuilder()
-	if err := b.SetLoggerYAML(`level: NONE`); err != nil { // the binary's own logger; it would tell of the peer's end at length
+	if err := b.SetLoggerYAML(`level: NONE`); err != nil { // or the end of the peer is logged
 		return nil, err
 	}
 	if err := b.SetMetricsYAML(`count: {}`); err != nil {
@@ -153,16 +151,16 @@ func runPipeline(count *counter, own service.BatchInput, input, output string) (
 		_ = stream.Run(context.Background()) // only a stop ends it
 	}()
 	return func() {
-		_ = stream.StopWithin(time.Second) // the time is up for some of the engine's own
+		_ = stream.StopWithin(time.Second) // some of the engine's components exceed the timeout
 		<-ended
 	}, nil
 }
 
-// feed is an input that hands over batches as they are asked for: the same
-// messages again and again, so that what is measured is the output.
+// feed is an input that returns the same messages again and again, so that only the output
+// is measured.
 type feed struct {
 	messages  service.MessageBatch
-	batches   chan int // of so many of them
+	batches   chan int // sizes of the requested batches
 	delivered chan int
 }
 
@@ -194,8 +192,8 @@ func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	}
 }
 
-// minimal is an input that reads a message with the WebSocket library, and
-// acknowledges it: what the engine itself costs when messages come one at a time.
+// minimal is an input that reads and acknowledges messages with the WebSocket library
+// alone: the cost of the engine itself with messages one at a time.
 type minimal struct {
 	address string
 	loop    *loop
@@ -239,7 +237,7 @@ func (m *minimal) ReadBatch(ctx context.Context) (service.MessageBatch, service.
 	}, nil
 }
 
-// counter counts what outputs have delivered: the engine's own output_sent.
+// counter counts delivered messages: the engine's metric output_sent.
 type counter struct {
 	total, target atomic.Int64
 	reached       chan struct{} // holds a token when target may be reached
@@ -260,7 +258,7 @@ func (nothing) Incr(int64)   {}
 func (nothing) Set(int64)    {}
 func (nothing) Timing(int64) {}
 
-// exporter passes one metric on.
+// exporter exports one metric, to a counter.
 type exporter struct{ count *counter }
 
 func (e exporter) NewCounterCtor(name string, _ ...string) service.MetricsExporterCounterCtor {

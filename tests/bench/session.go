@@ -18,20 +18,20 @@ type session struct {
 	spec peerSpec
 	id   uint64
 	conn net.Conn
-	w    *webSocket // nil where lines are spoken
+	w    *webSocket // nil for the protocol lines
 
 	number    uint32
-	settled   atomic.Int64  // frames of ours that were acknowledged
-	progress  chan struct{} // holds a token when settled has grown
-	connected chan struct{} // closed when the other end's ENDPOINT_INFO is there
-	sentAt    []time.Time   // by number, of a paced order
+	acked     atomic.Int64  // acknowledged frames
+	progress  chan struct{} // holds a token when acked has grown
+	connected chan struct{} // closed when the other end's ENDPOINT_INFO is received
+	sentAt    []time.Time   // by number, of a paced command
 	latency   []time.Duration
 }
 
 const ackBytes = 8 + 1 + 4
 
-// newSession does the handshakes. The id is a client's own; a server takes it
-// from the first frame.
+// newSession does the handshakes. The id is a client's; a server reads it from the first
+// frame.
 func newSession(spec peerSpec, conn net.Conn, id uint64) (*session, error) {
 	s := &session{spec: spec, id: id, conn: conn, progress: make(chan struct{}, 1), connected: make(chan struct{})}
 	if spec.Protocol == speaksLines {
@@ -66,12 +66,12 @@ func (s *session) frame(f wire.Frame) []byte {
 	return b
 }
 
-// read counts acknowledgements, and acknowledges what is to be.
+// read counts acknowledgements, and acknowledges other frames that have a number.
 func (s *session) read() {
-	settled := int64(0)
+	acked := int64(0)
 	s.w.onPause = func() {
-		s.settled.Add(settled)
-		settled = 0
+		s.acked.Add(acked)
+		acked = 0
 		select {
 		case s.progress <- struct{}{}:
 		default:
@@ -90,7 +90,7 @@ func (s *session) read() {
 		number := binary.BigEndian.Uint32(head[9:])
 		switch wire.Type(head[8]) {
 		case wire.Ack:
-			settled++
+			acked++
 			if s.sentAt != nil {
 				s.latency = append(s.latency, time.Since(s.sentAt[number]))
 			}
@@ -105,21 +105,21 @@ func (s *session) read() {
 		binary.BigEndian.PutUint32(ack[9:], number)
 		s.w.append(ack)
 		if len(s.w.out) > writeAhead {
-			_ = s.w.flush() // reading tells
+			_ = s.w.flush() // the next read returns the error
 		}
 	}
 }
 
-// wait returns when so many frames are acknowledged.
+// wait returns when n frames are acknowledged.
 func (s *session) wait(n int64) {
-	for s.settled.Load() < n {
+	for s.acked.Load() < n {
 		<-s.progress
 	}
 }
 
 type sessions []*session
 
-// send is a sendFunc: the sessions share what is to be sent.
+// send is a sendFunc; the messages are divided among the sessions.
 func (all sessions) send(n int, rate float64) (latency []time.Duration, err error) {
 	errs := make([]error, len(all))
 	var sending sync.WaitGroup
@@ -158,20 +158,19 @@ func (s *session) send(n int, rate float64) error {
 	}
 }
 
-// block is a message again and again, so that as many as may be sent are written
-// at once, and none is copied for that.
+// block has copies of a message, which are written in one write without copying.
 type block struct {
 	bytes []byte
 	size  int // of one message
-	at    int // where its number is; 0 if it has none
+	at    int // offset of the number; 0 is none
 }
 
-// newBlock makes one for at most n messages at a time.
+// newBlock makes a block for at most n messages in a write.
 func newBlock(message []byte, at, n int) block {
 	return block{bytes.Repeat(message, max(1, min(n, writeAhead/len(message)))), len(message), at}
 }
 
-// block is that of a frame with a number there.
+// block makes a block of a frame, whose number is at this offset.
 func (s *session) block(frame []byte, at, n int) block {
 	head := appendHead(nil, len(frame), s.w.client)
 	return newBlock(append(head, frame...), len(head)+at, n)
@@ -179,7 +178,7 @@ func (s *session) block(frame []byte, at, n int) block {
 
 func (b block) len() int { return len(b.bytes) / b.size }
 
-// numbered gives so many messages, the first of which has this number.
+// numbered returns n messages, with numbers from first on.
 func (b block) numbered(n int, first uint32) []byte {
 	if b.at > 0 {
 		for i := range n {
@@ -209,9 +208,9 @@ func (s *session) messageBlock(payload []byte, n int) block {
 func (s *session) messages(n int, payload []byte) error {
 	window := int64(max(1, s.spec.Window/max(1, s.spec.Sessions)))
 	b := s.messageBlock(payload, int(min(window, int64(n))))
-	start := s.settled.Load()
+	start := s.acked.Load()
 	for sent := int64(0); sent < int64(n); {
-		room := min(window-(sent-(s.settled.Load()-start)), int64(n)-sent, int64(b.len()))
+		room := min(window-(sent-(s.acked.Load()-start)), int64(n)-sent, int64(b.len()))
 		if room == 0 {
 			<-s.progress
 			continue
@@ -232,10 +231,10 @@ func (s *session) writeNumbered(b block, n int) error {
 	return err
 }
 
-// pace sends in small portions, so that the rate is kept.
+// pace sends at the rate, a few messages in each write.
 func (s *session) pace(n int, rate float64, payload []byte) error {
 	b := s.messageBlock(payload, n)
-	start, begin := s.settled.Load(), time.Now()
+	start, begin := s.acked.Load(), time.Now()
 	s.sentAt = make([]time.Time, int(s.number)+n+1)
 	s.latency = make([]time.Duration, 0, n)
 	for sent := 0; sent < n; time.Sleep(200 * time.Microsecond) {
@@ -258,7 +257,7 @@ func (s *session) pace(n int, rate float64, payload []byte) error {
 // stream sends one stream of n chunks.
 func (s *session) stream(n int, chunk []byte) error {
 	s.number++
-	tx, start := s.number, s.settled.Load()
+	tx, start := s.number, s.acked.Load()
 	announce := s.block(s.frame(wire.Frame{Type: wire.TxStart, Ack: s.number, Tx: tx, Size: -1, Payload: []byte("bench")}), 9, 1)
 	if _, err := s.conn.Write(announce.bytes); err != nil {
 		return err

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// goal is a line of the table: what a load has to reach, against another one
-// or, where there is none, by itself.
+// goal is a row of the table: the ratio that a load must reach against another load, or its
+// own value if there is none.
 type goal struct {
 	load, against string
 	of            func(result) float64 // nil is the rate

@@ -11,9 +11,8 @@ import (
 	"net/http"
 )
 
-// webSocket is one end of a WebSocket as a peer has it: no more than the benchmarks
-// need, so that the peer costs little beside what is measured. Writes are
-// gathered until flush, or until there is nothing more to read.
+// webSocket is one end of a WebSocket with only what the benchmarks need, so that the peer
+// costs little. Writes are gathered until flush, or until a read has to wait.
 type webSocket struct {
 	conn    net.Conn
 	client  bool // masks, with a key of zeros
@@ -34,7 +33,7 @@ func newWebSocket(conn net.Conn, client bool) *webSocket {
 	return w
 }
 
-// pausing reads from the network behind a flush.
+// pausing flushes before it reads from the network.
 type pausing struct{ w *webSocket }
 
 func (p pausing) Read(b []byte) (int, error) {
@@ -102,8 +101,8 @@ func appendHead(b []byte, size int, client bool) []byte {
 	return b
 }
 
-// next reads a WebSocket frame, and gives the first bytes of its payload; none
-// of one that continues a message.
+// next reads a WebSocket frame, and returns the first bytes of its payload; none for a
+// continuation.
 func (w *webSocket) next(head []byte) (n int, err error) {
 	if _, err := w.in.Discard(w.last); err != nil {
 		return 0, err
@@ -147,5 +146,5 @@ func (w *webSocket) next(head []byte) (n int, err error) {
 	return n, nil
 }
 
-// drain reads and forgets.
+// drain reads and discards frames.
 func (w *webSocket) drain() { _, _ = io.Copy(io.Discard, w.in) }
