@@ -28,7 +28,7 @@ func jwt(t *testing.T, algorithm, secret string, claims map[string]any) string {
 	return signed + "." + encode(mac.Sum(nil))
 }
 
-func TestJWTClients(t *testing.T) {
+func TestOnlyClientsWithAValidJWTAreAccepted(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.jsonl")
 	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+path)
 	url := "ws://" + p.Listening()

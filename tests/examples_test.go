@@ -74,7 +74,7 @@ func wantLinted(t *testing.T, flags []string, files ...string) {
 	require.Empty(t, string(out))
 }
 
-func TestStdinToCryo(t *testing.T) {
+func TestTheProcessEndsWhenEveryLineIsAcknowledged(t *testing.T) {
 	server := testkit.Serve(t)
 	texts := numbered(6)
 	p := exampleReading(t, "stdin_to_cryo.yaml", strings.Join(texts, "\n"), "CRYO_URL="+server.URL())
@@ -100,7 +100,7 @@ func TestStdinToCryo(t *testing.T) {
 	p.WantExit(0)
 }
 
-func TestCryoServerToFile(t *testing.T) {
+func TestAnAcknowledgedMessageIsInTheFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.txt")
 	p := example(t, "cryo_server_to_file.yaml", "FILE="+path)
 	s := testkit.Dial(t, p.Listening())

@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestCryoToHTTP(t *testing.T) {
+func TestAMessageIsAcknowledgedWhenTheServiceAcceptsIt(t *testing.T) {
 	service, server := testkit.NewWebService(t), testkit.Serve(t)
 	p := example(t, "cryo_to_http.yaml", "CRYO_URL="+server.URL(), "HTTP_URL="+service.URL)
 	s := server.Session(t)
@@ -167,7 +167,7 @@ func wantOKAfterTheAck(t *testing.T, post func() <-chan testkit.Response, cryoAd
 	return m.Payload, response
 }
 
-func TestHTTPToCryoServer(t *testing.T) {
+func TestAnHTTPRequestSucceedsWhenAClientAcknowledges(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_server.yaml")
 	wantErrorWhenTheClientLeaves(t, post, address)
 	payload, _ := wantOKAfterTheAck(t, post, address)
@@ -175,7 +175,7 @@ func TestHTTPToCryoServer(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestHTTPToCryoWithReply(t *testing.T) {
+func TestAnHTTPResponseReportsTheDelivery(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_with_reply.yaml")
 	wantErrorWhenTheClientLeaves(t, post, address)
 	payload, response := wantOKAfterTheAck(t, post, address)

@@ -142,7 +142,7 @@ func header(r *kgo.Record, key string) string {
 	return ""
 }
 
-func TestCryoToKafka(t *testing.T) {
+func TestAMessageIsAcknowledgedWhenKafkaHasIt(t *testing.T) {
 	k := runKafka(t, "events")
 	p := example(t, "cryo_to_kafka.yaml", "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=events")
 	s := testkit.Dial(t, p.Listening())
@@ -200,7 +200,7 @@ func TestAMessageThatCannotBeProcessedBecomesADeadLetter(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestKafkaToCryo(t *testing.T) {
+func TestARecordIsCommittedWhenTheServerAcknowledges(t *testing.T) {
 	const group, topic = "bridge", "events"
 	k := runKafka(t, topic)
 	server := testkit.Serve(t)

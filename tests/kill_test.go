@@ -124,7 +124,7 @@ func TestNoMessageIsLostHoweverOftenTheProcessEnds(t *testing.T) {
 }
 
 // First in good order, which repeats no message, then not.
-func TestKafkaToCryoHoweverOftenTheProcessEnds(t *testing.T) {
+func TestNoRecordIsLostHoweverOftenTheProcessEnds(t *testing.T) {
 	const group, topic = "group", "messages"
 	random := testkit.Random(t)
 	k, server := runKafka(t, topic), testkit.Serve(t)

@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestPresence(t *testing.T) {
+func TestPresenceFollowsTheSessions(t *testing.T) {
 	address := testkit.ReserveAddress(t)
 	p := example(t, "presence.yaml", "HTTP_ADDRESS="+address)
 	server := "ws://" + p.Listening()

@@ -109,7 +109,7 @@ func (s *s3) lines() []line {
 	return all
 }
 
-func TestCryoToS3(t *testing.T) {
+func TestAMessageIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	store := runS3(t)
 	p := example(t, "cryo_to_s3.yaml", store.env()...)
 	s := testkit.Dial(t, p.Listening())
@@ -156,7 +156,7 @@ func TestCryoToS3(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestCryoStreamsToS3(t *testing.T) {
+func TestAStreamIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	store := runS3(t)
 	p := example(t, "cryo_streams_to_s3.yaml", store.env()...)
 	s := testkit.Dial(t, p.Listening())
@@ -184,7 +184,7 @@ func TestCryoStreamsToS3(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestS3ToCryoStreams(t *testing.T) {
+func TestAnObjectIsDeletedWhenItsStreamIsAcknowledged(t *testing.T) {
 	store, server := runS3(t), testkit.Serve(t)
 	want := map[string]string{"outbox/empty": "", "outbox/large.bin": string(testkit.RandomBytes(3<<20 + 1))}
 	for _, text := range numbered(20) {

@@ -84,7 +84,7 @@ func TestAStreamNameCannotLeaveTheDirectory(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestCSVStreamToJSON(t *testing.T) {
+func TestTheRowsOfACSVStreamBecomeJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "rows.jsonl")
 	p := example(t, "csv_stream_to_json.yaml", "FILE="+path)
 	s := testkit.Dial(t, p.Listening())

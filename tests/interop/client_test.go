@@ -71,7 +71,7 @@ func TestClientReceivesMessages(t *testing.T) {
 	}
 }
 
-func TestClientManyMessagesBothWays(t *testing.T) {
+func TestClientExchangesManyMessages(t *testing.T) {
 	t.Parallel()
 	const sent, posts = 2000, 300
 	s, input := newSource(t)
@@ -315,7 +315,7 @@ func TestClientStreamIsCancelled(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestClientStreamIsCutOff(t *testing.T) {
+func TestClientStreamIsTruncated(t *testing.T) {
 	t.Parallel()
 	for _, cut := range []string{"terminate", "close", "kill"} {
 		t.Run(cut, func(t *testing.T) {
@@ -395,7 +395,7 @@ func TestClientThatFreezesTimesOut(t *testing.T) {
 	c.want("closed")
 }
 
-func TestClientWithAWrongToken(t *testing.T) {
+func TestClientWithAWrongTokenIsDenied(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+toLines)
 	address := p.Listening()
@@ -408,7 +408,7 @@ func TestClientWithAWrongToken(t *testing.T) {
 	c.run(command{"do": "text", "text": "with the right one"})
 }
 
-func TestClientWithAnIDThatIsTaken(t *testing.T) {
+func TestClientWithATakenIDIsDeniedOrTakesOver(t *testing.T) {
 	t.Parallel()
 	p := run(t, `
 input:

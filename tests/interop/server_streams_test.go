@@ -138,7 +138,7 @@ func TestServerStreamIsCancelled(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestServerStreamIsCutOff(t *testing.T) {
+func TestServerStreamIsTruncated(t *testing.T) {
 	t.Parallel()
 	for _, cut := range []string{"terminate", "close"} {
 		t.Run(cut, func(t *testing.T) {

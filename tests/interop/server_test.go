@@ -81,7 +81,7 @@ func TestServerSendsNoFrameOf4MiB(t *testing.T) {
 	n.wantOpen(after)
 }
 
-func TestServerManyMessagesBothWays(t *testing.T) {
+func TestServerExchangesManyMessages(t *testing.T) {
 	t.Parallel()
 	const sent = 1000
 	n := server(t, 0, quiet)
