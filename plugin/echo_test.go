@@ -192,7 +192,7 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 		synctest.Wait()
 		f := e.give("m")
 		client.Ack(client.WantType("the broadcast", wire.UTF8))
-		require.ErrorContains(t, next(t, f.verdict), "none within ack_timeout (3s)")
+		require.ErrorContains(t, next(t, f.verdict), "timed out after ack_timeout (3s)")
 		for settled := 0; settled < 10; {
 			a := e.arrival()
 			settled += len(a.batch)

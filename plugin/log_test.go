@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,20 +35,21 @@ func (b *logBook) all() []string {
 	return append([]string(nil), b.lines...)
 }
 
-// count tells how many lines have the words.
-func (b *logBook) count(words string) int {
+// count returns the number of lines that contain all of the words, such as a message and
+// fields ("session=77").
+func (b *logBook) count(words ...string) int {
 	n := 0
 	for _, line := range b.all() {
-		if strings.Contains(line, words) {
+		if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(line, word) }) {
 			n++
 		}
 	}
 	return n
 }
 
-func (b *logBook) want(t *testing.T, words string) {
+func (b *logBook) want(t *testing.T, words ...string) {
 	t.Helper()
-	assert.Positive(t, b.count(words), "no log line with %q in:\n%s", words, strings.Join(b.all(), "\n"))
+	assert.Positive(t, b.count(words...), "no log line with %q in:\n%s", words, strings.Join(b.all(), "\n"))
 }
 
 type bookHandler struct {
@@ -127,11 +129,11 @@ func TestClientsThatAreClosedDoNotFloodTheLog(t *testing.T) {
 		for _, c := range clients {
 			require.Error(t, c.Err())
 		}
-		require.Equal(t, 1, e.log.count("WARN Closing session "))
+		require.Equal(t, 1, e.log.count("WARN Closing session: "))
 
 		e.dial()
 		require.Error(t, next(t, e.give("m").verdict))
-		require.Equal(t, 2, e.log.count("WARN Closing session "))
+		require.Equal(t, 2, e.log.count("WARN Closing session: "))
 		e.log.want(t, "suppressed=9")
 	})
 }

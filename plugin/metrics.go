@@ -173,18 +173,15 @@ func (m *sendMetrics) awaited(inTime bool, messages int, began time.Time) {
 	}
 }
 
-// settled counts messages that one session was sent, by what became of them.
-func (m *sendMetrics) settled(messages []parcel, errs []error) {
+// settled counts messages that one session was sent, by their results. errs is nil if all were
+// acknowledged.
+func (m *sendMetrics) settled(messages []*outMessage, errs []error) {
 	var sent, rejected tally
-	for i := range messages {
-		t := messages[i].Kind
-		if messages[i].isStream {
-			t = cryo.KindStream
-		}
-		if errs[i] == nil {
-			sent.add(t, len(messages[i].Payload))
+	for i, message := range messages {
+		if errs == nil || errs[i] == nil {
+			sent.add(message.Kind, len(message.Payload))
 		} else if isRejection(errs[i]) {
-			rejected.add(t, 0)
+			rejected.add(message.Kind, 0)
 		}
 	}
 	sent.count(m.sent, m.sentBytes)

@@ -2,9 +2,6 @@ package plugin
 
 import (
 	"context"
-	"fmt"
-	"math/rand/v2"
-	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -83,63 +80,9 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 	if session == nil {
 		return service.ErrNotConnected
 	}
-	messages, errs := o.prepare(batch)
-	o.deliver(ctx, session, messages, errs)
-	return o.verdict(ctx, batch, errs)
-}
-
-// maxApart bounds the pause before a batch that has lost two sessions is sent on the
-// next. Another batch may be what ends them: with pauses of random length, each of
-// those that wait is sent before it at times.
-const maxApart = 200 * time.Millisecond
-
-// deliver sends messages, and what a session has not acknowledged at its end again
-// on the next one. It waits for sessions until ack_timeout after the first end, and for
-// maxSessions at most; both begin anew with a session that has acknowledged some of it.
-func (o *output) deliver(ctx context.Context, session *cryo.Session, messages []parcel, errs []error) {
-	o.send(ctx, session, messages, errs)
-	lost := indexesOf(errs, isEnd)
-	if len(lost) == 0 {
-		return
-	}
-	patience, cancel := o.waitForSession(ctx)
-	defer func() { cancel() }()
-	for sessions := 1; len(lost) > 0 && ctx.Err() == nil; sessions++ {
-		if sessions == maxSessions {
-			for _, i := range lost {
-				errs[i] = errLeft(errs[i])
-			}
-			return
-		}
-		session, err := o.await(patience)
-		if err != nil {
-			for _, i := range lost {
-				errs[i] = fmt.Errorf("%w, and %w", errs[i], err) // the context's, or of a close
-			}
-			return
-		}
-		if sessions > 1 {
-			select {
-			case <-time.After(rand.N(maxApart)): //nolint:gosec // no secret
-			case <-ctx.Done():
-			}
-		}
-		again, results := pick(messages, lost), make([]error, len(lost))
-		o.send(ctx, session, again, results)
-		for at, i := range lost {
-			errs[i] = results[at]
-		}
-		before := len(lost)
-		if lost = indexesOf(errs, isEnd); len(lost) < before {
-			sessions = 0
-			cancel()
-			patience, cancel = o.waitForSession(ctx)
-		}
-	}
-}
-
-func (o *output) waitForSession(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, o.ackTimeout, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, o.ackTimeout))
+	messages := o.prepare(batch)
+	o.deliver(ctx, &reconnecting{session: session, await: o.await, timeout: o.ackTimeout}, withError(messages, isNil), 0)
+	return o.verdict(ctx, batch, messages)
 }
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }

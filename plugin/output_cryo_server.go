@@ -65,8 +65,7 @@ type serverOutput struct {
 	*serverComponent
 	sender
 	targetConfig
-	queue    *workQueue // of send_to: any
-	closeLog limitedLog
+	queue *workQueue // of send_to: any; nil before the first Connect
 }
 
 var (
@@ -84,14 +83,15 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	return &serverOutput{serverComponent: c, sender: s, targetConfig: to, closeLog: newLimitedLog(res.Logger())}, policy, maxInFlight, err
+	s.lateLog = newLimitedLog(res.Logger())
+	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
 }
 
 // Connect starts the listener, or joins that of another component.
 func (o *serverOutput) Connect(ctx context.Context) error {
 	fresh, err := o.open(ctx)
 	if fresh {
-		o.queue = newWorkQueue(o.listener, o.sessionInFlight)
+		o.queue = newWorkQueue(&o.sender, o.listener, &o.targetConfig, o.log)
 	}
 	return err
 }
@@ -104,13 +104,14 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	case o.listener == nil:
 		return service.ErrNotConnected
 	}
-	messages, errs := o.prepare(batch)
+	messages := o.prepare(batch)
 	if o.sendTo == sendToAny {
-		o.share(ctx, messages, errs)
+		o.deliver(ctx, o.queue, withError(messages, isNil), 0)
 	} else {
-		o.deliver(ctx, o.targets(batch, errs), messages, errs)
+		b := broadcast{sender: &o.sender, listener: o.listener, noSession: o.noSession, messages: messages}
+		b.send(ctx, o.targets(batch, messages))
 	}
-	return o.verdict(ctx, batch, errs)
+	return o.verdict(ctx, batch, messages)
 }
 
 // Close closes the listener, if nobody else uses it.

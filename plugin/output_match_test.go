@@ -119,7 +119,7 @@ func TestAMessageThatNoSessionMatches(t *testing.T) {
 			begin := time.Now()
 			f := e.giveBatch(said("blue", "red"))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
-			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: no session that is connected matches")
+			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: no connected session matches")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
@@ -131,7 +131,7 @@ func TestAMessageThatNoSessionMatches(t *testing.T) {
 	})
 	t.Run("is rejected", func(t *testing.T) {
 		inRooms(t, byRoom+"  no_session: reject\n", []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no session that is connected matches")
+			require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no connected session matches")
 		})
 	})
 }
@@ -171,9 +171,9 @@ cryo_server:
 		require.NoError(t, receive(t, clients[1]).Ack())
 		f.wantDelivered(t, "to the one that matches")
 		wantNothing(t, clients[0])
-		failure := fmt.Sprintf("field match: the mapping fails for session %d: ", clients[0].ID())
-		e.log.want(t, "WARN Not sent: "+failure)
-		require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no session that is connected matches ("+failure)
+		id := fmt.Sprint(clients[0].ID())
+		e.log.want(t, "WARN Message not sent: field match: mapping failed: ", "session="+id)
+		require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no connected session matches (field match: session "+id+": mapping failed: ")
 	})
 }
 
@@ -197,7 +197,7 @@ cryo_server:
 			inRooms(t, fmt.Sprintf(output, mapping), []string{"x"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 				batch := batchOf("true") // which is no decision
 				batch[0].MetaSetMut("room", "true")
-				require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "it has to result in true or false")
+				require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "the mapping returned neither true nor false")
 				wantNothing(t, clients[0])
 			})
 		})

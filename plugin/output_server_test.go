@@ -85,7 +85,7 @@ func TestAClientThatIsLateIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T)
 		synctest.Wait()
 		require.NoError(t, clients[0].Err())
 		require.Error(t, clients[1].Err())
-		e.log.want(t, fmt.Sprintf("WARN Closing session %d: waiting for the acknowledgement: none within ack_timeout (3s)", clients[1].ID()))
+		e.log.want(t, "WARN Closing session: waiting for the acknowledgement: timed out after ack_timeout (3s)", fmt.Sprintf("session=%d", clients[1].ID()))
 	})
 }
 
@@ -211,7 +211,7 @@ func TestAMessageForAnUnknownSession(t *testing.T) {
 			f := e.giveBatch(addressed("4711", fmt.Sprint(clients[0].ID())))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			require.Zero(t, time.Since(begin))
-			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: session 4711: that session is not connected")
+			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: session 4711 is not connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
@@ -223,7 +223,7 @@ func TestAMessageForAnUnknownSession(t *testing.T) {
 	t.Run("is rejected", func(t *testing.T) {
 		toAll(t, toOne+", no_session: reject", 1, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			err := next(t, e.giveBatch(addressed("4711")).verdict)
-			require.ErrorContains(t, err, "session 4711: that session is not connected")
+			require.ErrorContains(t, err, "session 4711 is not connected")
 		})
 	})
 }
@@ -233,10 +233,10 @@ func TestAMessageWithoutAUsableSessionIdFailsWhenAllOthersAreAcknowledged(t *tes
 		f := e.giveSingly(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
 		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
 		f.wantFailed(t, map[int]string{
-			0: `field session_id: "someone" is not the id of a session`,
-			1: `field session_id: "-1" is not the id of a session`,
-			2: `field session_id: "" is not the id of a session`,
-			4: `field session_id: "{}" is not the id of a session`,
+			0: `field session_id: "someone" is not a session id`,
+			1: `field session_id: "-1" is not a session id`,
+			2: `field session_id: "" is not a session id`,
+			4: `field session_id: "{}" is not a session id`,
 		})
 	})
 }

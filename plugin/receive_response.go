@@ -155,25 +155,27 @@ func (d *delivery) answers() ([]*answer, error) {
 var errUnclear = errors.New("it can't be told which message a synchronous response answers: keep the metadata " +
 	metaSessionID + ", " + metaAckID + " and " + metaTxID + ", and use no batching in an output that responds")
 
-// parcels are the answer as it travels: as messages of the kind that the message
+// messages are the answer as it travels: as messages of the kind that the message
 // was, and each to a part of a stream as a stream of the same name. What is no
 // text can't answer one as text, so it goes as bytes.
-func (a *answer) parcels() ([]parcel, error) {
-	list := make([]parcel, len(a.responses))
+func (a *answer) messages() []*outMessage {
+	list := make([]*outMessage, len(a.responses))
 	for i, response := range a.responses {
 		payload, err := contentOf(response)
 		if err != nil {
-			return nil, err
+			return []*outMessage{{err: err}} // nothing of the answer is sent
 		}
-		list[i].Payload = payload
+		m := &outMessage{}
+		list[i] = m
+		m.Payload = payload
 		to := &a.items[0]
 		if part, ok := to.of.(*scanned); ok {
-			list[i].isStream, list[i].name = true, part.transfer.stream.Name()
-		} else if list[i].Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
-			list[i].Kind = cryo.KindBinary
+			m.Kind, m.streamName = cryo.KindStream, part.transfer.stream.Name()
+		} else if m.Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
+			m.Kind = cryo.KindBinary
 		}
 	}
-	return list, nil
+	return list
 }
 
 // answer sends the answers, side by side to the sessions and in order to each,
@@ -192,30 +194,23 @@ func (r *receiver) answer(ctx context.Context, answers []*answer) {
 
 func (r *receiver) answerOne(ctx context.Context, src *source, answers []*answer) {
 	var (
-		parcels []parcel
-		errs    []error
-		ends    = make([]int, len(answers)) // of each answer's parcels
+		messages []*outMessage
+		ends     = make([]int, len(answers)) // of each answer's messages
 	)
 	for i, a := range answers {
-		list, err := a.parcels()
-		if err != nil {
-			list = []parcel{{}} // in its place
-		}
-		parcels, errs = append(parcels, list...), append(errs, make([]error, len(list))...)
-		if err != nil {
-			errs[len(errs)-1] = err
-		}
-		ends[i] = len(parcels)
+		messages = append(messages, a.messages()...)
+		ends[i] = len(messages)
 	}
-	r.answers.send(ctx, src.session, parcels, errs)
+	r.answers.send(ctx, src.session, messages)
 
 	var answered []item
 	begin := 0
 	for i, a := range answers {
-		if failed := slices.IndexFunc(errs[begin:ends[i]], isError); failed < 0 {
+		failed := slices.IndexFunc(messages[begin:ends[i]], func(m *outMessage) bool { return m.err != nil })
+		if failed < 0 {
 			answered = append(answered, a.items...)
 		} else {
-			r.unanswered(ctx, a, errs[begin+failed])
+			r.unanswered(ctx, a, messages[begin+failed].err)
 		}
 		begin = ends[i]
 	}
@@ -226,8 +221,6 @@ func (r *receiver) answerOne(ctx context.Context, src *source, answers []*answer
 		r.release(a.items)
 	}
 }
-
-func isError(err error) bool { return err != nil }
 
 // unanswered settles a message whose answer was not acknowledged. It is rejected
 // even where the pipeline's failures are tried again: the pipeline has done its

@@ -12,15 +12,15 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Who gets what by a mapping (send_to: match): rooms, topics, whatever the
-// metadata of sessions tell.
+// The targets of messages by a mapping (send_to: match): rooms, topics, whatever the metadata
+// of sessions contain.
 
-// metaMatchSession is what a session's metadata are called for the mapping.
+// metaMatchSession is the mapping's name of a session's metadata.
 const metaMatchSession = "cryo_session"
 
-var errNoMatch = errors.New("no session that is connected matches")
+var errNoMatch = errors.New("no connected session matches")
 
-// matcher is the mapping.
+// matcher runs the mapping.
 type matcher struct {
 	mapping *bloblang.Executor
 	log     limitedLog
@@ -30,14 +30,13 @@ func newMatcher(mapping *bloblang.Executor, log *service.Logger) *matcher {
 	return &matcher{mapping: mapping, log: newLimitedLog(log)}
 }
 
-// matchingSessions is the sessions that the mapping says yes to, for each
-// message.
+// matchingSessions is the sessions for which the mapping returns true, for each message.
 type matchingSessions struct {
 	*matcher
-	batch  service.MessageBatch
-	views  []*service.Message // by message: its metadata with a session's, and what the mapping makes of it as content
-	failed []error            // by message: the mapping's first failure
-	asked  []*cryo.Session    // that the mapping has said no to, for all messages that are looked for again
+	batch     service.MessageBatch
+	views     []*service.Message // by message: its metadata with a session's, and the mapping's result as content
+	failed    []error            // by message: the mapping's first error
+	evaluated []*cryo.Session    // those for which it returned false for all messages that are looked for again
 }
 
 func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
@@ -46,7 +45,7 @@ func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
 
 func (m *matchingSessions) find(ln *listener, messages []int) (found []group, missing []int) {
 	var (
-		sessions = m.unasked(ln.sessions())
+		sessions = m.unevaluated(ln.sessions())
 		matched  = make([]bool, len(m.views))
 		groups   = make(map[string]int) // in found, by their messages
 		key      []byte
@@ -78,14 +77,14 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 	return found, missing
 }
 
-// unasked are those of the sessions that have come since it was called last: each
-// pair of a message and a session is decided once.
-func (m *matchingSessions) unasked(sessions []*cryo.Session) []*cryo.Session {
-	known := make(map[*cryo.Session]bool, len(m.asked))
-	for _, s := range m.asked {
+// unevaluated returns the sessions that were not among those of the last call: each pair of a
+// message and a session is evaluated once.
+func (m *matchingSessions) unevaluated(sessions []*cryo.Session) []*cryo.Session {
+	known := make(map[*cryo.Session]bool, len(m.evaluated))
+	for _, s := range m.evaluated {
 		known[s] = true
 	}
-	m.asked = sessions
+	m.evaluated = sessions
 	return slices.DeleteFunc(slices.Clone(sessions), func(s *cryo.Session) bool { return known[s] })
 }
 
@@ -97,43 +96,42 @@ func decodeIndexes(key []byte) (indexes []int) {
 	return indexes
 }
 
-// matches asks the mapping. Where it fails, the session doesn't match: what one
-// client lacks must not keep a message from the others.
+// matches evaluates the mapping. If it fails, the session does not match: metadata that one
+// session lacks must not keep a message from the others.
 func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
-	yes, err := m.decide(i, s)
+	matches, err := m.evaluate(i, s)
 	if err == nil {
-		return yes
-	}
-	err = fmt.Errorf("field %s: the mapping fails for session %d: %w", fieldMatch, s.ID(), err)
-	if m.failed[i] == nil {
-		m.failed[i] = err
+		return matches
 	}
 	if log, ok := m.log.allow(); ok {
-		log.Warnf("Not sent: %v", err)
+		log.With("session", s.ID()).Warnf("Message not sent: field %s: %v", fieldMatch, err)
+	}
+	if m.failed[i] == nil {
+		m.failed[i] = fmt.Errorf("field %s: session %d: %w", fieldMatch, s.ID(), err)
 	}
 	return false
 }
 
-// decide runs the mapping from the message onto a view without content: what the
-// mapping doesn't assign must not come from the message.
-func (m *matchingSessions) decide(i int, s *cryo.Session) (yes bool, err error) {
+// evaluate runs the mapping from the message to a view without content: what the mapping
+// doesn't assign must not come from the message.
+func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err error) {
 	defer catchPanic(&err)
 	view := m.views[i]
 	view.SetBytes(nil)
 	view.MetaSetImmut(metaMatchSession, service.ImmutableAny{V: identityOf(s).metadata})
 	if _, err := view.BloblangMutateFrom(m.mapping, m.batch[i]); err != nil {
-		return false, err
+		return false, fmt.Errorf("mapping failed: %w", err)
 	}
 	if view.HasStructured() { // a text "true" is bytes
-		decision, _ := view.AsStructured()
-		if yes, ok := decision.(bool); ok {
-			return yes, nil
+		result, _ := view.AsStructured()
+		if matches, ok := result.(bool); ok {
+			return matches, nil
 		}
 	}
-	return false, errors.New("it has to result in true or false")
+	return false, errors.New("the mapping returned neither true nor false")
 }
 
-func (m *matchingSessions) missed(i int) error {
+func (m *matchingSessions) missing(i int) error {
 	if err := m.failed[i]; err != nil {
 		return fmt.Errorf("%w (%w)", errNoMatch, err)
 	}

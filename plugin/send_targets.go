@@ -129,33 +129,30 @@ func targetConfigFromParsed(conf *service.ParsedConfig, log *service.Logger) (c 
 	}
 }
 
-var (
-	errNobody    = errors.New("no client is connected")
-	errNoSession = errors.New("that session is not connected")
-)
+var errNobody = errors.New("no client is connected")
 
-// targets finds the sessions that a batch is for, as often as it is asked: who
-// is not there may come.
+// targets finds the sessions that the messages of a batch are for. It may be asked again:
+// sessions connect meanwhile.
 type targets interface {
-	// find groups messages, by their indexes, for the sessions that are there,
-	// and gives back those for which there is none. Only these are looked for again.
+	// find groups messages, by their indexes, for the sessions that are connected, and
+	// returns those for which there is none. Only these may be looked for again.
 	find(ln *listener, messages []int) (found []group, missing []int)
-	// missed is the error of a message for which there is none.
-	missed(message int) error
+	// missing returns the error of a message for which there is none.
+	missing(message int) error
 }
 
-// group is sessions that get the same messages.
+// group is sessions that receive the same messages.
 type group struct {
 	sessions []*cryo.Session
 	messages []int // indexes, in order
 }
 
-// targets evaluates what the batch says of its targets. A message that says
-// nothing sensible has its error in errs.
-func (c *targetConfig) targets(batch service.MessageBatch, errs []error) targets {
+// targets evaluates the targets of a batch. A message whose target can't be determined gets
+// an error.
+func (c *targetConfig) targets(batch service.MessageBatch, messages []*outMessage) targets {
 	switch c.sendTo {
 	case sendToSession:
-		return newNamedSessions(batch, c.sessionID, errs)
+		return newNamedSessions(batch, c.sessionID, messages)
 	case sendToMatch:
 		return c.match.sessionsFor(batch)
 	default:
@@ -173,49 +170,49 @@ func (allSessions) find(ln *listener, messages []int) (found []group, missing []
 	return nil, messages
 }
 
-func (allSessions) missed(int) error { return errNobody }
+func (allSessions) missing(int) error { return errNobody }
 
 // namedSessions is one session for each message, by its id.
 type namedSessions []uint64
 
-func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, errs []error) namedSessions {
+func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, messages []*outMessage) namedSessions {
 	ids := make(namedSessions, len(batch))
 	texts := batch.InterpolationExecutor(field)
-	for i := range batch {
-		if errs[i] != nil {
+	for i, m := range messages {
+		if m.err != nil {
 			continue
 		}
 		text, err := interpolate(texts, i)
 		if err != nil {
-			errs[i] = fmt.Errorf("field %s: %w", fieldSessionID, err)
+			m.err = fmt.Errorf("field %s: %w", fieldSessionID, err)
 			continue
 		}
 		if ids[i], err = strconv.ParseUint(text, 10, 64); err != nil {
-			errs[i] = fmt.Errorf("field %s: %q is not the id of a session", fieldSessionID, text)
+			m.err = fmt.Errorf("field %s: %q is not a session id", fieldSessionID, text)
 		}
 	}
 	return ids
 }
 
 func (n namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
-	at := make(map[uint64]int) // in found, or -1
+	groups := make(map[uint64]int) // index in found, or -1, by session id
 	for _, i := range messages {
-		place, looked := at[n[i]]
-		if !looked {
-			place = -1
+		at, known := groups[n[i]]
+		if !known {
+			at = -1
 			if s, ok := ln.session(n[i]); ok {
-				place = len(found)
+				at = len(found)
 				found = append(found, group{sessions: []*cryo.Session{s}})
 			}
-			at[n[i]] = place
+			groups[n[i]] = at
 		}
-		if place < 0 {
+		if at < 0 {
 			missing = append(missing, i)
 		} else {
-			found[place].messages = append(found[place].messages, i)
+			found[at].messages = append(found[at].messages, i)
 		}
 	}
 	return found, missing
 }
 
-func (n namedSessions) missed(i int) error { return fmt.Errorf("session %d: %w", n[i], errNoSession) }
+func (n namedSessions) missing(i int) error { return fmt.Errorf("session %d is not connected", n[i]) }

@@ -2,101 +2,131 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // Sending each message to one session in turn (send_to: any).
 
-// workQueue gives out places at the sessions of a listener, in turn.
+// workQueue is the route of messages that go to the sessions of a listener in turn, each to
+// one. Callers of next are served in order of arrival.
 type workQueue struct {
-	listener *listener
-	limit    int // places of one session
+	*sender
+	listener  *listener
+	limit     int // slots of a worker
+	noSession string
+	log       *service.Logger
+
+	turn  chan struct{} // held by the caller of next that is served
+	empty time.Time     // since when no session is connected, zero if one is; owned by the holder of turn
+	freed chan struct{} // signals that a slot was released; of capacity 1
 
 	mu      sync.Mutex
 	workers map[*cryo.Session]*worker
-	ready   []*worker       // that have a free place; the first one's turn it is
-	known   <-chan struct{} // the arrival up to which sessions are known
-	waiting int             // for a place
-	freed   chan struct{}   // closed and replaced when a place is free and somebody waits
+	ready   []*worker       // those with a free slot, the next one first
+	arrival <-chan struct{} // of the listener: sessions that connected before it are in workers
 }
 
-// worker is a session that takes part. It is among the ready ones as long as it
-// has a free place.
+// worker is a session that receives messages.
 type worker struct {
-	session *cryo.Session
-	taken   int // places
+	session  *cryo.Session
+	inFlight int // slots in use
 }
 
-func newWorkQueue(ln *listener, limit int) *workQueue {
-	return &workQueue{listener: ln, limit: limit, workers: make(map[*cryo.Session]*worker), freed: make(chan struct{})}
-}
-
-// take takes a place. As long as all are taken it waits. Where there is no session
-// at all, it waits for one for as long as patience says, and gives errNobody.
-func (q *workQueue) take(ctx context.Context, patience time.Duration) (*worker, error) {
-	var late <-chan time.Time // runs while there is no session
-	for {
-		arrival := q.listener.arrival()
-		w, freed, nobody := q.tryTake(arrival)
-		switch {
-		case w != nil:
-			return w, nil
-		case !nobody:
-			late = nil
-		case patience == 0:
-			q.stopWaiting()
-			return nil, errNobody
-		case late == nil:
-			late = time.After(patience)
-		}
-		var err error
-		select {
-		case <-arrival:
-		case <-freed:
-		case <-late:
-			err = errNobody
-		case <-ctx.Done():
-			err = context.Cause(ctx)
-		}
-		q.stopWaiting()
-		if err != nil {
-			return nil, err
-		}
+func newWorkQueue(s *sender, ln *listener, to *targetConfig, log *service.Logger) *workQueue {
+	return &workQueue{
+		sender: s, listener: ln, limit: to.sessionInFlight, noSession: to.noSession, log: log,
+		turn: make(chan struct{}, 1), freed: make(chan struct{}, 1), workers: make(map[*cryo.Session]*worker),
 	}
 }
 
-// tryTake takes a place if one is free. If not, the caller waits from now on: for
-// a free place, or for an arrival if nobody is there.
-func (q *workQueue) tryTake(arrival <-chan struct{}) (w *worker, freed <-chan struct{}, nobody bool) {
+// next acquires a slot of a worker, for one message. If all are in use, it waits for one; if
+// no session is connected, for one to connect, as no_session has it.
+func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, error) {
+	began := time.Now()
+	select {
+	case q.turn <- struct{}{}:
+		defer func() { <-q.turn }()
+	case <-ctx.Done():
+		return nil, 0, context.Cause(ctx)
+	}
+	for ctx.Err() == nil {
+		arrival := q.listener.arrival()
+		session, isEmpty := q.acquire(arrival)
+		if session != nil {
+			q.empty = time.Time{}
+			return session, 1, nil
+		}
+		var timeout <-chan time.Time
+		if isEmpty {
+			left, err := q.whileEmpty(began)
+			if err != nil {
+				return nil, 0, err
+			}
+			timeout = time.After(left)
+		} else {
+			q.empty = time.Time{}
+		}
+		select {
+		case <-arrival:
+		case <-q.freed:
+		case <-timeout:
+		case <-ctx.Done():
+		}
+	}
+	return nil, 0, context.Cause(ctx)
+}
+
+// whileEmpty returns the time that a caller of next still waits for a session, or the error of
+// its message.
+func (q *workQueue) whileEmpty(began time.Time) (time.Duration, error) {
+	if q.empty.IsZero() {
+		q.empty = time.Now()
+	}
+	if q.empty.After(began) {
+		began = q.empty
+	}
+	left := time.Until(began.Add(q.ackTimeout))
+	switch {
+	case q.noSession == noSessionDrop:
+		return 0, errDropped
+	case q.noSession == noSessionReject || left <= 0:
+		return 0, errNobody
+	default:
+		return left, nil
+	}
+}
+
+// acquire acquires a slot if one is free. If not, isEmpty reports that no session is connected.
+func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isEmpty bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.known != arrival {
-		q.known = arrival
-		q.ready = slices.DeleteFunc(q.ready, q.forgotten)
-		q.welcome()
+	if q.arrival != arrival {
+		q.arrival = arrival
+		q.updateWorkersLocked()
 	}
 	for len(q.ready) > 0 {
 		w := q.ready[0]
 		q.ready = q.ready[1:]
-		if q.forgotten(w) {
+		if q.removeIfEndedLocked(w) {
 			continue
 		}
-		if w.taken++; w.taken < q.limit {
+		if w.inFlight++; w.inFlight < q.limit {
 			q.ready = append(q.ready, w)
 		}
-		return w, nil, false
+		return w.session, false
 	}
-	q.waiting++
-	return nil, q.freed, len(q.workers) == 0
+	return nil, len(q.workers) == 0
 }
 
-// welcome takes in those who have come.
-func (q *workQueue) welcome() {
+// updateWorkersLocked removes the sessions that have ended and adds those that have connected.
+func (q *workQueue) updateWorkersLocked() {
+	q.ready = slices.DeleteFunc(q.ready, q.removeIfEndedLocked)
 	for _, s := range q.listener.sessions() {
 		if q.workers[s] == nil {
 			w := &worker{session: s}
@@ -106,102 +136,40 @@ func (q *workQueue) welcome() {
 	}
 }
 
-// forgotten forgets a worker that has gone.
-func (q *workQueue) forgotten(w *worker) bool {
-	gone := w.session.Err() != nil
-	if gone {
+func (q *workQueue) removeIfEndedLocked(w *worker) bool {
+	ended := w.session.Err() != nil
+	if ended {
 		delete(q.workers, w.session)
 	}
-	return gone
+	return ended
 }
 
-func (q *workQueue) stopWaiting() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.waiting--
-}
-
-// free gives a place back.
-func (q *workQueue) free(w *worker) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	w.taken--
-	switch {
-	case w.taken < q.limit-1: // it is among the ready ones
-	case !q.forgotten(w):
-		q.ready = append(q.ready, w)
+// finished releases the slot of a message. One whose worker has ended or is late goes to
+// another; a late worker is closed, so that it receives no more.
+func (q *workQueue) finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage) {
+	err := messages[0].err
+	if isLate(err) {
+		q.closeLate(ctx, session, err)
 	}
-	if q.waiting > 0 {
-		close(q.freed)
-		q.freed = make(chan struct{})
-	}
-}
-
-// share sends each message to one session, in turn, and waits for all of them.
-func (o *serverOutput) share(ctx context.Context, messages []parcel, errs []error) {
-	var sending sync.WaitGroup
-	for _, i := range indexesOf(errs, isNil) {
-		w, err := o.queue.take(ctx, o.patience())
-		if err != nil {
-			// Each of those behind it would wait as long.
-			o.failRest(errs[i:], err)
-			break
-		}
-		wait := o.begin(ctx, w.session, messages[i:i+1], errs[i:i+1]) // here, so that messages leave in order
-		sending.Go(func() { o.handOn(ctx, w, messages[i:i+1], errs[i:i+1], wait) })
-	}
-	sending.Wait()
-}
-
-// patience is how long a session is waited for.
-func (o *serverOutput) patience() time.Duration {
-	if o.noSession == noSessionWait {
-		return o.ackTimeout
-	}
-	return 0
-}
-
-func (o *serverOutput) failRest(errs []error, err error) {
-	for i := range errs {
-		if errs[i] == nil {
-			errs[i] = o.unlessDropped(err)
-		}
-	}
-}
-
-// unlessDropped counts a message as delivered that nobody was there for.
-func (o *serverOutput) unlessDropped(err error) error {
-	if o.noSession == noSessionDrop && errors.Is(err, errNobody) {
+	q.release(session)
+	if !isLate(err) && !isEnd(err) {
 		return nil
 	}
-	return err
+	q.log.With("session", session.ID()).Debugf("Sending an unacknowledged message to another session: %v", err)
+	return messages
 }
 
-// handOn waits for a session's acknowledgement of a message, and hands it on to the
-// next one when the session has gone. One that lets the time for it pass is closed,
-// so that it gets no more.
-func (o *serverOutput) handOn(ctx context.Context, w *worker, message []parcel, result []error, wait func()) {
-	for gone := 1; ; gone++ {
-		wait()
-		err := result[0]
-		if err != nil {
-			o.cutIfLate(ctx, w.session, result)
+func (q *workQueue) release(session *cryo.Session) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if w := q.workers[session]; w != nil {
+		w.inFlight--
+		if !q.removeIfEndedLocked(w) && w.inFlight == q.limit-1 {
+			q.ready = append(q.ready, w)
 		}
-		o.queue.free(w)
-		switch {
-		case err == nil || ctx.Err() != nil:
-			return
-		case !isLate(err) && !isEnd(err):
-			return // it is the message that the session didn't take
-		case gone == maxSessions:
-			result[0] = errLeft(err)
-			return
-		}
-		o.log.Debugf("Session %d has gone without acknowledging a message, which goes to another: %v", w.session.ID(), err)
-		if w, result[0] = o.queue.take(ctx, o.patience()); result[0] != nil {
-			result[0] = o.unlessDropped(result[0])
-			return
-		}
-		wait = o.begin(ctx, w.session, message, result)
+	}
+	select {
+	case q.freed <- struct{}{}:
+	default:
 	}
 }

@@ -188,7 +188,7 @@ func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
 			}
 			err = next(t, f.verdict)
 			require.ErrorIs(t, err, cryo.ErrStepTimeout)
-			require.ErrorContains(t, err, "none within ack_timeout (10s)")
+			require.ErrorContains(t, err, "timed out after ack_timeout (10s)")
 			require.Equal(t, 10*time.Second, time.Since(begin))
 			require.NoError(t, peer.Err(), "the session goes on")
 		}

@@ -1,0 +1,208 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// Sending to one session, or the same to many, and waiting for the acknowledgements.
+
+// send sends messages to a session in order, and waits for their acknowledgements. Those that
+// have an error are left out.
+func (s *sender) send(ctx context.Context, session *cryo.Session, messages []*outMessage) {
+	if messages = withError(messages, isNil); len(messages) > 0 {
+		s.begin(ctx, session, messages)()
+	}
+}
+
+// begin queues messages for a session, up to the first stream. The function that it returns
+// sends the others, in order, and waits for all acknowledgements. A stream waits for what is
+// before it, and what follows waits for the stream. When something was late, the rest is sent
+// side by side: each of it may be as late.
+func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*outMessage) (wait func()) {
+	run, rest := nextRun(messages)
+	waitForRun := s.beginRun(ctx, session, run)
+	return func() {
+		var sideBySide sync.WaitGroup
+		defer sideBySide.Wait()
+		waitForRun()
+		late := slices.ContainsFunc(run, isLateMessage)
+		for len(rest) > 0 {
+			run, rest = nextRun(rest)
+			waitForRun = s.beginRun(ctx, session, run)
+			if late {
+				sideBySide.Go(waitForRun)
+			} else {
+				waitForRun()
+				late = slices.ContainsFunc(run, isLateMessage)
+			}
+		}
+	}
+}
+
+// nextRun splits off the messages that are sent together: a stream, or all up to the next
+// stream.
+func nextRun(messages []*outMessage) (run, rest []*outMessage) {
+	n := slices.IndexFunc(messages, isStream)
+	switch n {
+	case -1:
+		n = len(messages)
+	case 0:
+		n = 1
+	}
+	return messages[:n], messages[n:]
+}
+
+func isStream(m *outMessage) bool { return m.Kind == cryo.KindStream }
+
+func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*outMessage) (wait func()) {
+	if isStream(run[0]) {
+		return func() { run[0].err = s.sendStream(ctx, session, run[0]) }
+	}
+	queued := s.queue(run, session)
+	return func() {
+		queued.await(ctx, func(_ *cryo.Session, errs []error) {
+			for i, m := range run {
+				m.err = nil
+				if errs != nil {
+					m.err = errs[i]
+				}
+			}
+		})
+	}
+}
+
+// queued is messages, none of them a stream, that were queued for sessions.
+type queued struct {
+	*sender
+	messages []*outMessage
+	waits    []ackWait
+	began    time.Time
+}
+
+// ackWait is the wait for the acknowledgements of one session.
+type ackWait struct {
+	session *cryo.Session
+	pending *cryo.Pending
+	clock   cryo.AckClock
+	late    error // of the messages that were not acknowledged in time
+}
+
+// queue queues messages for each of the sessions. The payloads are the same memory for all.
+// await must be called.
+func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queued {
+	frames := make([]cryo.OutMessage, len(messages))
+	for i, m := range messages {
+		frames[i] = m.OutMessage
+	}
+	q := &queued{sender: s, messages: messages, waits: make([]ackWait, len(sessions))}
+	q.began = s.metrics.sending(len(messages) * len(sessions))
+	for i, session := range sessions {
+		q.waits[i] = ackWait{session: session, pending: session.Queue(frames), clock: session.AckClock()}
+	}
+	return q
+}
+
+// await waits for the acknowledgements. It calls result for one session after the other, with
+// the errors of the messages, nil if the session has acknowledged all.
+func (q *queued) await(ctx context.Context, result func(session *cryo.Session, errs []error)) {
+	ticker := time.NewTicker(max(q.ackTimeout/2, 1))
+	defer ticker.Stop()
+	late := false
+	for i := range q.waits {
+		w := &q.waits[i]
+		for done := false; !done && w.late == nil; {
+			select {
+			case <-w.pending.Done():
+				done = true
+			case <-ctx.Done():
+				done = true
+			case <-ticker.C:
+				q.tick(q.waits[i:])
+			}
+		}
+		err := w.late
+		if err == nil {
+			err = w.pending.Wait(ctx)
+		}
+		late = late || isLate(err)
+		errs := errorsOf(err)
+		q.metrics.settled(q.messages, errs)
+		result(w.session, errs)
+	}
+	q.metrics.awaited(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
+}
+
+// tick ends the waits that are late.
+func (q *queued) tick(waits []ackWait) {
+	timedOut, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
+		fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
+	defer cancel()
+	for i := range waits {
+		w := &waits[i]
+		select {
+		case <-w.pending.Done():
+		default:
+			if w.late == nil && w.clock.Tick() {
+				w.late = w.pending.Wait(timedOut)
+			}
+		}
+	}
+}
+
+// errorsOf returns the errors of messages that [cryo.Pending.Wait] has returned, by index, nil
+// if there are none.
+func errorsOf(err error) []error {
+	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
+		return failed.Errs
+	}
+	return nil
+}
+
+func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMessage) error {
+	s.metrics.streamsOpen.add(1)
+	defer s.metrics.streamsOpen.add(-1)
+	err := session.SendStream(ctx, bytes.NewReader(m.Payload), &cryo.StreamOptions{
+		Name:        m.streamName,
+		ChunkBytes:  s.chunkBytes,
+		StepTimeout: s.ackTimeout,
+	})
+	if errors.Is(err, cryo.ErrStepTimeout) {
+		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
+	}
+	s.metrics.settled([]*outMessage{m}, []error{err})
+	return err
+}
+
+// errLate is an acknowledgement that did not come in time.
+var errLate = errors.New("timed out after")
+
+func isLate(err error) bool { return errors.Is(err, errLate) }
+
+func isLateMessage(m *outMessage) bool { return isLate(m.err) }
+
+// isEnd reports whether a message was not acknowledged because its session ended.
+func isEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
+
+// closeLate closes a session for a late acknowledgement, so that it costs others that time
+// once and not with each of its messages. A session whose reads are paused (max_buffer_bytes)
+// may have acknowledged: it stays open.
+func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late error) {
+	if session.Stats().Paused || ctx.Err() != nil || session.Err() != nil {
+		return
+	}
+	if log, ok := s.lateLog.allow(); ok {
+		log.With("session", session.ID()).Warnf("Closing session: %v", late)
+	}
+	immediately, cancel := context.WithTimeout(ctx, 0) // it may not read, so there is no close handshake
+	defer cancel()
+	_ = session.Close(immediately, "no acknowledgement in time")
+}
