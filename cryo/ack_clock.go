@@ -8,7 +8,8 @@ const maxAckTicks = 20
 // AckClock decides when the acknowledgement of a message that was just sent is late. It ticks
 // twice per timeout. Time in which a slow line still transfers data that was queued at the first
 // tick does not count, if at least 4 KiB of it are delivered between two ticks: the transfer of
-// a large message may take longer than the timeout. A peer that receives nothing is late after
+// a large message may take longer than the timeout. Less than 4 KiB at the first tick, such as
+// a ping, do not count at all. A peer that receives nothing is late after
 // the timeout, and one that receives slowly after at most ten times as long. Delivered data is
 // determined as described at HeartbeatInterval in [SessionOptions].
 //
@@ -18,7 +19,7 @@ type AckClock struct {
 	ticks     int   // number of ticks so far
 	missed    int   // number of ticks in a row without progress
 	delivered int64 // bytes delivered by the connection at the last tick
-	end       int64 // value of delivered once all data queued at the first tick is delivered
+	end       int64 // value of delivered once all data queued at the first tick is delivered, if it was enough to count
 }
 
 // AckClock returns a clock for messages that were just sent on the session.
@@ -31,7 +32,10 @@ func (c *AckClock) Tick() (late bool) {
 	left := c.end - c.delivered
 	progress := c.ticks > 0 && left > 0 && delivered-c.delivered >= min(left, minProgress)
 	if c.ticks == 0 {
-		c.end = delivered + backlog + c.s.writer.queuedBytes() + c.s.writer.dequeuedBytes()
+		c.end = delivered
+		if left := backlog + c.s.writer.queuedBytes() + c.s.writer.dequeuedBytes(); left >= minProgress {
+			c.end += left
+		}
 	}
 	c.delivered = delivered
 	c.ticks++

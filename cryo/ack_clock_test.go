@@ -69,6 +69,20 @@ func TestTheTransferOfAMessageTakesTenTimesTheTimeoutAtMost(t *testing.T) {
 	})
 }
 
+// Such as a ping that is written at the same time.
+func TestLittleDataAtTheFirstTickDoesNotDelayATimeout(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		peer.Read()
+		_ = s.Queue([]cryo.OutMessage{cryo.Text("all")})
+		clock := s.AckClock()
+		time.Sleep(15 * time.Second)
+		_ = s.Queue([]cryo.OutMessage{cryo.Text("another")})
+		require.False(t, clock.Tick())
+		time.Sleep(15 * time.Second)
+		require.True(t, clock.Tick(), "late")
+	})
+}
+
 // Later messages keep the line busy, but prove nothing for the first one.
 func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
