@@ -81,7 +81,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 		return service.ErrNotConnected
 	}
 	messages := o.prepare(batch)
-	o.deliver(ctx, &reconnecting{session: session, await: o.await, timeout: o.ackTimeout}, withError(messages, isNil), 0)
+	o.deliver(ctx, &reconnecting{dialer: o.dialer, session: session, timeout: o.ackTimeout}, withError(messages, isNil), 0)
 	return o.verdict(ctx, batch, messages)
 }
 

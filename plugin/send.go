@@ -126,7 +126,7 @@ const maxLostSessions = 10
 
 // deliver sends messages on the sessions of a route, and waits until each is acknowledged or
 // has failed. A message that is lost with its session is sent on another. lost is the number
-// of sessions on which they were lost before: 0.
+// of sessions in a row on which they were lost: 0 at first.
 func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, lost int) {
 	var sending sync.WaitGroup
 	defer sending.Wait()
@@ -138,26 +138,28 @@ func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, l
 		}
 		part := messages[:n]
 		messages = messages[n:]
-		wait := s.begin(ctx, session, part) // here, so that messages are sent in order
-		finish := func() {
-			wait()
-			again, sessions := r.finished(ctx, session, part), lost+1
-			if len(again) < len(part) {
-				sessions = 1
-			}
-			if sessions < maxLostSessions {
-				s.deliver(ctx, r, again, sessions)
-				return
-			}
-			for _, m := range again {
-				m.err = fmt.Errorf("%d sessions in a row did not acknowledge it, the last: %w", sessions, m.err)
-			}
-		}
+		wait := s.begin(ctx, session, part) // not in the goroutine, so that messages are sent in order
 		if len(messages) == 0 {
-			finish()
+			s.finish(ctx, r, session, part, wait, lost)
 		} else {
-			sending.Go(finish)
+			sending.Go(func() { s.finish(ctx, r, session, part, wait, lost) })
 		}
+	}
+}
+
+// finish waits for the acknowledgements of messages, and delivers those that are lost.
+func (s *sender) finish(ctx context.Context, r route, session *cryo.Session, messages []*outMessage, wait func(), lost int) {
+	wait()
+	again := r.finished(ctx, session, messages)
+	if lost++; len(again) < len(messages) {
+		lost = 1
+	}
+	if lost < maxLostSessions {
+		s.deliver(ctx, r, again, lost)
+		return
+	}
+	for _, m := range again {
+		m.err = fmt.Errorf("%d sessions in a row did not acknowledge it, the last: %w", lost, m.err)
 	}
 }
 

@@ -19,10 +19,10 @@ const maxResendWait = 200 * time.Millisecond
 // reconnecting is the route of one batch: all its messages go to the session, and what is
 // unacknowledged when that ends, to the next one.
 type reconnecting struct {
-	session  *cryo.Session                                    // the first
-	await    func(ctx context.Context) (*cryo.Session, error) // returns the next one
-	timeout  time.Duration                                    // for all others, from the first loss
-	deadline time.Time                                        // set by the first loss
+	*dialer
+	session  *cryo.Session // the first
+	timeout  time.Duration // for the others, from the first loss
+	deadline time.Time     // set by the first loss
 }
 
 func (r *reconnecting) next(ctx context.Context, n, lost int) (*cryo.Session, int, error) {

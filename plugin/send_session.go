@@ -28,20 +28,22 @@ func (s *sender) send(ctx context.Context, session *cryo.Session, messages []*ou
 // before it, and what follows waits for the stream. When something was late, the rest is sent
 // side by side: each of it may be as late.
 func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*outMessage) (wait func()) {
-	run, rest := nextRun(messages)
-	waitForRun := s.beginRun(ctx, session, run)
+	first, rest := nextRun(messages)
+	waitForFirst := s.beginRun(ctx, session, first)
+	if len(rest) == 0 {
+		return waitForFirst
+	}
 	return func() {
+		waitForFirst()
+		late := slices.ContainsFunc(first, isLateMessage)
 		var sideBySide sync.WaitGroup
 		defer sideBySide.Wait()
-		waitForRun()
-		late := slices.ContainsFunc(run, isLateMessage)
-		for len(rest) > 0 {
-			run, rest = nextRun(rest)
-			waitForRun = s.beginRun(ctx, session, run)
+		for run, rest := nextRun(rest); len(run) > 0; run, rest = nextRun(rest) {
+			wait := s.beginRun(ctx, session, run)
 			if late {
-				sideBySide.Go(waitForRun)
+				sideBySide.Go(wait)
 			} else {
-				waitForRun()
+				wait()
 				late = slices.ContainsFunc(run, isLateMessage)
 			}
 		}
@@ -85,6 +87,7 @@ type queued struct {
 	*sender
 	messages []*outMessage
 	waits    []ackWait
+	one      [1]ackWait // memory of waits, if there is one
 	began    time.Time
 }
 
@@ -103,7 +106,10 @@ func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queue
 	for i, m := range messages {
 		frames[i] = m.OutMessage
 	}
-	q := &queued{sender: s, messages: messages, waits: make([]ackWait, len(sessions))}
+	q := &queued{sender: s, messages: messages}
+	if q.waits = q.one[:]; len(sessions) != 1 {
+		q.waits = make([]ackWait, len(sessions))
+	}
 	q.began = s.metrics.sending(len(messages) * len(sessions))
 	for i, session := range sessions {
 		q.waits[i] = ackWait{session: session, pending: session.Queue(frames), clock: session.AckClock()}
