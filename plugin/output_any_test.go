@@ -244,6 +244,65 @@ func TestAWorkQueueWithoutWorkers(t *testing.T) {
 	})
 }
 
+func TestWaitingBatchesAreSentToWorkersInOrderOfArrival(t *testing.T) {
+	toAll(t, toAnyOfOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		var waiting []*fed
+		for i := range 20 {
+			f := e.give(fmt.Sprint(i, "a"), fmt.Sprint(i, "b"))
+			f.wantPending(t, "one message is sent, and the next of each batch waits")
+			waiting = append(waiting, f)
+		}
+		want := append([]string{"0a", "0b"}, words("%da", 20)[1:]...)
+		want = append(want, words("%db", 20)[1:]...) // each began to wait when the one before it was sent
+		for _, text := range want {
+			messages, texts := held(t, clients[0])
+			require.Equal(t, []string{text}, texts)
+			ackAll(t, messages)
+		}
+		for _, f := range waiting {
+			f.wantDelivered(t, "acknowledged")
+		}
+	})
+}
+
+func TestBatchesThatFindNoWorkerWaitSideBySide(t *testing.T) {
+	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+		begin := time.Now()
+		first := e.give("m0", "m1")
+		time.Sleep(10 * time.Second)
+		second, third := e.give("m2"), e.give("m3")
+		require.Error(t, next(t, first.verdict))
+		require.Equal(t, 30*time.Second, time.Since(begin))
+		second.wantPending(t, "it came later")
+		require.ErrorContains(t, next(t, second.verdict), "no client is connected")
+		require.ErrorContains(t, next(t, third.verdict), "no client is connected")
+		require.Equal(t, 40*time.Second, time.Since(begin))
+	})
+}
+
+func TestTheWaitForAWorkerBeginsWhenTheLastOneHasGone(t *testing.T) {
+	toAll(t, toAnyOfOne+", ack_timeout: 30s", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		busy, waiting := e.give("m0"), e.give("m1")
+		receive(t, clients[0])
+		time.Sleep(20 * time.Second)
+		end(clients[0])
+		begin := time.Now()
+		require.ErrorContains(t, next(t, busy.verdict), "session ended: ")
+		require.Error(t, next(t, waiting.verdict))
+		require.Equal(t, 30*time.Second, time.Since(begin))
+
+		// One that comes and goes begins another wait.
+		f := e.give("m2")
+		time.Sleep(20 * time.Second)
+		passing := e.dial()
+		receiveTexts(t, passing, "m2")
+		end(passing)
+		begin = time.Now()
+		require.Error(t, next(t, f.verdict))
+		require.Equal(t, 30*time.Second, time.Since(begin))
+	})
+}
+
 func TestAStreamWhoseWorkerGoesIsSentAnewToAnother(t *testing.T) {
 	toAll(t, toAnyOfOne+", "+asStream, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		text := strings.Repeat("abc", 100_000)
