@@ -122,7 +122,7 @@ func TestRejectionsDoNotFloodTheLog(t *testing.T) {
 	}
 }
 
-func TestClientsThatAreClosedDoNotFloodTheLog(t *testing.T) {
+func TestClosingLateClientsDoesNotFloodTheLog(t *testing.T) {
 	toAll(t, "ack_timeout: 1s", 10, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		require.ErrorContains(t, next(t, e.give("m").verdict), "not acknowledged by any of 10 sessions: ")
 		synctest.Wait()

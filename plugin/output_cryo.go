@@ -13,7 +13,7 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: at once while a batch is in flight, else with the next message, and while that fails after waits that double up to ten seconds (a refused token: every half minute).
+		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: at once while a batch is in flight, else with the next message, and while that fails after waits that double up to ten seconds (a rejected token: every half minute).
 
 == Delivery
 

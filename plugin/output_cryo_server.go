@@ -13,7 +13,7 @@ func serverOutputSpec() *service.ConfigSpec {
 		Summary("Listens for Cryo clients and sends them messages.").
 		Description(aboutCryo+`This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+` or pages in a browser, connect straight to the pipeline and are sent its messages.
 
-To receive from the same clients, give a `+"`cryo_server`"+` input the same address and the same settings. Without such an input, what clients send is refused.
+To receive from the same clients, give a `+"`cryo_server`"+` input the same address and the same settings. Without such an input, what clients send is rejected.
 
 == Delivery
 
@@ -21,11 +21,11 @@ To one session (`+"`send_to: session`"+`), a message is delivered when the clien
 
 To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it is delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or reject it is at most once. A slow session holds up the others by no more than that (by ten times that if a large message takes so long to get to it), and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it has failed.
 
-To one in turn (`+"`any`"+`), it is delivered when one session has acknowledged it. When a session goes first, the message goes to another; so it may be done twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client rejects has failed, and so has a stream that it cancels, as it does when it closes its session before it has all of it, and a message that 10 sessions in a row have left unacknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
+To one in turn (`+"`any`"+`), it is delivered when one session has acknowledged it. When a session ends first, the message goes to another; so it may be processed twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client rejects has failed, and so has a stream that it cancels, as it does when it closes its session before it has all of it, and a message that 10 sessions in a row have not acknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
 
 A late session that `+"`max_buffer_bytes`"+` keeps from being read may have acknowledged, so it is not closed. It counts as one that has not: a message to several sessions is delivered if another has acknowledged it; any other has failed, or goes to another session (`+"`any`"+`).
 
-A message for which nobody is there fails at `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The others of its batch are sent at once, but the batch fails with it. So behind an input that makes batches and is not one of ours, they are sent to their clients again and again, until the absent one comes. Use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo` or `cryo_server`"+`, behind which only the message itself is repeated.
+A message for which no client is connected fails at `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The others of its batch are sent at once, but the batch fails with it. So behind an input that makes batches and is not one of ours, they are sent to their clients again and again, until the absent one connects. Use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo` or `cryo_server`"+`, behind which only the message itself is repeated.
 `+sendVerdicts+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
@@ -96,7 +96,7 @@ func (o *serverOutput) Connect(ctx context.Context) error {
 	return err
 }
 
-// WriteBatch returns when each message is acknowledged, dropped or has failed.
+// WriteBatch returns when each message is acknowledged or dropped, or has failed.
 func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	switch {
 	case len(batch) == 0:

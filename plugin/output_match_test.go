@@ -52,7 +52,7 @@ func said(rooms ...string) service.MessageBatch {
 	return batch
 }
 
-func TestAMessageGoesToTheSessionsThatMatch(t *testing.T) {
+func TestAMessageIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom, []string{"red", "blue", "red+blue", "green"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.giveBatch(said("red", "blue", "red"))
 		for i, want := range [][]string{{"m0", "m2"}, {"m1"}, {"m0", "m1", "m2"}} {
@@ -66,7 +66,7 @@ func TestAMessageGoesToTheSessionsThatMatch(t *testing.T) {
 	})
 }
 
-func TestTheMappingSeesTheMessageAndTheSession(t *testing.T) {
+func TestMatchEvaluatesTheMessageAndTheSession(t *testing.T) {
 	const byTopic = `
 cryo_server:
   address: ` + somewhere + `
@@ -85,7 +85,7 @@ cryo_server:
 	})
 }
 
-func TestAMatchingSessionThatIsLateIsClosed(t *testing.T) {
+func TestALateSessionThatMatchesIsClosed(t *testing.T) {
 	inRooms(t, byRoom+"  ack_timeout: 3s\n", []string{"red", "red", "blue"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
 		f := e.giveBatch(said("red"))
@@ -100,7 +100,7 @@ func TestAMatchingSessionThatIsLateIsClosed(t *testing.T) {
 	})
 }
 
-func TestAMessageThatNoSessionMatches(t *testing.T) {
+func TestNoSessionDecidesAboutAMessageThatNoSessionMatches(t *testing.T) {
 	t.Run("waits for one, without holding up others", func(t *testing.T) {
 		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			f := e.giveBatch(said("blue", "red"))
@@ -136,7 +136,7 @@ func TestAMessageThatNoSessionMatches(t *testing.T) {
 	})
 }
 
-func TestTheMappingIsAskedOnceForEachMessageAndSession(t *testing.T) {
+func TestMatchRunsOnceForEachMessageAndSession(t *testing.T) {
 	const byTurn = `
 cryo_server:
   address: ` + somewhere + `
@@ -157,7 +157,7 @@ cryo_server:
 	})
 }
 
-func TestASessionForWhichTheMappingFailsKeepsNothingFromOthers(t *testing.T) {
+func TestASessionForWhichMatchFailsKeepsNoMessageFromOthers(t *testing.T) {
 	const output = `
 cryo_server:
   address: ` + somewhere + `
@@ -172,12 +172,12 @@ cryo_server:
 		f.wantDelivered(t, "to the one that matches")
 		wantNothing(t, clients[0])
 		id := fmt.Sprint(clients[0].ID())
-		e.log.want(t, "WARN Message not sent: field match: mapping failed: ", "session="+id)
+		e.log.want(t, "WARN Message not sent to a session: field match failed", "error=mapping failed: ", "session="+id)
 		require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no connected session matches (field match: session "+id+": mapping failed: ")
 	})
 }
 
-func TestAMappingThatIsNoDecisionSendsNothing(t *testing.T) {
+func TestMatchThatReturnsNoBooleanSendsNothing(t *testing.T) {
 	for name, mapping := range map[string]string{
 		"something else":       "root = @room",
 		"nothing":              "let x = 1",
@@ -204,7 +204,7 @@ cryo_server:
 	}
 }
 
-func TestAStreamGoesToTheSessionsThatMatch(t *testing.T) {
+func TestAStreamIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom+"  message_type: stream\n", []string{"red", "blue", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.giveBatch(said("red"))
 		for _, i := range []int{0, 2} {
@@ -217,7 +217,7 @@ func TestAStreamGoesToTheSessionsThatMatch(t *testing.T) {
 	})
 }
 
-func TestWhatTheMappingSeesStaysBehind(t *testing.T) {
+func TestMatchDoesNotChangeTheMessage(t *testing.T) {
 	conf, err := specs()["output cryo_server"].ParseYAML(byRoom[len("\ncryo_server:"):], nil)
 	require.NoError(t, err)
 	c, err := targetConfigFromParsed(conf, nil)

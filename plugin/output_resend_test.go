@@ -19,7 +19,7 @@ import (
 
 // Sessions of the output cryo that end in the middle of a batch.
 
-func TestOnlyWhatALostSessionHasNotAcknowledgedIsSentOnTheNext(t *testing.T) {
+func TestOnlyUnacknowledgedMessagesAreSentOnTheNextSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput) // the output does it, not the input
@@ -46,7 +46,7 @@ func TestOnlyWhatALostSessionHasNotAcknowledgedIsSentOnTheNext(t *testing.T) {
 	})
 }
 
-func TestABatchSurvivesSessionsThatAreLostOneAfterTheOther(t *testing.T) {
+func TestABatchIsDeliveredOverSeveralLostSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }'`))
@@ -71,7 +71,7 @@ func TestABatchSurvivesSessionsThatAreLostOneAfterTheOther(t *testing.T) {
 	})
 }
 
-func TestWhatIsRejectedOrLateIsNotSentAgainBecauseASessionIsLost(t *testing.T) {
+func TestRejectedAndLateMessagesAreNotSentOnTheNextSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `ack_timeout: 10s, message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', batching: { count: 4 }`))
@@ -96,7 +96,7 @@ func TestWhatIsRejectedOrLateIsNotSentAgainBecauseASessionIsLost(t *testing.T) {
 	})
 }
 
-func TestABatchThatFindsNoSessionFailsAtAckTimeoutAfterTheLoss(t *testing.T) {
+func TestABatchFailsWithoutASessionWithinAckTimeoutOfTheLoss(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
@@ -195,7 +195,7 @@ func (s *server) poison(t *testing.T) {
 	})
 }
 
-func TestAMessageAtWhichEveryServerHangsUpIsGivenBack(t *testing.T) {
+func TestAMessageAtWhichEveryServerDisconnectsFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.serve().poison(t)
 		e.run(fromOnce, dialOutput)
@@ -211,7 +211,7 @@ func TestAMessageAtWhichEveryServerHangsUpIsGivenBack(t *testing.T) {
 
 // They are sent in another order on each session, so all others should pass it. By
 // chance few may not.
-func TestOtherBatchesPassOneAtWhichEveryServerHangsUp(t *testing.T) {
+func TestOtherBatchesPassOneAtWhichEveryServerDisconnects(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -290,7 +290,7 @@ func (e *engine) refusing(t *testing.T, status int, sentence string) (<-chan *cr
 	return sessions, r
 }
 
-func TestATokenThatIsRefusedMeanwhileIsTriedAgainWithinAckTimeout(t *testing.T) {
+func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 	for _, tt := range []struct {
 		ackTimeout string
 		delivered  bool
@@ -444,7 +444,7 @@ func TestFailedAttemptsOfWaitingBatchesAreLoggedOnceEach(t *testing.T) {
 	})
 }
 
-func TestABatchIsDeliveredToAServerThatTakesOneMessageASession(t *testing.T) {
+func TestABatchIsDeliveredToAServerThatAcknowledgesOneMessageASession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)
@@ -465,7 +465,7 @@ func TestABatchIsDeliveredToAServerThatTakesOneMessageASession(t *testing.T) {
 }
 
 // A session that acknowledges something is no failed attempt, however short it is.
-func TestSessionsThatAcknowledgeSomethingAreDialledAgainSoon(t *testing.T) {
+func TestASessionThatAcknowledgedSomethingIsDialledAgainSoon(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)

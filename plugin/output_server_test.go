@@ -46,7 +46,7 @@ func TestABroadcastIsDeliveredWhenAllHaveAcknowledged(t *testing.T) {
 	})
 }
 
-func TestAClientThatLeavesHoldsUpNoBroadcast(t *testing.T) {
+func TestAClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m")
 		receiveTexts(t, clients[0], "m")
@@ -58,7 +58,7 @@ func TestAClientThatLeavesHoldsUpNoBroadcast(t *testing.T) {
 	})
 }
 
-func TestAClientThatComesDuringABroadcastGetsTheNext(t *testing.T) {
+func TestAClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
 	toAll(t, "", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("first")
 		m := receiveTexts(t, clients[0], "first")[0]
@@ -74,7 +74,7 @@ func TestAClientThatComesDuringABroadcastGetsTheNext(t *testing.T) {
 	})
 }
 
-func TestAClientThatIsLateIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T) {
+func TestALateClientOfABroadcastIsClosed(t *testing.T) {
 	toAll(t, "ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
@@ -85,11 +85,11 @@ func TestAClientThatIsLateIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T)
 		synctest.Wait()
 		require.NoError(t, clients[0].Err())
 		require.Error(t, clients[1].Err())
-		e.log.want(t, "WARN Closing session: waiting for the acknowledgement: timed out after ack_timeout (3s)", fmt.Sprintf("session=%d", clients[1].ID()))
+		e.log.want(t, "WARN Closing session: acknowledgement timed out", "timed out after ack_timeout (3s)", fmt.Sprintf("session=%d", clients[1].ID()))
 	})
 }
 
-func TestABroadcastThatSomeRefuseIsDelivered(t *testing.T) {
+func TestABroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Reject("no"))
@@ -99,7 +99,7 @@ func TestABroadcastThatSomeRefuseIsDelivered(t *testing.T) {
 	})
 }
 
-func TestWhatNobodyAcknowledgesFails(t *testing.T) {
+func TestABroadcastThatNoClientAcknowledgesFails(t *testing.T) {
 	toAll(t, "batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.giveSingly(batchOf("good", "bad"))
 		for i, c := range clients {
@@ -112,7 +112,7 @@ func TestWhatNobodyAcknowledgesFails(t *testing.T) {
 	})
 }
 
-func TestWithoutAnyClient(t *testing.T) {
+func TestNoSessionDecidesAboutABroadcastWithoutClients(t *testing.T) {
 	t.Run("a message waits for one", func(t *testing.T) {
 		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			f := e.give("m")
@@ -163,7 +163,7 @@ func addressed(ids ...any) service.MessageBatch {
 
 const toOne = "send_to: session, session_id: '${! @to }'"
 
-func TestAMessageGoesToTheSessionThatItNames(t *testing.T) {
+func TestAMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 	toAll(t, toOne, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.giveBatch(addressed(a, b, a, b, a))
@@ -179,7 +179,7 @@ func TestAMessageGoesToTheSessionThatItNames(t *testing.T) {
 	})
 }
 
-func TestWhatTheNamedSessionRefusesFails(t *testing.T) {
+func TestAMessageThatItsSessionRejectsFails(t *testing.T) {
 	toAll(t, toOne+", batching: { count: 3 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.giveSingly(addressed(a, b, a))
@@ -191,7 +191,7 @@ func TestWhatTheNamedSessionRefusesFails(t *testing.T) {
 	})
 }
 
-func TestAMessageForAnUnknownSession(t *testing.T) {
+func TestNoSessionDecidesAboutAMessageForAnUnknownSession(t *testing.T) {
 	t.Run("waits for it", func(t *testing.T) {
 		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			f := e.giveBatch(addressed("4711"))
@@ -228,7 +228,7 @@ func TestAMessageForAnUnknownSession(t *testing.T) {
 	})
 }
 
-func TestAMessageWithoutAUsableSessionIdFailsWhenAllOthersAreAcknowledged(t *testing.T) {
+func TestAnInvalidSessionIDFailsAfterAllOtherMessagesAreAcknowledged(t *testing.T) {
 	toAll(t, "send_to: session, session_id: '${! @to.string() }', batching: { count: 5 }", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.giveSingly(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
 		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
@@ -241,7 +241,7 @@ func TestAMessageWithoutAUsableSessionIdFailsWhenAllOthersAreAcknowledged(t *tes
 	})
 }
 
-func TestASessionThatIsEndingCountsAsGone(t *testing.T) {
+func TestNothingIsSentToASessionThatIsEnding(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "no_session: reject"))
 		peer := e.rawClient()
@@ -254,7 +254,7 @@ func TestASessionThatIsEndingCountsAsGone(t *testing.T) {
 	})
 }
 
-func TestAStopSaysByeToTheClients(t *testing.T) {
+func TestAStopClosesTheSessionsOfAnOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(fromOnce, listenOutput)
 		s := e.dial()
@@ -267,7 +267,7 @@ func TestAStopSaysByeToTheClients(t *testing.T) {
 	})
 }
 
-func TestAWriteBeforeTheListenerIsOpenSaysSo(t *testing.T) {
+func TestWriteBatchBeforeConnectReturnsErrNotConnected(t *testing.T) {
 	conf, err := specs()["output cryo_server"].ParseYAML("{ address: 127.0.0.1:0, tokens: [ a ] }", nil)
 	require.NoError(t, err)
 	out, _, _, err := newServerOutput(conf, service.MockResources())

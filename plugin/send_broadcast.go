@@ -142,7 +142,7 @@ func (b *broadcast) boundSlow(ctx context.Context) (bounded context.Context, don
 	bounded, cancel := context.WithCancelCause(ctx)
 	began := time.Now()
 	timer := time.AfterFunc(1<<62, func() {
-		cancel(fmt.Errorf("a stream that another session has acknowledged: %w twice its time and %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
+		cancel(fmt.Errorf("a stream that another session has acknowledged: %w after twice its time and %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
 	})
 	done = sync.OnceFunc(func() { timer.Reset(time.Since(began) + b.ackTimeout) })
 	return bounded, done, func() { timer.Stop(); cancel(nil) }

@@ -65,6 +65,8 @@ func nextRun(messages []*outMessage) (run, rest []*outMessage) {
 
 func isStream(m *outMessage) bool { return m.Kind == cryo.KindStream }
 
+// beginRun queues messages that are sent together. The function that it returns waits for their
+// acknowledgements; for a stream, it also sends it.
 func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*outMessage) (wait func()) {
 	if isStream(run[0]) {
 		return func() { run[0].err = s.sendStream(ctx, session, run[0]) }
@@ -96,7 +98,7 @@ type ackWait struct {
 	session *cryo.Session
 	pending *cryo.Pending
 	clock   cryo.AckClock
-	late    error // of the messages that were not acknowledged in time
+	late    error // result of a wait that tick has ended
 }
 
 // queue queues messages for each of the sessions. The payloads are the same memory for all.
@@ -150,7 +152,7 @@ func (q *queued) await(ctx context.Context, result func(session *cryo.Session, e
 // tick ends the waits that are late.
 func (q *queued) tick(waits []ackWait) {
 	timedOut, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
-		fmt.Errorf("%w %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
+		fmt.Errorf("%w after %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
 	defer cancel()
 	for i := range waits {
 		w := &waits[i]
@@ -173,6 +175,7 @@ func errorsOf(err error) []error {
 	return nil
 }
 
+// sendStream sends a message as a stream, and waits until all of it is acknowledged.
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMessage) error {
 	s.metrics.streamsOpen.add(1)
 	defer s.metrics.streamsOpen.add(-1)
@@ -182,20 +185,20 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMe
 		StepTimeout: s.ackTimeout,
 	})
 	if errors.Is(err, cryo.ErrStepTimeout) {
-		err = fmt.Errorf("%w: %w %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
+		err = fmt.Errorf("%w: %w after %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
 	s.metrics.settled([]*outMessage{m}, []error{err})
 	return err
 }
 
 // errLate is an acknowledgement that did not come in time.
-var errLate = errors.New("timed out after")
+var errLate = errors.New("timed out")
 
 func isLate(err error) bool { return errors.Is(err, errLate) }
 
 func isLateMessage(m *outMessage) bool { return isLate(m.err) }
 
-// isEnd reports whether a message was not acknowledged because its session ended.
+// isEnd reports whether a message was not acknowledged because its session has ended.
 func isEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 
 // closeLate closes a session for a late acknowledgement, so that it costs others that time
@@ -206,7 +209,7 @@ func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late erro
 		return
 	}
 	if log, ok := s.lateLog.allow(); ok {
-		log.With("session", session.ID()).Warnf("Closing session: %v", late)
+		log.With("session", session.ID(), "error", late).Warn("Closing session: acknowledgement timed out")
 	}
 	immediately, cancel := context.WithTimeout(ctx, 0) // it may not read, so there is no close handshake
 	defer cancel()

@@ -31,7 +31,7 @@ func TestAMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
 	})
 }
 
-func TestWhatIsNotAcknowledgedFailsItsBatch(t *testing.T) {
+func TestAnUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
@@ -56,7 +56,7 @@ func TestWhatIsNotAcknowledgedFailsItsBatch(t *testing.T) {
 	})
 }
 
-func TestTheTypeOfAMessage(t *testing.T) {
+func TestTheMessageTypeFollowsTheFieldAndTheMetadata(t *testing.T) {
 	for _, tt := range []struct {
 		messageType, received, payload string
 		want                           cryo.Kind
@@ -93,7 +93,7 @@ func TestTheTypeOfAMessage(t *testing.T) {
 	}
 }
 
-func TestAMessageThatCantBeSentFailsWhenAllOthersAreAcknowledged(t *testing.T) {
+func TestAMessageThatCannotBeSentFailsAfterAllOthersAreAcknowledged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! metadata("kind").or("utf8") }', batching: { count: 6 }`))
@@ -114,7 +114,7 @@ func TestAMessageThatCantBeSentFailsWhenAllOthersAreAcknowledged(t *testing.T) {
 	})
 }
 
-func TestAMessageTypeThatCantBeToldFailsItsMessage(t *testing.T) {
+func TestAFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! throw("who knows") }'`))
@@ -125,7 +125,7 @@ func TestAMessageTypeThatCantBeToldFailsItsMessage(t *testing.T) {
 	})
 }
 
-func TestWhatAServerSendsToAnOutputIsRefused(t *testing.T) {
+func TestMessagesThatAServerSendsToAnOutputAreRejected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -143,7 +143,7 @@ func (e *engine) alone(t *testing.T, fields string) *output {
 	return out
 }
 
-func TestAWriteWithoutAConnectionSaysSo(t *testing.T) {
+func TestWriteBatchWithoutASessionReturnsErrNotConnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		out := e.alone(t, "")
@@ -160,7 +160,7 @@ func TestAWriteWithoutAConnectionSaysSo(t *testing.T) {
 	})
 }
 
-func TestAMessageThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
+func TestContentThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf("")
 		batch[0].SetStructuredMut(map[string]any{"name": "a", "degrees": math.NaN()})

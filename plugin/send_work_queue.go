@@ -22,9 +22,9 @@ type workQueue struct {
 	noSession string
 	log       *service.Logger
 
-	turn  chan struct{} // held by the caller of next that is served
-	empty time.Time     // since when no session is connected, zero if one is; owned by the holder of turn
-	freed chan struct{} // signals that a slot was released; of capacity 1
+	turn       chan struct{} // capacity 1; held by the caller of next that is served
+	emptySince time.Time     // when next first found no session, zero if one is connected; owned by the holder of turn
+	released   chan struct{} // capacity 1; signals the holder of turn that a slot was released
 
 	mu      sync.Mutex
 	workers map[*cryo.Session]*worker
@@ -41,7 +41,7 @@ type worker struct {
 func newWorkQueue(s *sender, ln *listener, to *targetConfig, log *service.Logger) *workQueue {
 	return &workQueue{
 		sender: s, listener: ln, limit: to.sessionInFlight, noSession: to.noSession, log: log,
-		turn: make(chan struct{}, 1), freed: make(chan struct{}, 1), workers: make(map[*cryo.Session]*worker),
+		turn: make(chan struct{}, 1), released: make(chan struct{}, 1), workers: make(map[*cryo.Session]*worker),
 	}
 }
 
@@ -59,22 +59,22 @@ func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, err
 		arrival := q.listener.arrival()
 		session, isEmpty := q.acquire(arrival)
 		if session != nil {
-			q.empty = time.Time{}
+			q.emptySince = time.Time{}
 			return session, 1, nil
 		}
 		var timeout <-chan time.Time
 		if isEmpty {
-			left, err := q.whileEmpty(began)
+			left, err := q.timeToWait(began)
 			if err != nil {
 				return nil, 0, err
 			}
 			timeout = time.After(left)
 		} else {
-			q.empty = time.Time{}
+			q.emptySince = time.Time{}
 		}
 		select {
 		case <-arrival:
-		case <-q.freed:
+		case <-q.released:
 		case <-timeout:
 		case <-ctx.Done():
 		}
@@ -82,14 +82,15 @@ func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, err
 	return nil, 0, context.Cause(ctx)
 }
 
-// whileEmpty returns the time that a caller of next still waits for a session, or the error of
-// its message.
-func (q *workQueue) whileEmpty(began time.Time) (time.Duration, error) {
-	if q.empty.IsZero() {
-		q.empty = time.Now()
+// timeToWait returns how long a caller of next still waits for a session to connect: until
+// ack_timeout after its call, or after the end of the last session if that was later. Then, or
+// if no_session allows no wait, it returns the error of the message.
+func (q *workQueue) timeToWait(began time.Time) (time.Duration, error) {
+	if q.emptySince.IsZero() {
+		q.emptySince = time.Now()
 	}
-	if q.empty.After(began) {
-		began = q.empty
+	if began.Before(q.emptySince) {
+		began = q.emptySince
 	}
 	left := time.Until(began.Add(q.ackTimeout))
 	switch {
@@ -155,10 +156,11 @@ func (q *workQueue) finished(ctx context.Context, session *cryo.Session, message
 	if !isLate(err) && !isEnd(err) {
 		return nil
 	}
-	q.log.With("session", session.ID()).Debugf("Sending an unacknowledged message to another session: %v", err)
+	q.log.With("session", session.ID(), "error", err).Debug("Sending an unacknowledged message to another session")
 	return messages
 }
 
+// release releases a slot. The worker may have been removed.
 func (q *workQueue) release(session *cryo.Session) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -169,7 +171,7 @@ func (q *workQueue) release(session *cryo.Session) {
 		}
 	}
 	select {
-	case q.freed <- struct{}{}:
+	case q.released <- struct{}{}:
 	default:
 	}
 }

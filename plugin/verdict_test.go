@@ -69,7 +69,7 @@ func behindAFilter(t *testing.T, fields string, test func(t *testing.T, e *engin
 
 // The engine's batcher marks messages behind all processors, so an error that names
 // one reaches the right one.
-func TestOutOfAnOutputsOwnBatchOnlyWhatIsRejectedIsSentAgain(t *testing.T) {
+func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsSentAgain(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("drop", "A"), e.give("drop", "B"), e.give("C", "drop"), e.give("drop", "D", "drop")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -82,7 +82,7 @@ func TestOutOfAnOutputsOwnBatchOnlyWhatIsRejectedIsSentAgain(t *testing.T) {
 }
 
 // A batch of the input that comes to the output's batching has one verdict.
-func TestOutOfAnOutputsOwnBatchABatchOfTheInputIsSentAgainAsAWhole(t *testing.T) {
+func TestAnInputsBatchWithinAnOutputsOwnBatchIsSentAgainAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("drop", "A", "B"), e.give("C", "D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -95,7 +95,7 @@ func TestOutOfAnOutputsOwnBatchABatchOfTheInputIsSentAgainAsAWhole(t *testing.T)
 }
 
 // Its processors could filter, too.
-func TestOutOfABatchThatAnOutputsOwnProcessorsHaveMadeAllIsSentAgain(t *testing.T) {
+func TestABatchOfAnOutputsOwnProcessorsIsSentAgainAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s, processors: [ { "+filter+" } ] }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("A"), e.give("B"), e.give("C"), e.give("D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D", "A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -105,7 +105,7 @@ func TestOutOfABatchThatAnOutputsOwnProcessorsHaveMadeAllIsSentAgain(t *testing.
 	})
 }
 
-func TestOnlyAnOutputsOwnBatcherWithoutProcessorsGetsTheErrorsOfMessages(t *testing.T) {
+func TestErrorsOfMessagesAreReturnedOnlyToAnOutputsOwnBatcherWithoutProcessors(t *testing.T) {
 	for batching, want := range map[string]bool{
 		`{}`:                            false,
 		`{ count: 1 }`:                  false,
@@ -151,7 +151,7 @@ func TestAnEmptyBatchIsDelivered(t *testing.T) {
 	})
 }
 
-func TestWhatIsBehindALateStreamIsSentAllTheSame(t *testing.T) {
+func TestMessagesBehindALateStreamAreSent(t *testing.T) {
 	const fields = `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }, ack_timeout: 10s`
 	atBothOutputs(t, fields, func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
@@ -175,7 +175,7 @@ func TestWhatIsBehindALateStreamIsSentAllTheSame(t *testing.T) {
 	})
 }
 
-func TestAPeerThatTakesNoStreamHoldsUpABatchForTwoAckTimeouts(t *testing.T) {
+func TestAPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
 	atBothOutputs(t, asStream+", ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
 		f := e.give(words("s%d", 20)...)
@@ -184,7 +184,7 @@ func TestAPeerThatTakesNoStreamHoldsUpABatchForTwoAckTimeouts(t *testing.T) {
 	})
 }
 
-func TestTheErrorOfABatchOfOneIsItsOwn(t *testing.T) {
+func TestABatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.give("m")
 		require.NoError(t, receiveTexts(t, peer, "m")[0].Reject("no"))
@@ -194,7 +194,7 @@ func TestTheErrorOfABatchOfOneIsItsOwn(t *testing.T) {
 	})
 }
 
-func TestAHardStopOfAnOutputConcludesNothing(t *testing.T) {
+func TestAHardStopOfAnOutputReportsNoMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		out := e.alone(t, "")
