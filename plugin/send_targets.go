@@ -10,7 +10,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Who gets what: the sessions of a listener that a message is for.
+// The targets of a message: the sessions of a listener that it is sent to.
 
 const (
 	fieldSendTo            = "send_to"

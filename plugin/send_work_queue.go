@@ -23,7 +23,7 @@ type workQueue struct {
 	log       *service.Logger
 
 	turn       chan struct{} // capacity 1; held by the caller of next that is served
-	emptySince time.Time     // when next first found no session, zero if one is connected; owned by the holder of turn
+	emptySince time.Time     // when next found no session for the first time since it acquired a slot; owned by the holder of turn
 	released   chan struct{} // capacity 1; signals the holder of turn that a slot was released
 
 	mu      sync.Mutex
@@ -69,8 +69,6 @@ func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, err
 				return nil, 0, err
 			}
 			timeout = time.After(left)
-		} else {
-			q.emptySince = time.Time{}
 		}
 		select {
 		case <-arrival:
