@@ -236,10 +236,13 @@ func TestNoSessionDecidesAboutAWorkQueueWithoutWorkers(t *testing.T) {
 	})
 	t.Run("rejects, what the last one leaves behind too", func(t *testing.T) {
 		toAll(t, toAny+", no_session: reject", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
+			begin := time.Now()
 			f := e.give("m")
 			receiveTexts(t, clients[0], "m")
 			end(clients[0])
 			require.ErrorContains(t, next(t, f.verdict), "no client is connected")
+			e.give("m").wantFailed(t, "no client is connected")
+			require.Zero(t, time.Since(begin))
 		})
 	})
 }

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -109,6 +110,7 @@ func TestABatchFailsWithoutASessionWithinAckTimeoutOfTheLoss(t *testing.T) {
 		err := next(t, f.verdict)
 		require.Equal(t, 10*time.Second, time.Since(begin))
 		requirePlain(t, err)
+		require.NotErrorIs(t, err, net.ErrClosed, "it wraps none of the messages' errors")
 		require.ErrorContains(t, err, "2 of 3 messages were not acknowledged, the first: session ended: ")
 		require.ErrorContains(t, err, ", and no other session within ack_timeout (10s): dialling ws://"+somewhere+": dial tcp: connection refused")
 		e.log.want(t, "WARN Connecting to ws://"+somewhere+" again failed, messages wait for it: dialling")
