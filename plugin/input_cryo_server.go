@@ -18,7 +18,7 @@ func serverInputSpec() *service.ConfigSpec {
 		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(listenFields()...).
 		Fields(receiveFields(true)...).
-		LintRule(`root = `+listenLint).
+		LintRule(lintMapping("input cryo_server")).
 		Example("Clients to a file", "What Cryo clients send is appended to a file; each message is acknowledged when it is written.", `
 input:
   cryo_server:

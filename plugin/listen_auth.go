@@ -28,22 +28,45 @@ const (
 	fieldMetadataHeaders = "headers"
 	fieldAllowedOrigins  = "allowed_origins"
 
-	anyOrigin     = "*"
-	originPattern = `^(\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
-	originLint    = `^(\\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
+	anyOrigin = "*"
 
 	// paramToken is the query parameter with Cryo's token, which must never
 	// become metadata.
 	paramToken = "authorization"
 )
 
+var (
+	tokensField = listOf(fieldTokens, func(tokens []string) ([]string, error) {
+		if slices.Contains(tokens, "") {
+			return nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
+		}
+		return tokens, nil
+	})
+	metadataQueryField = listOf(fieldSessionMetadata+"."+fieldMetadataQuery, func(names []string) ([]string, error) {
+		if slices.Contains(names, paramToken) {
+			return nil, fmt.Errorf("field %s.%s: %s is the token, which must not become metadata", fieldSessionMetadata, fieldMetadataQuery, paramToken)
+		}
+		return names, nil
+	})
+	metadataHeadersField = listOf(fieldSessionMetadata+"."+fieldMetadataHeaders, anyList)
+
+	originPattern       = regexp.MustCompile(`^(\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`)
+	allowedOriginsField = listOf(fieldAllowedOrigins, func(origins []string) ([]string, error) {
+		for _, origin := range origins {
+			if !originPattern.MatchString(origin) {
+				return nil, fmt.Errorf("field %s: %q must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
+			}
+		}
+		return origins, nil
+	})
+)
+
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewStringListField(fieldTokens).
+		tokensField.config().
 			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
 			Default([]any{}).
-			Secret().
-			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
+			Secret(),
 		service.NewBloblangField(fieldAuthorize).
 			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case, the query without the token), and `+"`this.client_certificate`"+`: null, or, where `+"`tls.client_ca_file`"+` asks for it, an object with `+"`common_name`, `dns_names`, `uris` and `serial_number`"+`.
 
@@ -64,24 +87,22 @@ let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
 			Optional(),
 		service.NewObjectField(fieldSessionMetadata,
-			service.NewStringListField(fieldMetadataQuery).
+			metadataQueryField.config().
 				Description("Query parameters: `room` becomes `cryo_query_room`. The one with the token can't be had.").
 				Default([]any{}).
-				Example([]string{"room"}).
-				LintRule(`root = if this.type() == "array" && this.contains("authorization") { "field query_parameters: authorization is the token, which must not become metadata" }`),
-			service.NewStringListField(fieldMetadataHeaders).
+				Example([]string{"room"}),
+			metadataHeadersField.config().
 				Description("HTTP headers: `User-Agent` becomes `cryo_header_user-agent`.").
 				Default([]any{}).
 				Example([]string{"User-Agent"}),
 		).
 			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them.").
 			Advanced(),
-		service.NewStringListField(fieldAllowedOrigins).
+		allowedOriginsField.config().
 			Description("From which web sites a browser's page may connect, by its Origin header: a site is scheme, host and, where it is not the scheme's own, port, with nothing behind. `null` is a page from a file or a sandbox. `*` is any; then the token alone decides, which no browser adds by itself. A list that is empty lets in no page of a browser. Clients that are no browsers send no such header and are not asked.").
 			Default([]any{anyOrigin}).
 			Example([]string{"https://app.example.com", "http://localhost:3000"}).
-			Advanced().
-			LintRule(`root = if this.type() == "array" { this.filter(o -> o.type() == "string" && !o.re_match("` + originLint + `")).map_each(o -> "field allowed_origins: %v has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind".format(o)) }`),
+			Advanced(),
 	}
 }
 
@@ -93,51 +114,30 @@ type admissionSettings struct {
 	Origins   []string        `field:"allowed_origins"`
 }
 
-func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, authorize func(*cryo.Upgrade) error, err error) {
-	if s.Tokens, err = conf.FieldStringList(fieldTokens); err != nil {
-		return
-	}
-	if slices.Contains(s.Tokens, "") {
-		return s, nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
-	}
-	if conf.Contains(fieldAuthorize) {
-		if s.Authorize, err = conf.FieldString(fieldAuthorize); err != nil {
-			return
-		}
-	}
-	if s.Metadata.Query, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataQuery); err != nil {
-		return
-	}
-	if slices.Contains(s.Metadata.Query, paramToken) {
-		return s, nil, fmt.Errorf("field %s: %s is the token, which must not become metadata", fieldMetadataQuery, paramToken)
-	}
-	if s.Metadata.Headers, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataHeaders); err != nil {
-		return
-	}
-	if s.Origins, err = conf.FieldStringList(fieldAllowedOrigins); err != nil {
-		return
-	}
-	for _, origin := range s.Origins {
-		if !regexp.MustCompile(originPattern).MatchString(origin) {
-			return s, nil, fmt.Errorf("field %s: %s has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
-		}
-	}
+func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
+	s.Tokens = tokensField.read(r)
+	s.Metadata.Query = metadataQueryField.read(r)
+	s.Metadata.Headers = metadataHeadersField.read(r)
+	s.Origins = allowedOriginsField.read(r)
+	mapping, text := readMapping(r, fieldAuthorize)
+	s.Authorize = text
 	switch {
-	case len(s.Tokens) == 0 && s.Authorize == "":
-		return s, nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0 && s.Authorize != "":
-		return s, nil, fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0:
+	case r.err != nil:
+		return s, nil
+	case len(s.Tokens) == 0 && mapping == nil:
+		r.err = fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
+		return s, nil
+	case len(s.Tokens) > 0 && mapping != nil:
+		r.err = fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
+		return s, nil
+	case mapping == nil:
 		known := cryo.Tokens(s.Tokens...)
-		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) }), nil
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) })
+	default:
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+			return ask(mapping, u, query)
+		})
 	}
-	mapping, err := conf.FieldBloblang(fieldAuthorize)
-	if err != nil {
-		return s, nil, fmt.Errorf("field %s: %w", fieldAuthorize, err)
-	}
-	return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-		return ask(mapping, u, query)
-	}), nil
 }
 
 // allowsOrigin tells whether the page that asks may connect, if it is one.

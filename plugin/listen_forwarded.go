@@ -20,15 +20,28 @@ const (
 	headerForwarded     = "forwarded"
 )
 
+var (
+	trustedProxiesField = listOf(fieldTrustedProxies, func(names []string) (networks []netip.Prefix, err error) {
+		for _, name := range names {
+			network, err := parseNetwork(name)
+			if err != nil {
+				return nil, fmt.Errorf("field %s: %q is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
+			}
+			networks = append(networks, network)
+		}
+		return networks, nil
+	})
+	forwardedHeaderField = oneOf(fieldForwardedHeader, headerXForwardedFor, headerForwarded)
+)
+
 func proxyFields() []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewStringListField(fieldTrustedProxies).
+		trustedProxiesField.config().
 			Description("The reverse proxies whose word on a client's address is taken: IP addresses, or networks such as `10.0.0.0/8`. For a client that comes through one of these, the address that it tells is what `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log have. Anybody else's word is ignored, so don't name networks from which clients come.").
 			Default([]any{}).
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
-			Advanced().
-			LintRule(`root = if this.type() == "array" { this.filter(p -> p.type() == "string" && !p.re_match("^([0-9]{1,3}(\\.[0-9]{1,3}){3}|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*)(/[0-9]{1,3})?$")).map_each(p -> "field trusted_proxies: %v is neither an IP address nor a network such as 10.0.0.0/8".format(p)) }`),
-		service.NewStringEnumField(fieldForwardedHeader, headerXForwardedFor, headerForwarded).
+			Advanced(),
+		forwardedHeaderField.config().
 			Description("The header in which the trusted proxies tell a client's address. It is one that each of them sets: of the other, what a client has written may come through.").
 			Default(headerXForwardedFor).
 			Advanced(),
@@ -40,25 +53,8 @@ type proxySettings struct {
 	Header  string         `field:"forwarded_header"`
 }
 
-func proxySettingsFromParsed(conf *service.ParsedConfig) (s proxySettings, err error) {
-	names, err := conf.FieldStringList(fieldTrustedProxies)
-	if err != nil {
-		return s, err
-	}
-	for _, name := range names {
-		network, err := parseNetwork(name)
-		if err != nil {
-			return s, fmt.Errorf("field %s: %s is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
-		}
-		s.Trusted = append(s.Trusted, network)
-	}
-	if s.Header, err = conf.FieldString(fieldForwardedHeader); err != nil {
-		return s, err
-	}
-	if s.Header != headerXForwardedFor && s.Header != headerForwarded {
-		return s, fmt.Errorf("field %s: %q is neither %s nor %s", fieldForwardedHeader, s.Header, headerXForwardedFor, headerForwarded)
-	}
-	return s, nil
+func readProxySettings(r *settingsReader) proxySettings {
+	return proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r)}
 }
 
 // parseNetwork reads an IP address or a network. IPv4 in IPv6 is IPv4, as it is

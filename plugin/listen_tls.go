@@ -32,39 +32,40 @@ const (
 
 var tlsVersions = map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
 
+var (
+	certFileField     = stringOf(fieldTLS+"."+fieldCertFile, anyText)
+	keyFileField      = stringOf(fieldTLS+"."+fieldKeyFile, anyText)
+	clientCAFileField = stringOf(fieldTLS+"."+fieldClientCAFile, anyText)
+	clientAuthField   = oneOfDescribed(fieldTLS+"."+fieldClientAuth, map[string]string{
+		clientAuthRequire: "A client without a certificate is refused.",
+		clientAuthIfGiven: "A client may have no certificate, but none that is not valid.",
+	}, clientAuthRequire, clientAuthIfGiven)
+	minVersionField = oneOf(fieldTLS+"."+fieldMinVersion, "tls12", "tls13")
+)
+
 func listenTLSField() *service.ConfigField {
 	return service.NewObjectField(fieldTLS,
-		service.NewStringField(fieldCertFile).
+		certFileField.config().
 			Description("The path of a file with the server's certificate and those between it and the authority, PEM. Empty: no TLS.").
 			Default(""),
-		service.NewStringField(fieldKeyFile).
+		keyFileField.config().
 			Description("The path of a file with its private key, PEM.").
 			Default(""),
-		service.NewStringField(fieldClientCAFile).
+		clientCAFileField.config().
 			Description("The path of a file with the certificates of authorities, PEM. With it, clients need a certificate of one of these, as well as their token.").
 			Default("").
 			Advanced(),
-		service.NewStringAnnotatedEnumField(fieldClientAuth, map[string]string{
-			clientAuthRequire: "A client without a certificate is refused.",
-			clientAuthIfGiven: "A client may have no certificate, but none that is not valid.",
-		}).
+		clientAuthField.config().
 			Description("What is asked of clients, with `client_ca_file`.").
 			Default(clientAuthRequire).
 			Advanced(),
-		service.NewStringEnumField(fieldMinVersion, "tls12", "tls13").
+		minVersionField.config().
 			Description("The lowest version of TLS that a client may use.").
 			Default("tls12").
 			Advanced(),
 	).
 		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, looked at no more than once a second; nothing is restarted, and sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the new ones are tried again.")
 }
-
-// listenTLSLint finds half a certificate.
-const listenTLSLint = `if (this.tls.cert_file.or("") == "") != (this.tls.key_file.or("") == "") {
-  "field tls needs both cert_file and key_file"
-} else if this.tls.client_ca_file.or("") != "" && this.tls.cert_file.or("") == "" {
-  "field tls: client_ca_file has no effect without cert_file and key_file"
-}`
 
 type tlsSettings struct {
 	CertFile     string `field:"tls.cert_file"`
@@ -74,26 +75,22 @@ type tlsSettings struct {
 	MinVersion   string `field:"tls.min_version"`
 }
 
-func tlsSettingsFromParsed(conf *service.ParsedConfig) (s tlsSettings, err error) {
-	for field, value := range map[string]*string{
-		fieldCertFile: &s.CertFile, fieldKeyFile: &s.KeyFile, fieldClientCAFile: &s.ClientCAFile,
-		fieldClientAuth: &s.ClientAuth, fieldMinVersion: &s.MinVersion,
-	} {
-		if *value, err = conf.FieldString(fieldTLS, field); err != nil {
-			return s, err
-		}
+func readTLSSettings(r *settingsReader) tlsSettings {
+	s := tlsSettings{
+		CertFile:     certFileField.read(r),
+		KeyFile:      keyFileField.read(r),
+		ClientCAFile: clientCAFileField.read(r),
+		ClientAuth:   clientAuthField.read(r),
+		MinVersion:   minVersionField.read(r),
 	}
 	switch {
+	case r.err != nil:
 	case (s.CertFile == "") != (s.KeyFile == ""):
-		err = fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
+		r.err = fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
 	case s.ClientCAFile != "" && s.CertFile == "":
-		err = fmt.Errorf("field %s: %s has no effect without %s and %s", fieldTLS, fieldClientCAFile, fieldCertFile, fieldKeyFile)
-	case s.ClientAuth != clientAuthRequire && s.ClientAuth != clientAuthIfGiven:
-		err = fmt.Errorf("field %s.%s: %q is neither %s nor %s", fieldTLS, fieldClientAuth, s.ClientAuth, clientAuthRequire, clientAuthIfGiven)
-	case tlsVersions[s.MinVersion] == 0:
-		err = fmt.Errorf("field %s.%s: %q is neither tls12 nor tls13", fieldTLS, fieldMinVersion, s.MinVersion)
+		r.err = fmt.Errorf("field %s: %s has no effect without %s and %s", fieldTLS, fieldClientCAFile, fieldCertFile, fieldKeyFile)
 	}
-	return s, err
+	return s
 }
 
 // load reads the files.

@@ -30,7 +30,7 @@ A message for which nobody is there fails at `+"`ack_timeout`"+` with `+"`no_ses
 		Fields(listenFields()...).
 		Fields(targetFields()...).
 		Fields(sendFields("", ", to each session")...).
-		LintRule(`root = `+listenLint+targetLint).
+		LintRule(lintMapping("output cryo_server")).
 		Example("Rooms", "Each message goes to the clients that asked for its room, by the query parameter `room` of their URL.", `
 input:
   http_server:

@@ -26,14 +26,24 @@ const (
 	noSessionReject = "reject"
 )
 
+var (
+	sendToField = oneOfDescribed(fieldSendTo, map[string]string{
+		sendToAll:     "To every session that is connected.",
+		sendToAny:     "To one of them in turn: a work queue. When a session goes, what it has not acknowledged goes to another.",
+		sendToSession: "To the session that `session_id` names.",
+		sendToMatch:   "To every session for which the mapping `match` says `true`: rooms, topics, users.",
+	}, sendToAll, sendToAny, sendToSession, sendToMatch)
+	noSessionField = oneOfDescribed(fieldNoSession, map[string]string{
+		noSessionWait:   "Wait for it up to `ack_timeout`; then the message has failed.",
+		noSessionDrop:   "Count the message as delivered.",
+		noSessionReject: "The message has failed at once; the others of its batch are sent.",
+	}, noSessionWait, noSessionDrop, noSessionReject)
+	sessionInFlightField = positiveInt(fieldSessionInFlight, defaultSessionInFlight)
+)
+
 func targetFields() []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewStringAnnotatedEnumField(fieldSendTo, map[string]string{
-			sendToAll:     "To every session that is connected.",
-			sendToAny:     "To one of them in turn: a work queue. When a session goes, what it has not acknowledged goes to another.",
-			sendToSession: "To the session that `session_id` names.",
-			sendToMatch:   "To every session for which the mapping `match` says `true`: rooms, topics, users.",
-		}).
+		sendToField.config().
 			Description("Which clients get a message.").
 			Default(sendToAll),
 		service.NewInterpolatedStringField(fieldSessionID).
@@ -45,29 +55,13 @@ func targetFields() []*service.ConfigField {
 			Example(`@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)`).
 			Example(`@cryo_session.cryo_query_topic == this.topic && @cryo_session.cryo_session_id != @cryo_session_id`).
 			Optional(),
-		positiveInt(fieldSessionInFlight).
-			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages.").
-			Default(defaultSessionInFlight),
-		service.NewStringAnnotatedEnumField(fieldNoSession, map[string]string{
-			noSessionWait:   "Wait for it up to `ack_timeout`; then the message has failed.",
-			noSessionDrop:   "Count the message as delivered.",
-			noSessionReject: "The message has failed at once; the others of its batch are sent.",
-		}).
+		sessionInFlightField.config().
+			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages."),
+		noSessionField.config().
 			Description("What to do with a message for which nobody is connected, not the session that it names, or none that matches.").
 			Default(noSessionWait),
 	}
 }
-
-// targetLint continues listenLint.
-const targetLint = ` else if this.send_to.or("all") == "session" && this.session_id.or("") == "" {
-  "send_to: session needs the field session_id"
-} else if this.send_to.or("all") != "session" && this.session_id.or("") != "" {
-  "the field session_id has no effect without send_to: session"
-} else if this.send_to.or("all") == "match" && this.match.or("") == "" {
-  "send_to: match needs the field match"
-} else if this.send_to.or("all") != "match" && this.match.or("") != "" {
-  "the field match has no effect without send_to: match"
-}`
 
 // targetConfig is what can be set of them.
 type targetConfig struct {
@@ -79,48 +73,29 @@ type targetConfig struct {
 }
 
 func targetConfigFromParsed(conf *service.ParsedConfig, log *service.Logger) (c targetConfig, err error) {
-	if c.sendTo, err = conf.FieldString(fieldSendTo); err != nil {
-		return c, err
+	r := &settingsReader{conf: conf}
+	c.sendTo = sendToField.read(r)
+	c.noSession = noSessionField.read(r)
+	c.sessionInFlight = sessionInFlightField.read(r)
+	c.sessionID = readInterpolated(r, fieldSessionID)
+	mapping, _ := readMapping(r, fieldMatch)
+	if r.err != nil {
+		return c, r.err
 	}
-	switch c.sendTo {
-	case sendToAll, sendToAny, sendToSession, sendToMatch:
-	default:
-		return c, fmt.Errorf("field %s: %q is neither %s, %s, %s nor %s", fieldSendTo, c.sendTo, sendToAll, sendToAny, sendToSession, sendToMatch)
+	if mapping != nil {
+		c.match = newMatcher(mapping, log)
 	}
-	if c.sessionID, err = conf.FieldInterpolatedString(fieldSessionID); err != nil {
-		return c, err
-	}
-	fixed, static := c.sessionID.Static()
-	named := !static || fixed != ""
+	id, static := c.sessionID.Static()
+	named := !static || id != ""
 	switch {
 	case c.sendTo == sendToSession && !named:
 		return c, fmt.Errorf("%s: %s needs the field %s", fieldSendTo, sendToSession, fieldSessionID)
 	case c.sendTo != sendToSession && named:
 		return c, fmt.Errorf("the field %s has no effect without %s: %s", fieldSessionID, fieldSendTo, sendToSession)
-	}
-	if conf.Contains(fieldMatch) {
-		mapping, err := conf.FieldBloblang(fieldMatch)
-		if err != nil {
-			return c, fmt.Errorf("field %s: %w", fieldMatch, err)
-		}
-		c.match = newMatcher(mapping, log)
-	}
-	switch {
 	case c.sendTo == sendToMatch && c.match == nil:
 		return c, fmt.Errorf("%s: %s needs the field %s", fieldSendTo, sendToMatch, fieldMatch)
 	case c.sendTo != sendToMatch && c.match != nil:
 		return c, fmt.Errorf("the field %s has no effect without %s: %s", fieldMatch, fieldSendTo, sendToMatch)
 	}
-	if c.sessionInFlight, err = fieldPositive(conf, fieldSessionInFlight); err != nil {
-		return c, err
-	}
-	if c.noSession, err = conf.FieldString(fieldNoSession); err != nil {
-		return c, err
-	}
-	switch c.noSession {
-	case noSessionWait, noSessionDrop, noSessionReject:
-		return c, nil
-	default:
-		return c, fmt.Errorf("field %s: %q is neither %s, %s nor %s", fieldNoSession, c.noSession, noSessionWait, noSessionDrop, noSessionReject)
-	}
+	return c, nil
 }

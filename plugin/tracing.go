@@ -82,12 +82,10 @@ type tracing struct {
 
 // tracingFromParsed returns nil where the field is not set.
 func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, error) {
-	if text, _ := conf.FieldString(field); text == "" {
-		return nil, nil
-	}
-	mapping, err := conf.FieldBloblang(field)
-	if err != nil {
-		return nil, fmt.Errorf("field %s: %w", field, err)
+	r := &settingsReader{conf: conf}
+	mapping, _ := readMapping(r, field)
+	if mapping == nil {
+		return nil, r.err
 	}
 	res := conf.Resources()
 	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), newLimitedLog(res.Logger())}, nil
