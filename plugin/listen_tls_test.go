@@ -279,7 +279,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 			_, err := e.tryDial(cryo.DialOptions{Token: token})
 			require.ErrorContains(t, err, "400 Bad Request: Client sent an HTTP request to an HTTPS server.")
 		}
-		const words = "DEBUG Malformed HTTP request or TLS handshake: http: TLS handshake error from 192.0.2.1:50000: client sent an HTTP request to an HTTPS server"
+		const words = "error=http: TLS handshake error from 192.0.2.1:50000: client sent an HTTP request to an HTTPS server"
 		synctest.Wait()
 		require.Equal(t, 1, e.log.count(words))
 		time.Sleep(time.Second)
@@ -287,6 +287,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 		require.Error(t, err)
 		synctest.Wait()
 		require.Equal(t, 2, e.log.count(words))
+		require.Equal(t, 2, e.log.count("DEBUG Malformed HTTP request or TLS handshake"))
 		require.Equal(t, 1, e.log.count("suppressed=4"))
 	})
 }

@@ -78,21 +78,61 @@ func (m dialMetrics) connected(again bool) {
 
 func (m dialMetrics) gone() { m.sessions.add(-1) }
 
-// listenMetrics are those of a listener, under the name of the component that
-// opened it.
+// listenMetrics are those of a listener. A component that uses it reports them.
 type listenMetrics struct {
+	mu       sync.Mutex
+	reporter listenReporter
+	sessions int // that are connected
+}
+
+// listenReporter has the metrics under the labels of one component.
+type listenReporter struct {
+	component levelKey
 	sessionMetrics
 	sessionsDenied *service.MetricCounter
 }
 
-func newListenMetrics(m meter) listenMetrics {
-	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
+func newListenMetrics(m meter) *listenMetrics {
+	return &listenMetrics{reporter: newListenReporter(m)}
+}
+
+func newListenReporter(m meter) listenReporter {
+	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
+}
+
+// reportAs lets another component report the metrics: the one that did may be of a stream that
+// is deleted.
+func (m *listenMetrics) reportAs(component meter) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.reporter.component == component.component {
+		return
+	}
+	m.reporter.sessions.close()
+	m.reporter = newListenReporter(component)
+	m.reporter.sessions.add(m.sessions)
+}
+
+// countSession counts a session that is connected, or -1 for one that has ended.
+func (m *listenMetrics) countSession(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sessions += n
+	m.reporter.sessions.add(n)
+}
+
+// current returns the counters.
+func (m *listenMetrics) current() listenReporter {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reporter
 }
 
 // watch lets a server with these options count.
-func (m listenMetrics) watch(opts *cryo.ServerOptions) {
-	m.sessionMetrics.watch(&opts.SessionOptions)
-	opts.OnDeny = func(status int) { m.sessionsDenied.Incr(1, strconv.Itoa(status)) }
+func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
+	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
+	opts.OnDeny = func(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
 }
 
 // receiveMetrics are those of the receiving half.

@@ -101,7 +101,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	switch {
 	case len(batch) == 0:
 		return nil
-	case o.listener == nil:
+	case o.listener == nil || o.listener.isDown():
 		return service.ErrNotConnected
 	}
 	messages, errs := o.prepare(batch)
