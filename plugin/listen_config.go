@@ -56,9 +56,9 @@ func listenFields() []*service.ConfigField {
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		maxSessionsField.config().
-			Description("How many clients may be connected at a time. Further ones are refused with status 503. As many connections, or 1,024 if that is more, may be open that are no sessions, or not yet: another one closes the oldest of them, so that nobody without a token keeps clients out."),
+			Description("How many clients may be connected at a time. Further ones are denied with status 503. As many connections, or 1,024 if that is more, may be open that are no sessions, or not yet: another one closes the oldest of them, so that nobody without a token keeps clients out."),
 		maxSessionsPerAddressField.config().
-			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are refused with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
+			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are denied with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
 			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
@@ -66,7 +66,7 @@ func listenFields() []*service.ConfigField {
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().
-			Description("How long the first line and the headers of a client's HTTP request may be together, the token included. A client with longer ones is refused with status 431.").
+			Description("How long the first line and the headers of a client's HTTP request may be together, the token included. A client with longer ones is denied with status 431.").
 			Advanced(),
 		heartbeatField(),
 	)

@@ -37,8 +37,8 @@ var (
 	keyFileField      = stringOf(fieldTLS+"."+fieldKeyFile, anyText)
 	clientCAFileField = stringOf(fieldTLS+"."+fieldClientCAFile, anyText)
 	clientAuthField   = oneOfDescribed(fieldTLS+"."+fieldClientAuth, map[string]string{
-		clientAuthRequire: "A client without a certificate is refused.",
-		clientAuthIfGiven: "A client may have no certificate, but none that is not valid.",
+		clientAuthRequire: "A client without a certificate is denied.",
+		clientAuthIfGiven: "A client may have no certificate, but not an invalid one.",
 	}, clientAuthRequire, clientAuthIfGiven)
 	minVersionField = oneOf(fieldTLS+"."+fieldMinVersion, "tls12", "tls13")
 )

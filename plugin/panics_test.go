@@ -115,7 +115,7 @@ func TestAClientAtWhichAuthorizePanicsIsNotLetIn(t *testing.T) {
 			_, err := e.tryDial(cryo.DialOptions{Token: "hush-hush"})
 			require.ErrorIs(t, err, cryo.ErrUnauthorized)
 		}
-		e.log.want(t, "the mapping failed: panic in crypto/")
+		e.log.want(t, "authorize failed: panic in crypto/")
 		require.Zero(t, e.log.count("hush"))
 		client, err := e.tryDial(cryo.DialOptions{Token: "sesame"})
 		require.NoError(t, err, "those who failed hold no slot")
