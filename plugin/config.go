@@ -282,13 +282,12 @@ var registerLintMethod = sync.OnceFunc(func() {
 
 // lintByBuilding adds the rule of a component, which builds it and drops it.
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
-	specOnce := sync.OnceValue(spec) // not before it is needed: it needs the rules itself
 	lintRules[name] = func(value any) error {
 		text, err := yaml.Marshal(value)
 		if err != nil {
 			return err
 		}
-		conf, err := specOnce().ParseYAML(string(text), nil)
+		conf, err := spec().ParseYAML(string(text), nil)
 		if err != nil {
 			return nil //nolint:nilerr // lint has reported it: a field is missing or has the wrong type
 		}

@@ -33,13 +33,13 @@ func lint(t *testing.T, kind, yaml string) []string {
 	return sentences
 }
 
-// specs are those of our components; making them takes time.
-var specs = sync.OnceValue(func() map[string]*service.ConfigSpec {
+// specs are the specifications of our components.
+func specs() map[string]*service.ConfigSpec {
 	return map[string]*service.ConfigSpec{
-		"input cryo": inputSpec(), "output cryo": outputSpec(),
-		"input cryo_server": serverInputSpec(), "output cryo_server": serverOutputSpec(),
+		"input cryo": specsOnce.input(), "output cryo": specsOnce.output(),
+		"input cryo_server": specsOnce.serverInput(), "output cryo_server": specsOnce.serverOutput(),
 	}
-})
+}
 
 // construct makes a component as the engine does at start.
 func construct(t *testing.T, kind, name, fields string) error {

@@ -80,7 +80,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		IdleTimeout:       settings.HandshakeTimeout,
 		MaxHeaderBytes:    settings.MaxHeaderBytes,
 		ErrorLog:          serverLog(log),
-		ConnState:         newPending(settings.MaxSessions, log).changed,
+		ConnState:         newConnLimit(settings.MaxSessions, log).changed,
 	}
 	ln.inputs = newListenInputs(settings.Address, log, ln.server.Sessions)
 	if err := ln.start(); err != nil {

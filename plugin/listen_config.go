@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What can be set of a listener.
+// The fields of a component that listens.
 
 const (
 	fieldAddress               = "address"
@@ -44,11 +44,11 @@ var (
 func listenFields() []*service.ConfigField {
 	fields := []*service.ConfigField{
 		addressField.config().
-			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and have to agree on all of its settings. Of several inputs each gets its share of the clients, in turn.").
+			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and must have the same settings for it. Several inputs get the clients in turn.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080"),
 		pathField.config().
-			Description("The path of the URL that clients connect to. On others they get 404. Behind a reverse proxy it is the path that the proxy asks for: with the prefix that it serves us under, or without where it takes that off.").
+			Description("The path of the URL that clients connect to. Other paths return 404. Behind a reverse proxy it is the path that the proxy asks for: with the prefix that it serves us under, or without where it takes that off.").
 			Default("/"),
 		listenTLSField(),
 	}
@@ -56,7 +56,7 @@ func listenFields() []*service.ConfigField {
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		maxSessionsField.config().
-			Description("How many clients may be connected at a time. Further ones are denied with status 503. As many connections, or 1,024 if that is more, may be open that are no sessions, or not yet: another one closes the oldest of them, so that nobody without a token keeps clients out."),
+			Description("How many clients may be connected at a time. Further ones are denied with status 503. As many connections, or 1,024 if that is more, may be open without a session: another one closes the oldest of them, so that nobody without a token keeps clients out."),
 		maxSessionsPerAddressField.config().
 			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are denied with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
 			Advanced(),
@@ -72,7 +72,7 @@ func listenFields() []*service.ConfigField {
 	)
 }
 
-// listenSettings are what the components of one listener have to agree on.
+// listenSettings must be equal for the components of one listener.
 type listenSettings struct {
 	Address string `field:"address"`
 	Path    string `field:"path"`
@@ -87,8 +87,8 @@ type listenSettings struct {
 	HeartbeatInterval     time.Duration `field:"heartbeat_interval"`
 }
 
-// differences names the fields in which two settings differ. Their values are
-// not told: some are secret.
+// differences returns the names of the fields in which two settings differ. It leaves out
+// their values: some are secret.
 func (s listenSettings) differences(other listenSettings) []string {
 	return differences(reflect.ValueOf(s), reflect.ValueOf(other))
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
 )
 
-// TLS of a listener, by files that may change while it runs.
+// TLS of a listener. Its files may change while it runs.
 
 const (
 	fieldCertFile     = "cert_file"
@@ -25,9 +25,8 @@ const (
 	clientAuthRequire = "require_valid"
 	clientAuthIfGiven = "verify_if_given"
 
-	// tlsFilesEvery is how long files that have been looked at are not looked at
-	// again.
-	tlsFilesEvery = time.Second
+	// tlsFilesInterval is the shortest time between two checks of the files.
+	tlsFilesInterval = time.Second
 )
 
 var tlsVersions = map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
@@ -64,7 +63,7 @@ func listenTLSField() *service.ConfigField {
 			Default("tls12").
 			Advanced(),
 	).
-		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, looked at no more than once a second; nothing is restarted, and sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the new ones are tried again.")
+		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, at most once a second; nothing is restarted, and sessions stay connected. If the new files can't be used, an error is logged, the old ones stay in use, and the new ones are tried again.")
 }
 
 type tlsSettings struct {
@@ -123,32 +122,32 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	return config, nil
 }
 
-// tlsFiles are those of a listener, as last read.
+// tlsFiles are the files of a listener, as last read.
 type tlsFiles struct {
 	settings tlsSettings
 	log      *service.Logger
 
-	mu     sync.Mutex
-	config *tls.Config
-	looked time.Time
-	read   [3]fileStamp // of what config was made of
-	failed string       // why the files that are there now can't be used
+	mu      sync.Mutex
+	config  *tls.Config
+	checked time.Time
+	read    [3]fileState // of the files that config was made of
+	failed  string       // why the present files can't be used
 }
 
-// fileStamp tells whether a file has changed. Behind a symbolic link it is the
-// file's own, so that those of Kubernetes, which change all at once, work.
-type fileStamp struct {
+// fileState shows whether a file has changed. That of a symbolic link is the file's, so
+// that the links of Kubernetes, which change all at once, work.
+type fileState struct {
 	modified time.Time
 	size     int64
 }
 
-// newTLSFiles reads the files, and gives nil for a listener without TLS.
+// newTLSFiles reads the files. It returns nil for a listener without TLS.
 func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	if settings.CertFile == "" {
 		return nil, nil
 	}
-	f := &tlsFiles{settings: settings, log: log, looked: time.Now()}
-	f.read, _ = f.stamps() // what can't be found can't be loaded either
+	f := &tlsFiles{settings: settings, log: log, checked: time.Now()}
+	f.read, _ = f.states() // a file without a state can't be loaded either
 	var err error
 	if f.config, err = settings.load(); err != nil {
 		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
@@ -156,13 +155,12 @@ func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	return f, nil
 }
 
-// configure gives each connection the configuration of its time. It is a
-// GetConfigForClient.
+// configure is a GetConfigForClient: it returns the present configuration.
 func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if now := time.Now(); now.Sub(f.looked) >= tlsFilesEvery {
-		f.looked = now
+	if now := time.Now(); now.Sub(f.checked) >= tlsFilesInterval {
+		f.checked = now
 		f.refresh()
 	}
 	return f.config, nil
@@ -172,7 +170,7 @@ func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 // replaced one after the other: what doesn't fit together is tried again each
 // time, until it does.
 func (f *tlsFiles) refresh() {
-	now, err := f.stamps()
+	now, err := f.states()
 	if err == nil && now == f.read {
 		f.failed = ""
 		return
@@ -187,11 +185,11 @@ func (f *tlsFiles) refresh() {
 		f.log.Infof("Read changed TLS files: the certificate is that of %s", f.settings.CertFile)
 	case err.Error() != f.failed:
 		f.failed = err.Error()
-		f.log.Errorf("The changed TLS files can't be used, those read before stay in use: %v", err)
+		f.log.Errorf("The changed TLS files can't be used, the old ones stay in use: %v", err)
 	}
 }
 
-func (f *tlsFiles) stamps() (stamps [3]fileStamp, err error) {
+func (f *tlsFiles) states() (states [3]fileState, err error) {
 	for i, path := range []string{f.settings.CertFile, f.settings.KeyFile, f.settings.ClientCAFile} {
 		if path == "" {
 			continue
@@ -201,7 +199,7 @@ func (f *tlsFiles) stamps() (stamps [3]fileStamp, err error) {
 			err = errors.Join(err, statErr)
 			continue
 		}
-		stamps[i] = fileStamp{info.ModTime(), info.Size()}
+		states[i] = fileState{info.ModTime(), info.Size()}
 	}
-	return stamps, err
+	return states, err
 }

@@ -4,30 +4,37 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
+// specsOnce builds each specification once: the engine compiles its lint rules, which costs
+// more than most tests.
+var specsOnce = struct{ input, serverInput, output, serverOutput func() *service.ConfigSpec }{
+	sync.OnceValue(inputSpec), sync.OnceValue(serverInputSpec), sync.OnceValue(outputSpec), sync.OnceValue(serverOutputSpec),
+}
+
 func init() {
 	d := dependencies{}
 	if err := register(service.GlobalEnvironment(), d); err != nil {
 		panic(err) // another package of this program registers the same names
 	}
-	lintByBuilding("input cryo", inputSpec, func(conf *service.ParsedConfig, res *service.Resources) error {
+	lintByBuilding("input cryo", specsOnce.input, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, err := d.input(conf, res)
 		return err
 	})
-	lintByBuilding("input cryo_server", serverInputSpec, func(conf *service.ParsedConfig, res *service.Resources) error {
+	lintByBuilding("input cryo_server", specsOnce.serverInput, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, err := d.serverInput(conf, res)
 		return err
 	})
-	lintByBuilding("output cryo", outputSpec, func(conf *service.ParsedConfig, res *service.Resources) error {
+	lintByBuilding("output cryo", specsOnce.output, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, _, _, err := d.output(conf, res)
 		return err
 	})
-	lintByBuilding("output cryo_server", serverOutputSpec, func(conf *service.ParsedConfig, res *service.Resources) error {
+	lintByBuilding("output cryo_server", specsOnce.serverOutput, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, _, _, err := d.serverOutput(conf, res)
 		return err
 	})
@@ -37,10 +44,10 @@ func init() {
 // to have sessions (dial, listen).
 func register(env *service.Environment, d dependencies) error {
 	return errors.Join(
-		env.RegisterBatchInput("cryo", inputSpec(), d.input),
-		env.RegisterBatchInput("cryo_server", serverInputSpec(), d.serverInput),
-		env.RegisterBatchOutput("cryo", outputSpec(), d.output),
-		env.RegisterBatchOutput("cryo_server", serverOutputSpec(), d.serverOutput),
+		env.RegisterBatchInput("cryo", specsOnce.input(), d.input),
+		env.RegisterBatchInput("cryo_server", specsOnce.serverInput(), d.serverInput),
+		env.RegisterBatchOutput("cryo", specsOnce.output(), d.output),
+		env.RegisterBatchOutput("cryo_server", specsOnce.serverOutput(), d.serverOutput),
 	)
 }
 
