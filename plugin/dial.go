@@ -14,12 +14,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Having a session by dialling a Cryo server.
-
 const closeTime = 10 * time.Second // for the close handshake; the engine sets no limit
 
 // dialer is the engine's view of a [cryo.Client], which has the sessions and the waits
-// between attempts: its log lines, metrics and errors.
+// between attempts. It adds log lines, metrics and the errors that the engine expects.
 type dialer struct {
 	client  *cryo.Client
 	url     string // of the server
@@ -149,11 +147,11 @@ func (d *dialer) close(ctx context.Context) error {
 	return d.client.Close(ctx, "")
 }
 
-// test dials as another session and hangs up. What the server sends to it
-// meanwhile is neither taken nor refused: after the goodbye it goes to others.
+// test dials as another session and closes it. What the server sends to it
+// meanwhile is neither acknowledged nor rejected: after the close handshake it goes to others.
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
-	opts.SendOnly = false // an output's would refuse
+	opts.SendOnly = false // an output's would reject
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {
 		return service.ConnectionTestFailed(err).AsList()

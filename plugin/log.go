@@ -56,7 +56,7 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup ignores groups: the library has none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// limitedLog is a logger for lines of which a client can cause any number: at most one a
+// limitedLog is a logger for lines of which a client can cause any number. At most one per
 // second is written.
 type limitedLog struct {
 	log   *service.Logger

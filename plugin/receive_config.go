@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What can be set of the receiving half.
+// The fields of the receiving half.
 
 const (
 	fieldMessageTypes   = "message_types"
@@ -27,8 +27,8 @@ const (
 	metaMessageType = "cryo_message_type"
 	metaAckID       = "cryo_ack_id"
 
-	// rejection is all that a peer learns of a failure in the pipeline; the
-	// pipeline's own words go to the log.
+	// rejection is all that a peer receives of a failure in the pipeline. The cause is
+	// logged.
 	rejection = "the message could not be delivered"
 )
 
@@ -126,8 +126,8 @@ The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for stream
 
 var (
 	acknowledgeField = oneOfDescribed(fieldAcknowledge, map[string]string{
-		acknowledgeDelivered: "When the outputs of the pipeline have the message.",
-		acknowledgeReceived:  "When the pipeline has taken over the message's batch. Messages that are in flight when the process ends are lost; the log reports their number when the input closes. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
+		acknowledgeDelivered: "When the outputs of the pipeline have delivered the message.",
+		acknowledgeReceived:  "When the pipeline has received the message's batch. Messages in flight at the end of the process are lost; the log reports their number when the input closes. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
 	}, acknowledgeDelivered, acknowledgeReceived)
 	receiveMaxInFlightField = positiveInt(fieldMaxInFlight, 1024)
 	maxBatchCountField      = positiveInt(fieldMaxBatchCount, 64)
@@ -164,37 +164,36 @@ func messageTypesOf(lint string, known ...string) setting[[]string] {
 	}))
 }
 
-// receiveFields are those of an input; sessions tells whether it can tell of
-// sessions.
+// receiveFields are those of an input; with sessions, of one that can report sessions.
 func receiveFields(sessions bool) []*service.ConfigField {
 	about, share := "", ""
 	if sessions {
-		about = " `session` tells of clients that connect and leave."
-		share = " One client has at most three quarters of it, so that one whose messages fail, or that takes no answers, leaves room for others; where there is only one client, that is what the batch has to be smaller than."
+		about = " `session` reports clients that connect and disconnect."
+		share = " The quota of one client is three quarters of it, so that a client whose messages fail, or that does not acknowledge responses, leaves capacity for others; if there is only one client, the batch must be smaller than that quota."
 	}
 	return []*service.ConfigField{
 		messageTypesField(sessions).config().
-			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_messages_filtered`) and dropped, as by a mapping's `deleted()`.").
+			Description("Which kinds of messages the pipeline receives: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_messages_filtered`) and dropped, as by a mapping's `deleted()`.").
 			Default([]any{"utf8", "binary", messageTypeStream}),
 		acknowledgeField.config().
-			Description("When a message is acknowledged to its sender. The default is what makes delivery at least once.").
+			Description("When a message is acknowledged to its sender. The default makes delivery at least once.").
 			Default(acknowledgeDelivered).
 			Advanced(),
 		streamsField(),
 		receiveMaxInFlightField.config().
-			Description("How many messages may be in the pipeline, not yet delivered. An output's batch has to be smaller, or it is only ever sent by its `period`. With 1, the order of messages is kept even when some have to be redelivered." + share),
+			Description("How many messages may be in flight in the pipeline. An output's batch must be smaller, or only its `period` sends it. With 1, the order of messages is kept even when some are redelivered." + share),
 		maxBatchCountField.config().
-			Description("How many messages at most become one batch of the pipeline. Only messages that wait already do: nothing waits for a batch to fill. If a batch of several fails, each of its messages is processed once more, alone. With 1 that never happens: set it where failures of single messages are part of normal work, and where the pipeline must not run twice for a message. See [Delivery](#delivery).").
+			Description("How many messages may form one batch of the pipeline. Only messages that wait already are batched: nothing waits for a batch to fill. If a batch of several fails, each of its messages is processed once more, alone. With 1 that never happens: set it where failures of single messages are part of normal work, and where the pipeline must not run twice for a message. See [Delivery](#delivery).").
 			Advanced(),
 		includeMetadataField.config().
-			Description("Whether messages carry the metadata that is listed under [Metadata](#metadata). Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content, and what a synchronous response answers can't be told but of messages that are alone: set `max_batch_count: 1`.").
+			Description("Whether messages carry the metadata that is listed under [Metadata](#metadata). Adding it takes about 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, `message_type: auto` of a `cryo` output depends on the content only, and synchronous responses can only be assigned to batches of one message: set `max_batch_count: 1`.").
 			Advanced(),
 		ackTimeoutField.config().
-			Description("How long the sender of a message may take to acknowledge its answer, where the pipeline gives one (`sync_response`). Then the message is rejected.").
+			Description("How long the sender of a message may take to acknowledge the response of the pipeline (`sync_response`), if there is one. After that the message is rejected.").
 			Default("30s").
 			Advanced(),
 		autoReplayNacksField.config().
-			Description("What to do with a message that the outputs fail to deliver. If `true`, it goes through the pipeline again until it is delivered, and its sender waits. If `false`, its sender gets a Cryo ERROR. A batch of several messages that fails is run once more, message by message, in both cases, because the engine does not report which of them failed; with `max_batch_count: 1`, the setting for pipelines that must not run twice, never."),
+			Description("What to do with a message that the outputs fail to deliver. If `true`, it is redelivered until it is delivered, and its sender waits. If `false`, its sender gets a Cryo ERROR. In both cases, a batch of several messages that fails is processed once more, message by message, because the engine does not report which of them failed. With `max_batch_count: 1`, the setting for pipelines that must not run twice, it is not."),
 		extractTracingField(),
 	}
 }
@@ -213,7 +212,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 
 type receiveConfig struct {
 	types         map[cryo.Kind]bool
-	sessions      bool // are told of
+	sessions      bool // connected and disconnected are reported
 	onReceipt     bool // acknowledge: received
 	shared        bool // by several sessions: maxInFlight, and the streams' maxOpen
 	maxInFlight   int

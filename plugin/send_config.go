@@ -23,7 +23,7 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
-// sendVerdicts follows what each output says of the delivery of a message.
+// sendVerdicts follows each output's text about the delivery of a message.
 const sendVerdicts = `
 A batch is delivered when all of its messages are. Everything that can be sent is sent and awaited first. If a message is not delivered then, the whole batch fails, with one error that has the number of such messages and the first cause. It names no message: behind processors that filter or split, the engine takes such an error for another message's, and the one that failed would be lost. What follows depends on what is in front of the output:
 
@@ -37,7 +37,7 @@ No output can prevent that the engine takes a failure for another message's behi
 const sendMetadata = `
 == Metadata
 
-What was received from Cryo goes out as it came in: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs to know belongs into the content.
+What was received from Cryo is sent as it was received: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs must be in the content.
 `
 
 const sendPerformance = `
@@ -63,8 +63,8 @@ var (
 	sendMaxInFlightField = positiveInt(fieldMaxInFlight, 64)
 )
 
-// sendFields are those of an output; lost has what becomes of a batch whose
-// connection is lost, and order what that does to the order.
+// sendFields are those of an output; lost describes a batch whose connection is lost, and
+// order the effect on the order.
 func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
 		sendMessageTypeField.config().
@@ -82,7 +82,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 		).
 			Description("For messages that travel as a `stream`."),
 		ackTimeoutField.config().
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB get through in half of it; but after ten times as long a message has failed in any case." + lost).
+			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB are transferred in half of it; but after ten times as long a message has failed in any case." + lost).
 			Default("30s"),
 		sendMaxInFlightField.config().
 			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),

@@ -51,19 +51,19 @@ func targetFields() []*service.ConfigField {
 			Default("").
 			Example("${! @cryo_session_id }"),
 		service.NewBloblangField(fieldMatch).
-			Description("A mapping that decides, for each message and each session, whether the session gets the message, with `send_to: match`: it results in `true` or `false`. It runs on the message, so `this`, `content()` and `@` are the message's; what the session is known by is the object `@cryo_session`, with the keys that the metadata of its own messages have: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All values of it are text; a list, such as the rooms that a token grants, is JSON. A session for which the mapping fails gets nothing, and the log says so. It runs once for each pair of a message and a session, which is some microseconds, also while a message waits for a session that matches (`no_session: wait`): then for those that connect. With thousands of sessions keep it short.").
+			Description("A mapping that decides, for each message and each session, whether the session gets the message, with `send_to: match`: it results in `true` or `false`. It runs on the message, so `this`, `content()` and `@` are the message's; the session's identity is the object `@cryo_session`, with the keys of the metadata of its own messages: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All values of it are text; a list, such as the rooms that a token grants, is JSON. A session for which the mapping fails gets nothing, and the log has a warning. It runs once for each pair of a message and a session, which is some microseconds, also while a message waits for a session that matches (`no_session: wait`): then for those that connect. With thousands of sessions keep it short.").
 			Example(`@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)`).
 			Example(`@cryo_session.cryo_query_topic == this.topic && @cryo_session.cryo_session_id != @cryo_session_id`).
 			Optional(),
 		sessionInFlightField.config().
 			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages."),
 		noSessionField.config().
-			Description("What to do with a message for which nobody is connected, not the session that it names, or none that matches.").
+			Description("What to do with a message for which no session is connected: none at all, not the one that it names, or none that matches.").
 			Default(noSessionWait),
 	}
 }
 
-// targetConfig is what can be set of them.
+// targetConfig has the settings of an output's targets.
 type targetConfig struct {
 	sendTo          string
 	sessionID       *service.InterpolatedString // of sendToSession
