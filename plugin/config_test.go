@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -254,4 +255,33 @@ func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
 
 	require.ErrorContains(t, err, "field tls: ")
 	require.NoError(t, in.Close(t.Context()))
+}
+
+func TestNoSentenceOfLintOrStartRepeatsASecret(t *testing.T) {
+	for _, tt := range []struct{ kind, name, fields string }{
+		{"input", "cryo", `{ url: "ws://me:s3cret@h" }`},
+		{"input", "cryo", `{ url: "ws://me:s3cret/x@h" }`},
+		{"input", "cryo", `{ url: "ws://me:%s3cret@h" }`},
+		{"input", "cryo", `{ url: "ws://h:99999?key=s3cret" }`},
+		{"input", "cryo", `{ url: "ws://h/\x01?key=s3cret" }`},
+		{"input", "cryo", `{ url: "ws://h?key=s3cret;" }`},
+		{"input", "cryo", `{ url: "ws://h", token: s3cret, query_parameters: { authorization: s3cret } }`},
+		{"input", "cryo", `{ url: "ws://h", headers: { X-Key: "s3cret\n" } }`},
+		{"input", "cryo", `{ url: "ws://h", headers: { Upgrade: s3cret } }`},
+		{"output", "cryo", `{ url: "ws://h", proxy_url: "http://me:s3cret@h:99999" }`},
+		{"output", "cryo", `{ url: "ws://h", proxy_url: "http://me:s3cret/x@h" }`},
+		{"output", "cryo", `{ url: "wss://h", tls: { enabled: true, client_certs: [ { cert: a, key: s3cret, password: s3cret } ] } }`},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ s3cret, "" ] }`},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ s3cret ], authorize: "root = true" }`},
+		{"output", "cryo_server", `{ address: h, tokens: [ s3cret ], send_to: match }`},
+	} {
+		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
+			sentences := lint(t, tt.kind, component(tt.name, tt.fields))
+			assert.NotEmpty(t, sentences)
+			assert.NotContains(t, strings.Join(sentences, "\n"), "s3cret")
+			err := construct(t, tt.kind, tt.name, tt.fields)
+			require.Error(t, err)
+			assert.NotContains(t, err.Error(), "s3cret")
+		})
+	}
 }

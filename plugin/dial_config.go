@@ -47,7 +47,7 @@ var (
 		return query, nil
 	})
 	headersField  = mapOf(fieldHeaders, checkHeaders)
-	proxyURLField = stringOf(fieldProxyURL, parseProxy)
+	proxyURLField = newField(fieldProxyURL, service.NewURLField, textRule(parseProxy)) // the engine echoes no password of such a field
 
 	connectTimeoutField    = positiveDuration(fieldConnectTimeout)
 	heartbeatIntervalField = positiveDuration(fieldHeartbeatInterval)
