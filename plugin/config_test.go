@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -255,6 +256,12 @@ func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
 
 	require.ErrorContains(t, err, "field tls: ")
 	require.NoError(t, in.Close(t.Context()))
+}
+
+func TestLintDoesNotMissFilesThatTheStartReads(t *testing.T) {
+	fields := `{ url: "wss://h", tls: { enabled: true, root_cas_file: /nowhere.pem } }`
+	assert.Empty(t, lint(t, "input", component("cryo", fields)), "they may exist where the configuration runs")
+	assert.ErrorIs(t, construct(t, "input", "cryo", fields), fs.ErrNotExist)
 }
 
 func TestNoSentenceOfLintOrStartRepeatsASecret(t *testing.T) {
