@@ -91,7 +91,7 @@ func NewSessionID() uint64 {
 }
 
 // CheckURL returns an error if a URL can't be dialled: its scheme must be ws or wss, it must
-// have a host, and no user and password, and its query must be valid and not contain the
+// have a host, a port from 1 to 65535 if it has one, and no user and password, and its query must be valid and not contain the
 // parameters that Dial sets. The error does not repeat the URL's query.
 func CheckURL(rawURL string) error {
 	_, _, err := parseURL(rawURL)
@@ -101,11 +101,12 @@ func CheckURL(rawURL string) error {
 func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	u, err = url.Parse(rawURL)
 	if err != nil {
-		// url.Parse repeats its input, which may hold a secret.
-		if e := (*url.Error)(nil); errors.As(err, &e) {
-			err = e.Err
+		// url.Parse repeats its input, which may hold a secret; its reason may repeat a part of
+		// a password.
+		if e := (*url.Error)(nil); errors.As(err, &e) && !strings.Contains(rawURL, "@") {
+			return nil, nil, fmt.Errorf("not a URL: %w", e.Err)
 		}
-		return nil, nil, fmt.Errorf("not a URL: %w", err)
+		return nil, nil, errors.New("not a URL")
 	}
 	query, queryErr := url.ParseQuery(u.RawQuery)
 	switch {
@@ -115,6 +116,8 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:
 		return nil, nil, errors.New("the URL must have no user and password: set the token instead")
+	case !validPort(u):
+		return nil, nil, errors.New("the URL's port must be from 1 to 65535")
 	case queryErr != nil: // queryErr repeats a part of the query
 		return nil, nil, errors.New("the URL's query is invalid: escape each semicolon as %3B and each percent sign as %25")
 	}
@@ -122,6 +125,15 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 		return nil, nil, err
 	}
 	return u, query, nil
+}
+
+// validPort reports whether the URL has no port, or one that can be dialled.
+func validPort(u *url.URL) bool {
+	if u.Port() == "" {
+		return !strings.HasSuffix(u.Host, ":")
+	}
+	port, err := strconv.ParseUint(u.Port(), 10, 16)
+	return err == nil && port > 0
 }
 
 // checkQuery returns an error if the query has parameters that Dial sets.

@@ -2,8 +2,10 @@ package plugin
 
 import (
 	"context"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -12,8 +14,6 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 var linter = sync.OnceValue(func() *service.ComponentConfigLinter {
@@ -35,13 +35,13 @@ func lint(t *testing.T, kind, yaml string) []string {
 	return sentences
 }
 
-// specs are those of our components; making them takes time.
-var specs = sync.OnceValue(func() map[string]*service.ConfigSpec {
+// specs are the specifications of our components.
+func specs() map[string]*service.ConfigSpec {
 	return map[string]*service.ConfigSpec{
-		"input cryo": inputSpec(), "output cryo": outputSpec(),
-		"input cryo_server": serverInputSpec(), "output cryo_server": serverOutputSpec(),
+		"input cryo": specsOnce.input(), "output cryo": specsOnce.output(),
+		"input cryo_server": specsOnce.serverInput(), "output cryo_server": specsOnce.serverOutput(),
 	}
-})
+}
 
 // construct makes a component as the engine does at start.
 func construct(t *testing.T, kind, name, fields string) error {
@@ -53,13 +53,13 @@ func construct(t *testing.T, kind, name, fields string) error {
 	res := service.MockResources()
 	switch kind + " " + name {
 	case "input cryo":
-		_, err = newInput(conf, res, cryo.DialOptions{})
+		_, err = dependencies{}.input(conf, res)
 	case "output cryo":
-		_, _, _, err = newOutput(conf, res, cryo.DialOptions{})
+		_, _, _, err = dependencies{}.output(conf, res)
 	case "input cryo_server":
-		_, err = newServerInput(conf, res)
+		_, err = dependencies{}.serverInput(conf, res)
 	case "output cryo_server":
-		_, _, _, err = newServerOutput(conf, res)
+		_, _, _, err = dependencies{}.serverOutput(conf, res)
 	}
 	return err
 }
@@ -75,85 +75,109 @@ const (
 func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 	for _, tt := range []struct {
 		kind, name, fields string
-		lint               string // all that lint says
-		start              string // contained in the error at start; like lint if empty
+		sentence           string
 	}{
 		// Where to dial.
-		{"input", "cryo", `{ url: "localhost:8080" }`, "field url has to begin with ws:// or wss://", `it must be ws or wss`},
-		{"input", "cryo", `{ url: "" }`, "field url has to begin with ws:// or wss://", `it must be ws or wss`},
-		{"output", "cryo", `{ url: "http://localhost:8080" }`, "field url has to begin with ws:// or wss://", `field url: the scheme is "http", it must be ws or wss`},
-		{"input", "cryo", `{ url: "ws:///path" }`, "field url has no host", "field url: the URL has no host"},
-		{"input", "cryo", `{ url: "ws://:8080" }`, "field url has no host", "field url: the URL has no host"},
-		{"output", "cryo", `{ url: "wss://me:pass@localhost" }`, "field url has no place for user and password: Cryo's authorization is the token", "no user and password"},
-		{"input", "cryo", `{ url: "ws://localhost?authorization=Bearer%20x" }`, "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid", "the parameter authorization is made from the token"},
-		{"input", "cryo", `{ url: "ws://localhost?a=b&x-cryo-sid=1" }`, "field url has a parameter that is made from the token or the session: authorization or x-cryo-sid", "the parameter x-cryo-sid is made from the session's id"},
-		{"input", "cryo", `{ ` + dials + `, query_parameters: { authorization: x } }`, "field query_parameters has one that is made from the token or the session: authorization or x-cryo-sid", "field query_parameters has one that is made from the token or the session: authorization"},
-		{"output", "cryo", `{ ` + dials + `, tls: { enabled: true } }`, "field tls is enabled, but the url is ws://: use wss://", ""},
-		{"output", "cryo", `{ ` + dials + `, proxy_url: "ftp://localhost" }`, "field proxy_url has to be http://, https:// or socks5:// and a host", ""},
-		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://" }`, "field proxy_url has to be http://, https:// or socks5:// and a host", ""},
-		{"input", "cryo", `{}`, "field url is required", "'url'"},
+		{"input", "cryo", `{ url: "localhost:8080" }`, `field url: the scheme is "localhost", it must be ws or wss`},
+		{"input", "cryo", `{ url: "" }`, `field url: the scheme is "", it must be ws or wss`},
+		{"output", "cryo", `{ url: "http://localhost:8080" }`, `field url: the scheme is "http", it must be ws or wss`},
+		{"input", "cryo", `{ url: "ws:///path" }`, "field url: the URL has no host"},
+		{"input", "cryo", `{ url: "ws://:8080" }`, "field url: the URL has no host"},
+		{"output", "cryo", `{ url: "wss://me:pass@localhost" }`, "field url: the URL must have no user and password: set the token instead"},
+		{"input", "cryo", `{ url: "ws://localhost?authorization=Bearer%20x" }`, "field url: the parameter authorization is made from the token: it must not be set in the query"},
+		{"input", "cryo", `{ url: "ws://localhost?a=b&x-cryo-sid=1" }`, "field url: the parameter x-cryo-sid is made from the session's id: it must not be set in the query"},
+		{"input", "cryo", `{ ` + dials + `, query_parameters: { authorization: x } }`, "field query_parameters: the parameter authorization is made from the token: it must not be set in the query"},
+		{"output", "cryo", `{ ` + dials + `, tls: { enabled: true } }`, "field tls is enabled, but the url is ws://: use wss://"},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "ftp://localhost" }`, "field proxy_url must be http://, https:// or socks5:// with a host, and with a port from 1 to 65535 if it has one"},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://" }`, "field proxy_url must be http://, https:// or socks5:// with a host, and with a port from 1 to 65535 if it has one"},
+
+		{"input", "cryo", `{ url: "ws://[::1" }`, "field url: not a URL: missing ']' in host"},
+		{"input", "cryo", `{ url: "ws://h/%zz" }`, `field url: not a URL: invalid URL escape "%zz"`},
+		{"input", "cryo", `{ url: "ws://h:port/" }`, `field url: not a URL: invalid port ":port" after host`},
+		{"input", "cryo", `{ url: "ws://h\\x" }`, `field url: not a URL: invalid character "\\" in host name`},
+		{"input", "cryo", `{ url: "ws://h?%61uthorization=1" }`, "field url: the parameter authorization is made from the token: it must not be set in the query"},
+		{"input", "cryo", `{ url: "ws://h:99999" }`, "field url: the URL's port must be from 1 to 65535"},
+		{"input", "cryo", `{ url: "ws://h:" }`, "field url: the URL's port must be from 1 to 65535"},
+		{"input", "cryo", `{ url: "ws://me:p%zz@h" }`, "field url: not a URL"},
+		{"input", "cryo", `{ url: null }`, `field url: the scheme is "", it must be ws or wss`},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:secret@%zz" }`, "field proxy_url must be http://, https:// or socks5:// with a host, and with a port from 1 to 65535 if it has one"},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://localhost:99999" }`, "field proxy_url must be http://, https:// or socks5:// with a host, and with a port from 1 to 65535 if it has one"},
+		{"input", "cryo", `{ ` + dials + `, headers: { connection: close } }`, "field headers: connection is set by the WebSocket handshake: remove it"},
+		{"input", "cryo", `{ ` + dials + `, headers: { Sec-WebSocket-Key: a } }`, "field headers: Sec-WebSocket-Key is set by the WebSocket handshake: remove it"},
+		{"input", "cryo", `{ ` + dials + `, headers: { "a b": a } }`, `field headers: "a b" is no name of an HTTP header`},
+		{"input", "cryo", `{ ` + dials + `, headers: { X-Key: "secret\n" } }`, "field headers: the value of X-Key has characters that HTTP does not allow, such as line breaks"},
 
 		// Numbers and durations.
-		{"input", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight has to be at least 1, got 0", ""},
-		{"input", "cryo", `{ ` + dials + `, max_batch_count: -1 }`, "field max_batch_count has to be at least 1, got -1", ""},
-		{"input", "cryo", `{ ` + dials + `, max_buffer_bytes: 0 }`, "field max_buffer_bytes has to be at least 1, got 0", ""},
-		{"output", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight has to be at least 1, got 0", ""},
-		{"output", "cryo", `{ ` + dials + `, ack_timeout: 0s }`, "field ack_timeout has to be above zero, got 0s", ""},
-		{"output", "cryo", `{ ` + dials + `, ack_timeout: soon }`, "field ack_timeout has to be a duration such as 5s, got soon", "field ack_timeout has to be a duration such as 5s"},
-		{"input", "cryo", `{ ` + dials + `, connect_timeout: -1s }`, "field connect_timeout has to be above zero, got -1s", ""},
-		{"input", "cryo", `{ ` + dials + `, heartbeat_interval: 0s }`, "field heartbeat_interval has to be above zero, got 0s", ""},
-		{"input", "cryo_server", `{ ` + listens + `, max_sessions: 0 }`, "field max_sessions has to be at least 1, got 0", ""},
-		{"input", "cryo_server", `{ ` + listens + `, max_buffer_bytes: -5 }`, "field max_buffer_bytes has to be at least 1, got -5", ""},
-		{"output", "cryo_server", `{ ` + listens + `, handshake_timeout: 0ms }`, "field handshake_timeout has to be above zero, got 0ms", "field handshake_timeout has to be above zero"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: 100000000000000000000 }`, "field max_in_flight must be at most 9007199254740992, got 1e+20"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: 1.5 }`, "field max_in_flight must be a whole number, got 1.5"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: many }`, "field max_in_flight must be a whole number, got many"},
+		{"input", "cryo", `{ ` + dials + `, auto_replay_nacks: perhaps }`, "field auto_replay_nacks must be true or false, got perhaps"},
+		{"output", "cryo", `{ ` + dials + `, batching: { count: 10, period: abc } }`, `field batching.period must be a duration such as 10ms, got "abc"`},
+		{"output", "cryo", `{ ` + dials + `, batching: { processors: [ { noop: {} } ] } }`, "field batching needs a count, a byte_size, a period or a check: its processors have no batches without one"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight must be at least 1, got 0"},
+		{"input", "cryo", `{ ` + dials + `, max_batch_count: -1 }`, "field max_batch_count must be at least 1, got -1"},
+		{"input", "cryo", `{ ` + dials + `, max_buffer_bytes: 0 }`, "field max_buffer_bytes must be at least 1, got 0"},
+		{"output", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight must be at least 1, got 0"},
+		{"output", "cryo", `{ ` + dials + `, ack_timeout: 0s }`, "field ack_timeout must be above zero, got 0s"},
+		{"output", "cryo", `{ ` + dials + `, ack_timeout: soon }`, `field ack_timeout must be a duration such as 5s, got "soon"`},
+		{"input", "cryo", `{ ` + dials + `, connect_timeout: -1s }`, "field connect_timeout must be above zero, got -1s"},
+		{"input", "cryo", `{ ` + dials + `, heartbeat_interval: 0s }`, "field heartbeat_interval must be above zero, got 0s"},
+		{"input", "cryo_server", `{ ` + listens + `, max_sessions: 0 }`, "field max_sessions must be at least 1, got 0"},
+		{"input", "cryo_server", `{ ` + listens + `, max_buffer_bytes: -5 }`, "field max_buffer_bytes must be at least 1, got -5"},
+		{"output", "cryo_server", `{ ` + listens + `, handshake_timeout: 0ms }`, "field handshake_timeout must be above zero, got 0ms"},
 
 		// What to receive and to send.
-		{"input", "cryo", `{ ` + dials + `, message_types: [ utf8, text ] }`, "field message_types: unknown message type text, it has to be utf8, binary, stream or error", ""},
-		{"input", "cryo_server", `{ ` + listens + `, message_types: [] }`, "field message_types is empty: no message would ever be taken", ""},
-		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, "value never is not a valid option for this field", `field acknowledge: "never" is neither delivered nor received`},
-		{"output", "cryo", `{ ` + dials + `, message_type: text }`, "field message_type: unknown message type text, it has to be auto, utf8, binary or stream", ""},
-		{"output", "cryo_server", `{ ` + listens + `, message_type: "" }`, "field message_type: unknown message type , it has to be auto, utf8, binary or stream", ""},
-		{"output", "cryo_server", `{ ` + listens + `, send_to: some }`, "value some is not a valid option for this field", `field send_to: "some" is neither all, any, session nor match`},
-		{"output", "cryo_server", `{ ` + listens + `, no_session: panic }`, "value panic is not a valid option for this field", `field no_session: "panic" is neither wait, drop nor reject`},
-		{"output", "cryo_server", `{ ` + listens + `, send_to: session }`, "send_to: session needs the field session_id", ""},
-		{"output", "cryo_server", `{ ` + listens + `, send_to: match }`, "send_to: match needs the field match", ""},
-		{"output", "cryo_server", `{ ` + listens + `, match: "true" }`, "the field match has no effect without send_to: match", ""},
-		{"output", "cryo_server", `{ ` + listens + `, send_to: any, max_in_flight_per_session: 0 }`, "field max_in_flight_per_session has to be at least 1, got 0", ""},
-		{"output", "cryo_server", `{ ` + listens + `, session_id: "7" }`, "the field session_id has no effect without send_to: session", ""},
-		{"output", "cryo_server", `{ ` + listens + `, session_id: "${! @cryo_session_id }" }`, "the field session_id has no effect without send_to: session", ""},
+		{"input", "cryo", `{ ` + dials + `, message_types: [ utf8, text ] }`, `field message_types: unknown message type "text", it must be utf8, binary, stream or error`},
+		{"input", "cryo_server", `{ ` + listens + `, message_types: [] }`, "field message_types is empty: every message would be dropped"},
+		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, `field acknowledge must be delivered or received, got "never"`},
+		{"output", "cryo", `{ ` + dials + `, message_type: text }`, "field message_type: unknown message type text, it has to be auto, utf8, binary or stream"},
+		{"output", "cryo_server", `{ ` + listens + `, message_type: "" }`, "field message_type: unknown message type , it has to be auto, utf8, binary or stream"},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: some }`, `field send_to must be all, any, session or match, got "some"`},
+		{"output", "cryo_server", `{ ` + listens + `, no_session: panic }`, `field no_session must be wait, drop or reject, got "panic"`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: session }`, "send_to: session needs the field session_id"},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: match }`, "send_to: match needs the field match"},
+		{"output", "cryo_server", `{ ` + listens + `, match: "true" }`, "the field match has no effect without send_to: match"},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: any, max_in_flight_per_session: 0 }`, "field max_in_flight_per_session must be at least 1, got 0"},
+		{"output", "cryo_server", `{ ` + listens + `, session_id: "7" }`, "the field session_id has no effect without send_to: session"},
+		{"output", "cryo_server", `{ ` + listens + `, session_id: "${! @cryo_session_id }" }`, "the field session_id has no effect without send_to: session"},
 
 		// Where to listen, and whom to let in.
-		{"input", "cryo_server", `{ address: localhost, tokens: [ a ] }`, "field address has to be host:port, got localhost", ""},
-		{"input", "cryo_server", `{ address: "localhost:http", tokens: [ a ] }`, "field address has to be host:port, got localhost:http", ""},
-		{"input", "cryo_server", `{ address: "localhost:70000", tokens: [ a ] }`, "field address has to be host:port, got localhost:70000", ""},
-		{"input", "cryo_server", `{ address: "::1:80", tokens: [ a ] }`, "field address has to be host:port, got ::1:80", ""},
-		{"input", "cryo_server", `{ ` + listens + `, path: feed }`, "field path has to start with a slash, got feed", ""},
-		{"input", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
-		{"output", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
-		{"output", "cryo_server", `{ address: ":8080", tokens: [], authorize: "" }`, "either the field tokens or authorize is required: without them nobody could come in", ""},
-		{"input", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
-		{"output", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together", ""},
-		{"input", "cryo_server", `{ address: ":8080", tokens: [ a, "" ] }`, "field tokens has an empty token: it would let everybody in", ""},
-		{"input", "cryo_server", `{ ` + listens + `, session_metadata: { query_parameters: [ room, authorization ] } }`, "field query_parameters: authorization is the token, which must not become metadata", ""},
-		{"input", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
-		{"output", "cryo_server", `{ ` + listens + `, tls: { key_file: a.pem } }`, "field tls needs both cert_file and key_file", ""},
-		{"input", "cryo_server", `{ ` + listens + `, tls: { client_ca_file: a.pem } }`, "field tls: client_ca_file has no effect without cert_file and key_file", ""},
-		{"input", "cryo_server", `{ ` + listens + `, tls: { min_version: tls11 } }`, "value tls11 is not a valid option for this field", `field tls.min_version: "tls11" is neither tls12 nor tls13`},
-		{"input", "cryo_server", `{ ` + listens + `, tls: { client_auth: no } }`, "value no is not a valid option for this field", `field tls.client_auth: "no" is neither require_valid nor verify_if_given`},
-		{"input", "cryo_server", `{ ` + listens + `, max_sessions_per_address: -1 }`, "field max_sessions_per_address can't be negative, got -1", ""},
-		{"input", "cryo_server", `{ ` + listens + `, max_header_bytes: 0 }`, "field max_header_bytes has to be at least 1, got 0", ""},
-		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/8, proxy.local ] }`, "field trusted_proxies: proxy.local is neither an IP address nor a network such as 10.0.0.0/8", ""},
-		{"input", "cryo_server", `{ ` + listens + `, forwarded_header: via }`, "value via is not a valid option for this field", `field forwarded_header: "via" is neither x-forwarded-for nor forwarded`},
-		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ app.example.com ] }`, "field allowed_origins: app.example.com has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
-		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://app.example.com/" ] }`, "field allowed_origins: https://app.example.com/ has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
-		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://*.example.com" ] }`, "field allowed_origins: https://*.example.com has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", ""},
+		{"input", "cryo_server", `{ address: localhost, tokens: [ a ] }`, `field address must be host:port, got "localhost"`},
+		{"input", "cryo_server", `{ address: "localhost:http", tokens: [ a ] }`, `field address must be host:port, got "localhost:http"`},
+		{"input", "cryo_server", `{ address: "localhost:70000", tokens: [ a ] }`, `field address must be host:port, got "localhost:70000"`},
+		{"input", "cryo_server", `{ address: "::1:80", tokens: [ a ] }`, `field address must be host:port, got "::1:80"`},
+		{"input", "cryo_server", `{ address: "300.1.1.1:80", tokens: [ a ] }`, `field address must be host:port, got "300.1.1.1:80"`},
+		{"input", "cryo_server", `{ address: "[localhost]:80", tokens: [ a ] }`, `field address must be host:port, got "[localhost]:80"`},
+		{"input", "cryo_server", `{ address: "0.0.0.0/8:80", tokens: [ a ] }`, `field address must be host:port, got "0.0.0.0/8:80"`},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 999.1.1.1 ] }`, `field trusted_proxies: "999.1.1.1" is neither an IP address nor a network such as 10.0.0.0/8`},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/99 ] }`, `field trusted_proxies: "10.0.0.0/99" is neither an IP address nor a network such as 10.0.0.0/8`},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ ":::" ] }`, `field trusted_proxies: ":::" is neither an IP address nor a network such as 10.0.0.0/8`},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: match, match: null }`, "send_to: match needs the field match"},
+		{"output", "cryo_server", `{ ` + listens + `, send_to: match, match: "" }`, "send_to: match needs the field match"},
+		{"input", "cryo_server", `{ ` + listens + `, path: feed }`, `field path must start with a slash, got "feed"`},
+		{"input", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in"},
+		{"output", "cryo_server", `{ address: ":8080" }`, "either the field tokens or authorize is required: without them nobody could come in"},
+		{"output", "cryo_server", `{ address: ":8080", tokens: [], authorize: "" }`, "either the field tokens or authorize is required: without them nobody could come in"},
+		{"input", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together"},
+		{"output", "cryo_server", `{ ` + listens + `, authorize: "root = true" }`, "the fields tokens and authorize can't be used together"},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ a, "" ] }`, "field tokens has an empty token: it would let everybody in"},
+		{"input", "cryo_server", `{ ` + listens + `, session_metadata: { query_parameters: [ room, authorization ] } }`, "field session_metadata.query_parameters: authorization is the token, which must not become metadata"},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem } }`, "field tls needs both cert_file and key_file"},
+		{"output", "cryo_server", `{ ` + listens + `, tls: { key_file: a.pem } }`, "field tls needs both cert_file and key_file"},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { client_ca_file: a.pem } }`, "field tls: client_ca_file has no effect without cert_file and key_file"},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { min_version: tls11 } }`, `field tls.min_version must be tls12 or tls13, got "tls11"`},
+		{"input", "cryo_server", `{ ` + listens + `, tls: { client_auth: no } }`, `field tls.client_auth must be require_valid or verify_if_given, got "no"`},
+		{"input", "cryo_server", `{ ` + listens + `, max_sessions_per_address: -1 }`, "field max_sessions_per_address must be at least 0, got -1"},
+		{"input", "cryo_server", `{ ` + listens + `, max_header_bytes: 0 }`, "field max_header_bytes must be at least 1, got 0"},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/8, proxy.local ] }`, `field trusted_proxies: "proxy.local" is neither an IP address nor a network such as 10.0.0.0/8`},
+		{"input", "cryo_server", `{ ` + listens + `, forwarded_header: via }`, `field forwarded_header must be x-forwarded-for or forwarded, got "via"`},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ app.example.com ] }`, `field allowed_origins: "app.example.com" must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind`},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://app.example.com/" ] }`, `field allowed_origins: "https://app.example.com/" must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind`},
+		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://*.example.com" ] }`, `field allowed_origins: "https://*.example.com" must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind`},
 	} {
 		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
-			assert.Equal(t, []string{tt.lint}, lint(t, tt.kind, component(tt.name, tt.fields)))
-
-			if tt.start == "" {
-				tt.start = tt.lint
-			}
-			assert.ErrorContains(t, construct(t, tt.kind, tt.name, tt.fields), tt.start)
+			assert.Equal(t, []string{tt.sentence}, lint(t, tt.kind, component(tt.name, tt.fields)))
+			assert.EqualError(t, construct(t, tt.kind, tt.name, tt.fields), tt.sentence)
 		})
 	}
 }
@@ -163,7 +187,35 @@ func TestAnAuthorizeMappingThatDoesNotParseFailsLintAndStart(t *testing.T) {
 	sentences := lint(t, "input", component("cryo_server", fields))
 	require.Len(t, sentences, 1)
 	assert.Contains(t, sentences[0], "expected")
-	assert.ErrorContains(t, construct(t, "input", "cryo_server", fields), "field authorize: ")
+	assert.ErrorContains(t, construct(t, "input", "cryo_server", fields), "field authorize: failed to parse bloblang mapping 'authorize': "+sentences[0])
+}
+
+func TestAConfigurationWithoutItsURLFailsLintAndStart(t *testing.T) {
+	assert.Equal(t, []string{"field url is required"}, lint(t, "input", component("cryo", `{}`)))
+	assert.ErrorContains(t, construct(t, "input", "cryo", `{}`), "'url'")
+}
+
+func TestNullIsTheDefault(t *testing.T) {
+	conf, err := specs()["input cryo"].ParseYAML(`{ `+dials+`, max_in_flight: null, max_batch_count: , auto_replay_nacks: null, include_metadata: ~ }`, nil)
+	require.NoError(t, err)
+
+	c, err := receiveConfigFromParsed(conf, false)
+
+	require.NoError(t, err)
+	assert.Equal(t, []any{1024, 64, true, true}, []any{c.maxInFlight, c.maxBatchCount, c.replay, c.includeMetadata})
+}
+
+func TestSeveralFieldsThatAreWrongAreReportedAtTheirLines(t *testing.T) {
+	lints, err := linter().LintYAML("input", []byte("cryo:\n  url: ws://localhost\n  max_in_flight: 0\n  headers:\n    upgrade: a\n"))
+	require.NoError(t, err)
+	lines := make(map[int]string)
+	for _, l := range lints {
+		lines[l.Line] = l.What
+	}
+	assert.Equal(t, map[int]string{
+		3: "field max_in_flight must be at least 1, got 0",
+		5: "field headers: upgrade is set by the WebSocket handshake: remove it",
+	}, lines)
 }
 
 func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
@@ -204,4 +256,39 @@ func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
 
 	require.ErrorContains(t, err, "field tls: ")
 	require.NoError(t, in.Close(t.Context()))
+}
+
+func TestLintDoesNotMissFilesThatTheStartReads(t *testing.T) {
+	fields := `{ url: "wss://h", tls: { enabled: true, root_cas_file: /nowhere.pem } }`
+	assert.Empty(t, lint(t, "input", component("cryo", fields)), "they may exist where the configuration runs")
+	assert.ErrorIs(t, construct(t, "input", "cryo", fields), fs.ErrNotExist)
+}
+
+func TestNoSentenceOfLintOrStartRepeatsASecret(t *testing.T) {
+	for _, tt := range []struct{ kind, name, fields string }{
+		{"input", "cryo", `{ url: "ws://me:s3cret@h" }`},
+		{"input", "cryo", `{ url: "ws://me:s3cret/x@h" }`},
+		{"input", "cryo", `{ url: "ws://me:%s3cret@h" }`},
+		{"input", "cryo", `{ url: "ws://h:99999?key=s3cret" }`},
+		{"input", "cryo", `{ url: "ws://h/\x01?key=s3cret" }`},
+		{"input", "cryo", `{ url: "ws://h?key=s3cret;" }`},
+		{"input", "cryo", `{ url: "ws://h", token: s3cret, query_parameters: { authorization: s3cret } }`},
+		{"input", "cryo", `{ url: "ws://h", headers: { X-Key: "s3cret\n" } }`},
+		{"input", "cryo", `{ url: "ws://h", headers: { Upgrade: s3cret } }`},
+		{"output", "cryo", `{ url: "ws://h", proxy_url: "http://me:s3cret@h:99999" }`},
+		{"output", "cryo", `{ url: "ws://h", proxy_url: "http://me:s3cret/x@h" }`},
+		{"output", "cryo", `{ url: "wss://h", tls: { enabled: true, client_certs: [ { cert: a, key: s3cret, password: s3cret } ] } }`},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ s3cret, "" ] }`},
+		{"input", "cryo_server", `{ address: ":8080", tokens: [ s3cret ], authorize: "root = true" }`},
+		{"output", "cryo_server", `{ address: h, tokens: [ s3cret ], send_to: match }`},
+	} {
+		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {
+			sentences := lint(t, tt.kind, component(tt.name, tt.fields))
+			assert.NotEmpty(t, sentences)
+			assert.NotContains(t, strings.Join(sentences, "\n"), "s3cret")
+			err := construct(t, tt.kind, tt.name, tt.fields)
+			require.Error(t, err)
+			assert.NotContains(t, err.Error(), "s3cret")
+		})
+	}
 }

@@ -7,8 +7,9 @@
 // What a Cryo sender sees acknowledged has been delivered by the pipeline; what
 // an output counts as delivered has been acknowledged by the Cryo peer.
 //
-// The four components are put together of two halves, receive.go and send.go,
-// and two ways to have sessions, dial.go and listen.go.
+// A component is a half and a way to have sessions: files are named receive*.go and
+// send*.go for the halves, dial*.go and listen*.go for the ways, input_*.go and
+// output_*.go for the four components. A field's rule is in the *_config.go of its part.
 //
 //go:generate go run ../internal/docsgen ../docs/components
 package plugin

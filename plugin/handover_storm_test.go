@@ -251,7 +251,7 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 		if v := e.metrics.value("cryo_streams_open"); v != 0 {
 			t.Errorf("gauge streams_open %d", v)
 		}
-		for _, in := range e.shared.byAddr[somewhere].inputs {
+		for _, in := range e.shared.byAddr[somewhere].inputs.all {
 			in.mu.Lock()
 			if in.inFlight != 0 || len(in.deliveries) != 0 || len(in.shares.held) != 0 || len(in.places.held) != 0 {
 				t.Errorf("inFlight %d deliveries %d shares %v places %v", in.inFlight, len(in.deliveries), in.shares.held, in.places.held)

@@ -125,3 +125,47 @@ func TestAChangedMessageChangesNoOther(t *testing.T) {
 		}
 	})
 }
+
+func TestTheHostOfARequestIsOneOfItsHeaders(t *testing.T) {
+	for name, fields := range map[string]string{
+		"session_metadata": "authorize: 'root = true', session_metadata: { headers: [ host ] }",
+		"authorize":        "authorize: 'root.host = this.headers.host'",
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run("cryo_server: { address: '"+somewhere+"', "+fields+" }", toProbe)
+				client, err := e.tryDial(cryo.DialOptions{Token: "sesame", Header: http.Header{"Host": {"cryo.example.com"}}})
+				require.NoError(t, err)
+				send(client, "hello")
+				key := map[string]string{"session_metadata": "cryo_header_host", "authorize": "cryo_auth_host"}[name]
+				require.Equal(t, "cryo.example.com", metadataOf(t, e.arrival().batch[0])[key])
+			})
+		})
+	}
+}
+
+func TestAClientWhoseMetadataWouldHaveControlCharactersIsDenied(t *testing.T) {
+	for name, fields := range map[string]string{
+		"of session_metadata": "authorize: 'root = true', session_metadata: { query_parameters: [ room ] }",
+		"of authorize":        "authorize: 'root.query_room = this.query.room'",
+		"in a name":           "authorize: 'root = { (this.query.room): 1 }'",
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run("cryo_server: { address: '"+somewhere+"', "+fields+" }", toProbe)
+				for _, room := range []string{"a\r\nb", "\x00", "a\x7f", "\t", "\u0085"} {
+					_, err := e.tryDial(cryo.DialOptions{Token: "sesame", Query: url.Values{"room": {room}}})
+					require.ErrorContains(t, err, "400 Bad Request: The metadata ")
+					require.ErrorContains(t, err, "would have control characters.")
+				}
+				e.log.want(t, "would have control characters.")
+				require.Equal(t, int64(5), e.metrics.value("cryo_sessions_denied{status=400}"))
+
+				_, err := e.tryDial(cryo.DialOptions{Token: "sesame", Query: url.Values{"room": {"ä b"}}})
+				require.NoError(t, err)
+				_, err = e.tryDial(cryo.DialOptions{Token: "sesame", Query: url.Values{"room": {"a"}, "other": {"a\r\nb"}}})
+				require.NoError(t, err, "it becomes no metadata")
+			})
+		})
+	}
+}

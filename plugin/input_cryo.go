@@ -17,7 +17,7 @@ func inputSpec() *service.ConfigSpec {
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
 		Field(maxBufferField(false)).
-		LintRule(`root = `+dialLint).
+		LintRule(lintMapping("input cryo")).
 		Example("From a Cryo server to files", "Messages of a Cryo server are appended to a file; each is acknowledged when it is written.", `
 input:
   cryo:
@@ -42,9 +42,10 @@ var (
 )
 
 // newInput makes an input; opts are what the configuration has no field for.
-func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (_ *input, err error) {
-	if opts.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
-		return nil, err
+func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*input, error) {
+	r := &settingsReader{conf: conf}
+	if opts.MaxBufferBytes = maxBufferBytesField.read(r); r.err != nil {
+		return nil, r.err
 	}
 	d, err := dialerFromParsed(conf, res, opts)
 	if err != nil {

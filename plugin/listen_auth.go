@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Who may come in, and what is kept of those who do.
+// Admission of clients, and the metadata of their sessions.
 
 const (
 	fieldTokens          = "tokens"
@@ -28,28 +28,51 @@ const (
 	fieldMetadataHeaders = "headers"
 	fieldAllowedOrigins  = "allowed_origins"
 
-	anyOrigin     = "*"
-	originPattern = `^(\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
-	originLint    = `^(\\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`
+	anyOrigin = "*"
 
 	// paramToken is the query parameter with Cryo's token, which must never
 	// become metadata.
 	paramToken = "authorization"
 )
 
+var (
+	tokensField = listOf(fieldTokens, func(tokens []string) ([]string, error) {
+		if slices.Contains(tokens, "") {
+			return nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
+		}
+		return tokens, nil
+	})
+	metadataQueryField = listOf(fieldSessionMetadata+"."+fieldMetadataQuery, func(names []string) ([]string, error) {
+		if slices.Contains(names, paramToken) {
+			return nil, fmt.Errorf("field %s.%s: %s is the token, which must not become metadata", fieldSessionMetadata, fieldMetadataQuery, paramToken)
+		}
+		return names, nil
+	})
+	metadataHeadersField = listOf(fieldSessionMetadata+"."+fieldMetadataHeaders, anyList)
+
+	originPattern       = regexp.MustCompile(`^(\*|null|[a-z][a-z0-9+.-]*://[^/?#*A-Z@]+)$`)
+	allowedOriginsField = listOf(fieldAllowedOrigins, func(origins []string) ([]string, error) {
+		for _, origin := range origins {
+			if !originPattern.MatchString(origin) {
+				return nil, fmt.Errorf("field %s: %q must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
+			}
+		}
+		return origins, nil
+	})
+)
+
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewStringListField(fieldTokens).
+		tokensField.config().
 			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
 			Default([]any{}).
-			Secret().
-			LintRule(`root = if this.type() == "array" && this.any(t -> t == "") { "field tokens has an empty token: it would let everybody in" }`),
+			Secret(),
 		service.NewBloblangField(fieldAuthorize).
-			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case, the query without the token), and `+"`this.client_certificate`"+`: null, or, where `+"`tls.client_ca_file`"+` asks for it, an object with `+"`common_name`, `dns_names`, `uris` and `serial_number`"+`.
+			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case, with host, the query without the token), and `+"`this.client_certificate`"+`: null, or, where `+"`tls.client_ca_file`"+` asks for it, an object with `+"`common_name`, `dns_names`, `uris` and `serial_number`"+`.
 
-It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of metadata from its client, that of `+"`session_metadata`"+` included; a client with more is refused with status 431.
+It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of metadata from its client, that of `+"`session_metadata`"+` included; a client with more is denied with status 431, and one with control characters, such as line breaks, in any of it with 400.
 
-Everything else refuses the client: a mapping that fails or assigns nothing, an object without a field that is not null, and one that is no verdict but what the mapping was given: with a field `+"`token`"+`, or with all of the query or of the headers, as `+"`root = this`, `root = this.query` and `root = this.without(\"token\")`"+` make it. But any other object lets in whatever its fields say: `+"`root.allowed = false`"+` refuses nobody, and `+"`root.room = this.query.room`"+` only those who name no room. So check first, and let `+"`root`"+` be an object then, as the last example does. `+"`root = true`"+` lets everybody in.
+Everything else denies the client: a mapping that fails or assigns nothing, an object without a field that is not null, and one that is no verdict but what the mapping was given: with a field `+"`token`"+`, or with all of the query or of the headers, as `+"`root = this`, `root = this.query` and `root = this.without(\"token\")`"+` make it. But any other object lets in whatever its fields say: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` only those who name no room. So check first, and let `+"`root`"+` be an object then, as the last example does. `+"`root = true`"+` lets everybody in.
 
 Of a mapping that fails, the log has the line, and of a JWT whether it is malformed, has another signature or algorithm, has expired, or is not valid yet. The rest of the error may quote a part of the token and is left out: `+"`cryo-connect blobl`"+` tells all, from a token of your own.
 
@@ -64,28 +87,26 @@ let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
 			Optional(),
 		service.NewObjectField(fieldSessionMetadata,
-			service.NewStringListField(fieldMetadataQuery).
+			metadataQueryField.config().
 				Description("Query parameters: `room` becomes `cryo_query_room`. The one with the token can't be had.").
 				Default([]any{}).
-				Example([]string{"room"}).
-				LintRule(`root = if this.type() == "array" && this.contains("authorization") { "field query_parameters: authorization is the token, which must not become metadata" }`),
-			service.NewStringListField(fieldMetadataHeaders).
-				Description("HTTP headers: `User-Agent` becomes `cryo_header_user-agent`.").
+				Example([]string{"room"}),
+			metadataHeadersField.config().
+				Description("HTTP headers: `User-Agent` becomes `cryo_header_user-agent`, and `Host` is the name that the client connects to.").
 				Default([]any{}).
 				Example([]string{"User-Agent"}),
 		).
-			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them.").
+			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them. A client is denied with status 400 if one of them has control characters, such as line breaks: outputs that make headers of metadata would fail.").
 			Advanced(),
-		service.NewStringListField(fieldAllowedOrigins).
+		allowedOriginsField.config().
 			Description("From which web sites a browser's page may connect, by its Origin header: a site is scheme, host and, where it is not the scheme's own, port, with nothing behind. `null` is a page from a file or a sandbox. `*` is any; then the token alone decides, which no browser adds by itself. A list that is empty lets in no page of a browser. Clients that are no browsers send no such header and are not asked.").
 			Default([]any{anyOrigin}).
 			Example([]string{"https://app.example.com", "http://localhost:3000"}).
-			Advanced().
-			LintRule(`root = if this.type() == "array" { this.filter(o -> o.type() == "string" && !o.re_match("` + originLint + `")).map_each(o -> "field allowed_origins: %v has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind".format(o)) }`),
+			Advanced(),
 	}
 }
 
-// admissionSettings are what components of one listener have to agree on.
+// admissionSettings must be equal for the components of one listener.
 type admissionSettings struct {
 	Tokens    []string        `field:"tokens"`
 	Authorize string          `field:"authorize"` // the mapping's text
@@ -93,60 +114,40 @@ type admissionSettings struct {
 	Origins   []string        `field:"allowed_origins"`
 }
 
-func admissionFromParsed(conf *service.ParsedConfig) (s admissionSettings, authorize func(*cryo.Upgrade) error, err error) {
-	if s.Tokens, err = conf.FieldStringList(fieldTokens); err != nil {
-		return
-	}
-	if slices.Contains(s.Tokens, "") {
-		return s, nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
-	}
-	if conf.Contains(fieldAuthorize) {
-		if s.Authorize, err = conf.FieldString(fieldAuthorize); err != nil {
-			return
-		}
-	}
-	if s.Metadata.Query, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataQuery); err != nil {
-		return
-	}
-	if slices.Contains(s.Metadata.Query, paramToken) {
-		return s, nil, fmt.Errorf("field %s: %s is the token, which must not become metadata", fieldMetadataQuery, paramToken)
-	}
-	if s.Metadata.Headers, err = conf.FieldStringList(fieldSessionMetadata, fieldMetadataHeaders); err != nil {
-		return
-	}
-	if s.Origins, err = conf.FieldStringList(fieldAllowedOrigins); err != nil {
-		return
-	}
-	for _, origin := range s.Origins {
-		if !regexp.MustCompile(originPattern).MatchString(origin) {
-			return s, nil, fmt.Errorf("field %s: %s has to be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
-		}
-	}
+func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
+	s.Tokens = tokensField.read(r)
+	s.Metadata.Query = metadataQueryField.read(r)
+	s.Metadata.Headers = metadataHeadersField.read(r)
+	s.Origins = allowedOriginsField.read(r)
+	mapping, text := readMapping(r, fieldAuthorize)
+	s.Authorize = text
 	switch {
-	case len(s.Tokens) == 0 && s.Authorize == "":
-		return s, nil, fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0 && s.Authorize != "":
-		return s, nil, fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
-	case len(s.Tokens) > 0:
+	case r.err != nil:
+		return s, nil
+	case len(s.Tokens) == 0 && mapping == nil:
+		r.err = fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
+		return s, nil
+	case len(s.Tokens) > 0 && mapping != nil:
+		r.err = fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
+		return s, nil
+	case mapping == nil:
 		known := cryo.Tokens(s.Tokens...)
-		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) }), nil
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) })
+	default:
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+			return authorizeBy(mapping, u, query)
+		})
 	}
-	mapping, err := conf.FieldBloblang(fieldAuthorize)
-	if err != nil {
-		return s, nil, fmt.Errorf("field %s: %w", fieldAuthorize, err)
-	}
-	return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-		return ask(mapping, u, query)
-	}), nil
 }
 
-// allowsOrigin tells whether the page that asks may connect, if it is one.
+// allowsOrigin reports whether a page of the request's origin may connect. Clients that are
+// no browsers have none.
 func (s admissionSettings) allowsOrigin(r *http.Request) bool {
 	origins, asked := r.Header["Origin"]
 	return !asked || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
 }
 
-// admit lets in whom judge lets in, and keeps what is known of them.
+// admit returns an Authorize function: judge denies a client, or returns the metadata that it grants.
 func (s sessionMetadata) admit(judge func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
 	return func(u *cryo.Upgrade) error {
 		query := u.Request.URL.Query()
@@ -159,12 +160,15 @@ func (s sessionMetadata) admit(judge func(*cryo.Upgrade, url.Values) (map[string
 	}
 }
 
-// ask asks the mapping: an error refuses the client, an object is what it is
-// granted.
-func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-	headers := make(map[string]any, len(u.Request.Header))
+// authorizeBy runs the mapping authorize: an error denies the client, an object has the
+// metadata that it grants.
+func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+	headers := make(map[string]any, len(u.Request.Header)+1)
 	for name := range u.Request.Header {
-		headers[strings.ToLower(name)] = u.Request.Header.Get(name)
+		headers[strings.ToLower(name)], _ = headerOf(u.Request, name)
+	}
+	if host, ok := headerOf(u.Request, "Host"); ok {
+		headers["host"] = host
 	}
 	parameters := make(map[string]any, len(query))
 	for name, values := range query {
@@ -186,24 +190,24 @@ func ask(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[str
 	switch verdict := result.(type) {
 	case bool:
 		if !verdict {
-			return nil, errors.New("the mapping says no")
+			return nil, errors.New("denied by authorize")
 		}
 		return nil, nil
 	case map[string]any:
 		if _, leaks := verdict["token"]; leaks {
-			return nil, errors.New("the mapping results in an object with a field token, which must not become metadata")
+			return nil, errors.New("authorize returned an object with a field token, which must not become metadata")
 		}
-		if saysNothing(verdict) {
-			return nil, errors.New("the mapping results in an object in which all is null, which says neither yes nor no")
+		if isEmpty(verdict) {
+			return nil, errors.New("authorize returned an object without a field that is not null")
 		}
-		if repeats(verdict, parameters) || repeats(verdict, headers) {
-			return nil, errors.New("the mapping results in an object with all of the query or of the headers, which is what the client says and no verdict on it")
+		if echoesRequest(verdict, parameters) || echoesRequest(verdict, headers) {
+			return nil, errors.New("authorize returned an object with all of the query or of the headers, which the client chooses")
 		}
 		return verdict, nil
 	case nil:
-		return nil, errors.New("the mapping says neither yes nor no: it assigned nothing to root, or null")
+		return nil, errors.New("authorize returned neither a boolean nor an object: it assigned nothing to root, or null")
 	default:
-		return nil, fmt.Errorf("the mapping has to result in true, false or an object, not in %T", result)
+		return nil, fmt.Errorf("authorize returned neither a boolean nor an object, but %T", result)
 	}
 }
 
@@ -217,14 +221,14 @@ func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any
 
 var (
 	failedLine = regexp.MustCompile(`^failed assignment \(line (\d+)\)`)
-	// jwtFailures are what the methods for JWTs say that has nothing of a token.
+	// jwtFailures are texts of the methods for JWTs that repeat no part of a token.
 	jwtFailures = []string{"token is expired", "token is not valid yet", "token signature is invalid", "incorrect signing method", "token is malformed"}
 )
 
-// mappingFailed says of a mapping's error no more than the log may have. The
+// mappingFailed returns as much of a mapping's error as the log may have. The
 // error itself may quote any part of the token, decoded too.
 func mappingFailed(err error) error {
-	text, where, why := err.Error(), "", "its error is not told, for it may have a part of the token"
+	text, where, why := err.Error(), "", "its error is left out, because it may have a part of the token"
 	if line := failedLine.FindStringSubmatch(text); line != nil {
 		where = " in line " + line[1]
 	}
@@ -236,39 +240,39 @@ func mappingFailed(err error) error {
 	if panicked, ok := errors.AsType[*panicError](err); ok {
 		why = "panic in " + panicked.where
 	}
-	return fmt.Errorf("the mapping failed%s: %s", where, why)
+	return fmt.Errorf("authorize failed%s: %s", where, why)
 }
 
-// saysNothing tells whether a value is null, or an object of nothing else. A token
-// that can't be read gives such an object, where the mapping catches its error.
-func saysNothing(value any) bool {
+// isEmpty reports whether a value is null, or an object of nothing else. A mapping that
+// catches the error of a malformed token makes such an object.
+func isEmpty(value any) bool {
 	object, ok := value.(map[string]any)
 	if !ok {
 		return value == nil
 	}
 	for _, field := range object {
-		if !saysNothing(field) {
+		if !isEmpty(field) {
 			return false
 		}
 	}
 	return true
 }
 
-// repeats tells whether a verdict is what was asked about, or has that in it.
-func repeats(verdict, asked map[string]any) bool {
-	if reflect.DeepEqual(verdict, asked) {
+// echoesRequest reports whether a verdict is a part of the request, or has it in a field.
+func echoesRequest(verdict, part map[string]any) bool {
+	if reflect.DeepEqual(verdict, part) {
 		return true
 	}
 	for _, field := range verdict {
-		if reflect.DeepEqual(field, any(asked)) {
+		if reflect.DeepEqual(field, any(part)) {
 			return true
 		}
 	}
 	return false
 }
 
-// certificateOf gives what a client's certificate says of it; nil without one
-// that was verified.
+// certificateOf returns the subject of a client's certificate; nil without one that was
+// verified.
 func certificateOf(state *tls.ConnectionState) any {
 	if state == nil || len(state.VerifiedChains) == 0 {
 		return nil

@@ -1,9 +1,12 @@
 package plugin
 
 import (
+	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"reflect"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -13,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What can be set of a listener.
+// The fields of a component that listens.
 
 const (
 	fieldAddress               = "address"
@@ -24,54 +27,52 @@ const (
 	fieldMaxHeaderBytes        = "max_header_bytes"
 )
 
+var (
+	addressField = stringOf(fieldAddress, checkAddress)
+	pathField    = stringOf(fieldPath, func(path string) (string, error) {
+		if !strings.HasPrefix(path, "/") {
+			return "", fmt.Errorf("field %s must start with a slash, got %q", fieldPath, path)
+		}
+		return path, nil
+	})
+	maxSessionsField           = positiveInt(fieldMaxSessions, cryo.DefaultMaxSessions)
+	maxSessionsPerAddressField = wholeNumber(fieldMaxSessionsPerAddress, 0, maxNumber, 0)
+	handshakeTimeoutField      = positiveDuration(fieldHandshakeTimeout)
+	maxHeaderBytesField        = positiveInt(fieldMaxHeaderBytes, 64<<10)
+)
+
 func listenFields() []*service.ConfigField {
 	fields := []*service.ConfigField{
-		service.NewStringField(fieldAddress).
-			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and have to agree on all of its settings. Of several inputs each gets its share of the clients, in turn.").
+		addressField.config().
+			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and must have the same settings for it. Several inputs get the clients in turn.").
 			Example("0.0.0.0:8080").
-			Example("127.0.0.1:8080").
-			LintRule(`
-let port = this.re_replace_all("^.*:", "").number().catch(-1)
-root = if this.type() == "string" && (!this.re_match("^(\\[[^\\[\\]]*\\]|[^:\\[\\]]*):[0-9]+$") || $port > 65535) { "field address has to be host:port, got %v".format(this) }`),
-		service.NewStringField(fieldPath).
-			Description("The path of the URL that clients connect to. On others they get 404. Behind a reverse proxy it is the path that the proxy asks for: with the prefix that it serves us under, or without where it takes that off.").
-			Default("/").
-			LintRule(`root = if this.type() == "string" && !this.has_prefix("/") { "field path has to start with a slash, got %v".format(this) }`),
+			Example("127.0.0.1:8080"),
+		pathField.config().
+			Description("The path of the URL that clients connect to. Other paths return 404. Behind a reverse proxy it is the path that the proxy asks for: with the prefix that it serves us under, or without where it takes that off.").
+			Default("/"),
 		listenTLSField(),
 	}
 	fields = append(fields, admissionFields()...)
 	fields = append(fields, proxyFields()...)
 	return append(fields,
-		positiveInt(fieldMaxSessions).
-			Description("How many clients may be connected at a time. Further ones are refused with status 503. As many connections, or 1,024 if that is more, may be open that are no sessions, or not yet: another one closes the oldest of them, so that nobody without a token keeps clients out.").
-			Default(cryo.DefaultMaxSessions),
-		service.NewIntField(fieldMaxSessionsPerAddress).
-			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are refused with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
-			Default(0).
-			Advanced().
-			LintRule(`root = if this.type() == "number" && this < 0 { "field max_sessions_per_address can't be negative, got %v".format(this) }`),
+		maxSessionsField.config().
+			Description("How many clients may be connected at a time. Further ones are denied with status 503. As many connections, or 1,024 if that is more, may be open without a session: another one closes the oldest of them, so that nobody without a token keeps clients out."),
+		maxSessionsPerAddressField.config().
+			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are denied with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
+			Advanced(),
 		maxBufferField(true),
-		positiveDuration(fieldHandshakeTimeout).
+		handshakeTimeoutField.config().
 			Description("How long a client may take for TLS and its HTTP request, and again for Cryo's handshake on the open WebSocket.").
 			Default("10s").
 			Advanced(),
-		positiveInt(fieldMaxHeaderBytes).
-			Description("How long the first line and the headers of a client's HTTP request may be together, the token included. A client with longer ones is refused with status 431.").
-			Default(64<<10).
+		maxHeaderBytesField.config().
+			Description("How long the first line and the headers of a client's HTTP request may be together, the token included. A client with longer ones is denied with status 431.").
 			Advanced(),
 		heartbeatField(),
 	)
 }
 
-// listenLint finds a listener that would let nobody in, and half a certificate.
-// A component has one rule only, so others are made of it.
-const listenLint = `if this.tokens.or([]).length() == 0 && this.authorize.or("") == "" {
-  "either the field tokens or authorize is required: without them nobody could come in"
-} else if this.tokens.or([]).length() > 0 && this.authorize.or("") != "" {
-  "the fields tokens and authorize can't be used together"
-} else ` + listenTLSLint
-
-// listenSettings are what the components of one listener have to agree on.
+// listenSettings must be equal for the components of one listener.
 type listenSettings struct {
 	Address string `field:"address"`
 	Path    string `field:"path"`
@@ -86,8 +87,8 @@ type listenSettings struct {
 	HeartbeatInterval     time.Duration `field:"heartbeat_interval"`
 }
 
-// differences names the fields in which two settings differ. Their values are
-// not told: some are secret.
+// differences returns the names of the fields in which two settings differ. It leaves out
+// their values: some are secret.
 func (s listenSettings) differences(other listenSettings) []string {
 	return differences(reflect.ValueOf(s), reflect.ValueOf(other))
 }
@@ -106,56 +107,36 @@ func differences(a, b reflect.Value) []string {
 }
 
 func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
-	if s.Address, err = conf.FieldString(fieldAddress); err != nil {
-		return
-	}
-	if err = checkAddress(s.Address); err != nil {
-		return
-	}
-	if s.Path, err = conf.FieldString(fieldPath); err != nil {
-		return
-	}
-	if !strings.HasPrefix(s.Path, "/") {
-		return s, nil, fmt.Errorf("field %s has to start with a slash, got %s", fieldPath, s.Path)
-	}
-	if s.tlsSettings, err = tlsSettingsFromParsed(conf); err != nil {
-		return
-	}
-	if s.proxySettings, err = proxySettingsFromParsed(conf); err != nil {
-		return
-	}
-	if s.MaxSessions, err = fieldPositive(conf, fieldMaxSessions); err != nil {
-		return
-	}
-	if s.MaxSessionsPerAddress, err = conf.FieldInt(fieldMaxSessionsPerAddress); err != nil {
-		return
-	}
-	if s.MaxSessionsPerAddress < 0 {
-		return s, nil, fmt.Errorf("field %s can't be negative, got %d", fieldMaxSessionsPerAddress, s.MaxSessionsPerAddress)
-	}
-	if s.MaxHeaderBytes, err = fieldPositive(conf, fieldMaxHeaderBytes); err != nil {
-		return
-	}
-	if s.MaxBufferBytes, err = fieldPositive(conf, fieldMaxBufferBytes); err != nil {
-		return
-	}
-	if s.HandshakeTimeout, err = fieldPositiveDuration(conf, fieldHandshakeTimeout); err != nil {
-		return
-	}
-	if s.HeartbeatInterval, err = fieldPositiveDuration(conf, fieldHeartbeatInterval); err != nil {
-		return
-	}
-	s.admissionSettings, authorize, err = admissionFromParsed(conf)
-	return
+	r := &settingsReader{conf: conf}
+	s.Address = addressField.read(r)
+	s.Path = pathField.read(r)
+	s.MaxSessions = maxSessionsField.read(r)
+	s.MaxSessionsPerAddress = maxSessionsPerAddressField.read(r)
+	s.MaxBufferBytes = maxBufferBytesField.read(r)
+	s.HandshakeTimeout = handshakeTimeoutField.read(r)
+	s.MaxHeaderBytes = maxHeaderBytesField.read(r)
+	s.HeartbeatInterval = heartbeatIntervalField.read(r)
+	s.tlsSettings = readTLSSettings(r)
+	s.proxySettings = readProxySettings(r)
+	s.admissionSettings, authorize = readAdmission(r)
+	return s, authorize, r.err
 }
 
-func checkAddress(address string) error {
-	_, port, err := net.SplitHostPort(address)
+var hostName = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
+
+// checkAddress accepts a host that only the system can reject: a name, or an IPv6 address with a zone.
+func checkAddress(address string) (string, error) {
+	host, port, err := net.SplitHostPort(address)
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
-	if err != nil {
-		return fmt.Errorf("field %s has to be host:port, got %s", fieldAddress, address)
+	if err == nil && (strings.Contains(address, "[") || host != "" && strings.Trim(host, "0123456789.") == "") {
+		_, err = netip.ParseAddr(host)
+	} else if err == nil && !hostName.MatchString(host) {
+		err = errors.New("no name of a host")
 	}
-	return nil
+	if err != nil {
+		return "", fmt.Errorf("field %s must be host:port, got %q", fieldAddress, address)
+	}
+	return address, nil
 }

@@ -10,67 +10,67 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Connections that are no sessions, or not yet. They need no token, and each is a
-// file descriptor.
+// Connections that are not, or not yet, those of sessions. They need no token, and each has a file
+// descriptor.
 
-// minPending is how many of them a listener may have, where max_sessions is less.
-const minPending = 1024
+// minConnections is the lowest bound of their number, for a smaller max_sessions.
+const minConnections = 1024
 
-// pending bounds them: another one closes the oldest. A client becomes a session
-// within milliseconds, so that the oldest is one that doesn't, and the client gets
-// in at once. As many as there may be sessions can all connect at the same time.
-type pending struct {
+// connLimit bounds them: another one closes the oldest. A client becomes a session
+// within milliseconds, so the oldest is one that does not, and the client connects
+// at once. All clients that max_sessions allows can connect at the same time.
+type connLimit struct {
 	limit int
 	log   limitedLog
 
-	mu     sync.Mutex
-	places map[net.Conn]*list.Element
-	order  *list.List // of net.Conn, the oldest first
+	mu       sync.Mutex
+	elements map[net.Conn]*list.Element
+	order    *list.List // of net.Conn, the oldest first
 }
 
-func newPending(maxSessions int, log *service.Logger) *pending {
-	return &pending{
-		limit: max(maxSessions, minPending), log: newLimitedLog(log),
-		places: make(map[net.Conn]*list.Element), order: list.New(),
+func newConnLimit(maxSessions int, log *service.Logger) *connLimit {
+	return &connLimit{
+		limit: max(maxSessions, minConnections), log: newLimitedLog(log),
+		elements: make(map[net.Conn]*list.Element), order: list.New(),
 	}
 }
 
-// changed is told of the states of the HTTP server's connections.
-func (p *pending) changed(c net.Conn, state http.ConnState) {
+// changed is the HTTP server's ConnState.
+func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateNew:
-		if oldest := p.add(c); oldest != nil {
+		if oldest := l.add(c); oldest != nil {
 			_ = oldest.Close()
-			if log, ok := p.log.allow(); ok {
-				log.Warnf("Closed a connection that is no session, as there were more than %d of them: %v", p.limit, oldest.RemoteAddr())
+			if log, ok := l.log.allow(); ok {
+				log.Warnf("Closed a connection without a session, because there are more than %d of them: %v", l.limit, oldest.RemoteAddr())
 			}
 		}
 	case http.StateHijacked, http.StateClosed:
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.remove(c)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.remove(c)
 	}
 }
 
-// add gives the connection that has to make room, or nil.
-func (p *pending) add(c net.Conn) (oldest net.Conn) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.places[c] = p.order.PushBack(c)
-	if p.order.Len() <= p.limit {
+// add returns the connection to close, or nil.
+func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.elements[c] = l.order.PushBack(c)
+	if l.order.Len() <= l.limit {
 		return nil
 	}
-	oldest = p.order.Front().Value.(net.Conn)
-	p.remove(oldest)
+	oldest = l.order.Front().Value.(net.Conn)
+	l.remove(oldest)
 	if secured, ok := oldest.(*tls.Conn); ok {
 		return secured.NetConn() // to close TLS may wait for the network
 	}
 	return oldest
 }
 
-func (p *pending) remove(c net.Conn) {
-	if place, known := p.places[c]; known {
-		p.order.Remove(place)
-		delete(p.places, c)
+func (l *connLimit) remove(c net.Conn) {
+	if element, known := l.elements[c]; known {
+		l.order.Remove(element)
+		delete(l.elements, c)
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Clients behind reverse proxies.
+// The addresses of clients that connect through reverse proxies.
 
 const (
 	fieldTrustedProxies  = "trusted_proxies"
@@ -20,16 +20,29 @@ const (
 	headerForwarded     = "forwarded"
 )
 
+var (
+	trustedProxiesField = listOf(fieldTrustedProxies, func(names []string) (networks []netip.Prefix, err error) {
+		for _, name := range names {
+			network, err := parseNetwork(name)
+			if err != nil {
+				return nil, fmt.Errorf("field %s: %q is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
+			}
+			networks = append(networks, network)
+		}
+		return networks, nil
+	})
+	forwardedHeaderField = oneOf(fieldForwardedHeader, headerXForwardedFor, headerForwarded)
+)
+
 func proxyFields() []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewStringListField(fieldTrustedProxies).
-			Description("The reverse proxies whose word on a client's address is taken: IP addresses, or networks such as `10.0.0.0/8`. For a client that comes through one of these, the address that it tells is what `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log have. Anybody else's word is ignored, so don't name networks from which clients come.").
+		trustedProxiesField.config().
+			Description("The reverse proxies that are trusted to report a client's address: IP addresses, or networks such as `10.0.0.0/8`. For a client that connects through one of these, the address that it reports is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. The header of any other client is ignored, so don't name networks from which clients connect.").
 			Default([]any{}).
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
-			Advanced().
-			LintRule(`root = if this.type() == "array" { this.filter(p -> p.type() == "string" && !p.re_match("^([0-9]{1,3}(\\.[0-9]{1,3}){3}|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*)(/[0-9]{1,3})?$")).map_each(p -> "field trusted_proxies: %v is neither an IP address nor a network such as 10.0.0.0/8".format(p)) }`),
-		service.NewStringEnumField(fieldForwardedHeader, headerXForwardedFor, headerForwarded).
-			Description("The header in which the trusted proxies tell a client's address. It is one that each of them sets: of the other, what a client has written may come through.").
+			Advanced(),
+		forwardedHeaderField.config().
+			Description("The header in which the trusted proxies report a client's address. Each of them must set it: what a client writes into the other one may be passed on.").
 			Default(headerXForwardedFor).
 			Advanced(),
 	}
@@ -40,29 +53,12 @@ type proxySettings struct {
 	Header  string         `field:"forwarded_header"`
 }
 
-func proxySettingsFromParsed(conf *service.ParsedConfig) (s proxySettings, err error) {
-	names, err := conf.FieldStringList(fieldTrustedProxies)
-	if err != nil {
-		return s, err
-	}
-	for _, name := range names {
-		network, err := parseNetwork(name)
-		if err != nil {
-			return s, fmt.Errorf("field %s: %s is neither an IP address nor a network such as 10.0.0.0/8", fieldTrustedProxies, name)
-		}
-		s.Trusted = append(s.Trusted, network)
-	}
-	if s.Header, err = conf.FieldString(fieldForwardedHeader); err != nil {
-		return s, err
-	}
-	if s.Header != headerXForwardedFor && s.Header != headerForwarded {
-		return s, fmt.Errorf("field %s: %q is neither %s nor %s", fieldForwardedHeader, s.Header, headerXForwardedFor, headerForwarded)
-	}
-	return s, nil
+func readProxySettings(r *settingsReader) proxySettings {
+	return proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r)}
 }
 
-// parseNetwork reads an IP address or a network. IPv4 in IPv6 is IPv4, as it is
-// of the addresses that parseHop gives.
+// parseNetwork parses an IP address or a network. IPv4 in IPv6 becomes IPv4, as in the
+// addresses that parseHop returns.
 func parseNetwork(name string) (netip.Prefix, error) {
 	if ip, err := netip.ParseAddr(name); err == nil {
 		ip = ip.Unmap()
@@ -85,10 +81,10 @@ func (s proxySettings) trusts(address string) bool {
 	return false
 }
 
-// clientAddress is where a request comes from: the address nearest to us for
-// which no trusted proxy stands. Each proxy appends the address that it saw, so
-// they are read from the end, and what a client has written itself comes before
-// its own and is never read.
+// clientAddress returns where a request comes from: the address nearest to us that is not
+// that of a trusted proxy. Each proxy appends the address that it saw, so
+// they are read from the end. What a client has written itself comes before
+// its own address and is never read.
 func (s proxySettings) clientAddress(r *http.Request) string {
 	address := r.RemoteAddr
 	if !s.trusts(address) {
@@ -128,8 +124,8 @@ func forwardedFor(element string) string {
 	return ""
 }
 
-// withoutBrackets takes those off an IPv6 address that has no port to be told from,
-// so that it is the same however a proxy writes it.
+// withoutBrackets removes the brackets of an IPv6 address without a port, so that it is the
+// same however a proxy writes it.
 func withoutBrackets(hop string) string {
 	if strings.HasSuffix(hop, "]") {
 		return strings.Trim(hop, "[]")
@@ -137,8 +133,7 @@ func withoutBrackets(hop string) string {
 	return hop
 }
 
-// parseHop reads an IP address with or without a port. It is without its zone: no
-// network has one.
+// parseHop parses an IP address with or without a port, and removes its zone: no network has one.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
 		return withPort.Addr().Unmap().WithZone(""), true

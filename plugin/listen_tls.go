@@ -13,7 +13,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
 )
 
-// TLS of a listener, by files that may change while it runs.
+// TLS of a listener. Its files may change while it runs.
 
 const (
 	fieldCertFile     = "cert_file"
@@ -25,46 +25,46 @@ const (
 	clientAuthRequire = "require_valid"
 	clientAuthIfGiven = "verify_if_given"
 
-	// tlsFilesEvery is how long files that have been looked at are not looked at
-	// again.
-	tlsFilesEvery = time.Second
+	// tlsFilesInterval is the shortest time between two checks of the files.
+	tlsFilesInterval = time.Second
 )
 
 var tlsVersions = map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
 
+var (
+	certFileField     = stringOf(fieldTLS+"."+fieldCertFile, anyText)
+	keyFileField      = stringOf(fieldTLS+"."+fieldKeyFile, anyText)
+	clientCAFileField = stringOf(fieldTLS+"."+fieldClientCAFile, anyText)
+	clientAuthField   = oneOfDescribed(fieldTLS+"."+fieldClientAuth, map[string]string{
+		clientAuthRequire: "A client without a certificate is denied.",
+		clientAuthIfGiven: "A client may have no certificate, but not an invalid one.",
+	}, clientAuthRequire, clientAuthIfGiven)
+	minVersionField = oneOf(fieldTLS+"."+fieldMinVersion, "tls12", "tls13")
+)
+
 func listenTLSField() *service.ConfigField {
 	return service.NewObjectField(fieldTLS,
-		service.NewStringField(fieldCertFile).
+		certFileField.config().
 			Description("The path of a file with the server's certificate and those between it and the authority, PEM. Empty: no TLS.").
 			Default(""),
-		service.NewStringField(fieldKeyFile).
+		keyFileField.config().
 			Description("The path of a file with its private key, PEM.").
 			Default(""),
-		service.NewStringField(fieldClientCAFile).
+		clientCAFileField.config().
 			Description("The path of a file with the certificates of authorities, PEM. With it, clients need a certificate of one of these, as well as their token.").
 			Default("").
 			Advanced(),
-		service.NewStringAnnotatedEnumField(fieldClientAuth, map[string]string{
-			clientAuthRequire: "A client without a certificate is refused.",
-			clientAuthIfGiven: "A client may have no certificate, but none that is not valid.",
-		}).
+		clientAuthField.config().
 			Description("What is asked of clients, with `client_ca_file`.").
 			Default(clientAuthRequire).
 			Advanced(),
-		service.NewStringEnumField(fieldMinVersion, "tls12", "tls13").
+		minVersionField.config().
 			Description("The lowest version of TLS that a client may use.").
 			Default("tls12").
 			Advanced(),
 	).
-		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, looked at no more than once a second; nothing is restarted, and sessions that are connected stay. If the new ones can't be used, an error is logged, those read before stay in use, and the new ones are tried again.")
+		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, at most once a second; nothing is restarted, and sessions stay connected. If the new files can't be used, an error is logged, the old ones stay in use, and the new ones are tried again.")
 }
-
-// listenTLSLint finds half a certificate.
-const listenTLSLint = `if (this.tls.cert_file.or("") == "") != (this.tls.key_file.or("") == "") {
-  "field tls needs both cert_file and key_file"
-} else if this.tls.client_ca_file.or("") != "" && this.tls.cert_file.or("") == "" {
-  "field tls: client_ca_file has no effect without cert_file and key_file"
-}`
 
 type tlsSettings struct {
 	CertFile     string `field:"tls.cert_file"`
@@ -74,26 +74,22 @@ type tlsSettings struct {
 	MinVersion   string `field:"tls.min_version"`
 }
 
-func tlsSettingsFromParsed(conf *service.ParsedConfig) (s tlsSettings, err error) {
-	for field, value := range map[string]*string{
-		fieldCertFile: &s.CertFile, fieldKeyFile: &s.KeyFile, fieldClientCAFile: &s.ClientCAFile,
-		fieldClientAuth: &s.ClientAuth, fieldMinVersion: &s.MinVersion,
-	} {
-		if *value, err = conf.FieldString(fieldTLS, field); err != nil {
-			return s, err
-		}
+func readTLSSettings(r *settingsReader) tlsSettings {
+	s := tlsSettings{
+		CertFile:     certFileField.read(r),
+		KeyFile:      keyFileField.read(r),
+		ClientCAFile: clientCAFileField.read(r),
+		ClientAuth:   clientAuthField.read(r),
+		MinVersion:   minVersionField.read(r),
 	}
 	switch {
+	case r.err != nil:
 	case (s.CertFile == "") != (s.KeyFile == ""):
-		err = fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
+		r.err = fmt.Errorf("field %s needs both %s and %s", fieldTLS, fieldCertFile, fieldKeyFile)
 	case s.ClientCAFile != "" && s.CertFile == "":
-		err = fmt.Errorf("field %s: %s has no effect without %s and %s", fieldTLS, fieldClientCAFile, fieldCertFile, fieldKeyFile)
-	case s.ClientAuth != clientAuthRequire && s.ClientAuth != clientAuthIfGiven:
-		err = fmt.Errorf("field %s.%s: %q is neither %s nor %s", fieldTLS, fieldClientAuth, s.ClientAuth, clientAuthRequire, clientAuthIfGiven)
-	case tlsVersions[s.MinVersion] == 0:
-		err = fmt.Errorf("field %s.%s: %q is neither tls12 nor tls13", fieldTLS, fieldMinVersion, s.MinVersion)
+		r.err = fmt.Errorf("field %s: %s has no effect without %s and %s", fieldTLS, fieldClientCAFile, fieldCertFile, fieldKeyFile)
 	}
-	return s, err
+	return s
 }
 
 // load reads the files.
@@ -126,32 +122,32 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	return config, nil
 }
 
-// tlsFiles are those of a listener, as last read.
+// tlsFiles are the files of a listener, as last read.
 type tlsFiles struct {
 	settings tlsSettings
 	log      *service.Logger
 
-	mu     sync.Mutex
-	config *tls.Config
-	looked time.Time
-	read   [3]fileStamp // of what config was made of
-	failed string       // why the files that are there now can't be used
+	mu      sync.Mutex
+	config  *tls.Config
+	checked time.Time
+	read    [3]fileState // of the files that config was made of
+	failed  string       // why the present files can't be used
 }
 
-// fileStamp tells whether a file has changed. Behind a symbolic link it is the
-// file's own, so that those of Kubernetes, which change all at once, work.
-type fileStamp struct {
+// fileState shows whether a file has changed. That of a symbolic link is the file's, so
+// that the links of Kubernetes, which change all at once, work.
+type fileState struct {
 	modified time.Time
 	size     int64
 }
 
-// newTLSFiles reads the files, and gives nil for a listener without TLS.
+// newTLSFiles reads the files. It returns nil for a listener without TLS.
 func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	if settings.CertFile == "" {
 		return nil, nil
 	}
-	f := &tlsFiles{settings: settings, log: log, looked: time.Now()}
-	f.read, _ = f.stamps() // what can't be found can't be loaded either
+	f := &tlsFiles{settings: settings, log: log, checked: time.Now()}
+	f.read, _ = f.states() // a file without a state can't be loaded either
 	var err error
 	if f.config, err = settings.load(); err != nil {
 		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
@@ -159,13 +155,12 @@ func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	return f, nil
 }
 
-// configure gives each connection the configuration of its time. It is a
-// GetConfigForClient.
+// configure is a GetConfigForClient: it returns the present configuration.
 func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if now := time.Now(); now.Sub(f.looked) >= tlsFilesEvery {
-		f.looked = now
+	if now := time.Now(); now.Sub(f.checked) >= tlsFilesInterval {
+		f.checked = now
 		f.refresh()
 	}
 	return f.config, nil
@@ -175,7 +170,7 @@ func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 // replaced one after the other: what doesn't fit together is tried again each
 // time, until it does.
 func (f *tlsFiles) refresh() {
-	now, err := f.stamps()
+	now, err := f.states()
 	if err == nil && now == f.read {
 		f.failed = ""
 		return
@@ -190,11 +185,11 @@ func (f *tlsFiles) refresh() {
 		f.log.Infof("Read changed TLS files: the certificate is that of %s", f.settings.CertFile)
 	case err.Error() != f.failed:
 		f.failed = err.Error()
-		f.log.Errorf("The changed TLS files can't be used, those read before stay in use: %v", err)
+		f.log.Errorf("The changed TLS files can't be used, the old ones stay in use: %v", err)
 	}
 }
 
-func (f *tlsFiles) stamps() (stamps [3]fileStamp, err error) {
+func (f *tlsFiles) states() (states [3]fileState, err error) {
 	for i, path := range []string{f.settings.CertFile, f.settings.KeyFile, f.settings.ClientCAFile} {
 		if path == "" {
 			continue
@@ -204,7 +199,7 @@ func (f *tlsFiles) stamps() (stamps [3]fileStamp, err error) {
 			err = errors.Join(err, statErr)
 			continue
 		}
-		stamps[i] = fileStamp{info.ModTime(), info.Size()}
+		states[i] = fileState{info.ModTime(), info.Size()}
 	}
-	return stamps, err
+	return states, err
 }

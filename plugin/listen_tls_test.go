@@ -175,7 +175,7 @@ func TestARenewedCertificateIsServedWithoutARestart(t *testing.T) {
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	ca.issue(t, "first", certFile, keyFile)
 	inEngine(t, func(t *testing.T, e *engine) {
-		const failure = "ERROR The changed TLS files can't be used, those read before stay in use: "
+		const failure = "ERROR The changed TLS files can't be used, the old ones stay in use: "
 		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
 		stays, err := cryo.Dial(t.Context(), "wss://"+somewhere, &cryo.DialOptions{Token: token, NetDial: e.net.Dial, TLS: ca.trusting()})
 		require.NoError(t, err)
@@ -183,7 +183,7 @@ func TestARenewedCertificateIsServedWithoutARestart(t *testing.T) {
 
 		ca.issue(t, "second", certFile, keyFile)
 		require.Equal(t, "first", e.served(t, ca.trusting()), "files are not looked at for each client")
-		time.Sleep(tlsFilesEvery)
+		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "second", e.served(t, ca.trusting()))
 		require.Equal(t, 1, e.log.count("INFO Read changed TLS files: the certificate is that of "+certFile))
 
@@ -191,24 +191,24 @@ func TestARenewedCertificateIsServedWithoutARestart(t *testing.T) {
 		newKey := keyFile + ".late"
 		ca.issue(t, "third", certFile, newKey)
 		for range 3 {
-			time.Sleep(tlsFilesEvery)
+			time.Sleep(tlsFilesInterval)
 			require.Equal(t, "second", e.served(t, ca.trusting()))
 		}
 		require.Equal(t, 1, e.log.count(failure+"tls: private key does not match public key"), "told once")
 		require.NoError(t, os.Rename(newKey, keyFile))
-		time.Sleep(tlsFilesEvery)
+		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
 
 		require.NoError(t, os.Remove(certFile))
-		time.Sleep(tlsFilesEvery)
+		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
 		require.Equal(t, 1, e.log.count(failure+"stat "+certFile))
 		require.NoError(t, os.WriteFile(certFile, []byte("no certificate"), 0o600))
-		time.Sleep(tlsFilesEvery)
+		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
 		require.Equal(t, 1, e.log.count(failure+"tls: failed to find any PEM data"))
 		ca.issue(t, "fourth", certFile, keyFile)
-		time.Sleep(tlsFilesEvery)
+		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "fourth", e.served(t, ca.trusting()))
 
 		m := send(stays, "since the first certificate")
@@ -258,7 +258,7 @@ func TestClientsNeedACertificateOfTheAuthority(t *testing.T) {
 
 			// The authority is replaced.
 			writePEM(t, clientCA, "CERTIFICATE", others.cert.Raw)
-			time.Sleep(tlsFilesEvery)
+			time.Sleep(tlsFilesInterval)
 			require.Error(t, dial(token, known))
 			require.NoError(t, dial(token, unknown))
 			writePEM(t, clientCA, "CERTIFICATE", devices.cert.Raw)
@@ -279,7 +279,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 			_, err := e.tryDial(cryo.DialOptions{Token: token})
 			require.ErrorContains(t, err, "400 Bad Request: Client sent an HTTP request to an HTTPS server.")
 		}
-		const words = "DEBUG Malformed HTTP request or TLS handshake: http: TLS handshake error from 192.0.2.1:50000: client sent an HTTP request to an HTTPS server"
+		const words = "error=http: TLS handshake error from 192.0.2.1:50000: client sent an HTTP request to an HTTPS server"
 		synctest.Wait()
 		require.Equal(t, 1, e.log.count(words))
 		time.Sleep(time.Second)
@@ -287,6 +287,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 		require.Error(t, err)
 		synctest.Wait()
 		require.Equal(t, 2, e.log.count(words))
+		require.Equal(t, 2, e.log.count("DEBUG Malformed HTTP request or TLS handshake"))
 		require.Equal(t, 1, e.log.count("suppressed=4"))
 	})
 }

@@ -6,6 +6,8 @@ import (
 	stdlog "log"
 	"log/slog"
 	"slices"
+	"strings"
+	"syscall"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -54,7 +56,7 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 // WithGroup ignores groups: the library has none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// limitedLog is a logger for lines of which a client can cause any number: at most one a
+// limitedLog is a logger for lines of which a client can cause any number. At most one per
 // second is written.
 type limitedLog struct {
 	log   *service.Logger
@@ -73,15 +75,27 @@ func (l limitedLog) allow() (*service.Logger, bool) {
 	return l.log.With("suppressed", suppressed), true
 }
 
-// serverLog is the log of an HTTP server, which has a line for each client that
-// speaks no HTTP or breaks TLS off.
+// serverLog is the log of an HTTP server. A line for a client that sends no HTTP or no TLS is
+// for debugging. A socket that does not accept for now, and a panic, are for the operator.
 func serverLog(log *service.Logger) *stdlog.Logger {
-	limited := newLimitedLog(log)
-	return stdlog.New(writerFunc(func(line []byte) (int, error) {
-		if log, ok := limited.allow(); ok {
-			log.Debugf("Malformed HTTP request or TLS handshake: %s", bytes.TrimSpace(line))
+	clients, accepts, panics := newLimitedLog(log), newLimitedLog(log), newLimitedLog(log)
+	return stdlog.New(writerFunc(func(b []byte) (int, error) {
+		line := string(bytes.TrimSpace(b))
+		if cause, ok := strings.CutPrefix(line, "http: Accept error: "); ok {
+			if log, ok := accepts.allow(); ok {
+				if strings.Contains(cause, syscall.EMFILE.Error()) { // that of ENFILE has it, too
+					cause += ": " + openFilesHint
+				}
+				log.With("error", cause).Warn("Clients can't connect for now")
+			}
+		} else if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
+			if log, ok := panics.allow(); ok {
+				log.With("error", cause).Warn("Panic while a client connected")
+			}
+		} else if log, ok := clients.allow(); ok {
+			log.With("error", line).Debug("Malformed HTTP request or TLS handshake")
 		}
-		return len(line), nil
+		return len(b), nil
 	}), "", 0)
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/redpanda-data/benthos/v4/public/bloblang"
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -14,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What a session is known by: to the pipeline, and to whoever chooses sessions.
+// The identity of a session: metadata of its messages, by which sessions are chosen, too.
 
 const (
 	metaSessionID     = "cryo_session_id"
@@ -24,32 +25,30 @@ const (
 	metaQueryPrefix  = "cryo_query_"
 	metaHeaderPrefix = "cryo_header_"
 
-	// Of what a session may add to each of its messages. It is kept as long as
-	// the session is.
+	// Bounds of the metadata that come from the client, for as long as the session lives.
 	maxIdentityFields = 64
 	maxIdentityBytes  = 8 << 10
 )
 
 const identityMetadata = `
-All of them carry what their session is known by, too:
+All of them carry the identity of their session, too:
 
 - ` + "`cryo_remote_address`" + `: the client's network address
 - ` + "`cryo_auth_…`" + `: the fields of the object that the mapping ` + "`authorize`" + ` results in, see there
 - ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers that ` + "`session_metadata`" + ` asks for
 `
 
-// identity is what a session is known by. It never changes, and many messages
-// share it.
+// identity identifies a session. It never changes, and many messages share it.
 type identity struct {
 	id string // of the session, as text
-	// metadata are the session's part in the metadata of all its messages, the
-	// id included. All values are strings. Nobody changes the map.
+	// metadata of all messages of the session, the id included. All values are strings.
+	// The map is not changed.
 	metadata map[string]any
 	bytes    int // of all keys and values
 }
 
-// identityOf gives what is known of a session: of one that was let in what
-// admission kept, of one that was dialled no more than its id.
+// identityOf returns the identity of a session: that of its admission, or, if it was
+// dialled, its id.
 func identityOf(s *cryo.Session) *identity {
 	if known, ok := s.Value().(*identity); ok {
 		return known
@@ -62,7 +61,7 @@ func newIdentity(session uint64) *identity {
 	return &identity{id: id, metadata: map[string]any{metaSessionID: id}, bytes: len(metaSessionID) + len(id)}
 }
 
-// describe gives a message the session's metadata.
+// describe adds the session's metadata to a message.
 func (i *identity) describe(m *service.Message) {
 	for key, value := range i.metadata {
 		m.MetaSetMut(key, value)
@@ -80,19 +79,26 @@ func textOf(value any) string {
 	return bloblang.ValueToString(value)
 }
 
-// sessionMetadata is what is asked for of a client's request.
+// sessionMetadata names the parts of a client's request that become metadata.
 type sessionMetadata struct {
 	Query, Headers []string
 }
 
-// identify keeps what is known of a client: granted is the object of authorize,
-// nil without one.
+// identify returns the identity of a client's session: granted is the object of authorize,
+// nil without one. No metadata may have control characters: an output that makes headers of
+// it would fail each of the session's messages.
 func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map[string]any) (*identity, error) {
 	i := newIdentity(u.SessionID)
 	i.metadata[metaRemoteAddress] = u.Request.RemoteAddr
 	i.bytes += len(metaRemoteAddress) + len(u.Request.RemoteAddr)
-	fields, size := 0, 0
+	fields, size, odd := 0, 0, ""
 	add := func(key, value string) {
+		if strings.ContainsFunc(key+value, unicode.IsControl) {
+			odd = key
+			if strings.HasPrefix(key, metaAuthPrefix) {
+				odd = metaAuthPrefix + "…" // its name may be a part of the token
+			}
+		}
 		i.metadata[key] = value
 		fields++
 		size += len(key) + len(value)
@@ -108,8 +114,14 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 		}
 	}
 	for _, name := range s.Headers {
-		if values := u.Request.Header[http.CanonicalHeaderKey(name)]; len(values) > 0 {
-			add(metaHeaderPrefix+strings.ToLower(name), values[0])
+		if value, ok := headerOf(u.Request, name); ok {
+			add(metaHeaderPrefix+strings.ToLower(name), value)
+		}
+	}
+	if odd != "" {
+		return nil, &cryo.AdmissionError{
+			StatusCode: http.StatusBadRequest,
+			Message:    fmt.Sprintf("The metadata %s would have control characters.", odd),
 		}
 	}
 	if fields > maxIdentityFields || size > maxIdentityBytes {
@@ -121,4 +133,18 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	}
 	i.bytes += size
 	return i, nil
+}
+
+// headerOf returns the first value of a header. The HTTP server has moved Host out of the
+// headers.
+func headerOf(r *http.Request, name string) (value string, ok bool) {
+	name = http.CanonicalHeaderKey(name)
+	if name == "Host" {
+		return r.Host, r.Host != ""
+	}
+	values := r.Header[name]
+	if len(values) == 0 {
+		return "", false
+	}
+	return values[0], true
 }

@@ -12,10 +12,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The metrics of our components, beside those that the engine has for every
-// input and output. docs/metrics.md explains them and config/grafana draws them;
-// tests compare. Labels are few, and none of them comes from a peer. What is
-// frequent is counted once a batch.
+// The metrics of our components, in addition to those that the engine has for every
+// input and output. docs/metrics.md explains them and config/grafana draws them, which a
+// test checks. Labels are few, and no value of them comes from a peer. Frequent events are
+// counted once per batch.
 const (
 	metricSessions          = "cryo_sessions"
 	metricSessionsDenied    = "cryo_sessions_denied"
@@ -37,7 +37,7 @@ const (
 	labelStatus      = "status" // of HTTP
 )
 
-// sessionMetrics are those of whoever has sessions.
+// sessionMetrics are those of a component that has sessions.
 type sessionMetrics struct {
 	sessions   *gauge
 	rejections *service.MetricCounter
@@ -68,7 +68,7 @@ func newDialMetrics(m meter) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
-// connected counts a session, until it is gone.
+// connected counts a session until gone is called.
 func (m dialMetrics) connected(again bool) {
 	if again {
 		m.reconnections.Incr(1)
@@ -78,21 +78,61 @@ func (m dialMetrics) connected(again bool) {
 
 func (m dialMetrics) gone() { m.sessions.add(-1) }
 
-// listenMetrics are those of a listener, under the name of the component that
-// opened it.
+// listenMetrics are those of a listener. A component that uses it reports them.
 type listenMetrics struct {
+	mu       sync.Mutex
+	reporter listenReporter
+	sessions int // that are connected
+}
+
+// listenReporter has the metrics under the labels of one component.
+type listenReporter struct {
+	component levelKey
 	sessionMetrics
 	sessionsDenied *service.MetricCounter
 }
 
-func newListenMetrics(m meter) listenMetrics {
-	return listenMetrics{newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
+func newListenMetrics(m meter) *listenMetrics {
+	return &listenMetrics{reporter: newListenReporter(m)}
+}
+
+func newListenReporter(m meter) listenReporter {
+	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
+}
+
+// reportAs lets another component report the metrics: the one that did may be of a stream that
+// is deleted.
+func (m *listenMetrics) reportAs(component meter) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.reporter.component == component.component {
+		return
+	}
+	m.reporter.sessions.close()
+	m.reporter = newListenReporter(component)
+	m.reporter.sessions.add(m.sessions)
+}
+
+// countSession counts a session that is connected, or -1 for one that has ended.
+func (m *listenMetrics) countSession(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sessions += n
+	m.reporter.sessions.add(n)
+}
+
+// current returns the counters.
+func (m *listenMetrics) current() listenReporter {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reporter
 }
 
 // watch lets a server with these options count.
-func (m listenMetrics) watch(opts *cryo.ServerOptions) {
-	m.sessionMetrics.watch(&opts.SessionOptions)
-	opts.OnDeny = func(status int) { m.sessionsDenied.Incr(1, strconv.Itoa(status)) }
+func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
+	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
+	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
+	opts.OnDeny = func(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
 }
 
 // receiveMetrics are those of the receiving half.
@@ -116,7 +156,7 @@ func newReceiveMetrics(m meter) receiveMetrics {
 	}
 }
 
-// took counts messages that were received.
+// took counts received messages.
 func (m *receiveMetrics) took(messages []*cryo.Message) {
 	var t tally
 	for _, message := range messages {
@@ -150,8 +190,8 @@ func newSendMetrics(m meter) sendMetrics {
 	}
 }
 
-// newAnswerMetrics are those of an input that answers: what it sends. The rest
-// of them would be mistaken for those of what it receives.
+// newAnswerMetrics are those of an input that sends synchronous responses: only sent and
+// sentBytes are reported. The others would be mistaken for those of what it receives.
 func newAnswerMetrics(m meter) sendMetrics {
 	answers := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
 	answers.sent = m.NewCounter(metricSent, labelMessageType)
@@ -159,7 +199,7 @@ func newAnswerMetrics(m meter) sendMetrics {
 	return answers
 }
 
-// sending counts messages as on their way; awaited ends that, and times it unless
+// sending counts messages as unacknowledged; awaited ends that, and times it unless
 // they were late or the context was done first.
 func (m *sendMetrics) sending(messages int) (began time.Time) {
 	m.unacknowledged.add(messages)
@@ -188,14 +228,13 @@ func (m *sendMetrics) settled(messages []*outMessage, errs []error) {
 	rejected.count(m.rejected, nil)
 }
 
-// isRejection tells what the peer has rejections from what was lost.
+// isRejection reports whether the peer has rejected a message, which it has received.
 func isRejection(err error) bool {
 	var rejected *cryo.RejectedError
 	return errors.As(err, &rejected) || errors.Is(err, cryo.ErrStreamCancelled)
 }
 
-// tally counts messages of a batch by their types, so that each counter is
-// raised once.
+// tally counts the messages of a batch by type, so that each counter is raised once.
 type tally [4]struct{ messages, bytes int64 }
 
 var tallied = [...]cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}
@@ -209,7 +248,7 @@ func (t *tally) add(typ cryo.Kind, bytes int) {
 	}
 }
 
-// count raises the counters; bytes is nil where they don't matter.
+// count raises the counters; bytes may be nil.
 func (t *tally) count(messages, bytes *service.MetricCounter) {
 	for i, typ := range tallied {
 		if n := t[i]; n.messages > 0 {
@@ -228,9 +267,9 @@ type meter struct {
 	component levelKey
 }
 
-// levels are the gauges of one process, by the labels that the engine gives them.
-// Components can have the same, as the copies of a broker do: each gauge is the sum of
-// theirs. One is kept for good, as the exporter keeps its series.
+// levels are the gauges of one process by the labels that the engine gives them.
+// Components can have the same labels, as the copies of a broker do: the gauge is the sum of
+// theirs. A level is never removed, like the series of the exporter.
 type levels struct {
 	mu    sync.Mutex
 	byKey map[levelKey]*level
@@ -261,8 +300,7 @@ func (l *levels) level(key levelKey) *level {
 	return l.byKey[key]
 }
 
-// gauge is one component's part of a level that goes up and down: the engine's own
-// gauges can only be set.
+// gauge is one component's part of a level. The engine's own gauges can only be set.
 type gauge struct {
 	metric *service.MetricGauge
 	level  *level
@@ -294,7 +332,7 @@ func (g *gauge) addLocked(n int64) {
 	g.metric.Set(g.level.sum)
 }
 
-// close takes the component's part back, for good.
+// close removes the component's part, for good.
 func (g *gauge) close() {
 	g.level.mu.Lock()
 	defer g.level.mu.Unlock()

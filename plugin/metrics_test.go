@@ -55,7 +55,7 @@ func (m metric) Timing(n int64) { m.change(func(v int64) int64 { return v + n })
 func (b *metricsBook) metric(name string, keys, values []string) metric {
 	labels := ""
 	for i := range keys {
-		if keys[i] != "path" && keys[i] != "label" {
+		if keys[i] != "path" && values[i] != "" {
 			labels += fmt.Sprintf("{%s=%s}", keys[i], values[i])
 		}
 	}
@@ -141,4 +141,38 @@ func TestGaugesComeBackWhenAnInputIsCutOff(t *testing.T) {
 		require.Zero(t, e.metrics.value("cryo_streams_open"))
 		require.Zero(t, e.metrics.value("cryo_sessions"))
 	})
+}
+
+func TestTheMetricsOfAListenerAreReportedByAComponentThatStays(t *testing.T) {
+	for name, stop := range map[string]func(*pipeline){"graceful stop": (*pipeline).stop, "hard stop": (*pipeline).kill} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				sessions := func(label string) int64 { return e.metrics.value("cryo_sessions{label=" + label + "}") }
+				first := e.run("label: first\n"+listenInput, toProbe)
+				second := e.run(fromFeed, "label: second\n"+listenOutput)
+				third := e.run("label: third\n"+listenInput, toProbe)
+				clients := []*cryo.Session{e.dial(), e.dial()}
+				synctest.Wait()
+				require.Equal(t, []int64{2, 0, 0}, []int64{sessions("first"), sessions("second"), sessions("third")})
+
+				stop(third)
+				require.Equal(t, int64(2), sessions("first"), "it stays")
+				stop(first)
+				require.Equal(t, []int64{0, 2}, []int64{sessions("first"), sessions("second")})
+
+				e.dial()
+				end(clients[0])
+				end(clients[1])
+				synctest.Wait()
+				require.Equal(t, []int64{0, 1}, []int64{sessions("first"), sessions("second")})
+				_, err := e.tryDial(cryo.DialOptions{Token: "wrong"})
+				require.Error(t, err)
+				require.Equal(t, int64(1), e.metrics.value("cryo_sessions_denied{label=second}{status=401}"))
+				require.Zero(t, e.metrics.value("cryo_sessions_denied{label=first}{status=401}"))
+
+				stop(second)
+				require.Zero(t, sessions("second"))
+			})
+		})
+	}
 }

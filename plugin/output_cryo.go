@@ -28,7 +28,7 @@ Data that the server sends on this session is rejected: to receive, use the `+"`
 			" When a connection is lost, other connections are waited for as long, from the first loss: see [Delivery](#delivery). `/ready` may report the loss that much later.",
 			", also when the connection is lost and comes back within `ack_timeout`",
 		)...).
-		LintRule(`root = `+dialLint).
+		LintRule(lintMapping("output cryo")).
 		Example("From Kafka to a Cryo server", "Records of a topic go to a Cryo server; offsets are committed as the server acknowledges.", `
 input:
   redpanda:

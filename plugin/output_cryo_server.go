@@ -30,7 +30,7 @@ A message for which no client is connected fails at `+"`ack_timeout`"+` with `+"
 		Fields(listenFields()...).
 		Fields(targetFields()...).
 		Fields(sendFields("", ", to each session")...).
-		LintRule(`root = `+listenLint+targetLint).
+		LintRule(lintMapping("output cryo_server")).
 		Example("Rooms", "Each message goes to the clients that asked for its room, by the query parameter `room` of their URL.", `
 input:
   http_server:
@@ -101,7 +101,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	switch {
 	case len(batch) == 0:
 		return nil
-	case o.listener == nil:
+	case o.listener == nil || o.listener.isDown():
 		return service.ErrNotConnected
 	}
 	messages := o.prepare(batch)

@@ -9,7 +9,7 @@ import (
 )
 
 // Mappings and scanners of the configuration run code of the engine and of its
-// dependencies on whatever clients send. A panic there must not end the process:
+// dependencies on data from clients. A panic there must not end the process:
 // it fails the message, the stream or the client that caused it.
 
 // panicError is a panic of such code.

@@ -2,6 +2,8 @@ package plugin
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -9,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// What can be set of the receiving half.
+// The fields of the receiving half.
 
 const (
 	fieldMessageTypes   = "message_types"
@@ -25,8 +27,8 @@ const (
 	metaMessageType = "cryo_message_type"
 	metaAckID       = "cryo_ack_id"
 
-	// rejection is all that a peer learns of a failure in the pipeline; the
-	// pipeline's own words go to the log.
+	// rejection is all that a peer receives of a failure in the pipeline. The cause is
+	// logged.
 	rejection = "the message could not be delivered"
 )
 
@@ -122,46 +124,76 @@ A sender that waits for each acknowledgement before it sends the next message ge
 The memory is bounded: ` + "`max_buffer_bytes`" + ` for messages, and for streams, with a scanner that needs the whole of one (` + "`to_the_end`" + `), ` + "`streams.max_open`" + ` times ` + "`streams.max_bytes`" + `. A scanner that cuts streams up (` + "`lines`" + `, ` + "`csv`" + `, ` + "`chunker`" + `) needs little, however long they are.
 `
 
-// receiveFields are those of an input; sessions tells whether it can tell of
-// sessions.
+var (
+	acknowledgeField = oneOfDescribed(fieldAcknowledge, map[string]string{
+		acknowledgeDelivered: "When the outputs of the pipeline have delivered the message.",
+		acknowledgeReceived:  "When the pipeline has received the message's batch. Messages in flight at the end of the process are lost; the log reports their number when the input closes. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
+	}, acknowledgeDelivered, acknowledgeReceived)
+	receiveMaxInFlightField = positiveInt(fieldMaxInFlight, 1024)
+	maxBatchCountField      = positiveInt(fieldMaxBatchCount, 64)
+	maxBufferBytesField     = positiveInt(fieldMaxBufferBytes, cryo.DefaultMaxBufferBytes)
+	includeMetadataField    = boolean(fieldMetadata, true)
+	autoReplayNacksField    = boolean(service.AutoRetryNacksToggleFieldName, true)
+	ackTimeoutField         = positiveDuration(fieldAckTimeout)
+
+	dialMessageTypes   = messageTypesOf("message_types", "utf8", "binary", messageTypeStream, "error")
+	listenMessageTypes = messageTypesOf("message_types with session", "utf8", "binary", messageTypeStream, "error", messageTypeSession)
+)
+
+// messageTypesField is the field of an input; with sessions, that of one that reports sessions.
+func messageTypesField(sessions bool) setting[[]string] {
+	if sessions {
+		return listenMessageTypes
+	}
+	return dialMessageTypes
+}
+
+func messageTypesOf(lint string, known ...string) setting[[]string] {
+	last := len(known) - 1
+	words := strings.Join(known[:last], ", ") + " or " + known[last]
+	return newVariant(lint, fieldMessageTypes, service.NewStringListField, listRule(func(names []string) ([]string, error) {
+		for _, name := range names {
+			if !slices.Contains(known, name) {
+				return nil, fmt.Errorf("field %s: unknown message type %q, it must be %s", fieldMessageTypes, name, words)
+			}
+		}
+		if len(names) == 0 {
+			return nil, fmt.Errorf("field %s is empty: every message would be dropped", fieldMessageTypes)
+		}
+		return names, nil
+	}))
+}
+
+// receiveFields are those of an input; with sessions, of one that can report sessions.
 func receiveFields(sessions bool) []*service.ConfigField {
 	about, share := "", ""
 	if sessions {
-		about = " `session` tells of clients that connect and leave."
-		share = " One client has at most three quarters of it, so that one whose messages fail, or that takes no answers, leaves room for others; where there is only one client, that is what the batch has to be smaller than."
+		about = " `session` reports clients that connect and disconnect."
+		share = " The quota of one client is three quarters of it, so that a client whose messages fail, or that does not acknowledge responses, leaves capacity for others; if there is only one client, the batch must be smaller than that quota."
 	}
 	return []*service.ConfigField{
-		service.NewStringListField(fieldMessageTypes).
-			Description("Which kinds of messages the pipeline gets: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_messages_filtered`) and dropped, as by a mapping's `deleted()`.").
-			Default([]any{"utf8", "binary", messageTypeStream}).
-			LintRule(`
-let known = "` + knownMessageTypes(sessions) + `".re_replace_all(" or ", ", ").split(", ")
-root = if this.type() == "array" && this.length() == 0 { [ "field message_types is empty: no message would ever be taken" ] } else if this.type() == "array" { this.filter(t -> !$known.contains(t)).map_each(t -> "field message_types: unknown message type %v, it has to be ` + knownMessageTypes(sessions) + `".format(t)) }`),
-		service.NewStringAnnotatedEnumField(fieldAcknowledge, map[string]string{
-			acknowledgeDelivered: "When the outputs of the pipeline have the message.",
-			acknowledgeReceived:  "When the pipeline has taken over the message's batch. Messages that are in flight when the process ends are lost; the log reports their number when the input closes. For senders that don't wait: `cryo-server` forgets acknowledgements that take longer than 2.5 seconds.",
-		}).
-			Description("When a message is acknowledged to its sender. The default is what makes delivery at least once.").
+		messageTypesField(sessions).config().
+			Description("Which kinds of messages the pipeline receives: `utf8` (text), `binary`, `stream`, and `error` (an error that the application at the other end reports)." + about + " Others are acknowledged, counted (`cryo_messages_filtered`) and dropped, as by a mapping's `deleted()`.").
+			Default([]any{"utf8", "binary", messageTypeStream}),
+		acknowledgeField.config().
+			Description("When a message is acknowledged to its sender. The default makes delivery at least once.").
 			Default(acknowledgeDelivered).
 			Advanced(),
 		streamsField(),
-		positiveInt(fieldMaxInFlight).
-			Description("How many messages may be in the pipeline, not yet delivered. An output's batch has to be smaller, or it is only ever sent by its `period`. With 1, the order of messages is kept even when some have to be redelivered." + share).
-			Default(1024),
-		positiveInt(fieldMaxBatchCount).
-			Description("How many messages at most become one batch of the pipeline. Only messages that wait already do: nothing waits for a batch to fill. If a batch of several fails, each of its messages is processed once more, alone. With 1 that never happens: set it where failures of single messages are part of normal work, and where the pipeline must not run twice for a message. See [Delivery](#delivery).").
-			Default(64).
+		receiveMaxInFlightField.config().
+			Description("How many messages may be in flight in the pipeline. An output's batch must be smaller, or only its `period` sends it. With 1, the order of messages is kept even when some are redelivered." + share),
+		maxBatchCountField.config().
+			Description("How many messages may form one batch of the pipeline. Only messages that wait already are batched: nothing waits for a batch to fill. If a batch of several fails, each of its messages is processed once more, alone. With 1 that never happens: set it where failures of single messages are part of normal work, and where the pipeline must not run twice for a message. See [Delivery](#delivery).").
 			Advanced(),
-		service.NewBoolField(fieldMetadata).
-			Description("Whether messages carry the metadata that is listed under [Metadata](#metadata). Making it takes some 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, a `cryo` output's `message_type: auto` no longer knows what a message was, and goes by its content, and what a synchronous response answers can't be told but of messages that are alone: set `max_batch_count: 1`.").
-			Default(true).
+		includeMetadataField.config().
+			Description("Whether messages carry the metadata that is listed under [Metadata](#metadata). Adding it takes about 15 % of the input's processor time; below 100,000 messages a second that hardly matters. Without it, `message_type: auto` of a `cryo` output depends on the content only, and synchronous responses can only be assigned to batches of one message: set `max_batch_count: 1`.").
 			Advanced(),
-		positiveDuration(fieldAckTimeout).
-			Description("How long the sender of a message may take to acknowledge its answer, where the pipeline gives one (`sync_response`). Then the message is rejected.").
+		ackTimeoutField.config().
+			Description("How long the sender of a message may take to acknowledge the response of the pipeline (`sync_response`), if there is one. After that the message is rejected.").
 			Default("30s").
 			Advanced(),
-		service.NewAutoRetryNacksToggleField().
-			Description("What to do with a message that the outputs fail to deliver. If `true`, it goes through the pipeline again until it is delivered, and its sender waits. If `false`, its sender gets a Cryo ERROR. A batch of several messages that fails is run once more, message by message, in both cases, because the engine does not report which of them failed; with `max_batch_count: 1`, the setting for pipelines that must not run twice, never."),
+		autoReplayNacksField.config().
+			Description("What to do with a message that the outputs fail to deliver. If `true`, it is redelivered until it is delivered, and its sender waits. If `false`, its sender gets a Cryo ERROR. In both cases, a batch of several messages that fails is processed once more, message by message, because the engine does not report which of them failed. With `max_batch_count: 1`, the setting for pipelines that must not run twice, it is not."),
 		extractTracingField(),
 	}
 }
@@ -173,15 +205,14 @@ func maxBufferField(shared bool) *service.ConfigField {
 		sharing = " It is a bound for all sessions together: each may hold up to eight times what is still free."
 		slow = " A further one waits, and one that keeps others waiting for more than a minute costs its session: over slow lines, send what is large as a stream."
 	}
-	return positiveInt(fieldMaxBufferBytes).
+	return maxBufferBytesField.config().
 		Description("How many bytes may be received and not yet acknowledged: the contents, and 256 bytes a message. At this bound reading from the network pauses, which slows the senders down; no session is lost by it." + sharing + " As much again, and two messages, may be taken by messages of more than 64 KiB that are still coming in." + slow + " By default some 100,000 messages of 32 bytes fit. Where this process also sends on the same session, the acknowledgements that it waits for come behind what is not read. When one is awaited for 10 s like that, messages that there is no room for are refused with an ERROR, and streams cancelled, until the session holds no more than is still free. A peer that even then goes on sending and reads nothing loses its session.").
-		Default(cryo.DefaultMaxBufferBytes).
 		Advanced()
 }
 
 type receiveConfig struct {
 	types         map[cryo.Kind]bool
-	sessions      bool // are told of
+	sessions      bool // connected and disconnected are reported
 	onReceipt     bool // acknowledge: received
 	shared        bool // by several sessions: maxInFlight, and the streams' maxOpen
 	maxInFlight   int
@@ -193,60 +224,22 @@ type receiveConfig struct {
 	streams         streamConfig
 }
 
-// knownMessageTypes lists them in words.
-func knownMessageTypes(sessions bool) string {
-	if sessions {
-		return "utf8, binary, stream, error or session"
-	}
-	return "utf8, binary, stream or error"
-}
-
 func receiveConfigFromParsed(conf *service.ParsedConfig, sessions bool) (c receiveConfig, err error) {
-	names, err := conf.FieldStringList(fieldMessageTypes)
-	if err != nil {
-		return c, err
-	}
+	r := &settingsReader{conf: conf}
 	c.types = make(map[cryo.Kind]bool)
-	for _, name := range names {
-		if sessions && name == messageTypeSession {
+	for _, name := range messageTypesField(sessions).read(r) {
+		if name == messageTypeSession {
 			c.sessions = true
-			continue
+		} else {
+			c.types[messageTypes[name]] = true
 		}
-		t, ok := messageTypes[name]
-		if !ok {
-			return c, fmt.Errorf("field %s: unknown message type %s, it has to be %s", fieldMessageTypes, name, knownMessageTypes(sessions))
-		}
-		c.types[t] = true
 	}
-	if len(names) == 0 {
-		return c, fmt.Errorf("field %s is empty: no message would ever be taken", fieldMessageTypes)
-	}
-	acknowledge, err := conf.FieldString(fieldAcknowledge)
-	if err != nil {
-		return c, err
-	}
-	switch acknowledge {
-	case acknowledgeDelivered:
-	case acknowledgeReceived:
-		c.onReceipt = true
-	default:
-		return c, fmt.Errorf("field %s: %q is neither %s nor %s", fieldAcknowledge, acknowledge, acknowledgeDelivered, acknowledgeReceived)
-	}
-	if c.streams, err = streamConfigFromParsed(conf); err != nil {
-		return c, err
-	}
-	if c.maxInFlight, err = fieldPositive(conf, fieldMaxInFlight); err != nil {
-		return c, err
-	}
-	if c.maxBatchCount, err = fieldPositive(conf, fieldMaxBatchCount); err != nil {
-		return c, err
-	}
-	if c.includeMetadata, err = conf.FieldBool(fieldMetadata); err != nil {
-		return c, err
-	}
-	if c.ackTimeout, err = fieldPositiveDuration(conf, fieldAckTimeout); err != nil {
-		return c, err
-	}
-	c.replay, err = conf.FieldBool(service.AutoRetryNacksToggleFieldName)
-	return c, err
+	c.onReceipt = acknowledgeField.read(r) == acknowledgeReceived
+	c.maxInFlight = receiveMaxInFlightField.read(r)
+	c.maxBatchCount = maxBatchCountField.read(r)
+	c.includeMetadata = includeMetadataField.read(r)
+	c.ackTimeout = ackTimeoutField.read(r)
+	c.replay = autoReplayNacksField.read(r)
+	c.streams = readStreamConfig(r)
+	return c, r.err
 }

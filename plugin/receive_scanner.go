@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"regexp"
+	"strings"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"gopkg.in/yaml.v3"
@@ -35,16 +37,46 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 			return nil, fmt.Errorf("field %s: %w", fieldScanner, err)
 		}
 	}
+	s, err := newScanner(config, maxBytes)
+	if err != nil && isUnknown(err) {
+		// The scanner may be one that only the environment of this pipeline has: then it
+		// is not bounded.
+		if creator, unknown := conf.FieldScanner(fieldScanner); unknown == nil {
+			return &scanner{scannerType(config), creator}, nil
+		}
+	}
+	return s, err
+}
+
+// newScanner makes a scanner of its configuration. Its error has no position in a file: the
+// engine's is that in a text that the user does not know.
+func newScanner(config any, maxBytes int64) (*scanner, error) {
 	if err := checkChunks(config); err != nil {
 		return nil, err
 	}
-	s := &scanner{name: scannerType(config)}
-	if s.creator, err = boundedScanner(config, maxBytes); err != nil {
-		// The error is the engine's, unless the scanner is one that only the
-		// environment of this pipeline has: then it is not bounded.
-		s.creator, err = conf.FieldScanner(fieldScanner)
+	creator, err := boundedScanner(config, maxBytes)
+	if err != nil {
+		return nil, fmt.Errorf("field %s.%s: %s", fieldStreams, fieldScanner, positions.ReplaceAllString(err.Error(), ""))
 	}
-	return s, err
+	return &scanner{scannerType(config), creator}, nil
+}
+
+var positions = regexp.MustCompile(`\(\d+,\d+\) `)
+
+// isUnknown reports whether the engine has no scanner of the configured type.
+func isUnknown(err error) bool { return strings.Contains(err.Error(), "unable to infer scanner type") }
+
+// lintScanner is the lint rule of the field scanner.
+func lintScanner(config any) error {
+	s, err := newScanner(config, 0)
+	switch {
+	case err == nil:
+		return s.creator.Close(context.Background())
+	case isUnknown(err):
+		return nil // the engine's lint reports it
+	default:
+		return err
+	}
 }
 
 // scannerType returns the type in a scanner's configuration: the field type, or
@@ -68,16 +100,10 @@ const (
 	maxChunk = 1 << 30 // bytes, which the scanner allocates for each stream
 )
 
-// chunksLint is checkChunks for lint.
-const chunksLint = `
-map sizes {
-  root = if this.type() == "object" {
-    this.key_values().map_each(f -> if f.key == "chunker" { [ f.value.size | null ] } else { f.value.apply("sizes") }).flatten()
-  } else if this.type() == "array" {
-    this.map_each(e -> e.apply("sizes")).flatten()
-  } else { [] }
-}
-root = this.apply("sizes").filter(s -> s.type() == "number" && (s < 1 || s > 1073741824)).map_each(s -> "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got %v".format(s))`
+// scannerRule is the name of the lint rule of the field scanner.
+const scannerRule = fieldStreams + "." + fieldScanner
+
+func init() { lintRules[scannerRule] = lintScanner }
 
 // checkChunks finds chunks of a size that the scanner chunker panics at, or of which
 // it makes no message.
@@ -86,8 +112,8 @@ func checkChunks(config any) error {
 	case map[string]any:
 		for key, value := range c {
 			chunker, _ := value.(map[string]any)
-			if size, ok := chunker["size"].(int); key == scannerChunker && ok && (size < 1 || size > maxChunk) {
-				return fmt.Errorf("field size of the scanner %s must be at least 1 and at most 1 GiB (%d), got %d", scannerChunker, maxChunk, size)
+			if size, ok := toInt(chunker["size"]); key == scannerChunker && ok && (size < 1 || size > maxChunk) {
+				return fmt.Errorf("field size of the scanner %s must be at least 1 and at most 1 GiB (%d), got %v", scannerChunker, maxChunk, chunker["size"])
 			}
 			if err := checkChunks(value); err != nil {
 				return err

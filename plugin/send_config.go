@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -22,7 +23,7 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
-// sendVerdicts follows what each output says of the delivery of a message.
+// sendVerdicts follows each output's text about the delivery of a message.
 const sendVerdicts = `
 A batch is delivered when all of its messages are. Everything that can be sent is sent and awaited first. If a message is not delivered then, the whole batch fails, with one error that has the number of such messages and the first cause. It names no message: behind processors that filter or split, the engine takes such an error for another message's, and the one that failed would be lost. What follows depends on what is in front of the output:
 
@@ -36,7 +37,7 @@ No output can prevent that the engine takes a failure for another message's behi
 const sendMetadata = `
 == Metadata
 
-What was received from Cryo goes out as it came in: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs to know belongs into the content.
+What was received from Cryo is sent as it was received: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs must be in the content.
 `
 
 const sendPerformance = `
@@ -47,31 +48,43 @@ The messages of a batch are sent at once, and their acknowledgements awaited tog
 Where the order matters, set ` + "`max_in_flight: 1`" + `, which keeps it as far as is written there, and let the batches be larger. The streams of a batch are sent one after the other; behind one that is late, what is left is sent side by side.
 `
 
-// sendFields are those of an output; lost has what becomes of a batch whose
-// connection is lost, and order what that does to the order.
+var (
+	sendMessageTypeField = newField(fieldMessageType, service.NewInterpolatedStringField, textRule(func(name string) (string, error) {
+		interpolated, err := service.NewInterpolatedString(name)
+		if err != nil {
+			return name, nil // the engine reports it, by lint and at the start
+		}
+		if fixed, static := interpolated.Static(); static && fixed != messageTypeStream {
+			_, err = typeOf(nil, fixed)
+		}
+		return name, err
+	}))
+	chunkBytesField      = wholeNumber(fieldStream+"."+fieldChunkBytes, 1, cryo.MaxPayload, cryo.DefaultChunkBytes)
+	sendMaxInFlightField = positiveInt(fieldMaxInFlight, 64)
+)
+
+// sendFields are those of an output; lost describes a batch whose connection is lost, and
+// order the effect on the order.
 func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
-		service.NewInterpolatedStringField(fieldMessageType).
+		sendMessageTypeField.config().
 			Description("What kind of Cryo message each message becomes: `utf8` (text), `binary`, `stream` (a named stream of its own), or `auto`: what it was when it was received from Cryo, else `utf8` if it is valid UTF-8, else `binary`. Above 16 MiB a message can only travel as a `stream`. To send a whole batch as one stream, put the `archive` processor under `batching`.").
 			Default(messageTypeAuto).
-			Example(`${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }`).
-			LintRule(`root = if this.type() == "string" && !this.contains("${!") && ![ "auto", "utf8", "binary", "stream" ].contains(this) { "field message_type: unknown message type %v, it has to be auto, utf8, binary or stream".format(this) }`),
+			Example(`${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }`),
 		service.NewObjectField(fieldStream,
 			service.NewInterpolatedStringField(fieldName).
 				Description("The name that the other end sees, at most 1,024 bytes, such as a file's. An empty one becomes `anonymous`.").
 				Default(`${! @cryo_stream_name.or("anonymous") }`).
 				Example("${! @path }"),
-			service.NewIntField(fieldChunkBytes).
+			chunkBytesField.config().
 				Description("How many bytes of a stream travel in one frame, at most 16 MiB (16777216).").
-				LintRule(`root = if this.type() == "number" && this < 1 { "field chunk_bytes has to be at least 1, got %v".format(this) } else if this.type() == "number" && this > 16777216 { "field chunk_bytes is at most 16 MiB, got %v".format(this) }`).
-				Default(cryo.DefaultChunkBytes).
 				Advanced(),
 		).
 			Description("For messages that travel as a `stream`."),
-		positiveDuration(fieldAckTimeout).
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB get through in half of it; but after ten times as long a message has failed in any case." + lost).
+		ackTimeoutField.config().
+			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB are transferred in half of it; but after ten times as long a message has failed in any case." + lost).
 			Default("30s"),
-		positive(fieldMaxInFlight, service.NewOutputMaxInFlightField()).
+		sendMaxInFlightField.config().
 			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 		injectTracingField(),
@@ -79,34 +92,37 @@ func sendFields(lost, order string) []*service.ConfigField {
 }
 
 func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sender, policy service.BatchPolicy, maxInFlight int, err error) {
+	r := &settingsReader{conf: conf}
+	sendMessageTypeField.read(r)
+	s.messageType = readInterpolated(r, fieldMessageType)
+	s.streamName = readInterpolated(r, fieldStream, fieldName)
+	s.chunkBytes = chunkBytesField.read(r)
+	s.ackTimeout = ackTimeoutField.read(r)
+	maxInFlight = sendMaxInFlightField.read(r)
+	if r.err != nil {
+		return s, policy, 0, r.err
+	}
 	s.metrics = newSendMetrics(meterOf(res))
-	if s.messageType, err = conf.FieldInterpolatedString(fieldMessageType); err != nil {
-		return
-	}
-	if fixed, ok := s.messageType.Static(); ok && fixed != messageTypeStream {
-		if _, err = typeOf(nil, fixed); err != nil {
-			return
-		}
-	}
-	if s.streamName, err = conf.FieldInterpolatedString(fieldStream, fieldName); err != nil {
-		return
-	}
-	if s.chunkBytes, err = fieldPositive(conf.Namespace(fieldStream), fieldChunkBytes); err != nil {
-		return
-	}
-	if s.chunkBytes > cryo.MaxPayload {
-		err = fmt.Errorf("field %s is at most 16 MiB, got %d", fieldChunkBytes, s.chunkBytes)
-		return
-	}
-	if s.ackTimeout, err = fieldPositiveDuration(conf, fieldAckTimeout); err != nil {
-		return
-	}
-	if maxInFlight, err = fieldPositive(conf, fieldMaxInFlight); err != nil {
-		return
-	}
-	policy, err = conf.FieldBatchPolicy(fieldBatching)
+	policy, err = batchPolicyFromParsed(conf)
 	onlyProcessors := policy
 	onlyProcessors.ByteSize, onlyProcessors.Count, onlyProcessors.Check, onlyProcessors.Period = 0, 0, "", ""
 	s.exact = !policy.IsNoop() && onlyProcessors.IsNoop()
-	return
+	return s, policy, maxInFlight, err
+}
+
+// batchPolicyFromParsed checks what the engine checks when it makes batches.
+func batchPolicyFromParsed(conf *service.ParsedConfig) (service.BatchPolicy, error) {
+	policy, err := conf.FieldBatchPolicy(fieldBatching)
+	if err != nil {
+		return policy, &fieldError{fmt.Errorf("field %s: %w", fieldBatching, err)}
+	}
+	if policy.Period != "" {
+		if _, err := time.ParseDuration(policy.Period); err != nil {
+			return policy, fmt.Errorf("field %s.period must be a duration such as 10ms, got %q", fieldBatching, policy.Period)
+		}
+	}
+	if !policy.IsNoop() && policy.ByteSize <= 0 && policy.Count <= 0 && policy.Check == "" && policy.Period == "" {
+		return policy, fmt.Errorf("field %s needs a count, a byte_size, a period or a check: its processors have no batches without one", fieldBatching)
+	}
+	return policy, nil
 }

@@ -7,35 +7,41 @@ import (
 )
 
 func TestABadConfigurationOfStreamsFailsLintAndStart(t *testing.T) {
-	for _, tt := range []struct{ kind, fields, lint, start string }{
-		{"input", `streams: { flow_control: both }`, "value both is not a valid option for this field", `field streams.flow_control: "both" is neither push nor pull`},
-		{"input", `streams: { max_bytes: -1 }`, "field max_bytes can't be negative, got -1", ""},
-		{"input", `streams: { max_open: 0 }`, "field max_open has to be at least 1, got 0", ""},
-		{"input", `streams: { idle_timeout: 0s }`, "field idle_timeout has to be above zero, got 0s", ""},
-		{"input", `streams: { idle_timeout: soon }`, "field idle_timeout has to be a duration such as 5s, got soon", "field idle_timeout has to be a duration such as 5s"},
-		{"input", `streams: { scanner: { words: {} } }`, "unable to infer component type: words", "words"},
-		{"input", `streams: { scanner: { chunker: { size: 0 } } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got 0", ""},
-		{"input", `streams: { scanner: { chunker: { size: 1099511627776 } } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got 1099511627776", ""},
-		{"input", `streams: { scanner: { switch: [ { scanner: { decompress: { algorithm: gzip, into: { chunker: { size: -1 } } } } } ] } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got -1", ""},
-		{"input", `streams: { name: orders }`, "field name not recognised", "-"},
-		{"output", `stream: { chunk_bytes: 0 }`, "field chunk_bytes has to be at least 1, got 0", ""},
-		{"output", `stream: { chunk_bytes: 16777217 }`, "field chunk_bytes is at most 16 MiB, got 16777217", ""},
-		{"output", `message_type: streams`, "field message_type: unknown message type streams, it has to be auto, utf8, binary or stream", ""},
+	for _, tt := range []struct{ kind, fields, sentence string }{
+		{"input", `streams: { flow_control: both }`, `field streams.flow_control must be push or pull, got "both"`},
+		{"input", `streams: { flow_control: Push }`, `field streams.flow_control must be push or pull, got "Push"`},
+		{"input", `streams: { max_bytes: -1 }`, "field streams.max_bytes must be at least 0, got -1"},
+		{"input", `streams: { max_open: 0 }`, "field streams.max_open must be at least 1, got 0"},
+		{"input", `streams: { idle_timeout: 0s }`, "field streams.idle_timeout must be above zero, got 0s"},
+		{"input", `streams: { idle_timeout: soon }`, `field streams.idle_timeout must be a duration such as 5s, got "soon"`},
+		{"input", `streams: { scanner: { decompress: { algorithm: zip } } }`, "field streams.scanner: compression type not recognised: zip"},
+		{"input", `streams: { scanner: null }`, "field streams.scanner: invalid type !!null, expected object"},
+		{"input", `streams: { scanner: {} }`, "field streams.scanner: an explicit scanner type must be specified"},
+		{"input", `streams: { scanner: { chunker: { size: 0 } } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got 0"},
+		{"input", `streams: { scanner: { chunker: { size: 1099511627776 } } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got 1099511627776"},
+		{"input", `streams: { scanner: { switch: [ { scanner: { decompress: { algorithm: gzip, into: { chunker: { size: -1 } } } } } ] } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got -1"},
+		{"output", `stream: { chunk_bytes: 0 }`, "field stream.chunk_bytes must be at least 1, got 0"},
+		{"output", `stream: { chunk_bytes: 16777217 }`, "field stream.chunk_bytes must be at most 16777216, got 16777217"},
+		{"output", `message_type: streams`, "field message_type: unknown message type streams, it has to be auto, utf8, binary or stream"},
 	} {
 		for _, name := range []string{"cryo", "cryo_server"} {
 			fields := `{ ` + map[string]string{"cryo": dials, "cryo_server": listens}[name] + `, ` + tt.fields + ` }`
 			t.Run(tt.kind+" "+component(name, fields), func(t *testing.T) {
-				assert.Equal(t, []string{tt.lint}, lint(t, tt.kind, component(name, fields)))
-
-				if tt.start == "" {
-					tt.start = tt.lint
-				}
-				if tt.start != "-" {
-					assert.ErrorContains(t, construct(t, tt.kind, name, fields), tt.start)
-				}
+				assert.Equal(t, []string{tt.sentence}, lint(t, tt.kind, component(name, fields)))
+				assert.ErrorContains(t, construct(t, tt.kind, name, fields), tt.sentence)
 			})
 		}
 	}
+}
+
+func TestAnUnknownScannerFailsLintAndStart(t *testing.T) {
+	fields := `{ ` + dials + `, streams: { scanner: { words: {} } } }`
+	assert.Equal(t, []string{"unable to infer component type: words"}, lint(t, "input", component("cryo", fields)))
+	assert.EqualError(t, construct(t, "input", "cryo", fields), "field streams.scanner: unable to infer scanner type from candidates: [words]")
+}
+
+func TestAMisspeltFieldOfStreamsFailsLint(t *testing.T) {
+	assert.Equal(t, []string{"field name not recognised"}, lint(t, "input", component("cryo", `{ `+dials+`, streams: { name: orders } }`)))
 }
 
 func TestAGoodConfigurationOfStreamsIsLintedCleanAndStarts(t *testing.T) {

@@ -12,25 +12,25 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Spans that go on from one process to another. Cryo has no headers to carry
-// them, so mappings of the configuration say where in a message they are.
+// Spans that continue from one process to another. Cryo has no headers for
+// them, so mappings of the configuration find them in a message.
 
-// The names are the engine's. Its own fields have
-// examples that would do harm here: one writes metadata, which Cryo doesn't
-// carry, and one replaces what is no JSON.
+// The names are the engine's. The examples of its own fields would do harm
+// here: one writes metadata, which Cryo does not carry, and one replaces content that is no
+// JSON.
 const (
 	fieldExtractTracing = "extract_tracing_map"
 	fieldInjectTracing  = "inject_tracing_map"
 )
 
-// extractTrace is the mapping that we recommend. It results in an object whatever a
-// message is, so that each that has no span begins a trace.
+// extractTrace is the recommended mapping. It returns an object for every message, so that
+// one without a span begins a trace.
 const extractTrace = `root = if this.trace.type().or("") == "object" { this.trace } else { {} }`
 
 const aboutExtraction = `
 == Tracing
 
-With ` + "`extract_tracing_map`" + ` the pipeline's spans go on from those of the sender. Cryo has no headers, so the sender puts what its tracer propagates, such as ` + "`traceparent`" + `, into the content, where both have agreed on:
+With ` + "`extract_tracing_map`" + ` the pipeline's spans continue those of the sender. Cryo has no headers, so the sender puts what its tracer propagates, such as ` + "`traceparent`" + `, into the content, where both have agreed on:
 
 ` + "```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
 
@@ -82,12 +82,10 @@ type tracing struct {
 
 // tracingFromParsed returns nil where the field is not set.
 func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, error) {
-	if text, _ := conf.FieldString(field); text == "" {
-		return nil, nil
-	}
-	mapping, err := conf.FieldBloblang(field)
-	if err != nil {
-		return nil, fmt.Errorf("field %s: %w", field, err)
+	r := &settingsReader{conf: conf}
+	mapping, _ := readMapping(r, field)
+	if mapping == nil {
+		return nil, r.err
 	}
 	res := conf.Resources()
 	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), newLimitedLog(res.Logger())}, nil
@@ -96,10 +94,10 @@ func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, erro
 // tracerName is that of the engine's own spans.
 const tracerName = "redpanda-connect"
 
-// failed logs that a message goes without a span.
+// failed logs that a message has no span.
 func (t *tracing) failed(field string, err error) {
 	if log, ok := t.log.allow(); ok {
-		log.Warnf("A message goes without its span: field %s: %v", field, err)
+		log.Warnf("A message has no span: field %s: %v", field, err)
 	}
 }
 
@@ -109,8 +107,7 @@ type testableInput interface {
 	service.ConnectionTestable
 }
 
-// withExtraction lets an input find spans in its messages, if the configuration
-// asks for it.
+// withExtraction returns an input that finds spans in its messages, if the field is set.
 func withExtraction(conf *service.ParsedConfig, name string, in testableInput) (service.BatchInput, error) {
 	t, err := tracingFromParsed(conf, fieldExtractTracing)
 	if t == nil {
@@ -125,8 +122,8 @@ type tracedInput struct {
 	spanName string
 }
 
-// ReadBatch returns the input's batch, with a span in each message. One for which
-// the mapping has none goes as it is.
+// ReadBatch returns the input's batch, with a span in each message for which the mapping
+// returns one.
 func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	batch, ack, err := in.testableInput.ReadBatch(ctx)
 	for i, m := range batch {
@@ -173,8 +170,7 @@ type testableOutput interface {
 	service.ConnectionTestable
 }
 
-// withInjection lets an output put spans into its messages, if the configuration
-// asks for it.
+// withInjection returns an output that puts spans into its messages, if the field is set.
 func withInjection(conf *service.ParsedConfig, out testableOutput) (service.BatchOutput, error) {
 	t, err := tracingFromParsed(conf, fieldInjectTracing)
 	if t == nil {
@@ -188,8 +184,8 @@ type tracedOutput struct {
 	tracing *tracing
 }
 
-// WriteBatch sends copies of the messages, with their spans. One for which the
-// mapping fails or deletes root goes as it is.
+// WriteBatch sends copies of the messages, with their spans. A message for which the
+// mapping fails or deletes root is sent unchanged.
 func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	spanned := batch.Copy()
 	for i := range spanned {

@@ -114,7 +114,7 @@ func TestErrorsOfMessagesAreReturnedOnlyToAnOutputsOwnBatcherWithoutProcessors(t
 		`{ period: 1s }`:                true,
 		`{ check: 'content() == "" ' }`: true,
 		`{ count: 2, processors: [ { mapping: 'root = this' } ] }`: false,
-		`{ processors: [ { mapping: 'root = this' } ] }`:           false,
+		`{ count: 1, processors: [ { mapping: 'root = this' } ] }`: false,
 	} {
 		for name, address := range map[string]string{"output cryo": "url: ws://a", "output cryo_server": "address: a:1, tokens: [ a ]"} {
 			conf, err := specs()[name].ParseYAML("{ "+address+", batching: "+batching+" }", nil)

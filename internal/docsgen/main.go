@@ -160,7 +160,7 @@ func (s *spec) collect(path string, advanced bool, into map[string]field) {
 	for _, child := range s.Children {
 		name, advanced := path+child.Name, advanced || child.Advanced
 		below := name
-		kind := child.Type
+		kind := child.typeName()
 		switch child.Kind {
 		case "array":
 			below, kind = name+"[]", "list of "+child.Type
@@ -174,6 +174,20 @@ func (s *spec) collect(path string, advanced bool, into map[string]field) {
 		}
 		child.collect(below+".", advanced, into)
 	}
+}
+
+// typeName is the type of a field's values. Fields for whole numbers and booleans are of
+// the type unknown, as package plugin explains; their defaults show what they are.
+func (s *spec) typeName() string {
+	if s.Type == "unknown" && s.Default != nil {
+		switch (*s.Default).(type) {
+		case float64:
+			return "int"
+		case bool:
+			return "bool"
+		}
+	}
+	return s.Type
 }
 
 var (

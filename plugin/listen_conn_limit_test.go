@@ -35,7 +35,7 @@ func TestAClientGetsInHoweverManyConnectionsAreSilent(t *testing.T) {
 			e := newEngine(t)
 			address := onSocket(t, e, "max_sessions: 1, handshake_timeout: 10m"+settings)
 			const over = 50
-			var silent [minPending + over]net.Conn
+			var silent [minConnections + over]net.Conn
 			for i := range silent {
 				c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", address)
 				require.NoError(t, err)
@@ -52,7 +52,7 @@ func TestAClientGetsInHoweverManyConnectionsAreSilent(t *testing.T) {
 			for i, c := range silent {
 				require.Equal(t, i > over, answers(t, c), "the client and %d silent ones were too many, so the first %d are closed", over, over+1)
 			}
-			e.log.want(t, "WARN Closed a connection that is no session, as there were more than 1024 of them")
+			e.log.want(t, "WARN Closed a connection without a session, because there are more than 1024 of them")
 			require.NoError(t, s.Close(t.Context(), ""))
 		})
 	}
