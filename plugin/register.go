@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -23,6 +24,11 @@ type dependencies struct {
 	listeners *listeners                                                           // nil: those of the engine
 }
 
+// madeOnce are the specs, made once: each environment of a process has the same.
+var madeOnce = struct{ inputSpec, serverInputSpec, outputSpec, serverOutputSpec func() *service.ConfigSpec }{
+	sync.OnceValue(inputSpec), sync.OnceValue(serverInputSpec), sync.OnceValue(outputSpec), sync.OnceValue(serverOutputSpec),
+}
+
 // register adds the components to an environment: each is a half (receive, send) and a way
 // to have sessions (dial, listen).
 func register(env *service.Environment, d dependencies) error {
@@ -33,14 +39,14 @@ func register(env *service.Environment, d dependencies) error {
 		}
 	}
 	return errors.Join(
-		env.RegisterBatchInput("cryo", inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		env.RegisterBatchInput("cryo", madeOnce.inputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 			in, err := newInput(conf, res, dialOptions)
 			if err != nil {
 				return nil, err
 			}
 			return withExtraction(conf, "cryo", in)
 		}),
-		env.RegisterBatchInput("cryo_server", serverInputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		env.RegisterBatchInput("cryo_server", madeOnce.serverInputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 			share(res)
 			in, err := newServerInput(conf, res)
 			if err != nil {
@@ -48,7 +54,7 @@ func register(env *service.Environment, d dependencies) error {
 			}
 			return withExtraction(conf, "cryo_server", in)
 		}),
-		env.RegisterBatchOutput("cryo", outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+		env.RegisterBatchOutput("cryo", madeOnce.outputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
 			out, policy, maxInFlight, err := newOutput(conf, res, dialOptions)
 			if err != nil {
 				return nil, policy, 0, err
@@ -56,7 +62,7 @@ func register(env *service.Environment, d dependencies) error {
 			traced, err := withInjection(conf, out)
 			return traced, policy, maxInFlight, err
 		}),
-		env.RegisterBatchOutput("cryo_server", serverOutputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
+		env.RegisterBatchOutput("cryo_server", madeOnce.serverOutputSpec(), func(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
 			share(res)
 			out, policy, maxInFlight, err := newServerOutput(conf, res)
 			if err != nil {
