@@ -252,11 +252,11 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 			t.Errorf("gauge streams_open %d", v)
 		}
 		for _, in := range e.shared.byAddr[somewhere].inputs.all {
-			in.mu.Lock()
-			if in.inFlight != 0 || len(in.deliveries) != 0 || len(in.shares.held) != 0 || len(in.places.held) != 0 {
-				t.Errorf("inFlight %d deliveries %d shares %v places %v", in.inFlight, len(in.deliveries), in.shares.held, in.places.held)
+			in.queue.mu.Lock()
+			if in.queue.inFlight.Used() != 0 || len(in.queue.deliveries) != 0 || in.feeder.openStreams.Used() != 0 {
+				t.Errorf("in flight %d, deliveries %d, open streams %d", in.queue.inFlight.Used(), len(in.queue.deliveries), in.feeder.openStreams.Used())
 			}
-			in.mu.Unlock()
+			in.queue.mu.Unlock()
 		}
 	})
 }

@@ -349,7 +349,7 @@ func TestPartsThatWereAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
 	})
 }
 
-func TestAHardStopDuringAnAnswerLogsWhatWasAcknowledgedAsLost(t *testing.T) {
+func TestHardStopDuringAResponseLogsWhatWasAcknowledgedAsLost(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "acknowledge: received"), answering)
 		client := e.dial()
@@ -524,7 +524,7 @@ func TestTheOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 	})
 }
 
-func TestWhatAnEndedSessionLeftIsNotHeldUpByItsSuccessor(t *testing.T) {
+func TestMessagesOfAnEndedSessionDoNotWaitForTheNextSessionWithItsID(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		a := e.run(telling, toProbe)

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -13,7 +14,7 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: at once, and while that fails after waits that double up to ten seconds (a refused token: every half minute). While it has no connection, it doesn't redeliver what has failed, either.\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
+		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: immediately, and while that fails after waits that double up to ten seconds (after a denied token: 30 s). Without a connection it redelivers nothing, either.\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
 		Field(maxBufferField(false)).
@@ -33,7 +34,7 @@ output:
 type input struct {
 	*dialer
 	*receiver
-	lost <-chan struct{} // closed when the session has ended and its messages are taken; the engine's reading goroutine's
+	lost <-chan struct{} // closed when the session has ended and its messages are handed over; owned by Connect and ReadBatch
 }
 
 var (
@@ -74,11 +75,11 @@ func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.A
 	return in.read(ctx, in.lost)
 }
 
-// Close is called when all acknowledgements are in. They are written before the
-// socket closes.
+// Close is called when all acknowledgements are queued. They are written before the socket
+// closes.
 func (in *input) Close(ctx context.Context) error {
 	reportLeft(in.receiver.log, in.receiver.close())
-	return in.dialer.close(ctx)
+	return errors.Join(in.dialer.close(ctx), in.conf.streams.scanner.close(ctx))
 }
 
 // ConnectionTest dials, completes the handshake and hangs up.

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
@@ -69,6 +70,8 @@ func (in *serverInput) ReadBatch(ctx context.Context) (service.MessageBatch, ser
 	return in.read(ctx, in.lost)
 }
 
-// Close is called when all acknowledgements are in. They are written before the
+// Close is called when all acknowledgements are queued. They are written before the
 // sessions close.
-func (in *serverInput) Close(ctx context.Context) error { return in.leave(ctx, in.receiver) }
+func (in *serverInput) Close(ctx context.Context) error {
+	return errors.Join(in.leave(ctx, in.receiver), in.conf.streams.scanner.close(ctx))
+}

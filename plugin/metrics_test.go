@@ -125,7 +125,7 @@ func TestGaugesOfCopiesAddUp(t *testing.T) {
 	})
 }
 
-func TestGaugesComeBackWhenAnInputIsCutOff(t *testing.T) {
+func TestGaugesReturnToZeroAtAHardStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dial()

@@ -48,7 +48,7 @@ func TestMaxInFlightIsStrict(t *testing.T) {
 	})
 }
 
-func TestAMessageThatWaitsForAnotherTryIsInFlight(t *testing.T) {
+func TestMessageThatWaitsForItsRedeliveryIsInFlight(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		first := send(peer, "first")
 		e.arrival().fail(errOutput)
@@ -123,7 +123,7 @@ func TestAStalledPipelineSlowsTheSenderDownAndCostsNoSession(t *testing.T) {
 	})
 }
 
-func TestReadingPausesWhenMaxBufferBytesAreUnsettled(t *testing.T) {
+func TestReadsArePausedWhenMaxBufferBytesAreUnacknowledged(t *testing.T) {
 	const size, limit = 64 << 10, 4
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, fmt.Sprintf("max_buffer_bytes: %d", limit*size)), toProbe)

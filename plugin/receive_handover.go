@@ -11,39 +11,27 @@ import (
 
 // handover is what an input of a listener leaves of a session to the next one when it
 // closes: the messages that are not settled, in the order in which they were received,
-// and the streams that nothing was read of. What was not yet taken from the session is
-// in its own queue.
+// and the streams of which nothing was read. Messages that it has not received from the
+// session are still in the session's own queue.
 type handover struct {
 	session *cryo.Session
 	items   []item
 	streams []*cryo.IncomingStream
 }
 
-// close stops receiving, and returns what it leaves by session; nothing of it is
-// settled any more by this input. The engine calls it when all verdicts are in, or
-// after a hard stop: then the pipeline may have delivered some of the messages, and
-// whoever gets them next may deliver them again. Either is safe, as none of them is
-// acknowledged.
+// close stops receiving, and returns what it leaves by session; this input settles nothing
+// of it any more. The engine calls it after all verdicts, or after a hard stop: then the
+// pipeline may have delivered some of the messages, and the next input may deliver them
+// again. Either is safe, as none of them is acknowledged.
 func (r *receiver) close() []*handover {
 	r.drain()
 	r.stop()
-	r.pumps.Wait()
+	r.feeds.Wait()
+	r.metrics.streamsOpen.close()
+	items := r.queue.close()
+
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.closed = true
-	r.metrics.unacknowledged.close()
-	r.metrics.streamsOpen.close()
-
-	left := slices.Concat(r.rest, r.redeliveries.takeAll(), r.abandoned)
-	for d := range r.deliveries {
-		for i := range d.items {
-			d.items[i].acknowledged = d.items[i].acknowledged || d.acknowledged
-		}
-		left = append(left, d.items...)
-	}
-	clear(r.deliveries)
-	r.rest, r.abandoned = nil, nil
-
 	bySession := make(map[*cryo.Session]*handover)
 	of := func(s *cryo.Session) *handover {
 		if bySession[s] == nil {
@@ -51,12 +39,11 @@ func (r *receiver) close() []*handover {
 		}
 		return bySession[s]
 	}
-	slices.SortStableFunc(left, func(a, b item) int { return cmp.Compare(a.order, b.order) })
-	for _, src := range r.sources {
-		of(src.session).streams = src.streams
-		left = append(left, src.left...) // behind all that was taken of them
+	for _, f := range r.sessions {
+		of(f.session).streams = f.streams
+		items = append(items, f.left...) // received after all that was handed over of the session
 	}
-	for _, it := range left {
+	for _, it := range items {
 		if it.moves() {
 			h := of(it.source.session)
 			h.items = append(h.items, it)
@@ -71,23 +58,13 @@ func (r *receiver) close() []*handover {
 	return handovers
 }
 
-// moves reports whether another input can deliver the item. Not an event: the next
-// input has events of its own for the sessions that it gets. Nor a part of a stream
-// that is cancelled, as one is that was not read to its end.
+// moves reports whether another input can deliver the item, and settles one that it cannot.
 func (it *item) moves() bool {
-	switch of := it.of.(type) {
-	case *sessionEvent:
-		of.done(it.at, nil)
-		return false
-	case *scanned:
-		if it.acknowledged || !of.transfer.isSettled() {
-			return true
-		}
-		it.reject() // for the memory that it counts
-		return false
-	default:
+	if it.message != nil || it.of.movable() || it.of.stream() != nil && it.acknowledged {
 		return true
 	}
+	it.reject() // releases what it has reserved
+	return false
 }
 
 // reject rejects all of it, and reports how many messages were lost that had been

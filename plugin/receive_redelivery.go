@@ -20,8 +20,8 @@ const (
 )
 
 // redeliveries are messages that the pipeline gets again, each alone: an error of a
-// batch of several says nothing of any one of them, one of a batch of one does. The
-// receiver's mutex guards them.
+// batch of several says nothing about any one of them, one of a batch of one does. The
+// queue's mutex guards them.
 //
 // A delivery ends the wait of the others, since an outage may be over. But a message
 // that fails again after such an early end waits for its full time: one that can't be
@@ -76,7 +76,7 @@ func (q *redeliveries) delivered() {
 	q.eager = nil
 }
 
-// nextAlone takes the next message of a batch of several.
+// nextAlone returns the next message of a batch of several.
 func (q *redeliveries) nextAlone() (item, bool) { return pop(&q.unknown) }
 
 func pop(items *[]item) (it item, ok bool) {
@@ -90,7 +90,7 @@ func pop(items *[]item) (it item, ok bool) {
 	return it, true
 }
 
-// next takes the message that has failed alone and is to be delivered now, if there is
+// next returns the message that has failed alone and is to be delivered now, if there is
 // one. If not, wait is the time until one is, or negative when none waits.
 func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool) {
 	if it, ok = pop(&q.early); ok {
@@ -109,8 +109,8 @@ func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool
 	return heap.Pop(first).(item), 0, true
 }
 
-// takeAll takes every message.
-func (q *redeliveries) takeAll() []item {
+// drain returns every message, and leaves none.
+func (q *redeliveries) drain() []item {
 	all := slices.Concat(q.unknown, q.early, []item(q.eager), []item(q.patient))
 	*q = redeliveries{}
 	return all

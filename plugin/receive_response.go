@@ -3,10 +3,10 @@ package plugin
 import (
 	"context"
 	"errors"
-	"net"
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 	"unicode/utf8"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -14,80 +14,38 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Answers: what a pipeline gives as its synchronous response goes back on the
-// session that the message came from, and is acknowledged there before the
-// message is.
+// Synchronous responses of a pipeline: each goes back on the session of its message, and is
+// acknowledged there before the message is. The engine puts the responses of a batch into
+// one store, in the order of their arrival. Which message each of them is for shows in the
+// metadata that the message had: the session, and the number of the message or stream.
 
-// The engine keeps the responses of a batch in one store, in the order of their
-// arrival. Which message each of them answers is told by the metadata that we
-// gave it: the session, and on it the number of the message or stream.
-
-// responseStore is the store of a batch's responses, in the context in which the engine
-// looks for it.
-type responseStore struct {
-	context.Context
-	store *service.SyncResponseStore
+// syncResponse is what the pipeline responded to a message, or to the parts of a stream that
+// are in one batch: their responses cannot be told apart.
+type syncResponse struct {
+	source   *source
+	messages []*service.Message
+	items    []item // to be acknowledged after the response
 }
 
-// respond gives it, and makes it for the first response of a batch. To have one ready
-// for each batch took nine allocations, and a thirtieth of the time of messages that
-// come one at a time.
-func (d *delivery) respond() *responseStore {
-	if d.responses.Load() == nil {
-		m, store := service.NewMessage(nil).WithSyncResponseStore()
-		d.responses.CompareAndSwap(nil, &responseStore{m.Context(), store})
-	}
-	return d.responses.Load()
-}
-
-// responsesKey is the key for which the engine asks the context of a message that is a
-// response. It has no public name, so we let it ask.
-var responsesKey = func() any {
-	ctx := &asked{Context: context.Background()}
-	_ = service.NewMessage(nil).WithContext(ctx).AddSyncResponse() // there is no store
-	return ctx.key
-}()
-
-// asked is a context that remembers for which key it was asked last.
-type asked struct {
-	context.Context
-	key any
-}
-
-func (a *asked) Value(key any) any {
-	a.key = key
-	return nil
-}
-
-// answer is what the pipeline responded to a message, or to the parts of a
-// stream that are in one batch: their responses can't be told apart.
-type answer struct {
-	source    *source
-	responses []*service.Message
-
-	items []item // to be acknowledged after the answer
-}
-
-// request tells a message, or a stream, from the others of its batch.
+// request identifies a message, or a stream, among the others of its batch.
 type request struct {
 	session string
 	stream  bool
 	number  string
 }
 
-// request is zero for an event: nobody waits for an answer to it.
+// request is zero for an event: nobody waits for a response to it.
 func (it *item) request() request {
-	switch of := it.of.(type) {
-	case *scanned:
-		return request{it.source.id, true, strconv.FormatUint(uint64(of.transfer.stream.Tx()), 10)}
-	case *sessionEvent:
-		return request{}
-	default:
+	if it.message != nil {
 		return request{it.source.id, false, strconv.FormatUint(uint64(it.message.Number()), 10)}
 	}
+	if stream := it.of.stream(); stream != nil {
+		return request{it.source.id, true, strconv.FormatUint(uint64(stream.Tx()), 10)}
+	}
+	return request{}
 }
 
-// requestOf is what a response says of the message that it answers.
+// requestOf returns the request of a response, by the response's metadata.
 func requestOf(response *service.Message) (r request) {
 	r.session, _ = response.MetaGet(metaSessionID)
 	if r.number, r.stream = response.MetaGet(metaTxID); !r.stream {
@@ -96,157 +54,127 @@ func requestOf(response *service.Message) (r request) {
 	return r
 }
 
-// answers gives the answer to each of the items, nil where there is none, and is
-// nil itself where there is none at all. The error says that it can't be told
-// which message a response answers, or that it is none of these: an output's
-// batching may have merged them with others. A message that is alone leaves no
-// doubt, so it helps to try again.
-func (d *delivery) answers() ([]*answer, error) {
-	responded := d.responses.Load()
-	if responded == nil {
-		return nil, nil
+// match separates the items of a batch without a response from those whose response must be
+// acknowledged first. The error is for a response that may be for any of several messages,
+// or for none of these: an output's batching may have merged them with others. A message
+// that is alone leaves no doubt, so a redelivery helps.
+func (d *delivery) match() (items []item, responses []*syncResponse, err error) {
+	messages := slices.Concat(d.responses.Read()...)
+	if len(messages) == 0 {
+		return d.items, nil, nil
 	}
-	responses := slices.Concat(responded.store.Read()...)
-	if len(responses) == 0 {
-		return nil, nil
-	}
-	list := make([]*answer, len(d.items))
-	known := make(map[request]*answer)
+	known := make(map[request]*syncResponse)
+	ofItem := make([]*syncResponse, len(d.items)) // nil for events
 	for i := range d.items {
 		it := &d.items[i]
 		key := it.request()
-		a := known[key]
-		switch {
-		case key == request{}:
+		if key == (request{}) {
 			continue
-		case a == nil:
-			a = &answer{source: it.source}
-			known[key] = a
-		case a.source != it.source: // the client came back, and its numbers began anew
-			return nil, errUnclear
 		}
-		list[i] = a
+		if known[key] == nil {
+			known[key] = &syncResponse{source: it.source}
+		} else if known[key].source != it.source { // the client has reconnected, and its numbers began anew
+			return nil, nil, errAmbiguous
+		}
+		ofItem[i] = known[key]
 	}
 	if len(known) == 0 {
-		return nil, nil
+		return d.items, nil, nil
 	}
-	for _, response := range responses {
-		if kind, _ := response.MetaGet(metaMessageType); kind == messageTypeSession {
+	for _, m := range messages {
+		if kind, _ := m.MetaGet(metaMessageType); kind == messageTypeSession {
 			continue
 		}
-		to := requestOf(response)
-		a := known[to]
-		if len(list) == 1 && (to.session == "" || to.number == "") {
-			a = list[0]
+		to := requestOf(m)
+		resp := known[to]
+		if len(d.items) == 1 && (to.session == "" || to.number == "") {
+			resp = ofItem[0]
 		}
-		if a == nil {
-			return nil, errUnclear
+		if resp == nil {
+			return nil, nil, errAmbiguous
 		}
-		a.responses = append(a.responses, response)
+		resp.messages = append(resp.messages, m)
 	}
-	for i, a := range list {
-		if a != nil && len(a.responses) == 0 {
-			list[i] = nil
+	for i, resp := range ofItem {
+		if resp == nil || len(resp.messages) == 0 {
+			items = append(items, d.items[i])
+			continue
 		}
+		if len(resp.items) == 0 {
+			responses = append(responses, resp)
+		}
+		resp.items = append(resp.items, d.items[i])
 	}
-	return list, nil
+	return items, responses, nil
 }
 
-var errUnclear = errors.New("it can't be told which message a synchronous response answers: keep the metadata " +
+var errAmbiguous = errors.New("ambiguous synchronous response: keep the metadata " +
 	metaSessionID + ", " + metaAckID + " and " + metaTxID + ", and use no batching in an output that responds")
 
-// messages are the answer as it travels: as messages of the kind that the message
-// was, and each to a part of a stream as a stream of the same name. What is no
-// text can't answer one as text, so it goes as bytes.
-func (a *answer) messages() []*outMessage {
-	list := make([]*outMessage, len(a.responses))
-	for i, response := range a.responses {
-		payload, err := contentOf(response)
+// outMessages returns the response as it is sent: as messages of the kind of the message, and
+// each to a part of a stream as a stream of the same name. A response to text that is no
+// valid UTF-8 is sent as bytes.
+func (resp *syncResponse) outMessages() []*outMessage {
+	list := make([]*outMessage, len(resp.messages))
+	for i, m := range resp.messages {
+		payload, err := contentOf(m)
 		if err != nil {
 			return []*outMessage{{err: err}} // nothing of the answer is sent
 		}
-		m := &outMessage{}
-		list[i] = m
-		m.Payload = payload
-		to := &a.items[0]
-		if part, ok := to.of.(*scanned); ok {
-			m.Kind, m.streamName = cryo.KindStream, part.transfer.stream.Name()
-		} else if m.Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
-			m.Kind = cryo.KindBinary
+		out := &outMessage{}
+		list[i] = out
+		out.Payload = payload
+		to := &resp.items[0]
+		if to.message == nil {
+			out.Kind, out.streamName = cryo.KindStream, to.of.stream().Name()
+		} else if out.Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
+			out.Kind = cryo.KindBinary
 		}
 	}
 	return list
 }
 
-// answer sends the answers, side by side to the sessions and in order to each,
-// and settles what they answer.
-func (r *receiver) answer(ctx context.Context, answers []*answer) {
-	bySource := make(map[*source][]*answer)
-	for _, a := range answers {
-		bySource[a.source] = append(bySource[a.source], a)
+// responder sends responses.
+type responder struct{ sender sender }
+
+func newResponder(ackTimeout time.Duration, res *service.Resources) *responder {
+	return &responder{sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: ackTimeout, metrics: newAnswerMetrics(meterOf(res))}}
+}
+
+// send sends responses, to the sessions side by side and to each in order, and waits for
+// their acknowledgements. It calls settle once for each session, as soon as that is
+// settled, with its responses and their errors.
+func (r *responder) send(ctx context.Context, responses []*syncResponse, settle func(responses []*syncResponse, errs []error)) {
+	bySource := make(map[*source][]*syncResponse)
+	for _, resp := range responses {
+		bySource[resp.source] = append(bySource[resp.source], resp)
 	}
 	var sending sync.WaitGroup
 	for src, list := range bySource {
-		sending.Go(func() { r.answerOne(ctx, src, list) })
+		sending.Go(func() { settle(list, r.sendTo(ctx, src.session, list)) })
 	}
 	sending.Wait()
 }
 
-func (r *receiver) answerOne(ctx context.Context, src *source, answers []*answer) {
+// sendTo sends responses to one session, and returns the first error of each.
+func (r *responder) sendTo(ctx context.Context, session *cryo.Session, responses []*syncResponse) []error {
 	var (
 		messages []*outMessage
-		ends     = make([]int, len(answers)) // of each answer's messages
+		ends     = make([]int, len(responses)) // of each response's messages
 	)
-	for i, a := range answers {
-		messages = append(messages, a.messages()...)
+	for i, resp := range responses {
+		messages = append(messages, resp.outMessages()...)
 		ends[i] = len(messages)
 	}
-	r.answers.send(ctx, src.session, messages)
+	r.sender.send(ctx, session, messages)
 
-	var answered []item
+	failed := make([]error, len(responses))
 	begin := 0
-	for i, a := range answers {
-		failed := slices.IndexFunc(messages[begin:ends[i]], func(m *outMessage) bool { return m.err != nil })
-		if failed < 0 {
-			answered = append(answered, a.items...)
-		} else {
-			r.unanswered(ctx, a, messages[begin+failed].err)
+	for i, end := range ends {
+		if at := slices.IndexFunc(messages[begin:end], func(m *outMessage) bool { return m.err != nil }); at >= 0 {
+			failed[i] = messages[begin+at].err
 		}
-		begin = ends[i]
+		begin = end
 	}
-	if !r.conf.onReceipt {
-		r.acknowledge(answered)
-	}
-	for _, a := range answers {
-		r.release(a.items)
-	}
-}
-
-// unanswered settles a message whose answer was not acknowledged. It is rejected
-// even where the pipeline's failures are tried again: the pipeline has done its
-// part, and doing it again would not make the other end take the answer.
-func (r *receiver) unanswered(ctx context.Context, a *answer, cause error) {
-	if ctx.Err() != nil { // a hard stop: nothing is known, so nothing is said
-		for i := range a.items {
-			a.items[i].acknowledged = a.items[i].acknowledged || r.conf.onReceipt
-		}
-		r.abandon(a.items)
-		return
-	}
-	if errors.Is(cause, net.ErrClosed) {
-		r.log.Debugf("Session %s has gone before it took its answer, and may send again: %v", a.source.id, cause)
-		for _, it := range a.items {
-			it.reject() // nobody is told, but it counts no longer
-		}
-		return
-	}
-	if log, ok := r.answerLog.allow(); ok {
-		log.Warnf("Rejected what session %s sent, because it has not acknowledged the answer: %v", a.source.id, cause)
-	}
-	if r.conf.onReceipt {
-		return // it was acknowledged long ago
-	}
-	for _, it := range a.items {
-		r.refuse(it)
-	}
+	return failed
 }

@@ -142,6 +142,12 @@ func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, 
 	return &openScanner{engines}, nil
 }
 
+// close is called once, when no stream is scanned any more.
+func (s *scanner) close(ctx context.Context) (err error) {
+	defer catchPanic(&err)
+	return s.creator.Close(ctx)
+}
+
 // openScanner is the scanner of one stream.
 type openScanner struct{ engines *service.OwnedScanner }
 

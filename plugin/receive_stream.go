@@ -15,96 +15,96 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Streams on their way in: each runs through a scanner of its own, which cuts
-// it into messages.
+// Incoming streams: each runs through a scanner of its own, which cuts it into messages.
 
-// acceptStreams takes the streams of a session until it ends.
-func (r *receiver) acceptStreams(src *source) {
-	if r.conf.streams.pull && r.conf.types[cryo.KindStream] {
-		ctx, cancel := context.WithTimeout(r.stopped, flowTime)
-		err := src.session.PullStreams(ctx)
+// acceptStreams accepts the streams of a session until it ends or the engine stops reading.
+func (f *sessionFeed) acceptStreams() {
+	if f.conf.streams.pull && f.conf.types[cryo.KindStream] {
+		ctx, cancel := context.WithTimeout(f.stopped, pullTimeout)
+		err := f.session.PullStreams(ctx)
 		cancel()
-		if err != nil && src.session.Err() == nil {
-			r.log.Warnf("Session %s does not let its streams be pulled, they are pushed: %v", src.id, err)
+		if err != nil && f.session.Err() == nil {
+			if log, ok := f.pullLog.allow(); ok {
+				log.With("session", f.id).Warnf("The session does not let its streams be pulled, they are pushed: %v", err)
+			}
 		}
 	}
-	var taken sync.WaitGroup
-	defer taken.Wait()
-	// A session could have more streams accepted than may ever be taken, each with a
-	// goroutine that waits for a place.
-	accepted := make(chan struct{}, r.conf.streams.maxOpen)
-	take := func(st *cryo.IncomingStream) {
-		st.SetIdleTimeout(r.conf.streams.idleTimeout)
-		taken.Go(func() {
+	var open sync.WaitGroup
+	defer open.Wait()
+	// A session could have more streams accepted than may ever be open, each with a
+	// goroutine that waits for a slot.
+	accepted := make(chan struct{}, f.conf.streams.maxOpen)
+	receive := func(st *cryo.IncomingStream) {
+		st.SetIdleTimeout(f.conf.streams.idleTimeout)
+		open.Go(func() {
 			defer func() { <-accepted }()
 			switch {
-			case r.draining.Err() != nil:
-				r.leaveStream(src, st)
-			case r.wantsStream(st.Name()):
-				r.scan(src, st)
+			case f.draining.Err() != nil:
+				f.leaveStream(st)
+			case f.conf.receivesStream(st.Name()):
+				f.receiveStream(st)
 			default:
-				r.discard(st)
+				f.discardStream(st)
 			}
 		})
 	}
-	left := src.streams
-	src.streams = nil
+	left := f.streams
+	f.streams = nil
 	for _, st := range left {
 		accepted <- struct{}{}
-		take(st)
+		receive(st)
 	}
 	for {
 		select {
 		case accepted <- struct{}{}:
-		case <-r.draining.Done():
+		case <-f.draining.Done():
 			return
-		case <-src.session.Context().Done():
+		case <-f.session.Context().Done():
 			return
 		}
-		st, err := src.session.AcceptStream(r.draining)
+		st, err := f.session.AcceptStream(f.draining)
 		if err != nil {
 			return
 		}
-		r.metrics.received.Incr(1, messageTypeStream)
-		take(st)
+		f.metrics.received.Incr(1, messageTypeStream)
+		receive(st)
 	}
 }
 
-// leaveStream keeps a stream of which nothing was read for the listener's next input.
-func (r *receiver) leaveStream(src *source, st *cryo.IncomingStream) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	src.streams = append(src.streams, st)
+// pullTimeout bounds the wait for the acknowledgement of TX_FLOW.
+const pullTimeout = 10 * time.Second
+
+// leaveStream leaves a stream of which nothing was read to the listener's next input.
+func (f *sessionFeed) leaveStream(st *cryo.IncomingStream) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.streams = append(f.streams, st)
 }
 
-// flowTime bounds the wait for the acknowledgement of TX_FLOW.
-const flowTime = 10 * time.Second
-
-func (r *receiver) wantsStream(name string) bool {
-	return r.conf.types[cryo.KindStream] && (len(r.conf.streams.names) == 0 || slices.Contains(r.conf.streams.names, name))
+func (c *receiveConfig) receivesStream(name string) bool {
+	return c.types[cryo.KindStream] && (len(c.streams.names) == 0 || slices.Contains(c.streams.names, name))
 }
 
-// discard takes a stream that nobody wants to its end, and acknowledges it.
-// Cancelling it would save its bytes, but to a sender that looks like a failure,
-// after which it may send the stream again, and again.
-func (r *receiver) discard(st *cryo.IncomingStream) {
-	defer context.AfterFunc(r.stopped, func() { _ = st.Close() })()
+// discardStream reads a stream that no field asks for to its end, and acknowledges it.
+// Cancelling it would save its bytes, but to a sender that looks like a failure, after
+// which it may send the stream again, and again.
+func (f *sessionFeed) discardStream(st *cryo.IncomingStream) {
+	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 	n, err := io.Copy(io.Discard, st)
-	r.metrics.receivedBytes.Incr(n, messageTypeStream)
+	f.metrics.receivedBytes.Incr(n, messageTypeStream)
 	if err != nil {
 		_ = st.Close() // if the session has ended, the sender knows
 		return
 	}
-	r.metrics.filtered.Incr(1, messageTypeStream)
+	f.metrics.filtered.Incr(1, messageTypeStream)
 	_ = st.Ack() // if the session has ended, nobody waits for it
 }
 
-// transfer is a stream that is being taken, until it is settled: TX_FINISH is
-// acknowledged when it was read to its end and each message cut from it is
-// delivered, and the stream cancelled as soon as one of these fails.
+// transfer is an open stream until it is settled: TX_FINISH is acknowledged when it was
+// read to its end and each message cut from it is delivered, and the stream is cancelled as
+// soon as one of these fails.
 type transfer struct {
-	r      *receiver
-	source *source
+	feed   *sessionFeed
 	stream *cryo.IncomingStream
 
 	mu      sync.Mutex
@@ -118,6 +118,13 @@ func (t *transfer) isSettled() bool {
 	return t.settled
 }
 
+// begin adds a batch.
+func (t *transfer) begin() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.pending++
+}
+
 // done settles one batch, or the scan.
 func (t *transfer) done(err error) {
 	t.mu.Lock()
@@ -128,61 +135,71 @@ func (t *transfer) done(err error) {
 	}
 	t.settled = true
 	if err != nil {
-		_ = t.stream.Close() // after the end of the session the sender knows
-		if t.source.session.Err() == nil {
-			t.r.metrics.rejected.Incr(1, messageTypeStream)
+		_ = t.stream.Close() // if the session has ended, the sender knows
+		if t.feed.session.Err() == nil {
+			t.feed.metrics.rejected.Incr(1, messageTypeStream)
 		}
 	} else if err := t.stream.Ack(); err != nil {
-		t.r.log.Debugf("The stream %q is delivered, but its sender can't be told and may send it again: %v", t.stream.Session().Redact(t.stream.Name()), err)
+		t.feed.log.With("stream", t.feed.session.Redact(t.stream.Name())).Debugf("Delivered, but not acknowledged; the sender may send it again: %v", err)
 	}
-	t.r.places.give(t.source)
-	t.r.metrics.streamsOpen.add(-1)
+	t.feed.slots.Release(1)
+	t.feed.metrics.streamsOpen.add(-1)
 }
 
-// scan takes one stream, from its place among the open ones to its end.
-func (r *receiver) scan(src *source, st *cryo.IncomingStream) {
-	for {
-		occupied := r.places.take(src)
-		if occupied == nil {
-			break
+// receiveStream scans one stream as soon as it has a slot.
+func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
+	if !f.acquireSlot() {
+		if f.draining.Err() != nil {
+			f.leaveStream(st)
 		}
-		select {
-		case <-occupied:
-		case <-r.draining.Done():
-			r.leaveStream(src, st)
-			return
-		case <-src.session.Context().Done():
-			return
-		}
+		return // else the session has ended, and nothing was read
 	}
-	if r.draining.Err() != nil {
-		r.places.give(src)
-		r.leaveStream(src, st)
-		return
-	}
-	r.metrics.streamsOpen.add(1)
-	// Whoever waits in Read learns of the end of the input.
-	defer context.AfterFunc(r.stopped, func() { _ = st.Close() })()
+	f.metrics.streamsOpen.add(1)
+	// The end of the input interrupts a Read that waits.
+	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 
-	t := &transfer{r: r, source: src, stream: st, pending: 1}
-	err := r.scanAll(src, t)
-	if err != nil && r.stopped.Err() == nil {
-		if log, ok := r.streamLog.allow(); ok {
+	t := &transfer{feed: f, stream: st, pending: 1}
+	err := f.scan(t)
+	if err != nil && f.stopped.Err() == nil {
+		if log, ok := f.streamLog.allow(); ok {
+			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()))
 			if _, panicked := errors.AsType[*panicError](err); panicked {
-				log.Errorf("Gave up the stream %q of session %s, as the scanner %s panicked: %v", src.session.Redact(st.Name()), src.id, r.conf.streams.scanner.name, err)
+				log.With("scanner", f.conf.streams.scanner.name).Errorf("Gave up the stream: the scanner panicked: %v", err)
 			} else {
-				log.Warnf("Gave up the stream %q of session %s: %v", src.session.Redact(st.Name()), src.id, err)
+				log.Warnf("Gave up the stream: %v", err)
 			}
 		}
 	}
 	t.done(err)
 }
 
-// scanAll hands over what the scanner makes of the stream. It returns nil when
-// the stream was whole and was read to its end.
-func (r *receiver) scanAll(src *source, t *transfer) error {
-	reader := &wholeReader{stream: t.stream, limit: r.conf.streams.maxBytes, bytes: r.metrics.receivedBytes}
-	scanner, err := r.conf.streams.scanner.open(reader, t.stream.Name())
+// acquireSlot waits for the slot of a stream. It returns false if the engine stops reading
+// or the session ends first.
+func (f *sessionFeed) acquireSlot() bool {
+	acquired := f.slots.TryAcquire(1)
+	if !acquired {
+		r := f.slots.Request(1)
+		select {
+		case <-r.Granted():
+			acquired = true
+		case <-f.draining.Done():
+			r.Cancel()
+		case <-f.session.Context().Done():
+			r.Cancel()
+		}
+	}
+	if acquired && f.draining.Err() != nil {
+		f.slots.Release(1)
+		return false
+	}
+	return acquired
+}
+
+// scan hands over what the scanner makes of the stream. It returns nil if the stream was
+// whole and was read to its end.
+func (f *sessionFeed) scan(t *transfer) error {
+	reader := &streamReader{stream: t.stream, maxBytes: f.conf.streams.maxBytes, bytes: f.metrics.receivedBytes}
+	scanner, err := f.conf.streams.scanner.open(reader, t.stream.Name())
 	if err != nil {
 		_, failure := reader.state()
 		switch {
@@ -196,10 +213,10 @@ func (r *receiver) scanAll(src *source, t *transfer) error {
 			return fmt.Errorf("scanner: %w", err)
 		}
 	}
-	defer func() { _ = scanner.Close(r.stopped) }() // it has been read to its end, or given up
-	var held func() bool                            // hands over what the scanner made last
+	defer func() { _ = scanner.Close(f.stopped) }() // it was read to its end, or has failed
+	var deliver func() bool                         // hands over the scanner's last batch
 	for {
-		batch, ack, err := scanner.NextBatch(r.stopped)
+		batch, ack, err := scanner.NextBatch(f.stopped)
 		ended, failure := reader.state()
 		if failure != nil {
 			// Some scanners make a last message of what came before the
@@ -212,28 +229,28 @@ func (r *receiver) scanAll(src *source, t *transfer) error {
 		if err != nil && !errors.Is(err, io.EOF) {
 			return fmt.Errorf("scanner: %w", err)
 		}
-		if held != nil && !held() {
-			return r.stopped.Err()
+		if deliver != nil && !deliver() {
+			return f.stopped.Err()
 		}
 		if err != nil {
 			_, err = io.Copy(io.Discard, reader) // the scanner may end before the stream does
 			return err
 		}
-		held = func() bool { return r.handOverScanned(src, t, batch, ack) }
+		deliver = func() bool { return f.deliverScanned(t, batch, ack) }
 		if ended {
-			// What was compressed may be cut off though the stream is whole, and
-			// its last message be a part of one: the scanner's next word tells.
+			// Compressed content may be truncated though the stream is whole, and its
+			// last message be a part of one: the scanner's next result shows that.
 			continue
 		}
-		if !held() {
-			return r.stopped.Err()
+		if !deliver() {
+			return f.stopped.Err()
 		}
-		held = nil
+		deliver = nil
 	}
 }
 
-// readerFailed finds what the scanner csv with continue_on_error takes for a
-// faulty row, and would for ever: that there is nothing more to be read.
+// readerFailed returns the error of a failed reader, which the scanner csv with
+// continue_on_error reports as a faulty row, for ever.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
 		var row *csv.ParseError
@@ -248,12 +265,12 @@ func readerFailed(batch service.MessageBatch) error {
 // messages has.
 var errTooLong = errors.New("the stream is too long")
 
-// wholeReader remembers how a stream ended. Some scanners read ahead, on a
-// goroutine of their own.
-type wholeReader struct {
-	stream *cryo.IncomingStream
-	limit  int64 // of its bytes; 0 is none
-	bytes  *service.MetricCounter
+// streamReader is what a scanner reads: the stream, with its bound, and how it ended. Some
+// scanners read ahead, on a goroutine of their own.
+type streamReader struct {
+	stream   *cryo.IncomingStream
+	maxBytes int64 // of the stream; 0: any number
+	bytes    *service.MetricCounter
 
 	reading sync.Mutex
 	read    int64
@@ -263,13 +280,13 @@ type wholeReader struct {
 	err   error // never io.EOF
 }
 
-func (w *wholeReader) Read(p []byte) (int, error) {
+func (w *streamReader) Read(p []byte) (int, error) {
 	w.reading.Lock()
 	defer w.reading.Unlock()
 	n, err := w.stream.Read(p)
 	w.bytes.Incr(int64(n), messageTypeStream)
-	if w.read += int64(n); w.limit > 0 && w.read > w.limit {
-		n, err = 0, fmt.Errorf("%w: over %d bytes", errTooLong, w.limit)
+	if w.read += int64(n); w.maxBytes > 0 && w.read > w.maxBytes {
+		n, err = 0, fmt.Errorf("%w: over %d bytes", errTooLong, w.maxBytes)
 	}
 	if err != nil {
 		w.mu.Lock()
@@ -282,21 +299,21 @@ func (w *wholeReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// state tells whether the stream was read to its end, and why that was not all.
-func (w *wholeReader) state() (ended bool, err error) {
+// state reports whether the stream was read to its end, and the error if it was not whole.
+func (w *streamReader) state() (ended bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.ended, w.err
 }
 
-// Close leaves the stream to its transfer.
-func (w *wholeReader) Close() error { return nil }
+// Close does nothing: the stream belongs to its transfer.
+func (w *streamReader) Close() error { return nil }
 
 // scanned is a batch that a scanner has made.
 type scanned struct {
 	transfer *transfer
 	ack      service.AckFunc // the scanner's
-	release  func()          // of what is counted against the session's bound until it is settled
+	release  func()          // of what is reserved in the session's receive buffer
 
 	mu      sync.Mutex
 	settled []bool // by message
@@ -304,8 +321,8 @@ type scanned struct {
 	err     error
 }
 
-// done settles one message of the batch, and with the last one the batch. Only
-// its first verdict counts: what is acknowledged on receipt can still fail.
+// done settles one message of the batch, and with the last one the batch. Only its first
+// verdict counts: what is acknowledged on receipt can still fail.
 func (b *scanned) done(at int, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -320,15 +337,20 @@ func (b *scanned) done(at int, err error) {
 		return
 	}
 	b.release()
-	_ = b.ack(context.Background(), b.err) // the scanners keep nothing that could fail
+	_ = b.ack(context.Background(), b.err) // the scanners have nothing that could fail
 	b.transfer.done(b.err)
 }
 
-// handOverScanned hands a scanner's batch over, and reports false when the
-// input ends first.
-func (r *receiver) handOverScanned(src *source, t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
+func (b *scanned) stream() *cryo.IncomingStream { return b.transfer.stream }
+
+// movable is false when the stream is cancelled, as one is that was not read to its end.
+func (b *scanned) movable() bool { return !b.transfer.isSettled() }
+
+// deliverScanned hands a scanner's batch over, in parts if it is larger than what the client
+// may have in flight. It returns false if the input ends first.
+func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
 	if len(batch) == 0 {
-		_ = ack(r.stopped, nil)
+		_ = ack(f.stopped, nil)
 		return true
 	}
 	b := &scanned{transfer: t, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
@@ -338,29 +360,20 @@ func (r *receiver) handOverScanned(src *source, t *transfer, batch service.Messa
 		if payload, err := m.AsBytes(); err == nil {
 			size += len(payload)
 		}
-		if r.conf.includeMetadata {
+		if f.conf.includeMetadata {
 			m.MetaSetMut(metaMessageType, messageTypeStream)
 			m.MetaSetMut(metaStreamName, t.stream.Name())
 			m.MetaSetMut(metaTxID, int64(t.stream.Tx()))
 			m.MetaSetMut(metaStreamSize, t.stream.Size())
-			src.describe(m)
+			f.describe(m)
 		}
-		items[i] = item{source: src, part: m, of: b, at: i}
+		items[i] = item{source: &f.source, part: m, of: b, at: i}
 	}
-	b.release = src.session.Reserve(size)
-	if !r.reserve(src, len(items)) {
-		b.release()
+	b.release = f.session.Reserve(size)
+	t.begin()
+	if left := f.queue.deliver(items); len(left) > 0 {
+		b.release() // the stream is cancelled, with the rest of the batch
 		return false
 	}
-	r.setsOut(src, items)
-	t.mu.Lock()
-	t.pending++
-	t.mu.Unlock()
-	select {
-	case r.arrivals <- items:
-		return true
-	case <-r.stopped.Done():
-		b.release()
-		return false
-	}
+	return true
 }

@@ -129,7 +129,7 @@ func TestAMessageThatFailsAmongOthersThatSucceedIsRedeliveredAtMostTwiceASecond(
 	})
 }
 
-func TestARejectedMessageIsRefusedToItsSenderWithAFixedSentence(t *testing.T) {
+func TestRejectionHasAFixedText(t *testing.T) {
 	atBothInputs(t, "auto_replay_nacks: false", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		bad := send(peer, "bad")
 		e.arrival().fail(errOutput)
@@ -142,7 +142,7 @@ func TestARejectedMessageIsRefusedToItsSenderWithAFixedSentence(t *testing.T) {
 	})
 }
 
-func TestTheAnswerCarriesTheMessagesNumber(t *testing.T) {
+func TestAcknowledgementsAndRejectionsCarryTheNumberOfTheMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "auto_replay_nacks: false"), toProbe)
 		peer := e.rawClient()
@@ -356,7 +356,7 @@ func TestAcknowledgeReceivedDoesNotWaitForThePipeline(t *testing.T) {
 	})
 }
 
-func TestAcknowledgeReceivedSaysInTheLogWhatItLost(t *testing.T) {
+func TestAcknowledgeReceivedLogsWhatItLost(t *testing.T) {
 	atBothInputs(t, "acknowledge: received, auto_replay_nacks: false", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		m := send(peer, "early")
 		m.wantAcked(t, "handed to the pipeline")
@@ -394,14 +394,14 @@ func TestAnApplicationsErrorIsReceivedWhereItIsAskedFor(t *testing.T) {
 	})
 }
 
-func TestAnApplicationsErrorThatNobodyAskedForGoesToTheLog(t *testing.T) {
+func TestErrorOfAnApplicationIsLoggedUnlessItIsReceived(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		peer := e.rawClient()
 		peer.WriteFrames(cryotest.Error(5, "fire\n"+string(bytes.Repeat([]byte("!"), 5000))))
 		peer.WantFrame("acknowledged as cryo-server does", cryotest.Acked(5))
 		e.wantNoArrival("it is not asked for")
-		e.log.want(t, `of session 77 reports an error: "fire\n!!!`)
+		e.log.want(t, `The peer's application reports an error: "fire\n!!!`)
 		for _, line := range e.log.all() {
 			require.Less(t, len(line), 2000)
 		}

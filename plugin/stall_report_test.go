@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-const stallLine = "WARN The pipeline has taken "
+const stallLine = "WARN Pipeline stalled: "
 
 func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -46,11 +46,11 @@ func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
 		time.Sleep(stallPatience - time.Second)
 		require.Zero(t, e.log.count(stallLine))
 		time.Sleep(time.Hour)
-		bound := "10 messages and settled none for 10s, and takes no more (max_in_flight: 10, or max_buffer_bytes)"
+		bound := "10 messages in flight, none settled for 10s (max_in_flight: 10, or max_buffer_bytes)"
 		if strings.HasSuffix(t.Name(), "cryo_server") {
-			bound = "8 messages and settled none for 10s, and takes no more (max_in_flight: 10, 8 of one client, or max_buffer_bytes)"
+			bound = "8 messages in flight, none settled for 10s (max_in_flight: 10, 8 of one client, or max_buffer_bytes)"
 		}
-		require.Equal(t, 1, e.log.count(stallLine+bound+". An output hangs or is very slow, or "))
+		require.Equal(t, 1, e.log.count(stallLine+bound+". Check the outputs: one hangs or is very slow, or "))
 		require.Equal(t, 1, e.log.count(stallLine))
 	})
 }

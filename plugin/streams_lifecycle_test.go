@@ -93,7 +93,7 @@ func TestAnInputThatClosesFirstCancelsItsStreamsAndTheSessionGoesOn(t *testing.T
 	})
 }
 
-func TestAStreamThatWaitsForAPlaceOfAllSessionsIsCancelledWhenItsInputCloses(t *testing.T) {
+func TestStreamThatWaitsForASlotOfAllSessionsIsCancelledWhenItsInputCloses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "streams: { max_open: 1, scanner: { lines: {} } }"), toProbe)
 		e.run(fromOnce, listenOutput)
@@ -112,7 +112,7 @@ func TestAStreamThatWaitsForAPlaceOfAllSessionsIsCancelledWhenItsInputCloses(t *
 	})
 }
 
-func TestStreamsThatEndBadlyGiveTheirPlaceAndTheirMemoryBack(t *testing.T) {
+func TestStreamsThatFailReleaseTheirSlotsAndMemory(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_buffer_bytes: 300000, auto_replay_nacks: false, max_batch_count: 1, streams: { max_open: 1, max_bytes: 200000, idle_timeout: 5s, scanner: { chunker: { size: 100000 } } }"), toProbe)
 		s := e.dial()
@@ -154,6 +154,24 @@ func TestStreamsThatEndBadlyGiveTheirPlaceAndTheirMemoryBack(t *testing.T) {
 		e.arrival().deliver()
 		e.arrival().deliver()
 		stream.wantAcked(t, "delivered")
+	})
+}
+
+func TestStreamsThatAStopCancelsReleaseTheirMemory(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const buffer = "max_buffer_bytes: 300000"
+		e.run(fromOnce, with(listenOutput, buffer))
+		client := e.dial()
+		for range 6 {
+			in := e.run(with(listenInput, buffer+", streams: { scanner: { chunker: { size: 100000 } } }"), toProbe)
+			write(t, open(t, client, "open"), string(make([]byte, 150_000)))
+			e.arrival()
+			in.kill()
+		}
+		e.run(with(listenInput, buffer), toProbe)
+		m := send(client, string(make([]byte, 200_000)))
+		e.arrival().deliver()
+		m.wantAcked(t, "there is memory for it")
 	})
 }
 

@@ -104,7 +104,9 @@ func TestAScannerThatFailsCancelsItsStream(t *testing.T) {
 				for _, text := range texts() {
 					require.Contains(t, tt.want, text, "a part was passed on as a whole")
 				}
-				e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "bad" of session %d: scanner: `, peer.ID()))
+				e.log.want(t, "WARN Gave up the stream: scanner: ")
+				e.log.want(t, fmt.Sprint("session=", peer.ID()))
+				e.log.want(t, "stream=bad")
 				require.NoError(t, peer.Err(), "the session goes on")
 			})
 		})
@@ -165,7 +167,9 @@ func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
 					a.deliver()
 				}
 				e.wantNoArrival("the rest is no whole record")
-				e.log.want(t, fmt.Sprintf(`WARN Gave up the stream "cut off" of session %d: unexpected EOF after %d bytes`, peer.ID(), len(tt.part)))
+				e.log.want(t, fmt.Sprintf("WARN Gave up the stream: unexpected EOF after %d bytes", len(tt.part)))
+				e.log.want(t, fmt.Sprint("session=", peer.ID()))
+				e.log.want(t, "stream=cut off")
 				require.Error(t, st.Finish())
 			}
 			atBothInputs(t, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }", test)
@@ -173,7 +177,7 @@ func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
 	}
 }
 
-func TestWhatWasCompleteOfACutOffStreamComesBeforeTheNextConnection(t *testing.T) {
+func TestWholeMessagesOfATruncatedStreamComeBeforeTheNextConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(with(dialInput, "max_in_flight: 1, "+asLines), toProbe)
@@ -189,7 +193,7 @@ func TestWhatWasCompleteOfACutOffStreamComesBeforeTheNextConnection(t *testing.T
 	})
 }
 
-func TestACompressedStreamThatIsCutOffPassesOnNoPartOfALine(t *testing.T) {
+func TestTruncatedCompressedStreamPassesOnNoPartOfALine(t *testing.T) {
 	for _, algorithm := range []string{"gzip", "pgzip"} {
 		t.Run(algorithm, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -284,7 +288,9 @@ func TestAFewBytesOfAStreamDoNotBecomeAMessageThatIsLargerThanAStreamMayBe(t *te
 				sendStream(peer, "bomb", tt.stream).cancelled(t, "a message would be too large")
 				synctest.Wait()
 				require.ElementsMatch(t, tt.want, texts())
-				e.log.want(t, `WARN Gave up the stream "bomb" of session `+fmt.Sprint(peer.ID())+": scanner: ")
+				e.log.want(t, "WARN Gave up the stream: scanner: ")
+				e.log.want(t, fmt.Sprint("session=", peer.ID()))
+				e.log.want(t, "stream=bomb")
 				e.log.want(t, "a message of more than 1000000 bytes")
 				require.NoError(t, peer.Err(), "the session goes on")
 			})

@@ -4,13 +4,14 @@ package quota
 
 import (
 	"container/list"
+	"context"
 	"sync"
 	"time"
 )
 
 // Quota is capacity for several holders. It grants while less than the limit is held, so that
-// the last grant may exceed the limit. All methods of a Quota and its shares may be called from
-// any goroutine, and none waits.
+// the last grant may exceed the limit, unless it is of one unit. All methods of a Quota and its
+// shares may be called from any goroutine, and none but AcquireUpTo waits.
 type Quota struct {
 	limit int64
 	fair  func(held, free int64) bool // nil: one holder may have all capacity
@@ -31,6 +32,20 @@ func New(limit int64, fair func(held, free int64) bool) *Quota {
 // Share returns the share of a new holder, which holds nothing.
 func (q *Quota) Share() *Share { return &Share{q: q} }
 
+// Full reports whether the limit is reached, or a holder waits because it may hold no more.
+func (q *Quota) Full() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.used >= q.limit || q.waiting.Len() > 0
+}
+
+// Used returns the capacity that is held.
+func (q *Quota) Used() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.used
+}
+
 // allowsLocked reports whether a share may be granted more now. It is false for every waiting
 // request, because each release grants all requests that it allows.
 func (q *Quota) allowsLocked(s *Share) bool {
@@ -40,6 +55,23 @@ func (q *Quota) allowsLocked(s *Share) bool {
 func (q *Quota) acquireLocked(s *Share, n int64) {
 	s.held += n
 	q.used += n
+	q.grantedLocked()
+}
+
+// acquireUpToLocked acquires as many of n as can be granted one by one.
+func (q *Quota) acquireUpToLocked(s *Share, n int64) (acquired int64) {
+	for acquired < n && q.allowsLocked(s) {
+		s.held++
+		q.used++
+		acquired++
+	}
+	if acquired > 0 {
+		q.grantedLocked()
+	}
+	return acquired
+}
+
+func (q *Quota) grantedLocked() {
 	if q.waiting.Len() > 0 {
 		q.since = time.Now()
 	}
@@ -59,7 +91,11 @@ func (q *Quota) grantLocked() {
 		e = e.Next()
 		if q.allowsLocked(r.share) {
 			q.removeLocked(r)
-			q.acquireLocked(r.share, r.n)
+			if r.upTo {
+				r.n = q.acquireUpToLocked(r.share, r.n)
+			} else {
+				q.acquireLocked(r.share, r.n)
+			}
 			close(r.granted)
 		}
 	}
@@ -86,6 +122,27 @@ func (s *Share) TryAcquire(n int64) bool {
 	}
 	s.q.acquireLocked(s, n)
 	return true
+}
+
+// AcquireUpTo waits until one unit can be granted, and then acquires as many of n, which must be
+// at least 1, as can be granted: never more than the limit and fair allow. It returns their
+// number, or 0 and the cause of ctx if ctx is done first; nothing is acquired then.
+func (s *Share) AcquireUpTo(ctx context.Context, n int64) (acquired int64, err error) {
+	s.q.mu.Lock()
+	if acquired = s.q.acquireUpToLocked(s, n); acquired > 0 {
+		s.q.mu.Unlock()
+		return acquired, nil
+	}
+	r := s.q.enqueueLocked(s, n)
+	r.upTo = true
+	s.q.mu.Unlock()
+	select {
+	case <-r.granted:
+		return r.n, nil
+	case <-ctx.Done():
+		r.Cancel()
+		return 0, context.Cause(ctx)
+	}
 }
 
 // Force acquires n, even beyond the limit.
@@ -126,7 +183,8 @@ func (s *Share) Starved(period time.Duration) bool {
 // Request is a request for capacity. It holds none until it is granted.
 type Request struct {
 	share   *Share
-	n       int64
+	upTo    bool  // of AcquireUpTo
+	n       int64 // of upTo, once it is granted: what was granted
 	granted chan struct{}
 	entry   *list.Element // position in waiting; nil once it is granted or cancelled. Guarded by the quota's mutex
 }
@@ -136,16 +194,22 @@ type Request struct {
 func (s *Share) Request(n int64) *Request {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	r := &Request{share: s, n: n, granted: make(chan struct{})}
 	if s.q.allowsLocked(s) {
+		r := &Request{share: s, n: n, granted: make(chan struct{})}
 		s.q.acquireLocked(s, n)
 		close(r.granted)
 		return r
 	}
-	if s.q.waiting.Len() == 0 {
-		s.q.since = time.Now()
+	return s.q.enqueueLocked(s, n)
+}
+
+// enqueueLocked queues a request that cannot be granted now.
+func (q *Quota) enqueueLocked(s *Share, n int64) *Request {
+	if q.waiting.Len() == 0 {
+		q.since = time.Now()
 	}
-	r.entry = s.q.waiting.PushBack(r)
+	r := &Request{share: s, n: n, granted: make(chan struct{})}
+	r.entry = q.waiting.PushBack(r)
 	return r
 }
 

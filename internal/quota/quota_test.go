@@ -195,7 +195,9 @@ func one(r *rand.Rand, list *[]waiting) (w waiting, ok bool) {
 	return w, true
 }
 
-func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
+// seeded returns random numbers, with the seed of CRYO_SEED if it is set.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
 	seed := uint64(time.Now().UnixNano())
 	if given := os.Getenv("CRYO_SEED"); given != "" {
 		var err error
@@ -203,7 +205,11 @@ func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
 		require.NoError(t, err, "CRYO_SEED")
 	}
 	t.Logf("CRYO_SEED=%d makes the same random choices", seed)
-	r := rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
+	r := seeded(t)
 	for range 100 {
 		o := oracle{limit: 1 + r.Int64N(200), held: make([]int64, 1+r.IntN(6))}
 		q := quota.New(o.limit, eightTimes)

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -8,9 +9,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
 const (
@@ -39,7 +42,7 @@ func answeredBy(t *testing.T, fields string, processors []string, test func(t *t
 	})
 }
 
-func TestAMessageIsAcknowledgedWhenItsAnswerIs(t *testing.T) {
+func TestMessageIsAcknowledgedWhenItsResponseIs(t *testing.T) {
 	answeredBy(t, "", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for _, text := range []string{"hello", "world"} {
 			sent := send(peer, text)
@@ -53,7 +56,7 @@ func TestAMessageIsAcknowledgedWhenItsAnswerIs(t *testing.T) {
 	})
 }
 
-func TestAnAnswerIsOfTheKindOfTheMessage(t *testing.T) {
+func TestResponseHasTheKindOfItsMessage(t *testing.T) {
 	answeredBy(t, "", []string{`mapping: 'root = if content() == "ff00" { content().decode("hex") }'`}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for _, c := range []struct {
 			sent    string
@@ -77,7 +80,7 @@ func TestAnAnswerIsOfTheKindOfTheMessage(t *testing.T) {
 	})
 }
 
-func TestEachPartOfAStreamIsAnsweredByAStream(t *testing.T) {
+func TestResponseToAPartOfAStreamIsAStream(t *testing.T) {
 	answeredBy(t, "streams: { scanner: { lines: {} } }", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := sendStream(peer, "log", "a\nb\nc\n")
 		var got []string // in the order of their delivery, which is any
@@ -92,7 +95,7 @@ func TestEachPartOfAStreamIsAnsweredByAStream(t *testing.T) {
 	})
 }
 
-func TestAStreamWhoseAnswerIsRefusedIsCancelled(t *testing.T) {
+func TestStreamIsCancelledWhenItsResponseIsRejected(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := sendStream(peer, "file", "content")
 		require.NoError(t, acceptStream(t, peer).Close())
@@ -122,7 +125,7 @@ func (e *engine) batched(fields string, texts []string, processors ...string) (c
 	return clients, sent
 }
 
-func TestEachClientOfABatchGetsItsOwnAnswer(t *testing.T) {
+func TestEachClientOfABatchGetsItsOwnResponse(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		clients, sent := e.batched("", []string{"a", "b", "c"}, numbersOfBatch)
 		for i, c := range clients {
@@ -134,7 +137,7 @@ func TestEachClientOfABatchGetsItsOwnAnswer(t *testing.T) {
 	})
 }
 
-func TestAClientThatIsSlowToTakeItsAnswerHoldsUpNoOther(t *testing.T) {
+func TestSlowAcknowledgementOfAResponseDelaysNoOtherClient(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		clients, sent := e.batched("", []string{"a", "b"}, numbersOfBatch)
 		receiveTexts(t, clients[0], "a of 2")
@@ -147,7 +150,7 @@ func TestAClientThatIsSlowToTakeItsAnswerHoldsUpNoOther(t *testing.T) {
 	})
 }
 
-func TestAMessageMayHaveSeveralAnswersOrNone(t *testing.T) {
+func TestMessageMayHaveSeveralResponsesOrNone(t *testing.T) {
 	answeredBy(t, "", []string{"unarchive: { format: lines }", "mapping: 'root = if content() == \"\" { deleted() }'"}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := send(peer, "one\ntwo\nthree")
 		for _, m := range receiveTexts(t, peer, "one", "two", "three") {
@@ -160,19 +163,19 @@ func TestAMessageMayHaveSeveralAnswersOrNone(t *testing.T) {
 	})
 }
 
-func TestAMessageWhoseAnswerIsRefusedIsRejectedAndNotTriedAgain(t *testing.T) {
+func TestMessageWhoseResponseIsRejectedIsRejectedAndNotRedelivered(t *testing.T) {
 	for _, replay := range []bool{true, false} {
 		answeredBy(t, fmt.Sprintf("auto_replay_nacks: %v", replay), nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 			sent := send(peer, "hello")
 			require.NoError(t, receive(t, peer).Reject("no"))
 			sent.wantRefused(t, rejection)
 			wantNothing(t, peer)
-			e.log.want(t, fmt.Sprintf(`WARN Rejected what session %d sent, because it has not acknowledged the answer: rejected by the peer: "no"`, peer.ID()))
+			e.log.want(t, `WARN Rejected a message, because its sender has not acknowledged the response: rejected by the peer: "no"`)
 		})
 	}
 }
 
-func TestAnAnswerIsAwaitedForAckTimeout(t *testing.T) {
+func TestResponseIsAwaitedForAckTimeout(t *testing.T) {
 	answeredBy(t, "ack_timeout: 3s", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		begin := time.Now()
 		sent := send(peer, "hello")
@@ -185,7 +188,7 @@ func TestAnAnswerIsAwaitedForAckTimeout(t *testing.T) {
 	})
 }
 
-func TestASessionThatGoesBeforeItsAnswerCostsNothing(t *testing.T) {
+func TestSessionThatEndsBeforeItsResponseCostsNothing(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1"), answering, inCapital)
 		leaves := e.dial()
@@ -202,7 +205,7 @@ func TestASessionThatGoesBeforeItsAnswerCostsNothing(t *testing.T) {
 	})
 }
 
-func TestAnAnswerGoesOutOnlyWhenTheMessageIsDelivered(t *testing.T) {
+func TestResponseIsSentOnlyWhenTheMessageIsDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe, "sync_response: {}")
 		client := e.dial()
@@ -219,7 +222,7 @@ func TestAnAnswerGoesOutOnlyWhenTheMessageIsDelivered(t *testing.T) {
 	})
 }
 
-func TestOnlyWhatIsDeliveredIsAnswered(t *testing.T) {
+func TestOnlyDeliveredMessagesGetResponses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		s, sent := e.runWithBatch("", []string{"good", "bad"}, "sync_response: {}")
 		e.arrival().failSome(errors.New("not now"), "bad")
@@ -236,7 +239,7 @@ func TestOnlyWhatIsDeliveredIsAnswered(t *testing.T) {
 	})
 }
 
-func TestAnswersThatDoNotTellWhatTheyAnswerAreGivenOneByOne(t *testing.T) {
+func TestMessagesWithAmbiguousResponsesAreRedeliveredAlone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		clients, sent := e.batched("", []string{"a", "b", "c", "d"}, inCapital, "mapping: 'meta = deleted()'")
 		for i, c := range clients {
@@ -244,11 +247,11 @@ func TestAnswersThatDoNotTellWhatTheyAnswerAreGivenOneByOne(t *testing.T) {
 			sent[i].wantAcked(t, "answered")
 			wantNothing(t, c)
 		}
-		e.log.want(t, "WARN A batch of 4 messages counts as not delivered: it can't be told which message a synchronous response answers: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
+		e.log.want(t, "WARN Delivering the 4 messages of a batch again: ambiguous synchronous response: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
 	})
 }
 
-func TestNobodyGetsAnAnswerToAnEvent(t *testing.T) {
+func TestEventsGetNoResponses(t *testing.T) {
 	for name, processors := range map[string][]string{"as it is": nil, "without metadata": {"mapping: 'meta = deleted()'"}} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -263,7 +266,7 @@ func TestNobodyGetsAnAnswerToAnEvent(t *testing.T) {
 	}
 }
 
-func TestAnAnswerNeverGoesToAnotherClient(t *testing.T) {
+func TestResponseNeverGoesToAnotherClient(t *testing.T) {
 	// The engine gives all responses of a batch to the first of its messages.
 	const merging = "broker: { outputs: [ { sync_response: {} } ], batching: { count: 3, period: 1s } }"
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -286,7 +289,7 @@ func TestAnAnswerNeverGoesToAnotherClient(t *testing.T) {
 	})
 }
 
-func TestAClientThatCameBackGetsNoAnswerOfItsGhost(t *testing.T) {
+func TestReconnectedClientGetsNoResponseOfItsLastConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe, "sync_response: {}")
 		opts := cryo.DialOptions{Token: token, SessionID: 5}
@@ -302,7 +305,7 @@ func TestAClientThatCameBackGetsNoAnswerOfItsGhost(t *testing.T) {
 	})
 }
 
-func TestWhatIsAcknowledgedOnReceiptIsAnsweredToo(t *testing.T) {
+func TestMessagesThatAreAcknowledgedOnReceiptGetResponsesToo(t *testing.T) {
 	answeredBy(t, "acknowledge: received", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		send(peer, "hello").wantAcked(t, "received")
 		require.NoError(t, receiveTexts(t, peer, "HELLO")[0].Ack())
@@ -312,7 +315,7 @@ func TestWhatIsAcknowledgedOnReceiptIsAnsweredToo(t *testing.T) {
 	})
 }
 
-func TestAStopWaitsForTheAnswersAcknowledgement(t *testing.T) {
+func TestStopWaitsForTheAcknowledgementOfAResponse(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		sent := send(peer, "hello")
 		m := receive(t, peer)
@@ -324,7 +327,7 @@ func TestAStopWaitsForTheAnswersAcknowledgement(t *testing.T) {
 	})
 }
 
-func TestAHardStopTellsNothingOfWhatIsNotAnswered(t *testing.T) {
+func TestHardStopSettlesNothingWithoutAnAcknowledgedResponse(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		sent := send(peer, "hello")
 		receive(t, peer)
@@ -333,5 +336,59 @@ func TestAHardStopTellsNothingOfWhatIsNotAnswered(t *testing.T) {
 		var rejected *cryo.RejectedError
 		require.Error(t, err)
 		require.NotErrorAs(t, err, &rejected, "it may be sent again, elsewhere")
+	})
+}
+
+// The first verdict has yet to settle the message when the second comes.
+func TestOnlyTheFirstVerdictOnADeliveryCounts(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.aloneServerInput(t, "")
+		require.NoError(t, in.Connect(t.Context()))
+		client := e.dial()
+		m := send(client, "hello")
+		batch, ack, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, batch[0].AddSyncResponse())
+		first := sendAny(func() error { return ack(t.Context(), nil) })
+		response := receive(t, client)
+		require.NoError(t, ack(t.Context(), errOutput))
+		require.NoError(t, response.Ack())
+		require.NoError(t, first.result(t))
+		m.wantAcked(t, "delivered")
+
+		short, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, _, err = in.ReadBatch(short)
+		require.ErrorIs(t, err, context.DeadlineExceeded, "it is not delivered again")
+		require.NoError(t, in.Close(t.Context()))
+	})
+}
+
+// The messages of both connections have the same session id and number.
+func TestResponseInABatchOfTwoConnectionsOfAClientIsAmbiguous(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		for _, text := range []string{"first", "second"} {
+			e.rawClient().WriteFrames(cryotest.Text(7, text))
+			synctest.Wait()
+		}
+		in := e.aloneServerInput(t, "")
+		require.NoError(t, in.Connect(t.Context()))
+		synctest.Wait()
+		read := func() (texts []string, batch service.MessageBatch, ack service.AckFunc) {
+			batch, ack, err := in.ReadBatch(t.Context())
+			require.NoError(t, err)
+			return (&arrival{batch: batch}).texts(), batch, ack
+		}
+		texts, batch, ack := read()
+		require.ElementsMatch(t, []string{"first", "second"}, texts)
+		require.NoError(t, batch[1].AddSyncResponse())
+		require.NoError(t, ack(t.Context(), nil))
+		for _, text := range texts {
+			alone, _, ack := read()
+			require.Equal(t, []string{text}, alone)
+			require.NoError(t, ack(t.Context(), nil))
+		}
+		require.NoError(t, in.Close(t.Context()))
 	})
 }

@@ -39,7 +39,7 @@ func (e *engine) visit(t *testing.T, id uint64) *cryo.Session {
 	return s
 }
 
-func TestASessionIsToldOfAroundItsMessages(t *testing.T) {
+func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ utf8, session ], session_metadata: { query_parameters: [ room ] }"), toProbe)
 		client, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7, Query: map[string][]string{"room": {"5"}}})
@@ -71,7 +71,7 @@ func TestASessionIsToldOfAroundItsMessages(t *testing.T) {
 	})
 }
 
-func TestWhyASessionHasEndedIsTold(t *testing.T) {
+func TestDisconnectedCarriesTheCause(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		client := e.visit(t, 7)
@@ -84,7 +84,7 @@ func TestWhyASessionHasEndedIsTold(t *testing.T) {
 	})
 }
 
-func TestAnEventThatFailsIsTriedAgainBeforeAllThatFollows(t *testing.T) {
+func TestFailedEventIsRedeliveredBeforeAllThatFollows(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		client := e.visit(t, 7)
@@ -101,7 +101,7 @@ func TestAnEventThatFailsIsTriedAgainBeforeAllThatFollows(t *testing.T) {
 	})
 }
 
-func TestASessionLeavesBehindItsStreams(t *testing.T) {
+func TestDisconnectedComesAfterTheStreamsOfTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(telling, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.visit(t, 7)
@@ -119,7 +119,7 @@ func TestASessionLeavesBehindItsStreams(t *testing.T) {
 	})
 }
 
-func TestAMessageThatNeverGetsThroughKeepsNoSessionFromLeaving(t *testing.T) {
+func TestDisconnectedDoesNotWaitForAMessageThatAlwaysFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		client := e.visit(t, 7)
@@ -142,7 +142,27 @@ func TestAMessageThatNeverGetsThroughKeepsNoSessionFromLeaving(t *testing.T) {
 	})
 }
 
-func TestATakeOverIsToldAsAnEndAndABeginning(t *testing.T) {
+func TestDisconnectedWaitsForEachMessageWhileAnotherFailsAgainAndAgain(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(telling, toProbe)
+		client := e.visit(t, 7)
+		e.told(t, "7 connected").deliver()
+		sendAll(client, "poison", "slow")
+		arrivals := e.arrivalsOf("poison", "slow")
+		end(client)
+		arrivals["poison"].fail(errOutput)
+		for range 5 {
+			e.told(t, "7: poison").fail(errOutput)
+		}
+		last := e.told(t, "7: poison")
+		e.wantNoArrival("a message has had no verdict yet")
+		arrivals["slow"].deliver()
+		e.told(t, "7 disconnected").deliver()
+		last.deliver()
+	})
+}
+
+func TestTakeoverEmitsDisconnectedThenConnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		ghost := e.visit(t, 7)
@@ -166,7 +186,7 @@ func TestATakeOverIsToldAsAnEndAndABeginning(t *testing.T) {
 	})
 }
 
-func TestATakeOverIsToldInOrderWhereInputsShareTheSessions(t *testing.T) {
+func TestTakeoverEmitsInOrderWhereInputsShareTheSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		e.run(telling, toProbe)
@@ -181,7 +201,7 @@ func TestATakeOverIsToldInOrderWhereInputsShareTheSessions(t *testing.T) {
 	})
 }
 
-func TestAStalledPipelineIsToldOfEachSessionAndThenNoNewOnesAreLetIn(t *testing.T) {
+func TestStalledPipelineLosesNoEventAndNewSessionsAreDenied(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ session ], max_batch_count: 1, max_sessions: 3"), "serial: {}")
 		for id := range uint64(6) { // as many as may be connected, and have left
@@ -253,7 +273,7 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 	}
 }
 
-func TestAnotherInputTellsOfTheSessionsThatItTakesOver(t *testing.T) {
+func TestNextInputEmitsConnectedForTheSessionsThatItGets(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(telling, toProbe)
 		client, leaves := e.visit(t, 7), e.visit(t, 8)
@@ -278,7 +298,7 @@ func TestAnotherInputTellsOfTheSessionsThatItTakesOver(t *testing.T) {
 	})
 }
 
-func TestAnInputThatStartsLaterIsToldOfTheSessionsThatAreThere(t *testing.T) {
+func TestInputThatStartsLaterEmitsConnectedForEachSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.visit(t, 7)
@@ -290,7 +310,7 @@ func TestAnInputThatStartsLaterIsToldOfTheSessionsThatAreThere(t *testing.T) {
 	})
 }
 
-func TestAStopTellsOfNobody(t *testing.T) {
+func TestStopEmitsNoDisconnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(telling, toProbe)
 		e.visit(t, 7)
@@ -309,7 +329,7 @@ func TestAStopTellsOfNobody(t *testing.T) {
 	})
 }
 
-func TestWithoutSessionAmongTheTypesNobodyIsToldOf(t *testing.T) {
+func TestWithoutSessionInMessageTypesThereAreNoEvents(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		end(e.visit(t, 7))

@@ -1,0 +1,353 @@
+package plugin
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+var errPoison = errors.New("never that one")
+
+// failPoison delivers what arrives for some time, but for messages that begin with "poison",
+// and returns the texts of those that it delivered.
+func (e *engine) failPoison(during time.Duration) (delivered []string) {
+	e.t.Helper()
+	enough := time.After(during)
+	for {
+		select {
+		case a := <-e.probe.arrivals:
+			if text := a.texts()[0]; text[:6] == "poison" {
+				a.fail(errPoison)
+			} else {
+				delivered = append(delivered, text)
+				a.deliver()
+			}
+		case <-enough:
+			return delivered
+		}
+	}
+}
+
+func TestMessagesThatFailForEverLeaveCapacityToOtherClients(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1"), toProbe)
+		bad := e.visit(t, 1)
+		for i := range 100 {
+			send(bad, fmt.Sprint("poison ", i))
+		}
+		require.Empty(t, e.failPoison(10*time.Second))
+		good := send(e.visit(t, 2), "of another")
+		require.Equal(t, []string{"of another"}, e.failPoison(time.Second))
+		good.wantAcked(t, "delivered")
+
+		// Its session ends, and what has failed is redelivered; it reconnects and sends
+		// more: it has the same share.
+		end(bad)
+		bad = e.visit(t, 1)
+		for i := range 100 {
+			send(bad, fmt.Sprint("poison again ", i))
+		}
+		require.Empty(t, e.failPoison(10*time.Second))
+		good = send(e.visit(t, 3), "of a third")
+		require.Equal(t, []string{"of a third"}, e.failPoison(time.Second))
+		good.wantAcked(t, "delivered")
+	})
+}
+
+func TestClientThatAcknowledgesNoResponsesLeavesCapacityToOthers(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 16"), answering)
+		deaf := e.dial()
+		for i := range 100 {
+			send(deaf, fmt.Sprint(i))
+		}
+		synctest.Wait()
+		begin := time.Now()
+		other := e.dial()
+		for range 100 {
+			m := send(other, "hello")
+			require.NoError(t, receiveTexts(t, other, "hello")[0].Ack())
+			m.wantAcked(t, "with its answer")
+		}
+		require.Zero(t, time.Since(begin))
+	})
+}
+
+func TestStreamsOfAClientHaveNoMoreThanItsShareOfMaxInFlight(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1, streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.dial()
+		sending := sendAny(func() error {
+			return client.SendStream(t.Context(), strings.NewReader("1\n2\n3\n4\n5\n"), nil)
+		})
+		arrivals := e.arrivalsOf("1", "2", "3")
+		e.wantNoArrival("the rest of max_in_flight is for others")
+		for _, a := range arrivals {
+			a.deliver()
+		}
+		for range 2 {
+			e.arrival().deliver()
+		}
+		sending.wantAcked(t, "all of it")
+	})
+}
+
+func TestMessagesAndStreamsOfAClientHaveOneShareOfMaxInFlight(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1, streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.dial()
+		sending := sendAny(func() error {
+			return client.SendStream(t.Context(), strings.NewReader("1\n2\n3\n"), nil)
+		})
+		arrivals := e.arrivalsOf("1", "2", "3")
+		message := send(client, "4")
+		e.wantNoArrival("the rest of max_in_flight is for others")
+		other := send(e.dial(), "of another")
+		e.arrivalsOf("of another")["of another"].deliver()
+		other.wantAcked(t, "delivered")
+		for _, a := range arrivals {
+			a.deliver()
+		}
+		sending.wantAcked(t, "all of it")
+		e.arrivalsOf("4")["4"].deliver()
+		message.wantAcked(t, "delivered")
+	})
+}
+
+// Each message that waits holds the memory of its session.
+func TestNewSessionsAreDeniedWhileTooManyEndedOnesWaitForThePipeline(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 1, max_sessions: 3"), toProbe)
+		for id := range uint64(1 + 6) { // one is in the pipeline, and as many wait as may be connected, and have left
+			visitor := e.visit(t, 1+id)
+			send(visitor, fmt.Sprint(id))
+			synctest.Wait()
+			end(visitor)
+			synctest.Wait()
+		}
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		require.ErrorContains(t, err, "503 Service Unavailable: Overloaded: closed sessions are still draining.")
+		for range 1 + 6 {
+			e.arrival().deliver()
+		}
+		e.dial()
+	})
+}
+
+func TestReconnectedClientKeepsItsShareOfMaxInFlight(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1"), toProbe)
+		client := e.visit(t, 1)
+		sendAll(client, "1", "2", "3")
+		arrivals := e.arrivalsOf("1", "2", "3")
+		end(client)
+		synctest.Wait()
+
+		client = e.visit(t, 1)
+		fourth := send(client, "4")
+		e.wantNoArrival("what the client sent before is in flight")
+		other := send(e.visit(t, 2), "of another")
+		e.arrivalsOf("of another")["of another"].deliver()
+		other.wantAcked(t, "delivered")
+		arrivals["1"].deliver()
+		e.arrivalsOf("4")["4"].deliver()
+		fourth.wantAcked(t, "delivered")
+	})
+}
+
+// wordScanners are scanners that make a batch of the words of each line.
+type wordScanners struct{ closed atomic.Int64 }
+
+func (w *wordScanners) Create(stream io.ReadCloser, ack service.AckFunc, _ *service.ScannerSourceDetails) (service.BatchScanner, error) {
+	return service.AutoAggregateBatchScannerAcks(&wordScan{stream, bufio.NewScanner(stream)}, ack), nil
+}
+
+func (w *wordScanners) Close(context.Context) error { w.closed.Add(1); return nil }
+
+type wordScan struct {
+	stream io.ReadCloser
+	lines  *bufio.Scanner
+}
+
+func (w *wordScan) NextBatch(context.Context) (service.MessageBatch, error) {
+	if !w.lines.Scan() {
+		return nil, cmp.Or(w.lines.Err(), io.EOF)
+	}
+	return batchOf(strings.Fields(w.lines.Text())...), nil
+}
+
+func (w *wordScan) Close(context.Context) error { return w.stream.Close() }
+
+const byWords = "streams: { scanner: { words: {} } }"
+
+// scanWords registers the scanner of byWords.
+func (e *engine) scanWords() *wordScanners {
+	e.t.Helper()
+	scanners := &wordScanners{}
+	require.NoError(e.t, e.env.RegisterBatchScannerCreator("words", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchScannerCreator, error) {
+		return scanners, nil
+	}))
+	return scanners
+}
+
+func TestScannersBatchThatIsLargerThanAClientsShareIsDeliveredInParts(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.scanWords()
+		e.run(with(listenInput, "max_in_flight: 4, "+byWords), toProbe)
+		client := e.dial()
+		stream := sendStream(client, "numbers", "1 2 3 4 5 6 7\n")
+		for _, part := range [][]string{{"1", "2", "3"}, {"4", "5", "6"}, {"7"}} {
+			a := e.arrival()
+			require.Equal(t, part, a.texts())
+			e.wantNoArrival("one is for other clients")
+			e.wantMetrics("at most", map[string]int64{"cryo_messages_unacknowledged": int64(len(part)), "cryo_streams_open": 1})
+			a.deliver()
+		}
+		stream.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{"cryo_messages_unacknowledged": 0, "cryo_streams_open": 0})
+	})
+}
+
+func TestMessagesOfClientsAreDeliveredInOrderOfArrival(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 1"), toProbe)
+		clients := []*cryo.Session{e.dial(), e.dial(), e.dial()}
+		var sent []*sending
+		texts := words("%d", 9)
+		for i, text := range texts[:6] {
+			sent = append(sent, sendAll(clients[i%3], text)...)
+		}
+		for i, text := range texts {
+			a := e.arrival()
+			require.Equal(t, []string{text}, a.texts())
+			if i < 3 {
+				sent = append(sent, sendAll(clients[i], texts[6+i])...)
+			}
+			a.deliver()
+		}
+		for _, s := range sent {
+			s.wantAcked(t, "delivered")
+		}
+	})
+}
+
+func TestSessionEventsDoNotWaitForMaxInFlight(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(telling, "max_in_flight: 1"), toProbe)
+		first := e.visit(t, 1)
+		e.told(t, "1 connected").deliver()
+		sent := send(first, "hello")
+		message := e.told(t, "1: hello")
+		second := e.visit(t, 2)
+		event := e.told(t, "2 connected")
+		e.wantMetrics("a message and an event", map[string]int64{"cryo_messages_unacknowledged": 2})
+		event.deliver()
+		_ = send(second, "waits")
+		e.wantNoArrival("the message of the first client is in flight")
+		message.deliver()
+		sent.wantAcked(t, "delivered")
+		e.told(t, "2: waits").deliver()
+		e.wantMetrics("settled", map[string]int64{"cryo_messages_unacknowledged": 0})
+	})
+}
+
+func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.run(with(listenInput, "max_batch_count: 1"), toProbe)
+		client := e.dial()
+		sent := sendAll(client, words("%d", 7)...)
+		in.kill()
+		for len(e.probe.arrivals) > 0 {
+			<-e.probe.arrivals
+		}
+		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1"), toProbe)
+		arrivals := e.arrivalsOf("0", "1", "2")
+		e.wantNoArrival("one is for other clients")
+		e.wantMetrics("in flight", map[string]int64{"cryo_messages_unacknowledged": 3})
+		for _, a := range arrivals {
+			a.deliver()
+		}
+		require.ElementsMatch(t, words("%d", 7)[3:], e.deliverNext(4))
+		for _, s := range sent {
+			s.wantAcked(t, "delivered")
+		}
+		e.wantMetrics("delivered", map[string]int64{"cryo_messages_unacknowledged": 0})
+	})
+}
+
+func TestMessagesOfTheLastInputAreFilteredByTheNextInputsMessageTypes(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+		client := e.dial()
+		text := send(client, "text")
+		synctest.Wait()
+		binary := sendAny(func() error { return client.SendBinary(t.Context(), []byte("binary")) })
+		synctest.Wait()
+		in.kill()
+		require.Equal(t, []string{"text"}, e.arrival().texts(), "of the pipeline that was killed")
+		e.run(with(listenInput, "message_types: [ utf8 ]"), toProbe)
+		a := e.arrival()
+		require.Equal(t, []string{"text"}, a.texts())
+		binary.wantAcked(t, "filtered")
+		a.deliver()
+		text.wantAcked(t, "delivered")
+		e.wantNoArrival("the other is no text")
+	})
+}
+
+func TestScannerIsClosedOnceWithItsInput(t *testing.T) {
+	inputs := map[string]func(e *engine) (peer func() *cryo.Session){
+		dialInput:   func(e *engine) func() *cryo.Session { return e.serve().session },
+		listenInput: func(e *engine) func() *cryo.Session { return e.dial },
+	}
+	for input, peerOf := range inputs {
+		inEngine(t, func(t *testing.T, e *engine) {
+			scanners, peer := e.scanWords(), peerOf(e)
+			p := e.run(with(input, byWords), toProbe)
+			stream := sendStream(peer(), "letters", "a\n")
+			e.arrival().deliver()
+			stream.wantAcked(t, "delivered")
+			require.Zero(t, scanners.closed.Load())
+			p.stop()
+			require.Equal(t, int64(1), scanners.closed.Load())
+		})
+		inEngine(t, func(t *testing.T, e *engine) {
+			scanners, peer := e.scanWords(), peerOf(e)
+			p := e.run(with(input, byWords), toProbe)
+			open := open(t, peer(), "letters")
+			write(t, open, "a\n")
+			e.arrival()
+			p.kill()
+			require.Equal(t, int64(1), scanners.closed.Load(), "a hard stop in the middle of a stream")
+		})
+	}
+	inEngine(t, func(t *testing.T, e *engine) {
+		scanners := e.scanWords()
+		p := e.run(with(dialInput, byWords), toProbe)
+		p.kill()
+		require.Equal(t, int64(1), scanners.closed.Load(), "never connected")
+	})
+	inEngine(t, func(t *testing.T, e *engine) {
+		_, err := e.net.Listen("tcp", somewhere)
+		require.NoError(t, err)
+		scanners := e.scanWords()
+		p := e.run(with(listenInput, byWords), toProbe)
+		p.kill()
+		require.Equal(t, int64(1), scanners.closed.Load(), "never connected")
+	})
+}
