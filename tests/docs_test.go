@@ -96,6 +96,13 @@ func declared(t *testing.T, dir string) map[string]bool {
 					switch s := spec.(type) {
 					case *ast.TypeSpec:
 						names[s.Name.Name] = true
+						if structure, ok := s.Type.(*ast.StructType); ok {
+							for _, field := range structure.Fields.List {
+								for _, name := range field.Names {
+									names[s.Name.Name+"."+name.Name] = true
+								}
+							}
+						}
 					case *ast.ValueSpec:
 						for _, name := range s.Names {
 							names[name.Name] = true
@@ -120,13 +127,42 @@ func TestTheArchitecturePageNamesExistingCode(t *testing.T) {
 	pattern := regexp.MustCompile("`(?:cryo\\.)?([A-Za-z]+(?:\\.[A-Za-z]+)?)`|\\b((?:Session|receiver|outbox)\\.[A-Za-z]+)")
 	for _, match := range pattern.FindAllStringSubmatch(page, -1) {
 		name := match[1] + match[2]
-		if name == strings.ToLower(name) && !names[name] {
-			continue // a package, a component, a field or a file
+		if name == strings.ToLower(name) && !names[name] || strings.HasPrefix(name, "service.") {
+			continue // a package, a component, a field or a file; a name of the engine
 		}
 		require.True(t, names[name], "docs/architecture.md names %s, which does not exist", name)
 		found++
 	}
 	require.Greater(t, found, 30)
+}
+
+// The tables of docs/architecture.md must name each file of cryo and plugin once: whoever
+// reads the page finds every file. A pattern such as *_config.go names several.
+func TestTheArchitecturePageNamesEachFileOnce(t *testing.T) {
+	page := testkit.ReadFile(t, "../docs/architecture.md")
+	for _, dir := range []string{"cryo", "plugin"} {
+		_, table, found := strings.Cut(page, "\n### "+dir+"/\n")
+		require.True(t, found, dir)
+		table, _, _ = strings.Cut(table, "\n#")
+		var patterns []string
+		for _, match := range regexp.MustCompile("`([a-z_*]+\\.go)`").FindAllStringSubmatch(table, -1) {
+			patterns = append(patterns, match[1])
+		}
+		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
+		require.NoError(t, err)
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			var by []string
+			for _, pattern := range patterns {
+				if ok, _ := filepath.Match(pattern, filepath.Base(file)); ok {
+					by = append(by, pattern)
+				}
+			}
+			require.Len(t, by, 1, "docs/architecture.md must name %s once", file)
+		}
+	}
 }
 
 // Each row of docs/guarantees.md, or the head of its table, must cite a test. A citation
