@@ -162,16 +162,6 @@ func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 	})
 }
 
-// aloneInput makes an input without an engine around it.
-func (e *engine) aloneInput(t *testing.T, fields string) *input {
-	t.Helper()
-	conf, err := specs()["input cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
-	require.NoError(t, err)
-	in, err := newInput(conf, service.MockResources(), cryo.DialOptions{NetDial: e.dialer})
-	require.NoError(t, err)
-	return in
-}
-
 func TestAConnectionTestDialsAndHangsUp(t *testing.T) {
 	for _, kind := range []string{"input", "output"} {
 		t.Run(kind, func(t *testing.T) {
@@ -221,19 +211,6 @@ func TestAConnectionTestLeavesAWaitingMessageToOthers(t *testing.T) {
 			})
 		})
 	}
-}
-
-// farAway dials over a line with some latency.
-func (e *engine) farAway(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := e.net.Dial(ctx, network, address)
-	return &farConn{c}, err
-}
-
-type farConn struct{ net.Conn }
-
-func (c *farConn) Read(p []byte) (int, error) {
-	time.Sleep(time.Millisecond)
-	return c.Conn.Read(p)
 }
 
 func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {

@@ -1,80 +1,19 @@
 package plugin
 
 import (
-	"context"
 	"fmt"
-	"maps"
+	"io"
 	"os"
 	"regexp"
 	"slices"
-	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
-
-// metricsBook is an exporter of metrics that keeps them, by name and labels.
-type metricsBook struct {
-	mu     sync.Mutex
-	values map[string]int64 // "name{key=value}"
-}
-
-// names gives all metrics there are.
-func (b *metricsBook) names() []string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return slices.Collect(maps.Keys(b.values))
-}
-
-func (b *metricsBook) value(name string) int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.values[name]
-}
-
-type metric struct {
-	book *metricsBook
-	name string
-}
-
-func (m metric) change(f func(int64) int64) {
-	m.book.mu.Lock()
-	defer m.book.mu.Unlock()
-	m.book.values[m.name] = f(m.book.values[m.name])
-}
-
-func (m metric) Incr(n int64)   { m.change(func(v int64) int64 { return v + n }) }
-func (m metric) Set(n int64)    { m.change(func(int64) int64 { return n }) }
-func (m metric) Timing(n int64) { m.change(func(v int64) int64 { return v + n }) }
-
-func (b *metricsBook) metric(name string, keys, values []string) metric {
-	labels := ""
-	for i := range keys {
-		if keys[i] != "path" && values[i] != "" {
-			labels += fmt.Sprintf("{%s=%s}", keys[i], values[i])
-		}
-	}
-	return metric{b, name + labels}
-}
-
-func (b *metricsBook) NewCounterCtor(name string, keys ...string) service.MetricsExporterCounterCtor {
-	return func(values ...string) service.MetricsExporterCounter { return b.metric(name, keys, values) }
-}
-
-func (b *metricsBook) NewTimerCtor(name string, keys ...string) service.MetricsExporterTimerCtor {
-	return func(values ...string) service.MetricsExporterTimer { return b.metric(name, keys, values) }
-}
-
-func (b *metricsBook) NewGaugeCtor(name string, keys ...string) service.MetricsExporterGaugeCtor {
-	return func(values ...string) service.MetricsExporterGauge { return b.metric(name, keys, values) }
-}
-
-func (b *metricsBook) Close(context.Context) error { return nil }
 
 // namesIn finds the names of metrics in a file of the repository.
 func namesIn(t *testing.T, file, pattern string) []string {
@@ -130,9 +69,7 @@ func TestGaugesReturnToZeroAtAHardStop(t *testing.T) {
 		in := e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dial()
 		sendAll(client, "a", "b", "c")
-		_ = sendAny(func() error {
-			return client.SendStream(context.Background(), strings.NewReader("d\ne\n"), nil)
-		})
+		sendStream(client, "", "d\ne\n")
 		synctest.Wait()
 		require.Positive(t, e.metrics.value("cryo_messages_unacknowledged"))
 		require.Equal(t, int64(1), e.metrics.value("cryo_streams_open"))
@@ -175,4 +112,222 @@ func TestTheMetricsOfAListenerAreReportedByAComponentThatStays(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestInputsCountMessages(t *testing.T) {
+	atBothInputs(t, "auto_replay_nacks: false, message_types: [ utf8, binary ]", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		delivered := send(peer, "12345")
+		a := e.arrival()
+		e.wantMetrics("in the pipeline", map[string]int64{
+			"cryo_messages_received{message_type=utf8}": 1,
+			"cryo_bytes_received{message_type=utf8}":    5,
+			"cryo_messages_unacknowledged":              1,
+			"cryo_ack_latency_ns":                       0,
+		})
+		time.Sleep(3 * time.Second)
+		a.deliver()
+		delivered.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{
+			"cryo_messages_unacknowledged": 0,
+			"cryo_ack_latency_ns":          int64(3 * time.Second),
+		})
+
+		rejected := sendAny(func() error { return peer.SendBinary(t.Context(), []byte("123")) })
+		e.arrival().fail(errOutput)
+		rejected.wantRefused(t, rejection)
+		sendStream(peer, "orders", "").wantAcked(t, "dropped")
+		e.wantMetrics("rejected, and left out", map[string]int64{
+			"cryo_messages_received{message_type=binary}": 1,
+			"cryo_bytes_received{message_type=binary}":    3,
+			"cryo_messages_rejected{message_type=binary}": 1,
+			"cryo_messages_rejected{message_type=utf8}":   0,
+			"cryo_messages_received{message_type=stream}": 1,
+			"cryo_messages_filtered{message_type=stream}": 1,
+			"cryo_messages_unacknowledged":                0,
+			"cryo_ack_latency_ns":                         int64(3 * time.Second),
+		})
+	})
+}
+
+func TestInputsCountStreams(t *testing.T) {
+	atBothInputs(t, "streams: { max_bytes: 10 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		stream := sendStream(peer, "orders", "1234567")
+		a := e.arrival()
+		e.wantMetrics("in the pipeline", map[string]int64{
+			"cryo_messages_received{message_type=stream}": 1,
+			"cryo_bytes_received{message_type=stream}":    7,
+			"cryo_streams_open":                           1,
+			"cryo_messages_unacknowledged":                1,
+		})
+		a.deliver()
+		stream.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{"cryo_streams_open": 0, "cryo_messages_unacknowledged": 0})
+
+		require.ErrorIs(t, sendStream(peer, "orders", "12345678901").result(t), cryo.ErrStreamCancelled)
+		e.wantMetrics("too long", map[string]int64{"cryo_streams_open": 0, "cryo_messages_rejected{message_type=stream}": 1})
+	})
+}
+
+func TestOutputsCountMessages(t *testing.T) {
+	atBothOutputs(t, "ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
+		f := e.give("12345", "\xff\x00")
+		m := receiveTexts(t, peer, "12345", "\xff\x00")
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2, "cryo_sessions": 1})
+		time.Sleep(2 * time.Second)
+		require.NoError(t, cryo.AckBatch(m))
+		f.wantDelivered(t, "acknowledged")
+		delivered := map[string]int64{
+			"cryo_messages_sent{message_type=utf8}":   1,
+			"cryo_bytes_sent{message_type=utf8}":      5,
+			"cryo_messages_sent{message_type=binary}": 1,
+			"cryo_bytes_sent{message_type=binary}":    2,
+			"cryo_messages_unacknowledged":            0,
+			"cryo_ack_latency_ns":                     int64(2 * time.Second),
+		}
+		e.wantMetrics("delivered", delivered)
+
+		f = e.give("no")
+		require.NoError(t, receiveTexts(t, peer, "no")[0].Reject("not today"))
+		require.Error(t, next(t, f.verdict))
+		e.wantMetrics("rejected", delivered)
+		e.wantMetrics("rejected", map[string]int64{"cryo_sends_rejected{message_type=utf8}": 1})
+	})
+}
+
+func TestOutputsCountStreams(t *testing.T) {
+	atBothOutputs(t, asStream, func(t *testing.T, e *engine, peer *cryo.Session) {
+		for _, take := range []bool{true, false} {
+			f := e.give("12345")
+			stream, err := peer.AcceptStream(t.Context())
+			require.NoError(t, err)
+			e.wantMetrics("on the way", map[string]int64{"cryo_streams_open": 1})
+			if take {
+				_, err = io.ReadAll(stream)
+				require.NoError(t, err)
+				require.NoError(t, stream.Ack())
+			} else {
+				require.NoError(t, stream.Close())
+			}
+			require.Equal(t, take, next(t, f.verdict) == nil)
+		}
+		e.wantMetrics("one delivered, one cancelled", map[string]int64{
+			"cryo_messages_sent{message_type=stream}":  1,
+			"cryo_bytes_sent{message_type=stream}":     5,
+			"cryo_sends_rejected{message_type=stream}": 1,
+			"cryo_streams_open":                        0,
+		})
+	})
+}
+
+func TestABroadcastCountsOncePerSession(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		a, b := e.dial(), e.dial()
+		f := e.give("12345")
+		fromA, fromB := receive(t, a), receive(t, b)
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2})
+		time.Sleep(time.Second)
+		require.NoError(t, fromA.Ack())
+		require.NoError(t, fromB.Reject("no"))
+		f.wantDelivered(t, "by one")
+		e.wantMetrics("one acknowledged, one refused", map[string]int64{
+			"cryo_messages_sent{message_type=utf8}":  1,
+			"cryo_bytes_sent{message_type=utf8}":     5,
+			"cryo_sends_rejected{message_type=utf8}": 1,
+			"cryo_messages_unacknowledged":           0,
+			"cryo_ack_latency_ns":                    int64(time.Second),
+		})
+	})
+}
+
+func TestAWorkQueueCounts(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "send_to: any"))
+		worker := e.dial()
+		f := e.give("12345")
+		m := receive(t, worker)
+		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 1})
+		time.Sleep(time.Second)
+		require.NoError(t, m.Ack())
+		f.wantDelivered(t, "acknowledged")
+		e.wantMetrics("delivered", map[string]int64{
+			"cryo_messages_sent{message_type=utf8}": 1,
+			"cryo_bytes_sent{message_type=utf8}":    5,
+			"cryo_messages_unacknowledged":          0,
+			"cryo_ack_latency_ns":                   int64(time.Second),
+		})
+	})
+}
+
+func TestLateAcknowledgementsAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
+		peer := server.session()
+		f := e.give("slow")
+		m := receiveTexts(t, peer, "slow")
+		require.Error(t, next(t, f.verdict))
+		require.NoError(t, m[0].Ack())
+		e.wantMetrics("too late", map[string]int64{
+			"cryo_late_acks":                        1,
+			"cryo_messages_sent{message_type=utf8}": 0,
+			"cryo_messages_unacknowledged":          0,
+			"cryo_ack_latency_ns":                   0,
+		})
+	})
+}
+
+func TestSessionsAndReconnectionsAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		p := e.run(dialInput, toProbe)
+		first := server.session()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 1, "cryo_reconnections": 0})
+		end(first)
+		synctest.Wait()
+		second := server.session()
+		e.wantMetrics("again", map[string]int64{"cryo_sessions": 1, "cryo_reconnections": 1})
+		server.shutdown()
+		<-second.Done()
+		e.wantMetrics("lost", map[string]int64{"cryo_sessions": 0, "cryo_reconnections": 1})
+		p.stop()
+	})
+}
+
+func TestAnOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		server.session()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 1})
+		server.shutdown()
+		e.wantMetrics("lost", map[string]int64{"cryo_sessions": 0})
+	})
+}
+
+func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "max_sessions: 2"))
+		a, b := e.dial(), e.dial()
+		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 2})
+		_, err := e.tryDial(cryo.DialOptions{Token: token})
+		require.Error(t, err)
+		_, err = e.tryDial(cryo.DialOptions{Token: "wrong"})
+		require.Error(t, err)
+		end(a)
+		e.wantMetrics("one left, two were not let in", map[string]int64{
+			"cryo_sessions":                    1,
+			"cryo_sessions_denied{status=503}": 1,
+			"cryo_sessions_denied{status=401}": 1,
+		})
+
+		time.Sleep(noInputPatience)
+		synctest.Wait()
+		send(b, "anybody?").wantRefused(t, "this session receives no messages")
+		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)
+		e.wantMetrics("nobody receives", map[string]int64{
+			"cryo_session_rejections{message_type=utf8}":   1,
+			"cryo_session_rejections{message_type=stream}": 1,
+		})
+	})
 }

@@ -31,14 +31,6 @@ func (e *engine) told(t *testing.T, want string) *arrival {
 	return a
 }
 
-// visit connects a client with an id.
-func (e *engine) visit(t *testing.T, id uint64) *cryo.Session {
-	t.Helper()
-	s, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: id})
-	require.NoError(t, err)
-	return s
-}
-
 func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ utf8, session ], session_metadata: { query_parameters: [ room ] }"), toProbe)

@@ -133,16 +133,6 @@ func TestMessagesThatAServerSendsToAnOutputAreRejected(t *testing.T) {
 	})
 }
 
-// alone makes an output without an engine around it.
-func (e *engine) alone(t *testing.T, fields string) *output {
-	t.Helper()
-	conf, err := specs()["output cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
-	require.NoError(t, err)
-	out, _, _, err := newOutput(conf, service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger()))), cryo.DialOptions{NetDial: e.dialer})
-	require.NoError(t, err)
-	return out
-}
-
 func TestWriteBatchWithoutASessionReturnsErrNotConnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()

@@ -17,20 +17,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// toAll runs a pipeline that sends to all of some clients.
-func toAll(t *testing.T, fields string, clients int, test func(t *testing.T, e *engine, clients []*cryo.Session)) {
-	t.Helper()
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(fromOnce, with(listenOutput, fields))
-		var sessions []*cryo.Session
-		for range clients {
-			sessions = append(sessions, e.dial())
-		}
-		synctest.Wait()
-		test(t, e, sessions)
-	})
-}
-
 func TestABroadcastIsDeliveredWhenAllHaveAcknowledged(t *testing.T) {
 	toAll(t, "", 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m0", "m1")

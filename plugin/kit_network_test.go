@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
@@ -74,4 +75,17 @@ func (n *memoryNet) freeze() {
 		c.(*cryotest.Conn).Freeze()
 	}
 	n.conns = nil
+}
+
+// farAway dials over a line with some latency.
+func (e *engine) farAway(ctx context.Context, network, address string) (net.Conn, error) {
+	c, err := e.net.Dial(ctx, network, address)
+	return &farConn{c}, err
+}
+
+type farConn struct{ net.Conn }
+
+func (c *farConn) Read(p []byte) (int, error) {
+	time.Sleep(time.Millisecond)
+	return c.Conn.Read(p)
 }

@@ -1,9 +1,9 @@
 package plugin
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -12,48 +12,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
-
-// sendAll sends messages one after the other.
-func sendAll(client *cryo.Session, texts ...string) []*sending {
-	var sent []*sending
-	for _, text := range texts {
-		sent = append(sent, send(client, text))
-		synctest.Wait()
-	}
-	return sent
-}
-
-// deliverAll delivers what comes until so many messages have, and returns them.
-func (e *engine) deliverNext(n int) (texts []string) {
-	e.t.Helper()
-	for len(texts) < n {
-		a := e.arrival()
-		texts = append(texts, a.texts()...)
-		a.deliver()
-		synctest.Wait()
-	}
-	return texts
-}
-
-// stopWhile stops a pipeline in good order. What its output gets meanwhile is for
-// handle.
-func (p *pipeline) stopWhile(handle func(a *arrival)) {
-	p.e.t.Helper()
-	stopped := sendAny(func() error { p.stop(); return nil })
-	synctest.Wait()
-	for {
-		select {
-		case a := <-p.e.probe.arrivals:
-			handle(a)
-		case <-stopped.done:
-			return
-		}
-	}
-}
 
 func TestAnInputThatIsReplacedHandsOverAllThatItHasNotDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -179,9 +142,7 @@ func TestStreamsThatWereNotBegunAreHandedOver(t *testing.T) {
 		client := e.dial()
 		var sent []*sending
 		for i := range 3 {
-			sent = append(sent, sendAny(func() error {
-				return client.SendStream(context.Background(), strings.NewReader(fmt.Sprint("stream ", i)), nil)
-			}))
+			sent = append(sent, sendStream(client, "", fmt.Sprint("stream ", i)))
 			synctest.Wait()
 		}
 		in.stopWhile(func(a *arrival) {
@@ -205,9 +166,7 @@ func TestPartsOfAStreamThatWasReadToItsEndAreHandedOver(t *testing.T) {
 		const lines = "streams: { scanner: { lines: {} } }"
 		in := e.run(with(listenInput, lines), toProbe)
 		client := e.dial()
-		sent := sendAny(func() error {
-			return client.SendStream(context.Background(), strings.NewReader("a\nb\nc\n"), nil)
-		})
+		sent := sendStream(client, "", "a\nb\nc\n")
 		synctest.Wait()
 		in.stopWhile(func(a *arrival) {
 			if slices.Contains(a.texts(), "b") {
@@ -277,19 +236,12 @@ func TestWhatIsHandedOverIsAcknowledgedBesideWhatWasBefore(t *testing.T) {
 				sent := sendAll(client, words("%d", 10)...)
 				in.kill()
 				acked := 0
-				for i := range sent {
-					select {
-					case err := <-sent[i].done:
-						require.NoError(t, err)
-						acked++
-					default:
-					}
+				for acked < len(sent) && sent[acked].isAcked(t) {
+					acked++
 				}
 				require.NotZero(t, acked)
 				require.Less(t, acked, 10)
-				for len(e.probe.arrivals) > 0 {
-					<-e.probe.arrivals
-				}
+				e.dropArrivals()
 				e.run(with(listenInput, next), toProbe)
 				e.deliverNext(10)
 				synctest.Wait()
@@ -310,13 +262,8 @@ func TestWhatIsHandedOverIsRejectedBesideWhatWasAcknowledged(t *testing.T) {
 		sent := sendAll(client, words("%d", 10)...)
 		in.kill()
 		acked := 0
-		for i := range sent {
-			select {
-			case err := <-sent[i].done:
-				require.NoError(t, err)
-				acked++
-			default:
-			}
+		for acked < len(sent) && sent[acked].isAcked(t) {
+			acked++
 		}
 		in2 := e.run(listenInput, toProbe) // acknowledge: delivered
 		synctest.Wait()
@@ -334,14 +281,10 @@ func TestPartsThatWereAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
 		const conf = "acknowledge: received, streams: { scanner: { lines: {} } }"
 		in := e.run(with(listenInput, conf), toProbe)
 		client := e.dial()
-		sent := sendAny(func() error {
-			return client.SendStream(context.Background(), strings.NewReader("a\nb\nc\n"), nil)
-		})
+		sent := sendStream(client, "", "a\nb\nc\n")
 		sent.wantAcked(t, "the pipeline has all parts")
 		synctest.Wait()
-		for len(e.probe.arrivals) > 0 {
-			<-e.probe.arrivals
-		}
+		e.dropArrivals()
 		in.kill()
 		e.run(with(listenInput, conf), toProbe)
 		synctest.Wait()
@@ -410,20 +353,9 @@ func TestAStreamThatComesDuringAStopWaitsForTheNextInput(t *testing.T) {
 		sendAll(client, words("%d", 5)...)
 		stopped := sendAny(func() error { in.stop(); return nil })
 		synctest.Wait()
-		st := sendAny(func() error {
-			return client.SendStream(context.Background(), strings.NewReader("stream"), nil)
-		})
+		st := sendStream(client, "", "stream")
 		synctest.Wait()
-		for {
-			synctest.Wait()
-			select {
-			case a := <-e.probe.arrivals:
-				a.deliver()
-				continue
-			default:
-			}
-			break
-		}
+		e.deliverArrived()
 		require.NoError(t, stopped.result(t))
 		st.wantPending(t, "nothing was read of it before the stop; another input may follow")
 	})
@@ -467,16 +399,12 @@ func TestTheOrderIsKeptOverTwoHandovers(t *testing.T) {
 		client := e.dial()
 		sendAll(client, words("%02d", 12)...)
 		in.kill()
-		for len(e.probe.arrivals) > 0 {
-			<-e.probe.arrivals
-		}
+		e.dropArrivals()
 		// The second takes some, and has numbered others before.
 		in = e.run(with(listenInput, conf), "serial: {}")
 		synctest.Wait()
 		in.kill()
-		for len(e.probe.arrivals) > 0 {
-			<-e.probe.arrivals
-		}
+		e.dropArrivals()
 		e.run(with(listenInput, conf), "serial: {}")
 		require.Equal(t, words("%02d", 12), e.deliverNext(12))
 	})
@@ -495,30 +423,17 @@ func TestTheOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 		for range 50 {
 			for _, o := range others {
 				s := send(o, "other")
-				for {
-					synctest.Wait()
-					select {
-					case a := <-e.probe.arrivals:
-						a.deliver()
-						continue
-					default:
-					}
-					break
-				}
+				e.deliverArrived()
 				s.wantAcked(t, "")
 			}
 		}
 		sendAll(client, words("%02d", 12)...)
 		in.kill()
 		synctest.Wait()
-		for len(e.probe.arrivals) > 0 {
-			<-e.probe.arrivals
-		}
+		e.dropArrivals()
 		synctest.Wait()
 		second.kill()
-		for len(e.probe.arrivals) > 0 {
-			<-e.probe.arrivals
-		}
+		e.dropArrivals()
 		e.run(with(listenInput, conf), "serial: {}")
 		require.Equal(t, words("%02d", 12), e.deliverNext(12))
 	})
@@ -576,5 +491,24 @@ func TestMessagesOfAnEndedSessionDoNotWaitForTheNextSessionWithItsID(t *testing.
 		}
 		require.NoError(t, second.Err())
 		require.True(t, got, "received, and the output works: not delivered within an hour")
+	})
+}
+
+// A verdict may come while its input closes: the message is settled all the same.
+func TestAFailureThatCrossesTheEndOfItsInputLeavesTheMessageToTheNextInput(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		client := e.dial()
+		in := e.aloneServerInput(t, "")
+		require.NoError(t, in.Connect(t.Context()))
+		m := send(client, "hello")
+		_, ack, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		h := &hook{word: "Delivering a message again"}
+		h.do = func() { require.NoError(t, in.Close(t.Context())) }
+		in.receiver.log = service.NewLoggerFromSlog(slog.New(h))
+		require.NoError(t, ack(t.Context(), errors.New("failed")))
+		m.wantPending(t, "another input may follow")
+		m.wantRefused(t, rejection)
 	})
 }

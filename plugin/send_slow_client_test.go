@@ -142,3 +142,31 @@ func TestASlowReaderOfABroadcastStreamIsClosedLongAfterOthersAcknowledgedIt(t *t
 		e.log.want(t, "a stream that another session has acknowledged: timed out after twice its time and ack_timeout (30s)", fmt.Sprintf("session=%d", slow.ID()))
 	})
 }
+
+// A client that answers nothing costs one ack_timeout, not one for each stream.
+func TestASilentClientHoldsUpABroadcastOfStreamsOnce(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "ack_timeout: 3s, message_type: stream"))
+		good := e.dial()
+		e.rawClient() // never answers
+		synctest.Wait()
+		go func() {
+			for {
+				st, err := good.AcceptStream(context.Background())
+				if err != nil {
+					return
+				}
+				go func() {
+					_, _ = st.Read(make([]byte, 10))
+					_, _ = st.Read(make([]byte, 10))
+					_ = st.Ack()
+				}()
+			}
+		}()
+		begin := time.Now()
+		f := e.give(words("m%d", 20)...)
+		f.wantDelivered(t, "")
+		end(good)
+		require.LessOrEqual(t, time.Since(begin), 4*time.Second)
+	})
+}

@@ -18,6 +18,7 @@ import (
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
@@ -234,4 +235,105 @@ func heapInUse() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+const stallLine = "WARN Pipeline stalled: "
+
+func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
+	for name, c := range map[string]struct {
+		fields, policy string
+		size           int
+	}{
+		"count above max_in_flight":        {"max_in_flight: 10", "count: 11", 10},
+		"byte_size above max_buffer_bytes": {"max_buffer_bytes: 10000", "byte_size: 20000", 1000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atBothInputsTo(t, c.fields, "probe: { batching: { "+c.policy+" } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+				for i := range 30 {
+					_ = send(peer, fmt.Sprintf("%0*d", c.size, i))
+				}
+				time.Sleep(stallPatience - time.Second)
+				e.wantNoArrival("no batch is full")
+				require.Zero(t, e.log.count(stallLine))
+				time.Sleep(time.Hour)
+				require.Equal(t, 1, e.log.count(stallLine), "once: %s", strings.Join(e.log.all(), "\n"))
+				e.log.want(t, "batches by count or byte_size that can't fill: make these smaller, or give them a period")
+			})
+		})
+	}
+}
+
+func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
+	atBothInputsTo(t, "max_in_flight: 10", toProbe, func(t *testing.T, e *engine, peer *cryo.Session) {
+		for i := range 30 {
+			_ = send(peer, fmt.Sprint(i))
+		}
+		time.Sleep(stallPatience - time.Second)
+		require.Zero(t, e.log.count(stallLine))
+		time.Sleep(time.Hour)
+		bound := "10 messages in flight, none settled for 10s (max_in_flight: 10, or max_buffer_bytes)"
+		if strings.HasSuffix(t.Name(), "cryo_server") {
+			bound = "8 messages in flight, none settled for 10s (max_in_flight: 10, 8 of one client, or max_buffer_bytes)"
+		}
+		require.Equal(t, 1, e.log.count(stallLine+bound+". Check the outputs: one hangs or is very slow, or "))
+		require.Equal(t, 1, e.log.count(stallLine))
+	})
+}
+
+// The engine asks for no more messages then.
+func TestAnOutputThatHangsWithOneMessageIsReportedOnceReadingPauses(t *testing.T) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+		one := send(peer, "one")
+		hangs := e.arrival()
+		time.Sleep(time.Hour)
+		require.Zero(t, e.log.count(stallLine), "there is room for more")
+		for i := range 30 {
+			_ = send(peer, fmt.Sprintf("%01000d", i))
+		}
+		time.Sleep(2 * stallPatience)
+		require.Equal(t, 1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))
+		hangs.deliver()
+		one.wantAcked(t, "delivered after all")
+	})
+}
+
+func TestAnOutputThatIsVerySlowIsReportedOnceUntilThereIsRoom(t *testing.T) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+		time.Sleep(stallPatience / 20) // between two looks: at a delivery there is room for a moment
+		for range 2 {
+			var all []*sending
+			for i := range 30 {
+				all = append(all, send(peer, fmt.Sprintf("%01000d", i)))
+			}
+			before := e.log.count(stallLine)
+			for range 15 {
+				time.Sleep(4 * stallPatience)
+				e.arrival().deliver()
+			}
+			require.Equal(t, before+1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))
+			for range 15 {
+				e.arrival().deliver()
+			}
+			for _, one := range all {
+				one.wantAcked(t, "delivered in the end")
+			}
+			time.Sleep(time.Minute) // of room
+		}
+	})
+}
+
+func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
+	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+		for i := range 30 {
+			_ = send(peer, fmt.Sprint(i))
+		}
+		for settled := 0; settled < 30; {
+			a := e.arrival()
+			settled += len(a.batch)
+			a.deliver()
+		}
+		time.Sleep(time.Hour) // of nothing to do
+		synctest.Wait()
+		require.Zero(t, e.log.count(stallLine))
+	})
 }

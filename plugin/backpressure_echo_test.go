@@ -155,30 +155,6 @@ func TestAnEchoOverRealSocketsFinishes(t *testing.T) {
 	require.GreaterOrEqual(t, got.answers, got.acks)
 }
 
-// quietClient connects a client that reads nothing by itself.
-func (e *engine) quietClient(t *testing.T) *cryotest.Peer {
-	t.Helper()
-	peer := cryotest.DialPeer(t, &websocket.Dialer{NetDialContext: e.net.Dial}, "ws://"+somewhere+"/", token, 77)
-	handshake(t, peer)
-	return peer
-}
-
-// handshake is the client's, without a reader that goes on.
-func handshake(t *testing.T, peer *cryotest.Peer) {
-	t.Helper()
-	peer.WriteFrames(cryotest.EndpointInfo(0))
-	for _, want := range []wire.Type{wire.Ack, wire.EndpointInfo} {
-		_, b, err := peer.WS.ReadMessage()
-		require.NoError(t, err)
-		f, err := wire.Parse(b)
-		require.NoError(t, err)
-		require.Equal(t, want, f.Type)
-		if want == wire.EndpointInfo {
-			peer.Ack(f)
-		}
-	}
-}
-
 // What we don't read may be its acknowledgement.
 func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

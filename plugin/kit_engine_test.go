@@ -4,9 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,8 +16,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/goleak"
-
-	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -83,6 +82,24 @@ func newEngine(t testing.TB) *engine {
 	return e
 }
 
+const (
+	dialInput    = "cryo: { url: ws://" + somewhere + ", token: " + token + " }"
+	dialOutput   = dialInput
+	listenInput  = "cryo_server: { address: '" + somewhere + "', tokens: [ " + token + " ] }"
+	listenOutput = listenInput
+	toProbe      = "probe: {}"
+	fromFeed     = "feed: {}" // tries again what fails
+	fromOnce     = "once: {}" // and this doesn't
+)
+
+// with adds fields to a component.
+func with(component, fields string) string {
+	if fields == "" {
+		return component
+	}
+	return strings.TrimSuffix(component, " }") + ", " + fields + " }"
+}
+
 // pipeline is one that runs.
 type pipeline struct {
 	e      *engine
@@ -139,14 +156,24 @@ func (p *pipeline) kill() {
 	<-p.ended
 }
 
+// stopWhile stops a pipeline in good order. What its output gets meanwhile is for
+// handle.
+func (p *pipeline) stopWhile(handle func(a *arrival)) {
+	p.e.t.Helper()
+	stopped := sendAny(func() error { p.stop(); return nil })
+	synctest.Wait()
+	for {
+		select {
+		case a := <-p.e.probe.arrivals:
+			handle(a)
+		case <-stopped.done:
+			return
+		}
+	}
+}
+
 // probe is an output whose deliveries the test decides.
 type probe struct{ arrivals chan *arrival }
-
-// arrival is a batch that the pipeline wants to deliver.
-type arrival struct {
-	batch   service.MessageBatch
-	verdict chan error
-}
 
 func (p *probe) Connect(context.Context) error { return nil }
 func (p *probe) Close(context.Context) error   { return nil }
@@ -162,23 +189,53 @@ func (p *probe) WriteBatch(ctx context.Context, batch service.MessageBatch) erro
 	}
 }
 
+// arrival is a batch that the pipeline wants to deliver.
+type arrival struct {
+	batch   service.MessageBatch
+	verdict chan error
+}
+
 // arrival waits for the next batch.
 func (e *engine) arrival() *arrival {
 	e.t.Helper()
 	return next(e.t, e.probe.arrivals)
 }
 
-// arrivalsOf waits for these messages, each in a batch of its own, in any order.
-func (e *engine) arrivalsOf(texts ...string) map[string]*arrival {
+// want waits for messages with these texts, each in a batch of its own, and
+// delivers none. They arrive in any order; the result is in this one.
+func (e *engine) want(texts ...string) []*arrival {
 	e.t.Helper()
-	arrivals := make(map[string]*arrival)
+	arrivals := make([]*arrival, len(texts))
 	for range texts {
 		a := e.arrival()
 		require.Len(e.t, a.batch, 1)
-		arrivals[a.texts()[0]] = a
+		i := slices.IndexFunc(texts, func(text string) bool { return text == a.texts()[0] })
+		for i >= 0 && arrivals[i] != nil { // the same text again
+			i++
+			require.Less(e.t, i, len(texts))
+		}
+		require.GreaterOrEqual(e.t, i, 0, "%q is none of %q", a.texts(), texts)
+		arrivals[i] = a
 	}
-	require.ElementsMatch(e.t, texts, slices.Collect(maps.Keys(arrivals)))
 	return arrivals
+}
+
+// arrivalsOf is want, by text.
+func (e *engine) arrivalsOf(texts ...string) map[string]*arrival {
+	e.t.Helper()
+	arrivals := make(map[string]*arrival)
+	for i, a := range e.want(texts...) {
+		arrivals[texts[i]] = a
+	}
+	return arrivals
+}
+
+// dropArrivals discards the batches that have arrived, without a verdict: those of a
+// pipeline that was killed.
+func (e *engine) dropArrivals() {
+	for len(e.probe.arrivals) > 0 {
+		<-e.probe.arrivals
+	}
 }
 
 // wantNoArrival wants nothing to be delivered by now.
@@ -209,6 +266,58 @@ func (a *arrival) texts() []string {
 		texts[i] = string(b)
 	}
 	return texts
+}
+
+// deliverArrived delivers everything that arrives before the clock moves on, and returns
+// its texts.
+func (e *engine) deliverArrived() (texts []string) {
+	for synctest.Wait(); len(e.probe.arrivals) > 0; synctest.Wait() {
+		a := <-e.probe.arrivals
+		texts = append(texts, a.texts()...)
+		a.deliver()
+	}
+	return texts
+}
+
+// deliverNext delivers what arrives until it is n messages, and returns their texts.
+func (e *engine) deliverNext(n int) (texts []string) {
+	e.t.Helper()
+	for len(texts) < n {
+		a := e.arrival()
+		texts = append(texts, a.texts()...)
+		a.deliver()
+		synctest.Wait()
+	}
+	return texts
+}
+
+// deliverAll delivers what comes from now on, until the test ends.
+func (e *engine) deliverAll() (texts func() []string) {
+	var (
+		mu   sync.Mutex
+		got  []string
+		stop = make(chan struct{})
+		done sync.WaitGroup
+	)
+	done.Go(func() {
+		for {
+			select {
+			case a := <-e.probe.arrivals:
+				mu.Lock()
+				got = append(got, a.texts()...)
+				mu.Unlock()
+				a.deliver()
+			case <-stop:
+				return
+			}
+		}
+	})
+	e.t.Cleanup(func() { close(stop); done.Wait() })
+	return func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return append([]string(nil), got...)
+	}
 }
 
 // feed is an input that the test feeds with batches.
@@ -304,6 +413,15 @@ func batchOf(texts ...string) service.MessageBatch {
 	return batch
 }
 
+// words numbers texts.
+func words(format string, n int) []string {
+	list := make([]string, n)
+	for i := range list {
+		list[i] = fmt.Sprintf(format, i)
+	}
+	return list
+}
+
 // next waits for a value.
 func next[T any](t testing.TB, values <-chan T) T {
 	t.Helper()
@@ -314,54 +432,4 @@ func next[T any](t testing.TB, values <-chan T) T {
 		require.FailNow(t, "nothing came")
 		panic("unreachable")
 	}
-}
-
-// sending is a message on its way through a session.
-type sending struct{ done chan error }
-
-func send(s *cryo.Session, text string) *sending {
-	return sendAny(func() error { return s.SendText(context.Background(), text) })
-}
-
-func sendAny(f func() error) *sending {
-	g := &sending{make(chan error, 1)}
-	go func() { g.done <- f() }()
-	return g
-}
-
-// wantPending wants a message to be neither acknowledged nor refused by now.
-func (g *sending) wantPending(t *testing.T, why string) {
-	t.Helper()
-	synctest.Wait()
-	select {
-	case err := <-g.done:
-		require.FailNow(t, "settled", "%s: %v", why, err)
-	default:
-	}
-}
-
-func (g *sending) result(t testing.TB) error {
-	t.Helper()
-	return next(t, g.done)
-}
-
-func (g *sending) wantAcked(t *testing.T, why string) {
-	t.Helper()
-	require.NoError(t, g.result(t), why)
-}
-
-func (g *sending) wantRefused(t *testing.T, words string) {
-	t.Helper()
-	var rejected *cryo.RejectedError
-	require.ErrorAs(t, g.result(t), &rejected)
-	require.Equal(t, words, rejected.Text)
-}
-
-// words numbers texts.
-func words(format string, n int) []string {
-	list := make([]string, n)
-	for i := range list {
-		list[i] = fmt.Sprintf(format, i)
-	}
-	return list
 }

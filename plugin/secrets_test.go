@@ -262,3 +262,21 @@ func TestAMappingThatFailsTellsNothingOfTheToken(t *testing.T) {
 		})
 	}
 }
+
+func TestAStreamNamedAfterTheTokenIsLoggedWithoutIt(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(dialInput, toProbe)
+		s := server.session()
+		st, err := s.OpenStream(context.Background(), &cryo.StreamOptions{Name: "hello " + token})
+		require.NoError(t, err)
+		_, err = st.Write([]byte("x"))
+		require.NoError(t, err)
+		synctest.Wait()
+		end(s)
+		time.Sleep(time.Second)
+		for _, line := range e.log.all() {
+			require.NotContains(t, line, token)
+		}
+	})
+}

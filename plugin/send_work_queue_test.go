@@ -8,7 +8,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -33,13 +32,6 @@ func held(t *testing.T, s *cryo.Session) (messages []*cryo.Message, texts []stri
 		texts = append(texts, string(messages[i].Payload))
 	}
 	return messages, texts
-}
-
-func ackAll(t *testing.T, messages []*cryo.Message) {
-	t.Helper()
-	for i := range messages {
-		require.NoError(t, messages[i].Ack())
-	}
 }
 
 // holderOf finds the one client that holds something.
@@ -367,16 +359,4 @@ func TestAWorkQueueKeepsNoWorkerThatHasDisconnected(t *testing.T) {
 		require.Len(t, out.queue.ready, len(stay)+1)
 		require.NoError(t, out.Close(t.Context()))
 	})
-}
-
-// aloneServerOutput makes an output without an engine around it.
-func (e *engine) aloneServerOutput(t *testing.T, fields string) *serverOutput {
-	t.Helper()
-	conf, err := specs()["output cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ]"+fields+" }", nil)
-	require.NoError(t, err)
-	res := service.MockResources()
-	res.GetOrSetGeneric(listenersKey{}, e.shared)
-	out, _, _, err := newServerOutput(conf, res)
-	require.NoError(t, err)
-	return out
 }

@@ -16,27 +16,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// atBothOutputs runs a test with each of the outputs in a pipeline that tries
-// nothing again, and with its peer's session.
-func atBothOutputs(t *testing.T, fields string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
-	t.Helper()
-	t.Run("cryo", func(t *testing.T) {
-		inEngine(t, func(t *testing.T, e *engine) {
-			server := e.serve()
-			e.run(fromOnce, with(dialOutput, fields))
-			test(t, e, server.session())
-		})
-	})
-	t.Run("cryo_server", func(t *testing.T) {
-		inEngine(t, func(t *testing.T, e *engine) {
-			e.run(fromOnce, with(listenOutput, fields))
-			peer := e.dial()
-			synctest.Wait()
-			test(t, e, peer)
-		})
-	})
-}
-
 const asStream = "message_type: stream"
 
 func TestAMessageAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {

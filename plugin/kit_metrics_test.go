@@ -1,0 +1,80 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"testing/synctest"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"github.com/stretchr/testify/require"
+)
+
+// metricsBook is an exporter of metrics that keeps them, by name and labels.
+type metricsBook struct {
+	mu     sync.Mutex
+	values map[string]int64 // "name{key=value}"
+}
+
+// names gives all metrics there are.
+func (b *metricsBook) names() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Collect(maps.Keys(b.values))
+}
+
+func (b *metricsBook) value(name string) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.values[name]
+}
+
+type metric struct {
+	book *metricsBook
+	name string
+}
+
+func (m metric) change(f func(int64) int64) {
+	m.book.mu.Lock()
+	defer m.book.mu.Unlock()
+	m.book.values[m.name] = f(m.book.values[m.name])
+}
+
+func (m metric) Incr(n int64)   { m.change(func(v int64) int64 { return v + n }) }
+func (m metric) Set(n int64)    { m.change(func(int64) int64 { return n }) }
+func (m metric) Timing(n int64) { m.change(func(v int64) int64 { return v + n }) }
+
+func (b *metricsBook) metric(name string, keys, values []string) metric {
+	labels := ""
+	for i := range keys {
+		if keys[i] != "path" && values[i] != "" {
+			labels += fmt.Sprintf("{%s=%s}", keys[i], values[i])
+		}
+	}
+	return metric{b, name + labels}
+}
+
+func (b *metricsBook) NewCounterCtor(name string, keys ...string) service.MetricsExporterCounterCtor {
+	return func(values ...string) service.MetricsExporterCounter { return b.metric(name, keys, values) }
+}
+
+func (b *metricsBook) NewTimerCtor(name string, keys ...string) service.MetricsExporterTimerCtor {
+	return func(values ...string) service.MetricsExporterTimer { return b.metric(name, keys, values) }
+}
+
+func (b *metricsBook) NewGaugeCtor(name string, keys ...string) service.MetricsExporterGaugeCtor {
+	return func(values ...string) service.MetricsExporterGauge { return b.metric(name, keys, values) }
+}
+
+func (b *metricsBook) Close(context.Context) error { return nil }
+
+// wantMetrics wants metrics to have these values by now.
+func (e *engine) wantMetrics(why string, want map[string]int64) {
+	e.t.Helper()
+	synctest.Wait()
+	for name, value := range want {
+		require.Equal(e.t, value, e.metrics.value(name), "%s: %s", why, name)
+	}
+}

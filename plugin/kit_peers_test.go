@@ -1,0 +1,316 @@
+package plugin
+
+import (
+	"context"
+	"io"
+	"log"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
+)
+
+const (
+	token     = "open sesame"
+	somewhere = "192.0.2.2:80" // an address in memory
+)
+
+// server is a Cryo server for the components that dial.
+type server struct {
+	e        *engine
+	cryo     *cryo.Server
+	http     *http.Server
+	sessions chan *cryo.Session // as they connect
+}
+
+// serve listens on an address in memory until the test's end.
+func (e *engine) serve() *server { return e.serveWith(cryo.ServerOptions{}) }
+
+func (e *engine) serveWith(opts cryo.ServerOptions) *server {
+	e.t.Helper()
+	s := &server{e: e, sessions: make(chan *cryo.Session, 100)}
+	opts.Authorize = cryo.Tokens(token)
+	opts.OnSession = func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session }
+	s.cryo = newServer(e.t, opts)
+	s.http = e.serveHTTP(somewhere, s.cryo)
+	e.t.Cleanup(s.shutdown)
+	return s
+}
+
+func (s *server) shutdown() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = s.cryo.Shutdown(ctx)
+	_ = s.http.Close()
+}
+
+// session waits for the next client.
+func (s *server) session() *cryo.Session {
+	s.e.t.Helper()
+	return next(s.e.t, s.sessions)
+}
+
+// serveHTTP runs an HTTP server in memory until the test's end.
+func (e *engine) serveHTTP(address string, handler http.Handler) *http.Server {
+	e.t.Helper()
+	socket, err := e.net.Listen("tcp", address)
+	require.NoError(e.t, err)
+	h := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute, ErrorLog: quiet}
+	var serving sync.WaitGroup
+	serving.Go(func() { _ = h.Serve(socket) })
+	e.t.Cleanup(func() {
+		_ = h.Close()
+		serving.Wait()
+	})
+	return h
+}
+
+// newServer makes a server of valid options.
+func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
+	tb.Helper()
+	server, err := cryo.NewServer(&opts)
+	require.NoError(tb, err)
+	return server
+}
+
+var quiet = log.New(io.Discard, "", 0)
+
+// dial connects a client to the components that listen.
+func (e *engine) dial() *cryo.Session {
+	e.t.Helper()
+	s, err := e.tryDial(cryo.DialOptions{Token: token})
+	require.NoError(e.t, err)
+	synctest.Wait() // the component knows of it by then
+	return s
+}
+
+// tryDial tries to. The session is cut at the test's end.
+func (e *engine) tryDial(opts cryo.DialOptions) (*cryo.Session, error) {
+	opts.NetDial = e.net.Dial
+	s, err := cryo.Dial(context.Background(), "ws://"+somewhere+"/", &opts)
+	if err == nil {
+		e.t.Cleanup(func() { end(s) })
+	}
+	return s, err
+}
+
+// visit connects a client with an id.
+func (e *engine) visit(t *testing.T, id uint64) *cryo.Session {
+	t.Helper()
+	s, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: id})
+	require.NoError(t, err)
+	return s
+}
+
+// end cuts a session.
+func end(s *cryo.Session) { _ = s.CloseNow() }
+
+// sending is a message on its way through a session.
+type sending struct{ done chan error }
+
+func send(s *cryo.Session, text string) *sending {
+	return sendAny(func() error { return s.SendText(context.Background(), text) })
+}
+
+// sendAll sends messages one after the other.
+func sendAll(client *cryo.Session, texts ...string) []*sending {
+	var sent []*sending
+	for _, text := range texts {
+		sent = append(sent, send(client, text))
+		synctest.Wait()
+	}
+	return sent
+}
+
+// sendStream sends a whole stream.
+func sendStream(s *cryo.Session, name, content string) *sending {
+	return sendAny(func() error {
+		return s.SendStream(context.Background(), strings.NewReader(content), &cryo.StreamOptions{Name: name})
+	})
+}
+
+func sendAny(f func() error) *sending {
+	g := &sending{make(chan error, 1)}
+	go func() { g.done <- f() }()
+	return g
+}
+
+// wantPending wants a message to be neither acknowledged nor refused by now.
+func (g *sending) wantPending(t *testing.T, why string) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-g.done:
+		require.FailNow(t, "settled", "%s: %v", why, err)
+	default:
+	}
+}
+
+// isAcked reports whether a message is acknowledged by now; it must not have failed.
+func (g *sending) isAcked(t *testing.T) bool {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-g.done:
+		require.NoError(t, err)
+		return true
+	default:
+		return false
+	}
+}
+
+// result waits for the end of it.
+func (g *sending) result(t testing.TB) error {
+	t.Helper()
+	return next(t, g.done)
+}
+
+func (g *sending) wantAcked(t *testing.T, why string) {
+	t.Helper()
+	require.NoError(t, g.result(t), why)
+}
+
+func (g *sending) wantRefused(t *testing.T, words string) {
+	t.Helper()
+	var rejected *cryo.RejectedError
+	require.ErrorAs(t, g.result(t), &rejected)
+	require.Equal(t, words, rejected.Text)
+}
+
+// cancelled wants a stream to be refused by the input.
+func (g *sending) cancelled(t *testing.T, why string) {
+	t.Helper()
+	require.ErrorIs(t, g.result(t), cryo.ErrStreamCancelled, why)
+}
+
+// receive waits for a message.
+func receive(t *testing.T, s *cryo.Session) *cryo.Message {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	m, err := s.Receive(ctx)
+	require.NoError(t, err)
+	return m
+}
+
+// receiveTexts waits for messages with these texts.
+func receiveTexts(t *testing.T, s *cryo.Session, texts ...string) []*cryo.Message {
+	t.Helper()
+	var messages []*cryo.Message
+	for _, text := range texts {
+		m := receive(t, s)
+		require.Equal(t, text, string(m.Payload))
+		messages = append(messages, m)
+	}
+	return messages
+}
+
+// wantNothing wants no message to have come by now.
+func wantNothing(t *testing.T, s *cryo.Session) {
+	t.Helper()
+	synctest.Wait()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	m, err := s.Receive(ctx)
+	require.ErrorIs(t, err, context.Canceled, "got %+v", m)
+}
+
+func ackAll(t *testing.T, messages []*cryo.Message) {
+	t.Helper()
+	for i := range messages {
+		require.NoError(t, messages[i].Ack())
+	}
+}
+
+// open opens a stream, which the test's end abandons.
+func open(t *testing.T, s *cryo.Session, name string) *cryo.OutgoingStream {
+	t.Helper()
+	st, err := s.OpenStream(context.Background(), &cryo.StreamOptions{Name: name})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = st.Close() })
+	return st
+}
+
+// write sends a part of a stream, which has arrived by the end of it.
+func write(t *testing.T, st *cryo.OutgoingStream, part string) {
+	t.Helper()
+	_, err := st.Write([]byte(part))
+	require.NoError(t, err)
+	synctest.Wait()
+}
+
+// acceptStream waits for a stream.
+func acceptStream(t *testing.T, s *cryo.Session) *cryo.IncomingStream {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	st, err := s.AcceptStream(ctx)
+	require.NoError(t, err)
+	return st
+}
+
+// readStream waits for a stream and reads all of it.
+func readStream(t *testing.T, s *cryo.Session) (*cryo.IncomingStream, string) {
+	t.Helper()
+	st := acceptStream(t, s)
+	content, err := io.ReadAll(st)
+	require.NoError(t, err)
+	return st, string(content)
+}
+
+// raw is a server that plays a part with each client.
+func (e *engine) raw(part func(peer *cryotest.Peer)) {
+	e.t.Helper()
+	server := cryotest.NewServer(e.t)
+	e.dialer = server.Dial
+	stopped := make(chan struct{})
+	var playing sync.WaitGroup
+	playing.Go(func() {
+		peer := server.NextPeer()
+		part(peer)
+		<-stopped
+	})
+	e.t.Cleanup(func() { close(stopped); playing.Wait() })
+}
+
+// rawClient connects a client that says what the test says, with the id 77.
+func (e *engine) rawClient() *cryotest.Peer {
+	e.t.Helper()
+	dialer := &websocket.Dialer{NetDialContext: e.net.Dial}
+	peer := cryotest.DialPeer(e.t, dialer, "ws://"+somewhere+"/", token, 77)
+	peer.ClientHandshake()
+	return peer
+}
+
+// quietClient connects a client that reads nothing by itself.
+func (e *engine) quietClient(t *testing.T) *cryotest.Peer {
+	t.Helper()
+	peer := cryotest.DialPeer(t, &websocket.Dialer{NetDialContext: e.net.Dial}, "ws://"+somewhere+"/", token, 77)
+	handshake(t, peer)
+	return peer
+}
+
+// handshake is the client's, without a reader that goes on.
+func handshake(t *testing.T, peer *cryotest.Peer) {
+	t.Helper()
+	peer.WriteFrames(cryotest.EndpointInfo(0))
+	for _, want := range []wire.Type{wire.Ack, wire.EndpointInfo} {
+		_, b, err := peer.WS.ReadMessage()
+		require.NoError(t, err)
+		f, err := wire.Parse(b)
+		require.NoError(t, err)
+		require.Equal(t, want, f.Type)
+		if want == wire.EndpointInfo {
+			peer.Ack(f)
+		}
+	}
+}
