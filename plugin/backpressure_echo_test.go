@@ -86,7 +86,7 @@ func talk(peer *cryotest.Peer, n int, readsMeanwhile bool) (got echoed, err erro
 	return got, err
 }
 
-func TestAnEchoOfAClientThatReadsWhenItHasSentEverythingFinishes(t *testing.T) {
+func TestEchoFinishesForAClientThatReadsAfterSendingEverything(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 3355443" // a tenth of the default
 		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
@@ -101,7 +101,7 @@ func TestAnEchoOfAClientThatReadsWhenItHasSentEverythingFinishes(t *testing.T) {
 
 // More is outstanding than can be held: what is too much is refused, the rest is
 // answered, and nothing is sent twice because its acknowledgement was not read.
-func TestAnEchoOfMoreThanCanBeHeldRefusesTheRestAndFinishes(t *testing.T) {
+func TestEchoBeyondTheReceiveBufferRejectsTheExcessAndFinishes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 1000000"
 		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
@@ -119,7 +119,7 @@ func TestAnEchoOfMoreThanCanBeHeldRefusesTheRestAndFinishes(t *testing.T) {
 }
 
 // It neither reads nor can be told that it is too much.
-func TestAClientThatSendsMoreThanCanBeHeldAndNeverReadsLosesItsSession(t *testing.T) {
+func TestClientThatOverfillsTheBufferAndNeverReadsLosesItsSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 1000000"
 		e.run(with(listenInput, settings), with(listenOutput, settings+", ack_timeout: 1h, "+toTheSender))
@@ -132,7 +132,7 @@ func TestAClientThatSendsMoreThanCanBeHeldAndNeverReadsLosesItsSession(t *testin
 	})
 }
 
-func TestAnEchoOverRealSocketsFinishes(t *testing.T) {
+func TestEchoOverRealSocketsFinishes(t *testing.T) {
 	defer checkLeaks(t)
 	e := newEngine(t)
 	addresses := make(chan net.Addr, 1)
@@ -156,7 +156,7 @@ func TestAnEchoOverRealSocketsFinishes(t *testing.T) {
 }
 
 // What we don't read may be its acknowledgement.
-func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
+func TestSessionWithPausedReadsIsNotClosedForALateAcknowledgement(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 10000"
 		e.run(with(listenInput, settings), toProbe)
@@ -183,7 +183,7 @@ func TestASessionThatIsNotReadIsNotClosedForALateAcknowledgement(t *testing.T) {
 
 // A broadcast waits for its acknowledgement no longer than that, and isn't sent
 // to everybody again.
-func TestABroadcastIsDeliveredWhenOnlyASessionThatIsNotReadIsLate(t *testing.T) {
+func TestBroadcastIsDeliveredWhenOnlyASessionWithPausedReadsIsLate(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 10000"
 		e.run(with(listenInput, settings), toProbe)
@@ -205,7 +205,7 @@ func TestABroadcastIsDeliveredWhenOnlyASessionThatIsNotReadIsLate(t *testing.T) 
 }
 
 // The same by synchronous responses, which need no output at either end.
-func TestAnEchoByResponsesFinishesOrRefusesWhatIsTooMuch(t *testing.T) {
+func TestEchoBySyncResponsesFinishesOrRejectsTheExcess(t *testing.T) {
 	for name, c := range map[string]struct {
 		messages int
 		reads    bool

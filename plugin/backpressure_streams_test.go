@@ -25,7 +25,7 @@ func (c *counting) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func TestAStalledPipelineHoldsBackTheSenderOfAStream(t *testing.T) {
+func TestStalledPipelineBlocksTheSenderOfAStream(t *testing.T) {
 	for _, scanner := range []string{"lines: {}", "chunker: { size: 1000 }"} {
 		t.Run(scanner, func(t *testing.T) {
 			atBothInputs(t, "max_in_flight: 10, max_buffer_bytes: 300000, streams: { max_bytes: 0, scanner: { "+scanner+" } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
@@ -42,7 +42,7 @@ func TestAStalledPipelineHoldsBackTheSenderOfAStream(t *testing.T) {
 	}
 }
 
-func TestTwoHalfReceivedStreamsDoNotStopEachOther(t *testing.T) {
+func TestTwoIncompleteStreamsDoNotBlockEachOther(t *testing.T) {
 	atBothInputs(t, "max_buffer_bytes: 100000, max_batch_count: 1", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		first, second := open(t, peer, "first"), open(t, peer, "second")
 		part := strings.Repeat("x", 100_000)
@@ -61,7 +61,7 @@ func TestTwoHalfReceivedStreamsDoNotStopEachOther(t *testing.T) {
 	})
 }
 
-func TestWhatAScannerMadeOfAStreamCountsUntilItIsDelivered(t *testing.T) {
+func TestScannedMessagesCountInTheBufferUntilDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_buffer_bytes: 100000, max_batch_count: 1"), toProbe)
 		peer := e.dial()
@@ -80,7 +80,7 @@ func TestWhatAScannerMadeOfAStreamCountsUntilItIsDelivered(t *testing.T) {
 	})
 }
 
-func TestTruncatedPulledStreamPassesOnWholeRecordsOnly(t *testing.T) {
+func TestTruncatedPulledStreamDeliversWholeRecordsOnly(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1, max_batch_count: 1, streams: { flow_control: pull, scanner: { chunker: { size: 100000 } } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		synctest.Wait() // TX_FLOW is there
 		sent := sendStream(peer, "pulled", strings.Repeat("x", 2_000_000))

@@ -63,7 +63,7 @@ func TestMessageThatWaitsForItsRedeliveryIsInFlight(t *testing.T) {
 	})
 }
 
-func TestABatchIsAtMostMaxBatchCount(t *testing.T) {
+func TestBatchHasAtMostMaxBatchCountMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("max_batch_count: 4", words("m%d", 10))
 		var got []string
@@ -80,7 +80,7 @@ func TestABatchIsAtMostMaxBatchCount(t *testing.T) {
 	})
 }
 
-func TestTheOrderOfASessionsMessagesIsKept(t *testing.T) {
+func TestMessagesOfASessionArriveInOrder(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, "serial: {}")
 		peer := e.dial()
@@ -100,7 +100,7 @@ func TestTheOrderOfASessionsMessagesIsKept(t *testing.T) {
 	})
 }
 
-func TestAStalledPipelineSlowsTheSenderDownAndCostsNoSession(t *testing.T) {
+func TestStalledPipelineBlocksTheSenderAndKeepsTheSession(t *testing.T) {
 	const size = 64 << 10
 	atBothInputs(t, fmt.Sprintf("max_buffer_bytes: %d, max_in_flight: 1, heartbeat_interval: 1s", 4*size), func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		payload := bytes.Repeat([]byte("x"), size)

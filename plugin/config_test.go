@@ -43,7 +43,7 @@ const (
 	listens = `address: 127.0.0.1:8080, tokens: [ a ]`
 )
 
-func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
+func TestInvalidConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 	for _, tt := range []struct {
 		kind, name, fields string
 		sentence           string
@@ -153,7 +153,7 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 	}
 }
 
-func TestAnAuthorizeMappingThatDoesNotParseFailsLintAndStart(t *testing.T) {
+func TestUnparsableAuthorizeMappingFailsLintAndStart(t *testing.T) {
 	fields := `{ address: ":8080", authorize: "root = this.token ==" }`
 	sentences := lint(t, "input", component("cryo_server", fields))
 	require.Len(t, sentences, 1)
@@ -161,12 +161,12 @@ func TestAnAuthorizeMappingThatDoesNotParseFailsLintAndStart(t *testing.T) {
 	assert.ErrorContains(t, construct(t, "input", "cryo_server", fields), "field authorize: failed to parse bloblang mapping 'authorize': "+sentences[0])
 }
 
-func TestAConfigurationWithoutItsURLFailsLintAndStart(t *testing.T) {
+func TestMissingURLFailsLintAndStart(t *testing.T) {
 	assert.Equal(t, []string{"field url is required"}, lint(t, "input", component("cryo", `{}`)))
 	assert.ErrorContains(t, construct(t, "input", "cryo", `{}`), "'url'")
 }
 
-func TestNullIsTheDefault(t *testing.T) {
+func TestNullMeansTheDefault(t *testing.T) {
 	conf, err := specs()["input cryo"].ParseYAML(`{ `+dials+`, max_in_flight: null, max_batch_count: , auto_replay_nacks: null, include_metadata: ~ }`, nil)
 	require.NoError(t, err)
 
@@ -176,7 +176,7 @@ func TestNullIsTheDefault(t *testing.T) {
 	assert.Equal(t, []any{1024, 64, true, true}, []any{c.maxInFlight, c.maxBatchCount, c.replay, c.includeMetadata})
 }
 
-func TestSeveralFieldsThatAreWrongAreReportedAtTheirLines(t *testing.T) {
+func TestEachInvalidFieldIsReportedAtItsLine(t *testing.T) {
 	lints, err := linter().LintYAML("input", []byte("cryo:\n  url: ws://localhost\n  max_in_flight: 0\n  headers:\n    upgrade: a\n"))
 	require.NoError(t, err)
 	lines := make(map[int]string)
@@ -189,7 +189,7 @@ func TestSeveralFieldsThatAreWrongAreReportedAtTheirLines(t *testing.T) {
 	}, lines)
 }
 
-func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
+func TestValidConfigurationPassesLintAndStarts(t *testing.T) {
 	for _, tt := range []struct{ kind, name, fields string }{
 		{"input", "cryo", `{ ` + dials + ` }`},
 		{"input", "cryo", `{ url: "WSS://[::1]:8443/a/path?room=5", token: "${CRYO_TOKEN}", tls: { enabled: true } }`},
@@ -215,7 +215,7 @@ func TestAGoodConfigurationIsLintedCleanAndStarts(t *testing.T) {
 	}
 }
 
-func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
+func TestTruncatedCertificateFailsTheFirstConnect(t *testing.T) {
 	cert := filepath.Join(t.TempDir(), "cert.pem")
 	require.NoError(t, os.WriteFile(cert, []byte("no certificate"), 0o600))
 	conf, err := specs()["input cryo_server"].ParseYAML(`{ address: 127.0.0.1:0, tokens: [ a ], tls: { cert_file: `+cert+`, key_file: `+cert+` } }`, nil)
@@ -229,13 +229,13 @@ func TestHalfACertificateOnDiskFailsTheFirstConnect(t *testing.T) {
 	require.NoError(t, in.Close(t.Context()))
 }
 
-func TestLintDoesNotMissFilesThatTheStartReads(t *testing.T) {
+func TestLintDoesNotRequireFilesThatTheStartReads(t *testing.T) {
 	fields := `{ url: "wss://h", tls: { enabled: true, root_cas_file: /nowhere.pem } }`
 	assert.Empty(t, lint(t, "input", component("cryo", fields)), "they may exist where the configuration runs")
 	assert.ErrorIs(t, construct(t, "input", "cryo", fields), fs.ErrNotExist)
 }
 
-func TestNoSentenceOfLintOrStartRepeatsASecret(t *testing.T) {
+func TestErrorsOfLintAndStartRepeatNoSecret(t *testing.T) {
 	for _, tt := range []struct{ kind, name, fields string }{
 		{"input", "cryo", `{ url: "ws://me:s3cret@h" }`},
 		{"input", "cryo", `{ url: "ws://me:s3cret/x@h" }`},
@@ -264,7 +264,7 @@ func TestNoSentenceOfLintOrStartRepeatsASecret(t *testing.T) {
 	}
 }
 
-func TestABadConfigurationOfStreamsFailsLintAndStart(t *testing.T) {
+func TestInvalidStreamsConfigurationFailsLintAndStart(t *testing.T) {
 	for _, tt := range []struct{ kind, fields, sentence string }{
 		{"input", `streams: { flow_control: both }`, `field streams.flow_control must be push or pull, got "both"`},
 		{"input", `streams: { flow_control: Push }`, `field streams.flow_control must be push or pull, got "Push"`},
@@ -298,11 +298,11 @@ func TestAnUnknownScannerFailsLintAndStart(t *testing.T) {
 	assert.EqualError(t, construct(t, "input", "cryo", fields), "field streams.scanner: unable to infer scanner type from candidates: [words]")
 }
 
-func TestAMisspeltFieldOfStreamsFailsLint(t *testing.T) {
+func TestMisspeltStreamsFieldFailsLint(t *testing.T) {
 	assert.Equal(t, []string{"field name not recognised"}, lint(t, "input", component("cryo", `{ `+dials+`, streams: { name: orders } }`)))
 }
 
-func TestAGoodConfigurationOfStreamsIsLintedCleanAndStarts(t *testing.T) {
+func TestValidStreamsConfigurationPassesLintAndStarts(t *testing.T) {
 	for _, tt := range []struct{ kind, fields string }{
 		{"input", `streams: {}`},
 		{"input", `message_types: [ stream ], streams: { names: [ "a", "b c" ], flow_control: pull, max_bytes: 0, max_open: 1, idle_timeout: 1ms }`},

@@ -51,15 +51,22 @@ func TestConnectingAnInputTwiceReceivesFromItsSessionOnce(t *testing.T) {
 	})
 }
 
-func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
+// outputOfRawServer connects an output to a raw server.
+func (e *engine) outputOfRawServer(t *testing.T) (*output, *cryotest.Server, *cryotest.Peer) {
+	t.Helper()
+	server := cryotest.NewServer(t)
+	e.dialer = server.Dial
+	out := e.alone(t, "")
+	connecting := sendAny(func() error { return out.Connect(context.Background()) })
+	peer := server.NextPeer()
+	peer.ServerHandshake()
+	connecting.wantAcked(t, "connected")
+	return out, server, peer
+}
+
+func TestConnectWaitsForTheLastSessionToClose(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server := cryotest.NewServer(t)
-		e.dialer = server.Dial
-		out := e.alone(t, "")
-		connecting := sendAny(func() error { return out.Connect(context.Background()) })
-		peer := server.NextPeer()
-		peer.ServerHandshake()
-		connecting.wantAcked(t, "connected")
+		out, server, peer := e.outputOfRawServer(t)
 
 		// A server that says BYE and doesn't close, as cryo-server at times.
 		peer.WriteFrames(cryotest.Bye(1, "bye"))
@@ -69,7 +76,7 @@ func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
 		require.Equal(t, 1, e.log.count("INFO Disconnected from"), "while the server keeps the connection open")
 		begin := time.Now()
-		connecting = sendAny(func() error { return out.Connect(context.Background()) })
+		connecting := sendAny(func() error { return out.Connect(context.Background()) })
 		again := server.NextPeer()
 		require.Equal(t, cryo.DefaultCloseTimeout, time.Since(begin), "not while the server has our session")
 		require.Equal(t, peer.SID, again.SID)
@@ -84,15 +91,9 @@ func TestConnectingAgainWaitsUntilTheLastSessionIsGone(t *testing.T) {
 	})
 }
 
-func TestAnOutputsCloseWaitsForASessionThatIsEnding(t *testing.T) {
+func TestCloseOfAnOutputWaitsForAnEndingSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server := cryotest.NewServer(t)
-		e.dialer = server.Dial
-		out := e.alone(t, "")
-		connecting := sendAny(func() error { return out.Connect(context.Background()) })
-		peer := server.NextPeer()
-		peer.ServerHandshake()
-		connecting.wantAcked(t, "connected")
+		out, _, peer := e.outputOfRawServer(t)
 		peer.WriteFrames(cryotest.Bye(1, "bye"))
 		synctest.Wait()
 		closing := sendAny(func() error { return out.Close(context.Background()) })
@@ -102,7 +103,7 @@ func TestAnOutputsCloseWaitsForASessionThatIsEnding(t *testing.T) {
 	})
 }
 
-func TestACallersContextEndsTheWaitAndNotTheSession(t *testing.T) {
+func TestCanceledWriteDoesNotEndTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		out := e.alone(t, "")
@@ -121,7 +122,7 @@ func TestACallersContextEndsTheWaitAndNotTheSession(t *testing.T) {
 }
 
 // Nobody waits any more for the session of this attempt, and it is not lost.
-func TestTheSessionOfAnAttemptThatNobodyWaitedForIsTakenByTheNextConnect(t *testing.T) {
+func TestNextConnectUsesTheSessionOfACanceledConnect(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial
@@ -145,7 +146,7 @@ func TestTheSessionOfAnAttemptThatNobodyWaitedForIsTakenByTheNextConnect(t *test
 	})
 }
 
-func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
+func TestConnectThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		dialled := make(chan struct{})
@@ -162,7 +163,7 @@ func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 	})
 }
 
-func TestAConnectionTestDialsAndHangsUp(t *testing.T) {
+func TestConnectionTestDialsAndDisconnects(t *testing.T) {
 	for _, kind := range []string{"input", "output"} {
 		t.Run(kind, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -192,7 +193,7 @@ func TestAConnectionTestDialsAndHangsUp(t *testing.T) {
 	}
 }
 
-func TestAConnectionTestLeavesAWaitingMessageToOthers(t *testing.T) {
+func TestConnectionTestLeavesQueuedMessagesToOthers(t *testing.T) {
 	for _, kind := range []string{"input", "output"} {
 		t.Run(kind, func(t *testing.T) {
 			toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
@@ -213,7 +214,7 @@ func TestAConnectionTestLeavesAWaitingMessageToOthers(t *testing.T) {
 	}
 }
 
-func TestAConnectionTestNeitherTakesNorRefusesMessages(t *testing.T) {
+func TestConnectionTestNeitherAcknowledgesNorRejectsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial

@@ -81,7 +81,7 @@ func TestTheEngineCountsAMessageAsDeliveredWithItsFirstPartUnderBatching(t *test
 	})
 }
 
-func TestTheEngineHandsOnEmptyBatches(t *testing.T) {
+func TestTheEngineForwardsEmptyBatches(t *testing.T) {
 	for _, processor := range []string{
 		"parallel: { processors: [ mapping: root = deleted() ] }",
 		"retry: { processors: [ mapping: root = deleted() ] }",
@@ -103,7 +103,7 @@ func (l *late) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	return batchOf("late"), func(_ context.Context, err error) error { l.acknowledged <- err; return nil }, nil
 }
 
-func TestTheEngineThrowsAwayABatchThatIsReadWhenItStops(t *testing.T) {
+func TestTheEngineDropsABatchThatIsReadDuringAStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := &late{make(chan error, 1)}
 		require.NoError(t, e.env.RegisterBatchInput("late", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
@@ -131,7 +131,7 @@ func TestTheEnginePanicsOnATracingMapThatDeletesItsRoot(t *testing.T) {
 
 // The next three are exceptions of the property test, and for docs/engine-faults.md.
 
-func TestTheEnginesDropOnGivesAVerdictToTheWrongBatch(t *testing.T) {
+func TestTheEnginesDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { back_pressure: 1s, output: { probe: {} } }")
 		slow := e.give("slow")
@@ -146,7 +146,7 @@ func TestTheEnginesDropOnGivesAVerdictToTheWrongBatch(t *testing.T) {
 	})
 }
 
-func TestTheEnginesFailFastBrokerGivesAVerdictToTheNextBatch(t *testing.T) {
+func TestTheEnginesFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { error: false, error_patterns: [ never ], output: { broker: { pattern: fan_out_fail_fast, outputs: [ probe: {}, probe: {} ] } } }")
 		first := e.give("first")
@@ -161,7 +161,7 @@ func TestTheEnginesFailFastBrokerGivesAVerdictToTheNextBatch(t *testing.T) {
 	})
 }
 
-func TestTheEnginesFailFastBrokerBlocksTheThirdOutputThatFails(t *testing.T) {
+func TestTheEnginesFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "broker: { pattern: fan_out_fail_fast, outputs: [ serial: {}, serial: {}, serial: {} ] }")
 		first := e.give("first")

@@ -26,7 +26,7 @@ import (
 // do once they have a session is in cryo's TestMisbehaviour. docs/guarantees.md
 // has the table for people.
 
-func TestClientsThatComeWrongly(t *testing.T) {
+func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 	authorized := "authorization=" + url.QueryEscape("Bearer "+token)
 	upgrading := func(query string, headers ...string) func(t *testing.T, e *engine) string {
 		return func(t *testing.T, e *engine) string {
@@ -153,7 +153,7 @@ func slowLoris(t *testing.T, e *engine) string {
 }
 
 // A server that answers wrongly is dialled again, and served when it is right.
-func TestServersThatAnswerWrongly(t *testing.T) {
+func TestInvalidServersAreRedialled(t *testing.T) {
 	reply := func(text string) func(http.ResponseWriter, *http.Request) {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			c, _, err := http.NewResponseController(w).Hijack()

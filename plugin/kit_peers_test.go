@@ -103,6 +103,15 @@ func (e *engine) tryDial(opts cryo.DialOptions) (*cryo.Session, error) {
 	return s, err
 }
 
+// wantDenied wants a client to be denied with an HTTP status.
+func (e *engine) wantDenied(opts cryo.DialOptions, status int) {
+	e.t.Helper()
+	_, err := e.tryDial(opts)
+	var denied *cryo.HandshakeError
+	require.ErrorAs(e.t, err, &denied)
+	require.Equal(e.t, status, denied.StatusCode)
+}
+
 // visit connects a client with an id.
 func (e *engine) visit(t *testing.T, id uint64) *cryo.Session {
 	t.Helper()

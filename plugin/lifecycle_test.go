@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestAGracefulStopDeliversAndAcknowledgesWhatIsInThePipeline(t *testing.T) {
+func TestGracefulStopDeliversAndAcknowledgesMessagesInThePipeline(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		inFlight := send(peer, "in flight")
 		a := e.arrival()
@@ -34,7 +34,7 @@ func TestAGracefulStopDeliversAndAcknowledgesWhatIsInThePipeline(t *testing.T) {
 	})
 }
 
-func TestAFailureDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
+func TestFailureDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		m := send(peer, "poison")
 		a := e.arrival()
@@ -46,7 +46,7 @@ func TestAFailureDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
 	})
 }
 
-func TestAHardStopAcknowledgesNothing(t *testing.T) {
+func TestHardStopAcknowledgesNothing(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		first := send(peer, "first")
 		e.arrival()
@@ -58,7 +58,7 @@ func TestAHardStopAcknowledgesNothing(t *testing.T) {
 	})
 }
 
-func TestWhatNobodySendsAgainIsNotDelivered(t *testing.T) {
+func TestMessageThatIsNotResentIsNotDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(listenInput, toProbe)
 		once := send(e.dial(), "once")
@@ -78,7 +78,7 @@ func TestWhatNobodySendsAgainIsNotDelivered(t *testing.T) {
 	})
 }
 
-func TestALostConnectionIsDialledAgainWithTheSameSession(t *testing.T) {
+func TestLostConnectionIsRedialledWithTheSameSessionID(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(dialInput, toProbe)
@@ -95,7 +95,7 @@ func TestALostConnectionIsDialledAgainWithTheSameSession(t *testing.T) {
 	})
 }
 
-func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
+func TestServerThatSendsByeIsRedialled(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(dialInput, toProbe)
@@ -106,7 +106,7 @@ func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
 	})
 }
 
-func TestAnIdleOutputTellsOfItsLostConnectionAtOnce(t *testing.T) {
+func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 	for name, c := range map[string]struct {
 		end  func(e *engine, peer *cryo.Session)
 		line string
@@ -133,7 +133,7 @@ func TestAnIdleOutputTellsOfItsLostConnectionAtOnce(t *testing.T) {
 	}
 }
 
-func TestAGracefulStopSaysThatTheSessionIsClosed(t *testing.T) {
+func TestGracefulStopLogsTheClosedSession(t *testing.T) {
 	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -215,7 +215,7 @@ func atBothDialling(t *testing.T, times, status int, sentence string, test func(
 	}
 }
 
-func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
+func TestDialIsRetriedEverySecondWhileTheLostSessionExists(t *testing.T) {
 	atBothDialling(t, 4, http.StatusUnauthorized, "Session already exists", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
 		next(t, connected)
 		second := time.Second
@@ -225,7 +225,7 @@ func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
 	})
 }
 
-func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
+func TestRejectedTokenIsRetriedEveryHalfMinute(t *testing.T) {
 	atBothDialling(t, 4, http.StatusUnauthorized, "Invalid token", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
 		next(t, connected)
 		half := 30 * time.Second
@@ -234,7 +234,7 @@ func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
 	})
 }
 
-func TestTheNextAttemptFollowsWhenRetryAfterAsksForIt(t *testing.T) {
+func TestRetryAfterSetsTheTimeOfTheNextAttempt(t *testing.T) {
 	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -253,8 +253,8 @@ func TestTheNextAttemptFollowsWhenRetryAfterAsksForIt(t *testing.T) {
 	}
 }
 
-// TestAServerThatFallsSilentIsLeft: nothing is sent, and nobody closes anything.
-func TestAServerThatFallsSilentIsLeft(t *testing.T) {
+// TestUnresponsiveServerIsDisconnected: nothing is sent, and nobody closes anything.
+func TestUnresponsiveServerIsDisconnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		p := e.run(with(dialInput, "heartbeat_interval: 10s"), toProbe)
@@ -283,7 +283,7 @@ func wantGrowing(t *testing.T, waits []time.Duration, n int) {
 	}
 }
 
-func TestAServerThatCannotBeReachedIsTriedEverMoreRarely(t *testing.T) {
+func TestRetriesOfAnUnreachableServerBackOff(t *testing.T) {
 	atBothDialling(t, len(growing), http.StatusServiceUnavailable, "No room", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
 		s := next(t, connected)
 		wantGrowing(t, r.waits(), len(growing))
@@ -309,7 +309,7 @@ func TestAServerThatCannotBeReachedIsTriedEverMoreRarely(t *testing.T) {
 	})
 }
 
-func TestAServerThatSendsItsClientsAwayAtOnceIsTriedEverMoreRarely(t *testing.T) {
+func TestRetriesOfAServerThatDisconnectsImmediatelyBackOff(t *testing.T) {
 	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -334,7 +334,7 @@ func TestAServerThatSendsItsClientsAwayAtOnceIsTriedEverMoreRarely(t *testing.T)
 	}
 }
 
-func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
+func TestDialTimesOut(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, err := e.net.Listen("tcp", somewhere) // which never accepts
 		require.NoError(t, err)
@@ -346,7 +346,7 @@ func TestADialThatTakesTooLongIsGivenUp(t *testing.T) {
 	})
 }
 
-func TestAnInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
+func TestInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		r := &refusals{left: 4, status: http.StatusUnauthorized, sentence: "Invalid token", ids: make(map[string]bool)}
 		e.serveHTTP(somewhere, r)

@@ -58,7 +58,7 @@ func breakable(e *engine) (fail chan error, listened chan time.Time) {
 
 var errAccept = syscall.ENOMEM // no net.Error that is temporary
 
-func TestAnInputListensAgainWhenAcceptingFails(t *testing.T) {
+func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		p := e.run(listenInput, toProbe)
@@ -89,7 +89,7 @@ func TestAnInputListensAgainWhenAcceptingFails(t *testing.T) {
 	})
 }
 
-func TestListeningAgainIsRetriedUntilItSucceeds(t *testing.T) {
+func TestReopeningTheListenerIsRetriedUntilItSucceeds(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		var refuse atomic.Bool
 		listen := e.shared.listen
@@ -123,7 +123,7 @@ func TestListeningAgainIsRetriedUntilItSucceeds(t *testing.T) {
 	})
 }
 
-func TestAnOutputListensAgainWithItsNextMessage(t *testing.T) {
+func TestOutputReopensTheListenerWithItsNextMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		e.run(fromFeed, listenOutput)
@@ -142,7 +142,7 @@ func TestAnOutputListensAgainWithItsNextMessage(t *testing.T) {
 	})
 }
 
-func TestOneOfTheComponentsOfAListenerListensAgainForAll(t *testing.T) {
+func TestOneComponentReopensTheListenerForAll(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		in := e.run(listenInput, toProbe)
@@ -163,7 +163,7 @@ func TestOneOfTheComponentsOfAListenerListensAgainForAll(t *testing.T) {
 	})
 }
 
-func TestAComponentThatJoinsABrokenListenerListensAgain(t *testing.T) {
+func TestComponentThatJoinsABrokenListenerReopensIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		e.run(fromFeed, listenOutput)
@@ -191,7 +191,7 @@ func TestABrokenListenerCanBeClosed(t *testing.T) {
 	})
 }
 
-func TestTheOperatorLearnsThatASocketDoesNotAcceptForNow(t *testing.T) {
+func TestTemporaryAcceptErrorsAreLogged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		listen := e.shared.listen
 		e.shared.listen = func(network, address string) (net.Listener, error) {
@@ -224,7 +224,7 @@ func (l *exhaustedListener) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-func TestAPanicOfTheHTTPServerIsAWarning(t *testing.T) {
+func TestPanicInTheHTTPServerIsLoggedAsAWarning(t *testing.T) {
 	book := &logBook{}
 	log := serverLog(service.NewLoggerFromSlog(book.logger()))
 	log.Print("http: panic serving 10.0.0.1:1: boom\ngoroutine 1 [running]:")

@@ -24,7 +24,7 @@ func answers(t *testing.T, c net.Conn) bool {
 	return err == nil && string(words) == "HTTP/1."
 }
 
-func TestAClientGetsInHoweverManyConnectionsAreSilent(t *testing.T) {
+func TestClientConnectsHoweverManyConnectionsAreIdle(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
@@ -58,7 +58,7 @@ func TestAClientGetsInHoweverManyConnectionsAreSilent(t *testing.T) {
 	}
 }
 
-func TestAsManyClientsCanConnectAtOnceAsThereMayBe(t *testing.T) {
+func TestMaxSessionsClientsCanConnectAtOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_sessions: 1100"), toProbe)
 		var connecting [1100]net.Conn

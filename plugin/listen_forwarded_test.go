@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestTheAddressOfAClientIsTheOneThatNoTrustedProxyStandsFor(t *testing.T) {
+func TestClientAddressIsTheLastOneThatIsNoTrustedProxy(t *testing.T) {
 	const direct = "192.0.2.1:50000" // of clients in memory
 	trusted := "trusted_proxies: [ 192.0.2.0/24, '10.0.0.9', '2001:db8:ff::/48' ]"
 	forwarded := trusted + ", forwarded_header: forwarded"
@@ -71,7 +71,7 @@ func TestTheAddressOfAClientIsTheOneThatNoTrustedProxyStandsFor(t *testing.T) {
 	}
 }
 
-func TestTheLimitOfAnAddressIsThatOfTheClientBehindAProxy(t *testing.T) {
+func TestAddressLimitAppliesToTheClientBehindAProxy(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_sessions_per_address: 1, trusted_proxies: [ 192.0.2.1 ]"), toProbe)
 		from := func(address string) error {
@@ -107,7 +107,7 @@ func onSocket(t *testing.T, e *engine, settings string) string {
 	return address
 }
 
-func TestClientsComeThroughAReverseProxyWithAPrefix(t *testing.T) {
+func TestClientsConnectThroughAReverseProxyWithAPrefix(t *testing.T) {
 	for _, tt := range []struct {
 		name, settings string
 		strip          bool
@@ -147,7 +147,7 @@ func TestClientsComeThroughAReverseProxyWithAPrefix(t *testing.T) {
 	}
 }
 
-func TestARenewedCertificateIsServedOnARealSocketToClientsWithTheirs(t *testing.T) {
+func TestRenewedCertificateIsServedOverRealSocketsWithClientCertificates(t *testing.T) {
 	ca, devices := newAuthority(t, "ca"), newAuthority(t, "devices")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")

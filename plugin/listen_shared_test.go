@@ -17,7 +17,7 @@ import (
 
 const receivesNothing = "this session receives no messages"
 
-func TestAMessageGoesBackToTheClientThatSentIt(t *testing.T) {
+func TestReplyIsSentToTheSender(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(listenInput, with(listenOutput, "send_to: session, session_id: '${! @cryo_session_id }'"),
 			"mapping: root = content().uppercase()")
@@ -35,7 +35,7 @@ func TestAMessageGoesBackToTheClientThatSentIt(t *testing.T) {
 	})
 }
 
-func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
+func TestComponentsOfOneAddressMustAgree(t *testing.T) {
 	for settings, differ := range map[string]string{
 		"max_sessions: 5":                                                            "max_sessions",
 		"max_sessions: 5, path: /else":                                               "path, max_sessions",
@@ -61,14 +61,14 @@ func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
 	}
 }
 
-func TestComponentsWithoutALabelAreNamedByWhereTheyAre(t *testing.T) {
+func TestComponentsWithoutALabelAreNamedByTheirPath(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run("broker: { inputs: [ "+listenInput+", "+with(listenInput, "max_sessions: 5")+" ] }", toProbe)
 		e.log.want(t, " and the input cryo_server at input.broker.inputs.")
 	})
 }
 
-func TestWithoutAnInputMessagesAreRefusedAfterSomePatience(t *testing.T) {
+func TestMessagesWithoutAnInputAreRejectedAfterATimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		early := e.dial()
@@ -86,7 +86,7 @@ func TestWithoutAnInputMessagesAreRefusedAfterSomePatience(t *testing.T) {
 	})
 }
 
-func TestAnInputThatStartsLaterGetsWhatHasWaited(t *testing.T) {
+func TestLaterInputReceivesWaitingMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		stays, leaves := e.dial(), e.dial()
@@ -108,7 +108,7 @@ func TestAnInputThatStartsLaterGetsWhatHasWaited(t *testing.T) {
 	})
 }
 
-func TestMessagesThatNobodyWaitedForHoldNoMemory(t *testing.T) {
+func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 100000"
 		e.run(fromOnce, with(listenOutput, settings))
@@ -127,7 +127,7 @@ func TestMessagesThatNobodyWaitedForHoldNoMemory(t *testing.T) {
 	})
 }
 
-func TestAnInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
+func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(listenInput, "serial: {}")
 		e.run(fromOnce, listenOutput)
@@ -169,7 +169,7 @@ func TestAnInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAKilledInputLeavesBehindHoldNoMemory(t *testing.T) {
+func TestMessagesOfAKilledInputHoldNoMemory(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 100000"
 		in := e.run(with(listenInput, settings), toProbe)
@@ -224,7 +224,7 @@ func TestTwoInputsShareTheSessions(t *testing.T) {
 	})
 }
 
-func TestALastInputTellsItsClientsNothingOfWhatItLeaves(t *testing.T) {
+func TestLastInputRejectsNothingWhenItCloses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(listenInput, "serial: {}")
 		client := e.dial()
@@ -241,7 +241,7 @@ func TestALastInputTellsItsClientsNothingOfWhatItLeaves(t *testing.T) {
 	})
 }
 
-func TestAComponentThatClosesTwiceLeavesOnce(t *testing.T) {
+func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		conf, err := specs()["input cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ] }", nil)
@@ -260,7 +260,7 @@ func TestAComponentThatClosesTwiceLeavesOnce(t *testing.T) {
 	})
 }
 
-func TestAnAddressIsOpenedAgainWhenItIsFree(t *testing.T) {
+func TestAddressIsReusedWhenItIsFree(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, toProbe)
 		client := e.rawClient() // which reads nothing, so closing takes time
@@ -281,7 +281,7 @@ func TestAnAddressIsOpenedAgainWhenItIsFree(t *testing.T) {
 	})
 }
 
-func TestAPipelineStopsWhileItWaitsForAnAddress(t *testing.T) {
+func TestPipelineStopsWhileItWaitsForAnAddress(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, toProbe)
 		client := e.rawClient()
@@ -296,7 +296,7 @@ func TestAPipelineStopsWhileItWaitsForAnAddress(t *testing.T) {
 	})
 }
 
-func TestAnAddressThatIsTakenIsTriedAgain(t *testing.T) {
+func TestAddressInUseIsRetried(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		socket, err := e.net.Listen("tcp", somewhere)
 		require.NoError(t, err)
@@ -310,7 +310,7 @@ func TestAnAddressThatIsTakenIsTriedAgain(t *testing.T) {
 	})
 }
 
-func TestAClientThatComesBackTakesItsSessionOver(t *testing.T) {
+func TestReconnectedClientTakesItsSessionOver(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		opts := cryo.DialOptions{Token: token, SessionID: 5}

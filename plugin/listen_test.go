@@ -37,7 +37,7 @@ func (e *engine) get(t *testing.T, path string, headers ...string) (status int, 
 	return resp.StatusCode, strings.TrimSpace(string(body))
 }
 
-func TestOnlyThePathIsServed(t *testing.T) {
+func TestOnlyTheConfiguredPathIsServed(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "path: /feed"), toProbe)
 		for path, want := range map[string]int{"/": 404, "/feed/more": 404, "/feed/": 404, "/feed": 426, "/feed?room=5": 426} {
@@ -47,46 +47,36 @@ func TestOnlyThePathIsServed(t *testing.T) {
 		_, text := e.get(t, "/feed")
 		require.Equal(t, "This is a Cryo server: connect with a Cryo client, over WebSocket.", text)
 
-		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		var refused *cryo.HandshakeError
-		require.ErrorAs(t, err, &refused)
-		require.Equal(t, http.StatusNotFound, refused.StatusCode)
+		e.wantDenied(cryo.DialOptions{Token: token}, http.StatusNotFound)
 		s, err := cryo.Dial(t.Context(), "ws://"+somewhere+"/feed", &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
 		require.NoError(t, err)
 		require.NoError(t, s.Close(t.Context(), ""))
 	})
 }
 
-func TestOnlyAsManyClientsAsMayComeIn(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "max_sessions: 2"), toProbe)
-		first := e.dial()
-		e.dial()
-		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		var refused *cryo.HandshakeError
-		require.ErrorAs(t, err, &refused)
-		require.Equal(t, http.StatusServiceUnavailable, refused.StatusCode)
-		end(first)
-		synctest.Wait()
-		e.dial()
-	})
+func TestClientsAboveALimitAreDenied(t *testing.T) {
+	for _, tt := range []struct {
+		limit  string
+		status int
+	}{
+		{"max_sessions: 2", http.StatusServiceUnavailable},
+		{"max_sessions_per_address: 2", http.StatusTooManyRequests},
+	} {
+		t.Run(tt.limit, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, tt.limit), toProbe)
+				first := e.dial()
+				e.dial()
+				e.wantDenied(cryo.DialOptions{Token: token}, tt.status)
+				end(first)
+				synctest.Wait()
+				e.dial()
+			})
+		})
+	}
 }
 
-func TestOnlyAsManyClientsOfOneAddressAsMayComeIn(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "max_sessions_per_address: 1"), toProbe)
-		first := e.dial()
-		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		var refused *cryo.HandshakeError
-		require.ErrorAs(t, err, &refused)
-		require.Equal(t, http.StatusTooManyRequests, refused.StatusCode)
-		end(first)
-		synctest.Wait()
-		e.dial()
-	})
-}
-
-func TestHeadersThatAreTooLongAreRefused(t *testing.T) {
+func TestTooLongHeadersAreRejected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_header_bytes: 10000"), toProbe)
 		status, _ := e.get(t, "/", "X-Long: "+strings.Repeat("x", 9000))
@@ -128,35 +118,28 @@ func TestOnlyPagesOfAllowedOriginsMayConnect(t *testing.T) {
 	}
 }
 
-func TestAClientThatSaysNothingIsSentAway(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
-		c, err := e.net.Dial(t.Context(), "tcp", somewhere)
-		require.NoError(t, err)
-		_, err = c.Write([]byte("GET / HTTP/1.1\r\n"))
-		require.NoError(t, err)
-		begin := time.Now()
-		_, _ = bufio.NewReader(c).ReadString(0)
-		require.Equal(t, 2*time.Second, time.Since(begin))
-		require.NoError(t, c.Close())
-	})
+func TestIdleConnectionIsClosedAfterHandshakeTimeout(t *testing.T) {
+	for name, request := range map[string]string{
+		"in its request":                   "GET / HTTP/1.1\r\n",
+		"after a request for another path": "GET /else HTTP/1.1\r\nHost: x\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
+				c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+				require.NoError(t, err)
+				_, err = c.Write([]byte(request))
+				require.NoError(t, err)
+				begin := time.Now()
+				_, _ = io.Copy(io.Discard, c)
+				require.Equal(t, 2*time.Second, time.Since(begin))
+				require.NoError(t, c.Close())
+			})
+		})
+	}
 }
 
-func TestAConnectionThatStaysIdleAfterARefusalIsClosed(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
-		c, err := e.net.Dial(t.Context(), "tcp", somewhere)
-		require.NoError(t, err)
-		_, err = c.Write([]byte("GET /else HTTP/1.1\r\nHost: x\r\n\r\n"))
-		require.NoError(t, err)
-		begin := time.Now()
-		_, _ = bufio.NewReader(c).ReadString(0)
-		require.Equal(t, 2*time.Second, time.Since(begin))
-		require.NoError(t, c.Close())
-	})
-}
-
-func TestASessionOutlivesTheTimeForItsHandshake(t *testing.T) {
+func TestSessionOutlivesTheHandshakeTimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 		client := e.dial()
@@ -167,7 +150,7 @@ func TestASessionOutlivesTheTimeForItsHandshake(t *testing.T) {
 	})
 }
 
-func TestOneOfSeveralTokensLetsAClientIn(t *testing.T) {
+func TestAnyConfiguredTokenAuthorizesAClient(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run("cryo_server: { address: '"+somewhere+"', tokens: [ first, second ] }", toProbe)
 		for token, welcome := range map[string]bool{"first": true, "second": true, "third": false, "": false, "firstsecond": false} {
@@ -181,7 +164,7 @@ func TestOneOfSeveralTokensLetsAClientIn(t *testing.T) {
 	})
 }
 
-func TestAMappingDecidesWhoMayComeIn(t *testing.T) {
+func TestAuthorizeMappingAllowsOrDeniesClients(t *testing.T) {
 	for _, tt := range []struct {
 		name, mapping string
 		welcome       bool
@@ -238,7 +221,7 @@ func TestAMappingDecidesWhoMayComeIn(t *testing.T) {
 	}
 }
 
-func TestAClientWithTooMuchMetadataIsToldSoAndNotThatItsTokenIsRefused(t *testing.T) {
+func TestTooMuchMetadataIsDeniedWithStatus431(t *testing.T) {
 	for _, tt := range []struct{ name, mapping, sentence string }{
 		{
 			"too many fields", `root = range(0, 65).map_each(i -> { "key": "f%v".format(i), "value": 1 }).map_each(f -> { (f.key): f.value }).merge({}).squash()`,
@@ -261,7 +244,7 @@ func TestAClientWithTooMuchMetadataIsToldSoAndNotThatItsTokenIsRefused(t *testin
 	}
 }
 
-func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {
+func TestListenAndDialOverRealSockets(t *testing.T) {
 	defer checkLeaks(t)
 	e := newEngine(t)
 	e.shared.listen = net.Listen
@@ -284,7 +267,7 @@ func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {
 	require.NoError(t, s.Close(t.Context(), ""))
 }
 
-func TestTheLogSaysWhereAListenerReallyIsAndHowItsSessionsEnd(t *testing.T) {
+func TestListenerLogsItsAddressAndTheEndOfSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.shared.listen = func(network, _ string) (net.Listener, error) { return e.net.Listen(network, somewhere) }
 		p := e.run(strings.Replace(listenInput, somewhere, "192.0.2.2:0", 1), toProbe)

@@ -139,7 +139,7 @@ func TestBothEndsOverTLS(t *testing.T) {
 	})
 }
 
-func TestOldVersionsOfTLSAreRefused(t *testing.T) {
+func TestOldTLSVersionsAreRejected(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	certFile, keyFile := filepath.Join(t.TempDir(), "cert.pem"), filepath.Join(t.TempDir(), "key.pem")
 	ca.issue(t, "server", certFile, keyFile)
@@ -217,7 +217,7 @@ func TestARenewedCertificateIsServedWithoutARestart(t *testing.T) {
 	})
 }
 
-func TestClientsNeedACertificateOfTheAuthority(t *testing.T) {
+func TestClientsNeedACertificateOfTheConfiguredAuthority(t *testing.T) {
 	ca, devices, others := newAuthority(t, "ca"), newAuthority(t, "devices"), newAuthority(t, "others")
 	dir := t.TempDir()
 	certFile, keyFile, clientCA := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), filepath.Join(dir, "clients.pem")
@@ -266,7 +266,7 @@ func TestClientsNeedACertificateOfTheAuthority(t *testing.T) {
 	}
 }
 
-func TestTheWrongSchemeIsToldInWords(t *testing.T) {
+func TestWrongURLSchemeIsReported(t *testing.T) {
 	certFile, keyFile := certificate(t)
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
@@ -292,7 +292,7 @@ func TestTheWrongSchemeIsToldInWords(t *testing.T) {
 	})
 }
 
-func TestAClientThatBreaksTLSOffIsSentAway(t *testing.T) {
+func TestClientThatStallsTheTLSHandshakeIsDisconnected(t *testing.T) {
 	certFile, keyFile := certificate(t)
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "handshake_timeout: 2s, tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
@@ -306,7 +306,7 @@ func TestAClientThatBreaksTLSOffIsSentAway(t *testing.T) {
 	})
 }
 
-func TestAuthorizeSeesTheCertificateOfAClient(t *testing.T) {
+func TestAuthorizeSeesTheClientCertificate(t *testing.T) {
 	ca, devices := newAuthority(t, "ca"), newAuthority(t, "devices")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
@@ -327,7 +327,7 @@ func TestAuthorizeSeesTheCertificateOfAClient(t *testing.T) {
 	})
 }
 
-func TestOfClientsWithOneTokenOnlyTheCertificatesOwnerTakesASessionOver(t *testing.T) {
+func TestOnlyTheOwnerOfItsCertificateTakesASessionOver(t *testing.T) {
 	ca, devices := newAuthority(t, "servers"), newAuthority(t, "devices")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")

@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestClientsCanNotFloodTheLog(t *testing.T) {
+func TestClientsCannotFloodTheLog(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_bytes: 1 }"), toProbe)
 		client, peer := e.dial(), e.rawClient()

@@ -37,7 +37,7 @@ cryo_server:
   session_metadata: { query_parameters: [ room, floor ], headers: [ x-Room, X-Floor ] }
 `
 
-func TestWhatIsKnownOfASessionIsMetadataOfItsMessagesAndStreams(t *testing.T) {
+func TestSessionMetadataIsSetOnMessagesAndStreams(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(authorizing, toProbe)
 		client, err := e.tryDial(cryo.DialOptions{
@@ -83,7 +83,7 @@ func TestWhatIsKnownOfASessionIsMetadataOfItsMessagesAndStreams(t *testing.T) {
 	})
 }
 
-func TestTheQueryThatAuthorizeSeesHasNoToken(t *testing.T) {
+func TestAuthorizeSeesTheQueryWithoutTheToken(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run("cryo_server: { address: '"+somewhere+"', authorize: 'root = this.query.without(\"x-cryo-sid\")' }", toProbe)
 		client, err := e.tryDial(cryo.DialOptions{Token: "sesame", SessionID: 7, Query: url.Values{"room": {"5"}}})
@@ -96,7 +96,7 @@ func TestTheQueryThatAuthorizeSeesHasNoToken(t *testing.T) {
 	})
 }
 
-func TestMetadataOfASessionSurvivesTheInputThatItCameThrough(t *testing.T) {
+func TestSessionMetadataSurvivesTheSessionsInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(authorizing, toProbe)
 		e.run(authorizing, toProbe)
@@ -109,7 +109,7 @@ func TestMetadataOfASessionSurvivesTheInputThatItCameThrough(t *testing.T) {
 	})
 }
 
-func TestAChangedMessageChangesNoOther(t *testing.T) {
+func TestMutatingAMessageDoesNotAffectOthers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(authorizing, toProbe, `mapping: 'meta cryo_auth_user = @cryo_auth_user + "!"'`)
 		client, err := e.tryDial(cryo.DialOptions{Token: "sesame"})
@@ -126,7 +126,7 @@ func TestAChangedMessageChangesNoOther(t *testing.T) {
 	})
 }
 
-func TestTheHostOfARequestIsOneOfItsHeaders(t *testing.T) {
+func TestHostIsAvailableAsAHeader(t *testing.T) {
 	for name, fields := range map[string]string{
 		"session_metadata": "authorize: 'root = true', session_metadata: { headers: [ host ] }",
 		"authorize":        "authorize: 'root.host = this.headers.host'",
@@ -144,7 +144,7 @@ func TestTheHostOfARequestIsOneOfItsHeaders(t *testing.T) {
 	}
 }
 
-func TestAClientWhoseMetadataWouldHaveControlCharactersIsDenied(t *testing.T) {
+func TestControlCharactersInMetadataDenyTheClient(t *testing.T) {
 	for name, fields := range map[string]string{
 		"of session_metadata": "authorize: 'root = true', session_metadata: { query_parameters: [ room ] }",
 		"of authorize":        "authorize: 'root.query_room = this.query.room'",

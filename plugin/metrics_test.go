@@ -28,14 +28,14 @@ func namesIn(t *testing.T, file, pattern string) []string {
 	return slices.Compact(names)
 }
 
-func TestEveryMetricIsDocumentedAndDrawn(t *testing.T) {
+func TestEveryMetricIsDocumentedAndInTheDashboard(t *testing.T) {
 	names := namesIn(t, "metrics.go", `"(cryo_[a-z_]+)"`)
 	require.NotEmpty(t, names)
 	require.Equal(t, names, namesIn(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/metrics.md")
 	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+)`), "in the dashboard")
 }
 
-func TestGaugesOfCopiesAddUp(t *testing.T) {
+func TestGaugesOfCopiedOutputsAddUp(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, "broker: { pattern: round_robin, copies: 4, outputs: [ "+dialOutput+" ] }")
@@ -80,7 +80,7 @@ func TestGaugesReturnToZeroAtAHardStop(t *testing.T) {
 	})
 }
 
-func TestTheMetricsOfAListenerAreReportedByAComponentThatStays(t *testing.T) {
+func TestListenerMetricsAreReportedByARemainingComponent(t *testing.T) {
 	for name, stop := range map[string]func(*pipeline){"graceful stop": (*pipeline).stop, "hard stop": (*pipeline).kill} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -240,7 +240,7 @@ func TestABroadcastCountsOncePerSession(t *testing.T) {
 	})
 }
 
-func TestAWorkQueueCounts(t *testing.T) {
+func TestAWorkQueueCountsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: any"))
 		worker := e.dial()
@@ -305,7 +305,7 @@ func TestAnOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
 	})
 }
 
-func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
+func TestAListenerCountsSessionsAndDeniedClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "max_sessions: 2"))
 		a, b := e.dial(), e.dial()

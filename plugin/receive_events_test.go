@@ -63,7 +63,7 @@ func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 	})
 }
 
-func TestDisconnectedCarriesTheCause(t *testing.T) {
+func TestDisconnectedEventHasTheCause(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(telling, toProbe)
 		client := e.visit(t, 7)

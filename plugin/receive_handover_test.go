@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestAnInputThatIsReplacedHandsOverAllThatItHasNotDelivered(t *testing.T) {
+func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput) // it holds the listener
 		in := e.run(listenInput, "serial: {}")
@@ -50,7 +50,7 @@ func TestAnInputThatIsReplacedHandsOverAllThatItHasNotDelivered(t *testing.T) {
 	})
 }
 
-func TestAnInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
+func TestInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, "serial: {}")
 		client := e.dial()
@@ -65,7 +65,7 @@ func TestAnInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
 	})
 }
 
-func TestWhatWaitsToBeRedeliveredIsHandedOver(t *testing.T) {
+func TestMessagesThatAwaitRedeliveryAreHandedOver(t *testing.T) {
 	for _, fields := range []string{"", "auto_replay_nacks: false, max_batch_count: 2"} {
 		inEngine(t, func(t *testing.T, e *engine) {
 			e.run(fromOnce, listenOutput)
@@ -87,7 +87,7 @@ func TestWhatWaitsToBeRedeliveredIsHandedOver(t *testing.T) {
 	}
 }
 
-func TestAProcessThatStopsRejectsNothing(t *testing.T) {
+func TestStoppingProcessRejectsNothing(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out := e.run(fromOnce, listenOutput)
 		in := e.run(listenInput, "serial: {}")
@@ -110,7 +110,7 @@ func TestAProcessThatStopsRejectsNothing(t *testing.T) {
 	})
 }
 
-func TestWithoutAnotherInputWhatIsLeftIsRejectedAfterAMinute(t *testing.T) {
+func TestWithoutAnotherInputUndeliveredMessagesAreRejectedAfterAMinute(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(listenInput, toProbe)
@@ -135,7 +135,7 @@ func TestWithoutAnotherInputWhatIsLeftIsRejectedAfterAMinute(t *testing.T) {
 	})
 }
 
-func TestStreamsThatWereNotBegunAreHandedOver(t *testing.T) {
+func TestUnreadStreamsAreHandedOver(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "streams: { max_open: 1 }"), toProbe)
@@ -160,7 +160,7 @@ func TestStreamsThatWereNotBegunAreHandedOver(t *testing.T) {
 	})
 }
 
-func TestPartsOfAStreamThatWasReadToItsEndAreHandedOver(t *testing.T) {
+func TestPartsOfACompleteStreamAreHandedOver(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const lines = "streams: { scanner: { lines: {} } }"
@@ -191,7 +191,7 @@ func TestPartsOfAStreamThatWasReadToItsEndAreHandedOver(t *testing.T) {
 	})
 }
 
-func TestAcknowledgeReceivedAcknowledgesOnlyWhatThePipelineHas(t *testing.T) {
+func TestAcknowledgeReceivedAcknowledgesOnlyMessagesInThePipeline(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
 		client := e.dial()
@@ -211,7 +211,7 @@ func TestAcknowledgeReceivedAcknowledgesOnlyWhatThePipelineHas(t *testing.T) {
 	})
 }
 
-func TestAcknowledgeReceivedLogsWhatAHardStopHasLost(t *testing.T) {
+func TestAcknowledgeReceivedLogsMessagesLostInAHardStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "acknowledge: received"), toProbe)
 		client := e.dial()
@@ -226,7 +226,7 @@ func TestAcknowledgeReceivedLogsWhatAHardStopHasLost(t *testing.T) {
 }
 
 // What was acknowledged on receipt and what was not come to the next input in one batch.
-func TestWhatIsHandedOverIsAcknowledgedBesideWhatWasBefore(t *testing.T) {
+func TestHandedOverMessagesAreAcknowledgedBesideAcknowledgedOnes(t *testing.T) {
 	for _, next := range []string{"acknowledge: received", ""} {
 		t.Run("to "+next, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -254,7 +254,7 @@ func TestWhatIsHandedOverIsAcknowledgedBesideWhatWasBefore(t *testing.T) {
 	}
 }
 
-func TestWhatIsHandedOverIsRejectedBesideWhatWasAcknowledged(t *testing.T) {
+func TestHandedOverMessagesAreRejectedBesideAcknowledgedOnes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
@@ -275,7 +275,7 @@ func TestWhatIsHandedOverIsRejectedBesideWhatWasAcknowledged(t *testing.T) {
 	})
 }
 
-func TestPartsThatWereAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
+func TestStreamPartsAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "acknowledge: received, streams: { scanner: { lines: {} } }"
@@ -292,7 +292,7 @@ func TestPartsThatWereAcknowledgedOnReceiptAreHandedOver(t *testing.T) {
 	})
 }
 
-func TestHardStopDuringAResponseLogsWhatWasAcknowledgedAsLost(t *testing.T) {
+func TestHardStopDuringAResponseLogsAcknowledgedMessagesAsLost(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "acknowledge: received"), answering)
 		client := e.dial()
@@ -305,7 +305,7 @@ func TestHardStopDuringAResponseLogsWhatWasAcknowledgedAsLost(t *testing.T) {
 	})
 }
 
-func TestMessagesThatFailLeaveHalfOfASlowOutputToOthers(t *testing.T) {
+func TestFailingMessagesLeaveHalfOfASlowOutputToOthers(t *testing.T) {
 	for _, poison := range []int{20, 200} {
 		t.Run(fmt.Sprint(poison), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -345,7 +345,7 @@ func TestMessagesThatFailLeaveHalfOfASlowOutputToOthers(t *testing.T) {
 	}
 }
 
-func TestAStreamThatComesDuringAStopWaitsForTheNextInput(t *testing.T) {
+func TestStreamThatArrivesDuringAStopWaitsForTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
@@ -361,7 +361,7 @@ func TestAStreamThatComesDuringAStopWaitsForTheNextInput(t *testing.T) {
 	})
 }
 
-func TestAHardStopRejectsNothing(t *testing.T) {
+func TestHardStopRejectsNothing(t *testing.T) {
 	rejected := 0
 	for i := range 40 {
 		var processors []string
@@ -391,7 +391,7 @@ func TestAHardStopRejectsNothing(t *testing.T) {
 	require.Zero(t, rejected)
 }
 
-func TestTheOrderIsKeptOverTwoHandovers(t *testing.T) {
+func TestOrderIsKeptOverTwoHandovers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
@@ -410,7 +410,7 @@ func TestTheOrderIsKeptOverTwoHandovers(t *testing.T) {
 	})
 }
 
-func TestTheOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
+func TestOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
@@ -439,7 +439,7 @@ func TestTheOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 	})
 }
 
-func TestMessagesOfAnEndedSessionDoNotWaitForTheNextSessionWithItsID(t *testing.T) {
+func TestMessagesOfAnEndedSessionDoNotWaitForItsSuccessor(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		a := e.run(telling, toProbe)
@@ -495,7 +495,7 @@ func TestMessagesOfAnEndedSessionDoNotWaitForTheNextSessionWithItsID(t *testing.
 }
 
 // A verdict may come while its input closes: the message is settled all the same.
-func TestAFailureThatCrossesTheEndOfItsInputLeavesTheMessageToTheNextInput(t *testing.T) {
+func TestFailureDuringCloseLeavesTheMessageToTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.dial()

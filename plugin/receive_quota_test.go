@@ -41,7 +41,7 @@ func (e *engine) failPoison(during time.Duration) (delivered []string) {
 	}
 }
 
-func TestMessagesThatFailForEverLeaveCapacityToOtherClients(t *testing.T) {
+func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1"), toProbe)
 		bad := e.visit(t, 1)
@@ -67,7 +67,7 @@ func TestMessagesThatFailForEverLeaveCapacityToOtherClients(t *testing.T) {
 	})
 }
 
-func TestClientThatAcknowledgesNoResponsesLeavesCapacityToOthers(t *testing.T) {
+func TestUnacknowledgedResponsesLeaveCapacityToOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16"), answering)
 		deaf := e.dial()
@@ -86,7 +86,7 @@ func TestClientThatAcknowledgesNoResponsesLeavesCapacityToOthers(t *testing.T) {
 	})
 }
 
-func TestStreamsOfAClientHaveNoMoreThanItsShareOfMaxInFlight(t *testing.T) {
+func TestStreamsOfAClientStayWithinItsQuotaOfMaxInFlight(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1, streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dial()
@@ -105,7 +105,7 @@ func TestStreamsOfAClientHaveNoMoreThanItsShareOfMaxInFlight(t *testing.T) {
 	})
 }
 
-func TestMessagesAndStreamsOfAClientHaveOneShareOfMaxInFlight(t *testing.T) {
+func TestMessagesAndStreamsOfAClientShareOneQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1, streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dial()
@@ -128,7 +128,7 @@ func TestMessagesAndStreamsOfAClientHaveOneShareOfMaxInFlight(t *testing.T) {
 }
 
 // Each message that waits holds the memory of its session.
-func TestNewSessionsAreDeniedWhileTooManyEndedOnesWaitForThePipeline(t *testing.T) {
+func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1, max_sessions: 3"), toProbe)
 		for id := range uint64(1 + 6) { // one is in the pipeline, and as many wait as may be connected, and have left
@@ -147,7 +147,7 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesWaitForThePipeline(t *testing.
 	})
 }
 
-func TestReconnectedClientKeepsItsShareOfMaxInFlight(t *testing.T) {
+func TestReconnectedClientKeepsItsQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1"), toProbe)
 		client := e.visit(t, 1)
@@ -203,7 +203,7 @@ func (e *engine) scanWords() *wordScanners {
 	return scanners
 }
 
-func TestScannersBatchThatIsLargerThanAClientsShareIsDeliveredInParts(t *testing.T) {
+func TestScannerBatchAboveAClientsQuotaIsDeliveredInParts(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.scanWords()
 		e.run(with(listenInput, "max_in_flight: 4, "+byWords), toProbe)

@@ -150,7 +150,7 @@ func TestSlowAcknowledgementOfAResponseDelaysNoOtherClient(t *testing.T) {
 	})
 }
 
-func TestMessageMayHaveSeveralResponsesOrNone(t *testing.T) {
+func TestMessageCanHaveSeveralResponsesOrNone(t *testing.T) {
 	answeredBy(t, "", []string{"unarchive: { format: lines }", "mapping: 'root = if content() == \"\" { deleted() }'"}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := send(peer, "one\ntwo\nthree")
 		for _, m := range receiveTexts(t, peer, "one", "two", "three") {
@@ -188,7 +188,7 @@ func TestResponseIsAwaitedForAckTimeout(t *testing.T) {
 	})
 }
 
-func TestSessionThatEndsBeforeItsResponseCostsNothing(t *testing.T) {
+func TestSessionThatEndsBeforeItsResponseReleasesItsMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1"), answering, inCapital)
 		leaves := e.dial()
@@ -305,7 +305,7 @@ func TestReconnectedClientGetsNoResponseOfItsLastConnection(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAreAcknowledgedOnReceiptGetResponsesToo(t *testing.T) {
+func TestMessagesAcknowledgedOnReceiptGetResponses(t *testing.T) {
 	answeredBy(t, "acknowledge: received", []string{inCapital}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		send(peer, "hello").wantAcked(t, "received")
 		require.NoError(t, receiveTexts(t, peer, "HELLO")[0].Ack())

@@ -38,7 +38,7 @@ func tarred(t testing.TB, files ...string) string {
 	return b.String()
 }
 
-func TestEachScannerCutsAStreamWhichIsAcknowledgedBehindItsLastMessage(t *testing.T) {
+func TestEachScannerSplitsAStreamIntoMessages(t *testing.T) {
 	for _, tt := range []struct {
 		scanner, stream string
 		want            []string
@@ -77,7 +77,7 @@ func TestEachScannerCutsAStreamWhichIsAcknowledgedBehindItsLastMessage(t *testin
 	}
 }
 
-func TestAScannerThatFailsCancelsItsStream(t *testing.T) {
+func TestFailedScannerCancelsItsStream(t *testing.T) {
 	zipped := gzipped(t, strings.Repeat("0123456789\n", 3)+"a last line")
 	for _, tt := range []struct {
 		scanner, stream string
@@ -113,7 +113,7 @@ func TestAScannerThatFailsCancelsItsStream(t *testing.T) {
 	}
 }
 
-func TestAFaultyRowIsPassedOnWhereTheScannerContinues(t *testing.T) {
+func TestInvalidRowIsForwardedWithContinueOnError(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { csv: { continue_on_error: true } } }"), "serial: {}")
 		stream := sendStream(e.dial(), "rows", "a,b\n1,2\n3\n4,5\n")
@@ -131,7 +131,7 @@ func TestAFaultyRowIsPassedOnWhereTheScannerContinues(t *testing.T) {
 	})
 }
 
-func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
+func TestPartialRecordIsNeverDelivered(t *testing.T) {
 	text := strings.Repeat("0123456789\n", 200)
 	for _, tt := range []struct {
 		scanner, part string
@@ -177,7 +177,7 @@ func TestAPartOfARecordIsNeverPassedOnAsAWhole(t *testing.T) {
 	}
 }
 
-func TestWholeMessagesOfATruncatedStreamComeBeforeTheNextConnection(t *testing.T) {
+func TestWholeMessagesOfATruncatedStreamPrecedeTheNextConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(with(dialInput, "max_in_flight: 1, "+asLines), toProbe)
@@ -193,7 +193,7 @@ func TestWholeMessagesOfATruncatedStreamComeBeforeTheNextConnection(t *testing.T
 	})
 }
 
-func TestTruncatedCompressedStreamPassesOnNoPartOfALine(t *testing.T) {
+func TestTruncatedCompressedStreamDeliversNoPartialLine(t *testing.T) {
 	for _, algorithm := range []string{"gzip", "pgzip"} {
 		t.Run(algorithm, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -218,7 +218,7 @@ func TestTruncatedCompressedStreamPassesOnNoPartOfALine(t *testing.T) {
 	}
 }
 
-func TestWhatFollowsTheEndThatAScannerSeesIsReadAndTheStreamAcknowledged(t *testing.T) {
+func TestBytesAfterTheScannersEndAreReadAndTheStreamAcknowledged(t *testing.T) {
 	atBothInputs(t, "max_batch_count: 1, streams: { scanner: { tar: {} } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "archive", tarred(t, "one", "two")+strings.Repeat("padding ", 1<<18))
 		arrivals := e.want("one", "two")
@@ -261,7 +261,7 @@ func sparse(t testing.TB, size int64) string {
 	return file(tar.TypeXHeader, attributes.String()) + file(tar.TypeReg, holes+strings.Repeat("\x00", -len(holes)&511)+"x") + strings.Repeat("\x00", 1024)
 }
 
-func TestAFewBytesOfAStreamDoNotBecomeAMessageThatIsLargerThanAStreamMayBe(t *testing.T) {
+func TestCompressedStreamCannotExpandToAMessageAboveMaxBytes(t *testing.T) {
 	zeros := strings.Repeat("\x00", 2<<20)
 	for _, tt := range []struct {
 		scanner, stream string
@@ -298,7 +298,7 @@ func TestAFewBytesOfAStreamDoNotBecomeAMessageThatIsLargerThanAStreamMayBe(t *te
 	}
 }
 
-func TestAStreamMayBecomeMoreThanMaxBytesInSmallerMessages(t *testing.T) {
+func TestStreamCanExpandAboveMaxBytesInSmallerMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_bytes: 10000, scanner: { decompress: { algorithm: gzip, into: { lines: {} } } } }"), toProbe)
 		texts := e.deliverAll()
@@ -308,7 +308,7 @@ func TestAStreamMayBecomeMoreThanMaxBytesInSmallerMessages(t *testing.T) {
 	})
 }
 
-func TestAScannerThatDoesNotLikeTheBeginningLeavesNothingRunning(t *testing.T) {
+func TestScannerThatRejectsTheBeginningLeaksNoGoroutine(t *testing.T) {
 	// What the test's end finds is a goroutine that waits for ever.
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: pgzip, into: { csv: {} } } } } } }"), toProbe)

@@ -10,7 +10,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestAGracefulStopInMidStreamAcknowledgesNothingThatIsNotWhole(t *testing.T) {
+func TestGracefulStopAcknowledgesNoIncompleteStream(t *testing.T) {
 	atBothInputs(t, asLines, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		st := open(t, peer, "growing")
 		write(t, st, "one\nand a part")
@@ -31,7 +31,7 @@ func TestAGracefulStopInMidStreamAcknowledgesNothingThatIsNotWhole(t *testing.T)
 	})
 }
 
-func TestAStopAcknowledgesNoStreamWhoseMessagesWereNotHandedOver(t *testing.T) {
+func TestStopAcknowledgesNoStreamWithUndeliveredMessages(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1, "+asLines, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "log", "one\ntwo\nthree\n")
 		waits := sendStream(peer, "other", "four\n")
@@ -54,7 +54,7 @@ func TestAStopAcknowledgesNoStreamWhoseMessagesWereNotHandedOver(t *testing.T) {
 	})
 }
 
-func TestAKilledInputAcknowledgesNoStream(t *testing.T) {
+func TestKilledInputAcknowledgesNoStream(t *testing.T) {
 	atBothInputs(t, asLines, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "log", "one\ntwo\n")
 		e.want("one", "two")
@@ -63,7 +63,7 @@ func TestAKilledInputAcknowledgesNoStream(t *testing.T) {
 	})
 }
 
-func TestAnInputThatClosesFirstCancelsItsStreamsAndTheSessionGoesOn(t *testing.T) {
+func TestClosedInputCancelsItsStreamsAndKeepsTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 100000"
 		in := e.run(with(listenInput, settings+", max_batch_count: 1, streams: { max_open: 3, scanner: { lines: {} } }"), toProbe)
@@ -93,7 +93,7 @@ func TestAnInputThatClosesFirstCancelsItsStreamsAndTheSessionGoesOn(t *testing.T
 	})
 }
 
-func TestStreamThatWaitsForASlotOfAllSessionsIsCancelledWhenItsInputCloses(t *testing.T) {
+func TestStreamThatWaitsForASlotIsCancelledWhenItsInputCloses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "streams: { max_open: 1, scanner: { lines: {} } }"), toProbe)
 		e.run(fromOnce, listenOutput)
@@ -112,7 +112,7 @@ func TestStreamThatWaitsForASlotOfAllSessionsIsCancelledWhenItsInputCloses(t *te
 	})
 }
 
-func TestStreamsThatFailReleaseTheirSlotsAndMemory(t *testing.T) {
+func TestFailedStreamsReleaseTheirSlotsAndMemory(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_buffer_bytes: 300000, auto_replay_nacks: false, max_batch_count: 1, streams: { max_open: 1, max_bytes: 200000, idle_timeout: 5s, scanner: { chunker: { size: 100000 } } }"), toProbe)
 		s := e.dial()
@@ -157,7 +157,7 @@ func TestStreamsThatFailReleaseTheirSlotsAndMemory(t *testing.T) {
 	})
 }
 
-func TestStreamsThatAStopCancelsReleaseTheirMemory(t *testing.T) {
+func TestStreamsCancelledByAStopReleaseTheirMemory(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const buffer = "max_buffer_bytes: 300000"
 		e.run(fromOnce, with(listenOutput, buffer))
@@ -175,7 +175,7 @@ func TestStreamsThatAStopCancelsReleaseTheirMemory(t *testing.T) {
 	})
 }
 
-func TestStreamsOfASessionGoToAnotherInputWhenTheirsCloses(t *testing.T) {
+func TestStreamsGoToAnotherInputWhenTheirsCloses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		// The second limits its streams otherwise, which must then count.
 		first := e.run(with(listenInput, asLines), toProbe)

@@ -18,7 +18,7 @@ import (
 // asLines makes each line a batch.
 const asLines = "max_batch_count: 1, streams: { scanner: { lines: {} } }"
 
-func TestAStreamIsAcknowledgedWhenAllThatWasCutFromItIsDelivered(t *testing.T) {
+func TestStreamIsAcknowledgedWhenAllItsPartsAreDelivered(t *testing.T) {
 	atBothInputs(t, asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "log", "one\ntwo\nthree\n")
 		arrivals := e.want("one", "two", "three")
@@ -31,7 +31,7 @@ func TestAStreamIsAcknowledgedWhenAllThatWasCutFromItIsDelivered(t *testing.T) {
 	})
 }
 
-func TestLinesOfAStreamComeWhileItGrows(t *testing.T) {
+func TestLinesOfAStreamArriveWhileItIsSent(t *testing.T) {
 	atBothInputs(t, asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		st := open(t, peer, "log")
 		for i := range 3 {
@@ -48,7 +48,7 @@ func TestLinesOfAStreamComeWhileItGrows(t *testing.T) {
 	})
 }
 
-func TestARejectedMessageCancelsItsStreamAlone(t *testing.T) {
+func TestRejectedMessageCancelsItsStreamAlone(t *testing.T) {
 	atBothInputs(t, "auto_replay_nacks: false, "+asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		bad := sendStream(peer, "bad", "one\ntwo\n")
 		arrivals := e.want("one", "two")
@@ -64,7 +64,7 @@ func TestARejectedMessageCancelsItsStreamAlone(t *testing.T) {
 	})
 }
 
-func TestARejectedMessageCancelsAStreamThatStillComes(t *testing.T) {
+func TestRejectedMessageCancelsAnIncompleteStream(t *testing.T) {
 	atBothInputs(t, "auto_replay_nacks: false, "+asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		st := open(t, peer, "log")
 		write(t, st, "one\n")
@@ -94,7 +94,7 @@ func TestFailedMessageOfAStreamIsRedelivered(t *testing.T) {
 	})
 }
 
-func TestAnEmptyStreamIsAcknowledged(t *testing.T) {
+func TestEmptyStreamIsAcknowledged(t *testing.T) {
 	for _, tt := range []struct {
 		scanner string
 		want    []string
@@ -125,7 +125,7 @@ func TestAnEmptyStreamIsAcknowledged(t *testing.T) {
 
 func meta(m *service.Message, key string) any { v, _ := m.MetaGetMut(key); return v }
 
-func TestTheMetadataOfAStreamAreThoseOfItsMessages(t *testing.T) {
+func TestStreamMetadataIsSetOnItsMessages(t *testing.T) {
 	all := func(m *service.Message) map[string]any {
 		got := make(map[string]any)
 		_ = m.MetaWalkMut(func(key string, value any) error { got[key] = value; return nil })
@@ -163,7 +163,7 @@ func tx(t *testing.T, a *arrival) int64 {
 	return n
 }
 
-func TestOnlyStreamsWithTheNamesAreReceived(t *testing.T) {
+func TestOnlyStreamsWithConfiguredNamesAreReceived(t *testing.T) {
 	atBothInputs(t, "streams: { names: [ orders, returns ], max_bytes: 1000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "Orders", strings.Repeat("x", 1<<20)).wantAcked(t, "acknowledged and dropped")
 		sendStream(peer, "", "anonymous").wantAcked(t, "acknowledged and dropped")
@@ -176,7 +176,7 @@ func TestOnlyStreamsWithTheNamesAreReceived(t *testing.T) {
 	})
 }
 
-func TestWithoutStreamsInTheMessageTypesTheyAreAcknowledgedAndDropped(t *testing.T) {
+func TestStreamsAreAcknowledgedAndDroppedUnlessConfigured(t *testing.T) {
 	atBothInputs(t, "message_types: [ utf8 ], streams: { flow_control: pull }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "orders", "content").wantAcked(t, "acknowledged and dropped")
 		require.Equal(t, int64(1), e.metrics.value("cryo_messages_filtered{message_type=stream}"))
@@ -186,7 +186,7 @@ func TestWithoutStreamsInTheMessageTypesTheyAreAcknowledgedAndDropped(t *testing
 	})
 }
 
-func TestATooLongStreamIsCancelled(t *testing.T) {
+func TestTooLongStreamIsCancelled(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 100000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "long", strings.Repeat("x", 100_001)).cancelled(t, "a byte too much")
 		e.wantNoArrival("not whole")
@@ -199,7 +199,7 @@ func TestATooLongStreamIsCancelled(t *testing.T) {
 	})
 }
 
-func TestWithMaxBytesZeroAStreamMayHaveAnyLength(t *testing.T) {
+func TestMaxBytesZeroAllowsStreamsOfAnyLength(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_bytes: 0, scanner: { chunker: { size: 1000000 } } }"), toProbe)
 		texts := e.deliverAll()
@@ -208,7 +208,7 @@ func TestWithMaxBytesZeroAStreamMayHaveAnyLength(t *testing.T) {
 	})
 }
 
-func TestOnlySoManyStreamsAreOpenAndOthersWait(t *testing.T) {
+func TestStreamsAboveMaxOpenWait(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_open: 2, idle_timeout: 10h, scanner: { lines: {} } }"), toProbe)
 		one, other := e.dial(), e.dial()
@@ -259,7 +259,7 @@ func TestStalledPipelineMakesNoStreamIdle(t *testing.T) {
 	})
 }
 
-func TestStreamsArePulledWhereTheConfigurationWantsIt(t *testing.T) {
+func TestStreamsArePulledIfConfigured(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1, max_batch_count: 1, streams: { flow_control: pull, max_bytes: 0, scanner: { chunker: { size: 100000 } } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		synctest.Wait()
 		stream := sendStream(peer, "pulled", strings.Repeat("x", 2_050_000))
@@ -274,7 +274,7 @@ func TestStreamsArePulledWhereTheConfigurationWantsIt(t *testing.T) {
 	})
 }
 
-func TestWithAcknowledgeReceivedAStreamIsAcknowledgedWhenItIsInThePipeline(t *testing.T) {
+func TestAcknowledgeReceivedAcknowledgesAStreamInThePipeline(t *testing.T) {
 	for _, replay := range []bool{true, false} {
 		atBothInputs(t, fmt.Sprintf("acknowledge: received, auto_replay_nacks: %v, %s", replay, asLines), func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 			st := open(t, peer, "first")
@@ -342,7 +342,7 @@ func TestStreamsAndMessagesInterleave(t *testing.T) {
 	})
 }
 
-func TestOneClientCannotKeepAllStreamsForItself(t *testing.T) {
+func TestOneClientCannotUseAllStreamSlots(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_open: 8, idle_timeout: 10h, scanner: { lines: {} } }"), toProbe)
 		greedy := e.dial()

@@ -38,7 +38,7 @@ func TestNothingIsAcknowledgedBeforeThePipelineHasDeliveredIt(t *testing.T) {
 	})
 }
 
-func TestAFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
+func TestFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		m := send(peer, "poison")
 		for _, wait := range []float64{10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000} {
@@ -65,7 +65,7 @@ func TestAFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
 	})
 }
 
-func TestInAnOutageRedeliveriesBecomeRareUntilSomethingIsDelivered(t *testing.T) {
+func TestRedeliveriesBackOffInAnOutageUntilSomethingIsDelivered(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		var sent []*sending
 		for i := range 100 {
@@ -101,7 +101,7 @@ func TestInAnOutageRedeliveriesBecomeRareUntilSomethingIsDelivered(t *testing.T)
 	})
 }
 
-func TestAMessageThatFailsAmongOthersThatSucceedIsRedeliveredAtMostTwiceASecond(t *testing.T) {
+func TestMessageThatFailsAloneIsRedeliveredAtMostTwiceASecond(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		client := e.dial()
@@ -185,7 +185,7 @@ func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
 	}
 }
 
-func TestOnePoisonMessageOfABatchHoldsUpNoneOfTheOthers(t *testing.T) {
+func TestPoisonMessageDelaysNoOtherMessageOfItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		peer, sent := e.runWithBatch("", words("m%d", 5))
 		e.arrival().failSome(errOutput, "m1", "m3")
@@ -212,7 +212,7 @@ func TestOnePoisonMessageOfABatchHoldsUpNoneOfTheOthers(t *testing.T) {
 	})
 }
 
-func TestOnePoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
+func TestPoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("auto_replay_nacks: false", words("m%d", 5))
 		e.arrival().failSome(errOutput, "m1")
@@ -232,7 +232,7 @@ func TestOnePoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 	})
 }
 
-func TestABatchOfOneRunsOnce(t *testing.T) {
+func TestBatchOfOneIsProcessedOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("auto_replay_nacks: false, max_batch_count: 1", words("m%d", 3))
 		for text, a := range e.arrivalsOf(words("m%d", 3)...) {
@@ -249,7 +249,7 @@ func TestABatchOfOneRunsOnce(t *testing.T) {
 	})
 }
 
-func TestTheOrderIsKeptWithOneMessageInFlightThoughSomeAreRedelivered(t *testing.T) {
+func TestMaxInFlightOneKeepsTheOrderOfRedeliveredMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1"), "serial: {}")
 		client := e.dial()
@@ -272,7 +272,7 @@ func TestTheOrderIsKeptWithOneMessageInFlightThoughSomeAreRedelivered(t *testing
 	})
 }
 
-func TestMessagesThatWereMergedIntoOneThatFailsHaveFailedWithIt(t *testing.T) {
+func TestMergedMessagesFailTogether(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("", words("m%d", 3), "archive: { format: lines }")
 		a := e.arrival()
@@ -289,7 +289,7 @@ func TestMessagesThatWereMergedIntoOneThatFailsHaveFailedWithIt(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAnOutputsBatchingGroupsAndMergesHaveFailedTogether(t *testing.T) {
+func TestMessagesMergedByAnOutputsBatchingFailTogether(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, `probe:
   batching:
@@ -312,7 +312,7 @@ func TestMessagesThatAnOutputsBatchingGroupsAndMergesHaveFailedTogether(t *testi
 	})
 }
 
-func TestAMessageThatBecameSeveralIsDeliveredWhenAllOfThemAre(t *testing.T) {
+func TestSplitMessageIsDeliveredWhenAllPartsAre(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("auto_replay_nacks: false", []string{"a\nb", "c\nd"}, "unarchive: { format: lines }")
 		a := e.arrival()
@@ -331,7 +331,7 @@ func TestAMessageThatBecameSeveralIsDeliveredWhenAllOfThemAre(t *testing.T) {
 	})
 }
 
-func TestAMessageThatAMappingDropsIsAcknowledged(t *testing.T) {
+func TestMessageDroppedByAMappingIsAcknowledged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		_, sent := e.runWithBatch("", []string{"keep", "drop"}, `mapping: 'root = if content() == "drop" { deleted() }'`)
 		a := e.arrival()
@@ -356,7 +356,7 @@ func TestAcknowledgeReceivedDoesNotWaitForThePipeline(t *testing.T) {
 	})
 }
 
-func TestAcknowledgeReceivedLogsWhatItLost(t *testing.T) {
+func TestAcknowledgeReceivedLogsLostMessages(t *testing.T) {
 	atBothInputs(t, "acknowledge: received, auto_replay_nacks: false", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		m := send(peer, "early")
 		m.wantAcked(t, "handed to the pipeline")
@@ -380,7 +380,7 @@ func TestMessagesOfOtherTypesAreAcknowledgedAndDropped(t *testing.T) {
 	})
 }
 
-func TestAnApplicationsErrorIsReceivedWhereItIsAskedFor(t *testing.T) {
+func TestApplicationErrorIsReceivedIfConfigured(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ error ]"), toProbe)
 		peer := e.rawClient()
@@ -394,7 +394,7 @@ func TestAnApplicationsErrorIsReceivedWhereItIsAskedFor(t *testing.T) {
 	})
 }
 
-func TestErrorOfAnApplicationIsLoggedUnlessItIsReceived(t *testing.T) {
+func TestApplicationErrorIsLoggedUnlessItIsReceived(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		peer := e.rawClient()
@@ -408,7 +408,7 @@ func TestErrorOfAnApplicationIsLoggedUnlessItIsReceived(t *testing.T) {
 	})
 }
 
-func TestTheMetadataAreThoseOfTheDocumentation(t *testing.T) {
+func TestMetadataMatchesTheDocumentation(t *testing.T) {
 	metadata := func(a *arrival) map[string]any {
 		all := make(map[string]any)
 		_ = a.batch[0].MetaWalkMut(func(key string, value any) error { all[key] = value; return nil })
@@ -424,7 +424,7 @@ func TestTheMetadataAreThoseOfTheDocumentation(t *testing.T) {
 		got := metadata(a)
 		number, _ := got["cryo_ack_id"].(int64)
 		want["cryo_ack_id"] = number
-		if t.Name() == "TestTheMetadataAreThoseOfTheDocumentation/cryo_server" {
+		if t.Name() == "TestMetadataMatchesTheDocumentation/cryo_server" {
 			want["cryo_remote_address"] = "192.0.2.1:50000"
 			require.Equal(t, int64(0x40000000), number&^(1<<30-1), "one of a client's")
 		} else {
@@ -488,7 +488,7 @@ func TestMessagesReceivedBeforeTheConnectionWasLostAreStillDelivered(t *testing.
 
 // The engine doesn't wait for the second output when the first has failed to deliver a
 // part of a batch, and reports only that part as failed.
-func TestABrokerThatFailsFastLosesNothing(t *testing.T) {
+func TestFailFastBrokerLosesNothing(t *testing.T) {
 	for _, pattern := range []string{"fan_out_fail_fast", "fan_out_sequential_fail_fast"} {
 		t.Run(pattern, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {

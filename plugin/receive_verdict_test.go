@@ -66,7 +66,7 @@ func onceAgain(t *testing.T, texts []string, processor string, first func(e *eng
 	}
 }
 
-func TestAFailureBehindAFilterHitsTheMessageThatFailed(t *testing.T) {
+func TestFailureBehindAFilterIsAttributedToTheFailedMessage(t *testing.T) {
 	onceAgain(t, []string{"drop", "A", "B", "C"}, dropsDrop, func(e *engine) {
 		a := e.arrival()
 		require.Equal(e.t, []string{"A", "B", "C"}, a.texts())
@@ -74,7 +74,7 @@ func TestAFailureBehindAFilterHitsTheMessageThatFailed(t *testing.T) {
 	})
 }
 
-func TestAFailureBehindSplitHitsTheMessageThatFailed(t *testing.T) {
+func TestFailureBehindSplitIsAttributedToTheFailedMessage(t *testing.T) {
 	onceAgain(t, []string{"C", "B", "A"}, "split: { size: 1 }", func(e *engine) {
 		got := e.arrivalsOf("C", "B", "A")
 		got["C"].deliver()
@@ -83,7 +83,7 @@ func TestAFailureBehindSplitHitsTheMessageThatFailed(t *testing.T) {
 	})
 }
 
-func TestAFailureOfAGroupHitsTheMessagesThatFailed(t *testing.T) {
+func TestFailureOfAGroupIsAttributedToItsMessages(t *testing.T) {
 	onceAgain(t, []string{"C", "A", "B"}, `group_by_value: { value: '${! content() == "C" }' }`, func(e *engine) {
 		for range 2 {
 			if a := e.arrival(); slices.Contains(a.texts(), "A") {
@@ -95,7 +95,7 @@ func TestAFailureOfAGroupHitsTheMessagesThatFailed(t *testing.T) {
 	})
 }
 
-func TestMessagesOfABatchThatFailedComeAgainInOrder(t *testing.T) {
+func TestMessagesOfAFailedBatchAreRedeliveredInOrder(t *testing.T) {
 	for _, replay := range []bool{false, true} {
 		t.Run(fmt.Sprintf("auto_replay_nacks %v", replay), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -121,7 +121,7 @@ func TestMessagesOfABatchThatFailedComeAgainInOrder(t *testing.T) {
 	}
 }
 
-func TestAStreamBehindAFilterIsAcknowledgedWhenItsLineThatFailedIsDelivered(t *testing.T) {
+func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), "serial: {}", dropsDrop)
 		s := e.dial()
@@ -263,7 +263,7 @@ func TestAnOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
 // A gateway's size limit, or a fault of the server. With one batch at a time: the engine
 // holds a mutex while it dials again, and a second one that waits for it would stop
 // virtual time.
-func TestAMessageThatEndsEverySessionIsGivenBack(t *testing.T) {
+func TestMessageThatEndsEverySessionIsReturnedToTheInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		var mu sync.Mutex
 		ended := 0
@@ -303,7 +303,7 @@ func TestAMessageThatEndsEverySessionIsGivenBack(t *testing.T) {
 
 // A message that fails again and again meets its neighbours again in an output's batch,
 // so its waits have jitter.
-func TestAMessageThatFailsDoesNotKeepItsNeighboursInAnOutputsBatching(t *testing.T) {
+func TestFailedMessageDoesNotKeepItsNeighborsInAnOutputsBatch(t *testing.T) {
 	const batching = "batching: { count: 8, period: 50ms }"
 	isPoison := func(text string) bool { return text == "poison" }
 	reject := func(m *cryo.Message) error {

@@ -81,7 +81,7 @@ func response(status, body string) string {
 	return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
 }
 
-func TestATokenIsInNoLogLineAndNoMetricHoweverDiallingFails(t *testing.T) {
+func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 	ws, wss := "url: ws://"+somewhere, "url: wss://"+somewhere
 	for _, tt := range []struct {
 		name, fields string
@@ -194,7 +194,7 @@ func TestATokenIsInNoLogLineAndNoMetricHoweverDiallingFails(t *testing.T) {
 	}
 }
 
-func TestARefusalThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
+func TestDenialThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.raw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
@@ -209,7 +209,7 @@ func TestARefusalThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
 	})
 }
 
-func TestTheTokensOfAListenerAreInNoLogLine(t *testing.T) {
+func TestListenerLogsNoTokens(t *testing.T) {
 	for _, secret := range secrets {
 		t.Run(fmt.Sprintf("%q", secret), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -234,7 +234,7 @@ func TestTheTokensOfAListenerAreInNoLogLine(t *testing.T) {
 	}
 }
 
-func TestAMappingThatFailsTellsNothingOfTheToken(t *testing.T) {
+func TestFailedMappingLogsNothingOfTheToken(t *testing.T) {
 	const secret = "tenant1:s3cr3tpassword" // in base64 dGVuYW50MTpzM2NyM3RwYXNzd29yZA==
 	for mapping, log := range map[string]string{
 		`root = this.token.split(":").index(1).number() > 0`:                            "authorize failed in line 1: its error is left out",
@@ -263,7 +263,7 @@ func TestAMappingThatFailsTellsNothingOfTheToken(t *testing.T) {
 	}
 }
 
-func TestAStreamNamedAfterTheTokenIsLoggedWithoutIt(t *testing.T) {
+func TestTokenInAStreamNameIsRedactedInTheLog(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(dialInput, toProbe)

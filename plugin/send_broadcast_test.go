@@ -17,7 +17,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestABroadcastIsDeliveredWhenAllHaveAcknowledged(t *testing.T) {
+func TestBroadcastIsDeliveredWhenAllClientsHaveAcknowledged(t *testing.T) {
 	toAll(t, "", 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m0", "m1")
 		var got []*cryo.Message
@@ -98,7 +98,7 @@ func TestABroadcastThatNoClientAcknowledgesFails(t *testing.T) {
 	})
 }
 
-func TestNoSessionDecidesAboutABroadcastWithoutClients(t *testing.T) {
+func TestNoSessionAppliesToABroadcastWithoutClients(t *testing.T) {
 	t.Run("a message waits for one", func(t *testing.T) {
 		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			f := e.give("m")
@@ -177,7 +177,7 @@ func TestAMessageThatItsSessionRejectsFails(t *testing.T) {
 	})
 }
 
-func TestNoSessionDecidesAboutAMessageForAnUnknownSession(t *testing.T) {
+func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 	t.Run("waits for it", func(t *testing.T) {
 		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			f := e.giveBatch(addressed("4711"))
@@ -227,7 +227,7 @@ func TestAnInvalidSessionIDFailsAfterAllOtherMessagesAreAcknowledged(t *testing.
 	})
 }
 
-func TestNothingIsSentToASessionThatIsEnding(t *testing.T) {
+func TestNothingIsSentToAnEndingSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "no_session: reject"))
 		peer := e.rawClient()
@@ -263,7 +263,7 @@ func TestWriteBatchBeforeConnectReturnsErrNotConnected(t *testing.T) {
 }
 
 // 1.5 MB at 30 kB/s take 50 s, and ack_timeout is 30 s.
-func TestALargeMessageIsDeliveredOverASlowLine(t *testing.T) {
+func TestLargeMessageIsDeliveredOverASlowConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		peer := e.rawClient()

@@ -66,7 +66,7 @@ func TestAMessageIsSentToTheSessionsThatMatch(t *testing.T) {
 	})
 }
 
-func TestMatchEvaluatesTheMessageAndTheSession(t *testing.T) {
+func TestMatchSeesTheMessageAndTheSession(t *testing.T) {
 	const byTopic = `
 cryo_server:
   address: ` + somewhere + `
@@ -100,7 +100,7 @@ func TestALateSessionThatMatchesIsClosed(t *testing.T) {
 	})
 }
 
-func TestNoSessionDecidesAboutAMessageThatNoSessionMatches(t *testing.T) {
+func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 	t.Run("waits for one, without holding up others", func(t *testing.T) {
 		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			f := e.giveBatch(said("blue", "red"))
@@ -157,7 +157,7 @@ cryo_server:
 	})
 }
 
-func TestASessionForWhichMatchFailsKeepsNoMessageFromOthers(t *testing.T) {
+func TestFailedMatchOfOneSessionDoesNotAffectOthers(t *testing.T) {
 	const output = `
 cryo_server:
   address: ` + somewhere + `
@@ -177,7 +177,7 @@ cryo_server:
 	})
 }
 
-func TestMatchThatReturnsNoBooleanSendsNothing(t *testing.T) {
+func TestNonBooleanMatchSendsNothing(t *testing.T) {
 	for name, mapping := range map[string]string{
 		"something else":       "root = @room",
 		"nothing":              "let x = 1",

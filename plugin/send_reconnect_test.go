@@ -97,7 +97,7 @@ func TestRejectedAndLateMessagesAreNotSentOnTheNextSession(t *testing.T) {
 	})
 }
 
-func TestABatchFailsWithoutASessionWithinAckTimeoutOfTheLoss(t *testing.T) {
+func TestBatchFailsWithoutANewSessionWithinAckTimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
@@ -124,7 +124,7 @@ func TestABatchFailsWithoutASessionWithinAckTimeoutOfTheLoss(t *testing.T) {
 	})
 }
 
-func TestTheTimeForOtherSessionsBeginsWithTheFirstLoss(t *testing.T) {
+func TestTimeToReconnectBeginsWithTheFirstLoss(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
@@ -197,7 +197,7 @@ func (s *server) poison(t *testing.T) {
 	})
 }
 
-func TestAMessageAtWhichEveryServerDisconnectsFails(t *testing.T) {
+func TestMessageThatDisconnectsEveryServerFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.serve().poison(t)
 		e.run(fromOnce, dialOutput)
@@ -213,7 +213,7 @@ func TestAMessageAtWhichEveryServerDisconnectsFails(t *testing.T) {
 
 // They are sent in another order on each session, so all others should pass it. By
 // chance few may not.
-func TestOtherBatchesPassOneAtWhichEveryServerDisconnects(t *testing.T) {
+func TestBatchesOvertakeOneThatDisconnectsEveryServer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -321,7 +321,7 @@ func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 	}
 }
 
-func TestAServerThatHangsWhileABatchWaitsForASession(t *testing.T) {
+func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial
@@ -415,7 +415,7 @@ func TestAStopEndsTheWaitForASession(t *testing.T) {
 	}
 }
 
-func TestFailedAttemptsOfWaitingBatchesAreLoggedOnceEach(t *testing.T) {
+func TestFailedAttemptIsLoggedOnceForAllWaitingBatches(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server, r := e.refusing(t, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
@@ -446,7 +446,7 @@ func TestFailedAttemptsOfWaitingBatchesAreLoggedOnceEach(t *testing.T) {
 	})
 }
 
-func TestABatchIsDeliveredToAServerThatAcknowledgesOneMessageASession(t *testing.T) {
+func TestServerThatAcknowledgesOneMessagePerSessionReceivesABatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)
@@ -467,7 +467,7 @@ func TestABatchIsDeliveredToAServerThatAcknowledgesOneMessageASession(t *testing
 }
 
 // A session that acknowledges something is no failed attempt, however short it is.
-func TestASessionThatAcknowledgedSomethingIsDialledAgainSoon(t *testing.T) {
+func TestSessionWithAnAcknowledgementIsRedialledSoon(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)

@@ -18,7 +18,7 @@ import (
 // them is told in docs/guarantees.md.
 
 // A slow client acknowledges each message after ten seconds, the others at once.
-func TestABroadcastKeepsASlowClientThatIsFewerThanMaxInFlightBehind(t *testing.T) {
+func TestBroadcastKeepsASlowClientWithinMaxInFlightBatches(t *testing.T) {
 	toAll(t, "max_in_flight: 5", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		quick, slow := clients[0], clients[1]
 		var sent []*fed
@@ -41,7 +41,7 @@ func TestABroadcastKeepsASlowClientThatIsFewerThanMaxInFlightBehind(t *testing.T
 	})
 }
 
-func TestAClientThatReadsNothingDelaysABroadcastByOneAckTimeout(t *testing.T) {
+func TestClientThatReadsNothingDelaysABroadcastByOneAckTimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "ack_timeout: 5s, max_in_flight: 3"))
 		deaf := e.rawClient()
@@ -63,7 +63,7 @@ func TestAClientThatReadsNothingDelaysABroadcastByOneAckTimeout(t *testing.T) {
 	})
 }
 
-func TestAClientThatReadsNothingDelaysNoMessageForAnother(t *testing.T) {
+func TestClientThatReadsNothingDelaysNoOtherClient(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '${! content() }'"))
 		deaf := e.rawClient()
@@ -106,7 +106,7 @@ func TestAClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T)
 }
 
 // Each of its steps is in time, all of them together would take ten minutes.
-func TestASlowReaderOfABroadcastStreamIsClosedLongAfterOthersAcknowledgedIt(t *testing.T) {
+func TestSlowReaderOfABroadcastStreamIsEventuallyClosed(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "message_type: stream, ack_timeout: 30s"))
 		quick := e.dial()
@@ -144,7 +144,7 @@ func TestASlowReaderOfABroadcastStreamIsClosedLongAfterOthersAcknowledgedIt(t *t
 }
 
 // A client that answers nothing costs one ack_timeout, not one for each stream.
-func TestASilentClientHoldsUpABroadcastOfStreamsOnce(t *testing.T) {
+func TestUnresponsiveClientDelaysABroadcastOfStreamsOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "ack_timeout: 3s, message_type: stream"))
 		good := e.dial()

@@ -18,7 +18,7 @@ import (
 
 const asStream = "message_type: stream"
 
-func TestAMessageAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {
+func TestMessageSentAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {
 	for _, flow := range []string{"push", "pull"} {
 		t.Run(flow, func(t *testing.T) {
 			atBothOutputs(t, asStream, func(t *testing.T, e *engine, peer *cryo.Session) {
@@ -41,7 +41,7 @@ func TestAMessageAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {
 	}
 }
 
-func TestTheTypeAndTheNameOfAStreamAreInterpolated(t *testing.T) {
+func TestStreamTypeAndNameAreInterpolated(t *testing.T) {
 	const fields = `message_type: '${! @kind }', stream: { name: 'files/${! @file }.txt' }`
 	atBothOutputs(t, fields, func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf("first", "text", "second")
@@ -62,7 +62,7 @@ func TestTheTypeAndTheNameOfAStreamAreInterpolated(t *testing.T) {
 	})
 }
 
-func TestAStreamTravelsInChunksOfTheSizeThatIsSet(t *testing.T) {
+func TestStreamIsSentInChunksOfTheConfiguredSize(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		sizes := make(chan int, 100)
 		e.raw(func(peer *cryotest.Peer) {
@@ -85,7 +85,7 @@ func TestAStreamTravelsInChunksOfTheSizeThatIsSet(t *testing.T) {
 	})
 }
 
-func TestABatchTravelsAsOneStreamThroughArchive(t *testing.T) {
+func TestArchivedBatchIsSentAsOneStream(t *testing.T) {
 	for format, want := range map[string]string{"lines": "m0\nm1\nm2", "json_array": `["m0","m1","m2"]`} {
 		t.Run(format, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -138,7 +138,7 @@ func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
 	})
 }
 
-func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
+func TestAckTimeoutAppliesToEachStepOfAStream(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, asStream+", ack_timeout: 10s"))
@@ -174,7 +174,7 @@ func TestTheTimeForAnAcknowledgementCountsForEachStepOfAStream(t *testing.T) {
 	})
 }
 
-func TestWhatIsTooLargeForAFrameTravelsAsAStreamOnly(t *testing.T) {
+func TestMessageTooLargeForAFrameIsSentOnlyAsAStream(t *testing.T) {
 	atBothOutputs(t, `message_type: '${! @kind.or("stream") }'`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		big := strings.Repeat("x", cryo.MaxPayload+1)
 		for _, kind := range []string{"utf8", "binary", "auto"} {
@@ -192,7 +192,7 @@ func TestWhatIsTooLargeForAFrameTravelsAsAStreamOnly(t *testing.T) {
 	})
 }
 
-func TestWhatCameAsAStreamGoesOnAsAStreamWithItsName(t *testing.T) {
+func TestReceivedStreamIsForwardedAsAStreamWithItsName(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		const elsewhere = "192.0.2.3:80"
@@ -215,7 +215,7 @@ func TestWhatCameAsAStreamGoesOnAsAStreamWithItsName(t *testing.T) {
 	})
 }
 
-func TestAStreamWithoutAUsableNameIsNotSentAndTheOthersAre(t *testing.T) {
+func TestStreamWithAnInvalidNameFailsAlone(t *testing.T) {
 	atBothOutputs(t, asStream+`, stream: { name: '${! json("name") }' }, batching: { count: 4 }`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf(`{"name":"good"}`, `no JSON`, `{"name":"`+strings.Repeat("x", 1025)+`"}`, `{"name":"last"}`)
 		f := e.giveSingly(batch)
@@ -231,7 +231,7 @@ func TestAStreamWithoutAUsableNameIsNotSentAndTheOthersAre(t *testing.T) {
 	})
 }
 
-func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) {
+func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
 	toAll(t, asStream, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("news")
 		for i, c := range clients {
@@ -254,7 +254,7 @@ func TestAStreamGoesToAllClientsAndIsDeliveredWhenAllHaveAnswered(t *testing.T) 
 	})
 }
 
-func TestAClientThatTakesNoStreamIsClosedInsteadOfSendingToEverybodyAgain(t *testing.T) {
+func TestClientThatAcceptsNoStreamIsClosedInsteadOfResendingToAll(t *testing.T) {
 	toAll(t, asStream+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("news")
 		st, _ := readStream(t, clients[0])
@@ -266,7 +266,7 @@ func TestAClientThatTakesNoStreamIsClosedInsteadOfSendingToEverybodyAgain(t *tes
 	})
 }
 
-func TestAStreamGoesBackToTheSessionThatItCameFrom(t *testing.T) {
+func TestReplyStreamIsSentToTheSender(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, with(listenOutput, "send_to: session, session_id: '${! @cryo_session_id }'"), "mapping: root = content().uppercase()")
 		first, second := e.dial(), e.dial()
@@ -282,7 +282,7 @@ func TestAStreamGoesBackToTheSessionThatItCameFrom(t *testing.T) {
 	})
 }
 
-func TestAStreamThatMeetsTheEndOfItsSessionIsSentOnTheNext(t *testing.T) {
+func TestStreamOfALostSessionIsSentOnTheNext(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, with(dialOutput, asStream))
@@ -300,7 +300,7 @@ func TestAStreamThatMeetsTheEndOfItsSessionIsSentOnTheNext(t *testing.T) {
 	})
 }
 
-func TestAMixedBatchKeepsItsOrder(t *testing.T) {
+func TestMixedBatchKeepsItsOrder(t *testing.T) {
 	atBothOutputs(t, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		texts := []string{"m0", "m1", "s2", "s3", "m4", "s5", "m6"}
 		f := e.give(texts...)
@@ -323,7 +323,7 @@ func TestAMixedBatchKeepsItsOrder(t *testing.T) {
 	})
 }
 
-func TestWhatASendingSessionIsSentAsAStreamIsCancelled(t *testing.T) {
+func TestOutputCancelsStreamsOfItsPeer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)

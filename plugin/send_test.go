@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestAMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
+func TestMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		p := e.run(fromOnce, dialOutput)
@@ -31,7 +31,7 @@ func TestAMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
 	})
 }
 
-func TestAnUnacknowledgedMessageFailsItsBatch(t *testing.T) {
+func TestUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
@@ -56,7 +56,7 @@ func TestAnUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 	})
 }
 
-func TestTheMessageTypeFollowsTheFieldAndTheMetadata(t *testing.T) {
+func TestMessageTypeFollowsTheFieldAndTheMetadata(t *testing.T) {
 	for _, tt := range []struct {
 		messageType, received, payload string
 		want                           cryo.Kind
@@ -93,7 +93,7 @@ func TestTheMessageTypeFollowsTheFieldAndTheMetadata(t *testing.T) {
 	}
 }
 
-func TestAMessageThatCannotBeSentFailsAfterAllOthersAreAcknowledged(t *testing.T) {
+func TestUnsendableMessageFailsAfterAllOthersAreAcknowledged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! metadata("kind").or("utf8") }', batching: { count: 6 }`))
@@ -114,7 +114,7 @@ func TestAMessageThatCannotBeSentFailsAfterAllOthersAreAcknowledged(t *testing.T
 	})
 }
 
-func TestAFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
+func TestFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! throw("who knows") }'`))
@@ -125,7 +125,7 @@ func TestAFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAServerSendsToAnOutputAreRejected(t *testing.T) {
+func TestOutputRejectsMessagesOfTheServer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)

@@ -39,7 +39,7 @@ func ackAllBut(t *testing.T, s *cryo.Session, rejected string) (texts []string) 
 }
 
 // Behind the filter, A has the context of what was dropped.
-func TestABatchOfWhichAMessageIsRejectedIsSentAgainAsAWhole(t *testing.T) {
+func TestBatchWithARejectedMessageIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.give("drop", "A", "B", "C")
 		require.Equal(t, []string{"A", "B", "C", "A", "B", "C"}, ackAllBut(t, peer, "A"))
@@ -69,7 +69,7 @@ func behindAFilter(t *testing.T, fields string, test func(t *testing.T, e *engin
 
 // The engine's batcher marks messages behind all processors, so an error that names
 // one reaches the right one.
-func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsSentAgain(t *testing.T) {
+func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsResent(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("drop", "A"), e.give("drop", "B"), e.give("C", "drop"), e.give("drop", "D", "drop")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -82,7 +82,7 @@ func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsSentAgain(t *testing.T) {
 }
 
 // A batch of the input that comes to the output's batching has one verdict.
-func TestAnInputsBatchWithinAnOutputsOwnBatchIsSentAgainAsAWhole(t *testing.T) {
+func TestInputBatchWithinAnOutputsOwnBatchIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("drop", "A", "B"), e.give("C", "D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -95,7 +95,7 @@ func TestAnInputsBatchWithinAnOutputsOwnBatchIsSentAgainAsAWhole(t *testing.T) {
 }
 
 // Its processors could filter, too.
-func TestABatchOfAnOutputsOwnProcessorsIsSentAgainAsAWhole(t *testing.T) {
+func TestBatchOfAnOutputsOwnProcessorsIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s, processors: [ { "+filter+" } ] }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*fed{e.give("A"), e.give("B"), e.give("C"), e.give("D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D", "A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
@@ -105,7 +105,7 @@ func TestABatchOfAnOutputsOwnProcessorsIsSentAgainAsAWhole(t *testing.T) {
 	})
 }
 
-func TestErrorsOfMessagesAreReturnedOnlyToAnOutputsOwnBatcherWithoutProcessors(t *testing.T) {
+func TestMessageErrorsAreReturnedOnlyToAnOutputsOwnBatcher(t *testing.T) {
 	for batching, want := range map[string]bool{
 		`{}`:                            false,
 		`{ count: 1 }`:                  false,
@@ -126,7 +126,7 @@ func TestErrorsOfMessagesAreReturnedOnlyToAnOutputsOwnBatcherWithoutProcessors(t
 	}
 }
 
-func TestAnEmptyBatchIsDelivered(t *testing.T) {
+func TestEmptyBatchIsDelivered(t *testing.T) {
 	t.Run("without a session", func(t *testing.T) {
 		inEngine(t, func(t *testing.T, e *engine) {
 			require.NoError(t, e.alone(t, "").WriteBatch(t.Context(), nil))
@@ -151,7 +151,7 @@ func TestAnEmptyBatchIsDelivered(t *testing.T) {
 	})
 }
 
-func TestMessagesBehindALateStreamAreSent(t *testing.T) {
+func TestMessagesAfterALateStreamAreSent(t *testing.T) {
 	const fields = `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }, ack_timeout: 10s`
 	atBothOutputs(t, fields, func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
@@ -175,7 +175,7 @@ func TestMessagesBehindALateStreamAreSent(t *testing.T) {
 	})
 }
 
-func TestAPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
+func TestPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
 	atBothOutputs(t, asStream+", ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
 		f := e.give(words("s%d", 20)...)
@@ -194,7 +194,7 @@ func TestABatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 	})
 }
 
-func TestAHardStopOfAnOutputReportsNoMessage(t *testing.T) {
+func TestHardStopOfAnOutputReportsNoMessageErrors(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		out := e.alone(t, "")
@@ -212,7 +212,7 @@ func TestAHardStopOfAnOutputReportsNoMessage(t *testing.T) {
 	})
 }
 
-func TestTheErrorsOfMessagesReachTheirBatcherThroughATracingMap(t *testing.T) {
+func TestMessageErrorsReachTheBatcherThroughATracingMap(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.spans = &spanBook{}

@@ -104,7 +104,7 @@ func TestASlowWorkerReceivesAtMostMaxInFlightPerSession(t *testing.T) {
 	})
 }
 
-func TestTheMessagesOfAWorkerThatDisconnectsAreSentToAnother(t *testing.T) {
+func TestMessagesOfADisconnectedWorkerAreSentToAnother(t *testing.T) {
 	toAll(t, toAnyOfOne, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m0", "m1")
 		first, goneWith := held(t, clients[0])
@@ -121,7 +121,7 @@ func TestTheMessagesOfAWorkerThatDisconnectsAreSentToAnother(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAWorkerAcknowledgedBeforeItDisconnectedAreNotSentAgain(t *testing.T) {
+func TestMessagesAcknowledgedBeforeADisconnectAreNotResent(t *testing.T) {
 	toAll(t, toAny, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.give("m0", "m1", "m2")
 		messages, _ := held(t, clients[0])
@@ -156,7 +156,7 @@ func TestARejectedMessageIsSentToNoOtherWorker(t *testing.T) {
 	})
 }
 
-func TestALateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
+func TestLateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
 	toAll(t, toAny+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
 		f := e.give("m")
@@ -188,7 +188,7 @@ func TestAMessageThatTenWorkersLoseFails(t *testing.T) {
 	})
 }
 
-func TestNoSessionDecidesAboutAWorkQueueWithoutWorkers(t *testing.T) {
+func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("waits for one", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			f := e.give("m0", "m1")
@@ -260,7 +260,7 @@ func TestWaitingBatchesAreSentToWorkersInOrderOfArrival(t *testing.T) {
 	})
 }
 
-func TestBatchesThatFindNoWorkerWaitSideBySide(t *testing.T) {
+func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 		begin := time.Now()
 		first := e.give("m0", "m1")
@@ -302,7 +302,7 @@ func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 	})
 }
 
-func TestAStreamIsSentAnewToAnotherWorkerWhenASessionIsLost(t *testing.T) {
+func TestStreamIsResentToAnotherWorkerWhenASessionIsLost(t *testing.T) {
 	toAll(t, toAnyOfOne+", "+asStream, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		text := strings.Repeat("abc", 100_000)
 		f := e.give(text)
@@ -334,7 +334,7 @@ func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 	})
 }
 
-func TestAWorkQueueKeepsNoWorkerThatHasDisconnected(t *testing.T) {
+func TestWorkQueueForgetsDisconnectedWorkers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out := e.aloneServerOutput(t, ", "+toAny)
 		require.NoError(t, out.Connect(t.Context()))

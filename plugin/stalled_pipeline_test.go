@@ -166,7 +166,7 @@ func (p *published) goOn(t *testing.T, e *engine) {
 
 const stallBound = "max_buffer_bytes: 1048576, max_in_flight: 1"
 
-func TestAnOutputThatHangsForTenMinutesCostsNoSession(t *testing.T) {
+func TestHangingOutputEndsNoSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := &published{interval: 15 * time.Second, messages: 100, size: 64 << 10, ended: make(chan error, 10)}
 		e.serveHTTP(somewhere, p)
@@ -189,7 +189,7 @@ func TestAnOutputThatHangsForTenMinutesCostsNoSession(t *testing.T) {
 
 // The same in real time and over real sockets, for as long as two minutes if
 // CRYO_LONG_TESTS is set, and for many missed pings if not.
-func TestAnOutputThatHangsCostsNoSessionOverRealSockets(t *testing.T) {
+func TestHangingOutputEndsNoSessionOverRealSockets(t *testing.T) {
 	defer checkLeaks(t)
 	interval, stall := time.Second, 4*time.Second
 	if os.Getenv("CRYO_LONG_TESTS") != "" {
@@ -239,7 +239,7 @@ func heapInUse() int64 {
 
 const stallLine = "WARN Pipeline stalled: "
 
-func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
+func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 	for name, c := range map[string]struct {
 		fields, policy string
 		size           int
@@ -263,7 +263,7 @@ func TestABatchThatCanNeverFillIsReportedInOneLine(t *testing.T) {
 	}
 }
 
-func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
+func TestHangingOutputIsReportedOnce(t *testing.T) {
 	atBothInputsTo(t, "max_in_flight: 10", toProbe, func(t *testing.T, e *engine, peer *cryo.Session) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))
@@ -281,7 +281,7 @@ func TestAnOutputThatHangsIsReportedInOneLine(t *testing.T) {
 }
 
 // The engine asks for no more messages then.
-func TestAnOutputThatHangsWithOneMessageIsReportedOnceReadingPauses(t *testing.T) {
+func TestOutputThatHangsWithOneMessageIsReportedUnderBackpressure(t *testing.T) {
 	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
 		one := send(peer, "one")
 		hangs := e.arrival()
@@ -297,7 +297,7 @@ func TestAnOutputThatHangsWithOneMessageIsReportedOnceReadingPauses(t *testing.T
 	})
 }
 
-func TestAnOutputThatIsVerySlowIsReportedOnceUntilThereIsRoom(t *testing.T) {
+func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
 	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
 		time.Sleep(stallPatience / 20) // between two looks: at a delivery there is room for a moment
 		for range 2 {
@@ -322,7 +322,7 @@ func TestAnOutputThatIsVerySlowIsReportedOnceUntilThereIsRoom(t *testing.T) {
 	})
 }
 
-func TestABatchThatFillsByItsPeriodIsNotReported(t *testing.T) {
+func TestBatchWithAPeriodIsNotReportedAsStalled(t *testing.T) {
 	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))

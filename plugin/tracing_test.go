@@ -91,7 +91,7 @@ func inTracedEngine(t *testing.T, test func(t *testing.T, e *engine)) {
 	})
 }
 
-func TestSpansOfTheSendersGoOnInThePipeline(t *testing.T) {
+func TestSenderSpansContinueInThePipeline(t *testing.T) {
 	const fields = "extract_tracing_map: '" + extractTrace + "', auto_replay_nacks: false"
 	for name, connect := range map[string]func(e *engine) *cryo.Session{
 		"cryo": func(e *engine) *cryo.Session {
@@ -124,7 +124,7 @@ func TestSpansOfTheSendersGoOnInThePipeline(t *testing.T) {
 	}
 }
 
-func TestEachMessageOfABatchHasItsOwnSpanAndItsOwnVerdict(t *testing.T) {
+func TestEachMessageOfABatchHasItsOwnSpanAndResult(t *testing.T) {
 	inTracedEngine(t, func(t *testing.T, e *engine) {
 		texts := []string{traced(traceA), traced(traceB), `{"no":"trace"}`}
 		s, sent := e.runWithBatch("extract_tracing_map: '"+extractTrace+"', auto_replay_nacks: false", texts)
@@ -146,7 +146,7 @@ func TestEachMessageOfABatchHasItsOwnSpanAndItsOwnVerdict(t *testing.T) {
 	})
 }
 
-func TestThePipelinesSpansGoOutWithTheMessages(t *testing.T) {
+func TestPipelineSpansAreSentWithMessages(t *testing.T) {
 	for name, connect := range map[string]func(e *engine, fields string) *cryo.Session{
 		"cryo": func(e *engine, fields string) *cryo.Session {
 			server := e.serve()
