@@ -90,7 +90,7 @@ func TestEchoFinishesForAClientThatReadsAfterSendingEverything(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 3355443" // a tenth of the default
 		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
-		peer := e.quietClient(t)
+		peer := e.unreadClient(t)
 		begin := time.Now()
 		got, err := talk(peer, 10_000, false)
 		require.NoError(t, err)
@@ -105,7 +105,7 @@ func TestEchoBeyondTheReceiveBufferRejectsTheExcessAndFinishes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 1000000"
 		e.run(with(listenInput, settings), with(listenOutput, settings+", "+toTheSender))
-		peer := e.quietClient(t)
+		peer := e.unreadClient(t)
 		begin := time.Now()
 		got, err := talk(peer, 20_000, true)
 		require.NoError(t, err)
@@ -124,7 +124,7 @@ func TestClientThatOverfillsTheBufferAndNeverReadsLosesItsSession(t *testing.T) 
 		const settings = "max_buffer_bytes: 1000000"
 		e.run(with(listenInput, settings), with(listenOutput, settings+", ack_timeout: 1h, "+toTheSender))
 		begin := time.Now()
-		_, err := talk(e.quietClient(t), 100_000, false)
+		_, err := talk(e.unreadClient(t), 100_000, false)
 		require.Error(t, err)
 		require.Less(t, time.Since(begin), time.Minute)
 		synctest.Wait()
@@ -166,7 +166,7 @@ func TestSessionWithPausedReadsIsNotClosedForALateAcknowledgement(t *testing.T) 
 			client.WriteFrames(cryotest.Binary(i, strings.Repeat("x", 2000)))
 		}
 		synctest.Wait()
-		f := e.give("m")
+		f := e.produce("m")
 		client.Ack(client.WantType("the broadcast", wire.UTF8))
 		require.ErrorContains(t, next(t, f.verdict), "timed out after ack_timeout (3s)")
 		for settled := 0; settled < 10; {
@@ -194,7 +194,7 @@ func TestBroadcastIsDeliveredWhenOnlyASessionWithPausedReadsIsLate(t *testing.T)
 		}
 		synctest.Wait()
 		begin := time.Now()
-		f := e.give("m")
+		f := e.produce("m")
 		client.Ack(client.WantType("the broadcast", wire.UTF8))
 		require.NoError(t, receiveTexts(t, other, "m")[0].Ack())
 		f.wantDelivered(t, "one has acknowledged, and the other may have")
@@ -244,7 +244,7 @@ func TestEchoBySyncResponsesFinishesOrRejectsTheExcess(t *testing.T) {
 		t.Run(name+", accepted", func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, settings), "sync_response: {}")
-				test(t, e, e.quietClient(t))
+				test(t, e, e.unreadClient(t))
 			})
 		})
 	}

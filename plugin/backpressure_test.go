@@ -65,7 +65,7 @@ func TestMessageThatWaitsForItsRedeliveryIsInFlight(t *testing.T) {
 
 func TestBatchHasAtMostMaxBatchCountMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		_, sent := e.runWithBatch("max_batch_count: 4", words("m%d", 10))
+		_, sent := e.runWithBatch("max_batch_count: 4", numbered("m%d", 10))
 		var got []string
 		for len(got) < 10 {
 			a := e.arrival()
@@ -73,7 +73,7 @@ func TestBatchHasAtMostMaxBatchCountMessages(t *testing.T) {
 			got = append(got, a.texts()...)
 			a.deliver()
 		}
-		require.ElementsMatch(t, words("m%d", 10), got)
+		require.ElementsMatch(t, numbered("m%d", 10), got)
 		for _, m := range sent {
 			m.wantAcked(t, "delivered")
 		}
@@ -82,10 +82,10 @@ func TestBatchHasAtMostMaxBatchCountMessages(t *testing.T) {
 
 func TestMessagesOfASessionArriveInOrder(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(listenInput, "serial: {}")
+		e.run(listenInput, toSerial)
 		peer := e.dial()
 		var batch []cryo.OutMessage
-		for _, text := range words("m%d", 1000) {
+		for _, text := range numbered("m%d", 1000) {
 			batch = append(batch, cryo.Text(text))
 		}
 		sent := sendAny(func() error { return peer.SendBatch(context.Background(), batch) })
@@ -95,7 +95,7 @@ func TestMessagesOfASessionArriveInOrder(t *testing.T) {
 			got = append(got, a.texts()...)
 			a.deliver()
 		}
-		require.Equal(t, words("m%d", 1000), got)
+		require.Equal(t, numbered("m%d", 1000), got)
 		sent.wantAcked(t, "delivered")
 	})
 }

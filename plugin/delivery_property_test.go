@@ -634,7 +634,7 @@ func (w *world) feedAll() {
 		for i, id := range j.ids {
 			batch[i] = service.NewMessage(messageOf(id))
 		}
-		f := w.e.giveBatch(batch)
+		f := w.e.produceBatch(batch)
 		select {
 		case err := <-f.verdict:
 			if err == nil {

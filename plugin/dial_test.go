@@ -19,7 +19,7 @@ import (
 func TestConnectingTwiceKeepsTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		out := e.alone(t, "")
+		out := e.bareOutput("")
 		require.NoError(t, out.Connect(t.Context()))
 		s := server.session()
 		require.NoError(t, out.Connect(t.Context()))
@@ -33,7 +33,7 @@ func TestConnectingTwiceKeepsTheSession(t *testing.T) {
 func TestConnectingAnInputTwiceReceivesFromItsSessionOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		in := e.aloneInput(t, "")
+		in := e.bareInput("")
 		require.NoError(t, in.Connect(t.Context()))
 		peer, lost := server.session(), in.lost
 		require.NoError(t, in.Connect(t.Context()))
@@ -56,7 +56,7 @@ func (e *engine) outputOfRawServer(t *testing.T) (*output, *cryotest.Server, *cr
 	t.Helper()
 	server := cryotest.NewServer(t)
 	e.dialer = server.Dial
-	out := e.alone(t, "")
+	out := e.bareOutput("")
 	connecting := sendAny(func() error { return out.Connect(context.Background()) })
 	peer := server.NextPeer()
 	peer.ServerHandshake()
@@ -106,7 +106,7 @@ func TestCloseOfAnOutputWaitsForAnEndingSession(t *testing.T) {
 func TestCanceledWriteDoesNotEndTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		out := e.alone(t, "")
+		out := e.bareOutput("")
 		require.NoError(t, out.Connect(t.Context()))
 		peer := server.session()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -126,7 +126,7 @@ func TestNextConnectUsesTheSessionOfACanceledConnect(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial
-		in := e.aloneInput(t, "")
+		in := e.bareInput("")
 		ctx, cancel := context.WithCancel(t.Context())
 		connecting := sendAny(func() error { return in.Connect(ctx) })
 		peer := server.NextPeer()
@@ -154,7 +154,7 @@ func TestConnectThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 			close(dialled)
 			return e.net.Dial(ctx, network, address)
 		}
-		out := e.alone(t, "")
+		out := e.bareOutput("")
 		go func() { _ = out.Connect(context.Background()) }()
 		<-dialled
 		require.NoError(t, out.Close(t.Context()))
@@ -170,11 +170,11 @@ func TestConnectionTestDialsAndDisconnects(t *testing.T) {
 				test := func(token string) error {
 					var c service.ConnectionTestable
 					if kind == "input" {
-						in := e.aloneInput(t, "")
+						in := e.bareInput("")
 						in.opts.Token = token
 						c = in
 					} else {
-						out := e.alone(t, "")
+						out := e.bareOutput("")
 						out.opts.Token = token
 						c = out
 					}
@@ -197,12 +197,12 @@ func TestConnectionTestLeavesQueuedMessagesToOthers(t *testing.T) {
 	for _, kind := range []string{"input", "output"} {
 		t.Run(kind, func(t *testing.T) {
 			toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-				f := e.give("job")
+				f := e.produce("job")
 				f.wantPending(t, "nobody is there")
 				e.dialer = e.farAway
-				var c service.ConnectionTestable = e.aloneInput(t, "")
+				var c service.ConnectionTestable = e.bareInput("")
 				if kind == "output" {
-					c = e.alone(t, "")
+					c = e.bareOutput("")
 				}
 				require.NoError(t, c.ConnectionTest(t.Context())[0].Err)
 				f.wantPending(t, "neither taken nor refused")
@@ -218,7 +218,7 @@ func TestConnectionTestNeitherAcknowledgesNorRejectsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial
-		in := e.aloneInput(t, "")
+		in := e.bareInput("")
 		testing := sendAny(func() error { return in.ConnectionTest(context.Background())[0].Err })
 		peer := server.NextPeer()
 		peer.WantEndpointInfo("the client's ENDPOINT_INFO")
@@ -236,7 +236,7 @@ func TestConnectionTestNeitherAcknowledgesNorRejectsMessages(t *testing.T) {
 func TestOnlyTheFirstVerdictOnABatchCounts(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		in := e.aloneInput(t, ", auto_replay_nacks: false, max_in_flight: 1")
+		in := e.bareInput("auto_replay_nacks: false, max_in_flight: 1")
 		require.NoError(t, in.Connect(t.Context()))
 		peer := server.session()
 		first, second, third := send(peer, "first"), send(peer, "second"), send(peer, "third")

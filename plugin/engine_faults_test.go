@@ -56,7 +56,7 @@ func TestTheEngineMixesUpContexts(t *testing.T) {
 func TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "probe: { batching: { count: 3, processors: [ "+dropsDrop+" ] } }")
-		drop, a, b := e.give("drop"), e.give("A"), e.give("B")
+		drop, a, b := e.produce("drop"), e.produce("A"), e.produce("B")
 		arrived := e.arrival()
 		require.Len(t, arrived.batch, 2)
 		arrived.failSome(errOutput, arrived.texts()[0])
@@ -72,7 +72,7 @@ func TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching(t *testing.T) 
 func TestTheEngineCountsAMessageAsDeliveredWithItsFirstPartUnderBatching(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "probe: { batching: { count: 1, processors: [ unarchive: { format: lines } ] } }")
-		f := e.give("a\nb")
+		f := e.produce("a\nb")
 		arrived := e.arrival()
 		require.Equal(t, []string{"a", "b"}, arrived.texts())
 		arrived.failSome(errOutput, "b")
@@ -121,10 +121,10 @@ func TestTheEnginePanicsOnATracingMapThatDeletesItsRoot(t *testing.T) {
 	spec := service.NewConfigSpec().Field(service.NewExtractTracingSpanMappingField())
 	parsed, err := spec.ParseYAML("extract_tracing_map: root = deleted()", nil)
 	require.NoError(t, err)
-	feed := &feed{make(chan *fed, 1)}
+	feed := &feed{make(chan *produced, 1)}
 	in, err := parsed.WrapBatchInputExtractTracingSpanMapping("feed", feed)
 	require.NoError(t, err)
-	feed.batches <- &fed{batchOf("message"), make(chan error, 1)}
+	feed.batches <- &produced{batchOf("message"), make(chan error, 1)}
 	require.Panics(t, func() { _, _, _ = in.ReadBatch(context.Background()) },
 		"the engine is mended: inputs and outputs need not guard extract_tracing_map and inject_tracing_map against a deleted root")
 }
@@ -134,10 +134,10 @@ func TestTheEnginePanicsOnATracingMapThatDeletesItsRoot(t *testing.T) {
 func TestTheEnginesDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { back_pressure: 1s, output: { probe: {} } }")
-		slow := e.give("slow")
+		slow := e.produce("slow")
 		a := e.arrival()
 		require.Error(t, next(t, slow.verdict), "after a second")
-		failing := e.give("failing")
+		failing := e.produce("failing")
 		b := e.arrival()
 		b.fail(errOutput) // this verdict is taken for the first one's
 		failing.wantPending(t, "the engine is mended: drop_on with back_pressure need not be an exception")
@@ -149,11 +149,11 @@ func TestTheEnginesDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 func TestTheEnginesFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { error: false, error_patterns: [ never ], output: { broker: { pattern: fan_out_fail_fast, outputs: [ probe: {}, probe: {} ] } } }")
-		first := e.give("first")
+		first := e.produce("first")
 		e.arrival().fail(errOutput)
 		e.arrival().fail(errOutput)
 		require.Error(t, next(t, first.verdict))
-		second := e.give("second")
+		second := e.produce("second")
 		require.Error(t, next(t, second.verdict), "before any output has it; "+
 			"the engine is mended: fan_out_fail_fast under retry, drop_on, fallback or batching need not be an exception")
 		e.arrival().deliver()
@@ -164,12 +164,12 @@ func TestTheEnginesFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
 func TestTheEnginesFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "broker: { pattern: fan_out_fail_fast, outputs: [ serial: {}, serial: {}, serial: {} ] }")
-		first := e.give("first")
+		first := e.produce("first")
 		for range 3 {
 			e.arrival().fail(errOutput)
 		}
 		require.Error(t, next(t, first.verdict))
-		second := e.give("second")
+		second := e.produce("second")
 		delivered := e.deliverAll()
 		time.Sleep(time.Hour)
 		require.Less(t, len(delivered()), 3, "the engine is mended: fan_out_fail_fast with more than two outputs need not be an exception")

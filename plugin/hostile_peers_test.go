@@ -30,7 +30,7 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 	authorized := "authorization=" + url.QueryEscape("Bearer "+token)
 	upgrading := func(query string, headers ...string) func(t *testing.T, e *engine) string {
 		return func(t *testing.T, e *engine) string {
-			return e.say(t, "GET /?"+query+" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+			return e.rawRequest(t, "GET /?"+query+" HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 				"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"+strings.Join(headers, "")+"\r\n")
 		}
 	}
@@ -43,16 +43,16 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 	}{
 		{
 			does: "asks for no upgrade", answer: "426 Upgrade Required",
-			how: func(t *testing.T, e *engine) string { return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") },
+			how: func(t *testing.T, e *engine) string { return e.rawRequest(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n") },
 		},
 		{
 			does: "speaks no HTTP", answer: "400 Bad Request",
-			how: func(t *testing.T, e *engine) string { return e.say(t, "\x00\x01\x02 what?\r\n\r\n") },
+			how: func(t *testing.T, e *engine) string { return e.rawRequest(t, "\x00\x01\x02 what?\r\n\r\n") },
 		},
 		{
 			does: "sends headers without end", answer: "431 Request Header Fields Too Large",
 			how: func(t *testing.T, e *engine) string {
-				return e.say(t, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 1<<20))
+				return e.rawRequest(t, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 1<<20))
 			},
 		},
 		{does: "sends its request a byte at a time, on 300 connections", answer: "", after: 2 * time.Second, how: slowLoris},
@@ -71,7 +71,7 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 		},
 	} {
 		t.Run(m.does, func(t *testing.T) {
-			requireTold(t, m.does)
+			requireDocumented(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 				good := e.dial()
@@ -102,8 +102,8 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 	}
 }
 
-// requireTold wants a row to be in the table for people.
-func requireTold(t *testing.T, does string) {
+// requireDocumented wants a row to be in the table for people.
+func requireDocumented(t *testing.T, does string) {
 	t.Helper()
 	page, err := os.ReadFile("../docs/guarantees.md")
 	require.NoError(t, err)
@@ -111,7 +111,7 @@ func requireTold(t *testing.T, does string) {
 }
 
 // say says something to a listener and gives the head of its answer.
-func (e *engine) say(t *testing.T, words string) string {
+func (e *engine) rawRequest(t *testing.T, words string) string {
 	t.Helper()
 	c, err := e.net.Dial(t.Context(), "tcp", somewhere)
 	require.NoError(t, err)
@@ -229,7 +229,7 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 		},
 	} {
 		t.Run(m.does, func(t *testing.T) {
-			requireTold(t, m.does)
+			requireDocumented(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
 				right := make(chan *cryo.Session, 1)
 				before := heapInUse()

@@ -9,7 +9,11 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// specs are the specifications of our components.
+// Components without an engine around them: for tests that call Connect, ReadBatch,
+// WriteBatch or Close themselves, in an order that the engine only has by chance. Such a
+// test closes what it connects.
+
+// specs are the specifications of our components, by kind and name.
 func specs() map[string]*service.ConfigSpec {
 	return map[string]*service.ConfigSpec{
 		"input cryo": specsOnce.input(), "output cryo": specsOnce.output(),
@@ -17,7 +21,7 @@ func specs() map[string]*service.ConfigSpec {
 	}
 }
 
-// construct makes a component as the engine does at start.
+// construct makes a component as the engine does at start, and returns its error.
 func construct(t *testing.T, kind, name, fields string) error {
 	t.Helper()
 	conf, err := specs()[kind+" "+name].ParseYAML(fields, nil)
@@ -38,45 +42,50 @@ func construct(t *testing.T, kind, name, fields string) error {
 	return err
 }
 
-// aloneInput makes an input without an engine around it.
-func (e *engine) aloneInput(t *testing.T, fields string) *input {
-	t.Helper()
-	conf, err := specs()["input cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
-	require.NoError(t, err)
-	in, err := newInput(conf, service.MockResources(), cryo.DialOptions{NetDial: e.dialer})
-	require.NoError(t, err)
+// parse parses the fields of a component that dials, or listens, on somewhere.
+func (e *engine) parse(component, fields string) (*service.ParsedConfig, *service.Resources) {
+	e.t.Helper()
+	base := "{ url: ws://" + somewhere + ", token: " + token + " }"
+	if component == "input cryo_server" || component == "output cryo_server" {
+		base = "{ address: '" + somewhere + "', tokens: [ " + token + " ] }"
+	}
+	conf, err := specs()[component].ParseYAML(with(base, fields), nil)
+	require.NoError(e.t, err)
+	res := service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger())))
+	res.GetOrSetGeneric(listenersKey{}, e.shared)
+	return conf, res
+}
+
+// bareInput makes an input cryo.
+func (e *engine) bareInput(fields string) *input {
+	e.t.Helper()
+	conf, res := e.parse("input cryo", fields)
+	in, err := newInput(conf, res, cryo.DialOptions{NetDial: e.dialer})
+	require.NoError(e.t, err)
 	return in
 }
 
-// alone makes an output without an engine around it.
-func (e *engine) alone(t *testing.T, fields string) *output {
-	t.Helper()
-	conf, err := specs()["output cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+fields+" }", nil)
-	require.NoError(t, err)
-	out, _, _, err := newOutput(conf, service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger()))), cryo.DialOptions{NetDial: e.dialer})
-	require.NoError(t, err)
+// bareOutput makes an output cryo.
+func (e *engine) bareOutput(fields string) *output {
+	e.t.Helper()
+	conf, res := e.parse("output cryo", fields)
+	out, _, _, err := newOutput(conf, res, cryo.DialOptions{NetDial: e.dialer})
+	require.NoError(e.t, err)
 	return out
 }
 
-func (e *engine) aloneServerInput(t *testing.T, fields string) *serverInput {
-	t.Helper()
-	conf, err := specs()["input cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ]"+fields+" }", nil)
-	require.NoError(t, err)
-	res := service.MockResources()
-	res.GetOrSetGeneric(listenersKey{}, e.shared)
-	in, err := newServerInput(conf, res)
-	require.NoError(t, err)
+// bareServerInput makes an input cryo_server.
+func (e *engine) bareServerInput(fields string) *serverInput {
+	e.t.Helper()
+	in, err := newServerInput(e.parse("input cryo_server", fields))
+	require.NoError(e.t, err)
 	return in
 }
 
-// aloneServerOutput makes an output without an engine around it.
-func (e *engine) aloneServerOutput(t *testing.T, fields string) *serverOutput {
-	t.Helper()
-	conf, err := specs()["output cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ]"+fields+" }", nil)
-	require.NoError(t, err)
-	res := service.MockResources()
-	res.GetOrSetGeneric(listenersKey{}, e.shared)
-	out, _, _, err := newServerOutput(conf, res)
-	require.NoError(t, err)
+// bareServerOutput makes an output cryo_server.
+func (e *engine) bareServerOutput(fields string) *serverOutput {
+	e.t.Helper()
+	out, _, _, err := newServerOutput(e.parse("output cryo_server", fields))
+	require.NoError(e.t, err)
 	return out
 }

@@ -1,3 +1,32 @@
+// How a test of this package is written. The files kit_*_test.go are its tools: the engine with
+// pipelines in virtual time (this file), the other ends of sessions (kit_peers), ready-made
+// pipelines (kit_pipelines), components without an engine (kit_components), and the network in
+// memory, log lines and metrics (kit_network, kit_log, kit_metrics).
+//
+//	func TestFailedMessageIsRedelivered(t *testing.T) { // a sentence about behavior
+//		inEngine(t, func(t *testing.T, e *engine) { // virtual time, a network in memory
+//			e.run(with(listenInput, "max_in_flight: 1"), toProbe)
+//			client := e.dial()         // a session with the listener
+//			m := send(client, "hello") // in the background
+//			e.arrival().fail(errOutput)
+//			m.wantPending(t, "it is redelivered")
+//			e.want("hello")[0].deliver()
+//			m.wantAcked(t, "delivered")
+//			e.log.want(t, "DEBUG Delivering a message again")
+//			e.wantMetrics("delivered", map[string]int64{"cryo_messages_unacknowledged": 0})
+//		})
+//	}
+//
+// An output is tested the other way round: e.run(fromOnce, listenOutput), b := e.produce("hello"),
+// receive(t, client).Ack(), b.wantDelivered(t, "acknowledged"). A component that dials finds the
+// server of e.serve(). What both inputs or both outputs do is tested with atBothInputs or
+// atBothOutputs.
+//
+// Time stands still while a goroutine runs. What must happen immediately has happened after
+// synctest.Wait, which run, dial and the want functions call; an hour of time.Sleep costs nothing.
+// Pipelines, servers and sessions end with the test, and a goroutine that stays fails it. Compare
+// errors by errors.Is or their type, log lines by level, constant words and fields, times exactly.
+
 package plugin
 
 import (
@@ -20,36 +49,39 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// checkLeaks is for tests without synctest, which looks for itself.
+// checkLeaks fails a test that leaves goroutines behind. Tests without inEngine, which checks that
+// itself, defer it.
 func checkLeaks(t *testing.T) { t.Helper(); goleak.VerifyNone(t) }
 
-// engine runs pipelines with our components over a network in memory. Its tests
-// are synctest's: time is virtual, what is said to happen at once does, and a
-// test whose pipelines leave a goroutine behind fails.
+// engine runs pipelines with our components over a network in memory.
 type engine struct {
 	t       testing.TB
 	env     *service.Environment
 	net     *memoryNet
 	log     *logBook
 	metrics *metricsBook
-	spans   *spanBook // nil: none are made
+	spans   *spanBook // nil: no tracing
 	probe   *probe
-	feed    chan *fed
+	feed    chan *produced
 	shared  *listeners // of all pipelines, as in streams mode
-	dialer  func(ctx context.Context, network, address string) (net.Conn, error)
+
+	// dialer is that of the components that dial; by default that of net.
+	dialer func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// inEngine runs a test in virtual time.
+// inEngine runs a test in virtual time. A test of real sockets uses newEngine, start and checkLeaks.
 func inEngine(t *testing.T, test func(t *testing.T, e *engine)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) { test(t, newEngine(t)) })
 }
 
+// newEngine makes an engine whose environment has our components, and those of the test: the
+// outputs probe and serial, the inputs feed and once.
 func newEngine(t testing.TB) *engine {
 	e := &engine{
 		t: t, env: service.NewEnvironment(),
 		net: &memoryNet{listening: make(map[string]*memoryListener)}, log: &logBook{}, metrics: &metricsBook{values: make(map[string]int64)},
-		probe: &probe{arrivals: make(chan *arrival, 1000)}, feed: make(chan *fed, 100),
+		probe: &probe{arrivals: make(chan *arrival, 1000)}, feed: make(chan *produced, 100),
 	}
 	e.dialer = e.net.Dial
 	e.shared = newListeners(e.net.Listen)
@@ -82,17 +114,19 @@ func newEngine(t testing.TB) *engine {
 	return e
 }
 
+// Components for run. with adds fields to ours.
 const (
 	dialInput    = "cryo: { url: ws://" + somewhere + ", token: " + token + " }"
 	dialOutput   = dialInput
 	listenInput  = "cryo_server: { address: '" + somewhere + "', tokens: [ " + token + " ] }"
 	listenOutput = listenInput
-	toProbe      = "probe: {}"
-	fromFeed     = "feed: {}" // tries again what fails
-	fromOnce     = "once: {}" // and this doesn't
+	toProbe      = "probe: {}"  // the test decides about each batch; see arrival
+	toSerial     = "serial: {}" // the same, one batch at a time
+	fromFeed     = "feed: {}"   // the batches of produce; sends again what fails
+	fromOnce     = "once: {}"   // the batches of produce; sends nothing again
 )
 
-// with adds fields to a component.
+// with adds fields, such as "max_in_flight: 1, ack_timeout: 3s", to a component.
 func with(component, fields string) string {
 	if fields == "" {
 		return component
@@ -100,15 +134,15 @@ func with(component, fields string) string {
 	return strings.TrimSuffix(component, " }") + ", " + fields + " }"
 }
 
-// pipeline is one that runs.
+// pipeline is a running pipeline.
 type pipeline struct {
 	e      *engine
 	stream *service.Stream
 	ended  chan struct{}
 }
 
-// run starts a pipeline from an input to an output, each in YAML. The test's end
-// stops it, if the test didn't.
+// run starts a pipeline from an input to an output, each in YAML, and waits until it is idle. The
+// end of the test kills it.
 func (e *engine) run(input, output string, processors ...string) *pipeline {
 	e.t.Helper()
 	p := e.start(input, output, processors...)
@@ -117,7 +151,7 @@ func (e *engine) run(input, output string, processors ...string) *pipeline {
 	return p
 }
 
-// start is run without synctest, and without a stop at the end.
+// start is run for real time: it does not wait, and the test must stop the pipeline.
 func (e *engine) start(input, output string, processors ...string) *pipeline {
 	e.t.Helper()
 	b := e.env.NewStreamBuilder()
@@ -148,7 +182,7 @@ func (p *pipeline) stop() {
 	<-p.ended
 }
 
-// kill stops the pipeline at once; acknowledgements are not waited for.
+// kill stops the pipeline immediately, without waiting for acknowledgements: a hard stop.
 func (p *pipeline) kill() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -156,8 +190,8 @@ func (p *pipeline) kill() {
 	<-p.ended
 }
 
-// stopWhile stops a pipeline in good order. What its output gets meanwhile is for
-// handle.
+// stopWhile stops the pipeline gracefully, and calls handle with the batches that reach the probe
+// meanwhile.
 func (p *pipeline) stopWhile(handle func(a *arrival)) {
 	p.e.t.Helper()
 	stopped := sendAny(func() error { p.stop(); return nil })
@@ -172,7 +206,7 @@ func (p *pipeline) stopWhile(handle func(a *arrival)) {
 	}
 }
 
-// probe is an output whose deliveries the test decides.
+// probe is an output of which the test decides what becomes of each batch.
 type probe struct{ arrivals chan *arrival }
 
 func (p *probe) Connect(context.Context) error { return nil }
@@ -189,20 +223,20 @@ func (p *probe) WriteBatch(ctx context.Context, batch service.MessageBatch) erro
 	}
 }
 
-// arrival is a batch that the pipeline wants to deliver.
+// arrival is a batch at the probe. It waits for deliver, fail or failSome.
 type arrival struct {
 	batch   service.MessageBatch
 	verdict chan error
 }
 
-// arrival waits for the next batch.
+// arrival waits for the next batch at the probe.
 func (e *engine) arrival() *arrival {
 	e.t.Helper()
 	return next(e.t, e.probe.arrivals)
 }
 
-// want waits for messages with these texts, each in a batch of its own, and
-// delivers none. They arrive in any order; the result is in this one.
+// want waits for messages with these texts, each in a batch of its own. They may arrive in any
+// order; the result is in the order of the texts.
 func (e *engine) want(texts ...string) []*arrival {
 	e.t.Helper()
 	arrivals := make([]*arrival, len(texts))
@@ -238,7 +272,7 @@ func (e *engine) dropArrivals() {
 	}
 }
 
-// wantNoArrival wants nothing to be delivered by now.
+// wantNoArrival requires that no batch has reached the probe by now.
 func (e *engine) wantNoArrival(why string) {
 	e.t.Helper()
 	synctest.Wait()
@@ -248,7 +282,7 @@ func (e *engine) wantNoArrival(why string) {
 func (a *arrival) deliver()       { a.verdict <- nil }
 func (a *arrival) fail(err error) { a.verdict <- err }
 
-// failSome fails messages by their text.
+// failSome fails the messages with these texts, and delivers the others.
 func (a *arrival) failSome(err error, texts ...string) {
 	batchErr := service.NewBatchError(a.batch, err)
 	for i, text := range a.texts() {
@@ -291,7 +325,8 @@ func (e *engine) deliverNext(n int) (texts []string) {
 	return texts
 }
 
-// deliverAll delivers what comes from now on, until the test ends.
+// deliverAll delivers everything that arrives from now on, in the background. The function that it
+// returns returns the texts so far.
 func (e *engine) deliverAll() (texts func() []string) {
 	var (
 		mu   sync.Mutex
@@ -320,11 +355,11 @@ func (e *engine) deliverAll() (texts func() []string) {
 	}
 }
 
-// feed is an input that the test feeds with batches.
-type feed struct{ batches chan *fed }
+// feed is an input for the batches of produce.
+type feed struct{ batches chan *produced }
 
-// fed is a batch for the pipeline, and what becomes of it.
-type fed struct {
+// produced is a batch that the pipeline gets from the test, and its result.
+type produced struct {
 	batch   service.MessageBatch
 	verdict chan error
 }
@@ -341,36 +376,39 @@ func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	}
 }
 
-// give feeds a batch of texts to the pipeline.
-func (e *engine) give(texts ...string) *fed { return e.giveBatch(batchOf(texts...)) }
+// produce sends a batch of texts into the pipeline.
+func (e *engine) produce(texts ...string) *produced { return e.produceBatch(batchOf(texts...)) }
 
-func (e *engine) giveBatch(batch service.MessageBatch) *fed {
-	f := &fed{batch, make(chan error, 1)}
+// produceBatch is produce for messages with metadata.
+func (e *engine) produceBatch(batch service.MessageBatch) *produced {
+	f := &produced{batch, make(chan error, 1)}
 	e.feed <- f
 	return f
 }
 
-func (f *fed) wantPending(t *testing.T, why string) {
+// wantPending requires that the batch has no result by now.
+func (f *produced) wantPending(t *testing.T, why string) {
 	t.Helper()
 	synctest.Wait()
 	require.Empty(t, f.verdict, why)
 }
 
-func (f *fed) wantDelivered(t *testing.T, why string) {
+// wantDelivered waits for the delivery of the batch.
+func (f *produced) wantDelivered(t *testing.T, why string) {
 	t.Helper()
 	require.NoError(t, next(t, f.verdict), why)
 }
 
-// wantFailed wants a batch to have failed as a whole, with this error.
-func (f *fed) wantFailed(t *testing.T, words string) {
+// wantFailed waits for the failure of the whole batch, with this error.
+func (f *produced) wantFailed(t *testing.T, words string) {
 	t.Helper()
 	err := next(t, f.verdict)
 	require.EqualError(t, err, words)
 	requirePlain(t, err)
 }
 
-// requirePlain wants an error that is a whole batch's, and does not make the engine
-// send it again by itself.
+// requirePlain requires an error of a whole batch that does not make the engine send it again by
+// itself.
 func requirePlain(t *testing.T, err error) {
 	t.Helper()
 	_, partial := errors.AsType[*service.BatchError](err)
@@ -378,21 +416,21 @@ func requirePlain(t *testing.T, err error) {
 	require.NotErrorIs(t, err, service.ErrNotConnected)
 }
 
-// singles are messages that were fed one by one.
-type singles []*fed
+// singles are messages that were produced one by one.
+type singles []*produced
 
-// giveSingly feeds messages one by one to the pipeline. An output with batching
-// makes one batch of them.
-func (e *engine) giveSingly(batch service.MessageBatch) singles {
+// produceEach sends messages into the pipeline one by one. An output with batching makes one batch
+// of them.
+func (e *engine) produceEach(batch service.MessageBatch) singles {
 	list := make(singles, len(batch))
 	for i := range batch {
-		list[i] = e.giveBatch(batch[i : i+1])
+		list[i] = e.produceBatch(batch[i : i+1])
 	}
 	return list
 }
 
-// wantFailed wants those with these indexes to have failed so, and the others to be
-// delivered.
+// wantFailed requires that the messages with these indexes fail with these errors, and the others
+// are delivered.
 func (s singles) wantFailed(t *testing.T, want map[int]string) {
 	t.Helper()
 	got := make(map[int]string)
@@ -405,6 +443,7 @@ func (s singles) wantFailed(t *testing.T, want map[int]string) {
 	require.Equal(t, want, got)
 }
 
+// batchOf makes a batch of texts.
 func batchOf(texts ...string) service.MessageBatch {
 	var batch service.MessageBatch
 	for _, text := range texts {
@@ -413,8 +452,8 @@ func batchOf(texts ...string) service.MessageBatch {
 	return batch
 }
 
-// words numbers texts.
-func words(format string, n int) []string {
+// numbered returns n texts, each with its index by the format: "m0", "m1" by "m%d".
+func numbered(format string, n int) []string {
 	list := make([]string, n)
 	for i := range list {
 		list[i] = fmt.Sprintf(format, i)
@@ -422,7 +461,7 @@ func words(format string, n int) []string {
 	return list
 }
 
-// next waits for a value.
+// next waits for the next value of a channel, for an hour at most, of virtual time.
 func next[T any](t testing.TB, values <-chan T) T {
 	t.Helper()
 	select {

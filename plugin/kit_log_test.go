@@ -12,17 +12,31 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-// logBook keeps what is logged, at any level.
+// logBook records the log lines of all components and pipelines of a test, at any level.
 type logBook struct {
-	deaf bool // set before use: nothing is kept
+	deaf bool // set before use: nothing is recorded
 
 	mu    sync.Mutex
-	lines []string // "LEVEL message attributes"
+	lines []string          // "LEVEL message field=value …"
+	hook  func(line string) // called with each line; nil: none
 }
 
+// onLine calls do, on the goroutine that logs, when a line with these words is logged. Use it to
+// make something happen at an exact place in the code.
+func (b *logBook) onLine(words string, do func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hook = func(line string) {
+		if strings.Contains(line, words) {
+			do()
+		}
+	}
+}
+
+// logger returns a logger that writes to the book.
 func (b *logBook) logger() *slog.Logger { return slog.New(&bookHandler{book: b}) }
 
-// all gives what was logged so far.
+// all returns the lines so far.
 func (b *logBook) all() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -41,11 +55,14 @@ func (b *logBook) count(words ...string) int {
 	return n
 }
 
+// want requires a line that contains all of the words. Prefer the level, the constant part of a
+// message and single fields over whole lines.
 func (b *logBook) want(t *testing.T, words ...string) {
 	t.Helper()
 	assert.Positive(t, b.count(words...), "no log line with %q in:\n%s", words, strings.Join(b.all(), "\n"))
 }
 
+// bookHandler is the [slog.Handler] of a logBook.
 type bookHandler struct {
 	book  *logBook
 	attrs []slog.Attr
@@ -61,8 +78,12 @@ func (h *bookHandler) Handle(_ context.Context, r slog.Record) error {
 	}
 	r.Attrs(add)
 	h.book.mu.Lock()
-	defer h.book.mu.Unlock()
 	h.book.lines = append(h.book.lines, line)
+	hook := h.book.hook
+	h.book.mu.Unlock()
+	if hook != nil {
+		hook(line)
+	}
 	return nil
 }
 
@@ -71,21 +92,3 @@ func (h *bookHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 }
 
 func (h *bookHandler) WithGroup(string) slog.Handler { return h }
-
-// hook is a log handler that does something at a line.
-type hook struct {
-	word string
-	do   func()
-}
-
-func (h *hook) Enabled(context.Context, slog.Level) bool { return true }
-
-func (h *hook) Handle(_ context.Context, r slog.Record) error {
-	if strings.Contains(r.Message, h.word) {
-		h.do()
-	}
-	return nil
-}
-
-func (h *hook) WithAttrs([]slog.Attr) slog.Handler { return h }
-func (h *hook) WithGroup(string) slog.Handler      { return h }

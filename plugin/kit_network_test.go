@@ -10,19 +10,22 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-// memoryNet is a network of listeners in memory, by address.
+// memoryNet is a network in memory: listeners by address. It works with virtual time, and can break
+// or freeze its connections.
 type memoryNet struct {
 	mu        sync.Mutex
 	listening map[string]*memoryListener
 	conns     []net.Conn // of all who dialled
 }
 
+// memoryListener is a listener of a memoryNet.
 type memoryListener struct {
 	*cryotest.Listener
 	net     *memoryNet
 	address string
 }
 
+// Listen listens on an address, which must be free.
 func (n *memoryNet) Listen(_, address string) (net.Listener, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -41,6 +44,7 @@ func (l *memoryListener) Close() error {
 	return l.Listener.Close()
 }
 
+// Dial connects to an address on which something listens.
 func (n *memoryNet) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	n.mu.Lock()
 	l := n.listening[address]
@@ -57,7 +61,7 @@ func (n *memoryNet) Dial(ctx context.Context, network, address string) (net.Conn
 	return c, err
 }
 
-// cut breaks all connections there are.
+// cut breaks all connections.
 func (n *memoryNet) cut() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -67,7 +71,7 @@ func (n *memoryNet) cut() {
 	n.conns = nil
 }
 
-// freeze makes all connections there are black holes.
+// freeze makes all connections black holes: nothing arrives, and nothing fails.
 func (n *memoryNet) freeze() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -77,7 +81,7 @@ func (n *memoryNet) freeze() {
 	n.conns = nil
 }
 
-// farAway dials over a line with some latency.
+// farAway is a dialer for connections with some latency.
 func (e *engine) farAway(ctx context.Context, network, address string) (net.Conn, error) {
 	c, err := e.net.Dial(ctx, network, address)
 	return &farConn{c}, err

@@ -19,9 +19,12 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
+// The other ends of sessions: servers and clients of the library, whose sessions the test uses, and
+// raw peers (internal/cryotest) that send and expect single frames.
+
 const (
 	token     = "open sesame"
-	somewhere = "192.0.2.2:80" // an address in memory
+	somewhere = "192.0.2.2:80" // the address in memory of all listeners and servers
 )
 
 // server is a Cryo server for the components that dial.
@@ -32,9 +35,10 @@ type server struct {
 	sessions chan *cryo.Session // as they connect
 }
 
-// serve listens on an address in memory until the test's end.
+// serve runs a server for the components that dial, until the test's end.
 func (e *engine) serve() *server { return e.serveWith(cryo.ServerOptions{}) }
 
+// serveWith is serve with options.
 func (e *engine) serveWith(opts cryo.ServerOptions) *server {
 	e.t.Helper()
 	s := &server{e: e, sessions: make(chan *cryo.Session, 100)}
@@ -46,6 +50,7 @@ func (e *engine) serveWith(opts cryo.ServerOptions) *server {
 	return s
 }
 
+// shutdown ends the server and its sessions without a close handshake.
 func (s *server) shutdown() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -59,7 +64,7 @@ func (s *server) session() *cryo.Session {
 	return next(s.e.t, s.sessions)
 }
 
-// serveHTTP runs an HTTP server in memory until the test's end.
+// serveHTTP runs any HTTP server in memory until the test's end.
 func (e *engine) serveHTTP(address string, handler http.Handler) *http.Server {
 	e.t.Helper()
 	socket, err := e.net.Listen("tcp", address)
@@ -84,7 +89,7 @@ func newServer(tb testing.TB, opts cryo.ServerOptions) *cryo.Server {
 
 var quiet = log.New(io.Discard, "", 0)
 
-// dial connects a client to the components that listen.
+// dial connects a client to the components that listen. Its session is cut at the test's end.
 func (e *engine) dial() *cryo.Session {
 	e.t.Helper()
 	s, err := e.tryDial(cryo.DialOptions{Token: token})
@@ -93,7 +98,7 @@ func (e *engine) dial() *cryo.Session {
 	return s
 }
 
-// tryDial tries to. The session is cut at the test's end.
+// tryDial is dial for a client that may be denied.
 func (e *engine) tryDial(opts cryo.DialOptions) (*cryo.Session, error) {
 	opts.NetDial = e.net.Dial
 	s, err := cryo.Dial(context.Background(), "ws://"+somewhere+"/", &opts)
@@ -103,7 +108,7 @@ func (e *engine) tryDial(opts cryo.DialOptions) (*cryo.Session, error) {
 	return s, err
 }
 
-// wantDenied wants a client to be denied with an HTTP status.
+// wantDenied requires that a client is denied with an HTTP status.
 func (e *engine) wantDenied(opts cryo.DialOptions, status int) {
 	e.t.Helper()
 	_, err := e.tryDial(opts)
@@ -112,25 +117,26 @@ func (e *engine) wantDenied(opts cryo.DialOptions, status int) {
 	require.Equal(e.t, status, denied.StatusCode)
 }
 
-// visit connects a client with an id.
-func (e *engine) visit(t *testing.T, id uint64) *cryo.Session {
-	t.Helper()
+// dialAs is dial with a session id.
+func (e *engine) dialAs(id uint64) *cryo.Session {
+	e.t.Helper()
 	s, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: id})
-	require.NoError(t, err)
+	require.NoError(e.t, err)
 	return s
 }
 
-// end cuts a session.
+// end ends a session without a close handshake.
 func end(s *cryo.Session) { _ = s.CloseNow() }
 
-// sending is a message on its way through a session.
+// sending is a message or a stream that a session sends in the background, and its result.
 type sending struct{ done chan error }
 
+// send sends a text in the background.
 func send(s *cryo.Session, text string) *sending {
 	return sendAny(func() error { return s.SendText(context.Background(), text) })
 }
 
-// sendAll sends messages one after the other.
+// sendAll sends texts, each when the one before has arrived.
 func sendAll(client *cryo.Session, texts ...string) []*sending {
 	var sent []*sending
 	for _, text := range texts {
@@ -140,20 +146,21 @@ func sendAll(client *cryo.Session, texts ...string) []*sending {
 	return sent
 }
 
-// sendStream sends a whole stream.
+// sendStream sends a whole stream in the background.
 func sendStream(s *cryo.Session, name, content string) *sending {
 	return sendAny(func() error {
 		return s.SendStream(context.Background(), strings.NewReader(content), &cryo.StreamOptions{Name: name})
 	})
 }
 
+// sendAny runs any call in the background.
 func sendAny(f func() error) *sending {
 	g := &sending{make(chan error, 1)}
 	go func() { g.done <- f() }()
 	return g
 }
 
-// wantPending wants a message to be neither acknowledged nor refused by now.
+// wantPending requires that there is no result by now.
 func (g *sending) wantPending(t *testing.T, why string) {
 	t.Helper()
 	synctest.Wait()
@@ -164,7 +171,7 @@ func (g *sending) wantPending(t *testing.T, why string) {
 	}
 }
 
-// isAcked reports whether a message is acknowledged by now; it must not have failed.
+// isAcked reports whether it is acknowledged by now; it must not have failed.
 func (g *sending) isAcked(t *testing.T) bool {
 	t.Helper()
 	synctest.Wait()
@@ -177,26 +184,28 @@ func (g *sending) isAcked(t *testing.T) bool {
 	}
 }
 
-// result waits for the end of it.
+// result waits for the result.
 func (g *sending) result(t testing.TB) error {
 	t.Helper()
 	return next(t, g.done)
 }
 
+// wantAcked waits for the acknowledgement.
 func (g *sending) wantAcked(t *testing.T, why string) {
 	t.Helper()
 	require.NoError(t, g.result(t), why)
 }
 
-func (g *sending) wantRefused(t *testing.T, words string) {
+// wantRejected waits for the rejection of a message, with this text.
+func (g *sending) wantRejected(t *testing.T, words string) {
 	t.Helper()
 	var rejected *cryo.RejectedError
 	require.ErrorAs(t, g.result(t), &rejected)
 	require.Equal(t, words, rejected.Text)
 }
 
-// cancelled wants a stream to be refused by the input.
-func (g *sending) cancelled(t *testing.T, why string) {
+// wantCancelled waits for the cancellation of a stream.
+func (g *sending) wantCancelled(t *testing.T, why string) {
 	t.Helper()
 	require.ErrorIs(t, g.result(t), cryo.ErrStreamCancelled, why)
 }
@@ -223,7 +232,7 @@ func receiveTexts(t *testing.T, s *cryo.Session, texts ...string) []*cryo.Messag
 	return messages
 }
 
-// wantNothing wants no message to have come by now.
+// wantNothing requires that a session has received no message by now.
 func wantNothing(t *testing.T, s *cryo.Session) {
 	t.Helper()
 	synctest.Wait()
@@ -240,7 +249,7 @@ func ackAll(t *testing.T, messages []*cryo.Message) {
 	}
 }
 
-// open opens a stream, which the test's end abandons.
+// open opens a stream, which is cancelled at the test's end.
 func open(t *testing.T, s *cryo.Session, name string) *cryo.OutgoingStream {
 	t.Helper()
 	st, err := s.OpenStream(context.Background(), &cryo.StreamOptions{Name: name})
@@ -249,7 +258,7 @@ func open(t *testing.T, s *cryo.Session, name string) *cryo.OutgoingStream {
 	return st
 }
 
-// write sends a part of a stream, which has arrived by the end of it.
+// write sends a part of a stream, and waits until it has arrived.
 func write(t *testing.T, st *cryo.OutgoingStream, part string) {
 	t.Helper()
 	_, err := st.Write([]byte(part))
@@ -276,8 +285,8 @@ func readStream(t *testing.T, s *cryo.Session) (*cryo.IncomingStream, string) {
 	return st, string(content)
 }
 
-// raw is a server that plays a part with each client.
-func (e *engine) raw(part func(peer *cryotest.Peer)) {
+// serveRaw runs a raw server, whose part in the first session the test plays.
+func (e *engine) serveRaw(part func(peer *cryotest.Peer)) {
 	e.t.Helper()
 	server := cryotest.NewServer(e.t)
 	e.dialer = server.Dial
@@ -291,7 +300,7 @@ func (e *engine) raw(part func(peer *cryotest.Peer)) {
 	e.t.Cleanup(func() { close(stopped); playing.Wait() })
 }
 
-// rawClient connects a client that says what the test says, with the id 77.
+// rawClient connects a raw client with the session id 77, which reads in the background.
 func (e *engine) rawClient() *cryotest.Peer {
 	e.t.Helper()
 	dialer := &websocket.Dialer{NetDialContext: e.net.Dial}
@@ -300,15 +309,15 @@ func (e *engine) rawClient() *cryotest.Peer {
 	return peer
 }
 
-// quietClient connects a client that reads nothing by itself.
-func (e *engine) quietClient(t *testing.T) *cryotest.Peer {
+// unreadClient is rawClient for a client that reads only when the test does.
+func (e *engine) unreadClient(t *testing.T) *cryotest.Peer {
 	t.Helper()
 	peer := cryotest.DialPeer(t, &websocket.Dialer{NetDialContext: e.net.Dial}, "ws://"+somewhere+"/", token, 77)
 	handshake(t, peer)
 	return peer
 }
 
-// handshake is the client's, without a reader that goes on.
+// handshake does the client's handshake without a reader in the background.
 func handshake(t *testing.T, peer *cryotest.Peer) {
 	t.Helper()
 	peer.WriteFrames(cryotest.EndpointInfo(0))

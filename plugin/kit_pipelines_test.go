@@ -7,45 +7,35 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// atBothInputs runs a test with each of the inputs in a pipeline to the probe,
-// and with its peer's session.
+// Pipelines that many tests begin with.
+
+// atBothInputs runs a test with each of the inputs in a pipeline to the probe, and with the session
+// of its peer.
 func atBothInputs(t *testing.T, fields string, test func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session)) {
+	t.Helper()
+	atBothInputsTo(t, fields, toProbe, test)
+}
+
+// atBothInputsTo is atBothInputs with another output.
+func atBothInputsTo(t *testing.T, fields, output string, test func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session)) {
 	t.Helper()
 	t.Run("cryo", func(t *testing.T) {
 		inEngine(t, func(t *testing.T, e *engine) {
 			server := e.serve()
-			p := e.run(with(dialInput, fields), toProbe)
+			p := e.run(with(dialInput, fields), output)
 			test(t, e, p, server.session())
 		})
 	})
 	t.Run("cryo_server", func(t *testing.T) {
 		inEngine(t, func(t *testing.T, e *engine) {
-			p := e.run(with(listenInput, fields), toProbe)
+			p := e.run(with(listenInput, fields), output)
 			test(t, e, p, e.dial())
 		})
 	})
 }
 
-// atBothInputsTo is atBothInputs with another output.
-func atBothInputsTo(t *testing.T, fields, output string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
-	t.Helper()
-	t.Run("cryo", func(t *testing.T) {
-		inEngine(t, func(t *testing.T, e *engine) {
-			server := e.serve()
-			e.run(with(dialInput, fields), output)
-			test(t, e, server.session())
-		})
-	})
-	t.Run("cryo_server", func(t *testing.T) {
-		inEngine(t, func(t *testing.T, e *engine) {
-			e.run(with(listenInput, fields), output)
-			test(t, e, e.dial())
-		})
-	})
-}
-
-// atBothOutputs runs a test with each of the outputs in a pipeline that tries
-// nothing again, and with its peer's session.
+// atBothOutputs runs a test with each of the outputs in a pipeline that sends nothing again, and with
+// the session of its peer.
 func atBothOutputs(t *testing.T, fields string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
 	t.Helper()
 	t.Run("cryo", func(t *testing.T) {
@@ -56,46 +46,38 @@ func atBothOutputs(t *testing.T, fields string, test func(t *testing.T, e *engin
 		})
 	})
 	t.Run("cryo_server", func(t *testing.T) {
-		inEngine(t, func(t *testing.T, e *engine) {
-			e.run(fromOnce, with(listenOutput, fields))
-			peer := e.dial()
-			synctest.Wait()
-			test(t, e, peer)
-		})
+		toAll(t, fields, 1, func(t *testing.T, e *engine, clients []*cryo.Session) { test(t, e, clients[0]) })
 	})
 }
 
-// toAll runs a pipeline that sends to all of some clients.
+// toAll runs a test with an output cryo_server, in a pipeline that sends nothing again, and with
+// clients of it: a broadcast, unless the fields have another send_to.
 func toAll(t *testing.T, fields string, clients int, test func(t *testing.T, e *engine, clients []*cryo.Session)) {
 	t.Helper()
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, fields))
-		var sessions []*cryo.Session
-		for range clients {
-			sessions = append(sessions, e.dial())
+		sessions := make([]*cryo.Session, clients)
+		for i := range sessions {
+			sessions[i] = e.dial()
 		}
 		synctest.Wait()
 		test(t, e, sessions)
 	})
 }
 
-// runWithBatch starts a pipeline whose first batch is made of these texts, and
-// returns what becomes of them for their sender.
+// runWithBatch starts an input cryo_server whose first batch has these texts: their client has sent
+// them before. It returns the client, and what it has sent.
 func (e *engine) runWithBatch(fields string, texts []string, processors ...string) (*cryo.Session, []*sending) {
 	e.t.Helper()
 	return e.runWithBatchTo(toProbe, fields, texts, processors...)
 }
 
+// runWithBatchTo is runWithBatch with another output than the probe.
 func (e *engine) runWithBatchTo(output, fields string, texts []string, processors ...string) (*cryo.Session, []*sending) {
 	e.t.Helper()
-	// While only an output listens, messages wait for an input.
-	e.run(fromFeed, listenOutput)
-	s := e.dial()
-	var sent []*sending
-	for _, text := range texts {
-		sent = append(sent, send(s, text))
-		synctest.Wait()
-	}
+	e.run(fromFeed, listenOutput) // while only an output listens, messages wait for an input
+	client := e.dial()
+	sent := sendAll(client, texts...)
 	e.run(with(listenInput, fields), output, processors...)
-	return s, sent
+	return client, sent
 }

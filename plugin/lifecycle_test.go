@@ -124,7 +124,7 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 				time.Sleep(time.Hour)
 				require.Empty(t, server.sessions, "it has nothing to write")
 
-				f := e.give("m")
+				f := e.produce("m")
 				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
 				f.wantDelivered(t, "on the next connection")
 				require.Equal(t, 1, e.log.count("Disconnected from"))
@@ -292,7 +292,7 @@ func TestRetriesOfAnUnreachableServerBackOff(t *testing.T) {
 		time.Sleep(2 * time.Second) // a session that lasts lets it begin again
 		r.refuse(3)
 		require.NoError(t, s.Close(t.Context(), "restarting"))
-		e.give("m") // an output notices now
+		e.produce("m") // an output notices now
 		s = next(t, connected)
 		go func() {
 			for {
@@ -316,7 +316,7 @@ func TestRetriesOfAServerThatDisconnectsImmediatelyBackOff(t *testing.T) {
 				server := e.serve()
 				p := e.run(ends[0], ends[1])
 				if name == "output" {
-					e.give("m") // or it would not notice
+					e.produce("m") // or it would not notice
 				}
 				var times []time.Time
 				for range len(growing) + 1 {

@@ -132,7 +132,7 @@ func TestOutputReopensTheListenerWithItsNextMessage(t *testing.T) {
 
 		fail <- errAccept
 		synctest.Wait()
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
 
 		f.wantDelivered(t, "to the session that stayed connected")
@@ -154,7 +154,7 @@ func TestOneComponentReopensTheListenerForAll(t *testing.T) {
 		time.Sleep(time.Second)
 
 		require.Len(t, listened, 1)
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
 		f.wantDelivered(t, "the output never noticed")
 		require.Zero(t, e.metrics.value("output_connection_lost"))

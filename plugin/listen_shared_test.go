@@ -73,10 +73,10 @@ func TestMessagesWithoutAnInputAreRejectedAfterATimeout(t *testing.T) {
 		e.run(fromOnce, listenOutput)
 		early := e.dial()
 		begin := time.Now()
-		send(early, "early").wantRefused(t, receivesNothing)
+		send(early, "early").wantRejected(t, receivesNothing)
 		require.Equal(t, noInputPatience, time.Since(begin))
-		send(early, "again").wantRefused(t, receivesNothing)
-		send(e.dial(), "late").wantRefused(t, receivesNothing)
+		send(early, "again").wantRejected(t, receivesNothing)
+		send(e.dial(), "late").wantRejected(t, receivesNothing)
 		require.Equal(t, noInputPatience, time.Since(begin), "at once, by now")
 
 		e.run(listenInput, toProbe)
@@ -129,7 +129,7 @@ func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
 
 func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		in := e.run(listenInput, "serial: {}")
+		in := e.run(listenInput, toSerial)
 		e.run(fromOnce, listenOutput)
 		client := e.dial()
 		var sent []*sending
@@ -162,10 +162,10 @@ func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 		}
 		require.Positive(t, refused, "what was not delivered is not left to wait for ever")
 
-		f := e.give("the session goes on")
+		f := e.produce("the session goes on")
 		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())
 		f.wantDelivered(t, "acknowledged")
-		send(client, "for whom?").wantRefused(t, receivesNothing)
+		send(client, "for whom?").wantRejected(t, receivesNothing)
 	})
 }
 
@@ -185,7 +185,7 @@ func TestMessagesOfAKilledInputHoldNoMemory(t *testing.T) {
 			var rejected *cryo.RejectedError
 			require.ErrorAs(t, m.result(t), &rejected, "never an acknowledgement")
 		}
-		f := e.give("still read") // its acknowledgement too
+		f := e.produce("still read") // its acknowledgement too
 		require.NoError(t, receiveTexts(t, client, "still read")[0].Ack())
 		f.wantDelivered(t, "acknowledged")
 	})
@@ -226,7 +226,7 @@ func TestTwoInputsShareTheSessions(t *testing.T) {
 
 func TestLastInputRejectsNothingWhenItCloses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		p := e.run(listenInput, "serial: {}")
+		p := e.run(listenInput, toSerial)
 		client := e.dial()
 		var sent []*sending
 		for i := range 10 {
@@ -254,7 +254,7 @@ func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
 		require.NoError(t, in.Connect(t.Context()))
 		require.NoError(t, in.Close(t.Context()))
 		require.NoError(t, in.Close(t.Context()))
-		f := e.give("hello")
+		f := e.produce("hello")
 		require.NoError(t, receiveTexts(t, e.dial(), "hello")[0].Ack())
 		f.wantDelivered(t, "the output still listens")
 	})

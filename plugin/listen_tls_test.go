@@ -128,7 +128,7 @@ func TestBothEndsOverTLS(t *testing.T) {
 		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
 		const url = "url: wss://" + somewhere + ", token: " + token
 		e.run(fromOnce, "cryo: { "+url+", tls: { enabled: true, root_cas_file: "+certFile+" } }")
-		f := e.give("over TLS")
+		f := e.produce("over TLS")
 		a := e.arrival()
 		require.Equal(t, []string{"over TLS"}, a.texts())
 		a.deliver()

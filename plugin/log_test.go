@@ -58,7 +58,7 @@ func TestRejectionsDoNotFloodTheLog(t *testing.T) {
 
 func TestClosingLateClientsDoesNotFloodTheLog(t *testing.T) {
 	toAll(t, "ack_timeout: 1s", 10, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		require.ErrorContains(t, next(t, e.give("m").verdict), "not acknowledged by any of 10 sessions: ")
+		require.ErrorContains(t, next(t, e.produce("m").verdict), "not acknowledged by any of 10 sessions: ")
 		synctest.Wait()
 		for _, c := range clients {
 			require.Error(t, c.Err())
@@ -66,7 +66,7 @@ func TestClosingLateClientsDoesNotFloodTheLog(t *testing.T) {
 		require.Equal(t, 1, e.log.count("WARN Closing session: "))
 
 		e.dial()
-		require.Error(t, next(t, e.give("m").verdict))
+		require.Error(t, next(t, e.produce("m").verdict))
 		require.Equal(t, 2, e.log.count("WARN Closing session: "))
 		e.log.want(t, "suppressed=9")
 	})

@@ -34,7 +34,7 @@ func TestGaugesOfAnOutputReturnToZeroHoweverAMessageEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothOutputs(t, "ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
-				f := e.give("m0", "m1")
+				f := e.produce("m0", "m1")
 				m := receiveTexts(t, peer, "m0", "m1")
 				e.wantMetrics("sent", twoMessages)
 				end(t, m)
@@ -55,7 +55,7 @@ func TestGaugesOfAnOutputReturnToZeroHoweverAStreamEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothOutputs(t, asStream+", ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
-				f := e.give("s")
+				f := e.produce("s")
 				st := acceptStream(t, peer)
 				e.wantMetrics("sent", oneStream)
 				end(t, peer, st)
@@ -82,7 +82,7 @@ func TestGaugesOfAnOutputReturnToZeroWhenItsSessionIsLost(t *testing.T) {
 				e.run(fromOnce, with(output, streamsByName+", ack_timeout: 10s"))
 				for _, content := range []string{"m", "s"} {
 					peer := e.peerOf(server)
-					f := e.give(content)
+					f := e.produce(content)
 					if content == "s" {
 						acceptStream(t, peer)
 						e.wantMetrics("sent", oneStream)
@@ -117,7 +117,7 @@ func (e *engine) peerOf(s *server) *cryo.Session {
 
 func TestGaugesOfABroadcastReturnToZeroWhenASessionIsLate(t *testing.T) {
 	toAll(t, streamsByName+", ack_timeout: 10s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
 		receiveTexts(t, clients[1], "m")
 		e.wantMetrics("sent to two", twoMessages)
@@ -125,7 +125,7 @@ func TestGaugesOfABroadcastReturnToZeroWhenASessionIsLate(t *testing.T) {
 		e.wantMetrics("one was late", nothingSent)
 
 		clients[1] = e.dial()
-		f = e.give("s")
+		f = e.produce("s")
 		st, _ := readStream(t, clients[0])
 		acceptStream(t, clients[1])
 		e.wantMetrics("sent to two", map[string]int64{"cryo_streams_open": 2})
@@ -149,7 +149,7 @@ func TestGaugesOfAnOutputReturnToZeroAtAHardStop(t *testing.T) {
 				}
 				p := e.run(fromOnce, with(output, streamsByName))
 				peer := e.peerOf(server)
-				e.give("m0", "m1", "s"+strings.Repeat("x", 1<<20))
+				e.produce("m0", "m1", "s"+strings.Repeat("x", 1<<20))
 				m := receive(t, peer)
 				if name == "cryo_server, send_to: any" { // the stream does not wait for the messages
 					receive(t, peer)

@@ -46,7 +46,7 @@ func TestGaugesOfCopiedOutputsAddUp(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, int64(4), e.metrics.value("cryo_sessions"))
 		for i := range sessions {
-			e.give(fmt.Sprint(i))
+			e.produce(fmt.Sprint(i))
 		}
 		var received []*cryo.Message
 		for i := range sessions {
@@ -134,7 +134,7 @@ func TestInputsCountMessages(t *testing.T) {
 
 		rejected := sendAny(func() error { return peer.SendBinary(t.Context(), []byte("123")) })
 		e.arrival().fail(errOutput)
-		rejected.wantRefused(t, rejection)
+		rejected.wantRejected(t, rejection)
 		sendStream(peer, "orders", "").wantAcked(t, "dropped")
 		e.wantMetrics("rejected, and left out", map[string]int64{
 			"cryo_messages_received{message_type=binary}": 1,
@@ -170,7 +170,7 @@ func TestInputsCountStreams(t *testing.T) {
 
 func TestOutputsCountMessages(t *testing.T) {
 	atBothOutputs(t, "ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
-		f := e.give("12345", "\xff\x00")
+		f := e.produce("12345", "\xff\x00")
 		m := receiveTexts(t, peer, "12345", "\xff\x00")
 		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2, "cryo_sessions": 1})
 		time.Sleep(2 * time.Second)
@@ -186,7 +186,7 @@ func TestOutputsCountMessages(t *testing.T) {
 		}
 		e.wantMetrics("delivered", delivered)
 
-		f = e.give("no")
+		f = e.produce("no")
 		require.NoError(t, receiveTexts(t, peer, "no")[0].Reject("not today"))
 		require.Error(t, next(t, f.verdict))
 		e.wantMetrics("rejected", delivered)
@@ -197,7 +197,7 @@ func TestOutputsCountMessages(t *testing.T) {
 func TestOutputsCountStreams(t *testing.T) {
 	atBothOutputs(t, asStream, func(t *testing.T, e *engine, peer *cryo.Session) {
 		for _, take := range []bool{true, false} {
-			f := e.give("12345")
+			f := e.produce("12345")
 			stream, err := peer.AcceptStream(t.Context())
 			require.NoError(t, err)
 			e.wantMetrics("on the way", map[string]int64{"cryo_streams_open": 1})
@@ -223,7 +223,7 @@ func TestABroadcastCountsOncePerSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		a, b := e.dial(), e.dial()
-		f := e.give("12345")
+		f := e.produce("12345")
 		fromA, fromB := receive(t, a), receive(t, b)
 		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 2})
 		time.Sleep(time.Second)
@@ -244,7 +244,7 @@ func TestAWorkQueueCountsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: any"))
 		worker := e.dial()
-		f := e.give("12345")
+		f := e.produce("12345")
 		m := receive(t, worker)
 		e.wantMetrics("on the way", map[string]int64{"cryo_messages_unacknowledged": 1})
 		time.Sleep(time.Second)
@@ -264,7 +264,7 @@ func TestLateAcknowledgementsAreCounted(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
 		peer := server.session()
-		f := e.give("slow")
+		f := e.produce("slow")
 		m := receiveTexts(t, peer, "slow")
 		require.Error(t, next(t, f.verdict))
 		require.NoError(t, m[0].Ack())
@@ -323,7 +323,7 @@ func TestAListenerCountsSessionsAndDeniedClients(t *testing.T) {
 
 		time.Sleep(noInputPatience)
 		synctest.Wait()
-		send(b, "anybody?").wantRefused(t, "this session receives no messages")
+		send(b, "anybody?").wantRejected(t, "this session receives no messages")
 		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)
 		e.wantMetrics("nobody receives", map[string]int64{
 			"cryo_session_rejections{message_type=utf8}":   1,

@@ -108,7 +108,7 @@ func (r *oddRun) test(t *testing.T, e *engine) {
 		return // authorize lets nobody in
 	}
 	for _, s := range peers {
-		takeAll(s)
+		acknowledgeAll(s)
 	}
 	var sent []oddSending
 	for range 20 {

@@ -88,7 +88,7 @@ func TestMessageThatCannotCarryASpanIsSentUnchanged(t *testing.T) {
 			atBothOutputs(t, "inject_tracing_map: "+mapped(mapping), func(t *testing.T, e *engine, peer *cryo.Session) {
 				for _, content := range append(oddContents, `{"id":1}`) {
 					batch := batchOf(content, "next")
-					f := e.giveBatch(batch)
+					f := e.produceBatch(batch)
 					for _, want := range []string{content, "next"} {
 						m := receive(t, peer)
 						if !assigns[what] {
@@ -149,11 +149,11 @@ func TestPanicInAFieldFailsItsMessageAlone(t *testing.T) {
 					peer, err = e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
 					require.NoError(t, err)
 				}
-				takeAll(peer)
-				require.ErrorContains(t, next(t, e.give("poison").verdict), "panic in crypto/")
-				e.give("a").wantDelivered(t, "the output goes on")
-				require.Error(t, next(t, e.give("a", "poison", "b").verdict), "poison is not delivered")
-				e.give("b").wantDelivered(t, "and on")
+				acknowledgeAll(peer)
+				require.ErrorContains(t, next(t, e.produce("poison").verdict), "panic in crypto/")
+				e.produce("a").wantDelivered(t, "the output goes on")
+				require.Error(t, next(t, e.produce("a", "poison", "b").verdict), "poison is not delivered")
+				e.produce("b").wantDelivered(t, "and on")
 			})
 		})
 	}
@@ -163,7 +163,7 @@ func TestPanicInMatchSkipsTheSession(t *testing.T) {
 	output := "cryo_server: { address: '" + somewhere + "', authorize: 'root.user = this.token', send_to: match, no_session: reject, match: " +
 		mapped(`root = if @cryo_session.cryo_auth_user == "poison" { content().`+decrypting+` == "x" } else { true }`) + " }"
 	inRooms(t, output, []string{"ann", "poison"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		messages, texts := held(t, clients[0])
 		require.Equal(t, []string{"m"}, texts)
 		ackAll(t, messages)
@@ -171,7 +171,7 @@ func TestPanicInMatchSkipsTheSession(t *testing.T) {
 		wantNothing(t, clients[1])
 		end(clients[0])
 		synctest.Wait()
-		require.ErrorContains(t, next(t, e.give("n").verdict), "panic in crypto/", "none matches")
+		require.ErrorContains(t, next(t, e.produce("n").verdict), "panic in crypto/", "none matches")
 	})
 }
 
@@ -208,7 +208,7 @@ func TestPanicInAScannerCancelsItsStream(t *testing.T) {
 		e.run(with(listenInput, "streams: { scanner: { faulty: {} } }"), toProbe)
 		peer := e.dial()
 		for name, content := range map[string]string{"create": "c", "next": "next"} {
-			sendStream(peer, name, content).cancelled(t, "its scanner panics")
+			sendStream(peer, name, content).wantCancelled(t, "its scanner panics")
 			synctest.Wait()
 			e.log.want(t, "ERROR Gave up the stream: the scanner panicked: scanner: panic in github.com/cryo-connect/cryo-connect/plugin.(*faulty).")
 			e.log.want(t, fmt.Sprint("session=", peer.ID()))
@@ -222,8 +222,8 @@ func TestPanicInAScannerCancelsItsStream(t *testing.T) {
 	})
 }
 
-// takeAll acknowledges all that a session receives, until it ends.
-func takeAll(s *cryo.Session) {
+// acknowledgeAll acknowledges all that a session receives, until it ends.
+func acknowledgeAll(s *cryo.Session) {
 	go func() {
 		for {
 			st, err := s.AcceptStream(context.Background())

@@ -13,21 +13,21 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-var telling = with(listenInput, "message_types: [ utf8, binary, stream, session ], max_batch_count: 1")
+var listenEvents = with(listenInput, "message_types: [ utf8, binary, stream, session ], max_batch_count: 1")
 
-// told waits for the next message, about a session or of one, in a batch of its
-// own, and wants it to be this one: "7 connected", or "7: text".
-func (e *engine) told(t *testing.T, want string) *arrival {
+// wantNext waits for the next message, in a batch of its own: an event of a session ("7 connected"),
+// or a message of one ("7: text").
+func (e *engine) wantNext(t *testing.T, want string) *arrival {
 	t.Helper()
 	a := e.arrival()
 	require.Len(t, a.batch, 1)
 	got := metadataOf(t, a.batch[0])
-	words := fmt.Sprintf("%v: %s", got["cryo_session_id"], a.texts()[0])
+	text := fmt.Sprintf("%v: %s", got["cryo_session_id"], a.texts()[0])
 	if got["cryo_message_type"] == "session" {
 		require.Empty(t, a.texts()[0])
-		words = fmt.Sprintf("%v %v", got["cryo_session_id"], got["cryo_session_event"])
+		text = fmt.Sprintf("%v %v", got["cryo_session_id"], got["cryo_session_event"])
 	}
-	require.Equal(t, want, words)
+	require.Equal(t, want, text)
 	return a
 }
 
@@ -37,7 +37,7 @@ func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 		client, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7, Query: map[string][]string{"room": {"5"}}})
 		require.NoError(t, err)
 		m := send(client, "hello")
-		connected := e.told(t, "7 connected")
+		connected := e.wantNext(t, "7 connected")
 		require.Equal(t, map[string]any{
 			"cryo_message_type": "session", "cryo_session_event": "connected",
 			"cryo_session_id": "7", "cryo_remote_address": "192.0.2.1:50000", "cryo_query_room": "5",
@@ -47,13 +47,13 @@ func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 		e.wantNoArrival("connected is not delivered yet")
 		connected.deliver()
 
-		message := e.told(t, "7: hello")
+		message := e.wantNext(t, "7: hello")
 		end(client)
 		require.Error(t, m.result(t))
 		e.wantNoArrival("its message is in the pipeline")
 		message.deliver()
 
-		disconnected := e.told(t, "7 disconnected")
+		disconnected := e.wantNext(t, "7 disconnected")
 		require.Equal(t, map[string]any{
 			"cryo_message_type": "session", "cryo_session_event": "disconnected", "cryo_session_cause": "session ended: connection lost: unexpected EOF",
 			"cryo_session_id": "7", "cryo_remote_address": "192.0.2.1:50000", "cryo_query_room": "5",
@@ -65,11 +65,11 @@ func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
 
 func TestDisconnectedEventHasTheCause(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		client := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		client := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		require.NoError(t, client.Close(t.Context(), "see you"))
-		a := e.told(t, "7 disconnected")
+		a := e.wantNext(t, "7 disconnected")
 		cause, _ := a.batch[0].MetaGet("cryo_session_cause")
 		require.Equal(t, `session ended: closed by the peer: "see you"`, cause)
 		a.deliver()
@@ -78,26 +78,26 @@ func TestDisconnectedEventHasTheCause(t *testing.T) {
 
 func TestFailedEventIsRedeliveredBeforeAllThatFollows(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		client := e.visit(t, 7)
+		e.run(listenEvents, toProbe)
+		client := e.dialAs(7)
 		_ = send(client, "hello")
-		e.told(t, "7 connected").fail(errors.New("no"))
-		e.told(t, "7 connected").fail(errors.New("no"))
+		e.wantNext(t, "7 connected").fail(errors.New("no"))
+		e.wantNext(t, "7 connected").fail(errors.New("no"))
 		synctest.Wait()
 		end(client)
-		e.told(t, "7 connected").deliver()
-		e.told(t, "7: hello").deliver()
-		e.told(t, "7 disconnected").fail(errors.New("no"))
-		e.told(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 connected").deliver()
+		e.wantNext(t, "7: hello").deliver()
+		e.wantNext(t, "7 disconnected").fail(errors.New("no"))
+		e.wantNext(t, "7 disconnected").deliver()
 		e.wantNoArrival("all is told")
 	})
 }
 
 func TestDisconnectedComesAfterTheStreamsOfTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(telling, "streams: { scanner: { lines: {} } }"), toProbe)
-		client := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(with(listenEvents, "streams: { scanner: { lines: {} } }"), toProbe)
+		client := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		_ = sendAny(func() error {
 			return client.SendStream(t.Context(), strings.NewReader("one\ntwo\n"), &cryo.StreamOptions{Name: "lines"})
 		})
@@ -107,17 +107,17 @@ func TestDisconnectedComesAfterTheStreamsOfTheSession(t *testing.T) {
 		lines["one"].deliver()
 		e.wantNoArrival("two is in the pipeline")
 		lines["two"].deliver()
-		e.told(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 disconnected").deliver()
 	})
 }
 
 func TestDisconnectedDoesNotWaitForAMessageThatAlwaysFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		client := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		client := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		_ = send(client, "poison")
-		e.told(t, "7: poison").fail(errors.New("no"))
+		e.wantNext(t, "7: poison").fail(errors.New("no"))
 		synctest.Wait()
 		end(client)
 		seen := map[string]bool{}
@@ -136,58 +136,58 @@ func TestDisconnectedDoesNotWaitForAMessageThatAlwaysFails(t *testing.T) {
 
 func TestDisconnectedWaitsForEachMessageWhileAnotherFailsAgainAndAgain(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		client := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		client := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		sendAll(client, "poison", "slow")
 		arrivals := e.arrivalsOf("poison", "slow")
 		end(client)
 		arrivals["poison"].fail(errOutput)
 		for range 5 {
-			e.told(t, "7: poison").fail(errOutput)
+			e.wantNext(t, "7: poison").fail(errOutput)
 		}
-		last := e.told(t, "7: poison")
+		last := e.wantNext(t, "7: poison")
 		e.wantNoArrival("a message has had no verdict yet")
 		arrivals["slow"].deliver()
-		e.told(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 disconnected").deliver()
 		last.deliver()
 	})
 }
 
 func TestTakeoverEmitsDisconnectedThenConnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		ghost := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		ghost := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		_ = send(ghost, "first")
-		first := e.told(t, "7: first")
+		first := e.wantNext(t, "7: first")
 
-		client := e.visit(t, 7)
+		client := e.dialAs(7)
 		second := send(client, "second")
 		e.wantNoArrival("the ghost's message is in the pipeline")
 		first.deliver()
-		left := e.told(t, "7 disconnected")
+		left := e.wantNext(t, "7 disconnected")
 		cause, _ := left.batch[0].MetaGet("cryo_session_cause")
 		require.Equal(t, "session ended: "+cryo.ErrTakenOver.Error(), cause)
 		e.wantNoArrival("the ghost's end is not delivered")
 		left.fail(errors.New("no"))
-		e.told(t, "7 disconnected").deliver()
-		e.told(t, "7 connected").deliver()
-		e.told(t, "7: second").deliver()
+		e.wantNext(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 connected").deliver()
+		e.wantNext(t, "7: second").deliver()
 		second.wantAcked(t, "delivered")
 	})
 }
 
 func TestTakeoverEmitsInOrderWhereInputsShareTheSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(telling, toProbe)
-		e.run(telling, toProbe)
-		e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		e.run(listenEvents, toProbe)
+		e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		for range 3 {
-			e.visit(t, 7)
-			e.told(t, "7 disconnected").deliver()
-			e.told(t, "7 connected").deliver()
+			e.dialAs(7)
+			e.wantNext(t, "7 disconnected").deliver()
+			e.wantNext(t, "7 connected").deliver()
 			e.wantNoArrival("all is told")
 		}
 	})
@@ -195,9 +195,9 @@ func TestTakeoverEmitsInOrderWhereInputsShareTheSessions(t *testing.T) {
 
 func TestStalledPipelineLosesNoEventAndNewSessionsAreDenied(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "message_types: [ session ], max_batch_count: 1, max_sessions: 3"), "serial: {}")
+		e.run(with(listenInput, "message_types: [ session ], max_batch_count: 1, max_sessions: 3"), toSerial)
 		for id := range uint64(6) { // as many as may be connected, and have left
-			visitor := e.visit(t, 1+id)
+			visitor := e.dialAs(1 + id)
 			synctest.Wait()
 			end(visitor)
 			synctest.Wait()
@@ -220,8 +220,8 @@ func TestStalledPipelineLosesNoEventAndNewSessionsAreDenied(t *testing.T) {
 		for id, events := range told {
 			require.Equal(t, []string{"connected", "disconnected"}, events, id)
 		}
-		e.visit(t, 10)
-		e.told(t, "10 connected").deliver()
+		e.dialAs(10)
+		e.wantNext(t, "10 connected").deliver()
 	})
 }
 
@@ -231,23 +231,23 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 		"auto_replay_nacks: false": func(a *arrival) { a.fail(errors.New("no")) },
 	} {
 		inEngine(t, func(t *testing.T, e *engine) {
-			e.run(with(telling, "max_buffer_bytes: 4000, "+settings), toProbe)
-			client := e.visit(t, 1)
-			e.told(t, "1 connected").deliver()
+			e.run(with(listenEvents, "max_buffer_bytes: 4000, "+settings), toProbe)
+			client := e.dialAs(1)
+			e.wantNext(t, "1 connected").deliver()
 			synctest.Wait()
 			for id := range uint64(100) {
-				visitor := e.visit(t, 1000+id)
+				visitor := e.dialAs(1000 + id)
 				settle(e.arrival())
 				end(visitor)
 				settle(e.arrival())
 			}
 			m := send(client, "there is room")
-			e.told(t, "1: there is room").deliver()
+			e.wantNext(t, "1: there is room").deliver()
 			m.wantAcked(t, "delivered")
 
 			var waiting []*arrival
 			for id := range uint64(30) { // each at least 256 bytes
-				e.visit(t, 2000+id)
+				e.dialAs(2000 + id)
 				waiting = append(waiting, e.arrival())
 			}
 			for range 2 { // one may come late
@@ -259,7 +259,7 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 				a.deliver()
 			}
 			for range 2 {
-				e.told(t, "1: there is none").deliver()
+				e.wantNext(t, "1: there is none").deliver()
 			}
 		})
 	}
@@ -267,15 +267,15 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 
 func TestNextInputEmitsConnectedForTheSessionsThatItGets(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		first := e.run(telling, toProbe)
-		client, leaves := e.visit(t, 7), e.visit(t, 8)
+		first := e.run(listenEvents, toProbe)
+		client, leaves := e.dialAs(7), e.dialAs(8)
 		for range 2 {
 			e.arrival().deliver()
 		}
-		e.run(telling, toProbe)
+		e.run(listenEvents, toProbe)
 		synctest.Wait()
 		end(leaves)
-		e.told(t, "8 disconnected") // which gets no verdict
+		e.wantNext(t, "8 disconnected") // which gets no verdict
 		first.kill()
 		told := map[string]bool{}
 		for range 3 {
@@ -286,35 +286,35 @@ func TestNextInputEmitsConnectedForTheSessionsThatItGets(t *testing.T) {
 		}
 		require.Equal(t, map[string]bool{"7 connected": true, "8 connected": true, "8 disconnected": true}, told)
 		end(client)
-		e.told(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 disconnected").deliver()
 	})
 }
 
 func TestInputThatStartsLaterEmitsConnectedForEachSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		client := e.visit(t, 7)
+		client := e.dialAs(7)
 		time.Sleep(2 * noInputPatience)
-		e.run(telling, toProbe)
-		e.told(t, "7 connected").deliver()
+		e.run(listenEvents, toProbe)
+		e.wantNext(t, "7 connected").deliver()
 		end(client)
-		e.told(t, "7 disconnected").deliver()
+		e.wantNext(t, "7 disconnected").deliver()
 	})
 }
 
 func TestStopEmitsNoDisconnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		p := e.run(telling, toProbe)
-		e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		p := e.run(listenEvents, toProbe)
+		e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		synctest.Wait()
 		p.stop()
 		e.wantNoArrival("the input has stopped")
 	})
 	inEngine(t, func(t *testing.T, e *engine) {
-		p := e.run(telling, toProbe)
-		e.visit(t, 7)
-		e.told(t, "7 connected")
+		p := e.run(listenEvents, toProbe)
+		e.dialAs(7)
+		e.wantNext(t, "7 connected")
 		begin := time.Now()
 		p.kill()
 		require.Less(t, time.Since(begin), time.Minute, "nothing waits for an event that is not delivered")
@@ -324,7 +324,7 @@ func TestStopEmitsNoDisconnected(t *testing.T) {
 func TestWithoutSessionInMessageTypesThereAreNoEvents(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
-		end(e.visit(t, 7))
+		end(e.dialAs(7))
 		e.wantNoArrival("not asked for")
 	})
 }

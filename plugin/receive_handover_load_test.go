@@ -117,7 +117,7 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 		start := func() *pipeline {
 			out := toProbe
 			if rnd.IntN(2) == 0 {
-				out = "serial: {}"
+				out = toSerial
 			}
 			if len(more) > 0 && rnd.IntN(2) == 0 {
 				return e.run(with(listenInput, conf()), out, "sync_response: {}")

@@ -3,7 +3,6 @@ package plugin
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -12,7 +11,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -21,9 +19,9 @@ import (
 func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput) // it holds the listener
-		in := e.run(listenInput, "serial: {}")
+		in := e.run(listenInput, toSerial)
 		client := e.dial()
-		texts := words("%02d", 20)
+		texts := numbered("%02d", 20)
 		sent := sendAll(client, texts...)
 		var delivered []string
 		in.stopWhile(func(a *arrival) {
@@ -41,7 +39,7 @@ func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 		}
 		sent = append(sent, send(client, "while there is no input"))
 
-		e.run(listenInput, "serial: {}")
+		e.run(listenInput, toSerial)
 		delivered = append(delivered, e.deliverNext(21-first)...)
 		require.Equal(t, append(texts, "while there is no input"), delivered, "once, and in order")
 		for i := first; i < len(sent); i++ {
@@ -52,13 +50,13 @@ func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 
 func TestInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		first := e.run(listenInput, "serial: {}")
+		first := e.run(listenInput, toSerial)
 		client := e.dial()
-		sent := sendAll(client, words("%d", 9)...)
-		e.run(listenInput, "serial: {}")
+		sent := sendAll(client, numbered("%d", 9)...)
+		e.run(listenInput, toSerial)
 		first.kill()
 		require.Equal(t, []string{"0"}, e.arrival().texts(), "of the pipeline that was killed")
-		require.Equal(t, words("%d", 9), e.deliverNext(9), "what it may have delivered comes again")
+		require.Equal(t, numbered("%d", 9), e.deliverNext(9), "what it may have delivered comes again")
 		for i := range sent {
 			sent[i].wantAcked(t, "delivered")
 		}
@@ -90,9 +88,9 @@ func TestMessagesThatAwaitRedeliveryAreHandedOver(t *testing.T) {
 func TestStoppingProcessRejectsNothing(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out := e.run(fromOnce, listenOutput)
-		in := e.run(listenInput, "serial: {}")
+		in := e.run(listenInput, toSerial)
 		client := e.dial()
-		sent := sendAll(client, words("%d", 100)...)
+		sent := sendAll(client, numbered("%d", 100)...)
 		delivered := 0
 		in.stopWhile(func(a *arrival) {
 			delivered += len(a.batch)
@@ -121,15 +119,15 @@ func TestWithoutAnotherInputUndeliveredMessagesAreRejectedAfterAMinute(t *testin
 		in.kill()
 		killed := time.Now()
 		queued := send(client, "not taken")
-		sent[0].wantRefused(t, rejection)
+		sent[0].wantRejected(t, rejection)
 		require.Equal(t, time.Minute, time.Since(killed))
-		sent[1].wantRefused(t, rejection)
-		queued.wantRefused(t, receivesNothing)
+		sent[1].wantRejected(t, rejection)
+		queued.wantRejected(t, receivesNothing)
 		synctest.Wait()
 		e.log.want(t, "WARN Rejected 2 messages that an input on")
-		send(client, "later").wantRefused(t, receivesNothing)
+		send(client, "later").wantRejected(t, receivesNothing)
 
-		f := e.give("the session goes on")
+		f := e.produce("the session goes on")
 		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())
 		f.wantDelivered(t, "acknowledged")
 	})
@@ -193,9 +191,9 @@ func TestPartsOfACompleteStreamAreHandedOver(t *testing.T) {
 
 func TestAcknowledgeReceivedAcknowledgesOnlyMessagesInThePipeline(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
+		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), toSerial)
 		client := e.dial()
-		sent := sendAll(client, words("%d", 10)...)
+		sent := sendAll(client, numbered("%d", 10)...)
 		var delivered []string
 		in.stopWhile(func(a *arrival) {
 			delivered = append(delivered, a.texts()...)
@@ -231,9 +229,9 @@ func TestHandedOverMessagesAreAcknowledgedBesideAcknowledgedOnes(t *testing.T) {
 		t.Run("to "+next, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(fromOnce, listenOutput)
-				in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
+				in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), toSerial)
 				client := e.dial()
-				sent := sendAll(client, words("%d", 10)...)
+				sent := sendAll(client, numbered("%d", 10)...)
 				in.kill()
 				acked := 0
 				for acked < len(sent) && sent[acked].isAcked(t) {
@@ -257,9 +255,9 @@ func TestHandedOverMessagesAreAcknowledgedBesideAcknowledgedOnes(t *testing.T) {
 func TestHandedOverMessagesAreRejectedBesideAcknowledgedOnes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), "serial: {}")
+		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), toSerial)
 		client := e.dial()
-		sent := sendAll(client, words("%d", 10)...)
+		sent := sendAll(client, numbered("%d", 10)...)
 		in.kill()
 		acked := 0
 		for acked < len(sent) && sent[acked].isAcked(t) {
@@ -270,7 +268,7 @@ func TestHandedOverMessagesAreRejectedBesideAcknowledgedOnes(t *testing.T) {
 		in2.kill()
 		time.Sleep(2 * time.Minute)
 		for i := acked; i < 10; i++ {
-			sent[i].wantRefused(t, rejection)
+			sent[i].wantRejected(t, rejection)
 		}
 	})
 }
@@ -309,7 +307,7 @@ func TestFailingMessagesLeaveHalfOfASlowOutputToOthers(t *testing.T) {
 	for _, poison := range []int{20, 200} {
 		t.Run(fmt.Sprint(poison), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
-				e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+				e.run(with(listenInput, "max_batch_count: 1"), toSerial)
 				done := make(chan struct{})
 				t.Cleanup(func() { close(done); time.Sleep(time.Second) })
 				var delivered atomic.Int64
@@ -329,7 +327,7 @@ func TestFailingMessagesLeaveHalfOfASlowOutputToOthers(t *testing.T) {
 						}
 					}
 				}()
-				bad, good := e.visit(t, 1), e.visit(t, 2)
+				bad, good := e.dialAs(1), e.dialAs(2)
 				for i := range poison {
 					send(bad, fmt.Sprint("poison ", i))
 				}
@@ -348,9 +346,9 @@ func TestFailingMessagesLeaveHalfOfASlowOutputToOthers(t *testing.T) {
 func TestStreamThatArrivesDuringAStopWaitsForTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		in := e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+		in := e.run(with(listenInput, "max_batch_count: 1"), toSerial)
 		client := e.dial()
-		sendAll(client, words("%d", 5)...)
+		sendAll(client, numbered("%d", 5)...)
 		stopped := sendAny(func() error { in.stop(); return nil })
 		synctest.Wait()
 		st := sendStream(client, "", "stream")
@@ -372,7 +370,7 @@ func TestHardStopRejectsNothing(t *testing.T) {
 			e.run(fromOnce, listenOutput)
 			in := e.run(with(listenInput, "auto_replay_nacks: false, max_batch_count: 1"), toProbe, processors...)
 			client := e.dial()
-			sent := sendAll(client, words("%d", 20)...)
+			sent := sendAll(client, numbered("%d", 20)...)
 			in.kill()
 			synctest.Wait()
 			for i := range sent {
@@ -395,18 +393,18 @@ func TestOrderIsKeptOverTwoHandovers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
-		in := e.run(with(listenInput, "max_batch_count: 4"), "serial: {}")
+		in := e.run(with(listenInput, "max_batch_count: 4"), toSerial)
 		client := e.dial()
-		sendAll(client, words("%02d", 12)...)
+		sendAll(client, numbered("%02d", 12)...)
 		in.kill()
 		e.dropArrivals()
 		// The second takes some, and has numbered others before.
-		in = e.run(with(listenInput, conf), "serial: {}")
+		in = e.run(with(listenInput, conf), toSerial)
 		synctest.Wait()
 		in.kill()
 		e.dropArrivals()
-		e.run(with(listenInput, conf), "serial: {}")
-		require.Equal(t, words("%02d", 12), e.deliverNext(12))
+		e.run(with(listenInput, conf), toSerial)
+		require.Equal(t, numbered("%02d", 12), e.deliverNext(12))
 	})
 }
 
@@ -414,7 +412,7 @@ func TestOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
-		in := e.run(with(listenInput, "max_batch_count: 4"), "serial: {}") // gets the first session
+		in := e.run(with(listenInput, "max_batch_count: 4"), toSerial) // gets the first session
 		client := e.dial()
 		second := e.run(with(listenInput, conf), toProbe)
 		// another client for the second input: round robin
@@ -427,26 +425,26 @@ func TestOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
 				s.wantAcked(t, "")
 			}
 		}
-		sendAll(client, words("%02d", 12)...)
+		sendAll(client, numbered("%02d", 12)...)
 		in.kill()
 		synctest.Wait()
 		e.dropArrivals()
 		synctest.Wait()
 		second.kill()
 		e.dropArrivals()
-		e.run(with(listenInput, conf), "serial: {}")
-		require.Equal(t, words("%02d", 12), e.deliverNext(12))
+		e.run(with(listenInput, conf), toSerial)
+		require.Equal(t, numbered("%02d", 12), e.deliverNext(12))
 	})
 }
 
 func TestMessagesOfAnEndedSessionDoNotWaitForItsSuccessor(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		a := e.run(telling, toProbe)
-		first := e.visit(t, 7)
-		e.told(t, "7 connected").deliver()
+		a := e.run(listenEvents, toProbe)
+		first := e.dialAs(7)
+		e.wantNext(t, "7 connected").deliver()
 		send(first, "received")
-		e.told(t, "7: received").fail(errOutput)
+		e.wantNext(t, "7: received").fail(errOutput)
 		end(first)
 		for { // disconnected, and the message again
 			arr := e.arrival()
@@ -457,11 +455,11 @@ func TestMessagesOfAnEndedSessionDoNotWaitForItsSuccessor(t *testing.T) {
 			arr.deliver()
 			break
 		}
-		e.run(telling, toProbe) // B
+		e.run(listenEvents, toProbe) // B
 		// Round robin: the other input gets one of the next two.
-		e.visit(t, 8)
-		e.visit(t, 9)
-		second := e.visit(t, 7)
+		e.dialAs(8)
+		e.dialAs(9)
+		second := e.dialAs(7)
 		deadline := time.After(10 * time.Second)
 	drain:
 		for {
@@ -499,16 +497,14 @@ func TestFailureDuringCloseLeavesTheMessageToTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.dial()
-		in := e.aloneServerInput(t, "")
+		in := e.bareServerInput("")
 		require.NoError(t, in.Connect(t.Context()))
 		m := send(client, "hello")
 		_, ack, err := in.ReadBatch(t.Context())
 		require.NoError(t, err)
-		h := &hook{word: "Delivering a message again"}
-		h.do = func() { require.NoError(t, in.Close(t.Context())) }
-		in.receiver.log = service.NewLoggerFromSlog(slog.New(h))
+		e.log.onLine("Delivering a message again", func() { require.NoError(t, in.Close(t.Context())) })
 		require.NoError(t, ack(t.Context(), errors.New("failed")))
 		m.wantPending(t, "another input may follow")
-		m.wantRefused(t, rejection)
+		m.wantRejected(t, rejection)
 	})
 }

@@ -44,24 +44,24 @@ func (e *engine) failPoison(during time.Duration) (delivered []string) {
 func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1"), toProbe)
-		bad := e.visit(t, 1)
+		bad := e.dialAs(1)
 		for i := range 100 {
 			send(bad, fmt.Sprint("poison ", i))
 		}
 		require.Empty(t, e.failPoison(10*time.Second))
-		good := send(e.visit(t, 2), "of another")
+		good := send(e.dialAs(2), "of another")
 		require.Equal(t, []string{"of another"}, e.failPoison(time.Second))
 		good.wantAcked(t, "delivered")
 
 		// Its session ends, and what has failed is redelivered; it reconnects and sends
 		// more: it has the same share.
 		end(bad)
-		bad = e.visit(t, 1)
+		bad = e.dialAs(1)
 		for i := range 100 {
 			send(bad, fmt.Sprint("poison again ", i))
 		}
 		require.Empty(t, e.failPoison(10*time.Second))
-		good = send(e.visit(t, 3), "of a third")
+		good = send(e.dialAs(3), "of a third")
 		require.Equal(t, []string{"of a third"}, e.failPoison(time.Second))
 		good.wantAcked(t, "delivered")
 	})
@@ -132,7 +132,7 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1, max_sessions: 3"), toProbe)
 		for id := range uint64(1 + 6) { // one is in the pipeline, and as many wait as may be connected, and have left
-			visitor := e.visit(t, 1+id)
+			visitor := e.dialAs(1 + id)
 			send(visitor, fmt.Sprint(id))
 			synctest.Wait()
 			end(visitor)
@@ -150,16 +150,16 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 func TestReconnectedClientKeepsItsQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1"), toProbe)
-		client := e.visit(t, 1)
+		client := e.dialAs(1)
 		sendAll(client, "1", "2", "3")
 		arrivals := e.arrivalsOf("1", "2", "3")
 		end(client)
 		synctest.Wait()
 
-		client = e.visit(t, 1)
+		client = e.dialAs(1)
 		fourth := send(client, "4")
 		e.wantNoArrival("what the client sent before is in flight")
-		other := send(e.visit(t, 2), "of another")
+		other := send(e.dialAs(2), "of another")
 		e.arrivalsOf("of another")["of another"].deliver()
 		other.wantAcked(t, "delivered")
 		arrivals["1"].deliver()
@@ -226,7 +226,7 @@ func TestMessagesOfClientsAreDeliveredInOrderOfArrival(t *testing.T) {
 		e.run(with(listenInput, "max_in_flight: 1"), toProbe)
 		clients := []*cryo.Session{e.dial(), e.dial(), e.dial()}
 		var sent []*sending
-		texts := words("%d", 9)
+		texts := numbered("%d", 9)
 		for i, text := range texts[:6] {
 			sent = append(sent, sendAll(clients[i%3], text)...)
 		}
@@ -246,20 +246,20 @@ func TestMessagesOfClientsAreDeliveredInOrderOfArrival(t *testing.T) {
 
 func TestSessionEventsDoNotWaitForMaxInFlight(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(telling, "max_in_flight: 1"), toProbe)
-		first := e.visit(t, 1)
-		e.told(t, "1 connected").deliver()
+		e.run(with(listenEvents, "max_in_flight: 1"), toProbe)
+		first := e.dialAs(1)
+		e.wantNext(t, "1 connected").deliver()
 		sent := send(first, "hello")
-		message := e.told(t, "1: hello")
-		second := e.visit(t, 2)
-		event := e.told(t, "2 connected")
+		message := e.wantNext(t, "1: hello")
+		second := e.dialAs(2)
+		event := e.wantNext(t, "2 connected")
 		e.wantMetrics("a message and an event", map[string]int64{"cryo_messages_unacknowledged": 2})
 		event.deliver()
 		_ = send(second, "waits")
 		e.wantNoArrival("the message of the first client is in flight")
 		message.deliver()
 		sent.wantAcked(t, "delivered")
-		e.told(t, "2: waits").deliver()
+		e.wantNext(t, "2: waits").deliver()
 		e.wantMetrics("settled", map[string]int64{"cryo_messages_unacknowledged": 0})
 	})
 }
@@ -269,7 +269,7 @@ func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "max_batch_count: 1"), toProbe)
 		client := e.dial()
-		sent := sendAll(client, words("%d", 7)...)
+		sent := sendAll(client, numbered("%d", 7)...)
 		in.kill()
 		for len(e.probe.arrivals) > 0 {
 			<-e.probe.arrivals
@@ -281,7 +281,7 @@ func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
 		for _, a := range arrivals {
 			a.deliver()
 		}
-		require.ElementsMatch(t, words("%d", 7)[3:], e.deliverNext(4))
+		require.ElementsMatch(t, numbered("%d", 7)[3:], e.deliverNext(4))
 		for _, s := range sent {
 			s.wantAcked(t, "delivered")
 		}
@@ -292,7 +292,7 @@ func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
 func TestMessagesOfTheLastInputAreFilteredByTheNextInputsMessageTypes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		in := e.run(with(listenInput, "max_batch_count: 1"), "serial: {}")
+		in := e.run(with(listenInput, "max_batch_count: 1"), toSerial)
 		client := e.dial()
 		text := send(client, "text")
 		synctest.Wait()

@@ -99,7 +99,7 @@ func TestStreamIsCancelledWhenItsResponseIsRejected(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sent := sendStream(peer, "file", "content")
 		require.NoError(t, acceptStream(t, peer).Close())
-		sent.cancelled(t, "it was not delivered")
+		sent.wantCancelled(t, "it was not delivered")
 	})
 }
 
@@ -145,7 +145,7 @@ func TestSlowAcknowledgementOfAResponseDelaysNoOtherClient(t *testing.T) {
 		require.NoError(t, receiveTexts(t, clients[1], "b of 2")[0].Ack())
 		sent[1].wantAcked(t, "at once")
 		require.Zero(t, time.Since(begin))
-		sent[0].wantRefused(t, rejection)
+		sent[0].wantRejected(t, rejection)
 		require.Equal(t, 30*time.Second, time.Since(begin))
 	})
 }
@@ -168,7 +168,7 @@ func TestMessageWhoseResponseIsRejectedIsRejectedAndNotRedelivered(t *testing.T)
 		answeredBy(t, fmt.Sprintf("auto_replay_nacks: %v", replay), nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 			sent := send(peer, "hello")
 			require.NoError(t, receive(t, peer).Reject("no"))
-			sent.wantRefused(t, rejection)
+			sent.wantRejected(t, rejection)
 			wantNothing(t, peer)
 			e.log.want(t, `WARN Rejected a message, because its sender has not acknowledged the response: rejected by the peer: "no"`)
 		})
@@ -180,7 +180,7 @@ func TestResponseIsAwaitedForAckTimeout(t *testing.T) {
 		begin := time.Now()
 		sent := send(peer, "hello")
 		m := receive(t, peer)
-		sent.wantRefused(t, rejection)
+		sent.wantRejected(t, rejection)
 		require.Equal(t, 3*time.Second, time.Since(begin))
 		require.NoError(t, m.Ack(), "too late, and nothing more comes of it")
 		wantNothing(t, peer)
@@ -342,7 +342,7 @@ func TestHardStopSettlesNothingWithoutAnAcknowledgedResponse(t *testing.T) {
 // The first verdict has yet to settle the message when the second comes.
 func TestOnlyTheFirstVerdictOnADeliveryCounts(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		in := e.aloneServerInput(t, "")
+		in := e.bareServerInput("")
 		require.NoError(t, in.Connect(t.Context()))
 		client := e.dial()
 		m := send(client, "hello")
@@ -372,7 +372,7 @@ func TestResponseInABatchOfTwoConnectionsOfAClientIsAmbiguous(t *testing.T) {
 			e.rawClient().WriteFrames(cryotest.Text(7, text))
 			synctest.Wait()
 		}
-		in := e.aloneServerInput(t, "")
+		in := e.bareServerInput("")
 		require.NoError(t, in.Connect(t.Context()))
 		synctest.Wait()
 		read := func() (texts []string, batch service.MessageBatch, ack service.AckFunc) {

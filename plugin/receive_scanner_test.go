@@ -99,7 +99,7 @@ func TestFailedScannerCancelsItsStream(t *testing.T) {
 				e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { "+tt.scanner+" } }"), toProbe)
 				texts := e.deliverAll()
 				peer := e.dial()
-				sendStream(peer, "bad", tt.stream).cancelled(t, "its scanner fails")
+				sendStream(peer, "bad", tt.stream).wantCancelled(t, "its scanner fails")
 				synctest.Wait()
 				for _, text := range texts() {
 					require.Contains(t, tt.want, text, "a part was passed on as a whole")
@@ -115,7 +115,7 @@ func TestFailedScannerCancelsItsStream(t *testing.T) {
 
 func TestInvalidRowIsForwardedWithContinueOnError(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { csv: { continue_on_error: true } } }"), "serial: {}")
+		e.run(with(listenInput, "max_batch_count: 1, streams: { scanner: { csv: { continue_on_error: true } } }"), toSerial)
 		stream := sendStream(e.dial(), "rows", "a,b\n1,2\n3\n4,5\n")
 		for _, want := range []string{"", "wrong number of fields", ""} {
 			a := e.arrival()
@@ -285,7 +285,7 @@ func TestCompressedStreamCannotExpandToAMessageAboveMaxBytes(t *testing.T) {
 				e.run(with(listenInput, "max_batch_count: 1, streams: { max_bytes: 1000000, scanner: { "+tt.scanner+" } }"), toProbe)
 				texts := e.deliverAll()
 				peer := e.dial()
-				sendStream(peer, "bomb", tt.stream).cancelled(t, "a message would be too large")
+				sendStream(peer, "bomb", tt.stream).wantCancelled(t, "a message would be too large")
 				synctest.Wait()
 				require.ElementsMatch(t, tt.want, texts())
 				e.log.want(t, "WARN Gave up the stream: scanner: ")
@@ -312,6 +312,6 @@ func TestScannerThatRejectsTheBeginningLeaksNoGoroutine(t *testing.T) {
 	// What the test's end finds is a goroutine that waits for ever.
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: pgzip, into: { csv: {} } } } } } }"), toProbe)
-		sendStream(e.dial(), "no header", gzipped(t, gzipped(t, "a,\"b\"c\n"+strings.Repeat("\x00", 32<<20)))).cancelled(t, "its first row is faulty")
+		sendStream(e.dial(), "no header", gzipped(t, gzipped(t, "a,\"b\"c\n"+strings.Repeat("\x00", 32<<20)))).wantCancelled(t, "its first row is faulty")
 	})
 }

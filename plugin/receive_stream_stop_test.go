@@ -76,12 +76,12 @@ func TestClosedInputCancelsItsStreamsAndKeepsTheSession(t *testing.T) {
 		noPlace := sendStream(client, "has no place", "three\n")
 		noPlace.wantPending(t, "two are open, and one is for others")
 		in.kill()
-		waits.cancelled(t, "what is not delivered is not left to wait for ever")
-		noPlace.cancelled(t, "and nobody will open this one")
+		waits.wantCancelled(t, "what is not delivered is not left to wait for ever")
+		noPlace.wantCancelled(t, "and nobody will open this one")
 		require.ErrorIs(t, growing.Finish(), cryo.ErrStreamCancelled)
-		sendStream(client, "later", "four\n").cancelled(t, "for whom?")
+		sendStream(client, "later", "four\n").wantCancelled(t, "for whom?")
 
-		f := e.give("the session goes on")
+		f := e.produce("the session goes on")
 		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())
 		f.wantDelivered(t, "acknowledged")
 		require.NoError(t, client.Err())
@@ -102,7 +102,7 @@ func TestStreamThatWaitsForASlotIsCancelledWhenItsInputCloses(t *testing.T) {
 		waits := sendStream(other, "has no place", "line\n")
 		waits.wantPending(t, "another session's is open")
 		in.stop()
-		waits.cancelled(t, "nobody will open it")
+		waits.wantCancelled(t, "nobody will open it")
 		require.ErrorIs(t, st.Finish(), cryo.ErrStreamCancelled)
 
 		e.run(with(listenInput, "streams: { max_open: 1, scanner: { lines: {} } }"), toProbe)
@@ -122,7 +122,7 @@ func TestFailedStreamsReleaseTheirSlotsAndMemory(t *testing.T) {
 				stream := sendStream(s, "rejected", string(make([]byte, 200_000)))
 				first, second := e.arrival(), e.arrival()
 				first.fail(errOutput)
-				stream.cancelled(t, "rejected")
+				stream.wantCancelled(t, "rejected")
 				second.deliver()
 			case 1: // silent
 				st := open(t, s, "silent")
@@ -140,7 +140,7 @@ func TestFailedStreamsReleaseTheirSlotsAndMemory(t *testing.T) {
 					b.deliver()
 				default:
 				}
-				stream.cancelled(t, "too long")
+				stream.wantCancelled(t, "too long")
 			case 3: // cut off
 				st := open(t, s, "cut off")
 				write(t, st, string(make([]byte, 150_000)))

@@ -55,7 +55,7 @@ func TestRejectedMessageCancelsItsStreamAlone(t *testing.T) {
 		good := sendStream(peer, "good", "three\n")
 		other := e.want("three")[0]
 		arrivals[0].fail(errOutput)
-		bad.cancelled(t, "one of its lines is rejected")
+		bad.wantCancelled(t, "one of its lines is rejected")
 		arrivals[1].deliver()
 		good.wantPending(t, "in the pipeline")
 		other.deliver()
@@ -188,7 +188,7 @@ func TestStreamsAreAcknowledgedAndDroppedUnlessConfigured(t *testing.T) {
 
 func TestTooLongStreamIsCancelled(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 100000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
-		sendStream(peer, "long", strings.Repeat("x", 100_001)).cancelled(t, "a byte too much")
+		sendStream(peer, "long", strings.Repeat("x", 100_001)).wantCancelled(t, "a byte too much")
 		e.wantNoArrival("not whole")
 		e.log.want(t, "WARN Gave up the stream: the stream is too long: over 100000 bytes")
 		e.log.want(t, fmt.Sprint("session=", peer.ID()))

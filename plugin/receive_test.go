@@ -135,7 +135,7 @@ func TestRejectionHasAFixedText(t *testing.T) {
 		e.arrival().fail(errOutput)
 		good := send(peer, "good")
 		e.arrival().deliver()
-		bad.wantRefused(t, "the message could not be delivered")
+		bad.wantRejected(t, "the message could not be delivered")
 		good.wantAcked(t, "delivered")
 		e.wantNoArrival("it is not tried again")
 		e.log.want(t, "Rejected 1 messages: the disk is full")
@@ -163,9 +163,9 @@ func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
 		for _, fields := range []string{"", "auto_replay_nacks: false"} {
 			t.Run(name+" "+fields, func(t *testing.T) {
 				inEngine(t, func(t *testing.T, e *engine) {
-					_, sent := e.runWithBatchTo("serial: {}", fields, words("m%d", 5))
+					_, sent := e.runWithBatchTo(toSerial, fields, numbered("m%d", 5))
 					a := e.arrival()
-					require.Equal(t, words("m%d", 5), a.texts())
+					require.Equal(t, numbered("m%d", 5), a.texts())
 					failed := time.Now()
 					err(a)
 					for i := range sent {
@@ -173,7 +173,7 @@ func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
 					}
 					for i := range sent {
 						b := e.arrival()
-						require.Equal(t, words("m%d", 5)[i:i+1], b.texts(), "in order")
+						require.Equal(t, numbered("m%d", 5)[i:i+1], b.texts(), "in order")
 						b.deliver()
 						sent[i].wantAcked(t, "delivered")
 					}
@@ -187,9 +187,9 @@ func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
 
 func TestPoisonMessageDelaysNoOtherMessageOfItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		peer, sent := e.runWithBatch("", words("m%d", 5))
+		peer, sent := e.runWithBatch("", numbered("m%d", 5))
 		e.arrival().failSome(errOutput, "m1", "m3")
-		again := e.arrivalsOf(words("m%d", 5)...)
+		again := e.arrivalsOf(numbered("m%d", 5)...)
 		for _, i := range []int{0, 2, 4} {
 			again[fmt.Sprintf("m%d", i)].deliver()
 			sent[i].wantAcked(t, "delivered beside a poison message")
@@ -214,9 +214,9 @@ func TestPoisonMessageDelaysNoOtherMessageOfItsBatch(t *testing.T) {
 
 func TestPoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		_, sent := e.runWithBatch("auto_replay_nacks: false", words("m%d", 5))
+		_, sent := e.runWithBatch("auto_replay_nacks: false", numbered("m%d", 5))
 		e.arrival().failSome(errOutput, "m1")
-		again := e.arrivalsOf(words("m%d", 5)...)
+		again := e.arrivalsOf(numbered("m%d", 5)...)
 		for text, a := range again {
 			if text == "m1" {
 				a.fail(errOutput)
@@ -224,7 +224,7 @@ func TestPoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 				a.deliver()
 			}
 		}
-		sent[1].wantRefused(t, "the message could not be delivered")
+		sent[1].wantRejected(t, "the message could not be delivered")
 		for _, i := range []int{0, 2, 3, 4} {
 			sent[i].wantAcked(t, "delivered beside a poison message")
 		}
@@ -234,8 +234,8 @@ func TestPoisonMessageOfABatchIsRejectedAlone(t *testing.T) {
 
 func TestBatchOfOneIsProcessedOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		_, sent := e.runWithBatch("auto_replay_nacks: false, max_batch_count: 1", words("m%d", 3))
-		for text, a := range e.arrivalsOf(words("m%d", 3)...) {
+		_, sent := e.runWithBatch("auto_replay_nacks: false, max_batch_count: 1", numbered("m%d", 3))
+		for text, a := range e.arrivalsOf(numbered("m%d", 3)...) {
 			if text == "m1" {
 				a.fail(errOutput)
 			} else {
@@ -243,7 +243,7 @@ func TestBatchOfOneIsProcessedOnce(t *testing.T) {
 			}
 		}
 		sent[0].wantAcked(t, "delivered")
-		sent[1].wantRefused(t, "the message could not be delivered")
+		sent[1].wantRejected(t, "the message could not be delivered")
 		sent[2].wantAcked(t, "delivered")
 		e.wantNoArrival("nothing runs twice")
 	})
@@ -251,7 +251,7 @@ func TestBatchOfOneIsProcessedOnce(t *testing.T) {
 
 func TestMaxInFlightOneKeepsTheOrderOfRedeliveredMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "max_in_flight: 1"), "serial: {}")
+		e.run(with(listenInput, "max_in_flight: 1"), toSerial)
 		client := e.dial()
 		sent := make([]*sending, 9)
 		for i := range sent {
@@ -274,7 +274,7 @@ func TestMaxInFlightOneKeepsTheOrderOfRedeliveredMessages(t *testing.T) {
 
 func TestMergedMessagesFailTogether(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		_, sent := e.runWithBatch("", words("m%d", 3), "archive: { format: lines }")
+		_, sent := e.runWithBatch("", numbered("m%d", 3), "archive: { format: lines }")
 		a := e.arrival()
 		require.Equal(t, []string{"m0\nm1\nm2"}, a.texts())
 		a.failSome(errOutput, "m0\nm1\nm2") // a BatchError that names the first message only
@@ -326,7 +326,7 @@ func TestSplitMessageIsDeliveredWhenAllPartsAre(t *testing.T) {
 		require.Equal(t, []string{"c", "d"}, b.texts())
 		a.failSome(errOutput, "a")
 		b.deliver()
-		sent[0].wantRefused(t, "the message could not be delivered")
+		sent[0].wantRejected(t, "the message could not be delivered")
 		sent[1].wantAcked(t, "both halves were delivered")
 	})
 }

@@ -57,7 +57,7 @@ func onceAgain(t *testing.T, texts []string, processor string, first func(e *eng
 						a.deliver()
 						sent[i].wantAcked(t, "delivered in the end")
 					default:
-						sent[i].wantRefused(t, rejection)
+						sent[i].wantRejected(t, rejection)
 					}
 				}
 				e.wantNoArrival("all is settled")
@@ -102,15 +102,15 @@ func TestMessagesOfAFailedBatchAreRedeliveredInOrder(t *testing.T) {
 				e.run(fromFeed, listenOutput) // while only an output listens, messages wait for an input
 				peer := e.dial()
 				var sent []*sending
-				for _, text := range words("m%d", 5) {
+				for _, text := range numbered("m%d", 5) {
 					sent = append(sent, send(peer, text))
 					synctest.Wait()
 				}
-				e.run(with(listenInput, fmt.Sprintf("auto_replay_nacks: %v", replay)), "serial: {}")
+				e.run(with(listenInput, fmt.Sprintf("auto_replay_nacks: %v", replay)), toSerial)
 				a := e.arrival()
-				require.Equal(t, words("m%d", 5), a.texts())
+				require.Equal(t, numbered("m%d", 5), a.texts())
 				a.fail(errOutput)
-				for i, text := range words("m%d", 5) {
+				for i, text := range numbered("m%d", 5) {
 					a := e.arrival()
 					require.Equal(t, []string{text}, a.texts())
 					a.deliver()
@@ -123,7 +123,7 @@ func TestMessagesOfAFailedBatchAreRedeliveredInOrder(t *testing.T) {
 
 func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), "serial: {}", dropsDrop)
+		e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toSerial, dropsDrop)
 		s := e.dial()
 		for range runtime.GOMAXPROCS(0) + 10 { // more than the engine takes
 			send(s, "busy")
@@ -174,7 +174,7 @@ func TestAFailureBehindAFilterUnderBatchingFailsTheWholeBatch(t *testing.T) {
 			require.Equal(t, []string{"A", "B"}, a.texts())
 			a.fail(errOutput)
 			for i := range sent {
-				sent[i].wantRefused(t, rejection)
+				sent[i].wantRejected(t, rejection)
 			}
 		})
 	})
@@ -189,7 +189,7 @@ func TestAFailureBehindAFilterUnderBatchingFailsTheWholeBatch(t *testing.T) {
 			e.run(with(listenInput, "auto_replay_nacks: false"), with(cryoElsewhere, batching))
 			sent := sendAll(e)
 			for i := range sent {
-				sent[i].wantRefused(t, rejection)
+				sent[i].wantRejected(t, rejection)
 			}
 		})
 	})
@@ -234,7 +234,7 @@ func receiveAll(ctx context.Context, s *cryo.Session, act func(*cryo.Message) er
 // another message, so there is none.
 func TestAnOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
 	check := func(t *testing.T, e *engine, peer *cryo.Session) {
-		f := e.give("drop", "A", "B", "C")
+		f := e.produce("drop", "A", "B", "C")
 		m := receiveTexts(t, peer, "A", "B", "C")
 		require.NoError(t, m[0].Reject("not now"))
 		require.NoError(t, m[1].Ack())
@@ -279,9 +279,9 @@ func TestMessageThatEndsEverySessionIsReturnedToTheInput(t *testing.T) {
 		})
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s, max_in_flight: 1"))
 		began := time.Now()
-		poison := e.give("poison")
+		poison := e.produce("poison")
 		time.Sleep(time.Second)
-		fine := e.give("fine")
+		fine := e.produce("fine")
 		select {
 		case err := <-poison.verdict:
 			require.Error(t, err)
@@ -314,7 +314,7 @@ func TestFailedMessageDoesNotKeepItsNeighborsInAnOutputsBatch(t *testing.T) {
 	}
 	check := func(t *testing.T, e *engine) {
 		peer := e.dial()
-		texts := append(words("m%d", 7), "poison")
+		texts := append(numbered("m%d", 7), "poison")
 		began := time.Now()
 		var sent []*sending
 		for _, text := range texts {

@@ -151,19 +151,19 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 		}, "through the proxy " + somewhere + ": "},
 		{"the proxy is gone", ws + ", proxy_url: 'socks5://user:pr0xy-pass@" + somewhere + "'", func(*engine) {}, "through the proxy " + somewhere + ": "},
 		{"the server says BYE", ws, func(e *engine) {
-			e.raw(func(peer *cryotest.Peer) {
+			e.serveRaw(func(peer *cryotest.Peer) {
 				peer.ServerHandshake()
 				peer.WriteFrames(cryotest.Bye(1, "go away, "+peer.Request.URL.Query().Get("authorization")))
 			})
 		}, "Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
 		{"the server closes", ws, func(e *engine) {
-			e.raw(func(peer *cryotest.Peer) {
+			e.serveRaw(func(peer *cryotest.Peer) {
 				peer.ServerHandshake()
 				peer.WriteClose(4001, "go away, "+peer.Request.URL.Query().Get("authorization"))
 			})
 		}, "Disconnected from ws://" + somewhere + ": session ended: closed by the peer with code 4001"},
 		{"the server reports an error", ws, func(e *engine) {
-			e.raw(func(peer *cryotest.Peer) {
+			e.serveRaw(func(peer *cryotest.Peer) {
 				peer.ServerHandshake()
 				peer.WriteFrames(cryotest.Error(1, "bad token "+peer.Request.URL.Query().Get("authorization")))
 			})
@@ -181,7 +181,7 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 							}
 						}
 						e.run(ends[0], ends[1])
-						e.give("an output may only notice when it writes")
+						e.produce("an output may only notice when it writes")
 						time.Sleep(6 * time.Second)
 						synctest.Wait()
 						e.log.want(t, tt.log)
@@ -196,13 +196,13 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 
 func TestDenialThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		e.raw(func(peer *cryotest.Peer) {
+		e.serveRaw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
 			f := peer.WantType("the message", wire.UTF8)
 			peer.WriteFrames(cryotest.Error(f.Ack, "not with "+peer.Request.URL.Query().Get("authorization")))
 		})
 		e.run(fromOnce, "cryo: { url: ws://"+somewhere+", token: '"+secrets[0]+"' }")
-		err := next(t, e.give("m").verdict)
+		err := next(t, e.produce("m").verdict)
 		require.ErrorContains(t, err, "rejected by the peer")
 		require.NotContains(t, err.Error(), secrets[0])
 		e.wantSecret(t, secrets[0])

@@ -19,7 +19,7 @@ import (
 
 func TestBroadcastIsDeliveredWhenAllClientsHaveAcknowledged(t *testing.T) {
 	toAll(t, "", 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m0", "m1")
+		f := e.produce("m0", "m1")
 		var got []*cryo.Message
 		for _, c := range clients {
 			got = append(got, receiveTexts(t, c, "m0", "m1")...)
@@ -34,7 +34,7 @@ func TestBroadcastIsDeliveredWhenAllClientsHaveAcknowledged(t *testing.T) {
 
 func TestAClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		receiveTexts(t, clients[0], "m")
 		m := receiveTexts(t, clients[1], "m")[0]
 		end(clients[0])
@@ -46,13 +46,13 @@ func TestAClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
 
 func TestAClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
 	toAll(t, "", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("first")
+		f := e.produce("first")
 		m := receiveTexts(t, clients[0], "first")[0]
 		late := e.dial()
 		require.NoError(t, m.Ack())
 		f.wantDelivered(t, "all who were there have acknowledged")
 		wantNothing(t, late)
-		f = e.give("second")
+		f = e.produce("second")
 		for _, c := range []*cryo.Session{clients[0], late} {
 			require.NoError(t, receiveTexts(t, c, "second")[0].Ack())
 		}
@@ -62,7 +62,7 @@ func TestAClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
 
 func TestALateClientOfABroadcastIsClosed(t *testing.T) {
 	toAll(t, "ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
 		receiveTexts(t, clients[1], "m")
 		begin := time.Now()
@@ -77,7 +77,7 @@ func TestALateClientOfABroadcastIsClosed(t *testing.T) {
 
 func TestABroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Reject("no"))
 		require.NoError(t, receiveTexts(t, clients[1], "m")[0].Ack())
 		f.wantDelivered(t, "one has acknowledged")
@@ -87,7 +87,7 @@ func TestABroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
 
 func TestABroadcastThatNoClientAcknowledgesFails(t *testing.T) {
 	toAll(t, "batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveSingly(batchOf("good", "bad"))
+		f := e.produceEach(batchOf("good", "bad"))
 		for i, c := range clients {
 			m := receiveTexts(t, c, "good", "bad")
 			require.NoError(t, m[0].Ack())
@@ -101,7 +101,7 @@ func TestABroadcastThatNoClientAcknowledgesFails(t *testing.T) {
 func TestNoSessionAppliesToABroadcastWithoutClients(t *testing.T) {
 	t.Run("a message waits for one", func(t *testing.T) {
 		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			f := e.give("m")
+			f := e.produce("m")
 			time.Sleep(29 * time.Second)
 			f.wantPending(t, "nobody is there")
 			require.NoError(t, receiveTexts(t, e.dial(), "m")[0].Ack())
@@ -111,27 +111,27 @@ func TestNoSessionAppliesToABroadcastWithoutClients(t *testing.T) {
 	t.Run("a message fails at ack_timeout", func(t *testing.T) {
 		toAll(t, "", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+			require.ErrorContains(t, next(t, e.produce("m").verdict), "no client is connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
 	t.Run("a message is dropped", func(t *testing.T) {
 		toAll(t, "no_session: drop", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			e.give("m").wantDelivered(t, "as if")
+			e.produce("m").wantDelivered(t, "as if")
 			require.Zero(t, time.Since(begin))
 		})
 	})
 	t.Run("a message is rejected", func(t *testing.T) {
 		toAll(t, "no_session: reject", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+			require.ErrorContains(t, next(t, e.produce("m").verdict), "no client is connected")
 			require.Zero(t, time.Since(begin))
 		})
 	})
 	t.Run("a message that can't be sent isn't counted as dropped", func(t *testing.T) {
 		toAll(t, "no_session: drop, message_type: '${! content() }'", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			require.ErrorContains(t, next(t, e.give("text").verdict), "unknown message type text")
+			require.ErrorContains(t, next(t, e.produce("text").verdict), "unknown message type text")
 		})
 	})
 }
@@ -152,7 +152,7 @@ const toOne = "send_to: session, session_id: '${! @to }'"
 func TestAMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 	toAll(t, toOne, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
-		f := e.giveBatch(addressed(a, b, a, b, a))
+		f := e.produceBatch(addressed(a, b, a, b, a))
 		for _, m := range receiveTexts(t, clients[0], "m0", "m2", "m4") {
 			require.NoError(t, m.Ack())
 		}
@@ -168,7 +168,7 @@ func TestAMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 func TestAMessageThatItsSessionRejectsFails(t *testing.T) {
 	toAll(t, toOne+", batching: { count: 3 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
-		f := e.giveSingly(addressed(a, b, a))
+		f := e.produceEach(addressed(a, b, a))
 		m := receiveTexts(t, clients[0], "m0", "m2")
 		require.NoError(t, m[0].Ack())
 		require.NoError(t, m[1].Reject("no"))
@@ -180,7 +180,7 @@ func TestAMessageThatItsSessionRejectsFails(t *testing.T) {
 func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 	t.Run("waits for it", func(t *testing.T) {
 		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			f := e.giveBatch(addressed("4711"))
+			f := e.produceBatch(addressed("4711"))
 			time.Sleep(10 * time.Second)
 			other := e.dial()
 			f.wantPending(t, "another came")
@@ -194,7 +194,7 @@ func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 	t.Run("fails its batch at ack_timeout, when all others are acknowledged", func(t *testing.T) {
 		toAll(t, toOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			begin := time.Now()
-			f := e.giveBatch(addressed("4711", fmt.Sprint(clients[0].ID())))
+			f := e.produceBatch(addressed("4711", fmt.Sprint(clients[0].ID())))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			require.Zero(t, time.Since(begin))
 			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: session 4711 is not connected")
@@ -203,12 +203,12 @@ func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 	})
 	t.Run("is dropped", func(t *testing.T) {
 		toAll(t, toOne+", no_session: drop", 1, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			e.giveBatch(addressed("4711")).wantDelivered(t, "as if")
+			e.produceBatch(addressed("4711")).wantDelivered(t, "as if")
 		})
 	})
 	t.Run("is rejected", func(t *testing.T) {
 		toAll(t, toOne+", no_session: reject", 1, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			err := next(t, e.giveBatch(addressed("4711")).verdict)
+			err := next(t, e.produceBatch(addressed("4711")).verdict)
 			require.ErrorContains(t, err, "session 4711 is not connected")
 		})
 	})
@@ -216,7 +216,7 @@ func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 
 func TestAnInvalidSessionIDFailsAfterAllOtherMessagesAreAcknowledged(t *testing.T) {
 	toAll(t, "send_to: session, session_id: '${! @to.string() }', batching: { count: 5 }", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveSingly(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
+		f := e.produceEach(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
 		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
 		f.wantFailed(t, map[int]string{
 			0: `field session_id: "someone" is not a session id`,
@@ -235,7 +235,7 @@ func TestNothingIsSentToAnEndingSession(t *testing.T) {
 		peer.WriteFrames(cryotest.Bye(1, "bye")) // and keeps the connection open
 		synctest.Wait()
 		begin := time.Now()
-		require.ErrorContains(t, next(t, e.give("m").verdict), "no client is connected")
+		require.ErrorContains(t, next(t, e.produce("m").verdict), "no client is connected")
 		require.Zero(t, time.Since(begin))
 	})
 }
@@ -269,7 +269,7 @@ func TestLargeMessageIsDeliveredOverASlowConnection(t *testing.T) {
 		peer := e.rawClient()
 		peer.AnswerPings()
 		peer.Conn().ReadSlowly(30_000)
-		f := e.give(strings.Repeat("x", 1_500_000))
+		f := e.produce(strings.Repeat("x", 1_500_000))
 		time.Sleep(45 * time.Second)
 		f.wantPending(t, "it takes 50 s")
 		time.Sleep(10 * time.Second)

@@ -45,7 +45,7 @@ func (e *engine) enter(rooms string) *cryo.Session {
 
 // said is a batch of messages m0, m1, … for these rooms.
 func said(rooms ...string) service.MessageBatch {
-	batch := batchOf(words("m%d", len(rooms))...)
+	batch := batchOf(numbered("m%d", len(rooms))...)
 	for i, room := range rooms {
 		batch[i].MetaSetMut("room", room)
 	}
@@ -54,7 +54,7 @@ func said(rooms ...string) service.MessageBatch {
 
 func TestAMessageIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom, []string{"red", "blue", "red+blue", "green"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveBatch(said("red", "blue", "red"))
+		f := e.produceBatch(said("red", "blue", "red"))
 		for i, want := range [][]string{{"m0", "m2"}, {"m1"}, {"m0", "m1", "m2"}} {
 			messages, texts := held(t, clients[i])
 			require.Equal(t, want, texts)
@@ -77,7 +77,7 @@ cryo_server:
 	inRooms(t, byTopic, []string{"ann", "bob", "bob"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		batch := batchOf(`{"to":["bob"]}`)
 		batch[0].MetaSetMut("sender", fmt.Sprint(clients[1].ID()))
-		f := e.giveBatch(batch)
+		f := e.produceBatch(batch)
 		require.NoError(t, receiveTexts(t, clients[2], `{"to":["bob"]}`)[0].Ack())
 		f.wantDelivered(t, "the one that it is for has it")
 		wantNothing(t, clients[0])
@@ -88,7 +88,7 @@ cryo_server:
 func TestALateSessionThatMatchesIsClosed(t *testing.T) {
 	inRooms(t, byRoom+"  ack_timeout: 3s\n", []string{"red", "red", "blue"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
-		f := e.giveBatch(said("red"))
+		f := e.produceBatch(said("red"))
 		require.NoError(t, receive(t, clients[0]).Ack())
 		receive(t, clients[1])
 		f.wantDelivered(t, "one has acknowledged")
@@ -103,7 +103,7 @@ func TestALateSessionThatMatchesIsClosed(t *testing.T) {
 func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 	t.Run("waits for one, without holding up others", func(t *testing.T) {
 		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			f := e.giveBatch(said("blue", "red"))
+			f := e.produceBatch(said("blue", "red"))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			time.Sleep(10 * time.Second)
 			green := e.enter("green")
@@ -117,7 +117,7 @@ func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 	t.Run("fails its batch at ack_timeout, when all others are acknowledged", func(t *testing.T) {
 		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			begin := time.Now()
-			f := e.giveBatch(said("blue", "red"))
+			f := e.produceBatch(said("blue", "red"))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: no connected session matches")
 			require.Equal(t, 30*time.Second, time.Since(begin))
@@ -125,13 +125,13 @@ func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 	})
 	t.Run("is dropped", func(t *testing.T) {
 		inRooms(t, byRoom+"  no_session: drop\n", []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			e.giveBatch(said("blue")).wantDelivered(t, "as if")
+			e.produceBatch(said("blue")).wantDelivered(t, "as if")
 			wantNothing(t, clients[0])
 		})
 	})
 	t.Run("is rejected", func(t *testing.T) {
 		inRooms(t, byRoom+"  no_session: reject\n", []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-			require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no connected session matches")
+			require.ErrorContains(t, next(t, e.produceBatch(said("blue")).verdict), "no connected session matches")
 		})
 	})
 }
@@ -145,7 +145,7 @@ cryo_server:
   match: 'root = counter() == 5'
 `
 	inRooms(t, byTurn, []string{"first", "second"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		f.wantPending(t, "asked for two")
 		clients = append(clients, e.enter("third"), e.enter("fourth"))
 		f.wantPending(t, "asked for two more, and not again for the first")
@@ -167,13 +167,13 @@ cryo_server:
   no_session: reject
 `
 	inRooms(t, output, []string{"none", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveBatch(said("red"))
+		f := e.produceBatch(said("red"))
 		require.NoError(t, receive(t, clients[1]).Ack())
 		f.wantDelivered(t, "to the one that matches")
 		wantNothing(t, clients[0])
 		id := fmt.Sprint(clients[0].ID())
 		e.log.want(t, "WARN Message not sent to a session: field match failed", "error=mapping failed: ", "session="+id)
-		require.ErrorContains(t, next(t, e.giveBatch(said("blue")).verdict), "no connected session matches (field match: session "+id+": mapping failed: ")
+		require.ErrorContains(t, next(t, e.produceBatch(said("blue")).verdict), "no connected session matches (field match: session "+id+": mapping failed: ")
 	})
 }
 
@@ -197,7 +197,7 @@ cryo_server:
 			inRooms(t, fmt.Sprintf(output, mapping), []string{"x"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 				batch := batchOf("true") // which is no decision
 				batch[0].MetaSetMut("room", "true")
-				require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "the mapping returned neither true nor false")
+				require.ErrorContains(t, next(t, e.produceBatch(batch).verdict), "the mapping returned neither true nor false")
 				wantNothing(t, clients[0])
 			})
 		})
@@ -206,7 +206,7 @@ cryo_server:
 
 func TestAStreamIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom+"  message_type: stream\n", []string{"red", "blue", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveBatch(said("red"))
+		f := e.produceBatch(said("red"))
 		for _, i := range []int{0, 2} {
 			st, content := readStream(t, clients[i])
 			require.Equal(t, "m0", content)

@@ -25,8 +25,8 @@ func TestOnlyUnacknowledgedMessagesAreSentOnTheNextSession(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput) // the output does it, not the input
 		peer := server.session()
-		f := e.give(words("m%d", 4)...)
-		m := receiveTexts(t, peer, words("m%d", 4)...)
+		f := e.produce(numbered("m%d", 4)...)
+		m := receiveTexts(t, peer, numbered("m%d", 4)...)
 		require.NoError(t, m[1].Ack())
 		require.NoError(t, m[3].Ack())
 		synctest.Wait()
@@ -51,7 +51,7 @@ func TestABatchIsDeliveredOverSeveralLostSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }'`))
-		f := e.give("m0", "s1", "m2", "s3")
+		f := e.produce("m0", "s1", "m2", "s3")
 		for _, text := range []string{"m0", "s1", "m2"} {
 			peer := server.session()
 			if text[0] == 's' {
@@ -77,7 +77,7 @@ func TestRejectedAndLateMessagesAreNotSentOnTheNextSession(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `ack_timeout: 10s, message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', batching: { count: 4 }`))
 		peer := server.session()
-		f := e.giveSingly(batchOf("m0", "s1", "s2", "m3"))
+		f := e.produceEach(batchOf("m0", "s1", "s2", "m3"))
 		require.NoError(t, receiveTexts(t, peer, "m0")[0].Reject("no"))
 		acceptStream(t, peer) // and does not read it
 		time.Sleep(10 * time.Second)
@@ -102,7 +102,7 @@ func TestBatchFailsWithoutANewSessionWithinAckTimeout(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
 		peer := server.session()
-		f := e.give("m0", "m1", "m2")
+		f := e.produce("m0", "m1", "m2")
 		require.NoError(t, receiveTexts(t, peer, "m0", "m1", "m2")[1].Ack())
 		time.Sleep(5 * time.Second)
 		server.shutdown()
@@ -116,7 +116,7 @@ func TestBatchFailsWithoutANewSessionWithinAckTimeout(t *testing.T) {
 		e.log.want(t, "WARN Connecting to ws://"+somewhere+" again failed, messages wait for it: dialling")
 
 		// The engine keeps the next one until there is a session.
-		f = e.give("next")
+		f = e.produce("next")
 		time.Sleep(time.Hour)
 		f.wantPending(t, "nothing of it was sent")
 		require.NoError(t, receiveTexts(t, e.serve().session(), "next")[0].Ack())
@@ -128,7 +128,7 @@ func TestTimeToReconnectBeginsWithTheFirstLoss(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
-		f := e.give("m0", "m1")
+		f := e.produce("m0", "m1")
 		var begin time.Time
 		for i := range 3 {
 			peer := server.session()
@@ -149,7 +149,7 @@ func TestABatchIsSentOnTenSessionsAtMost(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
-		f := e.give("m0", "m1")
+		f := e.produce("m0", "m1")
 		for i := range 10 {
 			f.wantPending(t, "there may be another")
 			peer := server.session()
@@ -202,12 +202,12 @@ func TestMessageThatDisconnectsEveryServerFails(t *testing.T) {
 		e.serve().poison(t)
 		e.run(fromOnce, dialOutput)
 		begin := time.Now()
-		f := e.give("poison")
+		f := e.produce("poison")
 		err := next(t, f.verdict)
 		requirePlain(t, err)
 		require.ErrorContains(t, err, "session ended: ")
 		require.LessOrEqual(t, time.Since(begin), 30*time.Second+maxResendWait, "the wait for a session, and the last pause")
-		e.give("later").wantDelivered(t, "without the poison")
+		e.produce("later").wantDelivered(t, "without the poison")
 	})
 }
 
@@ -218,11 +218,11 @@ func TestBatchesOvertakeOneThatDisconnectsEveryServer(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
 		peer := server.session()
-		poison := e.give("poison")
+		poison := e.produce("poison")
 		receiveTexts(t, peer, "poison")
-		var others []*fed
+		var others []*produced
 		for i := range 50 {
-			others = append(others, e.give(fmt.Sprint(i)))
+			others = append(others, e.produce(fmt.Sprint(i)))
 			receive(t, peer)
 		}
 		server.poison(t)
@@ -243,9 +243,9 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 		server, r := e.refusing(t, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, dialOutput)
 		peer := next(t, server)
-		var fed []*fed
+		var fed []*produced
 		for i := range 20 {
-			fed = append(fed, e.give(fmt.Sprint(i, "a"), fmt.Sprint(i, "b")))
+			fed = append(fed, e.produce(fmt.Sprint(i, "a"), fmt.Sprint(i, "b")))
 			m := receive(t, peer)
 			require.NoError(t, m.Ack())
 			receive(t, peer)
@@ -254,7 +254,7 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 		r.refuse(3)
 		e.net.cut()
 		synctest.Wait()
-		fed = append(fed, e.give("20b")) // for this the engine connects
+		fed = append(fed, e.produce("20b")) // for this the engine connects
 		again := next(t, server)
 		require.Len(t, r.waits(), 4)
 		wantGrowing(t, r.waits()[1:], 3)
@@ -264,7 +264,7 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 			texts = append(texts, string(m.Payload))
 			require.NoError(t, m.Ack())
 		}
-		require.ElementsMatch(t, words("%db", 21), texts)
+		require.ElementsMatch(t, numbered("%db", 21), texts)
 		wantNothing(t, again)
 		for _, f := range fed {
 			f.wantDelivered(t, "acknowledged")
@@ -301,7 +301,7 @@ func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				server, r := e.refusing(t, http.StatusUnauthorized, "Invalid token")
 				e.run(fromOnce, with(dialOutput, "ack_timeout: "+tt.ackTimeout))
-				f := e.give("m")
+				f := e.produce("m")
 				receiveTexts(t, next(t, server), "m")
 				time.Sleep(time.Second)
 				r.refuse(1)
@@ -310,7 +310,7 @@ func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 				if !tt.delivered {
 					require.ErrorContains(t, next(t, f.verdict), "no other session within ack_timeout (20s): dialling ws://"+somewhere+": the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)")
 					require.Equal(t, 20*time.Second, time.Since(begin))
-					f = e.give("m")
+					f = e.produce("m")
 				}
 				require.NoError(t, receiveTexts(t, next(t, server), "m")[0].Ack())
 				require.Equal(t, 30*time.Second, time.Since(begin), "nobody waits twice")
@@ -328,7 +328,7 @@ func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s, connect_timeout: 25s"))
 		peer := server.NextPeer()
 		peer.ServerHandshake()
-		f := e.give("m")
+		f := e.produce("m")
 		peer.WantType("the message", wire.UTF8)
 		peer.Conn().Cut()
 		begin := time.Now()
@@ -336,7 +336,7 @@ func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
 		f.wantFailed(t, "session ended: connection lost: read tcp 192.0.2.1:50000->192.0.2.2:80: connection reset by peer, and no other session within ack_timeout (10s)")
 		require.Equal(t, 10*time.Second, time.Since(begin))
 
-		f = e.give("next")
+		f = e.produce("next")
 		f.wantPending(t, "the attempt goes on")
 		time.Sleep(10 * time.Second)
 		hanging.ServerHandshake()
@@ -358,7 +358,7 @@ func TestAStopEndsTheWaitForASession(t *testing.T) {
 	} {
 		lose := func(t *testing.T, e *engine) (*output, func(ctx context.Context) *sending) {
 			server := e.serve()
-			out := e.alone(t, ", connect_timeout: 20s")
+			out := e.bareOutput("connect_timeout: 20s")
 			require.NoError(t, out.Connect(t.Context()))
 			peer := server.session()
 			return out, func(ctx context.Context) *sending {
@@ -402,7 +402,7 @@ func TestAStopEndsTheWaitForASession(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				server := e.serve()
 				p := e.run(fromOnce, with(dialOutput, "connect_timeout: 20s"))
-				e.give("m")
+				e.produce("m")
 				receiveTexts(t, server.session(), "m")
 				server.shutdown()
 				hang(e)
@@ -420,9 +420,9 @@ func TestFailedAttemptIsLoggedOnceForAllWaitingBatches(t *testing.T) {
 		server, r := e.refusing(t, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
 		peer := next(t, server)
-		var fed []*fed
+		var fed []*produced
 		for i := range 10 {
-			fed = append(fed, e.give(fmt.Sprint(i)))
+			fed = append(fed, e.produce(fmt.Sprint(i)))
 			receive(t, peer)
 		}
 		time.Sleep(time.Second)
@@ -450,7 +450,7 @@ func TestServerThatAcknowledgesOneMessagePerSessionReceivesABatch(t *testing.T) 
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)
-		f := e.give(words("m%d", 15)...)
+		f := e.produce(numbered("m%d", 15)...)
 		count := 0
 		for deadline := time.Now().Add(time.Hour); time.Now().Before(deadline) && len(f.verdict) == 0; {
 			peer := server.session()
@@ -472,7 +472,7 @@ func TestSessionWithAnAcknowledgementIsRedialledSoon(t *testing.T) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)
 		begin := time.Now()
-		f := e.give(words("m%d", 30)...)
+		f := e.produce(numbered("m%d", 30)...)
 		for range 30 {
 			peer := server.session()
 			require.NoError(t, receive(t, peer).Ack())

@@ -21,9 +21,9 @@ import (
 func TestBroadcastKeepsASlowClientWithinMaxInFlightBatches(t *testing.T) {
 	toAll(t, "max_in_flight: 5", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		quick, slow := clients[0], clients[1]
-		var sent []*fed
+		var sent []*produced
 		for i := range 5 {
-			sent = append(sent, e.give(fmt.Sprint(i)))
+			sent = append(sent, e.produce(fmt.Sprint(i)))
 		}
 		begin := time.Now()
 		for range 5 {
@@ -48,9 +48,9 @@ func TestClientThatReadsNothingDelaysABroadcastByOneAckTimeout(t *testing.T) {
 		deaf.Conn().StopReading()
 		quick := e.dial()
 		begin := time.Now()
-		var sent []*fed
+		var sent []*produced
 		for i := range 20 {
-			sent = append(sent, e.give(fmt.Sprint(i)))
+			sent = append(sent, e.produce(fmt.Sprint(i)))
 		}
 		for range 20 {
 			require.NoError(t, receive(t, quick).Ack())
@@ -70,11 +70,11 @@ func TestClientThatReadsNothingDelaysNoOtherClient(t *testing.T) {
 		deaf.Conn().StopReading()
 		quick := e.dial()
 		for range 20 { // fewer than max_in_flight
-			e.give("77")
+			e.produce("77")
 		}
 		begin := time.Now()
 		for range 100 {
-			f := e.give(fmt.Sprint(quick.ID()))
+			f := e.produce(fmt.Sprint(quick.ID()))
 			require.NoError(t, receive(t, quick).Ack())
 			f.wantDelivered(t, "acknowledged")
 		}
@@ -89,11 +89,11 @@ func TestAClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T)
 		deaf.Conn().StopReading()
 		quick := e.dial()
 		begin := time.Now()
-		var lost []*fed
+		var lost []*produced
 		for range 20 {
-			lost = append(lost, e.give("77"))
+			lost = append(lost, e.produce("77"))
 		}
-		f := e.give(fmt.Sprint(quick.ID()))
+		f := e.produce(fmt.Sprint(quick.ID()))
 		require.NoError(t, receive(t, quick).Ack())
 		f.wantDelivered(t, "acknowledged")
 		require.Equal(t, 5*time.Second, time.Since(begin))
@@ -114,7 +114,7 @@ func TestSlowReaderOfABroadcastStreamIsEventuallyClosed(t *testing.T) {
 		require.NoError(t, err)
 		synctest.Wait()
 
-		f := e.give(strings.Repeat("x", 8<<20))
+		f := e.produce(strings.Repeat("x", 8<<20))
 		begin := time.Now()
 		slowly := sendAny(func() error {
 			st, err := slow.AcceptStream(context.Background())
@@ -164,7 +164,7 @@ func TestUnresponsiveClientDelaysABroadcastOfStreamsOnce(t *testing.T) {
 			}
 		}()
 		begin := time.Now()
-		f := e.give(words("m%d", 20)...)
+		f := e.produce(numbered("m%d", 20)...)
 		f.wantDelivered(t, "")
 		end(good)
 		require.LessOrEqual(t, time.Since(begin), 4*time.Second)

@@ -28,7 +28,7 @@ func TestMessageSentAsAStreamIsDeliveredWhenItsEndIsAcknowledged(t *testing.T) {
 					size = 300_000
 				}
 				text := strings.Repeat("abc", 100_000)
-				f := e.give(text)
+				f := e.produce(text)
 				st, content := readStream(t, peer)
 				require.Equal(t, text, content)
 				require.Equal(t, "anonymous", st.Name())
@@ -49,7 +49,7 @@ func TestStreamTypeAndNameAreInterpolated(t *testing.T) {
 			batch[i].MetaSetMut("kind", kind)
 			batch[i].MetaSetMut("file", i)
 		}
-		f := e.giveBatch(batch)
+		f := e.produceBatch(batch)
 		for _, want := range []string{"first in files/0.txt", "second in files/2.txt"} {
 			st, content := readStream(t, peer)
 			require.Equal(t, want, content+" in "+st.Name())
@@ -65,7 +65,7 @@ func TestStreamTypeAndNameAreInterpolated(t *testing.T) {
 func TestStreamIsSentInChunksOfTheConfiguredSize(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		sizes := make(chan int, 100)
-		e.raw(func(peer *cryotest.Peer) {
+		e.serveRaw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
 			start := peer.WantType("the stream", wire.TxStart)
 			peer.Ack(start)
@@ -79,7 +79,7 @@ func TestStreamIsSentInChunksOfTheConfiguredSize(t *testing.T) {
 			}
 		})
 		e.run(fromOnce, with(dialOutput, asStream+", stream: { chunk_bytes: 1000 }"))
-		e.give(strings.Repeat("x", 2500)).wantDelivered(t, "acknowledged")
+		e.produce(strings.Repeat("x", 2500)).wantDelivered(t, "acknowledged")
 		require.Equal(t, []int{1000, 1000, 500}, []int{<-sizes, <-sizes, <-sizes})
 		require.Empty(t, sizes)
 	})
@@ -96,7 +96,7 @@ func TestArchivedBatchIsSentAsOneStream(t *testing.T) {
 				if format == "json_array" {
 					texts = []string{`"m0"`, `"m1"`, `"m2"`}
 				}
-				f := e.give(texts...)
+				f := e.produce(texts...)
 				st, content := readStream(t, peer)
 				require.Equal(t, want, content)
 				f.wantPending(t, "not acknowledged")
@@ -115,7 +115,7 @@ func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, asStream+", stream: { name: '${! content() }' }, batching: { count: 4 }"))
 		peer := server.session()
-		f := e.giveSingly(batchOf(words("m%d", 4)...))
+		f := e.produceEach(batchOf(numbered("m%d", 4)...))
 		for i := range 4 {
 			switch i {
 			case 1: // unread
@@ -144,7 +144,7 @@ func TestAckTimeoutAppliesToEachStepOfAStream(t *testing.T) {
 		e.run(fromOnce, with(dialOutput, asStream+", ack_timeout: 10s"))
 		peer := server.session()
 		begin := time.Now()
-		f := e.give(strings.Repeat("x", 100_000))
+		f := e.produce(strings.Repeat("x", 100_000))
 		st := acceptStream(t, peer)
 		time.Sleep(9 * time.Second)
 		_, err := st.Read(make([]byte, 1)) // acknowledges TX_START
@@ -158,7 +158,7 @@ func TestAckTimeoutAppliesToEachStepOfAStream(t *testing.T) {
 
 		for _, read := range []bool{false, true} {
 			begin = time.Now()
-			f = e.give("late")
+			f = e.produce("late")
 			if read {
 				readStream(t, peer)
 			} else {
@@ -180,11 +180,11 @@ func TestMessageTooLargeForAFrameIsSentOnlyAsAStream(t *testing.T) {
 		for _, kind := range []string{"utf8", "binary", "auto"} {
 			batch := batchOf(big)
 			batch[0].MetaSetMut("kind", kind)
-			err := next(t, e.giveBatch(batch).verdict)
+			err := next(t, e.produceBatch(batch).verdict)
 			require.ErrorContains(t, err, "16777217 bytes", kind)
 			require.ErrorContains(t, err, "stream", kind)
 		}
-		f := e.give(big)
+		f := e.produce(big)
 		st, content := readStream(t, peer)
 		require.Len(t, content, len(big))
 		require.NoError(t, st.Ack())
@@ -218,7 +218,7 @@ func TestReceivedStreamIsForwardedAsAStreamWithItsName(t *testing.T) {
 func TestStreamWithAnInvalidNameFailsAlone(t *testing.T) {
 	atBothOutputs(t, asStream+`, stream: { name: '${! json("name") }' }, batching: { count: 4 }`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf(`{"name":"good"}`, `no JSON`, `{"name":"`+strings.Repeat("x", 1025)+`"}`, `{"name":"last"}`)
-		f := e.giveSingly(batch)
+		f := e.produceEach(batch)
 		for _, name := range []string{"good", "last"} {
 			st, _ := readStream(t, peer)
 			require.Equal(t, name, st.Name())
@@ -233,7 +233,7 @@ func TestStreamWithAnInvalidNameFailsAlone(t *testing.T) {
 
 func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
 	toAll(t, asStream, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("news")
+		f := e.produce("news")
 		for i, c := range clients {
 			f.wantPending(t, "not all have answered")
 			st, content := readStream(t, c)
@@ -246,7 +246,7 @@ func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
 		}
 		f.wantDelivered(t, "all have answered, and some have acknowledged")
 
-		f = e.give("refused")
+		f = e.produce("refused")
 		for _, c := range clients {
 			require.NoError(t, acceptStream(t, c).Close())
 		}
@@ -256,7 +256,7 @@ func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
 
 func TestClientThatAcceptsNoStreamIsClosedInsteadOfResendingToAll(t *testing.T) {
 	toAll(t, asStream+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("news")
+		f := e.produce("news")
 		st, _ := readStream(t, clients[0])
 		require.NoError(t, st.Ack())
 		f.wantDelivered(t, "one has acknowledged")
@@ -286,7 +286,7 @@ func TestStreamOfALostSessionIsSentOnTheNext(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, with(dialOutput, asStream))
-		f := e.give("text")
+		f := e.produce("text")
 		for range 2 {
 			peer := server.session()
 			readStream(t, peer)
@@ -303,7 +303,7 @@ func TestStreamOfALostSessionIsSentOnTheNext(t *testing.T) {
 func TestMixedBatchKeepsItsOrder(t *testing.T) {
 	atBothOutputs(t, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }`, func(t *testing.T, e *engine, peer *cryo.Session) {
 		texts := []string{"m0", "m1", "s2", "s3", "m4", "s5", "m6"}
-		f := e.give(texts...)
+		f := e.produce(texts...)
 		for _, text := range texts {
 			f.wantPending(t, "not all are acknowledged")
 			if text[0] == 's' {

@@ -19,7 +19,7 @@ func TestMessageIsDeliveredWhenTheServerHasAcknowledgedIt(t *testing.T) {
 		server := e.serve()
 		p := e.run(fromOnce, dialOutput)
 		peer := server.session()
-		f := e.give("hello")
+		f := e.produce("hello")
 		m := receive(t, peer)
 		f.wantPending(t, "not acknowledged yet")
 		require.NoError(t, m.Ack())
@@ -37,8 +37,8 @@ func TestUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 3s"))
 		peer := server.session()
 		begin := time.Now()
-		f := e.give(words("m%d", 4)...)
-		m := receiveTexts(t, peer, words("m%d", 4)...)
+		f := e.produce(numbered("m%d", 4)...)
+		m := receiveTexts(t, peer, numbered("m%d", 4)...)
 		require.NoError(t, m[0].Ack())
 		require.NoError(t, m[1].Reject("not today"))
 		require.NoError(t, m[2].Ack())
@@ -48,7 +48,7 @@ func TestUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 
 		// Too late, and taken for no other message's.
 		require.NoError(t, m[3].Ack())
-		f = e.give("next")
+		f = e.produce("next")
 		m = receiveTexts(t, peer, "next")
 		f.wantPending(t, "not acknowledged yet")
 		require.NoError(t, m[0].Ack())
@@ -82,7 +82,7 @@ func TestMessageTypeFollowsTheFieldAndTheMetadata(t *testing.T) {
 				if tt.received != "" {
 					batch[0].MetaSet("cryo_message_type", tt.received)
 				}
-				f := e.giveBatch(batch)
+				f := e.produceBatch(batch)
 				m := receive(t, server.session())
 				require.Equal(t, tt.want, m.Kind)
 				require.Equal(t, tt.payload, string(m.Payload))
@@ -101,7 +101,7 @@ func TestUnsendableMessageFailsAfterAllOthersAreAcknowledged(t *testing.T) {
 		batch := batchOf("good", "\xff", "unknown", string(bytes.Repeat([]byte("x"), cryo.MaxPayload+1)), "good too", "")
 		batch[2].MetaSet("kind", "text")
 		batch[5].MetaSetMut("kind", nil)
-		f := e.giveSingly(batch)
+		f := e.produceEach(batch)
 		for _, m := range receiveTexts(t, peer, "good", "good too", "") {
 			require.NoError(t, m.Ack())
 		}
@@ -119,7 +119,7 @@ func TestFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! throw("who knows") }'`))
 		server.session()
-		err := next(t, e.give("m").verdict)
+		err := next(t, e.produce("m").verdict)
 		require.ErrorContains(t, err, "field message_type: ")
 		require.ErrorContains(t, err, "who knows")
 	})
@@ -129,14 +129,14 @@ func TestOutputRejectsMessagesOfTheServer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
-		send(server.session(), "for whom?").wantRefused(t, "this session receives no messages")
+		send(server.session(), "for whom?").wantRejected(t, "this session receives no messages")
 	})
 }
 
 func TestWriteBatchWithoutASessionReturnsErrNotConnected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		out := e.alone(t, "")
+		out := e.bareOutput("")
 		require.ErrorIs(t, out.WriteBatch(t.Context(), batchOf("m")), service.ErrNotConnected)
 		require.NoError(t, out.Connect(t.Context()))
 		server.session()
@@ -154,9 +154,9 @@ func TestContentThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf("")
 		batch[0].SetStructuredMut(map[string]any{"name": "a", "degrees": math.NaN()})
-		require.ErrorContains(t, next(t, e.giveBatch(batch).verdict), "JSON cannot express")
+		require.ErrorContains(t, next(t, e.produceBatch(batch).verdict), "JSON cannot express")
 		wantNothing(t, peer)
-		e.give("").wantPending(t, "one that is empty is sent")
+		e.produce("").wantPending(t, "one that is empty is sent")
 		require.Empty(t, receive(t, peer).Payload)
 	})
 }

@@ -41,7 +41,7 @@ func ackAllBut(t *testing.T, s *cryo.Session, rejected string) (texts []string) 
 // Behind the filter, A has the context of what was dropped.
 func TestBatchWithARejectedMessageIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
-		f := e.give("drop", "A", "B", "C")
+		f := e.produce("drop", "A", "B", "C")
 		require.Equal(t, []string{"A", "B", "C", "A", "B", "C"}, ackAllBut(t, peer, "A"))
 		f.wantDelivered(t, "acknowledged in the end")
 	})
@@ -71,7 +71,7 @@ func behindAFilter(t *testing.T, fields string, test func(t *testing.T, e *engin
 // one reaches the right one.
 func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsResent(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
-		fed := []*fed{e.give("drop", "A"), e.give("drop", "B"), e.give("C", "drop"), e.give("drop", "D", "drop")}
+		fed := []*produced{e.produce("drop", "A"), e.produce("drop", "B"), e.produce("C", "drop"), e.produce("drop", "D", "drop")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		time.Sleep(time.Second) // until its next batch
 		require.Equal(t, []string{"B"}, ackAllBut(t, peer, ""))
@@ -84,7 +84,7 @@ func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsResent(t *testing.T) {
 // A batch of the input that comes to the output's batching has one verdict.
 func TestInputBatchWithinAnOutputsOwnBatchIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
-		fed := []*fed{e.give("drop", "A", "B"), e.give("C", "D")}
+		fed := []*produced{e.produce("drop", "A", "B"), e.produce("C", "D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		time.Sleep(time.Second)
 		require.Equal(t, []string{"A", "B"}, ackAllBut(t, peer, ""))
@@ -97,7 +97,7 @@ func TestInputBatchWithinAnOutputsOwnBatchIsResentAsAWhole(t *testing.T) {
 // Its processors could filter, too.
 func TestBatchOfAnOutputsOwnProcessorsIsResentAsAWhole(t *testing.T) {
 	behindAFilter(t, "batching: { count: 4, period: 1s, processors: [ { "+filter+" } ] }", func(t *testing.T, e *engine, peer *cryo.Session) {
-		fed := []*fed{e.give("A"), e.give("B"), e.give("C"), e.give("D")}
+		fed := []*produced{e.produce("A"), e.produce("B"), e.produce("C"), e.produce("D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D", "A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		for _, f := range fed {
 			f.wantDelivered(t, "acknowledged in the end")
@@ -129,8 +129,8 @@ func TestMessageErrorsAreReturnedOnlyToAnOutputsOwnBatcher(t *testing.T) {
 func TestEmptyBatchIsDelivered(t *testing.T) {
 	t.Run("without a session", func(t *testing.T) {
 		inEngine(t, func(t *testing.T, e *engine) {
-			require.NoError(t, e.alone(t, "").WriteBatch(t.Context(), nil))
-			require.NoError(t, e.aloneServerOutput(t, "").WriteBatch(t.Context(), nil))
+			require.NoError(t, e.bareOutput("").WriteBatch(t.Context(), nil))
+			require.NoError(t, e.bareServerOutput("").WriteBatch(t.Context(), nil))
 		})
 	})
 	t.Run("that the engine makes of one that is filtered in parallel", func(t *testing.T) {
@@ -142,7 +142,7 @@ func TestEmptyBatchIsDelivered(t *testing.T) {
 						e.serve()
 					}
 					e.run(fromOnce, output, filtering)
-					e.give("drop", "drop").wantDelivered(t, "nothing is left of it")
+					e.produce("drop", "drop").wantDelivered(t, "nothing is left of it")
 					require.Zero(t, e.metrics.value("output_error"))
 					require.Zero(t, e.metrics.value("output_connection_lost"))
 				})
@@ -155,7 +155,7 @@ func TestMessagesAfterALateStreamAreSent(t *testing.T) {
 	const fields = `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }', stream: { name: '${! content() }' }, ack_timeout: 10s`
 	atBothOutputs(t, fields, func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
-		f := e.give("s0", "m1", "s2", "m3", "m4", "s5")
+		f := e.produce("s0", "m1", "s2", "m3", "m4", "s5")
 		late := acceptStream(t, peer)
 		require.Equal(t, "s0", late.Name())
 		defer func() { _ = late.Close() }() // it is not read
@@ -178,7 +178,7 @@ func TestMessagesAfterALateStreamAreSent(t *testing.T) {
 func TestPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
 	atBothOutputs(t, asStream+", ack_timeout: 10s", func(t *testing.T, e *engine, peer *cryo.Session) {
 		begin := time.Now()
-		f := e.give(words("s%d", 20)...)
+		f := e.produce(numbered("s%d", 20)...)
 		require.ErrorContains(t, next(t, f.verdict), "20 of 20 messages were not acknowledged")
 		require.Equal(t, 20*time.Second, time.Since(begin))
 	})
@@ -186,10 +186,10 @@ func TestPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
 
 func TestABatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
-		f := e.give("m")
+		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, peer, "m")[0].Reject("no"))
 		f.wantFailed(t, `rejected by the peer: "no"`)
-		f = e.give(strings.Repeat("x", cryo.MaxPayload+1))
+		f = e.produce(strings.Repeat("x", cryo.MaxPayload+1))
 		f.wantFailed(t, "message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream")
 	})
 }
@@ -197,7 +197,7 @@ func TestABatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 func TestHardStopOfAnOutputReportsNoMessageErrors(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
-		out := e.alone(t, "")
+		out := e.bareOutput("")
 		require.NoError(t, out.Connect(t.Context()))
 		peer := server.session()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -218,7 +218,7 @@ func TestMessageErrorsReachTheBatcherThroughATracingMap(t *testing.T) {
 		e.spans = &spanBook{}
 		e.run(fromOnce, with(dialOutput, `batching: { count: 4 }, inject_tracing_map: 'root.trace = if root.type() == "object" { this }'`))
 		peer := server.session()
-		f := e.giveSingly(batchOf(`{"m":0}`, `{"m":1}`, `{"m":2}`, `{"m":3}`))
+		f := e.produceEach(batchOf(`{"m":0}`, `{"m":1}`, `{"m":2}`, `{"m":3}`))
 		var m []*cryo.Message
 		for range 4 {
 			m = append(m, receive(t, peer))

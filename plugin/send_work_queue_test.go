@@ -49,7 +49,7 @@ func holderOf(t *testing.T, clients []*cryo.Session) (holder *cryo.Session, mess
 
 func TestMessagesAreSentToWorkersInTurn(t *testing.T) {
 	toAll(t, toAny, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give(words("m%d", 6)...)
+		f := e.produce(numbered("m%d", 6)...)
 		got := make(map[string]int)
 		for _, c := range clients {
 			messages, texts := held(t, c)
@@ -70,8 +70,8 @@ func TestMessagesAreSentToWorkersInTurn(t *testing.T) {
 
 func TestMessagesOfOneWorkerKeepTheirOrder(t *testing.T) {
 	toAll(t, toAny+", max_in_flight_per_session: 100", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		texts := words("m%d", 100)
-		f := e.give(texts...)
+		texts := numbered("m%d", 100)
+		f := e.produce(texts...)
 		messages, got := held(t, clients[0])
 		require.Equal(t, texts, got)
 		ackAll(t, messages)
@@ -81,9 +81,9 @@ func TestMessagesOfOneWorkerKeepTheirOrder(t *testing.T) {
 
 func TestASlowWorkerReceivesAtMostMaxInFlightPerSession(t *testing.T) {
 	toAll(t, toAny+", max_in_flight_per_session: 3", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		var batches []*fed
+		var batches []*produced
 		for i := range 10 {
-			batches = append(batches, e.give(words(fmt.Sprint(i)+":%d", 2)...))
+			batches = append(batches, e.produce(numbered(fmt.Sprint(i)+":%d", 2)...))
 		}
 		slow, quick := clients[0], clients[1]
 		heldBySlow, _ := held(t, slow)
@@ -106,7 +106,7 @@ func TestASlowWorkerReceivesAtMostMaxInFlightPerSession(t *testing.T) {
 
 func TestMessagesOfADisconnectedWorkerAreSentToAnother(t *testing.T) {
 	toAll(t, toAnyOfOne, 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m0", "m1")
+		f := e.produce("m0", "m1")
 		first, goneWith := held(t, clients[0])
 		second, _ := held(t, clients[1])
 		end(clients[0])
@@ -123,7 +123,7 @@ func TestMessagesOfADisconnectedWorkerAreSentToAnother(t *testing.T) {
 
 func TestMessagesAcknowledgedBeforeADisconnectAreNotResent(t *testing.T) {
 	toAll(t, toAny, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.give("m0", "m1", "m2")
+		f := e.produce("m0", "m1", "m2")
 		messages, _ := held(t, clients[0])
 		ackAll(t, messages[:1])
 		synctest.Wait()
@@ -140,7 +140,7 @@ func TestMessagesAcknowledgedBeforeADisconnectAreNotResent(t *testing.T) {
 
 func TestARejectedMessageIsSentToNoOtherWorker(t *testing.T) {
 	toAll(t, toAny+", batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		f := e.giveSingly(batchOf("m0", "m1"))
+		f := e.produceEach(batchOf("m0", "m1"))
 		failed := make(map[int]string)
 		for i, c := range clients {
 			m := receive(t, c)
@@ -159,7 +159,7 @@ func TestARejectedMessageIsSentToNoOtherWorker(t *testing.T) {
 func TestLateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
 	toAll(t, toAny+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
-		f := e.give("m")
+		f := e.produce("m")
 		late, _, _ := holderOf(t, clients)
 		other := clients[0]
 		if late == other {
@@ -177,7 +177,7 @@ func TestLateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
 
 func TestAMessageThatTenWorkersLoseFails(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-		f := e.give("poison")
+		f := e.produce("poison")
 		for range maxLostSessions {
 			f.wantPending(t, "there may be another")
 			c := e.dial()
@@ -191,7 +191,7 @@ func TestAMessageThatTenWorkersLoseFails(t *testing.T) {
 func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("waits for one", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			f := e.give("m0", "m1")
+			f := e.produce("m0", "m1")
 			time.Sleep(29 * time.Second)
 			f.wantPending(t, "nobody is there")
 			messages, texts := held(t, e.dial())
@@ -203,13 +203,13 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("fails at ack_timeout, as a whole", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			e.give("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, the first: no client is connected")
+			e.produce("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, the first: no client is connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
 	t.Run("waits as long as it takes where somebody is only busy", func(t *testing.T) {
 		toAll(t, toAnyOfOne+", ack_timeout: 3s", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			f := e.give(words("m%d", 5)...)
+			f := e.produce(numbered("m%d", 5)...)
 			c := e.dial()
 			for range 5 {
 				m := receive(t, c)
@@ -222,18 +222,18 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("drops", func(t *testing.T) {
 		toAll(t, toAny+", no_session: drop", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			e.give("m0", "m1").wantDelivered(t, "as if")
+			e.produce("m0", "m1").wantDelivered(t, "as if")
 			require.Zero(t, time.Since(begin))
 		})
 	})
 	t.Run("rejects, what the last one leaves behind too", func(t *testing.T) {
 		toAll(t, toAny+", no_session: reject", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			begin := time.Now()
-			f := e.give("m")
+			f := e.produce("m")
 			receiveTexts(t, clients[0], "m")
 			end(clients[0])
 			require.ErrorContains(t, next(t, f.verdict), "no client is connected")
-			e.give("m").wantFailed(t, "no client is connected")
+			e.produce("m").wantFailed(t, "no client is connected")
 			require.Zero(t, time.Since(begin))
 		})
 	})
@@ -241,14 +241,14 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 
 func TestWaitingBatchesAreSentToWorkersInOrderOfArrival(t *testing.T) {
 	toAll(t, toAnyOfOne, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		var waiting []*fed
+		var waiting []*produced
 		for i := range 20 {
-			f := e.give(fmt.Sprint(i, "a"), fmt.Sprint(i, "b"))
+			f := e.produce(fmt.Sprint(i, "a"), fmt.Sprint(i, "b"))
 			f.wantPending(t, "one message is sent, and the next of each batch waits")
 			waiting = append(waiting, f)
 		}
-		want := append([]string{"0a", "0b"}, words("%da", 20)[1:]...)
-		want = append(want, words("%db", 20)[1:]...) // each began to wait when the one before it was sent
+		want := append([]string{"0a", "0b"}, numbered("%da", 20)[1:]...)
+		want = append(want, numbered("%db", 20)[1:]...) // each began to wait when the one before it was sent
 		for _, text := range want {
 			messages, texts := held(t, clients[0])
 			require.Equal(t, []string{text}, texts)
@@ -263,9 +263,9 @@ func TestWaitingBatchesAreSentToWorkersInOrderOfArrival(t *testing.T) {
 func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 		begin := time.Now()
-		first := e.give("m0", "m1")
+		first := e.produce("m0", "m1")
 		time.Sleep(10 * time.Second)
-		second, third := e.give("m2"), e.give("m3")
+		second, third := e.produce("m2"), e.produce("m3")
 		require.Error(t, next(t, first.verdict))
 		require.Equal(t, 30*time.Second, time.Since(begin))
 		second.wantPending(t, "it came later")
@@ -277,7 +277,7 @@ func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 
 func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 	toAll(t, toAnyOfOne+", ack_timeout: 30s", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
-		busy, waiting := e.give("m0"), e.give("m1")
+		busy, waiting := e.produce("m0"), e.produce("m1")
 		receive(t, clients[0])
 		time.Sleep(20 * time.Second)
 		end(clients[0])
@@ -287,7 +287,7 @@ func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 		require.Equal(t, 30*time.Second, time.Since(begin))
 
 		// Another one begins another wait, for those that have waited for its slot too.
-		busy, waiting = e.give("m2"), e.give("m3")
+		busy, waiting = e.produce("m2"), e.produce("m3")
 		time.Sleep(20 * time.Second)
 		another := e.dial()
 		receive(t, another)
@@ -305,7 +305,7 @@ func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 func TestStreamIsResentToAnotherWorkerWhenASessionIsLost(t *testing.T) {
 	toAll(t, toAnyOfOne+", "+asStream, 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		text := strings.Repeat("abc", 100_000)
-		f := e.give(text)
+		f := e.produce(text)
 		worker := clients[0]
 		for range 2 {
 			_, err := acceptStream(t, worker).Read(make([]byte, 10)) // a part
@@ -326,7 +326,7 @@ func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(fromOnce, with(listenOutput, toAnyOfOne))
 		c := e.dial()
-		e.give("m0", "m1")
+		e.produce("m0", "m1")
 		receiveTexts(t, c, "m0")
 		begin := time.Now()
 		p.kill()
@@ -336,7 +336,7 @@ func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 
 func TestWorkQueueForgetsDisconnectedWorkers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		out := e.aloneServerOutput(t, ", "+toAny)
+		out := e.bareServerOutput(toAny)
 		require.NoError(t, out.Connect(t.Context()))
 		var stay []*cryo.Session
 		for range 5 {

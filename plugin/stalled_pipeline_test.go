@@ -248,7 +248,7 @@ func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 		"byte_size above max_buffer_bytes": {"max_buffer_bytes: 10000", "byte_size: 20000", 1000},
 	} {
 		t.Run(name, func(t *testing.T) {
-			atBothInputsTo(t, c.fields, "probe: { batching: { "+c.policy+" } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+			atBothInputsTo(t, c.fields, "probe: { batching: { "+c.policy+" } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 				for i := range 30 {
 					_ = send(peer, fmt.Sprintf("%0*d", c.size, i))
 				}
@@ -264,7 +264,7 @@ func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 }
 
 func TestHangingOutputIsReportedOnce(t *testing.T) {
-	atBothInputsTo(t, "max_in_flight: 10", toProbe, func(t *testing.T, e *engine, peer *cryo.Session) {
+	atBothInputsTo(t, "max_in_flight: 10", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))
 		}
@@ -282,7 +282,7 @@ func TestHangingOutputIsReportedOnce(t *testing.T) {
 
 // The engine asks for no more messages then.
 func TestOutputThatHangsWithOneMessageIsReportedUnderBackpressure(t *testing.T) {
-	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", toSerial, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		one := send(peer, "one")
 		hangs := e.arrival()
 		time.Sleep(time.Hour)
@@ -298,7 +298,7 @@ func TestOutputThatHangsWithOneMessageIsReportedUnderBackpressure(t *testing.T) 
 }
 
 func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
-	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", "serial: {}", func(t *testing.T, e *engine, peer *cryo.Session) {
+	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", toSerial, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		time.Sleep(stallPatience / 20) // between two looks: at a delivery there is room for a moment
 		for range 2 {
 			var all []*sending
@@ -323,7 +323,7 @@ func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
 }
 
 func TestBatchWithAPeriodIsNotReportedAsStalled(t *testing.T) {
-	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, peer *cryo.Session) {
+	atBothInputsTo(t, "max_in_flight: 10", "probe: { batching: { count: 11, period: 5s } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))
 		}

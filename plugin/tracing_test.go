@@ -140,7 +140,7 @@ func TestEachMessageOfABatchHasItsOwnSpanAndResult(t *testing.T) {
 			}
 		}
 		sent[0].wantAcked(t, "delivered")
-		sent[1].wantRefused(t, rejection)
+		sent[1].wantRejected(t, rejection)
 		sent[2].wantAcked(t, "delivered")
 		require.NoError(t, s.Err())
 	})
@@ -163,7 +163,7 @@ func TestPipelineSpansAreSentWithMessages(t *testing.T) {
 				peer := connect(e, `inject_tracing_map: 'root.trace = if root.type() == "object" { this }', ack_timeout: 1s, batching: { count: 3 }`)
 				synctest.Wait()
 				batch := batchOf(`{"id":1}`, `{"id":2}`, `no JSON`)
-				f := e.giveSingly(batch)
+				f := e.produceEach(batch)
 				for i := range 2 {
 					m := receive(t, peer)
 					var content struct {
