@@ -169,11 +169,7 @@ func TestSessionWithPausedReadsIsNotClosedForALateAcknowledgement(t *testing.T) 
 		f := e.produce("m")
 		client.Ack(client.WantType("the broadcast", wire.UTF8))
 		require.ErrorContains(t, next(t, f.verdict), "timed out after ack_timeout (3s)")
-		for settled := 0; settled < 10; {
-			a := e.arrival()
-			settled += len(a.batch)
-			a.deliver()
-		}
+		e.deliverNext(10)
 		acknowledged := make(map[uint32]bool) // in the order of the deliveries, which is any
 		for len(acknowledged) < 10 {
 			acknowledged[client.WantType("the session goes on", wire.Ack).Ack] = true

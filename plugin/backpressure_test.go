@@ -42,9 +42,7 @@ func TestMaxInFlightIsStrict(t *testing.T) {
 			}
 			inFlight = nil
 		}
-		for _, m := range sent {
-			m.wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -74,9 +72,7 @@ func TestBatchHasAtMostMaxBatchCountMessages(t *testing.T) {
 			a.deliver()
 		}
 		require.ElementsMatch(t, numbered("m%d", 10), got)
-		for _, m := range sent {
-			m.wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -89,12 +85,7 @@ func TestMessagesOfASessionArriveInOrder(t *testing.T) {
 			batch = append(batch, cryo.Text(text))
 		}
 		sent := sendAny(func() error { return peer.SendBatch(context.Background(), batch) })
-		var got []string
-		for len(got) < 1000 {
-			a := e.arrival()
-			got = append(got, a.texts()...)
-			a.deliver()
-		}
+		got := e.deliverNext(1000)
 		require.Equal(t, numbered("m%d", 1000), got)
 		sent.wantAcked(t, "delivered")
 	})
@@ -117,9 +108,7 @@ func TestStalledPipelineBlocksTheSenderAndKeepsTheSession(t *testing.T) {
 		for range 39 {
 			e.arrival().deliver()
 		}
-		for _, m := range sent {
-			m.wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -139,11 +128,7 @@ func TestReadsArePausedWhenMaxBufferBytesAreUnacknowledged(t *testing.T) {
 		synctest.Wait()
 		// One more than the limit is read, and two fill what buffers there are.
 		require.LessOrEqual(t, written.Load(), int32(limit+3))
-		for settled := 0; settled < 20; {
-			a := e.arrival()
-			settled += len(a.batch)
-			a.deliver()
-		}
+		e.deliverNext(20)
 		synctest.Wait()
 		require.Equal(t, int32(20), written.Load())
 	})

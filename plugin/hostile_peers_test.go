@@ -231,28 +231,20 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 		t.Run(m.does, func(t *testing.T) {
 			requireDocumented(t, m.does)
 			inEngine(t, func(t *testing.T, e *engine) {
-				right := make(chan *cryo.Session, 1)
 				before := heapInUse()
-				server := newServer(t, cryo.ServerOptions{
-					Authorize: cryo.Tokens(token),
-					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { right <- s },
-				})
-				t.Cleanup(func() {
-					for _, s := range server.Sessions() {
-						end(s)
-					}
-				})
 				var asked atomic.Int32
-				e.serveHTTP(somewhere, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					if asked.Add(1) == 1 {
-						m.how(w, r)
-						return
-					}
-					server.ServeHTTP(w, r)
-				}))
+				right := e.serveBehind(func(server http.Handler) http.Handler {
+					return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						if asked.Add(1) == 1 {
+							m.how(w, r)
+							return
+						}
+						server.ServeHTTP(w, r)
+					})
+				})
 				e.run(dialInput, toProbe)
 				begin := time.Now()
-				peer := next(t, right)
+				peer := right.session()
 				require.LessOrEqual(t, time.Since(begin), 10*time.Second)
 				sent := send(peer, "hello")
 				e.arrival().deliver()

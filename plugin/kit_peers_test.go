@@ -36,16 +36,19 @@ type server struct {
 }
 
 // serve runs a server for the components that dial, until the test's end.
-func (e *engine) serve() *server { return e.serveWith(cryo.ServerOptions{}) }
+func (e *engine) serve() *server {
+	return e.serveBehind(func(server http.Handler) http.Handler { return server })
+}
 
-// serveWith is serve with options.
-func (e *engine) serveWith(opts cryo.ServerOptions) *server {
+// serveBehind is serve with a handler that gets the requests first.
+func (e *engine) serveBehind(wrap func(server http.Handler) http.Handler) *server {
 	e.t.Helper()
 	s := &server{e: e, sessions: make(chan *cryo.Session, 100)}
-	opts.Authorize = cryo.Tokens(token)
-	opts.OnSession = func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session }
-	s.cryo = newServer(e.t, opts)
-	s.http = e.serveHTTP(somewhere, s.cryo)
+	s.cryo = newServer(e.t, cryo.ServerOptions{
+		Authorize: cryo.Tokens(token),
+		OnSession: func(session *cryo.Session, _ *cryo.Upgrade) { s.sessions <- session },
+	})
+	s.http = e.serveHTTP(somewhere, wrap(s.cryo))
 	e.t.Cleanup(s.shutdown)
 	return s
 }
@@ -62,6 +65,65 @@ func (s *server) shutdown() {
 func (s *server) session() *cryo.Session {
 	s.e.t.Helper()
 	return next(s.e.t, s.sessions)
+}
+
+// denyingServer is a server that denies its next clients, and records their attempts.
+type denyingServer struct {
+	*server
+	status     int
+	message    string
+	retryAfter string // the header; empty: none
+
+	mu    sync.Mutex
+	left  int // clients to deny
+	times []time.Time
+	ids   map[string]bool
+}
+
+// serveDenying is serve with a server that denies its first n clients.
+func (e *engine) serveDenying(n, status int, message string) *denyingServer {
+	e.t.Helper()
+	d := &denyingServer{status: status, message: message, left: n, ids: make(map[string]bool)}
+	d.server = e.serveBehind(func(server http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !d.denies(r) {
+				server.ServeHTTP(w, r)
+				return
+			}
+			if d.retryAfter != "" {
+				w.Header().Set("Retry-After", d.retryAfter)
+			}
+			http.Error(w, "<html><body><p>"+d.message+"</p></body></html>", d.status)
+		})
+	})
+	return d
+}
+
+// denies records an attempt, and reports whether the client is denied.
+func (d *denyingServer) denies(r *http.Request) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.times = append(d.times, time.Now())
+	d.ids[r.URL.Query().Get("x-cryo-sid")] = true
+	d.left--
+	return d.left >= 0
+}
+
+// deny denies the next n clients.
+func (d *denyingServer) deny(n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.left = n
+}
+
+// waits returns the times between the attempts.
+func (d *denyingServer) waits() (waits []time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := 1; i < len(d.times); i++ {
+		waits = append(waits, d.times[i].Sub(d.times[i-1]))
+	}
+	return waits
 }
 
 // serveHTTP runs any HTTP server in memory until the test's end.
@@ -196,6 +258,14 @@ func (g *sending) wantAcked(t *testing.T, why string) {
 	require.NoError(t, g.result(t), why)
 }
 
+// wantAllAcked waits for the acknowledgement of each.
+func wantAllAcked(t *testing.T, all []*sending, why string) {
+	t.Helper()
+	for _, g := range all {
+		g.wantAcked(t, why)
+	}
+}
+
 // wantRejected waits for the rejection of a message, with this text.
 func (g *sending) wantRejected(t *testing.T, words string) {
 	t.Helper()
@@ -247,6 +317,29 @@ func ackAll(t *testing.T, messages []*cryo.Message) {
 	for i := range messages {
 		require.NoError(t, messages[i].Ack())
 	}
+}
+
+// acknowledgeAll acknowledges all messages and streams of a session in the background, until it ends.
+func acknowledgeAll(s *cryo.Session) {
+	go func() {
+		for {
+			st, err := s.AcceptStream(context.Background())
+			if err != nil {
+				return
+			}
+			_, _ = io.Copy(io.Discard, st)
+			_ = st.Ack()
+		}
+	}()
+	go func() {
+		for {
+			m, err := s.Receive(context.Background())
+			if err != nil {
+				return
+			}
+			_ = m.Ack()
+		}
+	}()
 }
 
 // open opens a stream, which is cancelled at the test's end.

@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -134,7 +133,7 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 }
 
 func TestGracefulStopLogsTheClosedSession(t *testing.T) {
-	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+	for name, ends := range dialling {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				server := e.serve()
@@ -148,67 +147,18 @@ func TestGracefulStopLogsTheClosedSession(t *testing.T) {
 	}
 }
 
-// refusals is a server that refuses clients for a while, and when they came.
-type refusals struct {
-	mu       sync.Mutex
-	left     int
-	status   int
-	sentence string
-	after    string // Retry-After, if it is not empty
-	times    []time.Time
-	ids      map[string]bool
-	then     http.Handler
-}
+// dialling are the pipelines of the components that dial.
+var dialling = map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}}
 
-func (r *refusals) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	r.mu.Lock()
-	r.times = append(r.times, time.Now())
-	r.ids[req.URL.Query().Get("x-cryo-sid")] = true
-	refuse := r.left > 0
-	r.left--
-	r.mu.Unlock()
-	if refuse {
-		if r.after != "" {
-			w.Header().Set("Retry-After", r.after)
-		}
-		http.Error(w, "<html><body><p>"+r.sentence+"</p></body></html>", r.status)
-		return
-	}
-	r.then.ServeHTTP(w, req)
-}
-
-// refuse refuses so many more.
-func (r *refusals) refuse(n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.left = n
-}
-
-func (r *refusals) waits() []time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var waits []time.Duration
-	for i := 1; i < len(r.times); i++ {
-		waits = append(waits, r.times[i].Sub(r.times[i-1]))
-	}
-	return waits
-}
-
-// atBothDialling runs a test with a pipeline that dials a server with refusals.
-func atBothDialling(t *testing.T, times, status int, sentence string, test func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session)) {
+// atBothDialling runs a test with each component that dials, and a server that denies it n times.
+func atBothDialling(t *testing.T, n, status int, message string, test func(t *testing.T, e *engine, server *denyingServer)) {
 	t.Helper()
-	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+	for name, ends := range dialling {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
-				sessions := make(chan *cryo.Session, 1)
-				server := newServer(t, cryo.ServerOptions{
-					Authorize: cryo.Tokens(token),
-					OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
-				})
-				r := &refusals{left: times, status: status, sentence: sentence, ids: make(map[string]bool), then: server}
-				e.serveHTTP(somewhere, r)
+				server := e.serveDenying(n, status, message)
 				p := e.run(ends[0], ends[1])
-				test(t, e, r, sessions)
+				test(t, e, server)
 				p.stop()
 			})
 		})
@@ -216,35 +166,34 @@ func atBothDialling(t *testing.T, times, status int, sentence string, test func(
 }
 
 func TestDialIsRetriedEverySecondWhileTheLostSessionExists(t *testing.T) {
-	atBothDialling(t, 4, http.StatusUnauthorized, "Session already exists", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
-		next(t, connected)
+	atBothDialling(t, 4, http.StatusUnauthorized, "Session already exists", func(t *testing.T, e *engine, server *denyingServer) {
+		server.session()
 		second := time.Second
-		require.Equal(t, []time.Duration{second, second, second, second}, r.waits())
-		require.Len(t, r.ids, 1, "always the same id")
+		require.Equal(t, []time.Duration{second, second, second, second}, server.waits())
+		require.Len(t, server.ids, 1, "always the same id")
 		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is our own lost connection, it passes within seconds)"))
 	})
 }
 
 func TestRejectedTokenIsRetriedEveryHalfMinute(t *testing.T) {
-	atBothDialling(t, 4, http.StatusUnauthorized, "Invalid token", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
-		next(t, connected)
+	atBothDialling(t, 4, http.StatusUnauthorized, "Invalid token", func(t *testing.T, e *engine, server *denyingServer) {
+		server.session()
 		half := 30 * time.Second
-		require.Equal(t, []time.Duration{half, half, half, half}, r.waits())
+		require.Equal(t, []time.Duration{half, half, half, half}, server.waits())
 		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
 	})
 }
 
 func TestRetryAfterSetsTheTimeOfTheNextAttempt(t *testing.T) {
-	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+	for name, ends := range dialling {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
-				server, r := e.refusing(t, http.StatusServiceUnavailable, "Restarting")
-				r.after = "20"
-				r.refuse(2)
+				server := e.serveDenying(2, http.StatusServiceUnavailable, "Restarting")
+				server.retryAfter = "20"
 				e.run(ends[0], ends[1])
-				next(t, server)
-				require.Len(t, r.waits(), 2)
-				for _, wait := range r.waits() {
+				server.session()
+				require.Len(t, server.waits(), 2)
+				for _, wait := range server.waits() {
 					require.GreaterOrEqual(t, wait, 20*time.Second)
 					require.Less(t, wait, 25*time.Second, "up to a quarter more")
 				}
@@ -284,33 +233,25 @@ func wantGrowing(t *testing.T, waits []time.Duration, n int) {
 }
 
 func TestRetriesOfAnUnreachableServerBackOff(t *testing.T) {
-	atBothDialling(t, len(growing), http.StatusServiceUnavailable, "No room", func(t *testing.T, e *engine, r *refusals, connected <-chan *cryo.Session) {
-		s := next(t, connected)
-		wantGrowing(t, r.waits(), len(growing))
-		require.Len(t, r.ids, 1, "always the same id")
+	atBothDialling(t, len(growing), http.StatusServiceUnavailable, "No room", func(t *testing.T, e *engine, server *denyingServer) {
+		s := server.session()
+		wantGrowing(t, server.waits(), len(growing))
+		require.Len(t, server.ids, 1, "always the same id")
 
 		time.Sleep(2 * time.Second) // a session that lasts lets it begin again
-		r.refuse(3)
+		server.deny(3)
 		require.NoError(t, s.Close(t.Context(), "restarting"))
 		e.produce("m") // an output notices now
-		s = next(t, connected)
-		go func() {
-			for {
-				m, err := s.Receive(context.Background())
-				if err != nil {
-					return
-				}
-				_ = m.Ack()
-			}
-		}()
-		waits := r.waits()[len(growing)+1:]
+		s = server.session()
+		acknowledgeAll(s)
+		waits := server.waits()[len(growing)+1:]
 		require.Len(t, waits, 3)
 		require.LessOrEqual(t, waits[2], growing[2])
 	})
 }
 
 func TestRetriesOfAServerThatDisconnectsImmediatelyBackOff(t *testing.T) {
-	for name, ends := range map[string][2]string{"input": {dialInput, toProbe}, "output": {fromFeed, dialOutput}} {
+	for name, ends := range dialling {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				server := e.serve()
@@ -348,14 +289,13 @@ func TestDialTimesOut(t *testing.T) {
 
 func TestInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		r := &refusals{left: 4, status: http.StatusUnauthorized, sentence: "Invalid token", ids: make(map[string]bool)}
-		e.serveHTTP(somewhere, r)
+		server := e.serveDenying(4, http.StatusUnauthorized, "Invalid token")
 		p := e.run(dialInput, toProbe)
 		e.log.want(t, "trying again in 30s")
 		begin := time.Now()
 		p.stop()
 		require.Less(t, time.Since(begin), time.Second)
-		require.Len(t, r.times, 1)
+		require.Len(t, server.times, 1)
 	})
 }
 

@@ -97,12 +97,7 @@ func TestLaterInputReceivesWaitingMessages(t *testing.T) {
 		synctest.Wait()
 
 		e.run(listenInput, toProbe)
-		var got []string
-		for len(got) < 2 {
-			a := e.arrival()
-			got = append(got, a.texts()...)
-			a.deliver()
-		}
+		got := e.deliverNext(2)
 		require.ElementsMatch(t, []string{"waits", "its client has gone"}, got)
 		waits.wantAcked(t, "delivered")
 	})

@@ -221,26 +221,3 @@ func TestPanicInAScannerCancelsItsStream(t *testing.T) {
 		require.NoError(t, peer.Err(), "the session goes on")
 	})
 }
-
-// acknowledgeAll acknowledges all that a session receives, until it ends.
-func acknowledgeAll(s *cryo.Session) {
-	go func() {
-		for {
-			st, err := s.AcceptStream(context.Background())
-			if err != nil {
-				return
-			}
-			_, _ = io.Copy(io.Discard, st)
-			_ = st.Ack()
-		}
-	}()
-	go func() {
-		for {
-			m, err := s.Receive(context.Background())
-			if err != nil {
-				return
-			}
-			_ = m.Ack()
-		}
-	}()
-}

@@ -42,9 +42,7 @@ func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 		e.run(listenInput, toSerial)
 		delivered = append(delivered, e.deliverNext(21-first)...)
 		require.Equal(t, append(texts, "while there is no input"), delivered, "once, and in order")
-		for i := first; i < len(sent); i++ {
-			sent[i].wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent[first:], "delivered")
 	})
 }
 
@@ -57,9 +55,7 @@ func TestInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
 		first.kill()
 		require.Equal(t, []string{"0"}, e.arrival().texts(), "of the pipeline that was killed")
 		require.Equal(t, numbered("%d", 9), e.deliverNext(9), "what it may have delivered comes again")
-		for i := range sent {
-			sent[i].wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -214,9 +210,7 @@ func TestAcknowledgeReceivedLogsMessagesLostInAHardStop(t *testing.T) {
 		in := e.run(with(listenInput, "acknowledge: received"), toProbe)
 		client := e.dial()
 		sent := sendAll(client, "a", "b", "c")
-		for i := range sent {
-			sent[i].wantAcked(t, "the pipeline has it")
-		}
+		wantAllAcked(t, sent, "the pipeline has it")
 		e.deliverNext(1)
 		in.kill()
 		e.log.want(t, "ERROR Lost up to 2 messages that were acknowledged when they were received: the pipeline has stopped before it was known to have delivered them")

@@ -238,9 +238,7 @@ func TestMessagesOfClientsAreDeliveredInOrderOfArrival(t *testing.T) {
 			}
 			a.deliver()
 		}
-		for _, s := range sent {
-			s.wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -282,9 +280,7 @@ func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
 			a.deliver()
 		}
 		require.ElementsMatch(t, numbered("%d", 7)[3:], e.deliverNext(4))
-		for _, s := range sent {
-			s.wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 		e.wantMetrics("delivered", map[string]int64{"cryo_messages_unacknowledged": 0})
 	})
 }

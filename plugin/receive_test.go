@@ -95,9 +95,7 @@ func TestRedeliveriesBackOffInAnOutageUntilSomethingIsDelivered(t *testing.T) {
 				require.Len(t, e.probe.arrivals, len(sent)-1, "the first had to be waited for, not the others")
 			}
 		}
-		for i := range sent {
-			sent[i].wantAcked(t, "delivered")
-		}
+		wantAllAcked(t, sent, "delivered")
 	})
 }
 
@@ -505,9 +503,7 @@ func TestFailFastBrokerLosesNothing(t *testing.T) {
 					}
 					a.deliver()
 				}
-				for i := range sent {
-					sent[i].wantAcked(t, "both outputs have it")
-				}
+				wantAllAcked(t, sent, "both outputs have it")
 			})
 		})
 	}

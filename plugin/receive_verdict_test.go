@@ -101,11 +101,7 @@ func TestMessagesOfAFailedBatchAreRedeliveredInOrder(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(fromFeed, listenOutput) // while only an output listens, messages wait for an input
 				peer := e.dial()
-				var sent []*sending
-				for _, text := range numbered("m%d", 5) {
-					sent = append(sent, send(peer, text))
-					synctest.Wait()
-				}
+				sent := sendAll(peer, numbered("m%d", 5)...)
 				e.run(with(listenInput, fmt.Sprintf("auto_replay_nacks: %v", replay)), toSerial)
 				a := e.arrival()
 				require.Equal(t, numbered("m%d", 5), a.texts())
@@ -146,9 +142,7 @@ func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testin
 		delivered := e.deliverAll()
 		synctest.Wait()
 		require.Subset(t, delivered(), []string{"A", "B"})
-		for i := range sent {
-			sent[i].wantAcked(t, "delivered, or dropped on purpose")
-		}
+		wantAllAcked(t, sent, "delivered, or dropped on purpose")
 	})
 }
 
@@ -316,10 +310,7 @@ func TestFailedMessageDoesNotKeepItsNeighborsInAnOutputsBatch(t *testing.T) {
 		peer := e.dial()
 		texts := append(numbered("m%d", 7), "poison")
 		began := time.Now()
-		var sent []*sending
-		for _, text := range texts {
-			sent = append(sent, send(peer, text))
-		}
+		sent := sendAll(peer, texts...)
 		for i := range 7 {
 			sent[i].wantAcked(t, texts[i])
 		}

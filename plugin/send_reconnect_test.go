@@ -13,7 +13,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
@@ -240,9 +239,9 @@ func TestBatchesOvertakeOneThatDisconnectsEveryServer(t *testing.T) {
 
 func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server, r := e.refusing(t, http.StatusServiceUnavailable, "No room")
+		server := e.serveDenying(0, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, dialOutput)
-		peer := next(t, server)
+		peer := server.session()
 		var fed []*produced
 		for i := range 20 {
 			fed = append(fed, e.produce(fmt.Sprint(i, "a"), fmt.Sprint(i, "b")))
@@ -251,13 +250,13 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 			receive(t, peer)
 		}
 		time.Sleep(time.Second)
-		r.refuse(3)
+		server.deny(3)
 		e.net.cut()
 		synctest.Wait()
 		fed = append(fed, e.produce("20b")) // for this the engine connects
-		again := next(t, server)
-		require.Len(t, r.waits(), 4)
-		wantGrowing(t, r.waits()[1:], 3)
+		again := server.session()
+		require.Len(t, server.waits(), 4)
+		wantGrowing(t, server.waits()[1:], 3)
 		var texts []string
 		for range 21 {
 			m := receive(t, again)
@@ -269,27 +268,9 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 		for _, f := range fed {
 			f.wantDelivered(t, "acknowledged")
 		}
-		require.Empty(t, server, "one session for all")
+		require.Empty(t, server.sessions, "one session for all")
 		require.Equal(t, 1, e.log.count("INFO Reconnected"))
 	})
-}
-
-// refusing serves with refusals, of which none is left at first.
-func (e *engine) refusing(t *testing.T, status int, sentence string) (<-chan *cryo.Session, *refusals) {
-	t.Helper()
-	sessions := make(chan *cryo.Session, 100)
-	server := newServer(t, cryo.ServerOptions{
-		Authorize: cryo.Tokens(token),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
-	})
-	t.Cleanup(func() {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		_ = server.Shutdown(ctx)
-	})
-	r := &refusals{status: status, sentence: sentence, ids: make(map[string]bool), then: server}
-	e.serveHTTP(somewhere, r)
-	return sessions, r
 }
 
 func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
@@ -299,12 +280,12 @@ func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 	}{{"40s", true}, {"20s", false}} {
 		t.Run(tt.ackTimeout, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
-				server, r := e.refusing(t, http.StatusUnauthorized, "Invalid token")
+				server := e.serveDenying(0, http.StatusUnauthorized, "Invalid token")
 				e.run(fromOnce, with(dialOutput, "ack_timeout: "+tt.ackTimeout))
 				f := e.produce("m")
-				receiveTexts(t, next(t, server), "m")
+				receiveTexts(t, server.session(), "m")
 				time.Sleep(time.Second)
-				r.refuse(1)
+				server.deny(1)
 				e.net.cut()
 				begin := time.Now()
 				if !tt.delivered {
@@ -312,10 +293,10 @@ func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 					require.Equal(t, 20*time.Second, time.Since(begin))
 					f = e.produce("m")
 				}
-				require.NoError(t, receiveTexts(t, next(t, server), "m")[0].Ack())
+				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
 				require.Equal(t, 30*time.Second, time.Since(begin), "nobody waits twice")
 				f.wantDelivered(t, "the token is taken again")
-				require.Len(t, r.waits(), 2)
+				require.Len(t, server.waits(), 2)
 			})
 		})
 	}
@@ -417,21 +398,21 @@ func TestAStopEndsTheWaitForASession(t *testing.T) {
 
 func TestFailedAttemptIsLoggedOnceForAllWaitingBatches(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server, r := e.refusing(t, http.StatusServiceUnavailable, "No room")
+		server := e.serveDenying(0, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
-		peer := next(t, server)
+		peer := server.session()
 		var fed []*produced
 		for i := range 10 {
 			fed = append(fed, e.produce(fmt.Sprint(i)))
 			receive(t, peer)
 		}
 		time.Sleep(time.Second)
-		r.refuse(1000)
+		server.deny(1000)
 		e.net.cut()
 		for _, f := range fed {
 			require.ErrorContains(t, next(t, f.verdict), "503 Service Unavailable")
 		}
-		attempts := len(r.waits())
+		attempts := len(server.waits())
 		require.Greater(t, attempts, 4)
 		lines := 0
 		for _, line := range e.log.all() {

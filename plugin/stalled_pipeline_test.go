@@ -314,9 +314,7 @@ func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
 			for range 15 {
 				e.arrival().deliver()
 			}
-			for _, one := range all {
-				one.wantAcked(t, "delivered in the end")
-			}
+			wantAllAcked(t, all, "delivered in the end")
 			time.Sleep(time.Minute) // of room
 		}
 	})
@@ -327,11 +325,7 @@ func TestBatchWithAPeriodIsNotReportedAsStalled(t *testing.T) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))
 		}
-		for settled := 0; settled < 30; {
-			a := e.arrival()
-			settled += len(a.batch)
-			a.deliver()
-		}
+		e.deliverNext(30)
 		time.Sleep(time.Hour) // of nothing to do
 		synctest.Wait()
 		require.Zero(t, e.log.count(stallLine))
