@@ -23,7 +23,7 @@ var linter = sync.OnceValue(func() *service.ComponentConfigLinter {
 		})
 })
 
-// lint gives the sentences of the engine's linter about one component.
+// lint returns the sentences of the engine's linter about one component.
 func lint(t *testing.T, kind, yaml string) []string {
 	t.Helper()
 	lints, err := linter().LintYAML(kind, []byte(yaml))

@@ -37,7 +37,7 @@ const (
 )
 
 // What a sender sees acknowledged was delivered, in any pipeline. See
-// delivery_exceptions_test.go for those that the engine makes impossible.
+// delivery_property_exceptions_test.go for those that the engine makes impossible.
 func TestNothingIsAcknowledgedThatWasNotDelivered(t *testing.T) {
 	if given := os.Getenv(seedVariable); given != "" {
 		seed, err := strconv.ParseUint(given, 10, 64)
@@ -237,8 +237,8 @@ func (w *world) acknowledged(ids ...string) {
 	}
 }
 
-// refused records that the sender saw messages rejected.
-func (w *world) refused(ids ...string) {
+// rejected records that the sender saw messages rejected.
+func (w *world) rejected(ids ...string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, id := range ids {
@@ -592,7 +592,7 @@ func (w *world) sendBurst(l *line, ids []string) {
 			case errs[i] == nil:
 				w.acknowledged(id)
 			case rejected:
-				w.refused(id)
+				w.rejected(id)
 			case errors.Is(errs[i], net.ErrClosed), w.end.Err() != nil:
 				again = append(again, id)
 			default:
@@ -616,7 +616,7 @@ func (w *world) sendLines(l *line, ids []string) {
 			w.acknowledged(ids...)
 			return
 		case errors.Is(err, cryo.ErrStreamCancelled):
-			w.refused(ids...)
+			w.rejected(ids...)
 			return
 		case errors.Is(err, net.ErrClosed), w.end.Err() != nil:
 		default:
@@ -640,7 +640,7 @@ func (w *world) feedAll() {
 			if err == nil {
 				w.acknowledged(j.ids...)
 			} else {
-				w.refused(j.ids...)
+				w.rejected(j.ids...)
 			}
 		case <-w.end.Done():
 			return

@@ -102,15 +102,15 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 	}
 }
 
-// requireDocumented wants a row to be in the table for people.
+// requireDocumented requires a row of docs/guarantees.md about a peer.
 func requireDocumented(t *testing.T, does string) {
 	t.Helper()
 	page, err := os.ReadFile("../docs/guarantees.md")
 	require.NoError(t, err)
-	require.Contains(t, string(page), "`"+does+"`", "what becomes of it is told there")
+	require.Contains(t, string(page), "`"+does+"`", "its table has the result")
 }
 
-// say says something to a listener and gives the head of its answer.
+// rawRequest sends bytes to a listener, and returns the head of the response.
 func (e *engine) rawRequest(t *testing.T, words string) string {
 	t.Helper()
 	c, err := e.net.Dial(t.Context(), "tcp", somewhere)

@@ -3,7 +3,7 @@
 // pipelines (kit_pipelines), components without an engine (kit_components), and the network in
 // memory, log lines and metrics (kit_network, kit_log, kit_metrics).
 //
-//	func TestFailedMessageIsRedelivered(t *testing.T) { // a sentence about behavior
+//	func TestFailedMessageIsRedelivered(t *testing.T) { // a sentence about behaviour
 //		inEngine(t, func(t *testing.T, e *engine) { // virtual time, a network in memory
 //			e.run(with(listenInput, "max_in_flight: 1"), toProbe)
 //			client := e.dial()         // a session with the listener

@@ -171,12 +171,13 @@ func (e *engine) tryDial(opts cryo.DialOptions) (*cryo.Session, error) {
 }
 
 // wantDenied requires that a client is denied with an HTTP status.
-func (e *engine) wantDenied(opts cryo.DialOptions, status int) {
+func (e *engine) wantDenied(opts cryo.DialOptions, status int) *cryo.HandshakeError {
 	e.t.Helper()
 	_, err := e.tryDial(opts)
 	var denied *cryo.HandshakeError
 	require.ErrorAs(e.t, err, &denied)
 	require.Equal(e.t, status, denied.StatusCode)
+	return denied
 }
 
 // dialAs is dial with a session id.

@@ -110,8 +110,8 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 		end  func(e *engine, peer *cryo.Session)
 		line string
 	}{
-		"cut":     {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
-		"goodbye": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
+		"cut":    {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
+		"closed": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {

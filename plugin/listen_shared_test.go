@@ -147,15 +147,15 @@ func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 				delivered = 10
 			}
 		}
-		refused := 0
+		rejections := 0
 		for _, m := range sent {
 			if err := m.result(t); err != nil {
 				var rejected *cryo.RejectedError
 				require.ErrorAs(t, err, &rejected)
-				refused++
+				rejections++
 			}
 		}
-		require.Positive(t, refused, "what was not delivered is not left to wait for ever")
+		require.Positive(t, rejections, "what was not delivered is not left to wait for ever")
 
 		f := e.produce("the session goes on")
 		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())

@@ -194,7 +194,7 @@ func TestARenewedCertificateIsServedWithoutARestart(t *testing.T) {
 			time.Sleep(tlsFilesInterval)
 			require.Equal(t, "second", e.served(t, ca.trusting()))
 		}
-		require.Equal(t, 1, e.log.count(failure+"tls: private key does not match public key"), "told once")
+		require.Equal(t, 1, e.log.count(failure+"tls: private key does not match public key"), "logged once")
 		require.NoError(t, os.Rename(newKey, keyFile))
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))

@@ -230,7 +230,7 @@ func TestABroadcastCountsOncePerSession(t *testing.T) {
 		require.NoError(t, fromA.Ack())
 		require.NoError(t, fromB.Reject("no"))
 		f.wantDelivered(t, "by one")
-		e.wantMetrics("one acknowledged, one refused", map[string]int64{
+		e.wantMetrics("one acknowledged, one rejected", map[string]int64{
 			"cryo_messages_sent{message_type=utf8}":  1,
 			"cryo_bytes_sent{message_type=utf8}":     5,
 			"cryo_sends_rejected{message_type=utf8}": 1,

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -138,8 +139,8 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 			end(visitor)
 			synctest.Wait()
 		}
-		_, err := e.tryDial(cryo.DialOptions{Token: token})
-		require.ErrorContains(t, err, "503 Service Unavailable: Overloaded: closed sessions are still draining.")
+		denied := e.wantDenied(cryo.DialOptions{Token: token}, http.StatusServiceUnavailable)
+		require.Contains(t, denied.Message, "Overloaded")
 		for range 1 + 6 {
 			e.arrival().deliver()
 		}

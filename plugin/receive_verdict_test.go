@@ -297,7 +297,7 @@ func TestMessageThatEndsEverySessionIsReturnedToTheInput(t *testing.T) {
 
 // A message that fails again and again meets its neighbours again in an output's batch,
 // so its waits have jitter.
-func TestFailedMessageDoesNotKeepItsNeighborsInAnOutputsBatch(t *testing.T) {
+func TestFailedMessageDoesNotKeepItsNeighboursInAnOutputsBatch(t *testing.T) {
 	const batching = "batching: { count: 8, period: 50ms }"
 	isPoison := func(text string) bool { return text == "poison" }
 	reject := func(m *cryo.Message) error {

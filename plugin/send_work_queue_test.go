@@ -269,8 +269,8 @@ func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 		require.Error(t, next(t, first.verdict))
 		require.Equal(t, 30*time.Second, time.Since(begin))
 		second.wantPending(t, "it came later")
-		require.ErrorContains(t, next(t, second.verdict), "no client is connected")
-		require.ErrorContains(t, next(t, third.verdict), "no client is connected")
+		require.ErrorIs(t, next(t, second.verdict), errNobody)
+		require.ErrorIs(t, next(t, third.verdict), errNobody)
 		require.Equal(t, 40*time.Second, time.Since(begin))
 	})
 }
@@ -282,8 +282,8 @@ func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		end(clients[0])
 		begin := time.Now()
-		require.ErrorContains(t, next(t, waiting.verdict), "no client is connected")
-		require.ErrorContains(t, next(t, busy.verdict), "no client is connected")
+		require.ErrorIs(t, next(t, waiting.verdict), errNobody)
+		require.ErrorIs(t, next(t, busy.verdict), errNobody)
 		require.Equal(t, 30*time.Second, time.Since(begin))
 
 		// Another one begins another wait, for those that have waited for its slot too.
@@ -296,8 +296,8 @@ func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 		begin = time.Now()
 		time.Sleep(29 * time.Second)
 		waiting.wantPending(t, "its time began with the end of the other")
-		require.ErrorContains(t, next(t, waiting.verdict), "no client is connected")
-		require.ErrorContains(t, next(t, busy.verdict), "no client is connected")
+		require.ErrorIs(t, next(t, waiting.verdict), errNobody)
+		require.ErrorIs(t, next(t, busy.verdict), errNobody)
 		require.Equal(t, 30*time.Second, time.Since(begin))
 	})
 }
