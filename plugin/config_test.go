@@ -292,7 +292,7 @@ func TestInvalidStreamsConfigurationFailsLintAndStart(t *testing.T) {
 	}
 }
 
-func TestAnUnknownScannerFailsLintAndStart(t *testing.T) {
+func TestUnknownScannerFailsLintAndStart(t *testing.T) {
 	fields := `{ ` + dials + `, streams: { scanner: { words: {} } } }`
 	assert.Equal(t, []string{"unable to infer component type: words"}, lint(t, "input", component("cryo", fields)))
 	assert.EqualError(t, construct(t, "input", "cryo", fields), "field streams.scanner: unable to infer scanner type from candidates: [words]")

@@ -79,9 +79,7 @@ func TestInvalidClientsBeforeTheirSession(t *testing.T) {
 				serves := func(s *cryo.Session) {
 					t.Helper()
 					begin := time.Now()
-					sent := send(s, "hello")
-					e.arrival().deliver()
-					sent.wantAcked(t, "delivered")
+					e.wantReceives(t, s, "delivered")
 					require.Zero(t, time.Since(begin), "others are served at once")
 				}
 				answer := m.how(t, e)
@@ -246,9 +244,7 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 				begin := time.Now()
 				peer := right.session()
 				require.LessOrEqual(t, time.Since(begin), 10*time.Second)
-				sent := send(peer, "hello")
-				e.arrival().deliver()
-				sent.wantAcked(t, "delivered")
+				e.wantReceives(t, peer, "delivered")
 				e.log.want(t, m.log)
 				require.Less(t, heapInUse()-before, int64(1<<20), "memory is back")
 			})

@@ -216,6 +216,24 @@ func sendStream(s *cryo.Session, name, content string) *sending {
 	})
 }
 
+// wantReceives requires that the input works: a message of the session is delivered by the probe,
+// and acknowledged.
+func (e *engine) wantReceives(t *testing.T, s *cryo.Session, why string) {
+	t.Helper()
+	m := send(s, "to the pipeline")
+	e.arrival().deliver()
+	m.wantAcked(t, why)
+}
+
+// wantSends requires that the output works: the session receives a message of the pipeline, and its
+// acknowledgement is the delivery.
+func (e *engine) wantSends(t *testing.T, s *cryo.Session, why string) {
+	t.Helper()
+	b := e.produce("from the pipeline")
+	require.NoError(t, receiveTexts(t, s, "from the pipeline")[0].Ack())
+	b.wantDelivered(t, why)
+}
+
 // sendAny runs any call in the background.
 func sendAny(f func() error) *sending {
 	g := &sending{make(chan error, 1)}

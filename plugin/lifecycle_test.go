@@ -123,9 +123,7 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 				time.Sleep(time.Hour)
 				require.Empty(t, server.sessions, "it has nothing to write")
 
-				f := e.produce("m")
-				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
-				f.wantDelivered(t, "on the next connection")
+				e.wantSends(t, server.session(), "on the next connection")
 				require.Equal(t, 1, e.log.count("Disconnected from"))
 			})
 		})
@@ -301,9 +299,7 @@ func TestInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 
 func TestNothingIsLoggedAboveDebugWhenAllIsWell(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
-		m := send(peer, "fine")
-		e.arrival().deliver()
-		m.wantAcked(t, "delivered")
+		e.wantReceives(t, peer, "delivered")
 		p.stop()
 		for _, line := range e.log.all() {
 			require.False(t, strings.HasPrefix(line, "WARN") || strings.HasPrefix(line, "ERROR"), line)

@@ -154,9 +154,7 @@ func TestOneComponentReopensTheListenerForAll(t *testing.T) {
 		time.Sleep(time.Second)
 
 		require.Len(t, listened, 1)
-		f := e.produce("m")
-		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
-		f.wantDelivered(t, "the output never noticed")
+		e.wantSends(t, client, "the output never noticed")
 		require.Zero(t, e.metrics.value("output_connection_lost"))
 		in.stop()
 		e.dial()
@@ -180,7 +178,7 @@ func TestComponentThatJoinsABrokenListenerReopensIt(t *testing.T) {
 	})
 }
 
-func TestABrokenListenerCanBeClosed(t *testing.T) {
+func TestBrokenListenerCanBeClosed(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, _ := breakable(e)
 		p := e.run(fromFeed, listenOutput)

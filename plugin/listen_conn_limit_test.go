@@ -45,9 +45,7 @@ func TestClientConnectsHoweverManyConnectionsAreIdle(t *testing.T) {
 
 			s, err := cryo.Dial(t.Context(), scheme+"://"+address, &cryo.DialOptions{Token: token, TLS: ca.trusting()})
 			require.NoError(t, err)
-			m := send(s, "hello")
-			e.arrival().deliver()
-			m.wantAcked(t, "delivered")
+			e.wantReceives(t, s, "delivered")
 
 			for i, c := range silent {
 				require.Equal(t, i > over, answers(t, c), "the client and %d silent ones were too many, so the first %d are closed", over, over+1)

@@ -80,9 +80,7 @@ func TestMessagesWithoutAnInputAreRejectedAfterATimeout(t *testing.T) {
 		require.Equal(t, noInputPatience, time.Since(begin), "at once, by now")
 
 		e.run(listenInput, toProbe)
-		m := send(early, "welcome")
-		e.arrival().deliver()
-		m.wantAcked(t, "there is an input now")
+		e.wantReceives(t, early, "there is an input now")
 	})
 }
 
@@ -116,9 +114,7 @@ func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
 		time.Sleep(noInputPatience)
 
 		e.run(with(listenInput, settings), toProbe)
-		m := send(e.dial(), "hello")
-		e.arrival().deliver()
-		m.wantAcked(t, "delivered")
+		e.wantReceives(t, e.dial(), "delivered")
 	})
 }
 
@@ -157,9 +153,7 @@ func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 		}
 		require.Positive(t, rejections, "what was not delivered is not left to wait for ever")
 
-		f := e.produce("the session goes on")
-		require.NoError(t, receiveTexts(t, client, "the session goes on")[0].Ack())
-		f.wantDelivered(t, "acknowledged")
+		e.wantSends(t, client, "acknowledged")
 		send(client, "for whom?").wantRejected(t, receivesNothing)
 	})
 }
@@ -249,9 +243,7 @@ func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
 		require.NoError(t, in.Connect(t.Context()))
 		require.NoError(t, in.Close(t.Context()))
 		require.NoError(t, in.Close(t.Context()))
-		f := e.produce("hello")
-		require.NoError(t, receiveTexts(t, e.dial(), "hello")[0].Ack())
-		f.wantDelivered(t, "the output still listens")
+		e.wantSends(t, e.dial(), "the output still listens")
 	})
 }
 
@@ -267,9 +259,7 @@ func TestAddressIsReusedWhenItIsFree(t *testing.T) {
 		require.NoError(t, client.WS.Close())
 		stopped.wantAcked(t, "stopped")
 		synctest.Wait() // the second listens
-		m := send(e.dial(), "hello")
-		e.arrival().deliver()
-		m.wantAcked(t, "delivered")
+		e.wantReceives(t, e.dial(), "delivered")
 		require.Equal(t, 2, e.log.count("Listening for Cryo clients on"))
 		second.stop()
 		require.Zero(t, e.log.count("Failed to connect"))
@@ -299,9 +289,7 @@ func TestAddressInUseIsRetried(t *testing.T) {
 		e.log.want(t, "Failed to connect to cryo_server: listen tcp: address already in use")
 		require.NoError(t, socket.Close())
 		time.Sleep(2 * time.Second)
-		m := send(e.dial(), "hello")
-		e.arrival().deliver()
-		m.wantAcked(t, "delivered")
+		e.wantReceives(t, e.dial(), "delivered")
 	})
 }
 

@@ -219,7 +219,7 @@ func TestOutputsCountStreams(t *testing.T) {
 	})
 }
 
-func TestABroadcastCountsOncePerSession(t *testing.T) {
+func TestBroadcastCountsOncePerSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		a, b := e.dial(), e.dial()
@@ -240,7 +240,7 @@ func TestABroadcastCountsOncePerSession(t *testing.T) {
 	})
 }
 
-func TestAWorkQueueCountsMessages(t *testing.T) {
+func TestWorkQueueCountsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: any"))
 		worker := e.dial()
@@ -294,7 +294,7 @@ func TestSessionsAndReconnectionsAreCounted(t *testing.T) {
 	})
 }
 
-func TestAnOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
+func TestOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -305,7 +305,7 @@ func TestAnOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
 	})
 }
 
-func TestAListenerCountsSessionsAndDeniedClients(t *testing.T) {
+func TestListenerCountsSessionsAndDeniedClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "max_sessions: 2"))
 		a, b := e.dial(), e.dial()

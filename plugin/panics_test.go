@@ -119,9 +119,7 @@ func TestPanicInAuthorizeDeniesTheClient(t *testing.T) {
 		require.Zero(t, e.log.count("hush"))
 		client, err := e.tryDial(cryo.DialOptions{Token: "sesame"})
 		require.NoError(t, err, "those who failed hold no slot")
-		m := send(client, "hello")
-		e.arrival().deliver()
-		m.wantAcked(t, "delivered")
+		e.wantReceives(t, client, "delivered")
 	})
 }
 

@@ -443,7 +443,7 @@ func TestMetadataMatchesTheDocumentation(t *testing.T) {
 	})
 }
 
-func TestAnAcknowledgementNeverGoesToAnotherConnection(t *testing.T) {
+func TestAcknowledgementNeverGoesToAnotherConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(dialInput, toProbe)

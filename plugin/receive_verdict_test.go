@@ -149,7 +149,7 @@ func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testin
 // An output that fails as a whole fails all that its batching has merged, also what a
 // filter has put into the place of another. For an output that names single messages see
 // TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching.
-func TestAFailureBehindAFilterUnderBatchingFailsTheWholeBatch(t *testing.T) {
+func TestFailureBehindAFilterUnderBatchingFailsTheWholeBatch(t *testing.T) {
 	batching := "batching: { count: 3, period: 1s, processors: [ " + dropsDrop + " ] }"
 	texts := []string{"drop", "A", "B"}
 	sendAll := func(e *engine) (sent []*sending) {
@@ -226,7 +226,7 @@ func receiveAll(ctx context.Context, s *cryo.Session, act func(*cryo.Message) er
 
 // An engine's input retries what a BatchError names. Behind a filter it would name
 // another message, so there is none.
-func TestAnOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
+func TestOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
 	check := func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.produce("drop", "A", "B", "C")
 		m := receiveTexts(t, peer, "A", "B", "C")

@@ -33,7 +33,7 @@ func TestBroadcastIsDeliveredWhenAllClientsHaveAcknowledged(t *testing.T) {
 	})
 }
 
-func TestAClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
+func TestClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("m")
 		receiveTexts(t, clients[0], "m")
@@ -45,7 +45,7 @@ func TestAClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
 	})
 }
 
-func TestAClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
+func TestClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
 	toAll(t, "", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("first")
 		m := receiveTexts(t, clients[0], "first")[0]
@@ -61,7 +61,7 @@ func TestAClientThatConnectsDuringABroadcastReceivesTheNext(t *testing.T) {
 	})
 }
 
-func TestALateClientOfABroadcastIsClosed(t *testing.T) {
+func TestLateClientOfABroadcastIsClosed(t *testing.T) {
 	toAll(t, "ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
@@ -76,7 +76,7 @@ func TestALateClientOfABroadcastIsClosed(t *testing.T) {
 	})
 }
 
-func TestABroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
+func TestBroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Reject("no"))
@@ -86,7 +86,7 @@ func TestABroadcastThatSomeClientsRejectIsDelivered(t *testing.T) {
 	})
 }
 
-func TestABroadcastThatNoClientAcknowledgesFails(t *testing.T) {
+func TestBroadcastThatNoClientAcknowledgesFails(t *testing.T) {
 	toAll(t, "batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceEach(batchOf("good", "bad"))
 		for i, c := range clients {
@@ -150,7 +150,7 @@ func addressed(ids ...any) service.MessageBatch {
 
 const toOne = "send_to: session, session_id: '${! @to }'"
 
-func TestAMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
+func TestMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 	toAll(t, toOne, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.produceBatch(addressed(a, b, a, b, a))
@@ -166,7 +166,7 @@ func TestAMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 	})
 }
 
-func TestAMessageThatItsSessionRejectsFails(t *testing.T) {
+func TestMessageThatItsSessionRejectsFails(t *testing.T) {
 	toAll(t, toOne+", batching: { count: 3 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.produceEach(addressed(a, b, a))
@@ -215,7 +215,7 @@ func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 	})
 }
 
-func TestAnInvalidSessionIDFailsAfterAllOtherMessagesAreAcknowledged(t *testing.T) {
+func TestInvalidSessionIDFailsAfterAllOtherMessagesAreAcknowledged(t *testing.T) {
 	toAll(t, "send_to: session, session_id: '${! @to.string() }', batching: { count: 5 }", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceEach(addressed("someone", "-1", "", fmt.Sprint(clients[0].ID()), map[string]any{}))
 		require.NoError(t, receiveTexts(t, clients[0], "m3")[0].Ack())
@@ -241,7 +241,7 @@ func TestNothingIsSentToAnEndingSession(t *testing.T) {
 	})
 }
 
-func TestAStopClosesTheSessionsOfAnOutput(t *testing.T) {
+func TestStopClosesTheSessionsOfAnOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(fromOnce, listenOutput)
 		s := e.dial()

@@ -52,7 +52,7 @@ func said(rooms ...string) service.MessageBatch {
 	return batch
 }
 
-func TestAMessageIsSentToTheSessionsThatMatch(t *testing.T) {
+func TestMessageIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom, []string{"red", "blue", "red+blue", "green"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceBatch(said("red", "blue", "red"))
 		for i, want := range [][]string{{"m0", "m2"}, {"m1"}, {"m0", "m1", "m2"}} {
@@ -85,7 +85,7 @@ cryo_server:
 	})
 }
 
-func TestALateSessionThatMatchesIsClosed(t *testing.T) {
+func TestLateSessionThatMatchesIsClosed(t *testing.T) {
 	inRooms(t, byRoom+"  ack_timeout: 3s\n", []string{"red", "red", "blue"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
 		f := e.produceBatch(said("red"))
@@ -204,7 +204,7 @@ cryo_server:
 	}
 }
 
-func TestAStreamIsSentToTheSessionsThatMatch(t *testing.T) {
+func TestStreamIsSentToTheSessionsThatMatch(t *testing.T) {
 	inRooms(t, byRoom+"  message_type: stream\n", []string{"red", "blue", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceBatch(said("red"))
 		for _, i := range []int{0, 2} {

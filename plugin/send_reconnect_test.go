@@ -46,7 +46,7 @@ func TestOnlyUnacknowledgedMessagesAreSentOnTheNextSession(t *testing.T) {
 	})
 }
 
-func TestABatchIsDeliveredOverSeveralLostSessions(t *testing.T) {
+func TestBatchIsDeliveredOverSeveralLostSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }'`))
@@ -144,7 +144,7 @@ func TestTimeToReconnectBeginsWithTheFirstLoss(t *testing.T) {
 	})
 }
 
-func TestABatchIsSentOnTenSessionsAtMost(t *testing.T) {
+func TestBatchIsSentOnTenSessionsAtMost(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -273,7 +273,7 @@ func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
 	})
 }
 
-func TestAnOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
+func TestOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 	for _, tt := range []struct {
 		ackTimeout string
 		delivered  bool
@@ -329,7 +329,7 @@ func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
 	})
 }
 
-func TestAStopEndsTheWaitForASession(t *testing.T) {
+func TestStopEndsTheWaitForASession(t *testing.T) {
 	for name, hang := range map[string]func(e *engine){
 		"between attempts": func(e *engine) {},
 		"in an attempt": func(e *engine) {

@@ -82,7 +82,7 @@ func TestClientThatReadsNothingDelaysNoOtherClient(t *testing.T) {
 	})
 }
 
-func TestAClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T) {
+func TestClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '${! content() }', no_session: reject, ack_timeout: 5s, max_in_flight: 3"))
 		deaf := e.rawClient()

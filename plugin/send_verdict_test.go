@@ -184,7 +184,7 @@ func TestPeerThatAcceptsNoStreamDelaysABatchByTwoAckTimeouts(t *testing.T) {
 	})
 }
 
-func TestABatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
+func TestBatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, peer, "m")[0].Reject("no"))

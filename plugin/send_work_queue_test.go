@@ -79,7 +79,7 @@ func TestMessagesOfOneWorkerKeepTheirOrder(t *testing.T) {
 	})
 }
 
-func TestASlowWorkerReceivesAtMostMaxInFlightPerSession(t *testing.T) {
+func TestSlowWorkerReceivesAtMostMaxInFlightPerSession(t *testing.T) {
 	toAll(t, toAny+", max_in_flight_per_session: 3", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		var batches []*produced
 		for i := range 10 {
@@ -138,7 +138,7 @@ func TestMessagesAcknowledgedBeforeADisconnectAreNotResent(t *testing.T) {
 	})
 }
 
-func TestARejectedMessageIsSentToNoOtherWorker(t *testing.T) {
+func TestRejectedMessageIsSentToNoOtherWorker(t *testing.T) {
 	toAll(t, toAny+", batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceEach(batchOf("m0", "m1"))
 		failed := make(map[int]string)
@@ -175,7 +175,7 @@ func TestLateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
 	})
 }
 
-func TestAMessageThatTenWorkersLoseFails(t *testing.T) {
+func TestMessageThatTenWorkersLoseFails(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 		f := e.produce("poison")
 		for range maxLostSessions {
@@ -275,7 +275,7 @@ func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 	})
 }
 
-func TestTheWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
+func TestWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 	toAll(t, toAnyOfOne+", ack_timeout: 30s", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		busy, waiting := e.produce("m0"), e.produce("m1")
 		receive(t, clients[0])
@@ -322,7 +322,7 @@ func TestStreamIsResentToAnotherWorkerWhenASessionIsLost(t *testing.T) {
 	})
 }
 
-func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
+func TestPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(fromOnce, with(listenOutput, toAnyOfOne))
 		c := e.dial()
