@@ -325,6 +325,27 @@ func (e *engine) deliverNext(n int) (texts []string) {
 	return texts
 }
 
+// deliverFor delivers what arrives during some time, and returns its texts. Batches that begin with
+// one of the prefixes fail.
+func (e *engine) deliverFor(during time.Duration, failing ...string) (delivered []string) {
+	e.t.Helper()
+	end := time.After(during)
+	for {
+		select {
+		case a := <-e.probe.arrivals:
+			first := a.texts()[0]
+			if slices.ContainsFunc(failing, func(prefix string) bool { return strings.HasPrefix(first, prefix) }) {
+				a.fail(errPoison)
+			} else {
+				delivered = append(delivered, a.texts()...)
+				a.deliver()
+			}
+		case <-end:
+			return delivered
+		}
+	}
+}
+
 // deliverAll delivers everything that arrives from now on, in the background. The function that it
 // returns returns the texts so far.
 func (e *engine) deliverAll() (texts func() []string) {

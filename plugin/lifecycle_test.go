@@ -123,7 +123,9 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 				time.Sleep(time.Hour)
 				require.Empty(t, server.sessions, "it has nothing to write")
 
-				e.wantSends(t, server.session(), "on the next connection")
+				f := e.produce("m")
+				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
+				f.wantDelivered(t, "on the next connection")
 				require.Equal(t, 1, e.log.count("Disconnected from"))
 			})
 		})

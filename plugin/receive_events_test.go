@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -99,9 +98,7 @@ func TestDisconnectedComesAfterTheStreamsOfTheSession(t *testing.T) {
 		e.run(with(listenEvents, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dialAs(7)
 		e.wantNext(t, "7 connected").deliver()
-		_ = sendAny(func() error {
-			return client.SendStream(t.Context(), strings.NewReader("one\ntwo\n"), &cryo.StreamOptions{Name: "lines"})
-		})
+		sendStream(client, "lines", "one\ntwo\n")
 		lines := e.arrivalsOf("one", "two")
 		synctest.Wait()
 		end(client)
@@ -242,8 +239,8 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 				end(visitor)
 				settle(e.arrival())
 			}
-			m := send(client, "there is room")
-			e.wantNext(t, "1: there is room").deliver()
+			m := send(client, "below the limit")
+			e.wantNext(t, "1: below the limit").deliver()
 			m.wantAcked(t, "delivered")
 
 			var waiting []*arrival
@@ -252,15 +249,15 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 				waiting = append(waiting, e.arrival())
 			}
 			for range 2 { // one may come late
-				_ = send(client, "there is none")
+				_ = send(client, "above the limit")
 			}
 			synctest.Wait()
-			require.LessOrEqual(t, len(e.probe.arrivals), 1, "reading pauses")
+			require.LessOrEqual(t, len(e.probe.arrivals), 1, "reads are paused")
 			for _, a := range waiting {
 				a.deliver()
 			}
 			for range 2 {
-				e.wantNext(t, "1: there is none").deliver()
+				e.wantNext(t, "1: above the limit").deliver()
 			}
 		})
 	}

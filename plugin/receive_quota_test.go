@@ -22,26 +22,6 @@ import (
 
 var errPoison = errors.New("never that one")
 
-// failPoison delivers what arrives for some time, but for messages that begin with "poison",
-// and returns the texts of those that it delivered.
-func (e *engine) failPoison(during time.Duration) (delivered []string) {
-	e.t.Helper()
-	enough := time.After(during)
-	for {
-		select {
-		case a := <-e.probe.arrivals:
-			if text := a.texts()[0]; text[:6] == "poison" {
-				a.fail(errPoison)
-			} else {
-				delivered = append(delivered, text)
-				a.deliver()
-			}
-		case <-enough:
-			return delivered
-		}
-	}
-}
-
 func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1"), toProbe)
@@ -49,9 +29,9 @@ func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 		for i := range 100 {
 			send(bad, fmt.Sprint("poison ", i))
 		}
-		require.Empty(t, e.failPoison(10*time.Second))
+		require.Empty(t, e.deliverFor(10*time.Second, "poison"))
 		good := send(e.dialAs(2), "of another")
-		require.Equal(t, []string{"of another"}, e.failPoison(time.Second))
+		require.Equal(t, []string{"of another"}, e.deliverFor(time.Second, "poison"))
 		good.wantAcked(t, "delivered")
 
 		// Its session ends, and what has failed is redelivered; it reconnects and sends
@@ -61,9 +41,9 @@ func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 		for i := range 100 {
 			send(bad, fmt.Sprint("poison again ", i))
 		}
-		require.Empty(t, e.failPoison(10*time.Second))
+		require.Empty(t, e.deliverFor(10*time.Second, "poison"))
 		good = send(e.dialAs(3), "of a third")
-		require.Equal(t, []string{"of a third"}, e.failPoison(time.Second))
+		require.Equal(t, []string{"of a third"}, e.deliverFor(time.Second, "poison"))
 		good.wantAcked(t, "delivered")
 	})
 }
