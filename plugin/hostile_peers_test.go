@@ -243,7 +243,7 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 				e.run(dialInput, toProbe)
 				begin := time.Now()
 				peer := right.session()
-				require.LessOrEqual(t, time.Since(begin), 10*time.Second)
+				require.LessOrEqual(t, time.Since(begin), 10*time.Second, "the timeout of the handshake, and a wait")
 				e.wantReceives(t, peer, "delivered")
 				e.log.want(t, m.log)
 				require.Less(t, heapInUse()-before, int64(1<<20), "memory is back")

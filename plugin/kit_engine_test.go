@@ -229,6 +229,12 @@ type arrival struct {
 	verdict chan error
 }
 
+// Errors for fail.
+var (
+	errOutput = errors.New("the disk is full")   // of an output that does not work for now
+	errPoison = errors.New("never that message") // of a message that always fails
+)
+
 // arrival waits for the next batch at the probe.
 func (e *engine) arrival() *arrival {
 	e.t.Helper()

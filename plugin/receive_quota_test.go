@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -19,8 +18,6 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
-
-var errPoison = errors.New("never that one")
 
 func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

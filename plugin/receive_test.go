@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -16,8 +15,6 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
-
-var errOutput = errors.New("the disk is full")
 
 func TestNothingIsAcknowledgedBeforeThePipelineHasDeliveredIt(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
