@@ -19,10 +19,7 @@ import (
 
 func TestConnectingTwiceKeepsTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		out := e.bareOutput("")
-		require.NoError(t, out.Connect(t.Context()))
-		s := server.session()
+		out, server, s := e.connectedOutput("")
 		require.NoError(t, out.Connect(t.Context()))
 		require.Equal(t, []*cryo.Session{s}, server.cryo.Sessions())
 		require.NoError(t, out.Close(t.Context()))
@@ -106,10 +103,7 @@ func TestCloseOfAnOutputWaitsForAnEndingSession(t *testing.T) {
 
 func TestCancelledWriteDoesNotEndTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		out := e.bareOutput("")
-		require.NoError(t, out.Connect(t.Context()))
-		peer := server.session()
+		out, _, peer := e.connectedOutput("")
 		ctx, cancel := context.WithCancel(t.Context())
 		writing := sendAny(func() error { return out.WriteBatch(ctx, batchOf("m")) })
 		receiveTexts(t, peer, "m")

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"testing"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -72,6 +73,15 @@ func (e *engine) bareOutput(fields string) *output {
 	out, _, _, err := newOutput(conf, res, cryo.DialOptions{NetDial: e.dialer})
 	require.NoError(e.t, err)
 	return out
+}
+
+// connectedOutput makes an output cryo, and connects it to a server.
+func (e *engine) connectedOutput(fields string) (*output, *server, *cryo.Session) {
+	e.t.Helper()
+	server := e.serve()
+	out := e.bareOutput(fields)
+	require.NoError(e.t, out.Connect(context.Background()))
+	return out, server, server.session()
 }
 
 // bareServerInput makes an input cryo_server.

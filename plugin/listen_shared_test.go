@@ -296,13 +296,10 @@ func TestAddressInUseIsRetried(t *testing.T) {
 func TestReconnectedClientTakesItsSessionOver(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
-		opts := cryo.DialOptions{Token: token, SessionID: 5}
-		ghost, err := e.tryDial(opts)
-		require.NoError(t, err)
+		ghost := e.dialAs(5)
 		first := send(ghost, "first")
 		a := e.arrival()
-		client, err := e.tryDial(opts)
-		require.NoError(t, err)
+		client := e.dialAs(5)
 		require.Error(t, first.result(t))
 		second := send(client, "second") // with the first's number
 		b := e.arrival()

@@ -292,13 +292,10 @@ func TestResponseNeverGoesToAnotherClient(t *testing.T) {
 func TestReconnectedClientGetsNoResponseOfItsLastConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe, "sync_response: {}")
-		opts := cryo.DialOptions{Token: token, SessionID: 5}
-		ghost, err := e.tryDial(opts)
-		require.NoError(t, err)
+		ghost := e.dialAs(5)
 		first := send(ghost, "first")
 		a := e.arrival()
-		client, err := e.tryDial(opts)
-		require.NoError(t, err)
+		client := e.dialAs(5)
 		require.Error(t, first.result(t))
 		a.deliver()
 		wantNothing(t, client)

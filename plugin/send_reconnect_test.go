@@ -338,10 +338,7 @@ func TestStopEndsTheWaitForASession(t *testing.T) {
 		},
 	} {
 		lose := func(t *testing.T, e *engine) (*output, func(ctx context.Context) *sending) {
-			server := e.serve()
-			out := e.bareOutput("connect_timeout: 20s")
-			require.NoError(t, out.Connect(t.Context()))
-			peer := server.session()
+			out, server, peer := e.connectedOutput("connect_timeout: 20s")
 			return out, func(ctx context.Context) *sending {
 				writing := sendAny(func() error { return out.WriteBatch(ctx, batchOf("m0", "m1")) })
 				require.NoError(t, receiveTexts(t, peer, "m0", "m1")[0].Ack())

@@ -196,10 +196,7 @@ func TestBatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 
 func TestHardStopOfAnOutputReportsNoMessageErrors(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		server := e.serve()
-		out := e.bareOutput("")
-		require.NoError(t, out.Connect(t.Context()))
-		peer := server.session()
+		out, _, peer := e.connectedOutput("")
 		ctx, cancel := context.WithCancel(t.Context())
 		writing := sendAny(func() error { return out.WriteBatch(ctx, batchOf("m0", "m1", "m2")) })
 		m := receiveTexts(t, peer, "m0", "m1", "m2")
