@@ -425,7 +425,9 @@ input:
 
 	// With the same token it is the same client, which reconnects.
 	c.run(command{"do": "again"})
-	require.Equal(t, 1006, c.want("closed").Code)
+	e := c.want("closed")
+	require.Equal(t, 4000, e.Code)
+	require.Equal(t, "taken over by a newer connection of the same client", e.Reason)
 }
 
 func TestClientCloses(t *testing.T) {
@@ -462,7 +464,9 @@ func TestClientIsClosedAfterTheLastAcknowledgement(t *testing.T) {
 	p.Signal(syscall.SIGTERM)
 	d.Respond(http.StatusOK)
 	c.wantDone(id)
-	require.Equal(t, 4000, c.want("closed").Code)
+	e := c.want("closed")
+	require.Equal(t, 1012, e.Code)
+	require.Equal(t, "server is shutting down", e.Reason)
 	p.WantExit(0)
 }
 
