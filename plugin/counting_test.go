@@ -227,7 +227,7 @@ func TestAListenerCountsItsSessionsAndWhomItRefuses(t *testing.T) {
 			"cryo_sessions_denied{status=401}": 1,
 		})
 
-		time.Sleep(noInputPatience)
+		time.Sleep(noInputTimeout)
 		synctest.Wait()
 		send(b, "anybody?").wantRefused(t, "this session receives no messages")
 		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)

@@ -69,7 +69,7 @@ func TestAFailureThatCrossesTheEndOfItsInputLeavesTheMessageToTheNextInput(t *te
 		m := send(client, "hello")
 		_, ack, err := in.ReadBatch(t.Context())
 		require.NoError(t, err)
-		h := &hook{word: "Delivering a message again"}
+		h := &hook{word: "Redelivering a message"}
 		h.do = func() { require.NoError(t, in.Close(t.Context())) }
 		in.receiver.log = service.NewLoggerFromSlog(slog.New(h))
 		require.NoError(t, ack(t.Context(), errors.New("failed")))

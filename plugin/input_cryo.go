@@ -78,7 +78,7 @@ func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.A
 // Close is called when all acknowledgements are queued. They are written before the socket
 // closes.
 func (in *input) Close(ctx context.Context) error {
-	reportLeft(in.receiver.log, in.receiver.close())
+	logUndelivered(in.receiver.log, in.receiver.close())
 	return errors.Join(in.dialer.close(ctx), in.conf.streams.scanner.close(ctx))
 }
 

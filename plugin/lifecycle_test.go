@@ -89,9 +89,9 @@ func TestALostConnectionIsDialledAgainWithTheSameSession(t *testing.T) {
 			require.Equal(t, id, server.session().ID())
 		}
 		synctest.Wait()
-		require.Equal(t, 1, e.log.count("INFO Connected to ws://"+somewhere+" as session"))
-		require.Equal(t, 3, e.log.count("WARN Disconnected from ws://"+somewhere+": session ended: connection lost"))
-		require.Equal(t, 3, e.log.count("INFO Reconnected to ws://"+somewhere+" as session"))
+		require.Equal(t, 1, e.log.count("INFO Connected", "url=ws://"+somewhere, "session="))
+		require.Equal(t, 3, e.log.count("WARN Disconnected", "url=ws://"+somewhere, "error=session ended: connection lost"))
+		require.Equal(t, 3, e.log.count("INFO Reconnected", "url=ws://"+somewhere, "session="))
 	})
 }
 
@@ -102,17 +102,17 @@ func TestAServerThatSaysByeIsDialledAgain(t *testing.T) {
 		s := server.session()
 		require.NoError(t, s.Close(t.Context(), "restarting"))
 		require.Equal(t, s.ID(), server.session().ID())
-		e.log.want(t, `Disconnected from ws://`+somewhere+`: session ended: closed by the peer: "restarting"`)
+		e.log.want(t, "INFO Disconnected", "url=ws://"+somewhere, `error=session ended: closed by the peer: "restarting"`)
 	})
 }
 
 func TestAnIdleOutputTellsOfItsLostConnectionAtOnce(t *testing.T) {
 	for name, c := range map[string]struct {
-		end  func(e *engine, peer *cryo.Session)
-		line string
+		end        func(e *engine, peer *cryo.Session)
+		line, text string
 	}{
-		"cut":     {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
-		"goodbye": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
+		"cut":     {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected", "error=session ended: connection lost"},
+		"goodbye": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected", "error=session ended: closed by the peer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -120,14 +120,14 @@ func TestAnIdleOutputTellsOfItsLostConnectionAtOnce(t *testing.T) {
 				e.run(fromFeed, dialOutput)
 				c.end(e, server.session())
 				synctest.Wait()
-				e.log.want(t, c.line)
+				e.log.want(t, c.line, c.text)
 				time.Sleep(time.Hour)
 				require.Empty(t, server.sessions, "it has nothing to write")
 
 				f := e.give("m")
 				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
 				f.wantDelivered(t, "on the next connection")
-				require.Equal(t, 1, e.log.count("Disconnected from"))
+				require.Equal(t, 1, e.log.count("Disconnected"))
 			})
 		})
 	}
@@ -141,8 +141,8 @@ func TestAGracefulStopSaysThatTheSessionIsClosed(t *testing.T) {
 				p := e.run(ends[0], ends[1])
 				server.session()
 				p.stop()
-				require.Equal(t, 1, e.log.count("INFO Closed the session with ws://"+somewhere))
-				require.Zero(t, e.log.count("Disconnected from"))
+				require.Equal(t, 1, e.log.count("INFO Session closed", "url=ws://"+somewhere))
+				require.Zero(t, e.log.count("Disconnected"))
 			})
 		})
 	}
@@ -221,7 +221,7 @@ func TestTheGhostOfALostSessionIsTriedAgainEverySecond(t *testing.T) {
 		second := time.Second
 		require.Equal(t, []time.Duration{second, second, second, second}, r.waits())
 		require.Len(t, r.ids, 1, "always the same id")
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is our own lost connection, it passes within seconds)"))
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is the previous connection of this component, the server removes it within seconds)"))
 	})
 }
 
@@ -230,7 +230,7 @@ func TestARefusedTokenIsTriedAgainEveryHalfMinute(t *testing.T) {
 		next(t, connected)
 		half := 30 * time.Second
 		require.Equal(t, []time.Duration{half, half, half, half}, r.waits())
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)"))
 	})
 }
 
@@ -351,7 +351,7 @@ func TestAnInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 		r := &refusals{left: 4, status: http.StatusUnauthorized, sentence: "Invalid token", ids: make(map[string]bool)}
 		e.serveHTTP(somewhere, r)
 		p := e.run(dialInput, toProbe)
-		e.log.want(t, "trying again in 30s")
+		e.log.want(t, "retrying in 30s")
 		begin := time.Now()
 		p.stop()
 		require.Less(t, time.Since(begin), time.Second)

@@ -269,8 +269,8 @@ func TestRealSocketsAreListenedOnAndDialled(t *testing.T) {
 	defer in.stop()
 	var address string
 	require.Eventually(t, func() bool {
-		_, line, found := strings.Cut(strings.Join(e.log.all(), "\n"), "Listening for Cryo clients on ")
-		address, _, _ = strings.Cut(line, " ")
+		_, line, found := strings.Cut(strings.Join(e.log.all(), "\n"), " address=")
+		address, _, _ = strings.Cut(strings.ReplaceAll(line, "\n", " "), " ")
 		return found
 	}, 10*time.Second, time.Millisecond)
 	s, err := cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: "a"})
@@ -292,10 +292,10 @@ func TestTheLogSaysWhereAListenerReallyIsAndHowItsSessionsEnd(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, s.Close(t.Context(), "enough"))
 		synctest.Wait()
-		e.log.want(t, "DEBUG Session 7 connected from ")
-		e.log.want(t, `DEBUG Session 7 disconnected: session ended: closed by the peer: "enough"`)
+		e.log.want(t, "DEBUG Session connected", "session=7", "remote=")
+		e.log.want(t, "DEBUG Session disconnected", "session=7", `error=session ended: closed by the peer: "enough"`)
 		p.stop()
-		e.log.want(t, "INFO Listening for Cryo clients on "+somewhere)
-		e.log.want(t, "INFO Closed the listener on "+somewhere)
+		e.log.want(t, "INFO Listening for Cryo clients", "address="+somewhere)
+		e.log.want(t, "INFO Listener closed", "address="+somewhere)
 	})
 }

@@ -302,7 +302,7 @@ func TestInputThatStartsLaterEmitsConnectedForEachSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.visit(t, 7)
-		time.Sleep(2 * noInputPatience)
+		time.Sleep(2 * noInputTimeout)
 		e.run(telling, toProbe)
 		e.told(t, "7 connected").deliver()
 		end(client)

@@ -112,7 +112,7 @@ func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queue
 	if q.waits = q.one[:]; len(sessions) != 1 {
 		q.waits = make([]ackWait, len(sessions))
 	}
-	q.began = s.metrics.sending(len(messages) * len(sessions))
+	q.began = s.metrics.inFlightAdd(len(messages) * len(sessions))
 	for i, session := range sessions {
 		q.waits[i] = ackWait{session: session, pending: session.Queue(frames), clock: session.AckClock()}
 	}
@@ -143,10 +143,10 @@ func (q *queued) await(ctx context.Context, result func(session *cryo.Session, e
 		}
 		late = late || isLate(err)
 		errs := errorsOf(err)
-		q.metrics.settled(q.messages, errs)
+		q.metrics.countResults(q.messages, errs)
 		result(w.session, errs)
 	}
-	q.metrics.awaited(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
+	q.metrics.inFlightDone(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
 }
 
 // tick ends the waits that are late.
@@ -187,7 +187,7 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMe
 	if errors.Is(err, cryo.ErrStepTimeout) {
 		err = fmt.Errorf("%w: %w after %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
-	s.metrics.settled([]*outMessage{m}, []error{err})
+	s.metrics.countResults([]*outMessage{m}, []error{err})
 	return err
 }
 

@@ -191,7 +191,7 @@ func TestRecordClientStreams(t *testing.T) {
 		c.want("streamed", is(numbers(size, 0)))
 	}
 	c.run(command{"do": "stream", "name": "too long", "chunks": []int{60, 60}})
-	p.WantLog("Gave up the stream")
+	p.WantLog("Stream failed")
 	c.run(command{"do": "text", "text": "after it"})
 	p.stop()
 	c.want("closed")
