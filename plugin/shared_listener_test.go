@@ -52,7 +52,7 @@ func TestComponentsOfOneAddressHaveToAgree(t *testing.T) {
 			first.stop() // so that it isn't named
 			e.run(fromOnce, "label: answers\n"+with(listenOutput, settings))
 			words := "the input cryo_server orders and the output cryo_server answers share the listener on " + somewhere +
-				", but differ in " + differ + ": make that equal, or give one another address"
+				", but differ in " + differ + ": make these fields equal, or use different addresses"
 			e.log.want(t, "ERROR Failed to connect to cryo_server: "+words)
 			for _, line := range e.log.all() {
 				require.NotContains(t, line, token)
@@ -248,7 +248,7 @@ func TestAComponentThatClosesTwiceLeavesOnce(t *testing.T) {
 		require.NoError(t, err)
 		in, err := newServerInput(conf, service.MockResources())
 		require.NoError(t, err)
-		in.all = e.shared
+		in.listeners = e.shared
 		require.NoError(t, in.Close(t.Context()), "before it has joined")
 		require.NoError(t, in.Connect(t.Context()))
 		require.NoError(t, in.Connect(t.Context()))
