@@ -192,7 +192,7 @@ func TestAMessageThatTenWorkersLoseFails(t *testing.T) {
 			receiveTexts(t, c, "poison")
 			end(c)
 		}
-		require.ErrorContains(t, next(t, f.verdict), "10 sessions in a row did not acknowledge it, the last: session ended: ")
+		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by 10 sessions in a row, last error: session ended: ")
 	})
 }
 
@@ -211,7 +211,7 @@ func TestNoSessionDecidesAboutAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("fails at ack_timeout, as a whole", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			e.give("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, the first: no client is connected")
+			e.give("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, first error: no client is connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})

@@ -111,7 +111,7 @@ func TestABatchFailsWithoutASessionWithinAckTimeoutOfTheLoss(t *testing.T) {
 		require.Equal(t, 10*time.Second, time.Since(begin))
 		requirePlain(t, err)
 		require.NotErrorIs(t, err, net.ErrClosed, "it wraps none of the messages' errors")
-		require.ErrorContains(t, err, "2 of 3 messages were not acknowledged, the first: session ended: ")
+		require.ErrorContains(t, err, "2 of 3 messages were not acknowledged, first error: session ended: ")
 		require.ErrorContains(t, err, ", and no other session within ack_timeout (10s): dialling ws://"+somewhere+": dial tcp: connection refused")
 		e.log.want(t, "WARN Reconnecting failed", "url=ws://"+somewhere, "error=dialling")
 
@@ -166,7 +166,7 @@ func TestABatchIsSentOnTenSessionsAtMost(t *testing.T) {
 		}
 		err := next(t, f.verdict)
 		requirePlain(t, err)
-		require.ErrorContains(t, err, "2 of 2 messages were not acknowledged, the first: 10 sessions in a row did not acknowledge it, the last: session ended: ")
+		require.ErrorContains(t, err, "2 of 2 messages were not acknowledged, first error: not acknowledged by 10 sessions in a row, last error: session ended: ")
 	})
 }
 
@@ -381,7 +381,7 @@ func TestAStopEndsTheWaitForASession(t *testing.T) {
 				err := writing.result(t)
 				require.Zero(t, time.Since(begin))
 				requirePlain(t, err)
-				require.ErrorContains(t, err, "1 of 2 messages were not acknowledged, the first: session ended: ")
+				require.ErrorContains(t, err, "1 of 2 messages were not acknowledged, first error: session ended: ")
 				require.ErrorContains(t, err, ", and the component is closed")
 				require.ErrorIs(t, out.Connect(t.Context()), errDialerClosed)
 			})

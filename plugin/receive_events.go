@@ -25,14 +25,14 @@ const (
 	eventOverhead = 256 // bytes; the overhead of a message in the receive buffer
 )
 
-const sessionMetadataText = `
+const eventMetadataText = `
 Session events (` + "`session` in `message_types`" + `) have no content and no ` + "`cryo_ack_id`" + `. Their ` + "`cryo_message_type` is `session`" + `, and they carry in addition:
 
 - ` + "`cryo_session_event`" + `: ` + "`connected` or `disconnected`" + `
 - ` + "`cryo_session_cause`" + `: why the session has ended, as text; only with ` + "`disconnected`" + `
 `
 
-const sessionsText = `
+const eventsText = `
 == Sessions
 
 With ` + "`session` in `message_types`" + `, the pipeline also receives an event when a client has connected and when it has disconnected, for example to track presence. The order is:

@@ -262,7 +262,7 @@ func readerFailed(batch service.MessageBatch) error {
 }
 
 // errTooLong is the error of a stream with more than max_bytes, or with a message of more.
-var errTooLong = errors.New("the stream is too long")
+var errTooLong = errors.New("stream exceeds max_bytes")
 
 // streamReader is the reader of a scanner. It limits the length of the stream, and records how
 // the stream ended. It may be used by a goroutine of the scanner that reads ahead.
@@ -285,7 +285,7 @@ func (w *streamReader) Read(p []byte) (int, error) {
 	n, err := w.stream.Read(p)
 	w.bytes.Incr(int64(n), messageTypeStream)
 	if w.read += int64(n); w.maxBytes > 0 && w.read > w.maxBytes {
-		n, err = 0, fmt.Errorf("%w: over %d bytes", errTooLong, w.maxBytes)
+		n, err = 0, fmt.Errorf("%w (%d)", errTooLong, w.maxBytes)
 	}
 	if err != nil {
 		w.mu.Lock()

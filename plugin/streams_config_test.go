@@ -12,7 +12,7 @@ func TestABadConfigurationOfStreamsFailsLintAndStart(t *testing.T) {
 		{"input", `streams: { flow_control: Push }`, `field streams.flow_control must be push or pull, got "Push"`},
 		{"input", `streams: { max_bytes: -1 }`, "field streams.max_bytes must be at least 0, got -1"},
 		{"input", `streams: { max_open: 0 }`, "field streams.max_open must be at least 1, got 0"},
-		{"input", `streams: { idle_timeout: 0s }`, "field streams.idle_timeout must be above zero, got 0s"},
+		{"input", `streams: { idle_timeout: 0s }`, "field streams.idle_timeout must be greater than zero, got 0s"},
 		{"input", `streams: { idle_timeout: soon }`, `field streams.idle_timeout must be a duration such as 5s, got "soon"`},
 		{"input", `streams: { scanner: { decompress: { algorithm: zip } } }`, "field streams.scanner: compression type not recognised: zip"},
 		{"input", `streams: { scanner: null }`, "field streams.scanner: invalid type !!null, expected object"},
@@ -22,7 +22,7 @@ func TestABadConfigurationOfStreamsFailsLintAndStart(t *testing.T) {
 		{"input", `streams: { scanner: { switch: [ { scanner: { decompress: { algorithm: gzip, into: { chunker: { size: -1 } } } } } ] } }`, "field size of the scanner chunker must be at least 1 and at most 1 GiB (1073741824), got -1"},
 		{"output", `stream: { chunk_bytes: 0 }`, "field stream.chunk_bytes must be at least 1, got 0"},
 		{"output", `stream: { chunk_bytes: 16777217 }`, "field stream.chunk_bytes must be at most 16777216, got 16777217"},
-		{"output", `message_type: streams`, "field message_type: unknown message type streams, it has to be auto, utf8, binary or stream"},
+		{"output", `message_type: streams`, `field message_type: unknown message type "streams": it must be auto, utf8, binary or stream`},
 	} {
 		for _, name := range []string{"cryo", "cryo_server"} {
 			fields := `{ ` + map[string]string{"cryo": dials, "cryo_server": listens}[name] + `, ` + tt.fields + ` }`

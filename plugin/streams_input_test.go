@@ -190,7 +190,7 @@ func TestATooLongStreamIsCancelled(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 100000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "long", strings.Repeat("x", 100_001)).cancelled(t, "a byte too much")
 		e.wantNoArrival("not whole")
-		e.log.want(t, "WARN Stream failed", "error=the stream is too long: over 100000 bytes")
+		e.log.want(t, "WARN Stream failed", "error=stream exceeds max_bytes (100000)")
 		e.log.want(t, fmt.Sprint("session=", peer.ID()))
 		e.log.want(t, "stream=long")
 		stream := sendStream(peer, "fits", strings.Repeat("x", 100_000))

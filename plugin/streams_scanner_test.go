@@ -291,7 +291,7 @@ func TestAFewBytesOfAStreamDoNotBecomeAMessageThatIsLargerThanAStreamMayBe(t *te
 				e.log.want(t, "WARN Stream failed", "error=scanner: ")
 				e.log.want(t, fmt.Sprint("session=", peer.ID()))
 				e.log.want(t, "stream=bomb")
-				e.log.want(t, "a message of more than 1000000 bytes")
+				e.log.want(t, "stream exceeds max_bytes (1000000) with a single message")
 				require.NoError(t, peer.Err(), "the session goes on")
 			})
 		})

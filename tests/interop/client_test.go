@@ -297,7 +297,7 @@ func TestClientStreamIsCancelled(t *testing.T) {
 
 	// The package ignores TX_CANCEL, and must survive it.
 	c.run(command{"do": "stream", "name": "long", "chunks": []int{600, 600, 600}})
-	p.WantLog("Stream failed", "long", "too long")
+	p.WantLog("Stream failed", "long", "max_bytes")
 
 	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	c.run(command{"do": "chunk", "source": "silent", "size": 10})

@@ -122,7 +122,7 @@ func TestServerStreamIsCancelled(t *testing.T) {
 	for range 3 {
 		n.run(command{"do": "chunk", "source": "long", "size": 600})
 	}
-	p.WantLog("Stream failed", "long", "too long")
+	p.WantLog("Stream failed", "long", "max_bytes")
 
 	n.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	n.run(command{"do": "chunk", "source": "silent", "size": 10})
