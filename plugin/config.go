@@ -28,8 +28,8 @@ In addition to the engine's metrics of a component, there are metrics with the p
 // Each field has a rule: a function from its value to the setting or an error. The start uses
 // the setting; lint reports the same error. A lint rule of the engine is a Bloblang mapping of
 // the value of one field: the lint rules of this plugin call the method cryo_lint, which runs
-// the rule. Rules about several fields are part of the construction of a component; the lint
-// rule of the component constructs it. So a configuration that lint accepts can be started.
+// the rule. Rules about several fields are checked when a component is built; the lint rule of
+// a component builds it. So a configuration that lint accepts can be started.
 
 // setting is a field of the configuration with its rule. The last element of the path is its
 // name.

@@ -262,7 +262,7 @@ func (t *tally) count(messages, bytes *service.MetricCounter) {
 	}
 }
 
-// meter makes the metrics of one component.
+// meter creates the metrics of one component.
 type meter struct {
 	*service.Metrics
 	levels    *levels

@@ -116,7 +116,7 @@ func (q *redeliveries) drain() []item {
 	return all
 }
 
-// waits is a heap of messages by their field due.
+// waits is a heap of messages, ordered by their field due.
 type waits []item
 
 func (w waits) Len() int           { return len(w) }

@@ -336,7 +336,7 @@ func (b *scannedBatch) done(index int, err error) {
 		return
 	}
 	b.release()
-	_ = b.ack(context.Background(), b.err) // the AckFunc of scanner.open, which returns nil
+	_ = b.ack(context.Background(), b.err) // ends in the AckFunc of scanner.open, which returns nil
 	b.transfer.done(b.err)
 }
 
