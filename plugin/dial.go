@@ -14,8 +14,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// closeTimeout bounds the close of a component: the engine sets no limit.
-const closeTimeout = 10 * time.Second
+// closeTime bounds the close of a component: the engine sets no limit.
+const closeTime = 10 * time.Second
 
 // dialer adapts a [cryo.Client], which owns the sessions and the waits between attempts, to
 // the engine: it adds log lines, metrics and the errors that the engine expects.
@@ -142,10 +142,10 @@ func withHint(failed *cryo.RetryError) error {
 	}
 }
 
-// close closes the client within closeTimeout. It also waits for a session that is already
+// close closes the client within closeTime. It also waits for a session that is already
 // ending: acknowledgements may still be written.
 func (d *dialer) close(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	return d.client.Close(ctx, "")
 }

@@ -164,7 +164,7 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // sessions are closed once their acknowledgements are written.
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
-	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)
 	err = errors.Join(err, ln.http.Close()) // connections that are not sessions

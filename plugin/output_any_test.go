@@ -338,7 +338,7 @@ func TestAPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 		receiveTexts(t, c, "m0")
 		begin := time.Now()
 		p.kill()
-		require.Less(t, time.Since(begin), closeTimeout+time.Second)
+		require.Less(t, time.Since(begin), closeTime+time.Second)
 	})
 }
 

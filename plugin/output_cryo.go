@@ -82,7 +82,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 	}
 	messages := o.prepare(batch)
 	o.deliver(ctx, &reconnecting{dialer: o.dialer, session: session, timeout: o.ackTimeout}, withError(messages, isNil), 0)
-	return o.batchError(ctx, batch, messages)
+	return o.verdict(ctx, batch, messages)
 }
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }

@@ -111,7 +111,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 		b := broadcast{sender: &o.sender, listener: o.listener, noSession: o.noSession, messages: messages}
 		b.send(ctx, o.targets(batch, messages))
 	}
-	return o.batchError(ctx, batch, messages)
+	return o.verdict(ctx, batch, messages)
 }
 
 // Close leaves the listener, and closes it if no other component uses it.

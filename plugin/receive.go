@@ -80,17 +80,17 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 	r.queue.addDelivery(d)
 	r.last = d
 	return batch, func(ctx context.Context, err error) error {
-		r.handleResult(ctx, d, err)
+		r.verdict(ctx, d, err)
 		return nil
 	}, nil
 }
 
-// handleResult applies the pipeline's result for a delivery. Without an error, every message
+// verdict applies the pipeline's result for a delivery. Without an error, every message
 // of the batch is delivered. An error for a batch of one applies to that message. An error
 // for a batch of several does not identify the failed messages, whichever it names
 // (docs/engine-faults.md): each is redelivered alone, and gets a result of its own. Only the
 // first result of a delivery counts. An error during a hard stop is not a result.
-func (r *receiver) handleResult(ctx context.Context, d *delivery, err error) {
+func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	if err != nil && ctx.Err() != nil || !r.queue.firstResult(d) {
 		return
 	}

@@ -178,7 +178,7 @@ func failUnsent(messages []*outMessage, err error) {
 	}
 }
 
-// batchError returns the error of a batch for the engine.
+// verdict returns the error of a batch for the engine.
 //
 // The engine identifies the message of an error by its context, but its processors move
 // contexts to other messages: after one that filters or splits, an error of a message would be
@@ -188,7 +188,7 @@ func failUnsent(messages []*outMessage, err error) {
 //
 // The error wraps none of the messages' errors: an ErrNotConnected, for example, would make the
 // engine send the whole batch again.
-func (s *sender) batchError(ctx context.Context, batch service.MessageBatch, messages []*outMessage) error {
+func (s *sender) verdict(ctx context.Context, batch service.MessageBatch, messages []*outMessage) error {
 	failed, first := 0, error(nil)
 	for _, m := range messages {
 		if m.err == nil {
