@@ -207,7 +207,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 		slow = " Further ones wait, and one that blocks others for more than a minute ends its session: over slow lines, send large data as a stream."
 	}
 	return maxBufferBytesField.config().
-		Description("The size of the receive buffer: the bytes of unacknowledged messages, plus 256 bytes per message. When it is full, reads are paused (backpressure), which slows senders down and ends no session." + sharing + " Messages of more than 64 KiB that are not yet complete may use as much again, and two messages." + slow + " The default fits about 100,000 messages of 32 bytes. If this process also sends on the session, the acknowledgements that it waits for may be behind data that is not read. When an acknowledgement has been delayed like that for 10 s, messages that do not fit are rejected with an ERROR, and streams are cancelled, until the session uses no more than is free. A peer that keeps sending without reading loses its session.").
+		Description("The size of the receive buffer: the bytes of unacknowledged messages, plus 256 bytes per message. When it is full, reads are paused (backpressure), which slows senders down and ends no session." + sharing + " Messages of more than 64 KiB that are not yet complete may use as much again, plus two messages." + slow + " The default fits about 100,000 messages of 32 bytes. If this process also sends on the session, the acknowledgements that it waits for may be behind data that is not read. When an acknowledgement has been delayed like that for 10 s, messages that do not fit are rejected with an ERROR, and streams are cancelled, until the session uses no more than is free. A peer that keeps sending without reading loses its session.").
 		Advanced()
 }
 
