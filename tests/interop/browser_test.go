@@ -442,7 +442,7 @@ func testBrowserRestart(t *testing.T, b *browser) {
 	page.start("offline", "clients.page.SendUTF8('offline')")
 	page.wantSettled("offline", "rejected No socket.")
 	p, s, g = serving(t, address, "", sendingAll)
-	p.WantLog("Session " + id + " connected")
+	p.WantLog("Session connected", "session="+id)
 	page.wantEvent("reconnected")
 	wantServed(t, page, s, g)
 }
@@ -459,7 +459,7 @@ func testBrowserCrash(t *testing.T, b *browser) {
 	p.crash()
 	page.wantEvent("disconnected")
 	p, s, g = serving(t, address, "", sendingAll)
-	p.WantLog("Session " + id + " connected")
+	p.WantLog("Session connected", "session="+id)
 	page.wantEvent("reconnected")
 	wantServed(t, page, s, g)
 	require.Equal(t, "open", page.eval("settled.lost"), "a send of the lost connection never settles")
@@ -481,7 +481,7 @@ func testBrowserNetworkLoss(t *testing.T, b *browser) {
 	page.forget()
 	network.cut()
 	page.wantEvent("reconnected")
-	p.WantLog("Session " + id + " connected")
+	p.WantLog("Session connected", "session="+id)
 	wantServed(t, page, s, g)
 }
 
@@ -493,10 +493,10 @@ func testBrowserTimeout(t *testing.T, b *browser) {
 	wantServed(t, page, s, g)
 	page.forget()
 	network.stall()
-	p.WantLog("Session "+id+" disconnected", "peer timeout")
+	p.WantLog("Session disconnected", "session="+id, "peer timeout")
 	network.pass()
 	page.wantEvent("reconnected")
-	p.WantLog("Session " + id + " connected")
+	p.WantLog("Session connected", "session="+id)
 	wantServed(t, page, s, g)
 }
 

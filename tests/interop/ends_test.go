@@ -25,7 +25,7 @@ func TestClientSeesACrashAndDoesNotReturn(t *testing.T) {
 	require.Equal(t, 1006, c.want("closed").Code)
 	p, _, g := serving(t, address, "", sendingAll)
 	again := client(t)
-	p.WantLog("Session " + again.connect(address) + " connected") // another one: it has another id
+	p.WantLog("Session connected", "session="+again.connect(address)) // another one: it has another id
 	again.tell(command{"do": "text", "text": "of the new one"})
 	g.Next().Respond(http.StatusOK)
 	require.Zero(t, p.Count(isConnected), "the first client has not returned")
@@ -127,7 +127,7 @@ func TestServerStreamThatIsCancelled(t *testing.T) {
 	// While it is sent.
 	sending := n.tell(command{"do": "stream", "name": "while it is sent", "source": "s"})
 	n.run(command{"do": "chunk", "source": "s", "size": 2000})
-	p.WantLog("Gave up the stream", "while it is sent", "too long")
+	p.WantLog("Stream failed", "while it is sent", "max_bytes")
 	for n.Count(responds(sending)) == 0 { // it looks at the next chunk after TX_CANCEL
 		n.run(command{"do": "chunk", "source": "s", "size": 1})
 	}

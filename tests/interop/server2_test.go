@@ -79,7 +79,7 @@ func TestOldServerCannotBePulledFrom(t *testing.T) {
 	n.run(command{"do": "text", "text": "the flow control is set"})
 	p.wantMessage("a message", []byte("the flow control is set"))
 	n.tell(command{"do": "stream", "name": "pulled", "chunks": []int{10, 100_000, 1}})
-	p.WantLog("Gave up the stream", "pulled", "the stream is broken: chunk 3 received, expected 0")
+	p.WantLog("Stream failed", "pulled", "the stream is broken: chunk 3 received, expected 0")
 	n.run(command{"do": "text", "text": "the session goes on"})
 	p.wantMessage("a message", []byte("the session goes on"))
 	p.wantNoMessage()
