@@ -187,7 +187,7 @@ func TestTheWaitForACancelEndsWithTheContext(t *testing.T) {
 	})
 }
 
-func TestShutdownCancelsStreamsBeforeBye(t *testing.T) {
+func TestShutdownCancelsStreamsBeforeItCloses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		peer := join(t, l, sid)
@@ -195,10 +195,10 @@ func TestShutdownCancelsStreamsBeforeBye(t *testing.T) {
 		incoming(t, next(t, sessions), peer, 1, 0)
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		cancel := peer.WantType("the stream is cancelled", wire.TxCancel)
-		peer.WantIdle("BYE waits", instant)
+		peer.WantIdle("the close frame waits", instant)
 		peer.Ack(cancel)
-		peer.WantType("BYE", wire.Bye)
-		peer.WriteClose(4000, "")
+		peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+		peer.WriteClose(1012, "")
 		shutdown.wantSuccess(t)
 	})
 }

@@ -95,6 +95,8 @@ func (r *frameReader) next(in *received) error {
 		return &ProtocolError{Err: err}
 	case in.SID != r.sid:
 		return &ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", in.Type, in.SID)}
+	case !in.Type.Known(): // ignored, as the published peers do
+		return r.conn.Discard()
 	case !in.Type.IsData(), in.Type == wire.Error && r.isOurs(in.Ack):
 		return r.readControl(in)
 	}

@@ -43,7 +43,7 @@ func readerOf(c net.Conn, bound int) *frameReader {
 	conn := ws.New(c, false)
 	conn.Start(func([]byte) {})
 	limit := newReceiveLimit(conn, newReceiveBuffer(bound), make(chan struct{}),
-		func() bool { return false }, func(*wire.Frame) bool { return true })
+		func() bool { return false }, func(*wire.Frame) bool { return true }, func(*wire.Frame) bool { return false })
 	return &frameReader{conn: conn, limit: limit, isOurs: func(uint32) bool { return false }}
 }
 

@@ -62,7 +62,7 @@ func TestClientWithoutEndpointInfoIsDisconnected(t *testing.T) {
 		peer := join(t, l, sid)
 		begin := time.Now()
 		peer.WantEndpointInfo("the server's ENDPOINT_INFO")
-		peer.WantClose("the end", 4001, "the peer broke the protocol: no ENDPOINT_INFO within 3s")
+		peer.WantClose("the end", 4001, "the peer broke the protocol: no ENDPOINT_INFO, acknowledgement of ours, or data within 3s")
 		require.Equal(t, 3*time.Second, time.Since(begin))
 		require.Empty(t, sessions)
 		_, known := server.Session(sid)

@@ -165,7 +165,9 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 	for _, c := range []struct{ does, frame, problem string }{
 		{"sends half a session id", "ffff", "malformed frame of 2 bytes: shorter than session id and type"},
 		{"sends a frame without a type", id, "malformed frame of 8 bytes: shorter than session id and type"},
-		{"sends an unknown type", id + "06" + "00000001", "malformed unassigned type 6 frame of 13 bytes: no such frame type"},
+		{"sends an unknown type", id + "06" + "00000001", ""},
+		{"sends a TX_START of CAMP", id + "00" + "00000001" + "00000000" + "ffffffffffffffff" + "00" + "6e616d65", "malformed TX_START frame of 30 bytes: it is a frame of another protocol, CAMP"},
+		{"sends a PING_PONG of CAMP", id + "fb" + "706f6e67", "malformed PING_PONG frame of 13 bytes: it is a frame of another protocol, CAMP"},
 		{"sends half a number", id + "fa" + "0000", "malformed UTF8DATA frame of 11 bytes: shorter than its 13 bytes"},
 		{"sends ping with a byte too much", id + "fb" + "00000001" + "70696e67ff", "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
 		{"sends a message for a foreign session", "0000000000000001" + "fa" + "00000001", "UTF8DATA frame for the foreign session 1"},
@@ -440,6 +442,7 @@ func strangeStreams() []misbehaviour {
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txStart(2, 5, -1, "again"))
+				peer.Ack(peer.WantType("the open one is cancelled", wire.TxCancel))
 			},
 		},
 		{

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/gorilla/websocket"
 
@@ -59,6 +60,11 @@ func (s *Session) wants(f *wire.Frame) bool {
 	}
 }
 
+// early reports whether a frame is a chunk of a stream that is not accepted yet.
+func (s *Session) early(f *wire.Frame) bool {
+	return f.Type == wire.TxChunk && !s.isEnding() && s.incoming.isAnnounced(f.Tx)
+}
+
 // readFailed ends the session when nothing more can be read.
 func (s *Session) readFailed(err error) {
 	var (
@@ -79,7 +85,10 @@ func (s *Session) readFailed(err error) {
 		// Not WebSocket, or a message over the limit. Closing a socket with
 		// unread data resets it, and the close frame and queued
 		// acknowledgements could be lost.
-		s.closeWith(&ProtocolError{Problem: framed.Error()}, framed.Code, framed.Problem)
+		err := &ProtocolError{Problem: framed.Error()}
+		if s.closeWith(err, framed.Code, framed.Problem) {
+			s.reportViolation(err)
+		}
 		s.conn.DiscardAll()
 		s.writer.wait()
 	default:
@@ -87,10 +96,30 @@ func (s *Session) readFailed(err error) {
 	}
 }
 
-// protocolError ends the session with code 4001. Reads continue until the peer
-// has closed.
+// protocolError ends the session with code 4001. Reads continue until the peer has closed. As in
+// Close, incoming streams are cancelled first; the reading goroutine can't wait for the
+// acknowledgements, which it reads.
 func (s *Session) protocolError(err *ProtocolError) {
-	s.closeWith(err, closeClientError, err.Error())
+	f := closeFrame{code: closeClientError, reason: closeReason(err.Error())}
+	if !s.beginClosing(err) {
+		s.writer.queueClose(f)
+		return
+	}
+	s.reportViolation(err)
+	s.cancelIncoming()
+	now := time.Now()
+	if _, until := s.incoming.cancelledUntil(now); !until.After(now) {
+		s.writer.queueClose(f)
+		return
+	}
+	s.closers.Go(func() {
+		s.incoming.awaitCancels(nil, s.unreadable)
+		s.writer.queueClose(f)
+	})
+}
+
+func (s *Session) reportViolation(err *ProtocolError) {
+	s.report("Closing a session because of a protocol violation", "error", err.Error())
 }
 
 // isEnding reports whether the session has a cause of end: from then on, data is discarded.
@@ -109,7 +138,9 @@ func (s *Session) handle(in *received) {
 	switch f.Type {
 	case wire.Ack:
 		s.peerAcked.Store(true) // before the wait for it ends: Dial resets it afterwards
-		s.handleAnswer(f, nil)
+		if s.handleAnswer(f, nil) && !s.isEnding() {
+			s.setPeerKnown()
+		}
 		return
 	case wire.Error:
 		// A rejection of one of our frames is never acknowledged: the peer
@@ -121,6 +152,13 @@ func (s *Session) handle(in *received) {
 	ending := s.isEnding()
 	if ending && s.writer.isClosing() {
 		return // discarded: nothing can be acknowledged any more
+	}
+	switch {
+	case !f.Type.Known():
+		s.ignored.Add(1)
+		return
+	case !ending && f.Type != wire.PingPong && f.Type != wire.EndpointInfo && f.Type != wire.Bye:
+		s.setPeerKnown()
 	}
 
 	switch f.Type {
@@ -162,17 +200,9 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	return true
 }
 
-// handleStream processes one TX frame. A server ignores TX frames before the client's
-// ENDPOINT_INFO, as cryo-server does.
+// handleStream processes one TX frame.
 func (s *Session) handleStream(in *received) {
 	f := &in.Frame
-	if !s.dialing {
-		select {
-		case <-s.peerKnown:
-		default:
-			return
-		}
-	}
 	switch f.Type {
 	case wire.TxFlow:
 		s.outgoing.setFlow(f.Flow)
@@ -206,8 +236,15 @@ func (s *Session) handleEndpointInfo(f *wire.Frame) {
 	if s.streamless.Store(streamless); streamless {
 		s.outgoing.stopAll(ErrStreamsUnsupported)
 	}
+	s.setPeerKnown()
+}
+
+// setPeerKnown records that the peer speaks Cryo: it has sent ENDPOINT_INFO, acknowledged ours,
+// or sent data. cryo-client-browser sends ENDPOINT_INFO on its first connection only, and older
+// clients never do. Reading goroutine.
+func (s *Session) setPeerKnown() {
 	select {
-	case <-s.peerKnown: // a repeated ENDPOINT_INFO
+	case <-s.peerKnown:
 	default:
 		close(s.peerKnown)
 	}

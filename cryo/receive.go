@@ -189,7 +189,7 @@ func (s *Session) reportBufferFull() {
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
-// report logs a warning, at most one a second. It logs without a lock held, because a log
+// report logs a warning, at most one a second, of all sessions of a server. It logs without a lock held, because a log
 // handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	if suppressed, ok := s.logLimit.Allow(); ok {

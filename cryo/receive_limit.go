@@ -11,6 +11,9 @@ import (
 )
 
 const (
+	// acceptPatience is the time that a chunk waits for its stream to be accepted. Older
+	// clients send chunks without waiting for the acknowledgement of TX_START.
+	acceptPatience = time.Second
 	// rejectAfter is the time after which data without capacity is rejected if a local
 	// sender waits for an answer, which may be behind that data. A longer wait checks for
 	// such a sender at every recheckEvery.
@@ -100,6 +103,7 @@ type receiveLimit struct {
 	ending     <-chan struct{}
 	hasWaiters func() bool            // reports whether a local sender waits for an answer from the peer
 	wants      func(*wire.Frame) bool // reports whether the frame can be received; false once the session is ending
+	early      func(*wire.Frame) bool // reports whether it is a chunk of a stream that is not accepted yet
 
 	bytes, incoming, slot *quota.Share
 	belowLimit            *quota.Share // share of bytes that holds nothing: it grants whenever the limit is not reached
@@ -115,9 +119,9 @@ type receiveLimit struct {
 	interrupted bool          // the reading of a large payload is interrupted
 }
 
-func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, hasWaiters func() bool, wants func(*wire.Frame) bool) *receiveLimit {
+func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, hasWaiters func() bool, wants, early func(*wire.Frame) bool) *receiveLimit {
 	return &receiveLimit{
-		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants,
+		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants, early: early,
 		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
 		changed: make(chan struct{}, 1),
 	}
@@ -127,7 +131,10 @@ func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, has
 // buffer for it.
 func (l *receiveLimit) admit(in *received, p *partial, n int) decision {
 	if !l.wants(&in.Frame) {
-		return unwanted
+		l.awaitAccepted(&in.Frame)
+		if !l.wants(&in.Frame) {
+			return unwanted
+		}
 	}
 	if l.rejecting {
 		if held, free := l.bytes.Usage(); free > 0 && held <= free {
@@ -217,17 +224,11 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 		return false, bufferFull
 	}
 	request := share.Request(n)
-	begin := time.Now()
-	l.conn.ReleaseBuffer()
-	l.paused.Store(true)
+	begin := l.pause()
 	timer := time.NewTimer(rejectAfter - p.waited)
 	defer func() {
 		timer.Stop()
-		now := time.Now()
-		p.waited += now.Sub(begin)
-		l.resumed.Store(&now)
-		l.conn.SetHeard() // the pause must not count towards the peer timeout
-		l.paused.Store(false)
+		p.waited += l.resume().Sub(begin)
 	}()
 	for {
 		select {
@@ -248,6 +249,44 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 			return true, unwanted
 		}
 	}
+}
+
+// awaitAccepted pauses reads at a chunk of a stream that is not accepted yet, until it is, or
+// acceptPatience has passed. The wait is short, because the stream may only be accepted when
+// others of the same session, whose chunks are behind this one, have ended.
+func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
+	if !l.early(f) {
+		return
+	}
+	l.pause()
+	defer l.resume()
+	timer := time.NewTimer(acceptPatience)
+	defer timer.Stop()
+	for l.early(f) {
+		select {
+		case <-l.changed:
+		case <-l.ending:
+			return
+		case <-timer.C:
+			return
+		}
+	}
+}
+
+// pause marks reads as paused (backpressure), and returns the time.
+func (l *receiveLimit) pause() time.Time {
+	l.conn.ReleaseBuffer()
+	l.paused.Store(true)
+	return time.Now()
+}
+
+// resume ends pause, and returns the time.
+func (l *receiveLimit) resume() time.Time {
+	now := time.Now()
+	l.resumed.Store(&now)
+	l.conn.SetHeard() // the pause must not count towards the peer timeout
+	l.paused.Store(false)
+	return now
 }
 
 // recheck makes a wait check again whether its frame can be received. It may be called from any

@@ -48,8 +48,9 @@ type ServerOptions struct {
 	// for MaxSessions, and Shutdown waits. Neither of them may call Shutdown or Drain of
 	// the Server.
 	OnSessionEnd func(*Session)
-	// OnDeny is called when a client is denied, with the HTTP status of the response,
-	// on the request's goroutine. Default: none.
+	// OnDeny is called when a client is denied, with the HTTP status of the response, and
+	// with 408 if it does not complete the handshake within HandshakeTimeout, though the
+	// response was 101 then. Request's goroutine. Default: none.
 	OnDeny func(status int)
 	// MaxSessions bounds the sessions, including those in the handshake and those that
 	// are closing; further clients are denied with 503. A client that takes over its own
@@ -66,8 +67,10 @@ type ServerOptions struct {
 	// that are not processed yet. Request's goroutine, so calls may be concurrent. Default:
 	// never full.
 	Full func() bool
-	// HandshakeTimeout bounds the time from the upgrade to the client's
-	// ENDPOINT_INFO. Default 10 s. The HTTP server's timeouts bound the time before
+	// HandshakeTimeout bounds the time from the upgrade until the client has completed the
+	// Cryo handshake: it has sent ENDPOINT_INFO, acknowledged the server's, which is sent
+	// after a second at the latest, or sent data. A client that has not is disconnected,
+	// with a line in the log. Default 10 s. The HTTP server's timeouts bound the time before
 	// the upgrade.
 	HandshakeTimeout time.Duration
 	// CheckOrigin reports whether a browser may connect, by its Origin header. Default:
@@ -143,6 +146,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("making a server: %w", err)
 	}
 	opts = opts.withDefaults()
+	opts.logLimit = loglimit.New() // a client that violates the protocol may return at once
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
@@ -178,7 +182,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.leave(e)
-	s.handshake(session)
+	s.handshake(session, r.RemoteAddr)
 	if !s.announce(e) {
 		session.SetSendOnly(true) // its messages will not be received
 		return
@@ -222,15 +226,16 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	e.decided = closed // never announced
 	s.mu.Unlock()
 	if closed {
-		_ = e.session.Close(u.Request.Context(), shutdownReason)
+		_ = e.session.close(u.Request.Context(), closeRestart, shutdownReason)
 		s.leave(e)
 		return nil
 	}
 	return e.session
 }
 
-// handshake exchanges ENDPOINT_INFO. It returns early if the session ends.
-func (s *Server) handshake(session *Session) {
+// handshake sends ENDPOINT_INFO, and waits until the client is known to speak Cryo. It returns
+// early if the session ends.
+func (s *Server) handshake(session *Session, remote string) {
 	patience := time.NewTimer(infoDelay)
 	defer patience.Stop()
 	deadline := time.NewTimer(s.opts.HandshakeTimeout)
@@ -247,7 +252,7 @@ func (s *Server) handshake(session *Session) {
 			session.sendEndpointInfo()
 			sent = true
 		case <-deadline.C:
-			session.protocolError(&ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO within %v", s.opts.HandshakeTimeout)})
+			s.denyUnknown(session, remote)
 			return
 		case <-session.done:
 			return
@@ -255,7 +260,21 @@ func (s *Server) handshake(session *Session) {
 	}
 }
 
-// announce marks a session as connected if its client has sent ENDPOINT_INFO and it was not
+// denyUnknown ends the session of a client that has not completed the handshake in time.
+func (s *Server) denyUnknown(session *Session, remote string) {
+	err := &ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO, acknowledgement of ours, or data within %v", s.opts.HandshakeTimeout)}
+	session.closeWith(err, closeClientError, err.Error())
+	if s.opts.OnDeny != nil {
+		s.opts.OnDeny(http.StatusRequestTimeout)
+	}
+	if suppressed, ok := s.logLimit.Allow(); ok {
+		s.opts.Logger.Warn("A client has not completed the Cryo handshake", "remote", remote, "session", session.id,
+			"missing", "ENDPOINT_INFO, an acknowledgement of the server's, or data",
+			"timeout", s.opts.HandshakeTimeout, "suppressed", suppressed)
+	}
+}
+
+// announce marks a session as connected if its client has completed the handshake and it was not
 // taken over meanwhile, and reports whether it is connected. The result of the first call is
 // final: OnSessionEnd is called only for sessions that OnSession is called for.
 func (s *Server) announce(e *entry) bool {
@@ -356,20 +375,21 @@ func (s *Server) Sessions() []*Session {
 
 const shutdownReason = "server is shutting down"
 
-// Shutdown denies new clients, closes all sessions, see [Session.Close], and returns when
-// they have ended, their goroutines are gone, and OnSession and OnSessionEnd have returned
-// for each of them. When the context is done, it closes their connections without a close
+// Shutdown denies new clients, closes all sessions, and returns when they have ended, their
+// goroutines are gone, and OnSession and OnSessionEnd have returned for each of them. Sessions
+// are closed as by [Session.Close], but without BYE and with close code 1012 (service restart),
+// after which clients that reconnect do so. When the context is done, it closes their connections without a close
 // handshake, and returns without waiting for handlers that still run. Connections that are not
 // upgraded are left to the HTTP server.
 func (s *Server) Shutdown(ctx context.Context) error {
-	return s.closeAll(ctx, func(session *Session) error { return session.Close(ctx, shutdownReason) })
+	return s.closeAll(ctx, func(session *Session) error { return session.close(ctx, closeRestart, shutdownReason) })
 }
 
 // Drain is Shutdown with [Session.Drain] in place of Close: received messages can be settled
 // first. When the context is done, sessions may still be open and drain; call Shutdown then.
 func (s *Server) Drain(ctx context.Context) error {
 	return s.closeAll(ctx, func(session *Session) error {
-		err := session.Drain(ctx, shutdownReason)
+		err := session.drain(ctx, closeRestart, shutdownReason)
 		if ctx.Err() == nil {
 			return nil // or the session ended by itself
 		}

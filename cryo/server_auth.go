@@ -140,7 +140,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	case s.addressFull(e.address, old):
 		return nil, &denial{status: http.StatusTooManyRequests, message: "This address has reached its limit of sessions."}
 	case old != nil:
-		go old.session.fail(ErrTakenOver) // closing TLS may wait for the network
+		go old.session.endTakenOver()
 		s.countAddress(old, -1)
 	}
 	s.entries[u.SessionID] = e

@@ -420,13 +420,16 @@ func TestReturningClientTakesOverItsSession(t *testing.T) {
 		old.Conn().StopReading() // its network is gone
 
 		peer := join(t, l, sid) // a full server has a slot for it too
+		begin := time.Now()
 		require.ErrorIs(t, waiting.result(t), cryo.ErrTakenOver)
-		wantEnded(t, lost)
-		require.ErrorIs(t, lost.Err(), net.ErrClosed)
+		require.Zero(t, time.Since(begin), "it can be sent again at once")
 		_, known := server.Session(sid)
 		require.False(t, known, "neither the old session, nor one in its handshake")
 
 		peer.ClientHandshake()
+		wantEnded(t, lost)
+		require.Equal(t, time.Second, time.Since(begin), "the close handshake of a lost connection is short")
+		require.ErrorIs(t, lost.Err(), net.ErrClosed)
 		s := next(t, sessions)
 		require.NotSame(t, lost, s)
 		found, known := server.Session(sid)
@@ -442,7 +445,7 @@ func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 		old := join(t, l, sid)
 		synctest.Wait() // its session is there, not only the answer to its upgrade
 		peer := join(t, l, sid)
-		old.WantLost("the end of the first connection")
+		old.WantClose("the end of the first connection", 4000, "taken over by a newer connection of the same client")
 		peer.ClientHandshake()
 		next(t, sessions)
 		require.Empty(t, sessions)

@@ -11,7 +11,6 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
-	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // handlers are those of a server, whose OnSession returns when it may.
@@ -78,8 +77,8 @@ func TestShutdownWaitsForBothHandlers(t *testing.T) {
 		peer.ClientHandshake()
 		s := next(t, h.began)
 		shutdown := start(func() error { return h.server.Shutdown(t.Context()) })
-		peer.WantType("BYE", wire.Bye)
-		peer.WriteClose(4000, "")
+		peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+		peer.WriteClose(1012, "")
 		wantEnded(t, s)
 		shutdown.wantBlocked(t)
 		close(h.finish)
@@ -123,8 +122,8 @@ func TestAServerDrainsAllItsSessions(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		drain := start(func() error { return server.Drain(ctx) })
-		idle.WantType("BYE", wire.Bye)
-		idle.WriteClose(4000, "")
+		idle.WantClose("the end, without BYE", 1012, "server is shutting down")
+		idle.WriteClose(1012, "")
 		drain.wantBlocked(t)
 		require.ErrorIs(t, drain.result(t), context.DeadlineExceeded)
 		require.Len(t, server.Sessions(), 2, "they are open")
@@ -135,8 +134,8 @@ func TestAServerDrainsAllItsSessions(t *testing.T) {
 		drain.wantBlocked(t)
 		require.NoError(t, messages[0].Ack())
 		busy.WantFrame("ACK", cryotest.Acked(1))
-		require.Equal(t, "server is shutting down", string(busy.WantType("BYE", wire.Bye).Payload))
-		busy.WriteClose(4000, "")
+		busy.WantClose("the end, without BYE", 1012, "server is shutting down")
+		busy.WriteClose(1012, "")
 		drain.wantSuccess(t)
 		require.Error(t, messages[1].Ack())
 	})

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/gorilla/websocket"
+
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 	"github.com/cryo-connect/cryo-connect/internal/wire"
@@ -77,7 +79,8 @@ type SessionOptions struct {
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
 
-	token *redact.Secret // removed from the peer's texts; nil at a listening end
+	token    *redact.Secret  // removed from the peer's texts; nil at a listening end
+	logLimit *loglimit.Limit // of the sessions of a server; nil at a dialling end
 }
 
 func (o *SessionOptions) validate() error {
@@ -146,15 +149,19 @@ type Session struct {
 
 	logLimit   *loglimit.Limit
 	sendOnly   atomic.Bool            // received messages and streams are rejected
-	peerKnown  chan struct{}          // closed when the peer's ENDPOINT_INFO is received
+	peerKnown  chan struct{}          // closed by setPeerKnown
 	peerAcked  atomic.Bool            // the peer has acknowledged a frame; at a dialling end, other than ENDPOINT_INFO
 	streamless atomic.Bool            // the peer's last ENDPOINT_INFO announces no streams
+	ignored    atomic.Int64           // received frames of unknown types
 	onEnd      func(closeDone func()) // callback of the server; nil at a dialling end
 	keepalive  keepalive
 
 	ctx  context.Context         // done with the first cause of the end; nothing new starts then
 	end  context.CancelCauseFunc // called by setCause only
 	done chan struct{}           // closed when the goroutines are gone
+
+	unreadable chan struct{}  // closed when nothing more is read
+	closers    sync.WaitGroup // goroutines of protocolError, which the reading goroutine starts
 
 	mu         sync.Mutex
 	stopped    bool        // no timer may be set any more
@@ -171,13 +178,14 @@ func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiv
 	s := &Session{
 		id: id, dialing: dialing, value: value, opts: opts, onEnd: onEnd, log: opts.Logger,
 		conn: conn, acks: numbers, inbox: newInbox(),
-		logLimit:  loglimit.New(),
-		peerKnown: make(chan struct{}), done: make(chan struct{}), unsettled: newUnsettled(),
+		logLimit:  cmp.Or(opts.logLimit, loglimit.New()),
+		peerKnown: make(chan struct{}), done: make(chan struct{}), unreadable: make(chan struct{}),
+		unsettled: newUnsettled(),
 	}
 	s.ctx, s.end = context.WithCancelCause(context.Background())
 	s.writer = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.writer.webSocketPong)
-	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants)
+	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants, s.early)
 	// Unsettled messages and streams refer to their session. When the session is garbage,
 	// they can't be settled any more, and their reservations are released.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
@@ -236,6 +244,8 @@ type Stats struct {
 	QueuedBytes int64
 	// OpenStreams is the number of received streams that are announced or open, at most 256.
 	OpenStreams int
+	// IgnoredFrames is the number of received frames of unknown types, which are ignored.
+	IgnoredFrames int64
 }
 
 // Stats returns a snapshot for metrics, and for decisions about a slow peer. After the end it
@@ -249,6 +259,7 @@ func (s *Session) Stats() Stats {
 		AwaitingAcks:      s.acks.count(),
 		QueuedBytes:       s.writer.queuedBytes(),
 		OpenStreams:       s.incoming.count(),
+		IgnoredFrames:     s.ignored.Load(),
 	}
 }
 
@@ -259,20 +270,33 @@ func (s *Session) Stats() Stats {
 // closed. Close returns when the session's goroutines are gone, and may be
 // called more than once. Its error is the context's.
 //
-// BYE waits until the peer has acknowledged each TX_CANCEL, or for half of CloseTimeout:
-// the published server, while it sends a stream, does not survive the end of its session. It
-// waits as well for the TX_FINISH of a pulled stream that was acknowledged ahead of that.
+// BYE waits until the peer has acknowledged each TX_CANCEL and for another 500 ms has sent
+// nothing more of its streams, or for half of CloseTimeout: the published server, while it sends a
+// stream, does not survive the end of its session. It waits as well for the TX_FINISH of a pulled stream that was acknowledged ahead of that.
 //
 // Messages in the queue can still be received; otherwise call Discard, or they count against
 // the MaxBufferBytes of a server for good.
 func (s *Session) Close(ctx context.Context, reason string) error {
+	return s.close(ctx, closeGraceful, reason)
+}
+
+// CloseForRetry is Close for a session whose client may connect again: the WebSocket is closed
+// with code 1013 (try again later), and without BYE. The published client for browsers connects
+// again after that, and never after a Close.
+func (s *Session) CloseForRetry(ctx context.Context, reason string) error {
+	return s.close(ctx, closeTryAgain, reason)
+}
+
+// close is Close with a close code. BYE is sent with closeGraceful only.
+func (s *Session) close(ctx context.Context, code int, reason string) error {
 	if s.beginClosing(ErrClosed) {
-		s.writer.rejectData() // queued frames are written before BYE, however long the peer takes to cancel
-		s.incoming.cancelIncomplete(s.Err())
-		s.incoming.awaitCancels(ctx.Done(), s.done)
-		reason = closeReason(reason)
-		bye := &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(reason)}
-		s.writer.queueClose(closeFrame{bye: bye, code: closeGraceful, reason: reason})
+		f := closeFrame{code: code, reason: closeReason(reason)}
+		if code == closeGraceful {
+			f.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(f.reason)}
+		}
+		s.cancelIncoming()
+		s.incoming.awaitCancels(ctx.Done(), s.unreadable)
+		s.writer.queueClose(f)
 	}
 	select {
 	case <-s.done:
@@ -305,6 +329,11 @@ func (s *Session) CloseNow() error {
 // and drains: call Drain again, Close or CloseNow. If the session ends first, Drain returns the
 // cause, because nothing can be settled any more.
 func (s *Session) Drain(ctx context.Context, reason string) error {
+	return s.drain(ctx, closeGraceful, reason)
+}
+
+// drain is Drain with the close code of close.
+func (s *Session) drain(ctx context.Context, code int, reason string) error {
 	settled := s.unsettled.drain()
 	s.limit.recheck() // discarded frames need no capacity
 	s.incoming.cancelIncomplete(&endedError{ErrClosed})
@@ -318,7 +347,7 @@ func (s *Session) Drain(ctx context.Context, reason string) error {
 	if err := s.incoming.awaitSettled(ctx, s.ctx); err != nil {
 		return err
 	}
-	return s.Close(ctx, reason)
+	return s.close(ctx, code, reason)
 }
 
 // maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.
@@ -328,6 +357,10 @@ const maxControlText = 123
 const (
 	closeGraceful    = 4000
 	closeClientError = 4001
+	// Codes of RFC 6455 and its registry. cryo-client-browser connects again after every
+	// code but 4000, and after BYE only if the server has sent its close frame by then.
+	closeRestart  = websocket.CloseServiceRestart
+	closeTryAgain = websocket.CloseTryAgainLater
 )
 
 // setCause records the cause of the session's end, and reports whether it is the first one.
@@ -343,25 +376,54 @@ func (s *Session) setCause(cause error) bool {
 
 // beginClosing is setCause for an end with a close handshake, which CloseTimeout bounds.
 func (s *Session) beginClosing(cause error) bool {
+	return s.beginClosingWithin(s.opts.CloseTimeout, cause)
+}
+
+func (s *Session) beginClosingWithin(timeout time.Duration, cause error) bool {
 	if !s.setCause(cause) {
 		return false
 	}
 	s.mu.Lock()
 	if !s.stopped {
-		s.closeTimer = time.AfterFunc(s.opts.CloseTimeout, func() { _ = s.conn.Close() })
+		s.closeTimer = time.AfterFunc(timeout, func() { _ = s.conn.Close() })
 	}
 	s.mu.Unlock()
 	s.limit.interruptLarge() // the rest is discarded, and its memory released for others
 	return true
 }
 
+// cancelIncoming is the first step of an end by this end's decision. The next one, awaitCancels
+// and the close frame, must follow.
+func (s *Session) cancelIncoming() {
+	s.writer.rejectData() // queued frames are written before the close frame, however long the peer takes to cancel
+	s.incoming.cancelIncomplete(s.Err())
+}
+
+// endTakenOver ends a session that a newer connection of the same client has taken over. Its own
+// connection is probably lost, so the close handshake is short. If it is not, another client has
+// the same session id: with code 4000 the published clients do not connect again, and so do not
+// take it over in turn.
+func (s *Session) endTakenOver() {
+	if !s.beginClosingWithin(min(s.opts.CloseTimeout, takeOverTimeout), ErrTakenOver) {
+		return
+	}
+	s.acks.end(s.Err()) // the senders need not wait for the end of a lost connection
+	s.cancelIncoming()
+	s.incoming.awaitCancels(nil, s.unreadable)
+	s.writer.queueClose(closeFrame{code: closeGraceful, reason: ErrTakenOver.Error()})
+}
+
+// takeOverTimeout bounds the close handshake of a session that was taken over.
+const takeOverTimeout = time.Second
+
 // closeWith ends the session with a close handshake, without BYE: the writer writes queued
 // frames and the close frame, and half-closes; the reader discards data until the peer closes.
 // If Close is waiting for the acknowledgement of a TX_CANCEL, this close frame is sent in place
-// of its own: the first one counts.
-func (s *Session) closeWith(cause error, code int, reason string) {
-	s.beginClosing(cause)
+// of its own: the first one counts. It reports whether the cause is the first one.
+func (s *Session) closeWith(cause error, code int, reason string) bool {
+	first := s.beginClosing(cause)
 	s.writer.queueClose(closeFrame{code: code, reason: closeReason(reason)})
+	return first
 }
 
 // closeReason returns a reason as valid UTF-8, truncated to the size of a close frame.
@@ -384,6 +446,8 @@ func (s *Session) finish() {
 		s.closeTimer.Stop()
 	}
 	s.mu.Unlock()
+	close(s.unreadable)
+	s.closers.Wait()
 	s.keepalive.stop()
 	s.writer.abort()
 	_ = s.conn.Close()
@@ -411,7 +475,7 @@ func (s *Session) peerTimedOut(d time.Duration) {
 
 // checkIncoming ends the session if its incomplete message makes others wait for too long.
 func (s *Session) checkIncoming() {
-	if !s.isEnding() && s.limit.starvesOthers() {
-		s.closeWith(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error())
+	if !s.isEnding() && s.limit.starvesOthers() && s.closeWith(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error()) {
+		s.report("Closing a session", "error", ErrReceiveTimeout)
 	}
 }

@@ -13,10 +13,9 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
-	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestShutdownSendsByeToAllAndWaits(t *testing.T) {
+func TestShutdownSendsTheCloseFrameToAllAndWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{})
 		var peers []*cryotest.Peer
@@ -29,10 +28,9 @@ func TestShutdownSendsByeToAllAndWaits(t *testing.T) {
 		synctest.Wait()
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
 		for _, peer := range peers {
-			peer.WantFrame("BYE", cryotest.Bye(peer.First+1, "server is shutting down"))
-			peer.WantClose("the end", 4000, "server is shutting down")
+			peer.WantClose("the end, without BYE", 1012, "server is shutting down")
 		}
-		require.Equal(t, "server is shutting down", string(early.WantType("BYE", wire.Bye).Payload))
+		early.WantClose("the end, without BYE", 1012, "server is shutting down")
 		shutdown.wantBlocked(t)
 
 		status, _, body := knock(t, l, "x-cryo-sid=5&authorization="+url.QueryEscape("Bearer "+token), upgrade())
@@ -73,8 +71,8 @@ func TestShutdownWaitsForSessionsThatWereTakenOver(t *testing.T) {
 		<-old.Context().Done()
 
 		shutdown := start(func() error { return server.Shutdown(t.Context()) })
-		peer.WantType("BYE", wire.Bye)
-		peer.WriteClose(4000, "")
+		peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+		peer.WriteClose(1012, "")
 		shutdown.wantBlocked(t)
 		l.release()
 		shutdown.wantSuccess(t)

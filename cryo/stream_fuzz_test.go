@@ -115,6 +115,7 @@ func FuzzStreams(f *testing.F) {
 
 // fuzzed is what an application does with a session.
 type fuzzed struct {
+	s      *cryo.Session
 	cancel context.CancelFunc
 	all    sync.WaitGroup
 
@@ -123,7 +124,7 @@ type fuzzed struct {
 }
 
 func startFuzzed(t *testing.T, s *cryo.Session, pull bool) *fuzzed {
-	app := &fuzzed{}
+	app := &fuzzed{s: s}
 	ctx, cancel := context.WithCancel(t.Context())
 	app.cancel = cancel
 	if pull {
@@ -190,5 +191,7 @@ func (app *fuzzed) stop() {
 		_ = st.Close()
 	}
 	app.all.Wait()
-	synctest.Wait()
+	for synctest.Wait(); app.s.Stats().Paused; synctest.Wait() {
+		time.Sleep(time.Second) // a chunk waits for its stream to be accepted
+	}
 }

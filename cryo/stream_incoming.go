@@ -194,6 +194,7 @@ func (st *IncomingStream) acceptOnce() {
 		return
 	}
 	st.accepted = true
+	st.s.limit.recheck() // its first chunk may have been received already
 	st.lastActive = time.Now()
 	st.s.writer.acknowledge([]uint32{st.startNumber})
 	if !st.s.isEnding() {
@@ -386,6 +387,13 @@ func (st *IncomingStream) failIdle() {
 		return
 	}
 	st.failLocked(fmt.Errorf("%w for %v after %d bytes", ErrStreamIdle, st.idleTimeout, st.received))
+}
+
+// isAnnounced reports whether the stream has neither been accepted nor failed, nor been settled.
+func (st *IncomingStream) isAnnounced() bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return !st.accepted && st.failed == nil && st.settled == unsettled
 }
 
 // wantsChunks reports whether the stream receives chunks: it is accepted, and has neither

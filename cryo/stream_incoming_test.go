@@ -334,6 +334,7 @@ func TestRepeatedStreamNumberEndsTheSession(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 5)
 		peer.WriteFrames(txChunk(5, 1, "abc"), txStart(2, 5, -1, "again"))
+		peer.Ack(peer.WantType("the open stream is cancelled", wire.TxCancel))
 		peer.WantClose("the protocol is broken", 4001, "the peer broke the protocol: TX_START for the stream 5, which is open")
 		peer.WS.Close()
 		_, ok := errors.AsType[*cryo.ProtocolError](wantEnded(t, s))
@@ -386,30 +387,6 @@ func TestChunksBeforeTheStartIsAcknowledgedBreakAStream(t *testing.T) {
 		peer.WantIdle("TX_START stays unacknowledged", time.Hour)
 		wantFree(t, s, peer, cryo.DefaultMaxBufferBytes, 0)
 	})
-}
-
-func TestFramesOfStreamsBeforeTheClientsEndpointInfoAreIgnored(t *testing.T) {
-	for name, f := range map[string]wire.Frame{
-		"TX_START":  txStart(1, 0, -1, "early"),
-		"TX_CHUNK":  txChunk(0, 0, "early"),
-		"TX_FINISH": txFinish(1, 0),
-		"TX_FLOW":   txFlow(1, wire.FlowPull),
-		"TX_FETCH":  txFetch(1, 0, 0, 1),
-		"TX_CANCEL": txCancel(1, 0),
-	} {
-		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
-				peer := join(t, l, sid)
-				peer.WriteFrames(f)
-				peer.WantIdle("no answer", instant)
-				peer.ClientHandshake()
-				s := next(t, sessions)
-				wantNoStream(t, s)
-				_, _ = opening(t, s, peer, nil) // pushed
-			})
-		})
-	}
 }
 
 func TestASessionThatOnlySendsCancelsStreams(t *testing.T) {

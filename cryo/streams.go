@@ -19,6 +19,11 @@ const (
 	// maxRemembered bounds the acknowledged streams that are remembered, to acknowledge
 	// their TX_FINISH when it is received.
 	maxRemembered = 1024
+	// cancelGrace is the time for which nothing more of cancelled streams must have been
+	// received before the close frame is sent: cryo-server may acknowledge TX_CANCEL while a
+	// last chunk waits in a loop of timers of 5 ms, which becomes endless if the session ends.
+	// On a busy machine these timers are late.
+	cancelGrace = 500 * time.Millisecond
 )
 
 // incomingStreams is the table of the streams that the peer sends on a session. The goroutine
@@ -34,6 +39,7 @@ type incomingStreams struct {
 	changed    chan struct{}              // closed and replaced when a stream is announced or removed, its last answer queued, or a TX_CANCEL acknowledged
 	answers    int                        // number of removed streams whose last answer is not queued yet
 	cancels    []sentCancel               // unacknowledged TX_CANCELs, at most the newest maxStreams
+	quietSince time.Time                  // time of the last acknowledgement of a TX_CANCEL, or chunk of a stream that is not open
 	remembered []uint32                   // pulled streams that were acknowledged before their TX_FINISH
 	since      time.Time                  // time of the last acknowledgement of a remembered stream
 }
@@ -71,6 +77,9 @@ func (in *incomingStreams) handleStart(f *wire.Frame) {
 		name = strings.ToValidUTF8(string(f.Payload), "\uFFFD")
 	}
 	outcome, evicted := in.announce(f, name)
+	if outcome == startRejected && max(len(f.Payload), len(name)) > maxStreamName {
+		in.s.report("Rejecting a stream: its name is too long", "limit_bytes", maxStreamName)
+	}
 	if evicted != nil {
 		in.reject(evicted.tx)
 	}
@@ -131,6 +140,9 @@ func (in *incomingStreams) announce(f *wire.Frame, name string) (outcome startRe
 func (in *incomingStreams) handleChunk(f *received) {
 	st := in.find(f.Tx)
 	if st == nil {
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		in.quietSince = time.Now()
 		return
 	}
 	kept := st.addChunk(f)
@@ -257,6 +269,12 @@ func (in *incomingStreams) wants(tx uint32) bool {
 	return st != nil && st.wantsChunks()
 }
 
+// isAnnounced reports whether a stream is announced and not accepted yet.
+func (in *incomingStreams) isAnnounced(tx uint32) bool {
+	st := in.find(tx)
+	return st != nil && st.isAnnounced()
+}
+
 // stopTimers stops the idle timers of all streams, at the end of the session.
 func (in *incomingStreams) stopTimers() {
 	in.mu.Lock()
@@ -328,22 +346,21 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	n := len(in.cancels)
 	in.cancels = slices.DeleteFunc(in.cancels, func(c sentCancel) bool { return c.number == number })
 	if len(in.cancels) < n {
+		in.quietSince = time.Now()
 		in.changedLocked()
 	}
 }
 
-// awaitCancels waits until the peer has acknowledged each TX_CANCEL and sent the TX_FINISH of
-// each acknowledged stream, or one of the channels is closed. For each of them it waits for at
-// most half of CloseTimeout after it was sent or acknowledged, because some peers never answer.
+// awaitCancels waits until the peer has acknowledged each TX_CANCEL, cancelGrace has passed
+// since then, and the TX_FINISH of each acknowledged stream has been received, or until one of
+// the channels is closed. For each of them it waits for at most half of CloseTimeout after it was
+// sent or acknowledged, because some peers never answer.
 func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
-	begin, patience := time.Now(), in.s.opts.CloseTimeout/2
+	begin := time.Now()
 	for {
-		changed, last := in.lastCancel()
-		if last.After(begin) { // sent for a stream that was announced during the wait
-			last = begin
-		}
-		left := time.Until(last.Add(patience))
-		if last.IsZero() || left <= 0 {
+		changed, until := in.cancelledUntil(begin)
+		left := time.Until(until)
+		if left <= 0 {
 			return
 		}
 		timer := time.NewTimer(left)
@@ -365,22 +382,22 @@ func (in *incomingStreams) count() int {
 	return len(in.open)
 }
 
-// lastCancel returns the time of the last unacknowledged TX_CANCEL, or of the last
-// acknowledgement of a stream without TX_FINISH, zero if there is neither, and a channel that is
-// closed when that may have changed. It returns now while a last answer is not queued yet.
-func (in *incomingStreams) lastCancel() (changed <-chan struct{}, at time.Time) {
+// cancelledUntil returns the time until which a wait that began at begin lasts if nothing
+// changes, and a channel that is closed when it may have changed.
+func (in *incomingStreams) cancelledUntil(begin time.Time) (changed <-chan struct{}, until time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if n := len(in.cancels); n > 0 {
+	at := in.quietSince.Add(cancelGrace - in.s.opts.CloseTimeout/2)
+	if n := len(in.cancels); n > 0 && in.cancels[n-1].at.After(at) {
 		at = in.cancels[n-1].at
 	}
 	if len(in.remembered) > 0 && in.since.After(at) {
 		at = in.since
 	}
-	if in.answers > 0 {
-		at = time.Now()
+	if in.answers > 0 || at.After(begin) { // sent for a stream that was announced during the wait
+		at = begin
 	}
-	return in.changed, at
+	return in.changed, at.Add(in.s.opts.CloseTimeout / 2)
 }
 
 // awaitSettled waits until no stream is announced or open, and the last answers are queued.

@@ -98,7 +98,7 @@ func TestTruncatedPulledStreamDeliversWholeRecordsOnly(t *testing.T) {
 				more = false
 			}
 		}
-		e.log.want(t, "WARN Gave up the stream: ")
+		e.log.want(t, "WARN Stream failed")
 		e.log.want(t, "stream=pulled")
 	})
 }

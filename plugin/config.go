@@ -15,43 +15,43 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// aboutCryo begins the description of every component.
-const aboutCryo = "Cryo is a small protocol over WebSocket. Its two ends send each other messages, of text or bytes, and the receiver acknowledges each of them by its number; files and large data travel as named streams. A connection between a client and a server is called a session. "
+// cryoText begins the description of every component.
+const cryoText = "Cryo is a small protocol over WebSocket. Both ends send messages of text or bytes, and the receiver acknowledges each of them; files and large data are sent as named streams. A connection between a client and a server is called a session. "
 
-// aboutMetrics ends it.
-const aboutMetrics = `
+// metricsText ends the description of every component.
+const metricsText = `
 == Metrics
 
-Beside the engine's metrics for every component there are those whose names begin with ` + "`cryo_`" + `: sessions, messages and bytes by their type, what waits for its acknowledgement and for how long, what was rejected or came too late, streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/metrics.md[The list^] says what each of them means and which to watch.
+In addition to the engine's metrics of a component, there are metrics with the prefix ` + "`cryo_`" + `: sessions, messages and bytes by type, unacknowledged messages, acknowledgement latency, rejections, late acknowledgements and streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/metrics.md[The list^] describes them, and which to watch.
 `
 
-// Each field has one rule: a function from the field's value to the setting, or to an
-// error. The start uses the setting, and lint reports the error, in the same words. A lint
-// rule of the engine is a Bloblang mapping that knows the value of one field; ours call the
-// method cryo_lint, which runs the rule. What needs several fields is left to the rule of
-// the component: it builds the component, and reports the error. So what lint accepts can
-// be built.
+// Each field has a rule: a function from its value to the setting or an error. The start uses
+// the setting; lint reports the same error. A lint rule of the engine is a Bloblang mapping of
+// the value of one field: the lint rules of this plugin call the method cryo_lint, which runs
+// the rule. Rules about several fields are checked when a component is built; the lint rule of
+// a component builds it. So a configuration that lint accepts can be started.
 
-// setting is a field of the configuration with its rule. Its name is the last part of its path.
+// setting is a field of the configuration with its rule. The last element of the path is its
+// name.
 type setting[T any] struct {
 	path  string
-	lint  string // in lintRules
+	lint  string // key in lintRules
 	field func(name string) *service.ConfigField
 	rule  func(value any) (T, error)
 }
 
-// newField makes a field. Fields of the same path must have the same rule.
-func newField[T any](path string, of func(name string) *service.ConfigField, rule func(value any) (T, error)) setting[T] {
-	return newVariant(path, path, of, rule)
+// newField returns a field. Fields with the same path must have the same rule.
+func newField[T any](path string, field func(name string) *service.ConfigField, rule func(value any) (T, error)) setting[T] {
+	return newVariant(path, path, field, rule)
 }
 
-// newVariant makes a field whose rule differs from that of another field of the same path.
-func newVariant[T any](lint, path string, of func(name string) *service.ConfigField, rule func(value any) (T, error)) setting[T] {
+// newVariant returns a field whose rule differs from that of another field with the same path.
+func newVariant[T any](lint, path string, field func(name string) *service.ConfigField, rule func(value any) (T, error)) setting[T] {
 	lintRules[lint] = func(value any) error {
 		_, err := rule(value)
 		return err
 	}
-	return setting[T]{path, lint, of, rule}
+	return setting[T]{path, lint, field, rule}
 }
 
 // config returns the field for the specification of a component.
@@ -59,10 +59,10 @@ func (s setting[T]) config() *service.ConfigField {
 	return s.field(s.path[strings.LastIndexByte(s.path, '.')+1:]).LintRule(lintMapping(s.lint))
 }
 
-// settingsReader reads the fields of one component.
+// settingsReader reads the fields of a component.
 type settingsReader struct {
 	conf *service.ParsedConfig
-	err  error // first error; nothing is read after it
+	err  error // first error; later reads have no effect
 }
 
 func (s setting[T]) read(r *settingsReader) (value T) {
@@ -77,8 +77,8 @@ func (s setting[T]) read(r *settingsReader) (value T) {
 	return value
 }
 
-// fail notes an error that lint reports at a field: by its rule, or, if it is a mapping
-// or an interpolation that does not parse, by the engine's.
+// fail sets an error that lint reports at the field, by its rule or by that of the engine for
+// mappings and interpolations.
 func (r *settingsReader) fail(err error) {
 	if err != nil {
 		r.err = &fieldError{err}
@@ -90,30 +90,30 @@ type fieldError struct{ error }
 
 func (e *fieldError) Unwrap() error { return e.error }
 
-// wholeNumber is a field for a whole number. Null is the default.
+// wholeNumber is a field for a whole number. Null means the default.
 //
-// Its type in the specification is not that of numbers: the engine's lint accepts
-// whatever is no number there, without asking the rule, and takes null for 0.
-func wholeNumber(path string, least, most, byDefault int) setting[int] {
-	return newField(path, anyField(byDefault), func(value any) (int, error) {
+// Its type in the specification is any: for a field of type int, the engine's lint accepts
+// other values without calling the rule, and converts null to 0.
+func wholeNumber(path string, minimum, maximum, defaultValue int) setting[int] {
+	return newField(path, anyField(defaultValue), func(value any) (int, error) {
 		n, whole := toInt(value)
 		switch {
 		case value == nil:
-			return byDefault, nil
+			return defaultValue, nil
 		case !whole:
 			return 0, fmt.Errorf("field %s must be a whole number, got %v", path, value)
-		case n < float64(least):
-			return 0, fmt.Errorf("field %s must be at least %d, got %v", path, least, value)
-		case n > float64(most):
-			return 0, fmt.Errorf("field %s must be at most %d, got %v", path, most, value)
+		case n < float64(minimum):
+			return 0, fmt.Errorf("field %s must be at least %d, got %v", path, minimum, value)
+		case n > float64(maximum):
+			return 0, fmt.Errorf("field %s must be at most %d, got %v", path, maximum, value)
 		default:
 			return int(n), nil
 		}
 	})
 }
 
-func anyField(byDefault any) func(name string) *service.ConfigField {
-	return func(name string) *service.ConfigField { return service.NewAnyField(name).Default(byDefault) }
+func anyField(defaultValue any) func(name string) *service.ConfigField {
+	return func(name string) *service.ConfigField { return service.NewAnyField(name).Default(defaultValue) }
 }
 
 // toInt reports whether a value of YAML or Bloblang is a whole number.
@@ -133,22 +133,23 @@ func toInt(value any) (n float64, whole bool) {
 	return n, n == math.Trunc(n)
 }
 
-// maxNumber is the bound of numbers without another: all up to it are exact in a float64.
+// maxNumber is the maximum of fields without a smaller one: up to it, a float64 represents all
+// whole numbers exactly.
 const maxNumber = 1 << 53
 
 // positiveInt is a field for a whole number of at least 1.
-func positiveInt(path string, byDefault int) setting[int] {
-	return wholeNumber(path, 1, maxNumber, byDefault)
+func positiveInt(path string, defaultValue int) setting[int] {
+	return wholeNumber(path, 1, maxNumber, defaultValue)
 }
 
-// boolean is a field for true or false. Null is the default. Its type is not that of
-// booleans for the same reason as with wholeNumber.
-func boolean(path string, byDefault bool) setting[bool] {
-	return newField(path, anyField(byDefault), func(value any) (bool, error) {
+// boolean is a field for true or false. Null means the default. Its type is any for the same
+// reason as that of wholeNumber.
+func boolean(path string, defaultValue bool) setting[bool] {
+	return newField(path, anyField(defaultValue), func(value any) (bool, error) {
 		switch value {
 		case nil:
-			return byDefault, nil
-		case true, "y", "Y", "yes", "on": // the words are those of YAML 1.1 that the engine takes
+			return defaultValue, nil
+		case true, "y", "Y", "yes", "on": // booleans of YAML 1.1, which the engine accepts
 			return true, nil
 		case false, "n", "N", "no", "off":
 			return false, nil
@@ -158,22 +159,22 @@ func boolean(path string, byDefault bool) setting[bool] {
 	})
 }
 
-// stringOf is a field for a string. Null is the empty one.
+// stringOf is a field for a string. Null means the empty string.
 func stringOf[T any](path string, rule func(string) (T, error)) setting[T] {
 	return newField(path, service.NewStringField, textRule(rule))
 }
 
 func textRule[T any](rule func(string) (T, error)) func(value any) (T, error) {
 	return func(value any) (T, error) {
-		s, _ := value.(string) // it is one: the engine sees to that
+		s, _ := value.(string) // the engine guarantees the type
 		return rule(s)
 	}
 }
 
-// anyText is the rule of a string that can have any value.
+// anyText is the rule of a string that may have any value.
 func anyText(s string) (string, error) { return s, nil }
 
-// positiveDuration is a field for a duration above zero.
+// positiveDuration is a field for a duration greater than zero.
 func positiveDuration(path string) setting[time.Duration] {
 	return newField(path, service.NewDurationField, textRule(func(s string) (time.Duration, error) {
 		d, err := time.ParseDuration(s)
@@ -181,20 +182,21 @@ func positiveDuration(path string) setting[time.Duration] {
 		case err != nil:
 			return 0, fmt.Errorf("field %s must be a duration such as 5s, got %q", path, s)
 		case d <= 0:
-			return 0, fmt.Errorf("field %s must be above zero, got %s", path, s)
+			return 0, fmt.Errorf("field %s must be greater than zero, got %s", path, s)
 		default:
 			return d, nil
 		}
 	}))
 }
 
-// oneOf is a field for one of several words, which are described where they need it.
+// oneOf is a field for one of several words.
 func oneOf(path string, words ...string) setting[string] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewStringEnumField(name, words...)
 	}, wordRule(path, words))
 }
 
+// oneOfDescribed is a field for one of several words with descriptions.
 func oneOfDescribed(path string, described map[string]string, words ...string) setting[string] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewStringAnnotatedEnumField(name, described)
@@ -221,7 +223,7 @@ func listRule[T any](rule func([]string) (T, error)) func(value any) (T, error) 
 	return func(value any) (setting T, err error) {
 		values, ok := value.([]any)
 		if !ok {
-			return setting, nil // lint runs the rule on each element, too
+			return setting, nil // lint also calls the rule with each element
 		}
 		elements := make([]string, len(values))
 		for i, v := range values {
@@ -231,15 +233,15 @@ func listRule[T any](rule func([]string) (T, error)) func(value any) (T, error) 
 	}
 }
 
-// anyList is the rule of a list that can have any value.
+// anyList is the rule of a list that may have any value.
 func anyList(elements []string) ([]string, error) { return elements, nil }
 
-// mapOf is a field for an object with strings.
+// mapOf is a field for an object whose values are strings.
 func mapOf[T any](path string, rule func(map[string]string) (T, error)) setting[T] {
 	return newField(path, service.NewStringMapField, func(value any) (setting T, err error) {
 		values, ok := value.(map[string]any)
 		if !ok {
-			return setting, nil // lint runs the rule on each value, too
+			return setting, nil // lint also calls the rule with each value
 		}
 		texts := make(map[string]string, len(values))
 		for name, v := range values {
@@ -249,11 +251,11 @@ func mapOf[T any](path string, rule func(map[string]string) (T, error)) setting[
 	})
 }
 
-// lintRules are the rules of fields and components by the names that the lint mappings
-// have for them. It is not changed after the initialization of the package.
+// lintRules contains the rules of fields and components, by the argument of cryo_lint. It is
+// read-only after the initialization of the package.
 var lintRules = make(map[string]func(value any) error)
 
-// lintMapping returns the lint rule for the engine.
+// lintMapping returns the lint rule for the engine: a mapping that calls cryo_lint.
 func lintMapping(rule string) string {
 	registerLintMethod()
 	return fmt.Sprintf("root = this.%s(%q)", lintMethod, rule)
@@ -263,7 +265,7 @@ const lintMethod = "cryo_lint"
 
 var registerLintMethod = sync.OnceFunc(func() {
 	spec := bloblang.NewPluginSpec().
-		Description("Checks a field of a Cryo component. The components' own lint rules use it; it is of no use elsewhere.").
+		Description("Checks a field of a Cryo component. It is for the lint rules of these components only.").
 		Param(bloblang.NewStringParam("rule").Description("The name of the field or component."))
 	bloblang.MustRegisterMethodV2(lintMethod, spec, func(args *bloblang.ParsedParams) (bloblang.Method, error) {
 		name, err := args.GetString("rule")
@@ -280,7 +282,7 @@ var registerLintMethod = sync.OnceFunc(func() {
 	})
 })
 
-// lintByBuilding adds the rule of a component, which builds it and drops it.
+// lintByBuilding adds the rule of a component, which builds and discards it.
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
 	lintRules[name] = func(value any) error {
 		text, err := yaml.Marshal(value)
@@ -289,21 +291,21 @@ func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*se
 		}
 		conf, err := spec().ParseYAML(string(text), nil)
 		if err != nil {
-			return nil //nolint:nilerr // lint has reported it: a field is missing or has the wrong type
+			return nil //nolint:nilerr // the engine's lint reports a missing field or a wrong type
 		}
 		err = build(conf, conf.Resources())
 		if _, reported := errors.AsType[*fieldError](err); reported {
 			return nil
 		}
 		if _, isFile := errors.AsType[*fs.PathError](err); isFile {
-			return nil // it may exist where the configuration runs
+			return nil // the file may exist on another machine, where the configuration runs
 		}
 		return err
 	}
 }
 
-// readMapping reads an optional field for a Bloblang mapping: nil if it is not set. The
-// engine's lint reports a mapping that does not parse.
+// readMapping reads an optional field for a Bloblang mapping, nil if it is not set. The
+// engine's lint reports a syntax error.
 func readMapping(r *settingsReader, path ...string) (mapping *bloblang.Executor, text string) {
 	if r.err != nil || !r.conf.Contains(path...) {
 		return nil, ""
@@ -319,8 +321,7 @@ func readMapping(r *settingsReader, path ...string) (mapping *bloblang.Executor,
 	return mapping, text
 }
 
-// readInterpolated reads a field with interpolations. The engine's lint reports one that
-// does not parse.
+// readInterpolated reads a field with interpolations. The engine's lint reports a syntax error.
 func readInterpolated(r *settingsReader, path ...string) *service.InterpolatedString {
 	if r.err != nil {
 		return nil

@@ -14,37 +14,37 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-const closeTime = 10 * time.Second // for the close handshake; the engine sets no limit
+// closeTime bounds the close of a component: the engine sets no limit.
+const closeTime = 10 * time.Second
 
-// dialer is the engine's view of a [cryo.Client], which has the sessions and the waits
-// between attempts. It adds log lines, metrics and the errors that the engine expects.
+// dialer adapts a [cryo.Client], which owns the sessions and the waits between attempts, to
+// the engine: it adds log lines, metrics and the errors that the engine expects.
 type dialer struct {
 	client  *cryo.Client
-	url     string // of the server
-	name    string // the URL without its query, for log lines
+	url     string
+	logURL  string // url without its query, which may contain secrets
 	opts    cryo.DialOptions
 	log     *service.Logger
 	metrics dialMetrics
 
-	again   bool           // a session was connected before; used by connected alone
-	reports sync.WaitGroup // the goroutine that logs the end of the session
+	connectedBefore bool           // owned by connected
+	endLogs         sync.WaitGroup // the goroutine that logs the end of the session
 
-	logged   atomic.Pointer[cryo.RetryError] // the last failure that await has logged
-	awaitLog limitedLog                      // of await
+	lastLogged atomic.Pointer[cryo.RetryError] // last failure logged by await
+	awaitLog   limitedLog
 }
 
-// errDialerClosed is the error of those who wait for a session when the component closes.
+// errDialerClosed is returned to callers that wait for a session when the component closes.
 var errDialerClosed = errors.New("the component is closed")
 
-// dialerFromParsed makes a dialer. The options of opts that the configuration has a field for are
-// those of the configuration.
+// dialerFromParsed returns a dialer. The fields of the configuration override opts.
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*dialer, error) {
 	d := &dialer{opts: opts, log: res.Logger()}
 	u, err := readDialOptions(conf, &d.opts)
 	if err != nil {
 		return nil, err
 	}
-	d.url, d.name = u.String(), (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	d.url, d.logURL = u.String(), (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	d.metrics = newDialMetrics(meterOf(res))
 	d.awaitLog = newLimitedLog(d.log)
 	d.opts.Logger = libraryLogger(d.log)
@@ -53,42 +53,45 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 	return d, err
 }
 
-// connected is the client's OnSession. It reports the session, and the end of it when it
-// begins: the engine may not notice it for long, and Done may be a close timeout away.
+// connected is the client's OnSession. It logs the connection, and later the loss as soon as
+// the session begins to end: the engine may notice the loss much later, and Done may be
+// delayed by the close timeout.
 func (d *dialer) connected(s *cryo.Session) {
-	verb := "Connected"
-	if d.again {
-		verb = "Reconnected"
+	event := "Connected"
+	if d.connectedBefore {
+		event = "Reconnected"
 	}
-	d.log.Infof("%s to %s as session %d", verb, d.name, s.ID())
-	d.metrics.connected(d.again)
-	d.again = true
-	d.reports.Go(func() {
+	d.log.With("url", d.logURL, "session", s.ID()).Info(event)
+	d.metrics.connected(d.connectedBefore)
+	d.connectedBefore = true
+	d.endLogs.Go(func() {
 		<-s.Context().Done()
-		d.reportEnd(s.Err())
+		d.logEnd(s.Err())
 	})
 }
 
-// ended is the client's OnSessionEnd. The end is logged before the next session can be.
+// ended is the client's OnSessionEnd. It waits until the end is logged, so that the line
+// precedes that of the next session.
 func (d *dialer) ended(*cryo.Session) {
-	d.reports.Wait()
-	d.metrics.gone()
+	d.endLogs.Wait()
+	d.metrics.disconnected()
 }
 
-func (d *dialer) reportEnd(err error) {
+func (d *dialer) logEnd(err error) {
+	log := d.log.With("url", d.logURL)
 	var closed *cryo.PeerClosedError
 	switch {
 	case errors.Is(err, cryo.ErrClosed):
-		d.log.Infof("Closed the session with %s", d.name)
-	case errors.As(err, &closed): // a server that restarts is no fault
-		d.log.Infof("Disconnected from %s: %v", d.name, err)
+		log.Info("Session closed")
+	case errors.As(err, &closed): // such as a server that restarts
+		log.With("error", err).Info("Disconnected")
 	default:
-		d.log.Warnf("Disconnected from %s: %v", d.name, err)
+		log.With("error", err).Warn("Disconnected")
 	}
 }
 
-// connect returns the session, or the result of one attempt. The engine logs a failure, and
-// connects again when the next attempt is due.
+// connect returns the session, or the result of one attempt to connect. The engine logs a
+// failure and calls again when the next attempt is due.
 func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 	s, err := d.client.Connect(ctx)
 	if failed, ok := errors.AsType[*cryo.RetryError](err); ok {
@@ -101,7 +104,7 @@ func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 }
 
 // await returns the session, or that of the first attempt that succeeds before the context
-// is done. Failures go to the log, each once for all who await the session.
+// is done. Each failed attempt is logged once, however many callers wait.
 func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	var last error
 	for {
@@ -110,15 +113,15 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 		switch {
 		case ok:
 			last = withHint(failed)
-			if d.logged.Swap(failed) != failed {
+			if d.lastLogged.Swap(failed) != failed {
 				if log, ok := d.awaitLog.allow(); ok {
-					log.Warnf("Connecting to %s again failed, messages wait for it: %v", d.name, last)
+					log.With("url", d.logURL, "error", last).Warn("Reconnecting failed: unacknowledged messages wait for the next attempt")
 				}
 			}
 		case errors.Is(err, cryo.ErrClosed):
 			return nil, errDialerClosed
 		case err != nil && last != nil:
-			return nil, fmt.Errorf("%w: %v", context.Cause(ctx), last) //nolint:errorlint // its cause is not the caller's
+			return nil, fmt.Errorf("%w: %v", context.Cause(ctx), last) //nolint:errorlint // callers must not match the cause of an attempt
 		case err != nil:
 			return nil, context.Cause(ctx)
 		default:
@@ -127,31 +130,31 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	}
 }
 
-// withHint adds what the user can do to the error of an attempt.
+// withHint adds advice for the user to the error of an attempt.
 func withHint(failed *cryo.RetryError) error {
 	switch err := failed.Err; {
 	case errors.Is(err, cryo.ErrSessionExists):
-		return fmt.Errorf("%w (if that is our own lost connection, it passes within seconds)", err)
+		return fmt.Errorf("%w (if that is the previous connection of this component, the server removes it within seconds)", err)
 	case errors.Is(err, cryo.ErrUnauthorized):
-		return fmt.Errorf("%w (check the field %s; trying again in %v)", err, fieldToken, failed.After.Round(time.Second))
+		return fmt.Errorf("%w (check the field %s; retrying in %v)", err, fieldToken, failed.After.Round(time.Second))
 	default:
 		return err
 	}
 }
 
-// close closes the client, with a bound of its own beside the engine's. A session that is
-// ending already is waited for: acknowledgements may still be written.
+// close closes the client within closeTime. It also waits for a session that is already
+// ending: acknowledgements may still be written.
 func (d *dialer) close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	return d.client.Close(ctx, "")
 }
 
-// test dials as another session and closes it. What the server sends to it
-// meanwhile is neither acknowledged nor rejected: after the close handshake it goes to others.
+// test opens another session and closes it. Messages that the server sends to it are neither
+// acknowledged nor rejected, so the server can send them on another session.
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
-	opts.SendOnly = false // an output's would reject
+	opts.SendOnly = false // an output's session would reject messages
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {
 		return service.ConnectionTestFailed(err).AsList()

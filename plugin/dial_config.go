@@ -40,14 +40,14 @@ var (
 		for name, value := range parameters {
 			query.Set(name, value)
 		}
-		// CheckURL knows the parameters that the client sets.
+		// CheckURL rejects the parameters that the client sets itself.
 		if err := cryo.CheckURL("ws://server?" + query.Encode()); err != nil {
 			return nil, fmt.Errorf("field %s: %w", fieldQueryParameters, err)
 		}
 		return query, nil
 	})
 	headersField  = mapOf(fieldHeaders, checkHeaders)
-	proxyURLField = newField(fieldProxyURL, service.NewURLField, textRule(parseProxy)) // the engine echoes no password of such a field
+	proxyURLField = newField(fieldProxyURL, service.NewURLField, textRule(parseProxy)) // the engine redacts passwords in such fields
 
 	connectTimeoutField    = positiveDuration(fieldConnectTimeout)
 	heartbeatIntervalField = positiveDuration(fieldHeartbeatInterval)
@@ -56,29 +56,29 @@ var (
 func dialFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		urlField.config().
-			Description("The address of the Cryo server: `ws://` (or `wss://` for TLS), host, port if it is not 80 (443), and path if it is not `/`.").
+			Description("The URL of the Cryo server: `ws://`, or `wss://` for TLS. The default port is 80, or 443 for `wss://`.").
 			Example("ws://localhost:8080").
 			Example("wss://cryo.example.com/feed"),
 		service.NewStringField(fieldToken).
-			Description("The secret by which the server knows who may connect, without the word `Bearer`. Cryo carries it in the query of the URL: use `wss://` where others could listen, and mind the access logs of proxies. It appears in none of our log lines, errors or metrics; a text with one of fewer than 6 bytes in it is left out as a whole.").
+			Description("The secret that the server authenticates the client by, without the word `Bearer`. Cryo sends it in the query of the URL: use `wss://` on untrusted networks, and check the access logs of proxies. It is redacted from all log lines, errors and metrics of this component; a text that contains a token of fewer than 6 bytes is redacted as a whole.").
 			Default("").
 			Secret(),
 		queryParametersField.config().
-			Description("Further parameters for the query of the URL, for servers that look at them, such as a tenant or a room.").
+			Description("Additional query parameters of the URL, such as a tenant or a room.").
 			Default(map[string]any{}).
 			Advanced(),
 		headersField.config().
-			Description("Further headers for the HTTP request that opens the WebSocket, for proxies and gateways that look at them.").
+			Description("Additional headers of the HTTP request that opens the WebSocket, for proxies and gateways.").
 			Default(map[string]any{}).
 			Advanced(),
 		service.NewTLSToggledField(fieldTLS).
-			Description("Settings for `wss://`: own certificate authorities, client certificates. They need `enabled: true`. Without it `wss://` works too, and the authorities that the system trusts decide."),
+			Description("Settings for `wss://`, such as custom certificate authorities and client certificates, with `enabled: true`. Without them, `wss://` uses the system's certificate authorities."),
 		proxyURLField.config().
-			Description("A proxy to connect through: `http://`, `https://` or `socks5://`. Without it, HTTPS_PROXY, HTTP_PROXY and NO_PROXY of the environment decide.").
+			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Empty: the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
-			Description("How long one attempt to connect may take, from the TCP connection to the end of the handshake. While attempts fail, the next one follows after 250 ms, then ever later, up to 10 s; after 30 s when the token was refused; and when the server asks for it by `Retry-After`, after that time, 5 minutes at most.").
+			Description("The timeout of an attempt to connect, from the TCP connection to the end of the handshake. The wait before the next attempt grows from 250 ms to 10 s. It is 30 s if the token was denied, and at most 5 minutes if the server sends `Retry-After`.").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),
@@ -87,7 +87,7 @@ func dialFields() []*service.ConfigField {
 
 func heartbeatField() *service.ConfigField {
 	return heartbeatIntervalField.config().
-		Description("How often the other end is pinged, by a WebSocket ping. It is given up within three intervals when nothing at all was received from it, and nothing of what waits to be sent gets through: on a slow line, 4 KiB of a large message an interval are enough.").
+		Description("The interval between WebSocket pings. If nothing is received within three intervals, and no data is transferred to the peer, the connection is closed. On a slow line, 4 KiB of a large message per interval are enough to keep it open.").
 		Default("15s").
 		Advanced()
 }
@@ -116,27 +116,27 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions) (*url.U
 	case err != nil:
 		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
 	case enabled && u.Scheme != "wss":
-		return nil, fmt.Errorf("field %s is enabled, but the url is %s://: use wss://", fieldTLS, u.Scheme)
+		return nil, fmt.Errorf("field %s is enabled, but the field %s begins with %s://: use wss://", fieldTLS, fieldURL, u.Scheme)
 	case enabled:
 		opts.TLS = settings
 	}
 	return u, nil
 }
 
-// handshakeHeaders are set by the handshake.
+// handshakeHeaders are the headers that the handshake sets.
 var handshakeHeaders = []string{"Connection", "Sec-Websocket-Extensions", "Sec-Websocket-Key", "Sec-Websocket-Version", "Upgrade"}
 
-// checkHeaders checks what net/http and the WebSocket library check when they send the
-// headers, or leave out. Its error does not repeat a value, which may be a secret.
+// checkHeaders rejects headers that net/http and the WebSocket library would reject or ignore.
+// Its error contains no value, which may be a secret.
 func checkHeaders(headers map[string]string) (http.Header, error) {
 	checked := make(http.Header, len(headers))
 	for _, name := range slices.Sorted(maps.Keys(headers)) {
 		key, value := http.CanonicalHeaderKey(name), headers[name]
 		switch {
 		case !httpguts.ValidHeaderFieldName(name):
-			return nil, fmt.Errorf("field %s: %q is no name of an HTTP header", fieldHeaders, name)
+			return nil, fmt.Errorf("field %s: %q is not a valid name of an HTTP header", fieldHeaders, name)
 		case !httpguts.ValidHeaderFieldValue(value):
-			return nil, fmt.Errorf("field %s: the value of %s has characters that HTTP does not allow, such as line breaks", fieldHeaders, name)
+			return nil, fmt.Errorf("field %s: the value of %s contains characters that HTTP does not allow, such as line breaks", fieldHeaders, name)
 		case slices.Contains(handshakeHeaders, key):
 			return nil, fmt.Errorf("field %s: %s is set by the WebSocket handshake: remove it", fieldHeaders, name)
 		}
@@ -145,8 +145,8 @@ func checkHeaders(headers map[string]string) (http.Header, error) {
 	return checked, nil
 }
 
-// parseProxy returns nil for an empty text. Its error does not repeat the text, which may have
-// a password.
+// parseProxy returns nil for an empty text. Its error does not contain the text, which may
+// contain a password.
 func parseProxy(text string) (*url.URL, error) {
 	if text == "" {
 		return nil, nil
@@ -157,5 +157,5 @@ func parseProxy(text string) (*url.URL, error) {
 			return proxy, nil
 		}
 	}
-	return nil, fmt.Errorf("field %s must be http://, https:// or socks5:// with a host, and with a port from 1 to 65535 if it has one", fieldProxyURL)
+	return nil, fmt.Errorf("field %s must be a URL with http://, https:// or socks5://, a host, and optionally a port from 1 to 65535", fieldProxyURL)
 }

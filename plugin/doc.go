@@ -1,15 +1,14 @@
-// Package plugin adds Cryo to Redpanda Connect: the inputs and outputs cryo,
-// which dial a Cryo server, and cryo_server, which listen for Cryo clients.
-// Importing it registers them:
+// Package plugin adds Cryo to Redpanda Connect: the inputs and outputs cryo, which connect to a
+// Cryo server, and cryo_server, which listen for Cryo clients. Importing it registers them:
 //
 //	import _ "github.com/cryo-connect/cryo-connect/plugin"
 //
-// What a Cryo sender sees acknowledged has been delivered by the pipeline; what
-// an output counts as delivered has been acknowledged by the Cryo peer.
+// A message is acknowledged to its Cryo sender when the pipeline has delivered it. A message
+// is delivered by an output when its Cryo peer has acknowledged it.
 //
-// A component is a half and a way to have sessions: files are named receive*.go and
-// send*.go for the halves, dial*.go and listen*.go for the ways, input_*.go and
-// output_*.go for the four components. A field's rule is in the *_config.go of its part.
+// A component consists of a half (receive*.go or send*.go) and a way to open sessions (dial*.go
+// or listen*.go); input_*.go and output_*.go contain the four components. The fields of each
+// part and their rules are in its *_config.go.
 //
 //go:generate go run ../internal/docsgen ../docs/components
 package plugin

@@ -215,15 +215,15 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 		}), "protocol version 2, only 1 is known"},
 		{
 			"sends half a frame", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.BinaryMessage, []byte("half")) }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: malformed frame of 4 bytes",
+			"error=session ended: the peer broke the protocol: malformed frame of 4 bytes",
 		},
 		{
 			"sends text", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.TextMessage, []byte("{}")) }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: the peer broke the protocol: text message",
+			"error=session ended: the peer broke the protocol: text message",
 		},
 		{
 			"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
-			"WARN Disconnected from ws://" + somewhere + ": session ended: connection lost",
+			"error=session ended: connection lost",
 		},
 	} {
 		t.Run(m.does, func(t *testing.T) {

@@ -14,12 +14,12 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(aboutCryo+"This input is a Cryo client: it dials a server, such as one made with the npm package `cryo-server`, and dials again with the same session id when the connection is lost: immediately, and while that fails after waits that double up to ten seconds (after a denied token: 30 s). Without a connection it redelivers nothing, either.\n"+receiveGuarantee+receiveMetadata+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
+		Description(cryoText+"This input is a Cryo client: it connects to a server, such as one made with the npm package `cryo-server`. When the connection is lost, it reconnects with the same session id: immediately, then after waits that double up to ten seconds (after a denied token: 30 s). While there is no connection, failed messages are not redelivered.\n"+receiveDelivery+receiveMetadata+receiveResponses+receivePerformance+extractionText+metricsText).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
 		Field(maxBufferField(false)).
 		LintRule(lintMapping("input cryo")).
-		Example("From a Cryo server to files", "Messages of a Cryo server are appended to a file; each is acknowledged when it is written.", `
+		Example("From a Cryo server to files", "Messages from a Cryo server are appended to a file; each is acknowledged when it is written.", `
 input:
   cryo:
     url: ws://localhost:8080
@@ -34,7 +34,7 @@ output:
 type input struct {
 	*dialer
 	*receiver
-	lost <-chan struct{} // closed when the session has ended and its messages are handed over; owned by Connect and ReadBatch
+	lost <-chan struct{} // closed when the session has ended and its messages are delivered to the pipeline; owned by Connect and ReadBatch
 }
 
 var (
@@ -42,7 +42,7 @@ var (
 	_ service.ConnectionTestable = (*input)(nil)
 )
 
-// newInput makes an input; opts are what the configuration has no field for.
+// newInput returns an input. opts contains options without a field in the configuration.
 func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*input, error) {
 	r := &settingsReader{conf: conf}
 	if opts.MaxBufferBytes = maxBufferBytesField.read(r); r.err != nil {
@@ -59,30 +59,29 @@ func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.Dial
 	return &input{dialer: d, receiver: newReceiver(rc, res)}, nil
 }
 
-// Connect dials once; the engine tries again.
+// Connect makes one attempt to connect. The engine retries.
 func (in *input) Connect(ctx context.Context) error {
 	s, err := in.connect(ctx)
 	if err != nil {
 		return err
 	}
-	in.lost = in.receiveFrom(&handover{session: s}) // the same channel for the same session
+	in.lost = in.receiveFrom(&handover{session: s})
 	return nil
 }
 
-// ReadBatch hands over what waits. All that a lost session had received comes
-// before ErrNotConnected.
+// ReadBatch returns the next batch. All messages of a lost session precede ErrNotConnected.
 func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	return in.read(ctx, in.lost)
 }
 
-// Close is called when all acknowledgements are queued. They are written before the socket
-// closes.
+// Close stops receiving and closes the session. Acknowledgements that are queued by then are
+// written first.
 func (in *input) Close(ctx context.Context) error {
-	reportLeft(in.receiver.log, in.receiver.close())
+	logUndelivered(in.receiver.log, in.receiver.close())
 	return errors.Join(in.dialer.close(ctx), in.conf.streams.scanner.close(ctx))
 }
 
-// ConnectionTest dials, completes the handshake and hangs up.
+// ConnectionTest opens a session of its own and closes it.
 func (in *input) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
 	return in.test(ctx)
 }

@@ -12,11 +12,11 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(aboutCryo+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node` or pages in a browser, connect straight to the pipeline, and each of them feeds it.\n"+receiveGuarantee+receiveMetadata+identityMetadata+sessionMetadataText+sessionsText+receiveAnswers+receivePerformance+aboutExtraction+aboutMetrics).
+		Description(cryoText+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node`, or web pages, connect to the pipeline, and it receives their messages.\n"+receiveDelivery+receiveMetadata+identityText+eventMetadataText+eventsText+receiveResponses+receivePerformance+extractionText+metricsText).
 		Fields(listenFields()...).
 		Fields(receiveFields(true)...).
 		LintRule(lintMapping("input cryo_server")).
-		Example("Clients to a file", "What Cryo clients send is appended to a file; each message is acknowledged when it is written.", `
+		Example("From clients to a file", "Messages of Cryo clients are appended to a file; each is acknowledged when it is written.", `
 input:
   cryo_server:
     address: 0.0.0.0:8080
@@ -31,7 +31,7 @@ output:
 type serverInput struct {
 	*receiver
 	*serverComponent
-	lost <-chan struct{} // closed when no client can connect until Connect is called; the engine's reading goroutine's
+	lost <-chan struct{} // closed when the listener is down; owned by Connect and ReadBatch
 }
 
 var (
@@ -52,26 +52,26 @@ func newServerInput(conf *service.ParsedConfig, res *service.Resources) (*server
 	return &serverInput{receiver: newReceiver(rc, res), serverComponent: c}, nil
 }
 
-// Connect starts the listener, or joins that of another component.
+// Connect starts the listener, or joins the listener of another component.
 func (in *serverInput) Connect(ctx context.Context) error {
-	fresh, err := in.open(ctx)
+	joined, err := in.open(ctx)
 	if err != nil {
 		return err
 	}
 	in.lost = in.listener.outage()
-	if fresh {
+	if joined {
 		in.listener.inputs.add(in.receiver)
 	}
 	return nil
 }
 
-// ReadBatch hands over what waits, of any session.
+// ReadBatch returns the next batch, with messages of any sessions.
 func (in *serverInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	return in.read(ctx, in.lost)
 }
 
-// Close is called when all acknowledgements are queued. They are written before the
-// sessions close.
+// Close stops receiving and leaves the listener. Acknowledgements that are queued by then are
+// written before the sessions close.
 func (in *serverInput) Close(ctx context.Context) error {
 	return errors.Join(in.leave(ctx, in.receiver), in.conf.streams.scanner.close(ctx))
 }

@@ -12,7 +12,7 @@
 //			m.wantPending(t, "it is redelivered")
 //			e.want("hello")[0].deliver()
 //			m.wantAcked(t, "delivered")
-//			e.log.want(t, "DEBUG Delivering a message again")
+//			e.log.want(t, "DEBUG Redelivering a message")
 //			e.wantMetrics("delivered", map[string]int64{"cryo_messages_unacknowledged": 0})
 //		})
 //	}

@@ -88,9 +88,9 @@ func TestLostConnectionIsRedialledWithTheSameSessionID(t *testing.T) {
 			require.Equal(t, id, server.session().ID())
 		}
 		synctest.Wait()
-		require.Equal(t, 1, e.log.count("INFO Connected to ws://"+somewhere+" as session"))
-		require.Equal(t, 3, e.log.count("WARN Disconnected from ws://"+somewhere+": session ended: connection lost"))
-		require.Equal(t, 3, e.log.count("INFO Reconnected to ws://"+somewhere+" as session"))
+		require.Equal(t, 1, e.log.count("INFO Connected", "url=ws://"+somewhere, "session="))
+		require.Equal(t, 3, e.log.count("WARN Disconnected", "url=ws://"+somewhere, "error=session ended: connection lost"))
+		require.Equal(t, 3, e.log.count("INFO Reconnected", "url=ws://"+somewhere, "session="))
 	})
 }
 
@@ -101,17 +101,17 @@ func TestServerThatSendsByeIsRedialled(t *testing.T) {
 		s := server.session()
 		require.NoError(t, s.Close(t.Context(), "restarting"))
 		require.Equal(t, s.ID(), server.session().ID())
-		e.log.want(t, `Disconnected from ws://`+somewhere+`: session ended: closed by the peer: "restarting"`)
+		e.log.want(t, "INFO Disconnected", "url=ws://"+somewhere, `error=session ended: closed by the peer: "restarting"`)
 	})
 }
 
 func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 	for name, c := range map[string]struct {
-		end  func(e *engine, peer *cryo.Session)
-		line string
+		end        func(e *engine, peer *cryo.Session)
+		line, text string
 	}{
-		"cut":    {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected from ws://" + somewhere + ": session ended: connection lost"},
-		"closed": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected from ws://" + somewhere + ": session ended: closed by the peer"},
+		"cut":    {func(e *engine, _ *cryo.Session) { e.net.cut() }, "WARN Disconnected", "error=session ended: connection lost"},
+		"closed": {func(_ *engine, peer *cryo.Session) { _ = peer.Close(context.Background(), "restarting") }, "INFO Disconnected", "error=session ended: closed by the peer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -119,14 +119,14 @@ func TestIdleOutputLogsALostConnectionImmediately(t *testing.T) {
 				e.run(fromFeed, dialOutput)
 				c.end(e, server.session())
 				synctest.Wait()
-				e.log.want(t, c.line)
+				e.log.want(t, c.line, c.text)
 				time.Sleep(time.Hour)
 				require.Empty(t, server.sessions, "it has nothing to write")
 
 				f := e.produce("m")
 				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
 				f.wantDelivered(t, "on the next connection")
-				require.Equal(t, 1, e.log.count("Disconnected from"))
+				require.Equal(t, 1, e.log.count("Disconnected"))
 			})
 		})
 	}
@@ -140,8 +140,8 @@ func TestGracefulStopLogsTheClosedSession(t *testing.T) {
 				p := e.run(ends[0], ends[1])
 				server.session()
 				p.stop()
-				require.Equal(t, 1, e.log.count("INFO Closed the session with ws://"+somewhere))
-				require.Zero(t, e.log.count("Disconnected from"))
+				require.Equal(t, 1, e.log.count("INFO Session closed", "url=ws://"+somewhere))
+				require.Zero(t, e.log.count("Disconnected"))
 			})
 		})
 	}
@@ -171,7 +171,7 @@ func TestDialIsRetriedEverySecondWhileTheLostSessionExists(t *testing.T) {
 		second := time.Second
 		require.Equal(t, []time.Duration{second, second, second, second}, server.waits())
 		require.Len(t, server.ids, 1, "always the same id")
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is our own lost connection, it passes within seconds)"))
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is the previous connection of this component, the server removes it within seconds)"))
 	})
 }
 
@@ -180,7 +180,7 @@ func TestRejectedTokenIsRetriedEveryHalfMinute(t *testing.T) {
 		server.session()
 		half := 30 * time.Second
 		require.Equal(t, []time.Duration{half, half, half, half}, server.waits())
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; trying again in 30s)"))
+		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)"))
 	})
 }
 
@@ -291,7 +291,7 @@ func TestInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serveDenying(4, http.StatusUnauthorized, "Invalid token")
 		p := e.run(dialInput, toProbe)
-		e.log.want(t, "trying again in 30s")
+		e.log.want(t, "retrying in 30s")
 		begin := time.Now()
 		p.stop()
 		require.Zero(t, time.Since(begin))

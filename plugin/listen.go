@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// listener is one address with its server, for the components that share it.
+// listener is the server on one address. Components with that address share it.
 type listener struct {
 	settings listenSettings
 	log      *service.Logger
@@ -28,14 +28,14 @@ type listener struct {
 	inputs   *listenInputs
 
 	// Guarded by the registry's mutex.
-	users  []*serverComponent // the first one opened it, or has followed one that did; none: it is closing
+	users  []*serverComponent // empty while the listener closes; the first one reports its metrics
 	closed chan struct{}      // closed when the address is free again
 
 	mu      sync.Mutex
-	address net.Addr      // actual address, where the settings leave the port open
-	down    chan struct{} // closed when no client can connect any more
-	served  chan struct{} // closed when the socket and its goroutine are gone
-	arrived chan struct{} // closed and replaced when a session is connected
+	address net.Addr      // actual address; the configured port may be 0
+	down    chan struct{} // closed when accepting has failed
+	served  chan struct{} // closed when the socket is closed and its goroutine has returned
+	arrived chan struct{} // closed and replaced when a session connects
 }
 
 // newListener starts a listener for its first component.
@@ -73,8 +73,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	}
 	ln.http = &http.Server{
 		Handler: ln,
-		// Of TLS, of requests and between them; the connection of a session is no longer
-		// the HTTP server's.
+		// The timeouts apply to TLS and HTTP only: the connection of a session is hijacked.
 		ReadHeaderTimeout: settings.HandshakeTimeout,
 		ReadTimeout:       settings.HandshakeTimeout,
 		IdleTimeout:       settings.HandshakeTimeout,
@@ -90,8 +89,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	return ln, nil
 }
 
-// start listens, at first and again after accepting clients has failed. The registry's
-// mutex is held.
+// start opens the socket, also again after accepting has failed. The registry's mutex must
+// be held.
 func (ln *listener) start() error {
 	socket, err := ln.listen("tcp", ln.settings.Address)
 	if err != nil {
@@ -101,7 +100,7 @@ func (ln *listener) start() error {
 	ln.mu.Lock()
 	ln.address, ln.down, ln.served = socket.Addr(), down, served
 	ln.mu.Unlock()
-	ln.log.Infof("Listening for Cryo clients on %s", socket.Addr())
+	ln.log.With("address", socket.Addr()).Info("Listening for Cryo clients")
 	go func() {
 		defer close(served)
 		ln.serve(socket, down)
@@ -109,24 +108,23 @@ func (ln *listener) start() error {
 	return nil
 }
 
-// serve accepts clients. When that fails for good, which no retry on the same socket mends, it
-// reports the listener down: the components are not connected then, and the engine lets them
-// connect, which listens again. The sessions do not need the socket. They and the inputs stay as
-// they are, so nothing is lost and nothing is handed over.
+// serve accepts clients. If that fails with an error that the HTTP server does not retry, it
+// marks the listener as down: the components report that they are not connected, the engine
+// calls their Connect, and that opens a new socket. Sessions and inputs are not affected.
 func (ln *listener) serve(socket net.Listener, down chan struct{}) {
 	accepting := socket
 	if ln.tls != nil {
 		accepting = tls.NewListener(socket, ln.tls)
 	}
-	err := ln.http.Serve(accepting) // closes the socket
+	err := ln.http.Serve(accepting) // also closes the socket
 	if errors.Is(err, http.ErrServerClosed) {
 		return
 	}
-	ln.log.Errorf("New clients can't connect to %s, and are listened for again; sessions stay connected: %v", socket.Addr(), withOpenFilesHint(err))
+	ln.log.With("address", socket.Addr(), "error", withOpenFilesHint(err)).Error("Listener failed: listening again, sessions stay connected")
 	close(down)
 }
 
-// outage returns a channel that is closed when no client can connect until start is called.
+// outage returns a channel that is closed when the listener is down.
 func (ln *listener) outage() <-chan struct{} {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
@@ -142,7 +140,7 @@ func (ln *listener) isDown() bool {
 	}
 }
 
-// openFilesHint is what to do when a process has as many sockets as it may have.
+// openFilesHint is the advice for a process without a free file descriptor.
 const openFilesHint = "raise the limit of open files of the process (ulimit -n)"
 
 func withOpenFilesHint(err error) error {
@@ -152,7 +150,7 @@ func withOpenFilesHint(err error) error {
 	return err
 }
 
-// ServeHTTP serves the one path.
+// ServeHTTP serves the configured path and returns 404 for all others.
 func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != ln.settings.Path {
 		http.NotFound(w, r)
@@ -162,27 +160,27 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ln.server.ServeHTTP(w, r)
 }
 
-// close closes the listener when its last component has left: new clients are denied, the
-// others get their acknowledgements and BYE.
+// close closes the listener when its last component has left: new clients are denied, and
+// sessions are closed once their acknowledgements are written.
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)
-	err = errors.Join(err, ln.http.Close()) // the rest are requests that are no sessions yet
+	err = errors.Join(err, ln.http.Close()) // connections that are not sessions
 	ln.mu.Lock()
 	address, served := ln.address, ln.served
 	ln.mu.Unlock()
 	<-served
-	ln.log.Infof("Closed the listener on %s", address)
+	ln.log.With("address", address).Info("Listener closed")
 	return err
 }
 
-// connected is the server's OnSession. It assigns the session to an input, if there is one, and
-// wakes outputs that wait for one.
+// connected is the server's OnSession. It assigns the session to an input, if there is one,
+// and wakes outputs that wait for a session.
 func (ln *listener) connected(s *cryo.Session) {
 	ln.metrics.countSession(1)
-	ln.log.Debugf("Session %d connected from %v", s.ID(), identityOf(s).metadata[metaRemoteAddress])
+	ln.log.With("session", s.ID(), "remote", identityOf(s).metadata[metaRemoteAddress]).Debug("Session connected")
 	ln.inputs.assign(s)
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
@@ -193,22 +191,22 @@ func (ln *listener) connected(s *cryo.Session) {
 // disconnected is the server's OnSessionEnd.
 func (ln *listener) disconnected(s *cryo.Session) {
 	ln.metrics.countSession(-1)
-	ln.log.Debugf("Session %d disconnected: %v", s.ID(), s.Err())
+	ln.log.With("session", s.ID(), "error", s.Err()).Debug("Session disconnected")
 }
 
-// sessions returns the sessions that can be sent to.
+// sessions returns the sessions that have not begun to end.
 func (ln *listener) sessions() []*cryo.Session {
 	return slices.DeleteFunc(ln.server.Sessions(), func(s *cryo.Session) bool { return s.Err() != nil })
 }
 
-// session returns one of them.
+// session returns the session with an id, unless it has begun to end.
 func (ln *listener) session(id uint64) (*cryo.Session, bool) {
 	s, ok := ln.server.Session(id)
 	return s, ok && s.Err() == nil
 }
 
-// arrival is closed when the next session connects. Call it before sessions, or one that connects
-// in between is missed.
+// arrival returns a channel that is closed when the next session connects. It must be called
+// before sessions, or a session that connects in between is missed.
 func (ln *listener) arrival() <-chan struct{} {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()

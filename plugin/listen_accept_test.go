@@ -71,7 +71,7 @@ func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 		time.Sleep(time.Second)
 
 		require.Len(t, listened, 1)
-		e.log.want(t, "ERROR New clients can't connect to ")
+		e.log.want(t, "ERROR Listener failed: listening again")
 		require.Equal(t, 1, e.log.count("ERROR "))
 		require.Equal(t, int64(1), e.metrics.value("input_connection_lost"), "so /ready has reported it")
 		require.Equal(t, int64(2), e.metrics.value("input_connection_up"))
@@ -85,7 +85,7 @@ func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 			s.wantAcked(t, "the input receives from both")
 		}
 		p.stop()
-		require.Equal(t, 1, e.log.count("Closed the listener on"))
+		require.Equal(t, 1, e.log.count("Listener closed"))
 	})
 }
 
@@ -185,7 +185,7 @@ func TestBrokenListenerCanBeClosed(t *testing.T) {
 		fail <- errAccept
 		synctest.Wait()
 		p.stop()
-		require.Equal(t, 1, e.log.count("Closed the listener on"))
+		require.Equal(t, 1, e.log.count("Listener closed"))
 	})
 }
 
@@ -200,7 +200,7 @@ func TestTemporaryAcceptErrorsAreLogged(t *testing.T) {
 		time.Sleep(20 * time.Second)
 
 		e.dial()
-		lines := e.log.count("WARN Clients can't connect for now")
+		lines := e.log.count("WARN Cannot accept clients: retrying")
 		require.Greater(t, lines, 5)
 		require.Less(t, lines, 20, "at most one a second")
 		e.log.want(t, "too many open files; retrying in 5ms: raise the limit of open files")
@@ -228,8 +228,8 @@ func TestPanicInTheHTTPServerIsLoggedAsAWarning(t *testing.T) {
 	log.Print("http: panic serving 10.0.0.1:1: boom\ngoroutine 1 [running]:")
 	log.Print("http: TLS handshake error from 10.0.0.1:1: EOF")
 	log.Print("http: Accept error: " + errors.New("connection aborted").Error() + "; retrying in 5ms")
-	book.want(t, "WARN Panic while a client connected")
+	book.want(t, "WARN Panic during the handshake of a client")
 	book.want(t, "DEBUG Malformed HTTP request or TLS handshake")
-	book.want(t, "WARN Clients can't connect for now")
+	book.want(t, "WARN Cannot accept clients: retrying")
 	require.Zero(t, book.count("raise the limit"))
 }

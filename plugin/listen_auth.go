@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Admission of clients, and the metadata of their sessions.
+// Authorization of clients, and the metadata of their sessions.
 
 const (
 	fieldTokens          = "tokens"
@@ -30,21 +30,20 @@ const (
 
 	anyOrigin = "*"
 
-	// paramToken is the query parameter with Cryo's token, which must never
-	// become metadata.
+	// paramToken is the query parameter with the token. It must not become metadata.
 	paramToken = "authorization"
 )
 
 var (
 	tokensField = listOf(fieldTokens, func(tokens []string) ([]string, error) {
 		if slices.Contains(tokens, "") {
-			return nil, fmt.Errorf("field %s has an empty token: it would let everybody in", fieldTokens)
+			return nil, fmt.Errorf("field %s contains an empty token, which would accept every client", fieldTokens)
 		}
 		return tokens, nil
 	})
 	metadataQueryField = listOf(fieldSessionMetadata+"."+fieldMetadataQuery, func(names []string) ([]string, error) {
 		if slices.Contains(names, paramToken) {
-			return nil, fmt.Errorf("field %s.%s: %s is the token, which must not become metadata", fieldSessionMetadata, fieldMetadataQuery, paramToken)
+			return nil, fmt.Errorf("field %s.%s: %s contains the token, which must not become metadata", fieldSessionMetadata, fieldMetadataQuery, paramToken)
 		}
 		return names, nil
 	})
@@ -54,7 +53,7 @@ var (
 	allowedOriginsField = listOf(fieldAllowedOrigins, func(origins []string) ([]string, error) {
 		for _, origin := range origins {
 			if !originPattern.MatchString(origin) {
-				return nil, fmt.Errorf("field %s: %q must be *, null or a scheme and a host such as https://app.example.com, in lower case and with nothing behind", fieldAllowedOrigins, origin)
+				return nil, fmt.Errorf("field %s: %q must be *, null or a scheme and a host such as https://app.example.com, in lower case and without a path", fieldAllowedOrigins, origin)
 			}
 		}
 		return origins, nil
@@ -64,21 +63,21 @@ var (
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		tokensField.config().
-			Description("The secrets that let a client in: it has to send one of them as its token. Either this or `authorize` is required, so that no server is open by accident.").
+			Description("The tokens that are accepted: a client must send one of them. Either this or `authorize` is required.").
 			Default([]any{}).
 			Secret(),
 		service.NewBloblangField(fieldAuthorize).
-			Description(fmt.Sprintf(`A mapping that decides whether a client may come in. Of the client it sees `+"`this.token`, `this.session_id`, `this.remote_address`, `this.query` and `this.headers`"+` (both with the first value of each name; headers in lower case, with host, the query without the token), and `+"`this.client_certificate`"+`: null, or, where `+"`tls.client_ca_file`"+` asks for it, an object with `+"`common_name`, `dns_names`, `uris` and `serial_number`"+`.
+			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null.
 
-It results in `+"`true` or `false`"+`, or in an object, which lets the client in too. The object's fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings stay as they are; numbers, booleans and times are written as text, arrays and nested objects as JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. A session has at most %d fields and %d bytes of metadata from its client, that of `+"`session_metadata`"+` included; a client with more is denied with status 431, and one with control characters, such as line breaks, in any of it with 400.
+The result `+"`true`"+` accepts the client, and `+"`false`"+` denies it. An object accepts it as well, and its fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings are unchanged; numbers, booleans and times become text, arrays and nested objects JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. The metadata from a client, including `+"`session_metadata`"+`, is limited to %d fields and %d bytes per session: a client that exceeds it is denied with status 431. A client with control characters in the metadata, such as line breaks, is denied with status 400.
 
-Everything else denies the client: a mapping that fails or assigns nothing, an object without a field that is not null, and one that is no verdict but what the mapping was given: with a field `+"`token`"+`, or with all of the query or of the headers, as `+"`root = this`, `root = this.query` and `root = this.without(\"token\")`"+` make it. But any other object lets in whatever its fields say: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` only those who name no room. So check first, and let `+"`root`"+` be an object then, as the last example does. `+"`root = true`"+` lets everybody in.
+All other results deny the client: an error, no assignment, an object whose fields are all null, and an object that merely returns the input: one with a field `+"`token`"+`, or with all of the query or headers, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the last example does. `+"`root = true`"+` accepts everybody.
 
-Of a mapping that fails, the log has the line, and of a JWT whether it is malformed, has another signature or algorithm, has expired, or is not valid yet. The rest of the error may quote a part of the token and is left out: `+"`cryo-connect blobl`"+` tells all, from a token of your own.
+If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, expired, or not valid yet. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
 
-A client that comes back while its old connection is still thought alive takes it over when it has the same session id and the very same token, and the same client certificate if it has one. With another token, such as a renewed JWT, or a renewed certificate it is refused until the old connection is known to be dead, which takes up to three times `+"`heartbeat_interval`"+`, so clients do well to close before they renew.
+A client that reconnects before the loss of its old connection is detected replaces that connection if it has the same session id and token, and the same client certificate if it has one. With another token or certificate, such as a renewed one, it is denied until the loss is detected, which takes up to three times `+"`heartbeat_interval`"+`; so clients should close their session before they renew a token.
 
-The methods for JWTs are in the binary `+"`cryo-connect`"+`; a build of your own gets them from Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
+The methods for JWTs are part of the binary `+"`cryo-connect`"+`; a custom build needs Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
 			Example(`root = if this.client_certificate != null { { "device": this.client_certificate.common_name } } else { false }`).
@@ -88,28 +87,28 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 			Optional(),
 		service.NewObjectField(fieldSessionMetadata,
 			metadataQueryField.config().
-				Description("Query parameters: `room` becomes `cryo_query_room`. The one with the token can't be had.").
+				Description("The names of query parameters: `room` becomes `cryo_query_room`. The parameter with the token is not allowed.").
 				Default([]any{}).
 				Example([]string{"room"}),
 			metadataHeadersField.config().
-				Description("HTTP headers: `User-Agent` becomes `cryo_header_user-agent`, and `Host` is the name that the client connects to.").
+				Description("The names of HTTP headers: `User-Agent` becomes `cryo_header_user-agent`. `Host` is the host name that the client connects to.").
 				Default([]any{}).
 				Example([]string{"User-Agent"}),
 		).
-			Description("What else of a client's request becomes metadata of all its messages: the first value, where there is one. Clients choose them freely, unless `authorize` checks them. A client is denied with status 400 if one of them has control characters, such as line breaks: outputs that make headers of metadata would fail.").
+			Description("The parts of a client's request that become metadata of all its messages: the first value of each name, if there is one. They are untrusted, unless `authorize` checks them. A client is denied with status 400 if a value contains control characters, such as line breaks, because outputs that send metadata as headers would fail.").
 			Advanced(),
 		allowedOriginsField.config().
-			Description("From which web sites a browser's page may connect, by its Origin header: a site is scheme, host and, where it is not the scheme's own, port, with nothing behind. `null` is a page from a file or a sandbox. `*` is any; then the token alone decides, which no browser adds by itself. A list that is empty lets in no page of a browser. Clients that are no browsers send no such header and are not asked.").
+			Description("The origins (header Origin) of web pages that may connect: scheme, host and, unless it is the default, port. `null` is a page from a file or a sandbox. `*` is any origin; that is safe, because browsers do not add the token by themselves. An empty list denies all web pages. Clients that are not browsers do not send this header, and are not checked.").
 			Default([]any{anyOrigin}).
 			Example([]string{"https://app.example.com", "http://localhost:3000"}).
 			Advanced(),
 	}
 }
 
-// admissionSettings must be equal for the components of one listener.
+// admissionSettings is the part of listenSettings about authorization.
 type admissionSettings struct {
 	Tokens    []string        `field:"tokens"`
-	Authorize string          `field:"authorize"` // the mapping's text
+	Authorize string          `field:"authorize"` // source of the mapping
 	Metadata  sessionMetadata `field:"session_metadata"`
 	Origins   []string        `field:"allowed_origins"`
 }
@@ -125,14 +124,14 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 	case r.err != nil:
 		return s, nil
 	case len(s.Tokens) == 0 && mapping == nil:
-		r.err = fmt.Errorf("either the field %s or %s is required: without them nobody could come in", fieldTokens, fieldAuthorize)
+		r.err = fmt.Errorf("either the field %s or %s is required: without them, all clients would be denied", fieldTokens, fieldAuthorize)
 		return s, nil
 	case len(s.Tokens) > 0 && mapping != nil:
 		r.err = fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
 		return s, nil
 	case mapping == nil:
-		known := cryo.Tokens(s.Tokens...)
-		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, known(u) })
+		checkToken := cryo.Tokens(s.Tokens...)
+		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, checkToken(u) })
 	default:
 		return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
 			return authorizeBy(mapping, u, query)
@@ -140,18 +139,19 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 	}
 }
 
-// allowsOrigin reports whether a page of the request's origin may connect. Clients that are
-// no browsers have none.
+// allowsOrigin reports whether a web page of the request's origin may connect. Requests
+// without an origin are not from a browser, and are allowed.
 func (s admissionSettings) allowsOrigin(r *http.Request) bool {
-	origins, asked := r.Header["Origin"]
-	return !asked || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
+	origins, isBrowser := r.Header["Origin"]
+	return !isBrowser || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
 }
 
-// admit returns an Authorize function: judge denies a client, or returns the metadata that it grants.
-func (s sessionMetadata) admit(judge func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
+// admit returns an Authorize function that sets the identity of the session. The function
+// check denies a client with an error, or returns the metadata that it grants.
+func (s sessionMetadata) admit(check func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
 	return func(u *cryo.Upgrade) error {
 		query := u.Request.URL.Query()
-		granted, err := judge(u, query)
+		granted, err := check(u, query)
 		if err != nil {
 			return err
 		}
@@ -160,8 +160,8 @@ func (s sessionMetadata) admit(judge func(*cryo.Upgrade, url.Values) (map[string
 	}
 }
 
-// authorizeBy runs the mapping authorize: an error denies the client, an object has the
-// metadata that it grants.
+// authorizeBy runs the mapping authorize. An error denies the client; an object contains the
+// metadata that the mapping grants.
 func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
 	headers := make(map[string]any, len(u.Request.Header)+1)
 	for name := range u.Request.Header {
@@ -172,7 +172,7 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 	}
 	parameters := make(map[string]any, len(query))
 	for name, values := range query {
-		if name != paramToken { // no object made of the query may make metadata of it
+		if name != paramToken { // an object made of the query must not contain the token
 			parameters[name] = values[0]
 		}
 	}
@@ -187,32 +187,32 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 	if err != nil {
 		return nil, mappingFailed(err)
 	}
-	switch verdict := result.(type) {
+	switch result := result.(type) {
 	case bool:
-		if !verdict {
+		if !result {
 			return nil, errors.New("denied by authorize")
 		}
 		return nil, nil
 	case map[string]any:
-		if _, leaks := verdict["token"]; leaks {
-			return nil, errors.New("authorize returned an object with a field token, which must not become metadata")
+		if _, leaks := result["token"]; leaks {
+			return nil, errors.New("authorize returned an object with the field token, which must not become metadata")
 		}
-		if isEmpty(verdict) {
-			return nil, errors.New("authorize returned an object without a field that is not null")
+		if isEmpty(result) {
+			return nil, errors.New("authorize returned an object whose fields are all null")
 		}
-		if echoesRequest(verdict, parameters) || echoesRequest(verdict, headers) {
-			return nil, errors.New("authorize returned an object with all of the query or of the headers, which the client chooses")
+		if echoesRequest(result, parameters) || echoesRequest(result, headers) {
+			return nil, errors.New("authorize returned an object with the whole query or all headers, which the client chooses")
 		}
-		return verdict, nil
+		return result, nil
 	case nil:
-		return nil, errors.New("authorize returned neither a boolean nor an object: it assigned nothing to root, or null")
+		return nil, errors.New("authorize returned neither a boolean nor an object: root is null or not assigned")
 	default:
 		return nil, fmt.Errorf("authorize returned neither a boolean nor an object, but %T", result)
 	}
 }
 
-// runAuthorize runs the mapping. Not by Query: where nothing is assigned, that results in
-// what it was given, an object, which would let everybody in.
+// runAuthorize runs the mapping. It does not use Query, which returns the input if nothing is
+// assigned: an object, which would accept every client.
 func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any, err error) {
 	defer catchPanic(&err)
 	err = mapping.Overlay(client, &result)
@@ -221,14 +221,14 @@ func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any
 
 var (
 	failedLine = regexp.MustCompile(`^failed assignment \(line (\d+)\)`)
-	// jwtFailures are texts of the methods for JWTs that repeat no part of a token.
+	// jwtFailures are error texts of the methods for JWTs that contain no part of a token.
 	jwtFailures = []string{"token is expired", "token is not valid yet", "token signature is invalid", "incorrect signing method", "token is malformed"}
 )
 
-// mappingFailed returns as much of a mapping's error as the log may have. The
-// error itself may quote any part of the token, decoded too.
+// mappingFailed returns a redacted error of the mapping: the original may quote any part of
+// the token, also decoded.
 func mappingFailed(err error) error {
-	text, where, why := err.Error(), "", "its error is left out, because it may have a part of the token"
+	text, where, why := err.Error(), "", "the error is redacted, because it may contain a part of the token"
 	if line := failedLine.FindStringSubmatch(text); line != nil {
 		where = " in line " + line[1]
 	}
@@ -243,8 +243,8 @@ func mappingFailed(err error) error {
 	return fmt.Errorf("authorize failed%s: %s", where, why)
 }
 
-// isEmpty reports whether a value is null, or an object of nothing else. A mapping that
-// catches the error of a malformed token makes such an object.
+// isEmpty reports whether a value is null, or an object whose fields are all empty. A mapping
+// that catches the error of a malformed token returns such an object.
 func isEmpty(value any) bool {
 	object, ok := value.(map[string]any)
 	if !ok {
@@ -258,12 +258,13 @@ func isEmpty(value any) bool {
 	return true
 }
 
-// echoesRequest reports whether a verdict is a part of the request, or has it in a field.
-func echoesRequest(verdict, part map[string]any) bool {
-	if reflect.DeepEqual(verdict, part) {
+// echoesRequest reports whether an object equals a part of the request, or contains it in a
+// field.
+func echoesRequest(object, part map[string]any) bool {
+	if reflect.DeepEqual(object, part) {
 		return true
 	}
-	for _, field := range verdict {
+	for _, field := range object {
 		if reflect.DeepEqual(field, any(part)) {
 			return true
 		}
@@ -271,8 +272,7 @@ func echoesRequest(verdict, part map[string]any) bool {
 	return false
 }
 
-// certificateOf returns the subject of a client's certificate; nil without one that was
-// verified.
+// certificateOf returns the subject of a client's verified certificate, or nil.
 func certificateOf(state *tls.ConnectionState) any {
 	if state == nil || len(state.VerifiedChains) == 0 {
 		return nil

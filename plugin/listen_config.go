@@ -44,11 +44,11 @@ var (
 func listenFields() []*service.ConfigField {
 	fields := []*service.ConfigField{
 		addressField.config().
-			Description("Where to listen: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and must have the same settings for it. Several inputs get the clients in turn.").
+			Description("The address to listen on: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and must have the same settings for it. Clients are assigned to several inputs in turn.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080"),
 		pathField.config().
-			Description("The path of the URL that clients connect to. Other paths return 404. Behind a reverse proxy it is the path that the proxy asks for: with the prefix that it serves us under, or without where it takes that off.").
+			Description("The path of the URL that clients connect to. Other paths return 404. Behind a reverse proxy, the path of the request that the proxy sends: without a prefix that it strips.").
 			Default("/"),
 		listenTLSField(),
 	}
@@ -56,23 +56,23 @@ func listenFields() []*service.ConfigField {
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		maxSessionsField.config().
-			Description("How many clients may be connected at a time. Further ones are denied with status 503. As many connections, or 1,024 if that is more, may be open without a session: another one closes the oldest of them, so that nobody without a token keeps clients out."),
+			Description("The maximum number of sessions. Further clients are denied with status 503. The same number of connections, but at least 1,024, may be open without a session; a further connection closes the oldest of them, so that peers without a token cannot block clients."),
 		maxSessionsPerAddressField.config().
-			Description("How many clients may be connected at a time from one IP address, or from one IPv6 network of 64 bits. Further ones are denied with status 429. 0 is no limit. Behind a reverse proxy, see `trusted_proxies`: without it all clients have the proxy's address.").
+			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network. Further clients are denied with status 429. 0: no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the proxy's address.").
 			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
-			Description("How long a client may take for TLS and its HTTP request, and again for Cryo's handshake on the open WebSocket.").
+			Description("The timeout for TLS and the HTTP request of a client, and again for Cryo's handshake on the open WebSocket.").
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().
-			Description("How long the first line and the headers of a client's HTTP request may be together, the token included. A client with longer ones is denied with status 431.").
+			Description("The maximum size of the request line and headers of a client's HTTP request, including the token. A client that exceeds it is denied with status 431.").
 			Advanced(),
 		heartbeatField(),
 	)
 }
 
-// listenSettings must be equal for the components of one listener.
+// listenSettings are the settings of a listener. They must be equal for all its components.
 type listenSettings struct {
 	Address string `field:"address"`
 	Path    string `field:"path"`
@@ -87,8 +87,8 @@ type listenSettings struct {
 	HeartbeatInterval     time.Duration `field:"heartbeat_interval"`
 }
 
-// differences returns the names of the fields in which two settings differ. It leaves out
-// their values: some are secret.
+// differences returns the names of the fields in which two settings differ, without their
+// values: some are secret.
 func (s listenSettings) differences(other listenSettings) []string {
 	return differences(reflect.ValueOf(s), reflect.ValueOf(other))
 }
@@ -124,7 +124,7 @@ func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, aut
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
 
-// checkAddress accepts a host that only the system can reject: a name, or an IPv6 address with a zone.
+// checkAddress checks the syntax of an address: a host name, or an IP address, and a port.
 func checkAddress(address string) (string, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err == nil {
@@ -133,7 +133,7 @@ func checkAddress(address string) (string, error) {
 	if err == nil && (strings.Contains(address, "[") || host != "" && strings.Trim(host, "0123456789.") == "") {
 		_, err = netip.ParseAddr(host)
 	} else if err == nil && !hostName.MatchString(host) {
-		err = errors.New("no name of a host")
+		err = errors.New("invalid host name")
 	}
 	if err != nil {
 		return "", fmt.Errorf("field %s must be host:port, got %q", fieldAddress, address)

@@ -10,22 +10,22 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Connections that are not, or not yet, those of sessions. They need no token, and each has a file
-// descriptor.
+// Connections without a session. Opening one takes no token, and each uses a file descriptor.
 
-// minConnections is the lowest bound of their number, for a smaller max_sessions.
+// minConnections is the limit of connections without a session if max_sessions is smaller.
 const minConnections = 1024
 
-// connLimit bounds them: another one closes the oldest. A client becomes a session
-// within milliseconds, so the oldest is one that does not, and the client connects
-// at once. All clients that max_sessions allows can connect at the same time.
+// connLimit limits the connections without a session: when there are too many, the oldest is
+// closed. A client's connection becomes a session within milliseconds, so the oldest
+// connection is one that does not. The limit is at least max_sessions, so that all clients
+// can connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog
 
 	mu       sync.Mutex
 	elements map[net.Conn]*list.Element
-	order    *list.List // of net.Conn, the oldest first
+	order    *list.List // elements are net.Conn, oldest first
 }
 
 func newConnLimit(maxSessions int, log *service.Logger) *connLimit {
@@ -35,14 +35,14 @@ func newConnLimit(maxSessions int, log *service.Logger) *connLimit {
 	}
 }
 
-// changed is the HTTP server's ConnState.
+// changed is the ConnState hook of the HTTP server.
 func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateNew:
 		if oldest := l.add(c); oldest != nil {
 			_ = oldest.Close()
 			if log, ok := l.log.allow(); ok {
-				log.Warnf("Closed a connection without a session, because there are more than %d of them: %v", l.limit, oldest.RemoteAddr())
+				log.With("remote", oldest.RemoteAddr(), "limit", l.limit).Warn("Too many connections without a session: closed the oldest")
 			}
 		}
 	case http.StateHijacked, http.StateClosed:
@@ -52,7 +52,7 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	}
 }
 
-// add returns the connection to close, or nil.
+// add adds a connection, and returns the one to close, or nil.
 func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -63,7 +63,7 @@ func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
 	oldest = l.order.Front().Value.(net.Conn)
 	l.remove(oldest)
 	if secured, ok := oldest.(*tls.Conn); ok {
-		return secured.NetConn() // to close TLS may wait for the network
+		return secured.NetConn() // closing the TLS connection may block on the network
 	}
 	return oldest
 }

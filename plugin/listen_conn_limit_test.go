@@ -50,7 +50,7 @@ func TestClientConnectsHoweverManyConnectionsAreIdle(t *testing.T) {
 			for i, c := range silent {
 				require.Equal(t, i > over, answers(t, c), "the client and %d silent ones were too many, so the first %d are closed", over, over+1)
 			}
-			e.log.want(t, "WARN Closed a connection without a session, because there are more than 1024 of them")
+			e.log.want(t, "WARN Too many connections without a session: closed the oldest", "limit=1024")
 			require.NoError(t, s.Close(t.Context(), ""))
 		})
 	}

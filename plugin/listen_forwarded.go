@@ -10,7 +10,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// The addresses of clients that connect through reverse proxies.
+// Addresses of clients that connect through reverse proxies.
 
 const (
 	fieldTrustedProxies  = "trusted_proxies"
@@ -37,12 +37,12 @@ var (
 func proxyFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		trustedProxiesField.config().
-			Description("The reverse proxies that are trusted to report a client's address: IP addresses, or networks such as `10.0.0.0/8`. For a client that connects through one of these, the address that it reports is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. The header of any other client is ignored, so don't name networks from which clients connect.").
+			Description("The reverse proxies that are trusted to report the address of a client: IP addresses, or networks such as `10.0.0.0/8`. The reported address is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. The header is ignored in requests from other addresses, so do not add networks from which clients connect directly.").
 			Default([]any{}).
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
 			Advanced(),
 		forwardedHeaderField.config().
-			Description("The header in which the trusted proxies report a client's address. Each of them must set it: what a client writes into the other one may be passed on.").
+			Description("The header in which the trusted proxies report the address of a client. Each of them must set this header: a proxy may pass on the other one from a client unchanged.").
 			Default(headerXForwardedFor).
 			Advanced(),
 	}
@@ -57,8 +57,8 @@ func readProxySettings(r *settingsReader) proxySettings {
 	return proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r)}
 }
 
-// parseNetwork parses an IP address or a network. IPv4 in IPv6 becomes IPv4, as in the
-// addresses that parseHop returns.
+// parseNetwork parses an IP address or a network. As in parseHop, IPv4-mapped IPv6 addresses
+// become IPv4.
 func parseNetwork(name string) (netip.Prefix, error) {
 	if ip, err := netip.ParseAddr(name); err == nil {
 		ip = ip.Unmap()
@@ -81,10 +81,9 @@ func (s proxySettings) trusts(address string) bool {
 	return false
 }
 
-// clientAddress returns where a request comes from: the address nearest to us that is not
-// that of a trusted proxy. Each proxy appends the address that it saw, so
-// they are read from the end. What a client has written itself comes before
-// its own address and is never read.
+// clientAddress returns the address of the client: the last one that is not the address of a
+// trusted proxy. Each proxy appends the address of its peer, so the header is read from the
+// end; addresses that the client has sent itself precede its real address and are not read.
 func (s proxySettings) clientAddress(r *http.Request) string {
 	address := r.RemoteAddr
 	if !s.trusts(address) {
@@ -92,7 +91,7 @@ func (s proxySettings) clientAddress(r *http.Request) string {
 	}
 	for _, hop := range slices.Backward(s.hops(r.Header)) {
 		if _, ok := parseHop(hop); !ok {
-			break // "unknown" or a made-up name: a proxy knows no more
+			break // such as "unknown"
 		}
 		if address = hop; !s.trusts(address) {
 			break
@@ -124,8 +123,7 @@ func forwardedFor(element string) string {
 	return ""
 }
 
-// withoutBrackets removes the brackets of an IPv6 address without a port, so that it is the
-// same however a proxy writes it.
+// withoutBrackets removes the brackets of an IPv6 address without a port, which some proxies add.
 func withoutBrackets(hop string) string {
 	if strings.HasSuffix(hop, "]") {
 		return strings.Trim(hop, "[]")
@@ -133,7 +131,8 @@ func withoutBrackets(hop string) string {
 	return hop
 }
 
-// parseHop parses an IP address with or without a port, and removes its zone: no network has one.
+// parseHop parses an IP address with or without a port, and removes its zone, because no
+// network matches an address with a zone.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
 		return withPort.Addr().Unmap().WithZone(""), true

@@ -65,7 +65,7 @@ func TestClientAddressIsTheLastOneThatIsNoTrustedProxy(t *testing.T) {
 				require.Equal(t, tt.want, address)
 				seen, _ := m.MetaGet("cryo_auth_seen")
 				require.Equal(t, tt.want, seen)
-				e.log.want(t, "connected from "+tt.want)
+				e.log.want(t, "Session connected", "remote="+tt.want)
 			})
 		})
 	}
@@ -100,8 +100,8 @@ func onSocket(t *testing.T, e *engine, settings string) string {
 	t.Cleanup(p.kill)
 	var address string
 	require.Eventually(t, func() bool {
-		_, line, found := strings.Cut(strings.Join(e.log.all(), "\n"), "Listening for Cryo clients on ")
-		address, _, _ = strings.Cut(strings.SplitN(line, "\n", 2)[0], " ")
+		_, line, found := strings.Cut(strings.Join(e.log.all(), "\n"), " address=")
+		address, _, _ = strings.Cut(strings.ReplaceAll(line, "\n", " "), " ")
 		return found
 	}, time.Minute, time.Millisecond)
 	return address

@@ -11,47 +11,47 @@ import (
 )
 
 const (
-	// noInputPatience is how long messages wait for an input of the same
-	// listener to start before they are rejected.
-	noInputPatience = 5 * time.Second
-	// nextInputPatience is how long they wait for another input when the last one
-	// has closed: while its pipeline is replaced, or stops for good, which takes the
-	// engine's shutdown_timeout (20 s by default) at most.
-	nextInputPatience = time.Minute
+	// noInputTimeout is the time that messages of a new listener wait for an input to
+	// start. Then they are rejected.
+	noInputTimeout = 5 * time.Second
+	// nextInputTimeout is the time that they wait for another input when the last one has
+	// closed. It is longer than the engine's shutdown_timeout (20 s by default), in which
+	// a pipeline is stopped or replaced.
+	nextInputTimeout = time.Minute
 )
 
-// listenInputs are the inputs of a listener. They share its sessions: each session has one input,
-// and waits, or is rejected what it sends, while there is none.
+// listenInputs are the inputs of a listener. Each session is assigned to one input. Without
+// an input, sessions wait; after a timeout, their messages are rejected.
 type listenInputs struct {
 	address  string // for log lines
 	log      *service.Logger
-	sessions func() []*cryo.Session // those that are connected
-	patience *time.Timer            // runs rejectWithoutInput
+	sessions func() []*cryo.Session // connected sessions
+	timer    *time.Timer            // calls rejectWithoutInput
 
 	mu        sync.Mutex
 	all       []*receiver
-	next      int         // index of the input that gets the next session, modulo their number
-	waiting   []*handover // for an input …
-	until     time.Time   // … to start
-	rejecting bool        // there was no input until then: messages are rejected
-	closing   bool        // the last component has left: nothing is rejected any more
+	next      int         // counter for the round robin
+	waiting   []*handover // sessions without an input
+	until     time.Time   // deadline for an input to start
+	rejecting bool        // the deadline has passed: messages are rejected
+	closing   bool        // the last component has left: messages are no longer rejected
 }
 
 func newListenInputs(address string, log *service.Logger, sessions func() []*cryo.Session) *listenInputs {
-	i := &listenInputs{address: address, log: log, sessions: sessions, until: time.Now().Add(noInputPatience)}
-	i.mu.Lock() // the timer is not set before it can run
+	i := &listenInputs{address: address, log: log, sessions: sessions, until: time.Now().Add(noInputTimeout)}
+	i.mu.Lock() // the callback must not run before the field is set
 	defer i.mu.Unlock()
-	i.patience = time.AfterFunc(noInputPatience, i.rejectWithoutInput)
+	i.timer = time.AfterFunc(noInputTimeout, i.rejectWithoutInput)
 	return i
 }
 
-// assign gives a new session an input.
+// assign assigns a new session to an input.
 func (i *listenInputs) assign(s *cryo.Session) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	switch {
 	case slices.ContainsFunc(i.all, func(in *receiver) bool { return in.has(s) }):
-		// An input that has started meanwhile has found it.
+		// An input that has started in the meantime has added it.
 	case len(i.all) > 0:
 		i.inputFor(s).receiveFrom(&handover{session: s})
 	case i.rejecting:
@@ -61,12 +61,12 @@ func (i *listenInputs) assign(s *cryo.Session) {
 	}
 }
 
-// inputFor returns the inputs in turn, unless one has yet to report the session that this one
-// has taken over.
+// inputFor returns the next input in turn. An input that still has events of an earlier
+// session with the same id takes precedence, so that the events stay in order.
 func (i *listenInputs) inputFor(s *cryo.Session) *receiver {
 	id := identityOf(s).id
 	for _, in := range i.all {
-		if in.follows(id) {
+		if in.hasEventsOf(id) {
 			return in
 		}
 	}
@@ -74,20 +74,20 @@ func (i *listenInputs) inputFor(s *cryo.Session) *receiver {
 	return i.all[(i.next-1)%len(i.all)]
 }
 
-// full reports whether there are as many sessions as there may be: those that are connected,
-// and as many again that have ended, with messages that the pipeline has not received yet.
+// full reports whether there are too many sessions: max_sessions that are connected, and as
+// many that have ended with messages that the pipeline has not received yet.
 func (i *listenInputs) full(maxSessions int) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	n := len(i.waiting)
 	for _, in := range i.all {
-		n += in.keeps()
+		n += in.sessionCount()
 	}
 	return n >= 2*maxSessions
 }
 
-// add lets an input receive: the first from all sessions that are connected, and what others
-// have left; later ones from their part of those that connect.
+// add adds an input. The first one receives from all connected sessions, and the messages of
+// closed inputs; later ones receive from new sessions, in turn.
 func (i *listenInputs) add(r *receiver) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -106,10 +106,10 @@ func (i *listenInputs) add(r *receiver) {
 	}
 }
 
-// remove closes an input and hands its sessions, with all that is unacknowledged of them, to
-// another. Without one they wait, and are read on, which acknowledgements for an output need. With
-// the last component nothing is sent: a client may send again, to another server, what it saw
-// neither acknowledged nor rejected.
+// remove closes an input and hands its sessions, with their unacknowledged messages, over to
+// another. If there is none, they wait; their connections are still read, because an output
+// may wait for acknowledgements. When the last component leaves, the messages are neither
+// acknowledged nor rejected, so that clients can send them to another server.
 func (i *listenInputs) remove(r *receiver, last bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -117,29 +117,30 @@ func (i *listenInputs) remove(r *receiver, last bool) {
 	left := r.close()
 	switch {
 	case last:
-		reportLeft(r.log, left)
+		logUndelivered(r.log, left)
 	case len(i.all) > 0:
 		for _, h := range left {
 			i.all[0].receiveFrom(h)
 		}
 	default:
 		i.waiting = left
-		i.until = time.Now().Add(nextInputPatience)
-		i.patience.Reset(nextInputPatience)
+		i.until = time.Now().Add(nextInputTimeout)
+		i.timer.Reset(nextInputTimeout)
 	}
 }
 
-// rejectWithoutInput rejects what sessions have sent, and what they send from now on.
+// rejectWithoutInput rejects the messages that wait for an input, and those that sessions
+// send from now on.
 func (i *listenInputs) rejectWithoutInput() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if len(i.all) > 0 || i.closing || time.Now().Before(i.until) { // an earlier timer may fire late
+	if len(i.all) > 0 || i.closing || time.Now().Before(i.until) { // the timer may have been reset while it fired
 		return
 	}
 	i.rejecting = true
 	rejected, lost := 0, 0
 	for _, h := range i.waiting {
-		h.session.SetSendOnly(true) // one that has ended may have left messages
+		h.session.SetSendOnly(true) // also of a session that has ended: it may have buffered messages
 		n, m := h.reject()
 		rejected, lost = rejected+n, lost+m
 	}
@@ -147,19 +148,20 @@ func (i *listenInputs) rejectWithoutInput() {
 	for _, s := range i.sessions() {
 		s.SetSendOnly(true)
 	}
+	log := i.log.With("address", i.address, "timeout", nextInputTimeout)
 	if rejected > 0 {
-		i.log.Warnf("Rejected %d messages that an input on %s has left: no other has followed it for %v", rejected, i.address, nextInputPatience)
+		log.With("messages", rejected).Warn("Rejected messages of a closed input: no other input has started")
 	}
 	if lost > 0 {
-		i.log.Errorf("Lost %d messages that were acknowledged when they were received: no input on %s has followed theirs for %v", lost, i.address, nextInputPatience)
+		log.With("messages", lost).Error("Lost messages that were acknowledged on receipt: no other input has started")
 	}
 }
 
-// close ends the waits for an input.
+// close stops the timer, and logs the messages that stay undelivered.
 func (i *listenInputs) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.closing = true
-	i.patience.Stop()
-	reportLeft(i.log, i.waiting)
+	i.timer.Stop()
+	logUndelivered(i.log, i.waiting)
 }

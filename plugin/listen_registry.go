@@ -13,19 +13,19 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Components of one process that have the same address share its listener and its sessions.
+// Components of a process with the same address share a listener and its sessions.
 
-// listeners are the listeners of one engine by address.
+// listeners contains the listeners of an engine by address.
 type listeners struct {
 	listen func(network, address string) (net.Listener, error)
 
 	mu     sync.Mutex
 	byAddr map[string]*listener
-	tested map[string]*serverComponent // the first of each address
+	tested map[string]*serverComponent // first tested component of each address
 }
 
-// listenersKey finds them in the engine's resources, so that pipelines of one
-// process share them, and tests don't.
+// listenersKey is the key of the listeners in the engine's resources, which all pipelines of a
+// process share.
 type listenersKey struct{}
 
 func newListeners(listen func(network, address string) (net.Listener, error)) *listeners {
@@ -37,8 +37,8 @@ func listenersOf(res *service.Resources) *listeners {
 	return all.(*listeners)
 }
 
-// open returns the listener of an address, and starts it for the first component.
-// It waits for one that is closing.
+// open adds a component to the listener of its address, and starts it if it is the first. It
+// waits until an earlier listener on the address is closed.
 func (l *listeners) open(ctx context.Context, c *serverComponent) (*listener, error) {
 	for {
 		ln, closing, err := l.join(c)
@@ -69,7 +69,7 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	if len(ln.users) == 0 {
 		return nil, ln.closed, nil
 	}
-	if err = ln.users[0].agree(c); err == nil && ln.isDown() {
+	if err = ln.users[0].checkSettings(c); err == nil && ln.isDown() {
 		err = ln.start()
 	}
 	if err != nil {
@@ -79,7 +79,7 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	return ln, nil, nil
 }
 
-// repair listens again if a listener is down.
+// repair restarts a listener that is down.
 func (l *listeners) repair(ln *listener) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -89,9 +89,8 @@ func (l *listeners) repair(ln *listener) error {
 	return ln.start()
 }
 
-// test returns why a component could not listen. An address on which another
-// component of this process listens already is as good, if they agree; so they
-// must where both are only tested.
+// test returns an error if a component cannot listen. If another component of this process
+// listens on the address, or was tested, their settings must be equal.
 func (l *listeners) test(c *serverComponent) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -100,11 +99,11 @@ func (l *listeners) test(c *serverComponent) error {
 		if len(ln.users) == 0 {
 			return nil
 		}
-		return ln.users[0].agree(c)
+		return ln.users[0].checkSettings(c)
 	}
 	if first := l.tested[address]; first == nil {
 		l.tested[address] = c
-	} else if err := first.agree(c); err != nil {
+	} else if err := first.checkSettings(c); err != nil {
 		return err
 	}
 	if _, err := newTLSFiles(c.settings.tlsSettings, c.log); err != nil {
@@ -117,9 +116,9 @@ func (l *listeners) test(c *serverComponent) error {
 	return socket.Close()
 }
 
-// leave takes a component off its listener; in is its receiving half, nil for an output.
-// With the last component the listener closes. The first one of those that stay reports the
-// listener's metrics from now on.
+// leave removes a component from its listener; in is its receiving half, or nil for an output.
+// After the last component the listener closes. Otherwise the first of the remaining
+// components reports the listener's metrics.
 func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent, in *receiver) error {
 	l.mu.Lock()
 	ln.users = slices.DeleteFunc(ln.users, func(user *serverComponent) bool { return user == c })
@@ -142,19 +141,19 @@ func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent,
 	return err
 }
 
-// serverComponent is an input's or output's part in a listener.
+// serverComponent is the part of a cryo_server input or output that uses a listener.
 type serverComponent struct {
-	name      string // for errors: its kind, its label or path, and its stream
+	name      string // kind, label or path, and stream, for errors
 	log       *service.Logger
 	meter     meter // for the metrics of the listener
-	all       *listeners
+	listeners *listeners
 	settings  listenSettings
 	authorize func(*cryo.Upgrade) error
 	listener  *listener // nil before the first Connect and after Close
 }
 
 func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resources, kind string) (*serverComponent, error) {
-	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), meter: meterOf(res), all: listenersOf(res)}
+	c := &serverComponent{name: kind + " cryo_server", log: res.Logger(), meter: meterOf(res), listeners: listenersOf(res)}
 	if label := res.Label(); label != "" {
 		c.name += " " + label
 	} else {
@@ -168,40 +167,41 @@ func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resource
 	return c, err
 }
 
-// agree returns in what another component of the same address differs from this one.
-func (c *serverComponent) agree(other *serverComponent) error {
+// checkSettings returns an error if the settings of another component with the same address
+// differ.
+func (c *serverComponent) checkSettings(other *serverComponent) error {
 	different := c.settings.differences(other.settings)
 	if len(different) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%s and %s share the listener on %s, but differ in %s: make that equal, or give one another address",
+	return fmt.Errorf("%s and %s share the listener on %s, but differ in %s: make these fields equal, or use different addresses",
 		c.name, other.name, c.settings.Address, strings.Join(different, ", "))
 }
 
-// open joins the listener once, however often the engine connects. Later it listens again where
-// that has failed.
-func (c *serverComponent) open(ctx context.Context) (fresh bool, err error) {
+// open joins the listener at the first call, and repairs it at later ones. joined reports
+// whether it was the first.
+func (c *serverComponent) open(ctx context.Context) (joined bool, err error) {
 	if c.listener != nil {
-		return false, c.all.repair(c.listener)
+		return false, c.listeners.repair(c.listener)
 	}
-	c.listener, err = c.all.open(ctx, c)
+	c.listener, err = c.listeners.open(ctx, c)
 	return err == nil, err
 }
 
-// ConnectionTest reads the certificate, and listens for a moment.
+// ConnectionTest loads the TLS files, and listens briefly.
 func (c *serverComponent) ConnectionTest(context.Context) service.ConnectionTestResults {
-	if err := c.all.test(c); err != nil {
+	if err := c.listeners.test(c); err != nil {
 		return service.ConnectionTestFailed(err).AsList()
 	}
 	return service.ConnectionTestSucceeded().AsList()
 }
 
-// leave leaves the listener, if it was joined; in is nil for an output.
+// leave leaves the listener, if the component has joined it; in is nil for an output.
 func (c *serverComponent) leave(ctx context.Context, in *receiver) error {
 	joined := c.listener
 	if joined == nil {
 		return nil
 	}
 	c.listener = nil
-	return c.all.leave(ctx, joined, c, in)
+	return c.listeners.leave(ctx, joined, c, in)
 }

@@ -29,9 +29,9 @@ func TestReplyIsSentToTheSender(t *testing.T) {
 			require.NoError(t, back.Ack())
 			m.wantAcked(t, "and now it is")
 		}
-		require.Equal(t, 1, e.log.count("Listening for Cryo clients on"))
+		require.Equal(t, 1, e.log.count("Listening for Cryo clients"))
 		p.stop()
-		require.Equal(t, 1, e.log.count("Closed the listener on"))
+		require.Equal(t, 1, e.log.count("Listener closed"))
 	})
 }
 
@@ -52,7 +52,7 @@ func TestComponentsOfOneAddressMustAgree(t *testing.T) {
 			first.stop() // so that it isn't named
 			e.run(fromOnce, "label: answers\n"+with(listenOutput, settings))
 			words := "the input cryo_server orders and the output cryo_server answers share the listener on " + somewhere +
-				", but differ in " + differ + ": make that equal, or give one another address"
+				", but differ in " + differ + ": make these fields equal, or use different addresses"
 			e.log.want(t, "ERROR Failed to connect to cryo_server: "+words)
 			for _, line := range e.log.all() {
 				require.NotContains(t, line, token)
@@ -74,10 +74,10 @@ func TestMessagesWithoutAnInputAreRejectedAfterATimeout(t *testing.T) {
 		early := e.dial()
 		begin := time.Now()
 		send(early, "early").wantRejected(t, receivesNothing)
-		require.Equal(t, noInputPatience, time.Since(begin))
+		require.Equal(t, noInputTimeout, time.Since(begin))
 		send(early, "again").wantRejected(t, receivesNothing)
 		send(e.dial(), "late").wantRejected(t, receivesNothing)
-		require.Equal(t, noInputPatience, time.Since(begin), "at once, by now")
+		require.Equal(t, noInputTimeout, time.Since(begin), "at once, by now")
 
 		e.run(listenInput, toProbe)
 		e.wantReceives(t, early, "there is an input now")
@@ -111,7 +111,7 @@ func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
 		}
 		synctest.Wait()
 		end(early)
-		time.Sleep(noInputPatience)
+		time.Sleep(noInputTimeout)
 
 		e.run(with(listenInput, settings), toProbe)
 		e.wantReceives(t, e.dial(), "delivered")
@@ -237,7 +237,7 @@ func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
 		require.NoError(t, err)
 		in, err := newServerInput(conf, service.MockResources())
 		require.NoError(t, err)
-		in.all = e.shared
+		in.listeners = e.shared
 		require.NoError(t, in.Close(t.Context()), "before it has joined")
 		require.NoError(t, in.Connect(t.Context()))
 		require.NoError(t, in.Connect(t.Context()))
@@ -255,12 +255,12 @@ func TestAddressIsReusedWhenItIsFree(t *testing.T) {
 		stopped.wantPending(t, "the client doesn't close")
 
 		second := e.run(listenInput, toProbe)
-		require.Equal(t, 1, e.log.count("Listening for Cryo clients on"))
+		require.Equal(t, 1, e.log.count("Listening for Cryo clients"))
 		require.NoError(t, client.WS.Close())
 		stopped.wantAcked(t, "stopped")
 		synctest.Wait() // the second listens
 		e.wantReceives(t, e.dial(), "delivered")
-		require.Equal(t, 2, e.log.count("Listening for Cryo clients on"))
+		require.Equal(t, 2, e.log.count("Listening for Cryo clients"))
 		second.stop()
 		require.Zero(t, e.log.count("Failed to connect"))
 	})

@@ -13,7 +13,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
 )
 
-// TLS of a listener. Its files may change while it runs.
+// TLS of a listener. Changed files are reloaded while it runs.
 
 const (
 	fieldCertFile     = "cert_file"
@@ -25,7 +25,7 @@ const (
 	clientAuthRequire = "require_valid"
 	clientAuthIfGiven = "verify_if_given"
 
-	// tlsFilesInterval is the shortest time between two checks of the files.
+	// tlsFilesInterval is the minimum time between two checks of the files.
 	tlsFilesInterval = time.Second
 )
 
@@ -37,7 +37,7 @@ var (
 	clientCAFileField = stringOf(fieldTLS+"."+fieldClientCAFile, anyText)
 	clientAuthField   = oneOfDescribed(fieldTLS+"."+fieldClientAuth, map[string]string{
 		clientAuthRequire: "A client without a certificate is denied.",
-		clientAuthIfGiven: "A client may have no certificate, but not an invalid one.",
+		clientAuthIfGiven: "A client without a certificate is accepted; one with an invalid certificate is denied.",
 	}, clientAuthRequire, clientAuthIfGiven)
 	minVersionField = oneOf(fieldTLS+"."+fieldMinVersion, "tls12", "tls13")
 )
@@ -45,25 +45,25 @@ var (
 func listenTLSField() *service.ConfigField {
 	return service.NewObjectField(fieldTLS,
 		certFileField.config().
-			Description("The path of a file with the server's certificate and those between it and the authority, PEM. Empty: no TLS.").
+			Description("The path of a PEM file with the server's certificate and the intermediate ones. Empty: no TLS.").
 			Default(""),
 		keyFileField.config().
-			Description("The path of a file with its private key, PEM.").
+			Description("The path of a PEM file with the private key of the certificate.").
 			Default(""),
 		clientCAFileField.config().
-			Description("The path of a file with the certificates of authorities, PEM. With it, clients need a certificate of one of these, as well as their token.").
+			Description("The path of a PEM file with the certificates of authorities. If set, clients must have a certificate that one of these has signed, in addition to their token.").
 			Default("").
 			Advanced(),
 		clientAuthField.config().
-			Description("What is asked of clients, with `client_ca_file`.").
+			Description("Whether clients must have a certificate, with `client_ca_file`.").
 			Default(clientAuthRequire).
 			Advanced(),
 		minVersionField.config().
-			Description("The lowest version of TLS that a client may use.").
+			Description("The lowest TLS version that a client may use.").
 			Default("tls12").
 			Advanced(),
 	).
-		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Files that have changed are read again when the next client connects, at most once a second; nothing is restarted, and sessions stay connected. If the new files can't be used, an error is logged, the old ones stay in use, and the new ones are tried again.")
+		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Changed files are reloaded when the next client connects, at most once per second, without a restart; sessions stay connected. If the new files are invalid, an error is logged, the previous ones stay in use, and the new ones are tried again.")
 }
 
 type tlsSettings struct {
@@ -92,7 +92,7 @@ func readTLSSettings(r *settingsReader) tlsSettings {
 	return s
 }
 
-// load reads the files.
+// load returns the TLS configuration that the files contain.
 func (s tlsSettings) load() (*tls.Config, error) {
 	cert, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
 	if err != nil {
@@ -101,7 +101,7 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	config := securetls.NewConfig(securetls.SecurityLevelNormal)
 	config.MinVersion = tlsVersions[s.MinVersion]
 	config.Certificates = []tls.Certificate{cert}
-	config.NextProtos = []string{"http/1.1"} // no upgrade to WebSocket in HTTP/2
+	config.NextProtos = []string{"http/1.1"} // HTTP/2 has no Upgrade header
 	if s.ClientCAFile == "" {
 		return config, nil
 	}
@@ -117,12 +117,12 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	if s.ClientAuth == clientAuthIfGiven {
 		config.ClientAuth = tls.VerifyClientCertIfGiven
 	}
-	// A resumed connection would keep an authority that is not trusted any more.
+	// A resumed connection would bypass a change of the authorities.
 	config.SessionTicketsDisabled = true
 	return config, nil
 }
 
-// tlsFiles are the files of a listener, as last read.
+// tlsFiles is the TLS configuration of a listener, as last loaded from its files.
 type tlsFiles struct {
 	settings tlsSettings
 	log      *service.Logger
@@ -130,24 +130,24 @@ type tlsFiles struct {
 	mu      sync.Mutex
 	config  *tls.Config
 	checked time.Time
-	read    [3]fileState // of the files that config was made of
-	failed  string       // why the present files can't be used
+	loaded  [3]fileState // states of the files when config was loaded
+	failed  string       // last error, so that it is logged once; empty: none
 }
 
-// fileState shows whether a file has changed. That of a symbolic link is the file's, so
-// that the links of Kubernetes, which change all at once, work.
+// fileState identifies a version of a file. Symbolic links are followed: Kubernetes mounts
+// secrets as links, and replaces all of them at once.
 type fileState struct {
 	modified time.Time
 	size     int64
 }
 
-// newTLSFiles reads the files. It returns nil for a listener without TLS.
+// newTLSFiles loads the files. It returns nil for a listener without TLS.
 func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	if settings.CertFile == "" {
 		return nil, nil
 	}
 	f := &tlsFiles{settings: settings, log: log, checked: time.Now()}
-	f.read, _ = f.states() // a file without a state can't be loaded either
+	f.loaded, _ = f.states() // load reports the error
 	var err error
 	if f.config, err = settings.load(); err != nil {
 		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
@@ -155,7 +155,7 @@ func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	return f, nil
 }
 
-// configure is a GetConfigForClient: it returns the present configuration.
+// configure is the GetConfigForClient of the listener.
 func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -166,12 +166,11 @@ func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	return f.config, nil
 }
 
-// refresh reads files that have changed. A certificate and its key may be
-// replaced one after the other: what doesn't fit together is tried again each
-// time, until it does.
+// refresh reloads changed files. A certificate and its key may be replaced one after the
+// other, so a pair that does not match is tried again at the next check.
 func (f *tlsFiles) refresh() {
 	now, err := f.states()
-	if err == nil && now == f.read {
+	if err == nil && now == f.loaded {
 		f.failed = ""
 		return
 	}
@@ -181,11 +180,11 @@ func (f *tlsFiles) refresh() {
 	}
 	switch {
 	case err == nil:
-		f.config, f.read, f.failed = config, now, ""
-		f.log.Infof("Read changed TLS files: the certificate is that of %s", f.settings.CertFile)
+		f.config, f.loaded, f.failed = config, now, ""
+		f.log.With("cert_file", f.settings.CertFile).Info("Reloaded TLS files")
 	case err.Error() != f.failed:
 		f.failed = err.Error()
-		f.log.Errorf("The changed TLS files can't be used, the old ones stay in use: %v", err)
+		f.log.With("error", err).Error("Cannot reload TLS files: the previous certificate stays in use")
 	}
 }
 

@@ -175,7 +175,7 @@ func TestRenewedCertificateIsServedWithoutARestart(t *testing.T) {
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	ca.issue(t, "first", certFile, keyFile)
 	inEngine(t, func(t *testing.T, e *engine) {
-		const failure = "ERROR The changed TLS files can't be used, the old ones stay in use: "
+		const failure = "ERROR Cannot reload TLS files"
 		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
 		stays, err := cryo.Dial(t.Context(), "wss://"+somewhere, &cryo.DialOptions{Token: token, NetDial: e.net.Dial, TLS: ca.trusting()})
 		require.NoError(t, err)
@@ -185,7 +185,7 @@ func TestRenewedCertificateIsServedWithoutARestart(t *testing.T) {
 		require.Equal(t, "first", e.served(t, ca.trusting()), "files are not looked at for each client")
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "second", e.served(t, ca.trusting()))
-		require.Equal(t, 1, e.log.count("INFO Read changed TLS files: the certificate is that of "+certFile))
+		require.Equal(t, 1, e.log.count("INFO Reloaded TLS files", "cert_file="+certFile))
 
 		// A certificate arrives before its key.
 		newKey := keyFile + ".late"
@@ -194,7 +194,7 @@ func TestRenewedCertificateIsServedWithoutARestart(t *testing.T) {
 			time.Sleep(tlsFilesInterval)
 			require.Equal(t, "second", e.served(t, ca.trusting()))
 		}
-		require.Equal(t, 1, e.log.count(failure+"tls: private key does not match public key"), "logged once")
+		require.Equal(t, 1, e.log.count(failure, "error=tls: private key does not match public key"), "logged once")
 		require.NoError(t, os.Rename(newKey, keyFile))
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
@@ -202,11 +202,11 @@ func TestRenewedCertificateIsServedWithoutARestart(t *testing.T) {
 		require.NoError(t, os.Remove(certFile))
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
-		require.Equal(t, 1, e.log.count(failure+"stat "+certFile))
+		require.Equal(t, 1, e.log.count(failure, "error=stat "+certFile))
 		require.NoError(t, os.WriteFile(certFile, []byte("no certificate"), 0o600))
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "third", e.served(t, ca.trusting()))
-		require.Equal(t, 1, e.log.count(failure+"tls: failed to find any PEM data"))
+		require.Equal(t, 1, e.log.count(failure, "error=tls: failed to find any PEM data"))
 		ca.issue(t, "fourth", certFile, keyFile)
 		time.Sleep(tlsFilesInterval)
 		require.Equal(t, "fourth", e.served(t, ca.trusting()))

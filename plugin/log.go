@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 )
 
-// libraryLogger lets the library's few log lines go to the engine's logger.
+// libraryLogger returns a logger for the package cryo that writes to the engine's logger.
 func libraryLogger(log *service.Logger) *slog.Logger {
 	return slog.New(&logHandler{log: log})
 }
@@ -53,11 +53,11 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return &logHandler{log: h.log, attrs: append(slices.Clip(h.attrs), attrs...)}
 }
 
-// WithGroup ignores groups: the library has none.
+// WithGroup ignores groups: the library uses none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// limitedLog is a logger for lines of which a client can cause any number. At most one per
-// second is written.
+// limitedLog is a rate-limited logger, of at most one line per second, for lines that a
+// client can cause.
 type limitedLog struct {
 	log   *service.Logger
 	limit *loglimit.Limit
@@ -65,8 +65,8 @@ type limitedLog struct {
 
 func newLimitedLog(log *service.Logger) limitedLog { return limitedLog{log, loglimit.New()} }
 
-// allow returns the logger if a line may be written now. The field suppressed of the line is
-// the number of lines that were not written since the last one.
+// allow returns the logger if a line may be written now. It sets the field suppressed: the
+// number of lines that were not written since the last one.
 func (l limitedLog) allow() (*service.Logger, bool) {
 	suppressed, ok := l.limit.Allow()
 	if !ok {
@@ -75,22 +75,22 @@ func (l limitedLog) allow() (*service.Logger, bool) {
 	return l.log.With("suppressed", suppressed), true
 }
 
-// serverLog is the log of an HTTP server. A line for a client that sends no HTTP or no TLS is
-// for debugging. A socket that does not accept for now, and a panic, are for the operator.
+// serverLog returns the error log of an HTTP server. Errors of the socket and panics are
+// warnings; malformed input of clients is logged at DEBUG.
 func serverLog(log *service.Logger) *stdlog.Logger {
 	clients, accepts, panics := newLimitedLog(log), newLimitedLog(log), newLimitedLog(log)
 	return stdlog.New(writerFunc(func(b []byte) (int, error) {
 		line := string(bytes.TrimSpace(b))
 		if cause, ok := strings.CutPrefix(line, "http: Accept error: "); ok {
 			if log, ok := accepts.allow(); ok {
-				if strings.Contains(cause, syscall.EMFILE.Error()) { // that of ENFILE has it, too
+				if strings.Contains(cause, syscall.EMFILE.Error()) { // also part of the text of ENFILE
 					cause += ": " + openFilesHint
 				}
-				log.With("error", cause).Warn("Clients can't connect for now")
+				log.With("error", cause).Warn("Cannot accept clients: retrying")
 			}
 		} else if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
 			if log, ok := panics.allow(); ok {
-				log.With("error", cause).Warn("Panic while a client connected")
+				log.With("error", cause).Warn("Panic during the handshake of a client")
 			}
 		} else if log, ok := clients.allow(); ok {
 			log.With("error", line).Debug("Malformed HTTP request or TLS handshake")

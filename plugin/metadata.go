@@ -15,7 +15,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The identity of a session: metadata of its messages, by which sessions are chosen, too.
+// The identity of a session: its id and the metadata of its messages. The mapping match also
+// selects sessions by it.
 
 const (
 	metaSessionID     = "cryo_session_id"
@@ -25,30 +26,28 @@ const (
 	metaQueryPrefix  = "cryo_query_"
 	metaHeaderPrefix = "cryo_header_"
 
-	// Bounds of the metadata that come from the client, for as long as the session lives.
+	// Limits of the metadata from a client, which stay in memory until the session ends.
 	maxIdentityFields = 64
 	maxIdentityBytes  = 8 << 10
 )
 
-const identityMetadata = `
-All of them carry the identity of their session, too:
+const identityText = `
+All messages also carry the identity of their session:
 
-- ` + "`cryo_remote_address`" + `: the client's network address
-- ` + "`cryo_auth_…`" + `: the fields of the object that the mapping ` + "`authorize`" + ` results in, see there
-- ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers that ` + "`session_metadata`" + ` asks for
+- ` + "`cryo_remote_address`" + `: the network address of the client
+- ` + "`cryo_auth_…`" + `: the fields of the object that the mapping ` + "`authorize`" + ` returns
+- ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers listed in ` + "`session_metadata`" + `
 `
 
-// identity identifies a session. It never changes, and many messages share it.
+// identity is the identity of a session. It is read-only, and shared by its messages.
 type identity struct {
-	id string // of the session, as text
-	// metadata of all messages of the session, the id included. All values are strings.
-	// The map is not changed.
-	metadata map[string]any
-	bytes    int // of all keys and values
+	id       string         // session id
+	metadata map[string]any // metadata of all messages, including the id; values are strings
+	bytes    int            // size of all keys and values
 }
 
-// identityOf returns the identity of a session: that of its admission, or, if it was
-// dialled, its id.
+// identityOf returns the identity of a session, which authorization has set. A dialled session
+// has only its id.
 func identityOf(s *cryo.Session) *identity {
 	if known, ok := s.Value().(*identity); ok {
 		return known
@@ -68,8 +67,8 @@ func (i *identity) describe(m *service.Message) {
 	}
 }
 
-// textOf writes a value as the engine does, but for numbers: those of a JWT are
-// all floating point, and its times would become 1.7e+09.
+// textOf converts a value to text like the engine, except for numbers: in a JWT all are
+// floating point, and its times would become 1.7e+09.
 func textOf(value any) string {
 	if number, ok := value.(float64); ok {
 		if text, err := json.Marshal(number); err == nil {
@@ -79,24 +78,24 @@ func textOf(value any) string {
 	return bloblang.ValueToString(value)
 }
 
-// sessionMetadata names the parts of a client's request that become metadata.
+// sessionMetadata contains the names of the parts of a client's request that become metadata.
 type sessionMetadata struct {
 	Query, Headers []string
 }
 
-// identify returns the identity of a client's session: granted is the object of authorize,
-// nil without one. No metadata may have control characters: an output that makes headers of
-// it would fail each of the session's messages.
+// identify returns the identity of a client's session. granted is the object that authorize has
+// returned, or nil. Control characters are not allowed, because an output that sends metadata
+// as headers would fail for each message of the session.
 func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map[string]any) (*identity, error) {
 	i := newIdentity(u.SessionID)
 	i.metadata[metaRemoteAddress] = u.Request.RemoteAddr
 	i.bytes += len(metaRemoteAddress) + len(u.Request.RemoteAddr)
-	fields, size, odd := 0, 0, ""
+	fields, size, invalid := 0, 0, ""
 	add := func(key, value string) {
 		if strings.ContainsFunc(key+value, unicode.IsControl) {
-			odd = key
+			invalid = key
 			if strings.HasPrefix(key, metaAuthPrefix) {
-				odd = metaAuthPrefix + "…" // its name may be a part of the token
+				invalid = metaAuthPrefix + "…" // the key may contain a part of the token
 			}
 		}
 		i.metadata[key] = value
@@ -118,16 +117,16 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 			add(metaHeaderPrefix+strings.ToLower(name), value)
 		}
 	}
-	if odd != "" {
+	if invalid != "" {
 		return nil, &cryo.AdmissionError{
 			StatusCode: http.StatusBadRequest,
-			Message:    fmt.Sprintf("The metadata %s would have control characters.", odd),
+			Message:    fmt.Sprintf("The metadata %s must not contain control characters.", invalid),
 		}
 	}
 	if fields > maxIdentityFields || size > maxIdentityBytes {
 		return nil, &cryo.AdmissionError{
 			StatusCode: http.StatusRequestHeaderFieldsTooLarge,
-			Message: fmt.Sprintf("The session would have too much metadata: fields: %d, at most %d; bytes: %d, at most %d.",
+			Message: fmt.Sprintf("Too much session metadata: %d fields (limit %d), %d bytes (limit %d).",
 				fields, maxIdentityFields, size, maxIdentityBytes),
 		}
 	}
@@ -135,8 +134,8 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	return i, nil
 }
 
-// headerOf returns the first value of a header. The HTTP server has moved Host out of the
-// headers.
+// headerOf returns the first value of a header. The HTTP server stores Host in a field of the
+// request.
 func headerOf(r *http.Request, name string) (value string, ok bool) {
 	name = http.CanonicalHeaderKey(name)
 	if name == "Host" {

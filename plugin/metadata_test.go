@@ -157,7 +157,7 @@ func TestControlCharactersInMetadataDenyTheClient(t *testing.T) {
 					denied := e.wantDenied(cryo.DialOptions{Token: "sesame", Query: url.Values{"room": {room}}}, http.StatusBadRequest)
 					require.Contains(t, denied.Message, "control characters")
 				}
-				e.log.want(t, "would have control characters.")
+				e.log.want(t, "must not contain control characters.")
 				require.Equal(t, int64(5), e.metrics.value("cryo_sessions_denied{status=400}"))
 
 				_, err := e.tryDial(cryo.DialOptions{Token: "sesame", Query: url.Values{"room": {"ä b"}}})

@@ -12,10 +12,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The metrics of our components, in addition to those that the engine has for every
-// input and output. docs/metrics.md explains them and config/grafana draws them, which a
-// test checks. Labels are few, and no value of them comes from a peer. Frequent events are
-// counted once per batch.
+// The metrics of the components, in addition to those of the engine. docs/metrics.md
+// describes them, and config/grafana contains a dashboard; a test checks both. Label values
+// never come from a peer, so that their number is bounded. Frequent events are counted once
+// per batch.
 const (
 	metricSessions          = "cryo_sessions"
 	metricSessionsDenied    = "cryo_sessions_denied"
@@ -34,10 +34,10 @@ const (
 	metricStreamsOpen       = "cryo_streams_open"
 
 	labelMessageType = "message_type"
-	labelStatus      = "status" // of HTTP
+	labelStatus      = "status" // HTTP status code
 )
 
-// sessionMetrics are those of a component that has sessions.
+// sessionMetrics are the metrics of a component with sessions.
 type sessionMetrics struct {
 	sessions   *gauge
 	rejections *service.MetricCounter
@@ -52,13 +52,13 @@ func newSessionMetrics(m meter) sessionMetrics {
 	}
 }
 
-// watch lets sessions with these options count.
+// watch sets the hooks of sessions that update the metrics.
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.rejections.Incr(1, messageTypeName(kind)) }
 }
 
-// dialMetrics are those of a component that dials.
+// dialMetrics are the metrics of a component that dials.
 type dialMetrics struct {
 	sessionMetrics
 	reconnections *service.MetricCounter
@@ -68,24 +68,24 @@ func newDialMetrics(m meter) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
-// connected counts a session until gone is called.
-func (m dialMetrics) connected(again bool) {
-	if again {
+// connected counts a session until disconnected is called.
+func (m dialMetrics) connected(reconnected bool) {
+	if reconnected {
 		m.reconnections.Incr(1)
 	}
 	m.sessions.add(1)
 }
 
-func (m dialMetrics) gone() { m.sessions.add(-1) }
+func (m dialMetrics) disconnected() { m.sessions.add(-1) }
 
-// listenMetrics are those of a listener. A component that uses it reports them.
+// listenMetrics are the metrics of a listener. One of its components reports them.
 type listenMetrics struct {
 	mu       sync.Mutex
 	reporter listenReporter
-	sessions int // that are connected
+	sessions int // connected sessions
 }
 
-// listenReporter has the metrics under the labels of one component.
+// listenReporter contains the metrics with the labels of one component.
 type listenReporter struct {
 	component levelKey
 	sessionMetrics
@@ -100,8 +100,8 @@ func newListenReporter(m meter) listenReporter {
 	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
 }
 
-// reportAs lets another component report the metrics: the one that did may be of a stream that
-// is deleted.
+// reportAs makes a component report the metrics. It is called when another component has left
+// the listener, which may be the one that reported them before.
 func (m *listenMetrics) reportAs(component meter) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -113,7 +113,7 @@ func (m *listenMetrics) reportAs(component meter) {
 	m.reporter.sessions.add(m.sessions)
 }
 
-// countSession counts a session that is connected, or -1 for one that has ended.
+// countSession adds n to the number of sessions: 1 or -1.
 func (m *listenMetrics) countSession(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -121,21 +121,21 @@ func (m *listenMetrics) countSession(n int) {
 	m.reporter.sessions.add(n)
 }
 
-// current returns the counters.
+// current returns the reporter.
 func (m *listenMetrics) current() listenReporter {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.reporter
 }
 
-// watch lets a server with these options count.
+// watch sets the hooks of a server that update the metrics.
 func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
 	opts.OnDeny = func(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
 }
 
-// receiveMetrics are those of the receiving half.
+// receiveMetrics are the metrics of the receiving half.
 type receiveMetrics struct {
 	received, receivedBytes *service.MetricCounter
 	filtered, rejected      *service.MetricCounter
@@ -156,8 +156,8 @@ func newReceiveMetrics(m meter) receiveMetrics {
 	}
 }
 
-// took counts received messages.
-func (m *receiveMetrics) took(messages []*cryo.Message) {
+// countReceived counts received messages.
+func (m *receiveMetrics) countReceived(messages []*cryo.Message) {
 	var t tally
 	for _, message := range messages {
 		t.add(message.Kind, len(message.Payload))
@@ -165,12 +165,13 @@ func (m *receiveMetrics) took(messages []*cryo.Message) {
 	t.count(m.received, m.receivedBytes)
 }
 
-// acknowledged times the first message of a batch, from the network to here.
-func (m *receiveMetrics) acknowledged(first *cryo.Message) {
+// observeLatency records the time from the receipt of a message, the first of its batch, to
+// its acknowledgement.
+func (m *receiveMetrics) observeLatency(first *cryo.Message) {
 	m.ackLatency.Timing(int64(time.Since(first.Time())))
 }
 
-// sendMetrics are those of the sending half.
+// sendMetrics are the metrics of the sending half.
 type sendMetrics struct {
 	sent, sentBytes *service.MetricCounter
 	rejected        *service.MetricCounter
@@ -190,32 +191,33 @@ func newSendMetrics(m meter) sendMetrics {
 	}
 }
 
-// newAnswerMetrics are those of an input that sends synchronous responses: only sent and
-// sentBytes are reported. The others would be mistaken for those of what it receives.
-func newAnswerMetrics(m meter) sendMetrics {
-	answers := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
-	answers.sent = m.NewCounter(metricSent, labelMessageType)
-	answers.sentBytes = m.NewCounter(metricBytesSent, labelMessageType)
-	return answers
+// newResponseMetrics returns the metrics of an input's synchronous responses. Only sent and
+// sentBytes are reported: the other metrics of the input are about received messages.
+func newResponseMetrics(m meter) sendMetrics {
+	responses := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
+	responses.sent = m.NewCounter(metricSent, labelMessageType)
+	responses.sentBytes = m.NewCounter(metricBytesSent, labelMessageType)
+	return responses
 }
 
-// sending counts messages as unacknowledged; awaited ends that, and times it unless
-// they were late or the context was done first.
-func (m *sendMetrics) sending(messages int) (began time.Time) {
+// inFlightAdd counts messages as unacknowledged until inFlightDone is called.
+func (m *sendMetrics) inFlightAdd(messages int) (began time.Time) {
 	m.unacknowledged.add(messages)
 	return time.Now()
 }
 
-func (m *sendMetrics) awaited(inTime bool, messages int, began time.Time) {
+// inFlightDone ends the count of inFlightAdd. It records the latency if all acknowledgements
+// were received in time.
+func (m *sendMetrics) inFlightDone(inTime bool, messages int, began time.Time) {
 	m.unacknowledged.add(-messages)
 	if inTime {
 		m.ackLatency.Timing(int64(time.Since(began)))
 	}
 }
 
-// settled counts messages that one session was sent, by their results. errs is nil if all were
-// acknowledged.
-func (m *sendMetrics) settled(messages []*outMessage, errs []error) {
+// countResults counts the messages that were sent to one session, by their results. errs is
+// nil if all were acknowledged.
+func (m *sendMetrics) countResults(messages []*outMessage, errs []error) {
 	var sent, rejected tally
 	for i, message := range messages {
 		if errs == nil || errs[i] == nil {
@@ -228,13 +230,13 @@ func (m *sendMetrics) settled(messages []*outMessage, errs []error) {
 	rejected.count(m.rejected, nil)
 }
 
-// isRejection reports whether the peer has rejected a message, which it has received.
+// isRejection reports whether the peer has rejected a message or cancelled a stream.
 func isRejection(err error) bool {
 	var rejected *cryo.RejectedError
 	return errors.As(err, &rejected) || errors.Is(err, cryo.ErrStreamCancelled)
 }
 
-// tally counts the messages of a batch by type, so that each counter is raised once.
+// tally counts the messages of a batch by type, so that each counter is updated once.
 type tally [4]struct{ messages, bytes int64 }
 
 var tallied = [...]cryo.Kind{cryo.KindText, cryo.KindBinary, cryo.KindError, cryo.KindStream}
@@ -248,7 +250,7 @@ func (t *tally) add(typ cryo.Kind, bytes int) {
 	}
 }
 
-// count raises the counters; bytes may be nil.
+// count adds the tally to the counters; bytes may be nil.
 func (t *tally) count(messages, bytes *service.MetricCounter) {
 	for i, typ := range tallied {
 		if n := t[i]; n.messages > 0 {
@@ -260,16 +262,16 @@ func (t *tally) count(messages, bytes *service.MetricCounter) {
 	}
 }
 
-// meter makes the metrics of one component.
+// meter creates the metrics of one component.
 type meter struct {
 	*service.Metrics
 	levels    *levels
 	component levelKey
 }
 
-// levels are the gauges of one process by the labels that the engine gives them.
-// Components can have the same labels, as the copies of a broker do: the gauge is the sum of
-// theirs. A level is never removed, like the series of the exporter.
+// levels are the values of the gauges of one process, by their labels. Components with the
+// same labels, such as the copies of a broker, share a level: the gauge is their sum. A level
+// is never removed, like the time series of the exporter.
 type levels struct {
 	mu    sync.Mutex
 	byKey map[levelKey]*level
@@ -300,13 +302,13 @@ func (l *levels) level(key levelKey) *level {
 	return l.byKey[key]
 }
 
-// gauge is one component's part of a level. The engine's own gauges can only be set.
+// gauge is a gauge of one component that supports add; the engine's gauges can only be set.
 type gauge struct {
 	metric *service.MetricGauge
 	level  *level
 
 	// Guarded by the level's mutex.
-	part   int64
+	part   int64 // the component's part of the sum
 	closed bool
 }
 
@@ -332,7 +334,7 @@ func (g *gauge) addLocked(n int64) {
 	g.metric.Set(g.level.sum)
 }
 
-// close removes the component's part, for good.
+// close removes the component's part of the sum. Later calls of add have no effect.
 func (g *gauge) close() {
 	g.level.mu.Lock()
 	defer g.level.mu.Unlock()

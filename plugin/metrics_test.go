@@ -321,7 +321,7 @@ func TestListenerCountsSessionsAndDeniedClients(t *testing.T) {
 			"cryo_sessions_denied{status=401}": 1,
 		})
 
-		time.Sleep(noInputPatience)
+		time.Sleep(noInputTimeout)
 		synctest.Wait()
 		send(b, "anybody?").wantRejected(t, "this session receives no messages")
 		require.ErrorIs(t, sendStream(b, "orders", "x").result(t), cryo.ErrStreamCancelled)

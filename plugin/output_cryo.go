@@ -13,23 +13,23 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(aboutCryo+`This output is a Cryo client: it dials a server, such as one made with the npm package `+"`cryo-server`"+`, and dials again with the same session id when the connection is lost: at once while a batch is in flight, else with the next message, and while that fails after waits that double up to ten seconds (a rejected token: every half minute).
+		Description(cryoText+`This output is a Cryo client: it connects to a server, such as one made with the npm package `+"`cryo-server`"+`. When the connection is lost, it reconnects with the same session id: immediately while a batch is in flight, otherwise with the next message. Failed attempts are repeated after waits that double up to ten seconds (after a denied token: 30 s).
 
 == Delivery
 
-A message is delivered when the server has acknowledged it. It has failed when the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`, or when it cannot be sent. A stream has failed when the server cancels it, as a server does too that closes the connection before it has all of the stream.
+A message is delivered when the server has acknowledged it. It has failed when the server rejects it, when it is not acknowledged within `+"`ack_timeout`"+`, or when it cannot be sent. A stream has failed when the server cancels it, which a server also does if it closes the connection before it has received the whole stream.
 
-A lost connection is no failure by itself. A batch that is in flight then waits for the next connection, and only what is not acknowledged is sent again there. Connections are waited for until `+"`ack_timeout`"+` after the first loss; then what is left has failed, and so it has when 10 connections were lost with one batch, because the batch may be what ends them. A batch that comes while there is no connection is kept until there is one, for however long: nothing of it was sent.
-`+sendVerdicts+`
-Data that the server sends on this session is rejected: to receive, use the `+"`cryo`"+` input.
-`+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
+A lost connection alone is not a failure: a batch in flight waits for the next connection, and only its unacknowledged messages are sent again there. The output waits for connections until `+"`ack_timeout`"+` after the first loss; then the remaining messages have failed. They have also failed when 10 connections were lost with the batch, because the batch may be the cause. A batch that arrives while there is no connection waits for one without a time limit, because none of it was sent.
+`+sendResultsText+`
+Data that the server sends on this session is rejected: to receive, use the input `+"`cryo`"+`.
+`+sendMetadata+sendPerformance+injectionText+metricsText).
 		Fields(dialFields()...).
 		Fields(sendFields(
-			" When a connection is lost, other connections are waited for as long, from the first loss: see [Delivery](#delivery). `/ready` may report the loss that much later.",
-			", also when the connection is lost and comes back within `ack_timeout`",
+			" After the loss of a connection, the output waits for other connections up to this time: see [Delivery](#delivery). `/ready` may report the loss with that delay.",
+			", also after a lost connection that is replaced within `ack_timeout`",
 		)...).
 		LintRule(lintMapping("output cryo")).
-		Example("From Kafka to a Cryo server", "Records of a topic go to a Cryo server; offsets are committed as the server acknowledges.", `
+		Example("From Kafka to a Cryo server", "Records of a topic are sent to a Cryo server; offsets are committed when the server acknowledges.", `
 input:
   redpanda:
     seed_brokers: [ localhost:9092 ]
@@ -52,7 +52,7 @@ var (
 	_ service.ConnectionTestable = (*output)(nil)
 )
 
-// newOutput makes an output; opts are what the configuration has no field for.
+// newOutput returns an output. opts contains options without a field in the configuration.
 func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*output, service.BatchPolicy, int, error) {
 	opts.SendOnly = true
 	d, err := dialerFromParsed(conf, res, opts)
@@ -63,18 +63,18 @@ func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.Dia
 	return &output{dialer: d, sender: s}, policy, maxInFlight, err
 }
 
-// Connect dials once, unless the session lives; the engine tries again.
+// Connect makes one attempt to connect, unless there is a session. The engine retries.
 func (o *output) Connect(ctx context.Context) error {
 	_, err := o.connect(ctx)
 	return err
 }
 
-// WriteBatch returns when each message is acknowledged or has failed. On
-// ErrNotConnected the engine sends the whole batch again, so that is only returned
-// before anything of it is sent.
+// WriteBatch returns when each message is acknowledged or has failed. It returns
+// ErrNotConnected only before the first message is sent, because the engine then sends the
+// whole batch again.
 func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	if len(batch) == 0 {
-		return nil // also without a session: it is no reason to connect
+		return nil // also without a session
 	}
 	session := o.client.Session()
 	if session == nil {
@@ -87,7 +87,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }
 
-// ConnectionTest dials, completes the handshake and hangs up.
+// ConnectionTest opens a session of its own and closes it.
 func (o *output) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
 	return o.test(ctx)
 }

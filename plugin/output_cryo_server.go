@@ -11,27 +11,27 @@ func serverOutputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and sends them messages.").
-		Description(aboutCryo+`This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+` or pages in a browser, connect straight to the pipeline and are sent its messages.
+		Description(cryoText+`This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+`, or web pages, connect to the pipeline, and it sends them messages.
 
-To receive from the same clients, give a `+"`cryo_server`"+` input the same address and the same settings. Without such an input, what clients send is rejected.
+To receive from the same clients, use an input `+"`cryo_server`"+` with the same address and the same settings. Without such an input, messages from clients are rejected.
 
 == Delivery
 
-To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or has not acknowledged it within `+"`ack_timeout`"+`; then the session is closed too, so that a client that takes nothing holds up others once, and not with each of its messages.
+To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or does not acknowledge it within `+"`ack_timeout`"+`. After a timeout the session is also closed, so that a client that does not acknowledge delays others once, and not with each message.
 
-To all (`+"`all`"+`), or to those that match (`+"`match`"+`), it is delivered when every such session that was connected has answered or gone. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, instead of everything being sent to everybody again; so for those who leave or reject it is at most once. A slow session holds up the others by no more than that (by ten times that if a large message takes so long to get to it), and by nothing as long as it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has all of it, the others have as long again, and `+"`ack_timeout`"+`. When nobody has acknowledged a message, it has failed.
+To all sessions (`+"`all`"+`), or to those that match (`+"`match`"+`), a message is delivered when each of these sessions has acknowledged or rejected it, or has ended. A session that does not acknowledge within `+"`ack_timeout`"+` is closed; the message is not sent again to all. So delivery is at most once for sessions that end, or reject the message. A slow session delays the others by at most `+"`ack_timeout`"+` (by ten times that if the transfer of a large message takes so long), and not at all while it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has received all of it, the others have the same time again, plus `+"`ack_timeout`"+`. A message that no session acknowledges has failed.
 
-To one in turn (`+"`any`"+`), it is delivered when one session has acknowledged it. When a session ends first, the message goes to another; so it may be processed twice, and a stream is sent anew. A session that has not acknowledged within `+"`ack_timeout`"+` is closed, and its messages go to others: set it above the longest time that a client takes for one. A message that a client rejects has failed, and so has a stream that it cancels, as it does when it closes its session before it has all of it, and a message that 10 sessions in a row have not acknowledged. While all sessions hold as much as they may (`+"`max_in_flight_per_session`"+`), the pipeline waits.
+To one session in turn (`+"`any`"+`), a message is delivered when one session has acknowledged it. If its session ends first, the message is sent to another one; so it may be processed twice, and a stream is sent again from the beginning. A session that does not acknowledge within `+"`ack_timeout`"+` is closed, and its messages are sent to others: set it above the maximum time that a client needs for a message. A message has failed when a client rejects it, or cancels its stream, which a client also does if it closes its session before it has received the whole stream, or when 10 sessions in a row have not acknowledged it. While all sessions have `+"`max_in_flight_per_session`"+` unacknowledged messages, the pipeline waits.
 
-A late session that `+"`max_buffer_bytes`"+` keeps from being read may have acknowledged, so it is not closed. It counts as one that has not: a message to several sessions is delivered if another has acknowledged it; any other has failed, or goes to another session (`+"`any`"+`).
+A session whose reads are paused (`+"`max_buffer_bytes`"+`) may have acknowledged in time, so it is not closed after a timeout. The message counts as not acknowledged by it: a message to several sessions is delivered if another one has acknowledged it; any other message has failed, or is sent to another session (`+"`any`"+`).
 
-A message for which no client is connected fails at `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The others of its batch are sent at once, but the batch fails with it. So behind an input that makes batches and is not one of ours, they are sent to their clients again and again, until the absent one connects. Use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo` or `cryo_server`"+`, behind which only the message itself is repeated.
-`+sendVerdicts+sendMetadata+sendPerformance+aboutInjection+aboutMetrics).
+A message for which no client is connected fails after `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The other messages of its batch are sent immediately, but the batch fails with it. So an input that makes batches sends them again and again, until the missing client connects. To avoid that, use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo`"+` or `+"`cryo_server`"+`, which redelivers only the failed message.
+`+sendResultsText+sendMetadata+sendPerformance+injectionText+metricsText).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
 		Fields(sendFields("", ", to each session")...).
 		LintRule(lintMapping("output cryo_server")).
-		Example("Rooms", "Each message goes to the clients that asked for its room, by the query parameter `room` of their URL.", `
+		Example("Rooms", "Each message is sent to the clients in its room, which is the query parameter `room` of their URL.", `
 input:
   http_server:
     path: /rooms/{room}
@@ -44,7 +44,7 @@ output:
     send_to: match
     match: root = @cryo_session.cryo_query_room == @room
 `).
-		Example("Back to the sender", "Each message goes back to the client that sent it, in capitals.", `
+		Example("Back to the sender", "Each message is sent back to its client, in upper case.", `
 input:
   cryo_server:
     address: 0.0.0.0:8080
@@ -65,7 +65,7 @@ type serverOutput struct {
 	*serverComponent
 	sender
 	targetConfig
-	queue *workQueue // of send_to: any; nil before the first Connect
+	queue *workQueue // for send_to: any; nil before the first Connect
 }
 
 var (
@@ -87,16 +87,16 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
 }
 
-// Connect starts the listener, or joins that of another component.
+// Connect starts the listener, or joins the listener of another component.
 func (o *serverOutput) Connect(ctx context.Context) error {
-	fresh, err := o.open(ctx)
-	if fresh {
+	joined, err := o.open(ctx)
+	if joined {
 		o.queue = newWorkQueue(&o.sender, o.listener, &o.targetConfig, o.log)
 	}
 	return err
 }
 
-// WriteBatch returns when each message is acknowledged or dropped, or has failed.
+// WriteBatch returns when each message is acknowledged, is dropped, or has failed.
 func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	switch {
 	case len(batch) == 0:
@@ -114,5 +114,5 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	return o.verdict(ctx, batch, messages)
 }
 
-// Close closes the listener, if nobody else uses it.
+// Close leaves the listener, and closes it if no other component uses it.
 func (o *serverOutput) Close(ctx context.Context) error { return o.leave(ctx, nil) }

@@ -8,21 +8,21 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Mappings and scanners of the configuration run code of the engine and of its
-// dependencies on data from clients. A panic there must not end the process:
-// it fails the message, the stream or the client that caused it.
+// Mappings and scanners of the configuration run code of the engine and its dependencies on
+// data from clients. A panic there must not crash the process: only the message or stream
+// fails, or the client is denied.
 
-// panicError is a panic of such code.
+// panicError is a recovered panic.
 type panicError struct {
 	value any
-	where string // the function that panicked
+	where string // function that panicked
 }
 
 func (e *panicError) Error() string {
-	return fmt.Sprintf("panic in %s: %.200v", e.where, e.value) // the value may quote a message
+	return fmt.Sprintf("panic in %s: %.200v", e.where, e.value) // truncated: the value may contain a message
 }
 
-// catchPanic makes a panic the error of the function that defers it.
+// catchPanic recovers a panic and assigns it to err. It must be deferred.
 func catchPanic(err *error) {
 	if value := recover(); value != nil {
 		*err = &panicError{value: value, where: panicOrigin()}

@@ -12,8 +12,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
-// receiver is the receiving half of an input: it hands what its sessions receive to the
-// pipeline, in batches, and settles it by the pipeline's verdicts.
+// receiver is the receiving half of an input: it delivers the messages of its sessions to the
+// pipeline in batches, and acknowledges, rejects or redelivers them by the pipeline's results.
 type receiver struct {
 	conf      receiveConfig
 	log       *service.Logger
@@ -25,17 +25,17 @@ type receiver struct {
 	rejectLog, responseLog, redeliveryLog limitedLog
 
 	// Owned by ReadBatch.
-	last     *delivery // handed over; the engine may still throw it away
-	watching bool      // the engine's stop calls drain
+	last       *delivery // returned last; the engine may still discard it
+	stopHooked bool      // a stop of the engine calls drain
 
-	stop  context.CancelFunc // of all feeds; nothing more is handed over
-	drain context.CancelFunc // the engine reads no more
-	feeds sync.WaitGroup
-	watch sync.Once // starts the stall watchdog
+	stop     context.CancelFunc // ends all feeds
+	drain    context.CancelFunc // stops accepting streams: the engine reads no more batches
+	feeds    sync.WaitGroup
+	watchdog sync.Once // starts the detection of stalls
 
 	mu       sync.Mutex
 	sessions map[*cryo.Session]*sessionFeed
-	byID     map[string]*sessionFeed // the last feed of each session id; with session events only
+	byID     map[string]*sessionFeed // last feed of each session id that emits events
 }
 
 func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
@@ -61,15 +61,15 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 	return r
 }
 
-// read is ReadBatch of the inputs. lost is closed when the only session has ended and all
-// its messages are handed over; it is nil if there is no such session.
+// read implements ReadBatch of the inputs. When lost is closed and no messages are left, it
+// returns ErrNotConnected.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
 	if r.last != nil {
-		r.acknowledgeReceipt(r.last) // the engine asks for the next one, so it has this one
+		r.acknowledgeReceipt(r.last) // the engine reads the next batch, so it has accepted this one
 		r.last = nil
 	}
-	if !r.watching { // here, because the engine may never ask again
-		r.watching = true
+	if !r.stopHooked { // at the first call: the engine may not call again
+		r.stopHooked = true
 		context.AfterFunc(ctx, r.drain)
 	}
 	items, err := r.queue.next(ctx, lost)
@@ -77,7 +77,7 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 		return nil, nil, err
 	}
 	d, batch := newDelivery(items, r.conf.includeMetadata)
-	r.queue.handedOver(d)
+	r.queue.addDelivery(d)
 	r.last = d
 	return batch, func(ctx context.Context, err error) error {
 		r.verdict(ctx, d, err)
@@ -85,13 +85,13 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 	}, nil
 }
 
-// verdict acts on the pipeline's verdict. No error means that every message of the batch
-// is delivered. An error for a batch of one is that message's. An error for a batch of
-// several says nothing about any one of them, whatever messages it names
-// (docs/engine-faults.md): each is delivered again, alone, and then its own verdict counts.
-// Only the first verdict on a delivery does. A hard stop gives none.
+// verdict applies the pipeline's result for a delivery. Without an error, every message
+// of the batch is delivered. An error for a batch of one applies to that message. An error
+// for a batch of several does not identify the failed messages, whichever it names
+// (docs/engine-faults.md): each is redelivered alone, and gets a result of its own. Only the
+// first result of a delivery counts. An error during a hard stop is not a result.
 func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
-	if err != nil && ctx.Err() != nil || !r.queue.decide(d) {
+	if err != nil && ctx.Err() != nil || !r.queue.firstResult(d) {
 		return
 	}
 	r.acknowledgeReceipt(d)
@@ -100,7 +100,7 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	if err == nil {
 		if delivered, responses, err = d.match(); err != nil {
 			if log, ok := r.responseLog.allow(); ok {
-				log.Warnf("Delivering the %d messages of a batch again: %v", len(d.items), err)
+				log.With("messages", len(d.items), "error", err).Warn("Redelivering a batch message by message")
 			}
 		}
 	}
@@ -108,7 +108,7 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	case err == nil:
 		r.delivered(ctx, d, delivered, responses)
 	case len(d.items) > 1:
-		r.log.Debugf("Delivering %d messages again, each alone: %v", len(d.items), err)
+		r.log.With("messages", len(d.items), "error", err).Debug("Redelivering a batch message by message")
 		r.queue.redeliverAlone(d)
 	case r.conf.replay:
 		r.logFailure(&d.items[0], err)
@@ -116,15 +116,15 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	default:
 		r.reject(d.items, err)
 		r.queue.release(d.items)
-		r.queue.settled(d)
+		r.queue.removeDelivery(d)
 	}
 }
 
-// delivered acknowledges a batch: each message once its response, if it has one, is
-// acknowledged. Until then close counts the whole batch as unsettled, so that a hard stop
-// in the middle loses no message; at worst one is delivered twice.
+// delivered acknowledges the messages of a batch. A message with a response is acknowledged
+// when the response is. Until then the whole batch stays in the queue's deliveries, so that
+// a hard stop loses no message; at worst, one is delivered twice.
 func (r *receiver) delivered(ctx context.Context, d *delivery, items []item, responses []*syncResponse) {
-	passed(d.items)
+	endFirstPass(d.items)
 	r.acknowledge(items)
 	r.queue.delivered(items)
 	if len(responses) > 0 {
@@ -132,29 +132,29 @@ func (r *receiver) delivered(ctx context.Context, d *delivery, items []item, res
 			r.responded(ctx, d, responses, errs)
 		})
 	}
-	r.queue.settled(d)
+	r.queue.removeDelivery(d)
 }
 
-// responded settles messages by the acknowledgements of their responses. A message whose
-// syncResponse is not acknowledged is rejected even with auto_replay_nacks: the pipeline has
-// done its part, and doing it again would not make the other end accept the response.
+// responded acknowledges or rejects messages by the results of their responses. A message
+// whose response fails is rejected even with auto_replay_nacks: the pipeline has delivered
+// it, and delivering it again would not make the peer accept the response.
 func (r *receiver) responded(ctx context.Context, d *delivery, responses []*syncResponse, errs []error) {
 	var acknowledged []item
 	for i, resp := range responses {
 		switch err := errs[i]; {
 		case err == nil:
 			acknowledged = append(acknowledged, resp.items...)
-		case ctx.Err() != nil: // a hard stop: nothing is known
-			r.queue.leave(d, resp.items)
+		case ctx.Err() != nil: // a hard stop: the result is unknown
+			r.queue.retain(d, resp.items)
 			continue
 		case errors.Is(err, net.ErrClosed):
-			r.log.With("session", resp.source.id).Debugf("The session has ended before it acknowledged a response: %v", err)
+			r.log.With("session", resp.source.id, "error", err).Debug("Session ended before it acknowledged a response")
 			for _, it := range resp.items {
-				it.reject() // nobody receives it, but it releases what the item has reserved
+				it.reject() // releases the item's part of the receive buffer
 			}
 		default:
 			if log, ok := r.responseLog.allow(); ok {
-				log.With("session", resp.source.id).Warnf("Rejected a message, because its sender has not acknowledged the response: %v", err)
+				log.With("session", resp.source.id, "error", err).Warn("Rejected a message: its response was not acknowledged")
 			}
 			r.rejectAll(resp.items)
 		}
@@ -167,17 +167,16 @@ func (r *receiver) responded(ctx context.Context, d *delivery, responses []*sync
 	}
 }
 
-// acknowledgeReceipt acknowledges a batch, once, as soon as the pipeline has it, with
-// acknowledge: received. A batch that ReadBatch has returned may still be thrown away by
-// the engine when it stops; so the proof is that the engine asks for the next one, or has a
-// verdict.
+// acknowledgeReceipt acknowledges a batch once with acknowledge: received. It is called when
+// the engine reads the next batch or returns a result: a batch that ReadBatch has just
+// returned may still be discarded by the engine when it stops.
 func (r *receiver) acknowledgeReceipt(d *delivery) {
 	if r.conf.onReceipt {
-		r.acknowledgeNow(r.queue.received(d))
+		r.acknowledgeNow(r.queue.markReceived(d))
 	}
 }
 
-// acknowledge acknowledges what is delivered, if that was not done on receipt.
+// acknowledge acknowledges delivered items, unless they were acknowledged on receipt.
 func (r *receiver) acknowledge(items []item) {
 	if !r.conf.onReceipt {
 		r.acknowledgeNow(items)
@@ -186,18 +185,18 @@ func (r *receiver) acknowledge(items []item) {
 
 func (r *receiver) acknowledgeNow(items []item) {
 	if err := acknowledge(items, &r.metrics); err != nil {
-		r.log.Debugf("Delivered, but not acknowledged; the sender may send it again: %v", err)
+		r.log.With("error", err).Debug("Cannot acknowledge delivered messages: their senders may send them again")
 	}
 }
 
-// reject rejects a message that was not delivered.
+// reject logs and rejects items that were not delivered.
 func (r *receiver) reject(items []item, cause error) {
-	passed(items)
+	endFirstPass(items)
 	if log, ok := r.rejectLog.allow(); ok {
 		if r.conf.onReceipt {
-			log.Errorf("Lost %d messages that were acknowledged when they were received: %v", len(items), cause)
+			log.With("messages", len(items), "error", cause).Error("Lost messages that were acknowledged on receipt")
 		} else {
-			log.Errorf("Rejected %d messages: %v", len(items), cause)
+			log.With("messages", len(items), "error", cause).Error("Rejected messages that were not delivered")
 		}
 	}
 	r.rejectAll(items)
@@ -205,7 +204,7 @@ func (r *receiver) reject(items []item, cause error) {
 
 func (r *receiver) rejectAll(items []item) {
 	if r.conf.onReceipt {
-		return // they were acknowledged
+		return // they are acknowledged already
 	}
 	for i := range items {
 		if m := items[i].message; m != nil {
@@ -215,20 +214,20 @@ func (r *receiver) rejectAll(items []item) {
 	}
 }
 
-// logFailure logs that a message is delivered again.
+// logFailure logs that a message is redelivered.
 func (r *receiver) logFailure(it *item, err error) {
-	r.log.Debugf("Delivering a message again: %v", err)
+	r.log.With("error", err).Debug("Redelivering a message")
 	if it.failures < outageFailures {
 		return
 	}
 	if log, ok := r.redeliveryLog.allow(); ok {
-		log.With("session", it.source.id, "failures", it.failures+1).Warnf("A message is delivered again until it succeeds: %v", err)
+		log.With("session", it.source.id, "failures", it.failures+1, "error", err).Warn("A message fails repeatedly: redelivering it until it is delivered")
 	}
 }
 
-// receiveFrom starts to receive from a session, after what another input has left of it.
-// The returned channel is closed when the session has ended and all that it received is
-// handed over.
+// receiveFrom starts to receive from a session, beginning with the messages that another
+// input has handed over. The returned channel is closed when the session has ended and all
+// its messages are delivered to the pipeline.
 func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -238,12 +237,12 @@ func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	f := r.feeder.newFeed(h)
 	r.sessions[h.session] = f
 	if last := r.byID[f.id]; r.conf.sessions && !(last != nil && f.session.Err() != nil && last.session.Err() == nil) {
-		f.emits, r.byID[f.id] = true, f
+		f.emitsEvents, r.byID[f.id] = true, f
 		if last != nil {
 			f.previous = last.ended
 		}
 	}
-	r.watch.Do(func() { r.feeds.Go(func() { r.queue.watchForStalls(r.paused) }) })
+	r.watchdog.Do(func() { r.feeds.Go(func() { r.queue.watchForStalls(r.paused) }) })
 	r.feeds.Go(func() {
 		if f.run() {
 			r.remove(f)
@@ -252,7 +251,7 @@ func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	return f.ended
 }
 
-// remove removes the feed of a session that has ended.
+// remove removes a feed whose session has ended.
 func (r *receiver) remove(f *sessionFeed) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -270,23 +269,23 @@ func (r *receiver) has(s *cryo.Session) bool {
 	return r.sessions[s] != nil
 }
 
-// keeps returns the number of sessions of the input, with those that have ended but of
-// which not all is handed over.
-func (r *receiver) keeps() int {
+// sessionCount returns the number of sessions of the input, including those that have ended
+// with messages that are not yet delivered to the pipeline.
+func (r *receiver) sessionCount() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sessions)
 }
 
-// follows reports whether the events of another session with this id must come after
-// those of one that this input has.
-func (r *receiver) follows(id string) bool {
+// hasEventsOf reports whether the input has a session with this id whose events must precede
+// those of the next session with the id.
+func (r *receiver) hasEventsOf(id string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.byID[id] != nil
 }
 
-// paused reports whether backpressure pauses the reads of a session.
+// paused reports whether the reads of any session are paused (backpressure).
 func (r *receiver) paused() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -298,8 +297,8 @@ func (r *receiver) paused() bool {
 	return false
 }
 
-// newStreamQuota is the quota of open streams. Where several sessions share it, none may
-// have more than it leaves free; so one that has none may have the last.
+// newStreamQuota returns the quota of open streams. If several sessions share it, a session
+// may open another stream only while it has fewer than are free: at most half, and at least one.
 func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
 	if !shared {
 		return quota.New(int64(maxOpen), nil)

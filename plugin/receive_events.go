@@ -8,11 +8,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Sessions as events: that a session has connected and that it has ended are messages too.
-// Each waits with its session's own goroutine until the pipeline accepts it, so none is
-// dropped, and there are no more of them than sessions; those that wait count against
-// max_buffer_bytes. A pipeline that is stalled while clients come and go would still gather
-// sessions that have ended: from a number on, see listener.full, no new ones are accepted.
+// Session events: messages that report connected and disconnected sessions. The goroutine of
+// a session waits until the pipeline accepts its event, so no event is dropped, and there is at
+// most one per session. Waiting events count against max_buffer_bytes. While a pipeline is
+// stalled, sessions that have ended accumulate; listenInputs.full limits their number.
 
 const (
 	messageTypeSession = "session"
@@ -23,31 +22,35 @@ const (
 	sessionConnected    = "connected"
 	sessionDisconnected = "disconnected"
 
-	eventOverhead = 256 // bytes, as for any message
+	eventOverhead = 256 // bytes; the overhead of a message in the receive buffer
 )
 
-const sessionMetadataText = `
-With ` + "`session` in `message_types`" + ` there are messages about sessions too. They have no content and no ` + "`cryo_ack_id`" + `, their ` + "`cryo_message_type` is `session`" + `, and they carry in addition:
+const eventMetadataText = `
+Session events (` + "`session` in `message_types`" + `) have no content and no ` + "`cryo_ack_id`" + `. Their ` + "`cryo_message_type` is `session`" + `, and they carry in addition:
 
 - ` + "`cryo_session_event`" + `: ` + "`connected` or `disconnected`" + `
-- ` + "`cryo_session_cause`" + `: why a session has ended, in words; of ` + "`disconnected`" + ` only
+- ` + "`cryo_session_cause`" + `: why the session has ended, as text; only with ` + "`disconnected`" + `
 `
 
-const sessionsText = `
-== Sessions as messages
+const eventsText = `
+== Sessions
 
-With ` + "`session` in `message_types`" + `, a client that connects and one that has left are messages too, so that a pipeline can keep track of who is there. A session's ` + "`connected`" + ` is delivered before the pipeline gets its first message, and its ` + "`disconnected`" + ` comes when all its messages have been through the pipeline; those that failed there may be redelivered later. For a client that reconnects with the same session id, whether its old connection is known to be lost or not, ` + "`disconnected`" + ` comes first, and ` + "`connected`" + ` again when that is delivered.
+With ` + "`session` in `message_types`" + `, the pipeline also receives an event when a client has connected and when it has disconnected, for example to track presence. The order is:
 
-They are delivered at least once, as other messages are: when an input stops and another one of the same listener gets its sessions, ` + "`connected`" + ` comes again for each of them. When the last input stops, or the process ends in any way, there is no ` + "`disconnected`" + ` for sessions that are connected then. So presence that is kept outside of the process must be cleared at the start, or expire.
+- ` + "`connected`" + ` is delivered before the first message of the session.
+- ` + "`disconnected`" + ` follows when all messages of the session have been processed; those that have failed may be redelivered after it.
+- If a client reconnects with the same session id, even before the loss of its old connection is detected, ` + "`disconnected`" + ` is delivered first, and then ` + "`connected`" + `.
 
-None is dropped, but with ` + "`auto_replay_nacks: false`" + ` those that the outputs reject. They count as messages in the pipeline, but never wait for ` + "`max_in_flight`" + `: there is at most one for each session. While the pipeline accepts none, those that wait count against ` + "`max_buffer_bytes`" + `, and once as many sessions have left so as ` + "`max_sessions`" + ` allows, new clients are denied with status 503.
+Events are delivered at least once. When an input stops and another one of the same listener takes over its sessions, ` + "`connected`" + ` is repeated for each of them. When the last input stops, or the process ends, there is no ` + "`disconnected`" + ` for the connected sessions. So presence that is stored outside of the process must be cleared at the start, or expire.
+
+Events are never dropped, except those that the outputs fail to deliver with ` + "`auto_replay_nacks: false`" + `. They count as messages in flight, but do not wait for ` + "`max_in_flight`" + `; there is at most one per session. Events that wait for the pipeline count against ` + "`max_buffer_bytes`" + `. When as many sessions as ` + "`max_sessions`" + ` have ended and still wait for the pipeline, new clients are denied with status 503.
 `
 
-// sessionEvent is a message about a session, until it is settled.
+// sessionEvent is the owner of an event item.
 type sessionEvent struct {
-	release func() // of what is reserved in the session's receive buffer
+	release func() // releases the event's part of the receive buffer
 	once    sync.Once
-	settled chan struct{}
+	settled chan struct{} // closed when the event is delivered or has failed
 }
 
 func (e *sessionEvent) done(int, error) {
@@ -59,11 +62,11 @@ func (e *sessionEvent) done(int, error) {
 
 func (e *sessionEvent) stream() *cryo.IncomingStream { return nil }
 
-// movable is false: the next input has events of its own.
+// movable returns false: the next input emits events of its own.
 func (e *sessionEvent) movable() bool { return false }
 
-// emit hands an event over and waits until it is settled, which may take redeliveries. It
-// returns false if the input ends first.
+// emit delivers an event to the pipeline, and waits for its result, including redeliveries. It
+// returns false if the input closes first.
 func (f *sessionFeed) emit(event, cause string) bool {
 	m := service.NewMessage([]byte{})
 	m.MetaSetMut(metaMessageType, messageTypeSession)
@@ -73,7 +76,7 @@ func (f *sessionFeed) emit(event, cause string) bool {
 	}
 	f.describe(m)
 	e := &sessionEvent{release: f.session.Reserve(eventOverhead + f.bytes), settled: make(chan struct{})}
-	if !f.queue.deliverEvent(item{source: &f.source, part: m, of: e}) {
+	if !f.queue.deliverEvent(item{source: &f.source, part: m, owner: e}) {
 		e.release()
 		return false
 	}
@@ -89,18 +92,17 @@ func (f *sessionFeed) await(done <-chan struct{}) bool {
 	}
 }
 
-// emitConnected emits that a session has connected, after all events of the last one with
-// the same id.
+// emitConnected emits connected, after the events of the previous session with the same id.
 func (f *sessionFeed) emitConnected() bool {
-	if !f.emits {
+	if !f.emitsEvents {
 		return true
 	}
 	return (f.previous == nil || f.await(f.previous)) && f.emit(sessionConnected, "")
 }
 
-// emitDisconnected emits that a session has ended, after all its messages.
+// emitDisconnected emits disconnected, after all messages of the session.
 func (f *sessionFeed) emitDisconnected() bool {
-	if !f.emits {
+	if !f.emitsEvents {
 		return true
 	}
 	return f.firstPass.wait(f.stopped) && f.emit(sessionDisconnected, f.session.Err().Error())

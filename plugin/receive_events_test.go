@@ -292,7 +292,7 @@ func TestInputThatStartsLaterEmitsConnectedForEachSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.dialAs(7)
-		time.Sleep(2 * noInputPatience)
+		time.Sleep(2 * noInputTimeout)
 		e.run(listenEvents, toProbe)
 		e.wantNext(t, "7 connected").deliver()
 		end(client)

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"strconv"
 	"sync"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -10,43 +11,43 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
-// feeder is what the feeds of an input share.
+// feeder is the state that the feeds of an input share.
 type feeder struct {
 	conf        *receiveConfig
 	queue       *queue
-	openStreams *quota.Quota // streams that are being scanned or are not settled
+	openStreams *quota.Quota // slots of open streams; see transfer
 	metrics     *receiveMetrics
 	log         *service.Logger
 
 	errorLog, streamLog, pullLog limitedLog
 
-	stopped  context.Context // the input has closed
-	draining context.Context // the engine reads no more; done with stopped too
+	stopped  context.Context // done when the input closes
+	draining context.Context // done when the engine reads no more batches, or the input closes
 }
 
 // sessionFeed receives the messages, streams and events of one session.
 type sessionFeed struct {
 	*feeder
 	source
-	slots *quota.Share  // of openStreams
-	ended chan struct{} // closed when the session has ended and all of it is handed over
+	slots *quota.Share  // quota of openStreams
+	ended chan struct{} // closed when the session has ended and all its messages are in the pipeline
 
-	// Of events; set before the feed runs.
-	emits    bool            // it emits events
-	previous <-chan struct{} // ended of the last feed with the same session id, or nil
+	// Set before the feed runs.
+	emitsEvents bool
+	previous    <-chan struct{} // field ended of the last feed with the same session id, or nil
 
-	// What is not handed over, for close: from the listener's last input at first. Only
-	// items that this input has not numbered are in left.
+	// Undelivered items and streams, first those of the handover; receiver.close collects them.
+	// The items in left have no sequence number of this input.
 	left    []item // owned by receiveMessages
 	mu      sync.Mutex
-	streams []*cryo.IncomingStream // of which nothing was read; guarded by mu
+	streams []*cryo.IncomingStream // unread; guarded by mu
 }
 
 func (fr *feeder) newFeed(h *handover) *sessionFeed {
 	identity := identityOf(h.session)
 	f := &sessionFeed{
 		feeder:  fr,
-		source:  source{session: h.session, identity: identity, client: fr.queue.join(identity.id)},
+		source:  source{session: h.session, identity: identity, quota: fr.queue.acquireClient(identity.id)},
 		slots:   fr.openStreams.Share(),
 		ended:   make(chan struct{}),
 		left:    h.items,
@@ -61,8 +62,7 @@ func (fr *feeder) newFeed(h *handover) *sessionFeed {
 	return f
 }
 
-// run receives from the session from its beginning to its end. It returns false if the
-// input ends first.
+// run receives from the session until it ends. It returns false if the input closes first.
 func (f *sessionFeed) run() bool {
 	if !f.emitConnected() {
 		return false
@@ -70,18 +70,18 @@ func (f *sessionFeed) run() bool {
 	var streams sync.WaitGroup
 	streams.Go(f.acceptStreams)
 	f.receiveMessages()
-	streams.Wait() // truncated ones have whole messages too
+	streams.Wait() // truncated streams may still deliver complete messages
 	if f.stopped.Err() != nil || !f.emitDisconnected() {
 		return false
 	}
-	f.queue.leaveClient(f.client)
+	f.queue.releaseClient(f.quota)
 	return true
 }
 
-// receiveMessages hands a session's messages over in order. What the session received
-// before its end still goes to the pipeline: nobody else has it.
+// receiveMessages delivers the session's messages in order, including those that were
+// received before the session ended.
 func (f *sessionFeed) receiveMessages() {
-	f.left = f.filter(f.left) // the last input may have had other message_types
+	f.left = f.filter(f.left) // the previous input may have had other message_types
 	for {
 		if f.left = f.queue.deliver(f.left); len(f.left) > 0 {
 			return
@@ -90,7 +90,7 @@ func (f *sessionFeed) receiveMessages() {
 		if err != nil {
 			return
 		}
-		f.metrics.took(messages)
+		f.metrics.countReceived(messages)
 		items := make([]item, len(messages))
 		for i, m := range messages {
 			items[i] = item{source: &f.source, message: m}
@@ -99,8 +99,7 @@ func (f *sessionFeed) receiveMessages() {
 	}
 }
 
-// filter acknowledges the messages of types that are not in message_types, and returns the
-// other items.
+// filter returns the items whose types are in message_types, and acknowledges the others.
 func (f *sessionFeed) filter(items []item) []item {
 	selected := items[:0]
 	for i := range items {
@@ -110,11 +109,11 @@ func (f *sessionFeed) filter(items []item) []item {
 		default:
 			if m.Kind == cryo.KindError {
 				if log, ok := f.errorLog.allow(); ok {
-					log.With("session", f.id).Warnf("The peer's application reports an error: %q", f.session.Redact(string(m.Payload)))
+					log.With("session", f.id, "text", strconv.Quote(f.session.Redact(string(m.Payload)))).Warn("The peer's application reports an error")
 				}
 			}
 			f.metrics.filtered.Incr(1, messageTypeName(m.Kind))
-			_ = m.Ack() // if the session has ended, nobody waits for it
+			_ = m.Ack() // fails only if the session has ended
 		}
 	}
 	return selected

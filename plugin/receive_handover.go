@@ -9,20 +9,18 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// handover is what an input of a listener leaves of a session to the next one when it
-// closes: the messages that are not settled, in the order in which they were received,
-// and the streams of which nothing was read. Messages that it has not received from the
-// session are still in the session's own queue.
+// handover contains the messages and streams of a session that an input passes on when it
+// closes: the unacknowledged messages in the order of their receipt, and the unread streams.
+// Messages that the input has not received are still in the session's receive buffer.
 type handover struct {
 	session *cryo.Session
 	items   []item
 	streams []*cryo.IncomingStream
 }
 
-// close stops receiving, and returns what it leaves by session; this input settles nothing
-// of it any more. The engine calls it after all verdicts, or after a hard stop: then the
-// pipeline may have delivered some of the messages, and the next input may deliver them
-// again. Either is safe, as none of them is acknowledged.
+// close stops receiving, and returns a handover for each session. Results that arrive later
+// are ignored. The engine closes an input after all results, or after a hard stop; then the
+// pipeline may have delivered some of the messages, and the next input may deliver them again.
 func (r *receiver) close() []*handover {
 	r.drain()
 	r.stop()
@@ -33,19 +31,19 @@ func (r *receiver) close() []*handover {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	bySession := make(map[*cryo.Session]*handover)
-	of := func(s *cryo.Session) *handover {
+	handoverOf := func(s *cryo.Session) *handover {
 		if bySession[s] == nil {
 			bySession[s] = &handover{session: s}
 		}
 		return bySession[s]
 	}
 	for _, f := range r.sessions {
-		of(f.session).streams = f.streams
-		items = append(items, f.left...) // received after all that was handed over of the session
+		handoverOf(f.session).streams = f.streams
+		items = append(items, f.left...) // received after the session's items in the queue
 	}
 	for _, it := range items {
-		if it.moves() {
-			h := of(it.source.session)
+		if it.moveOrReject() {
+			h := handoverOf(it.source.session)
 			h.items = append(h.items, it)
 		}
 	}
@@ -53,22 +51,22 @@ func (r *receiver) close() []*handover {
 	for _, h := range bySession {
 		handovers = append(handovers, h)
 	}
-	// Of two sessions with the same id the one that has ended comes first.
+	// Sessions that have ended come first: another one may have the same id.
 	slices.SortStableFunc(handovers, func(a, b *handover) int { return cmp.Compare(ended(b.session), ended(a.session)) })
 	return handovers
 }
 
-// moves reports whether another input can deliver the item, and settles one that it cannot.
-func (it *item) moves() bool {
-	if it.message != nil || it.of.movable() || it.of.stream() != nil && it.acknowledged {
+// moveOrReject reports whether another input can deliver the item. If not, it rejects the item.
+func (it *item) moveOrReject() bool {
+	if it.message != nil || it.owner.movable() || it.owner.stream() != nil && it.acknowledged {
 		return true
 	}
-	it.reject() // releases what it has reserved
+	it.reject() // releases the item's part of the receive buffer
 	return false
 }
 
-// reject rejects all of it, and reports how many messages were lost that had been
-// acknowledged when they were received.
+// reject rejects the messages and streams. It returns their number, and the number of
+// messages that are lost because they were acknowledged on receipt.
 func (h *handover) reject() (rejected, lost int) {
 	for i := range h.items {
 		if h.items[i].acknowledged {
@@ -79,14 +77,14 @@ func (h *handover) reject() (rejected, lost int) {
 		}
 	}
 	for _, st := range h.streams {
-		_ = st.Close() // if the session has ended, the sender knows
+		_ = st.Close() // fails only if the session has ended
 		rejected++
 	}
 	return rejected, lost
 }
 
-// reportLeft logs what stays unsettled of an input that no other follows.
-func reportLeft(log *service.Logger, handovers []*handover) {
+// logUndelivered logs the number of messages that no input will deliver.
+func logUndelivered(log *service.Logger, handovers []*handover) {
 	undelivered, lost := 0, 0
 	for _, h := range handovers {
 		undelivered += len(h.streams)
@@ -99,10 +97,10 @@ func reportLeft(log *service.Logger, handovers []*handover) {
 		}
 	}
 	if lost > 0 {
-		log.Errorf("Lost up to %d messages that were acknowledged when they were received: the pipeline has stopped before it was known to have delivered them", lost)
+		log.With("messages", lost).Error("Messages that were acknowledged on receipt may be lost: the pipeline has stopped before their results")
 	}
 	if undelivered > 0 {
-		log.Infof("Up to %d messages in the pipeline were not delivered before the stop and stay unacknowledged: their senders can send them again", undelivered)
+		log.With("messages", undelivered).Info("Undelivered messages stay unacknowledged: their senders can send them again")
 	}
 }
 

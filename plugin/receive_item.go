@@ -11,71 +11,71 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// source is the session of items.
+// source is the session that items were received from.
 type source struct {
 	session *cryo.Session
 	*identity
-	client    *client // its quota of max_in_flight
+	quota     *clientQuota
 	firstPass firstPass
 }
 
-// item is a message from its receipt to its verdict: a frame, a part that a scanner has cut
-// from a stream, or an event.
+// item is a received message until it is acknowledged or rejected: a frame, a part of a
+// stream that a scanner has produced, or a session event.
 type item struct {
-	source  *source
-	message *cryo.Message    // a frame; else nil
-	part    *service.Message // nil for a frame
-	of      settler          // what the part belongs to: a scanner's batch, or an event
-	at      int              // index of the part there
-	order   uint64           // sequence number in the input
+	source   *source
+	message  *cryo.Message    // nil unless the item is a frame
+	part     *service.Message // nil if the item is a frame
+	owner    partOwner        // scanner batch or event of the part
+	index    int              // index of the part in owner
+	sequence uint64           // sequence number in the input
 
 	acknowledged bool // on receipt
 
-	// After failures alone; see redeliveries.
+	// State of redeliveries after the item has failed alone.
 	failures   int
-	due        time.Time // of the next delivery
-	early      bool      // it is delivered before that
-	deliveries uint64    // of the input, at the last failure
+	due        time.Time // time of the next delivery
+	expedited  bool      // redelivered before due
+	deliveries uint64    // successful deliveries of the input at the last failure
 }
 
-// settler is what parts belong to.
-type settler interface {
-	// done settles a part; only the first call for each counts. err is nil if the part is
-	// delivered.
-	done(at int, err error)
-	// stream returns the stream that the part was cut from, or nil.
+// partOwner is a scanner batch or a session event, and receives the results of its parts.
+type partOwner interface {
+	// done sets the result of a part; nil means that it is delivered. Only the first call for
+	// a part counts.
+	done(index int, err error)
+	// stream returns the stream that the part belongs to, or nil.
 	stream() *cryo.IncomingStream
-	// movable reports whether another input can still settle the part.
+	// movable reports whether another input can deliver the part.
 	movable() bool
 }
 
 var errNotDelivered = errors.New(rejection)
 
-// acknowledge acknowledges items to their senders, and settles parts. If a session has
-// ended, nobody receives its acknowledgements.
+// acknowledge acknowledges frames to their senders, and marks parts as delivered. The error
+// is that of a session that has ended.
 func acknowledge(items []item, metrics *receiveMetrics) error {
 	messages := make([]*cryo.Message, 0, len(items))
 	for i := range items {
 		if items[i].message != nil {
 			messages = append(messages, items[i].message)
 		} else {
-			items[i].of.done(items[i].at, nil)
+			items[i].owner.done(items[i].index, nil)
 		}
 	}
 	if len(messages) == 0 {
 		return nil
 	}
-	metrics.acknowledged(messages[0])
+	metrics.observeLatency(messages[0])
 	return cryo.AckBatch(messages)
 }
 
-// reject rejects an item to its sender. If the session has ended, it only releases what the
-// item has reserved.
+// reject rejects an item to its sender. If the session has ended, it only releases the item's
+// part of the receive buffer.
 func (it *item) reject() {
 	if it.message != nil {
 		_ = it.message.Reject(rejection)
 	} else {
-		it.of.done(it.at, errNotDelivered)
+		it.owner.done(it.index, errNotDelivered)
 	}
 }
 
@@ -92,17 +92,16 @@ type delivery struct {
 	responses *service.SyncResponseStore
 
 	// Guarded by the queue's mutex.
-	decided      bool   // by the pipeline's first verdict
+	hasResult    bool
 	acknowledged bool   // on receipt
-	left         []item // by a hard stop, while their responses were not acknowledged
+	retained     []item // items whose responses were unacknowledged at a hard stop
 }
 
-// newDelivery makes the pipeline's batch of items. The messages have one context: that in
-// which the engine finds the store of their synchronous responses. Nothing else is in it,
-// because the engine puts contexts back by position after each batched processor
-// (docs/engine-faults.md), so that a message may return with another one's. What a batch
-// needs is allocated at once, so the messages are copies of what the engine's constructors
-// return: one allocation a message less.
+// newDelivery returns a delivery of items, and its batch for the pipeline. All messages share
+// one context, in which the engine finds the store of synchronous responses. It contains no
+// data of single messages, because the engine restores contexts by position after each batched
+// processor (docs/engine-faults.md), so that a message may get the context of another. The
+// messages are copied into one slice, which saves an allocation per message.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
 	stored, responses := service.NewMessage(nil).WithSyncResponseStore()
 	ctx := stored.Context()
@@ -112,7 +111,7 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 	for i := range items {
 		d.acknowledged = d.acknowledged && items[i].acknowledged
 		if it := &items[i]; it.part != nil {
-			messages[i] = *it.part.Copy().WithContext(ctx) // it may have to be delivered again
+			messages[i] = *it.part.Copy().WithContext(ctx) // the part may be redelivered
 		} else if messages[i] = *service.NewMessageWithContext(ctx, it.message.Payload); withMetadata {
 			it.describe(&messages[i])
 		}
@@ -121,11 +120,11 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 	return d, batch
 }
 
-// firstPass counts a session's items that have had no verdict of their own yet. Redeliveries
-// do not count: a message that always fails must not keep a session from leaving.
+// firstPass counts a session's items without a result of their own. Redelivered items do not
+// count, so that a message that always fails does not delay the session's disconnected event.
 type firstPass struct {
 	count atomic.Int64
-	none  chan struct{} // holds a token when the count has come to 0; nil: nobody waits for that
+	none  chan struct{} // capacity 1; signals a count of 0; nil if nothing waits for that
 }
 
 func (p *firstPass) add(n int) {
@@ -138,8 +137,8 @@ func (p *firstPass) add(n int) {
 	}
 }
 
-// wait waits for a count of 0, when nothing is added any more. It returns false if ctx is
-// done first.
+// wait waits for a count of 0. It must be called after the last add of a positive number. It
+// returns false if ctx is done first.
 func (p *firstPass) wait(ctx context.Context) bool {
 	for p.count.Load() > 0 {
 		select {
@@ -151,8 +150,8 @@ func (p *firstPass) wait(ctx context.Context) bool {
 	return true
 }
 
-// passed ends the first pass of items that have a verdict of their own.
-func passed(items []item) {
+// endFirstPass ends the first pass of items that have a result of their own.
+func endFirstPass(items []item) {
 	for i := range items {
 		if items[i].failures == 0 {
 			items[i].source.firstPass.add(-1)

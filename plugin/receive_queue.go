@@ -3,7 +3,6 @@ package plugin
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,36 +13,36 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
-// queue is what waits for ReadBatch, and what ReadBatch has handed over and is not settled:
-// together no more than max_in_flight, but for events.
+// queue contains the items that wait for ReadBatch, and those that ReadBatch has returned and
+// that are neither acknowledged nor rejected. Together they are limited by max_in_flight;
+// events are not limited.
 type queue struct {
 	conf     *receiveConfig
 	log      *service.Logger
-	stopped  context.Context // nothing more is handed over
-	inFlight *quota.Quota    // items offered and not settled
-	gauge    *gauge          // of inFlight
+	stopped  context.Context // done when the input closes
+	inFlight *quota.Quota    // all items of the queue
+	gauge    *gauge          // number of items in inFlight
 
-	arrivals chan []item   // from the feeds; not buffered: they keep what is not handed over
-	wake     chan struct{} // holds a token when there is a new redelivery
-	offered  atomic.Uint64 // items so far
+	arrivals chan []item   // new items from the feeds; unbuffered, so that a feed keeps undelivered ones
+	wake     chan struct{} // capacity 1; signals a new redelivery
+	offered  atomic.Uint64 // number of items so far, for their sequence numbers
 
 	// Owned by ReadBatch.
-	rest  []item // arrived, not yet handed over
-	yield bool   // what has arrived goes before messages that have failed alone
+	rest     []item // new items, received from arrivals
+	newFirst bool   // the next batch is of new items, before those that have failed alone
 
-	stallReported bool // and the stall is not over; owned by watchForStalls
+	stallReported bool // the current stall is logged; owned by watchForStalls
 
 	mu           sync.Mutex
-	clients      map[string]*client     // by session id
-	deliveries   map[*delivery]struct{} // not settled
+	clients      map[string]*clientQuota // by session id
+	deliveries   map[*delivery]struct{}  // unacknowledged batches in the pipeline
 	redeliveries redeliveries
-	moved        time.Time // of the last hand-over or verdict
+	lastProgress time.Time // time of the last batch or result
 }
 
-// client is a session id's share of max_in_flight. It is kept while a session with the id
-// feeds the input or something of it is in flight, so that a client that reconnects keeps
-// it.
-type client struct {
+// clientQuota is the quota of max_in_flight of the sessions with one id. It exists while such
+// a session feeds the input or has items in flight, so that it outlasts a reconnect.
+type clientQuota struct {
 	*quota.Share
 	id    string
 	feeds int // guarded by the queue's mutex
@@ -52,11 +51,11 @@ type client struct {
 func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger, unacknowledged *gauge) *queue {
 	q := &queue{
 		conf: conf, log: log, stopped: stopped, gauge: unacknowledged,
-		arrivals:   make(chan []item),
-		wake:       make(chan struct{}, 1),
-		clients:    make(map[string]*client),
-		deliveries: make(map[*delivery]struct{}),
-		moved:      time.Now(),
+		arrivals:     make(chan []item),
+		wake:         make(chan struct{}, 1),
+		clients:      make(map[string]*clientQuota),
+		deliveries:   make(map[*delivery]struct{}),
+		lastProgress: time.Now(),
 	}
 	var fair func(held, free int64) bool
 	if conf.shared {
@@ -67,33 +66,33 @@ func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger,
 	return q
 }
 
-// clientLimit is what one client of a listener may have of max_in_flight: three quarters,
-// and at least one. A client whose messages the outputs reject, or that acknowledges no
-// responses, would otherwise keep those of all others waiting.
+// clientLimit returns the quota of max_in_flight of one client of a listener: three quarters,
+// and at least one. It leaves capacity for others if all messages of a client fail, or if the
+// client acknowledges no responses.
 func clientLimit(maxInFlight int) int { return max(1, maxInFlight-max(1, maxInFlight/4)) }
 
-// join returns the client of a session id for a new feed, and leaveClient ends the feed's
-// part in it.
-func (q *queue) join(id string) *client {
+// acquireClient returns the quota of a session id for a new feed. The feed must call
+// releaseClient when it ends.
+func (q *queue) acquireClient(id string) *clientQuota {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	c := q.clients[id]
 	if c == nil {
-		c = &client{Share: q.inFlight.Share(), id: id}
+		c = &clientQuota{Share: q.inFlight.Share(), id: id}
 		q.clients[id] = c
 	}
 	c.feeds++
 	return c
 }
 
-func (q *queue) leaveClient(c *client) {
+func (q *queue) releaseClient(c *clientQuota) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	c.feeds--
 	q.removeIdleLocked(c)
 }
 
-func (q *queue) removeIdleLocked(c *client) {
+func (q *queue) removeIdleLocked(c *clientQuota) {
 	if c.feeds > 0 {
 		return
 	}
@@ -102,12 +101,12 @@ func (q *queue) removeIdleLocked(c *client) {
 	}
 }
 
-// deliver hands items of one session over, in order, in parts that max_in_flight and the
-// client's share of it allow. It returns those that it has not handed over because the
-// input has ended.
+// deliver passes items of one session to ReadBatch, in order, as max_in_flight and the
+// client's quota allow. It returns the items that are not passed on because the input has
+// closed.
 func (q *queue) deliver(items []item) (left []item) {
 	for len(items) > 0 {
-		acquired, err := items[0].source.client.AcquireUpTo(q.stopped, int64(min(len(items), q.conf.maxBatchCount)))
+		acquired, err := items[0].source.quota.AcquireUpTo(q.stopped, int64(min(len(items), q.conf.maxBatchCount)))
 		if err != nil {
 			return items
 		}
@@ -120,24 +119,24 @@ func (q *queue) deliver(items []item) (left []item) {
 	return nil
 }
 
-// deliverEvent hands an event over. It counts as in flight, but waits for no capacity: the
-// failing messages of its own client may hold all of it for a long time.
+// deliverEvent passes an event to ReadBatch. An event counts as in flight, but does not wait
+// for capacity: failing messages of its client may occupy all of it for a long time.
 func (q *queue) deliverEvent(it item) bool {
-	it.source.client.Force(1)
+	it.source.quota.Force(1)
 	q.gauge.add(1)
 	return q.offer([]item{it})
 }
 
 func (q *queue) offer(items []item) bool {
 	last := q.offered.Add(uint64(len(items)))
-	first := 0 // passes
+	firstPasses := 0
 	for i := range items {
-		items[i].order = last - uint64(len(items)-1-i)
+		items[i].sequence = last - uint64(len(items)-1-i)
 		if items[i].failures == 0 {
-			first++
+			firstPasses++
 		}
 	}
-	items[0].source.firstPass.add(first)
+	items[0].source.firstPass.add(firstPasses)
 	select {
 	case q.arrivals <- items:
 		return true
@@ -146,8 +145,8 @@ func (q *queue) offer(items []item) bool {
 	}
 }
 
-// next waits for what is to be handed over next. All messages of a session that is lost
-// come before ErrNotConnected.
+// next waits for the items of the next batch. It returns ErrNotConnected when lost is closed
+// and no items are left.
 func (q *queue) next(ctx context.Context, lost <-chan struct{}) ([]item, error) {
 	for {
 		it, due, ok := q.nextRedelivery()
@@ -155,7 +154,7 @@ func (q *queue) next(ctx context.Context, lost <-chan struct{}) ([]item, error) 
 		case ok:
 			return []item{it}, nil
 		case q.arrived():
-			q.yield = false
+			q.newFirst = false
 			return q.batch(), nil
 		}
 		select {
@@ -170,28 +169,27 @@ func (q *queue) next(ctx context.Context, lost <-chan struct{}) ([]item, error) 
 	}
 }
 
-// nextRedelivery returns the message that is to be delivered again now, or a channel that
-// is ready when the next one is; nil if there is none. Messages of a batch of several that
-// has failed go before all else. A message that has failed alone lets something that has
-// arrived go first, if it follows another such one.
+// nextRedelivery returns the next message to redeliver now, or a channel that is ready when
+// one is due; the channel is nil if there is none. Messages of a failed batch of several
+// precede all other items. Messages that have failed alone alternate with new items.
 func (q *queue) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if it, ok = q.redeliveries.nextAlone(); ok {
+	if it, ok = q.redeliveries.nextUnidentified(); ok {
 		return it, nil, true
 	}
-	if q.yield && q.arrived() {
+	if q.newFirst && q.arrived() {
 		return item{}, nil, false
 	}
 	it, wait, ok := q.redeliveries.next(time.Now())
 	if !ok && wait >= 0 {
 		due = time.After(wait)
 	}
-	q.yield = q.yield || ok
+	q.newFirst = q.newFirst || ok
 	return it, due, ok
 }
 
-// arrived reports whether something waits to be handed over.
+// arrived reports whether there are new items.
 func (q *queue) arrived() bool {
 	if len(q.rest) == 0 {
 		select {
@@ -202,7 +200,7 @@ func (q *queue) arrived() bool {
 	return len(q.rest) > 0
 }
 
-// batch returns what has arrived, up to max_batch_count.
+// batch returns new items, up to max_batch_count.
 func (q *queue) batch() []item {
 more:
 	for len(q.rest) < q.conf.maxBatchCount {
@@ -219,17 +217,17 @@ more:
 	return items
 }
 
-// handedOver adds a delivery that the pipeline gets.
-func (q *queue) handedOver(d *delivery) {
+// addDelivery adds a delivery that ReadBatch returns.
+func (q *queue) addDelivery(d *delivery) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.deliveries[d] = struct{}{}
-	q.moved = time.Now()
+	q.lastProgress = time.Now()
 }
 
-// received marks the items of a delivery as acknowledged on receipt, and returns them if
-// they were not before.
-func (q *queue) received(d *delivery) []item {
+// markReceived marks the items of a delivery as acknowledged on receipt. It returns them, or
+// nil if they were marked before.
+func (q *queue) markReceived(d *delivery) []item {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if d.acknowledged {
@@ -242,51 +240,52 @@ func (q *queue) received(d *delivery) []item {
 	return d.items
 }
 
-// decide reports whether this is the first verdict on a delivery, before the input closes.
-func (q *queue) decide(d *delivery) bool {
+// firstResult reports whether a result is the first one of its delivery, and the input has
+// not closed.
+func (q *queue) firstResult(d *delivery) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if _, known := q.deliveries[d]; !known || d.decided {
+	if _, known := q.deliveries[d]; !known || d.hasResult {
 		return false
 	}
-	d.decided = true
+	d.hasResult = true
 	return true
 }
 
-// redeliverAlone delivers each message of a batch of several that has failed again, alone.
+// redeliverAlone queues the messages of a failed batch of several for redelivery, each alone.
 func (q *queue) redeliverAlone(d *delivery) {
-	q.redeliver(d, func() { q.redeliveries.alone(d.items) })
+	q.redeliver(d, func() { q.redeliveries.addUnidentified(d.items) })
 }
 
-// redeliverLater delivers a message that has failed alone again, after a wait.
+// redeliverLater queues a message that has failed alone for redelivery after a wait.
 func (q *queue) redeliverLater(d *delivery) {
-	passed(d.items)
-	q.redeliver(d, func() { q.redeliveries.failed(d.items[0], time.Now()) })
+	endFirstPass(d.items)
+	q.redeliver(d, func() { q.redeliveries.addFailed(d.items[0], time.Now()) })
 }
 
-// redeliver queues the messages of a delivery to be handed over again. They stay in flight.
-// If the input has closed meanwhile, close has returned them, and nobody looks here.
+// redeliver queues the messages of a delivery for redelivery. They stay in flight. After
+// close, which has returned them, it has no effect.
 func (q *queue) redeliver(d *delivery, add func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	delete(q.deliveries, d)
-	q.moved = time.Now()
+	q.lastProgress = time.Now()
 	add()
 	q.wakeRead()
 }
 
-// delivered ends the time in flight of items that the pipeline has delivered; there may be
-// none, if all of a batch have responses.
+// delivered releases the in-flight capacity of delivered items, and expedites redeliveries.
+// The items may be empty, if all messages of a batch have responses.
 func (q *queue) delivered(items []item) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.releaseLocked(items)
-	if q.redeliveries.delivered(); len(q.redeliveries.early) > 0 {
+	if q.redeliveries.delivered(); len(q.redeliveries.ready) > 0 {
 		q.wakeRead()
 	}
 }
 
-// release ends the time in flight of items that are settled.
+// release releases the in-flight capacity of items.
 func (q *queue) release(items []item) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -294,11 +293,11 @@ func (q *queue) release(items []item) {
 }
 
 func (q *queue) releaseLocked(items []item) {
-	q.moved = time.Now()
+	q.lastProgress = time.Now()
 	q.gauge.add(-len(items))
 	for len(items) > 0 {
-		c, n := items[0].source.client, 1
-		for n < len(items) && items[n].source.client == c {
+		c, n := items[0].source.quota, 1
+		for n < len(items) && items[n].source.quota == c {
 			n++
 		}
 		items = items[n:]
@@ -307,18 +306,18 @@ func (q *queue) releaseLocked(items []item) {
 	}
 }
 
-// leave leaves items of a delivery to close.
-func (q *queue) leave(d *delivery, items []item) {
+// retain retains items of a delivery for close.
+func (q *queue) retain(d *delivery, items []item) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	d.left = append(d.left, items...)
+	d.retained = append(d.retained, items...)
 }
 
-// settled removes a delivery, but for what is left of it.
-func (q *queue) settled(d *delivery) {
+// removeDelivery removes a delivery, except for its retained items.
+func (q *queue) removeDelivery(d *delivery) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if d.items = d.left; len(d.items) == 0 {
+	if d.items = d.retained; len(d.items) == 0 {
 		delete(q.deliveries, d)
 	}
 }
@@ -330,8 +329,8 @@ func (q *queue) wakeRead() {
 	}
 }
 
-// close returns all items that are not settled, in the order in which the input has
-// received them. It is called when no feed runs any more. No verdict counts from now on.
+// close returns all items of the queue in the order of their receipt. It must be called after
+// all feeds have ended. Later results are ignored.
 func (q *queue) close() []item {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -342,24 +341,22 @@ func (q *queue) close() []item {
 	}
 	q.rest = nil
 	clear(q.deliveries)
-	slices.SortStableFunc(items, func(a, b item) int { return cmp.Compare(a.order, b.order) })
+	slices.SortStableFunc(items, func(a, b item) int { return cmp.Compare(a.sequence, b.sequence) })
 	return items
 }
 
-// stallPatience is how long a pipeline that gets no more messages may settle none before
-// that is logged.
-const stallPatience = 10 * time.Second
+// stallTimeout is the time without progress after which a full pipeline is logged as stalled.
+const stallTimeout = 10 * time.Second
 
-// watchForStalls looks for stalls from time to time, until the input ends. ReadBatch would
-// know when it began to wait, but must not wait for a timer: for each message that comes
-// alone the runtime would wake the thread that waits for the network. paused reports
-// whether backpressure pauses the reads of a session.
+// watchForStalls checks periodically for stalls until the input closes. It runs beside
+// ReadBatch, because a timer in ReadBatch would cost a wake-up of the network poller for each
+// single message. paused reports whether the reads of a session are paused (backpressure).
 func (q *queue) watchForStalls(paused func() bool) {
-	look := time.NewTicker(stallPatience / 10)
-	defer look.Stop()
+	ticker := time.NewTicker(stallTimeout / 10)
+	defer ticker.Stop()
 	for {
 		select {
-		case <-look.C:
+		case <-ticker.C:
 			q.reportStall(paused)
 		case <-q.stopped.Done():
 			return
@@ -367,16 +364,16 @@ func (q *queue) watchForStalls(paused func() bool) {
 	}
 }
 
-// reportStall logs a pipeline that has all the messages that it may have, or does not ask
-// for more while others wait: its output hangs or is very slow, or has a batching policy
-// that can never fill a batch. It logs once until the pipeline gets more messages: what is
-// slow settles something now and then.
+// reportStall logs a pipeline that makes no progress while max_in_flight or max_buffer_bytes
+// is reached: its output hangs or is very slow, or has a batching policy that can never fill a
+// batch. A stall is logged once. It ends when the limits are no longer reached, because a
+// slow output makes progress from time to time.
 func (q *queue) reportStall(paused func() bool) {
 	q.mu.Lock()
-	still := time.Since(q.moved)
+	idle := time.Since(q.lastProgress)
 	q.mu.Unlock()
 	used := q.inFlight.Used()
-	stalled := used > 0 && still >= stallPatience
+	stalled := used > 0 && idle >= stallTimeout
 	if stalled == q.stallReported {
 		return
 	}
@@ -384,10 +381,9 @@ func (q *queue) reportStall(paused func() bool) {
 	if q.stallReported = full; !full || !stalled {
 		return
 	}
-	share := ""
+	log := q.log.With("in_flight", used, "idle", stallTimeout, fieldMaxInFlight, q.conf.maxInFlight)
 	if q.conf.shared {
-		share = fmt.Sprintf(", %d of one client", clientLimit(q.conf.maxInFlight))
+		log = log.With("client_quota", clientLimit(q.conf.maxInFlight))
 	}
-	q.log.Warnf("Pipeline stalled: %d messages in flight, none settled for %v (%s: %d%s, or %s). Check the outputs: one hangs or is very slow, or has batches by count or byte_size that can't fill: make these smaller, or give them a period",
-		used, stallPatience, fieldMaxInFlight, q.conf.maxInFlight, share, fieldMaxBufferBytes)
+	log.Warn("Pipeline stalled: check whether an output hangs, or waits for a batch that cannot fill (lower its count or byte_size, or set a period)")
 }

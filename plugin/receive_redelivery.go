@@ -9,75 +9,75 @@ import (
 )
 
 const (
-	// firstRedelivery is about how long a message that has failed waits before it is
-	// delivered again. The wait doubles up to mostRedelivery, and from the failure
-	// number outageFailures on up to outageRedelivery, as long as the pipeline delivers
-	// nothing else of the input.
-	firstRedelivery  = 10 * time.Millisecond
-	mostRedelivery   = time.Second
-	outageRedelivery = 30 * time.Second
-	outageFailures   = 10
+	// minRedeliveryWait is the wait before the first redelivery, without jitter. It doubles up
+	// to maxRedeliveryWait. After outageFailures failures, it doubles up to maxOutageWait as
+	// long as the pipeline delivers no other message of the input.
+	minRedeliveryWait = 10 * time.Millisecond
+	maxRedeliveryWait = time.Second
+	maxOutageWait     = 30 * time.Second
+	outageFailures    = 10
 )
 
-// redeliveries are messages that the pipeline gets again, each alone: an error of a
-// batch of several says nothing about any one of them, one of a batch of one does. The
-// queue's mutex guards them.
+// redeliveries contains the failed messages that are redelivered, each alone. It is guarded by
+// the queue's mutex.
 //
-// A delivery ends the wait of the others, since an outage may be over. But a message
-// that fails again after such an early end waits for its full time: one that can't be
-// delivered would come again with each of the others.
+// A successful delivery ends the waits of the others, because an outage may be over. A message
+// that fails again after such an expedited redelivery waits for its full time; otherwise one
+// that always fails would be redelivered after each success.
 type redeliveries struct {
-	unknown    []item // of batches of several, in order
-	early      []item // failed alone, before they are due, in order
-	eager      waits  // failed alone, until they are due or anything is delivered
-	patient    waits  // failed alone, until they are due
-	deliveries uint64
+	unidentified []item // messages of failed batches of several, in order
+	ready        []item // failed alone, expedited, in order
+	shortened    waits  // failed alone; a successful delivery ends the wait
+	full         waits  // failed alone; wait until they are due
+	deliveries   uint64 // successful deliveries of the input
 }
 
-// alone adds the messages of a batch of several that has failed.
-func (q *redeliveries) alone(items []item) { q.unknown = append(q.unknown, items...) }
+// addUnidentified adds the messages of a failed batch of several.
+func (q *redeliveries) addUnidentified(items []item) {
+	q.unidentified = append(q.unidentified, items...)
+}
 
-// failed adds a message that has failed alone.
-func (q *redeliveries) failed(it item, now time.Time) {
+// addFailed adds a message that has failed alone.
+func (q *redeliveries) addFailed(it item, now time.Time) {
 	outage := it.failures > 0 && it.deliveries == q.deliveries
 	it.due = now.Add(redeliveryWait(it.failures, outage))
 	it.failures++
 	it.deliveries = q.deliveries
-	if it.early {
-		it.early = false
-		heap.Push(&q.patient, it)
+	if it.expedited {
+		it.expedited = false
+		heap.Push(&q.full, it)
 	} else {
-		heap.Push(&q.eager, it)
+		heap.Push(&q.shortened, it)
 	}
 }
 
-// redeliveryWait is how long a message waits that failed so often before. It is spread
-// at random by half of it, or messages that an output's batching has merged with one
-// that can't be delivered would meet it again in each batch.
+// redeliveryWait returns the wait of a message after a number of earlier failures, with a
+// jitter of 50 %. Without jitter, messages that an output's batching has merged with one that
+// always fails would be merged with it again.
 func redeliveryWait(failures int, outage bool) time.Duration {
-	wait := min(firstRedelivery<<min(failures, outageFailures), mostRedelivery)
+	wait := min(minRedeliveryWait<<min(failures, outageFailures), maxRedeliveryWait)
 	if more := failures - outageFailures + 1; outage && more > 0 {
-		wait = min(mostRedelivery<<min(more, 10), outageRedelivery)
+		wait = min(maxRedeliveryWait<<min(more, 10), maxOutageWait)
 	}
-	return min(wait/2+rand.N(wait), outageRedelivery) //nolint:gosec // no secret
+	return min(wait/2+rand.N(wait), maxOutageWait) //nolint:gosec // no secret
 }
 
-// delivered notes that the pipeline has delivered a batch.
+// delivered expedites redeliveries, because the pipeline has delivered a batch.
 func (q *redeliveries) delivered() {
 	q.deliveries++
-	if len(q.eager) == 0 {
+	if len(q.shortened) == 0 {
 		return
 	}
-	for i := range q.eager {
-		q.eager[i].early = true
+	for i := range q.shortened {
+		q.shortened[i].expedited = true
 	}
-	slices.SortFunc(q.eager, func(a, b item) int { return cmp.Compare(a.order, b.order) })
-	q.early = append(q.early, q.eager...)
-	q.eager = nil
+	slices.SortFunc(q.shortened, func(a, b item) int { return cmp.Compare(a.sequence, b.sequence) })
+	q.ready = append(q.ready, q.shortened...)
+	q.shortened = nil
 }
 
-// nextAlone returns the next message of a batch of several.
-func (q *redeliveries) nextAlone() (item, bool) { return pop(&q.unknown) }
+// nextUnidentified returns the next message of a failed batch of several.
+func (q *redeliveries) nextUnidentified() (item, bool) { return pop(&q.unidentified) }
 
 func pop(items *[]item) (it item, ok bool) {
 	if len(*items) == 0 {
@@ -90,15 +90,15 @@ func pop(items *[]item) (it item, ok bool) {
 	return it, true
 }
 
-// next returns the message that has failed alone and is to be delivered now, if there is
-// one. If not, wait is the time until one is, or negative when none waits.
+// next returns a message that has failed alone and is due. If there is none, wait is the time
+// until one is due, or negative if none is waiting.
 func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool) {
-	if it, ok = pop(&q.early); ok {
+	if it, ok = pop(&q.ready); ok {
 		return it, 0, true
 	}
-	first := &q.eager
-	if len(*first) == 0 || len(q.patient) > 0 && q.patient[0].due.Before((*first)[0].due) {
-		first = &q.patient
+	first := &q.shortened
+	if len(*first) == 0 || len(q.full) > 0 && q.full[0].due.Before((*first)[0].due) {
+		first = &q.full
 	}
 	if len(*first) == 0 {
 		return item{}, -1, false
@@ -109,14 +109,14 @@ func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool
 	return heap.Pop(first).(item), 0, true
 }
 
-// drain returns every message, and leaves none.
+// drain removes and returns all messages.
 func (q *redeliveries) drain() []item {
-	all := slices.Concat(q.unknown, q.early, []item(q.eager), []item(q.patient))
+	all := slices.Concat(q.unidentified, q.ready, []item(q.shortened), []item(q.full))
 	*q = redeliveries{}
 	return all
 }
 
-// waits is a heap of messages by the time when they are due.
+// waits is a heap of messages, ordered by their field due.
 type waits []item
 
 func (w waits) Len() int           { return len(w) }

@@ -14,38 +14,38 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Synchronous responses of a pipeline: each goes back on the session of its message, and is
-// acknowledged there before the message is. The engine puts the responses of a batch into
-// one store, in the order of their arrival. Which message each of them is for shows in the
-// metadata that the message had: the session, and the number of the message or stream.
+// Synchronous responses of a pipeline. A response is sent on the session of its message, which
+// is acknowledged only after the response. The engine collects the responses of a batch in
+// one store, in any order; the metadata of a response identify its message: the session id,
+// and the number of the message or stream.
 
-// syncResponse is what the pipeline responded to a message, or to the parts of a stream that
-// are in one batch: their responses cannot be told apart.
+// syncResponse is the response to a message, or to all parts of a stream in a batch, whose
+// responses cannot be distinguished.
 type syncResponse struct {
 	source   *source
 	messages []*service.Message
-	items    []item // to be acknowledged after the response
+	items    []item // acknowledged after the response
 }
 
-// request identifies a message, or a stream, among the others of its batch.
+// request identifies a message or a stream of a batch.
 type request struct {
 	session string
 	stream  bool
-	number  string
+	number  string // ack id or tx id
 }
 
-// request is zero for an event: nobody waits for a response to it.
+// request returns the zero value for an event, which has no responses.
 func (it *item) request() request {
 	if it.message != nil {
 		return request{it.source.id, false, strconv.FormatUint(uint64(it.message.Number()), 10)}
 	}
-	if stream := it.of.stream(); stream != nil {
+	if stream := it.owner.stream(); stream != nil {
 		return request{it.source.id, true, strconv.FormatUint(uint64(stream.Tx()), 10)}
 	}
 	return request{}
 }
 
-// requestOf returns the request of a response, by the response's metadata.
+// requestOf returns the request that the metadata of a response identify.
 func requestOf(response *service.Message) (r request) {
 	r.session, _ = response.MetaGet(metaSessionID)
 	if r.number, r.stream = response.MetaGet(metaTxID); !r.stream {
@@ -54,10 +54,10 @@ func requestOf(response *service.Message) (r request) {
 	return r
 }
 
-// match separates the items of a batch without a response from those whose response must be
-// acknowledged first. The error is for a response that may be for any of several messages,
-// or for none of these: an output's batching may have merged them with others. A message
-// that is alone leaves no doubt, so a redelivery helps.
+// match assigns responses to the items of a batch. It returns the items without a response,
+// and the responses. The error is for a response whose message cannot be identified, for
+// example because an output's batching has merged several messages. A redelivery, alone,
+// resolves that.
 func (d *delivery) match() (items []item, responses []*syncResponse, err error) {
 	messages := slices.Concat(d.responses.Read()...)
 	if len(messages) == 0 {
@@ -73,7 +73,7 @@ func (d *delivery) match() (items []item, responses []*syncResponse, err error) 
 		}
 		if known[key] == nil {
 			known[key] = &syncResponse{source: it.source}
-		} else if known[key].source != it.source { // the client has reconnected, and its numbers began anew
+		} else if known[key].source != it.source { // after a reconnect, the client's numbers start again
 			return nil, nil, errAmbiguous
 		}
 		ofItem[i] = known[key]
@@ -111,22 +111,22 @@ func (d *delivery) match() (items []item, responses []*syncResponse, err error) 
 var errAmbiguous = errors.New("ambiguous synchronous response: keep the metadata " +
 	metaSessionID + ", " + metaAckID + " and " + metaTxID + ", and use no batching in an output that responds")
 
-// outMessages returns the response as it is sent: as messages of the kind of the message, and
-// each to a part of a stream as a stream of the same name. A response to text that is no
-// valid UTF-8 is sent as bytes.
+// outMessages returns the messages of the response. Each has the kind of the item that it
+// responds to; a response to a part of a stream is a stream of the same name. A response to
+// text that is not valid UTF-8 is sent as bytes.
 func (resp *syncResponse) outMessages() []*outMessage {
 	list := make([]*outMessage, len(resp.messages))
 	for i, m := range resp.messages {
 		payload, err := contentOf(m)
 		if err != nil {
-			return []*outMessage{{err: err}} // nothing of the answer is sent
+			return []*outMessage{{err: err}} // the response is not sent
 		}
 		out := &outMessage{}
 		list[i] = out
 		out.Payload = payload
 		to := &resp.items[0]
 		if to.message == nil {
-			out.Kind, out.streamName = cryo.KindStream, to.of.stream().Name()
+			out.Kind, out.streamName = cryo.KindStream, to.owner.stream().Name()
 		} else if out.Kind = cryo.KindText; to.message.Kind == cryo.KindBinary || !utf8.Valid(payload) {
 			out.Kind = cryo.KindBinary
 		}
@@ -138,20 +138,20 @@ func (resp *syncResponse) outMessages() []*outMessage {
 type responder struct{ sender sender }
 
 func newResponder(ackTimeout time.Duration, res *service.Resources) *responder {
-	return &responder{sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: ackTimeout, metrics: newAnswerMetrics(meterOf(res))}}
+	return &responder{sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: ackTimeout, metrics: newResponseMetrics(meterOf(res))}}
 }
 
-// send sends responses, to the sessions side by side and to each in order, and waits for
-// their acknowledgements. It calls settle once for each session, as soon as that is
-// settled, with its responses and their errors.
-func (r *responder) send(ctx context.Context, responses []*syncResponse, settle func(responses []*syncResponse, errs []error)) {
+// send sends responses, concurrently to the sessions and in order to each of them, and waits
+// for their acknowledgements. It calls done for each session with its responses and their
+// errors, as soon as these are known.
+func (r *responder) send(ctx context.Context, responses []*syncResponse, done func(responses []*syncResponse, errs []error)) {
 	bySource := make(map[*source][]*syncResponse)
 	for _, resp := range responses {
 		bySource[resp.source] = append(bySource[resp.source], resp)
 	}
 	var sending sync.WaitGroup
 	for src, list := range bySource {
-		sending.Go(func() { settle(list, r.sendTo(ctx, src.session, list)) })
+		sending.Go(func() { done(list, r.sendTo(ctx, src.session, list)) })
 	}
 	sending.Wait()
 }
@@ -160,7 +160,7 @@ func (r *responder) send(ctx context.Context, responses []*syncResponse, settle 
 func (r *responder) sendTo(ctx context.Context, session *cryo.Session, responses []*syncResponse) []error {
 	var (
 		messages []*outMessage
-		ends     = make([]int, len(responses)) // of each response's messages
+		ends     = make([]int, len(responses)) // index in messages behind each response
 	)
 	for i, resp := range responses {
 		messages = append(messages, resp.outMessages()...)

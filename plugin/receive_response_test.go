@@ -170,7 +170,7 @@ func TestMessageWhoseResponseIsRejectedIsRejectedAndNotRedelivered(t *testing.T)
 			require.NoError(t, receive(t, peer).Reject("no"))
 			sent.wantRejected(t, rejection)
 			wantNothing(t, peer)
-			e.log.want(t, `WARN Rejected a message, because its sender has not acknowledged the response: rejected by the peer: "no"`)
+			e.log.want(t, "WARN Rejected a message: its response was not acknowledged", `error=rejected by the peer: "no"`)
 		})
 	}
 }
@@ -247,7 +247,7 @@ func TestMessagesWithAmbiguousResponsesAreRedeliveredAlone(t *testing.T) {
 			sent[i].wantAcked(t, "answered")
 			wantNothing(t, c)
 		}
-		e.log.want(t, "WARN Delivering the 4 messages of a batch again: ambiguous synchronous response: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
+		e.log.want(t, "WARN Redelivering a batch message by message", "messages=4", "error=ambiguous synchronous response: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
 	})
 }
 

@@ -15,15 +15,14 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// Scanners cut streams into messages. They are the engine's, with two bounds that
-// keep a client from ending the process: a panic of a scanner is an error of the
-// stream, and no message of a stream is larger than max_bytes. Without the second a
-// few kilobytes, compressed or in a sparse file of an archive, become a message
-// that exhausts the memory.
+// Scanners split streams into messages. They are those of the engine, with two safeguards, so
+// that a client cannot crash the process: a panic of a scanner is an error of the stream, and a
+// message of a stream is limited to max_bytes. Without the limit, a few kilobytes of compressed
+// data, or a sparse file of an archive, could become a message that exhausts the memory.
 
-// scanner is that of a configuration.
+// scanner is the scanner of a configuration.
 type scanner struct {
-	name    string // its type, such as lines
+	name    string // type, such as lines
 	creator *service.OwnedScannerCreator
 }
 
@@ -38,9 +37,9 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 		}
 	}
 	s, err := newScanner(config, maxBytes)
-	if err != nil && isUnknown(err) {
-		// The scanner may be one that only the environment of this pipeline has: then it
-		// is not bounded.
+	if err != nil && isUnknownScanner(err) {
+		// The scanner may exist in the environment of this pipeline only. Then its messages
+		// are not limited.
 		if creator, unknown := conf.FieldScanner(fieldScanner); unknown == nil {
 			return &scanner{scannerType(config), creator}, nil
 		}
@@ -48,8 +47,8 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 	return s, err
 }
 
-// newScanner makes a scanner of its configuration. Its error has no position in a file: the
-// engine's is that in a text that the user does not know.
+// newScanner returns a scanner by its configuration. It removes line and column from an error
+// of the engine, because they refer to a generated text.
 func newScanner(config any, maxBytes int64) (*scanner, error) {
 	if err := checkChunks(config); err != nil {
 		return nil, err
@@ -63,8 +62,10 @@ func newScanner(config any, maxBytes int64) (*scanner, error) {
 
 var positions = regexp.MustCompile(`\(\d+,\d+\) `)
 
-// isUnknown reports whether the engine has no scanner of the configured type.
-func isUnknown(err error) bool { return strings.Contains(err.Error(), "unable to infer scanner type") }
+// isUnknownScanner reports whether the engine has no scanner of the configured type.
+func isUnknownScanner(err error) bool {
+	return strings.Contains(err.Error(), "unable to infer scanner type")
+}
 
 // lintScanner is the lint rule of the field scanner.
 func lintScanner(config any) error {
@@ -72,15 +73,15 @@ func lintScanner(config any) error {
 	switch {
 	case err == nil:
 		return s.creator.Close(context.Background())
-	case isUnknown(err):
+	case isUnknownScanner(err):
 		return nil // the engine's lint reports it
 	default:
 		return err
 	}
 }
 
-// scannerType returns the type in a scanner's configuration: the field type, or
-// the only key.
+// scannerType returns the type of a scanner by its configuration: the field type, or the only
+// key.
 func scannerType(config any) string {
 	fields, _ := config.(map[string]any)
 	if name, ok := fields["type"].(string); ok {
@@ -97,7 +98,7 @@ const (
 	scannerDecompress = "decompress"
 	scannerTar        = "tar"
 
-	maxChunk = 1 << 30 // bytes, which the scanner allocates for each stream
+	maxChunk = 1 << 30 // bytes; the scanner allocates a chunk per stream
 )
 
 // scannerRule is the name of the lint rule of the field scanner.
@@ -105,8 +106,7 @@ const scannerRule = fieldStreams + "." + fieldScanner
 
 func init() { lintRules[scannerRule] = lintScanner }
 
-// checkChunks finds chunks of a size that the scanner chunker panics at, or of which
-// it makes no message.
+// checkChunks rejects chunk sizes with which the scanner chunker panics or returns no message.
 func checkChunks(config any) error {
 	switch c := config.(type) {
 	case map[string]any:
@@ -129,41 +129,40 @@ func checkChunks(config any) error {
 	return nil
 }
 
-// open starts to scan a stream. The scanner acknowledges nothing by itself: it does
-// not know whether the stream went on behind what it read.
+// open opens the scanner for a stream. The scanner's own acknowledgement has no effect,
+// because the scanner may end before the stream.
 func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, err error) {
 	defer catchPanic(&err)
 	details := service.NewScannerSourceDetails()
 	details.SetName(name)
-	engines, err := s.creator.Create(stream, func(context.Context, error) error { return nil }, details)
+	inner, err := s.creator.Create(stream, func(context.Context, error) error { return nil }, details)
 	if err != nil {
 		return nil, err
 	}
-	return &openScanner{engines}, nil
+	return &openScanner{inner}, nil
 }
 
-// close is called once, when no stream is scanned any more.
+// close must be called once, after all streams are scanned.
 func (s *scanner) close(ctx context.Context) (err error) {
 	defer catchPanic(&err)
 	return s.creator.Close(ctx)
 }
 
-// openScanner is the scanner of one stream.
-type openScanner struct{ engines *service.OwnedScanner }
+// openScanner is the scanner of one stream. It returns panics as errors.
+type openScanner struct{ inner *service.OwnedScanner }
 
 func (s *openScanner) NextBatch(ctx context.Context) (batch service.MessageBatch, ack service.AckFunc, err error) {
 	defer catchPanic(&err)
-	return s.engines.NextBatch(ctx)
+	return s.inner.NextBatch(ctx)
 }
 
 func (s *openScanner) Close(ctx context.Context) (err error) {
 	defer catchPanic(&err)
-	return s.engines.Close(ctx)
+	return s.inner.Close(ctx)
 }
 
-// boundedScanner makes a scanner in an environment where decompress and tar,
-// wherever they are in it, make no message that is much larger than maxBytes; 0 is
-// any.
+// boundedScanner creates a scanner in an environment in which decompress and tar, at any depth
+// of the configuration, return no message that is much larger than maxBytes. 0 is unlimited.
 func boundedScanner(config any, maxBytes int64) (*service.OwnedScannerCreator, error) {
 	if maxBytes == 0 {
 		maxBytes = math.MaxInt64
@@ -199,7 +198,7 @@ const (
 	fieldInto      = "into"
 )
 
-// decompressSpec is that of the engine's scanner.
+// decompressSpec returns the fields of the engine's scanner decompress.
 func decompressSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().Fields(
 		service.NewStringField(fieldAlgorithm),
@@ -207,17 +206,16 @@ func decompressSpec() *service.ConfigSpec {
 	)
 }
 
-// boundedDecompress makes the engine's scanner with a bound between it and the one
-// that it feeds.
+// boundedDecompress creates the engine's scanner decompress with a limit on the bytes that its
+// inner scanner reads for a message.
 func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.BatchScannerCreator, error) {
 	algorithm, err := conf.FieldString(fieldAlgorithm)
 	if err != nil {
 		return nil, err
 	}
 	if algorithm == "pgzip" {
-		// It reads the same format on a goroutine of its own, which nobody can
-		// protect from a panic, and which stays for ever, with 4 MiB, when the
-		// scanner behind it does not like the beginning of what it gets.
+		// pgzip reads the same format on a goroutine of its own. A panic there cannot be
+		// recovered, and the goroutine leaks, with 4 MiB, if the inner scanner fails early.
 		algorithm = "gzip"
 	}
 	into, err := conf.FieldScanner(fieldInto)
@@ -238,7 +236,7 @@ func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.Batc
 	return boundedScanners{decompress, maxBytes}, err
 }
 
-// boundedScanners are scanners that read no more than maxBytes for a message.
+// boundedScanners creates scanners that read no more than maxBytes for a message.
 type boundedScanners struct {
 	*service.OwnedScannerCreator
 	maxBytes int64
@@ -258,8 +256,8 @@ type boundedScan struct {
 	reader *boundedReader
 }
 
-// NextBatch returns the reader's error in place of a message: some scanners make a
-// last one of what came before it.
+// NextBatch returns the reader's error instead of a batch: some scanners return the bytes
+// before the error as a last message.
 func (s *boundedScan) NextBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	s.reader.read = 0
 	batch, ack, err := s.OwnedScanner.NextBatch(ctx)
@@ -269,16 +267,15 @@ func (s *boundedScan) NextBatch(ctx context.Context) (service.MessageBatch, serv
 	return batch, ack, err
 }
 
-// readAhead is what a scanner may read beyond a message: buffers, and the padding of
-// archives.
+// readAhead is the number of bytes that a scanner may read beyond a message, because of buffers
+// and the padding of archives.
 const readAhead = 64 << 10
 
-// boundedReader reads what a scanner makes messages of, and fails where one of them
-// takes more than maxBytes and readAhead.
+// boundedReader fails when a scanner reads more than maxBytes and readAhead for a message.
 type boundedReader struct {
 	io.ReadCloser
 	maxBytes int64
-	read     int64 // for the message
+	read     int64 // bytes for the current message
 	err      error // never io.EOF
 }
 
@@ -298,11 +295,11 @@ func (r *boundedReader) Read(p []byte) (n int, err error) {
 }
 
 func tooLarge(maxBytes int64) error {
-	return fmt.Errorf("%w: a message of more than %d bytes", errTooLong, maxBytes)
+	return fmt.Errorf("%w (%d) with a single message", errTooLong, maxBytes)
 }
 
-// tarScanners are the engine's scanners for archives, which bound no file: a sparse
-// one can have any size.
+// tarScanners replaces the engine's scanner tar, which does not limit the size of a file: a
+// sparse file can have any size.
 type tarScanners struct{ maxBytes int64 }
 
 func (t tarScanners) Create(stream io.ReadCloser, ack service.AckFunc, _ *service.ScannerSourceDetails) (service.BatchScanner, error) {

@@ -104,7 +104,7 @@ func TestFailedScannerCancelsItsStream(t *testing.T) {
 				for _, text := range texts() {
 					require.Contains(t, tt.want, text, "a part was passed on as a whole")
 				}
-				e.log.want(t, "WARN Gave up the stream: scanner: ")
+				e.log.want(t, "WARN Stream failed", "error=scanner: ")
 				e.log.want(t, fmt.Sprint("session=", peer.ID()))
 				e.log.want(t, "stream=bad")
 				require.NoError(t, peer.Err(), "the session goes on")
@@ -167,7 +167,7 @@ func TestPartialRecordIsNeverDelivered(t *testing.T) {
 					a.deliver()
 				}
 				e.wantNoArrival("the rest is no whole record")
-				e.log.want(t, fmt.Sprintf("WARN Gave up the stream: unexpected EOF after %d bytes", len(tt.part)))
+				e.log.want(t, "WARN Stream failed", fmt.Sprintf("error=unexpected EOF after %d bytes", len(tt.part)))
 				e.log.want(t, fmt.Sprint("session=", peer.ID()))
 				e.log.want(t, "stream=cut off")
 				require.Error(t, st.Finish())
@@ -288,10 +288,10 @@ func TestCompressedStreamCannotExpandToAMessageAboveMaxBytes(t *testing.T) {
 				sendStream(peer, "bomb", tt.stream).wantCancelled(t, "a message would be too large")
 				synctest.Wait()
 				require.ElementsMatch(t, tt.want, texts())
-				e.log.want(t, "WARN Gave up the stream: scanner: ")
+				e.log.want(t, "WARN Stream failed", "error=scanner: ")
 				e.log.want(t, fmt.Sprint("session=", peer.ID()))
 				e.log.want(t, "stream=bomb")
-				e.log.want(t, "a message of more than 1000000 bytes")
+				e.log.want(t, "stream exceeds max_bytes (1000000) with a single message")
 				require.NoError(t, peer.Err(), "the session goes on")
 			})
 		})

@@ -15,9 +15,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Incoming streams: each runs through a scanner of its own, which cuts it into messages.
+// Incoming streams. A scanner splits each stream into messages.
 
-// acceptStreams accepts the streams of a session until it ends or the engine stops reading.
+// acceptStreams accepts the streams of a session until the session ends or the engine stops
+// reading.
 func (f *sessionFeed) acceptStreams() {
 	if f.conf.streams.pull && f.conf.types[cryo.KindStream] {
 		ctx, cancel := context.WithTimeout(f.stopped, pullTimeout)
@@ -25,14 +26,14 @@ func (f *sessionFeed) acceptStreams() {
 		cancel()
 		if err != nil && f.session.Err() == nil {
 			if log, ok := f.pullLog.allow(); ok {
-				log.With("session", f.id).Warnf("The session does not let its streams be pulled, they are pushed: %v", err)
+				log.With("session", f.id, "error", err).Warn("Cannot pull streams of a session: its streams are pushed")
 			}
 		}
 	}
 	var open sync.WaitGroup
 	defer open.Wait()
-	// A session could have more streams accepted than may ever be open, each with a
-	// goroutine that waits for a slot.
+	// Limits the accepted streams of the session, each of which has a goroutine that waits for
+	// a slot.
 	accepted := make(chan struct{}, f.conf.streams.maxOpen)
 	receive := func(st *cryo.IncomingStream) {
 		st.SetIdleTimeout(f.conf.streams.idleTimeout)
@@ -40,7 +41,7 @@ func (f *sessionFeed) acceptStreams() {
 			defer func() { <-accepted }()
 			switch {
 			case f.draining.Err() != nil:
-				f.leaveStream(st)
+				f.retainStream(st)
 			case f.conf.receivesStream(st.Name()):
 				f.receiveStream(st)
 			default:
@@ -48,9 +49,9 @@ func (f *sessionFeed) acceptStreams() {
 			}
 		})
 	}
-	left := f.streams
+	retained := f.streams
 	f.streams = nil
-	for _, st := range left {
+	for _, st := range retained {
 		accepted <- struct{}{}
 		receive(st)
 	}
@@ -74,8 +75,8 @@ func (f *sessionFeed) acceptStreams() {
 // pullTimeout bounds the wait for the acknowledgement of TX_FLOW.
 const pullTimeout = 10 * time.Second
 
-// leaveStream leaves a stream of which nothing was read to the listener's next input.
-func (f *sessionFeed) leaveStream(st *cryo.IncomingStream) {
+// retainStream retains an unread stream for the next input of the listener.
+func (f *sessionFeed) retainStream(st *cryo.IncomingStream) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.streams = append(f.streams, st)
@@ -85,31 +86,30 @@ func (c *receiveConfig) receivesStream(name string) bool {
 	return c.types[cryo.KindStream] && (len(c.streams.names) == 0 || slices.Contains(c.streams.names, name))
 }
 
-// discardStream reads a stream that no field asks for to its end, and acknowledges it.
-// Cancelling it would save its bytes, but to a sender that looks like a failure, after
-// which it may send the stream again, and again.
+// discardStream reads a stream that the configuration excludes to its end, and acknowledges
+// it. Cancelling it would save its bytes, but its sender may treat that as a failure and send
+// the stream again.
 func (f *sessionFeed) discardStream(st *cryo.IncomingStream) {
 	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 	n, err := io.Copy(io.Discard, st)
 	f.metrics.receivedBytes.Incr(n, messageTypeStream)
 	if err != nil {
-		_ = st.Close() // if the session has ended, the sender knows
+		_ = st.Close() // fails only if the session has ended
 		return
 	}
 	f.metrics.filtered.Incr(1, messageTypeStream)
-	_ = st.Ack() // if the session has ended, nobody waits for it
+	_ = st.Ack() // fails only if the session has ended
 }
 
-// transfer is an open stream until it is settled: TX_FINISH is acknowledged when it was
-// read to its end and each message cut from it is delivered, and the stream is cancelled as
-// soon as one of these fails.
+// transfer is an open stream. TX_FINISH is acknowledged when the stream was read to its end
+// and all its messages are delivered. If reading it or a message fails, it is cancelled.
 type transfer struct {
 	feed   *sessionFeed
 	stream *cryo.IncomingStream
 
 	mu      sync.Mutex
-	pending int // batches not settled, and the scan itself
-	settled bool
+	pending int  // batches without a result, plus one for the scan
+	settled bool // acknowledged or cancelled
 }
 
 func (t *transfer) isSettled() bool {
@@ -125,7 +125,7 @@ func (t *transfer) begin() {
 	t.pending++
 }
 
-// done settles one batch, or the scan.
+// done sets the result of a batch or of the scan.
 func (t *transfer) done(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -135,46 +135,46 @@ func (t *transfer) done(err error) {
 	}
 	t.settled = true
 	if err != nil {
-		_ = t.stream.Close() // if the session has ended, the sender knows
+		_ = t.stream.Close() // fails only if the session has ended
 		if t.feed.session.Err() == nil {
 			t.feed.metrics.rejected.Incr(1, messageTypeStream)
 		}
 	} else if err := t.stream.Ack(); err != nil {
-		t.feed.log.With("stream", t.feed.session.Redact(t.stream.Name())).Debugf("Delivered, but not acknowledged; the sender may send it again: %v", err)
+		t.feed.log.With("stream", t.feed.session.Redact(t.stream.Name()), "error", err).Debug("Cannot acknowledge a delivered stream: its sender may send it again")
 	}
 	t.feed.slots.Release(1)
 	t.feed.metrics.streamsOpen.add(-1)
 }
 
-// receiveStream scans one stream as soon as it has a slot.
+// receiveStream acquires a slot for a stream and scans it.
 func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 	if !f.acquireSlot() {
 		if f.draining.Err() != nil {
-			f.leaveStream(st)
+			f.retainStream(st)
 		}
-		return // else the session has ended, and nothing was read
+		return // otherwise the session has ended
 	}
 	f.metrics.streamsOpen.add(1)
-	// The end of the input interrupts a Read that waits.
+	// Closing the input interrupts a blocked Read.
 	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 
 	t := &transfer{feed: f, stream: st, pending: 1}
 	err := f.scan(t)
 	if err != nil && f.stopped.Err() == nil {
 		if log, ok := f.streamLog.allow(); ok {
-			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()))
+			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()), "error", err)
 			if _, panicked := errors.AsType[*panicError](err); panicked {
-				log.With("scanner", f.conf.streams.scanner.name).Errorf("Gave up the stream: the scanner panicked: %v", err)
+				log.With("scanner", f.conf.streams.scanner.name).Error("Stream failed: the scanner panicked")
 			} else {
-				log.Warnf("Gave up the stream: %v", err)
+				log.Warn("Stream failed")
 			}
 		}
 	}
 	t.done(err)
 }
 
-// acquireSlot waits for the slot of a stream. It returns false if the engine stops reading
-// or the session ends first.
+// acquireSlot acquires the slot of a stream. It returns false if the engine stops reading or
+// the session ends first.
 func (f *sessionFeed) acquireSlot() bool {
 	acquired := f.slots.TryAcquire(1)
 	if !acquired {
@@ -195,8 +195,8 @@ func (f *sessionFeed) acquireSlot() bool {
 	return acquired
 }
 
-// scan hands over what the scanner makes of the stream. It returns nil if the stream was
-// whole and was read to its end.
+// scan delivers the scanner's batches to the pipeline. It returns nil if the stream was
+// complete and was read to its end.
 func (f *sessionFeed) scan(t *transfer) error {
 	reader := &streamReader{stream: t.stream, maxBytes: f.conf.streams.maxBytes, bytes: f.metrics.receivedBytes}
 	scanner, err := f.conf.streams.scanner.open(reader, t.stream.Name())
@@ -206,21 +206,21 @@ func (f *sessionFeed) scan(t *transfer) error {
 		case failure != nil:
 			return failure
 		case errors.Is(err, io.EOF):
-			// An empty stream, where the scanner wants a header.
+			// An empty stream, and a scanner that requires a header.
 			_, err = io.Copy(io.Discard, reader)
 			return err
 		default:
 			return fmt.Errorf("scanner: %w", err)
 		}
 	}
-	defer func() { _ = scanner.Close(f.stopped) }() // it was read to its end, or has failed
-	var deliver func() bool                         // hands over the scanner's last batch
+	defer func() { _ = scanner.Close(f.stopped) }() // the result of the stream is known by then
+	var deliver func() bool                         // delivers the scanner's previous batch
 	for {
 		batch, ack, err := scanner.NextBatch(f.stopped)
 		ended, failure := reader.state()
 		if failure != nil {
-			// Some scanners make a last message of what came before the
-			// reader failed. It may be a part of one: it goes no further.
+			// Some scanners return the bytes before the failure as a last message, which may
+			// be incomplete: it is dropped.
 			return failure
 		}
 		if err == nil {
@@ -233,13 +233,13 @@ func (f *sessionFeed) scan(t *transfer) error {
 			return f.stopped.Err()
 		}
 		if err != nil {
-			_, err = io.Copy(io.Discard, reader) // the scanner may end before the stream does
+			_, err = io.Copy(io.Discard, reader) // the scanner may end before the stream
 			return err
 		}
 		deliver = func() bool { return f.deliverScanned(t, batch, ack) }
 		if ended {
-			// Compressed content may be truncated though the stream is whole, and its
-			// last message be a part of one: the scanner's next result shows that.
+			// Compressed content may be truncated although the stream is complete, and its
+			// last message incomplete: the scanner's next result reports that.
 			continue
 		}
 		if !deliver() {
@@ -249,8 +249,8 @@ func (f *sessionFeed) scan(t *transfer) error {
 	}
 }
 
-// readerFailed returns the error of a failed reader, which the scanner csv with
-// continue_on_error reports as a faulty row, for ever.
+// readerFailed returns the error of a failed reader. The scanner csv with continue_on_error
+// returns it again and again, as the error of a row.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
 		var row *csv.ParseError
@@ -261,15 +261,14 @@ func readerFailed(batch service.MessageBatch) error {
 	return nil
 }
 
-// errTooLong is the end of a stream that has more than max_bytes, or one of whose
-// messages has.
-var errTooLong = errors.New("the stream is too long")
+// errTooLong is the error of a stream with more than max_bytes, or with a message of more.
+var errTooLong = errors.New("stream exceeds max_bytes")
 
-// streamReader is what a scanner reads: the stream, with its bound, and how it ended. Some
-// scanners read ahead, on a goroutine of their own.
+// streamReader is the reader of a scanner. It limits the length of the stream, and records how
+// the stream ended. It may be used by a goroutine of the scanner that reads ahead.
 type streamReader struct {
 	stream   *cryo.IncomingStream
-	maxBytes int64 // of the stream; 0: any number
+	maxBytes int64 // 0: unlimited
 	bytes    *service.MetricCounter
 
 	reading sync.Mutex
@@ -286,7 +285,7 @@ func (w *streamReader) Read(p []byte) (int, error) {
 	n, err := w.stream.Read(p)
 	w.bytes.Incr(int64(n), messageTypeStream)
 	if w.read += int64(n); w.maxBytes > 0 && w.read > w.maxBytes {
-		n, err = 0, fmt.Errorf("%w: over %d bytes", errTooLong, w.maxBytes)
+		n, err = 0, fmt.Errorf("%w (%d)", errTooLong, w.maxBytes)
 	}
 	if err != nil {
 		w.mu.Lock()
@@ -299,7 +298,7 @@ func (w *streamReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// state reports whether the stream was read to its end, and the error if it was not whole.
+// state reports whether reading has ended, and the error if the stream was incomplete.
 func (w *streamReader) state() (ended bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -309,27 +308,27 @@ func (w *streamReader) state() (ended bool, err error) {
 // Close does nothing: the stream belongs to its transfer.
 func (w *streamReader) Close() error { return nil }
 
-// scanned is a batch that a scanner has made.
-type scanned struct {
+// scannedBatch is a batch of a scanner.
+type scannedBatch struct {
 	transfer *transfer
-	ack      service.AckFunc // the scanner's
-	release  func()          // of what is reserved in the session's receive buffer
+	ack      service.AckFunc // of the scanner
+	release  func()          // releases the batch's part of the receive buffer
 
 	mu      sync.Mutex
-	settled []bool // by message
-	left    int    // messages not settled
+	settled []bool // messages with a result, by index
+	left    int    // number of messages without a result
 	err     error
 }
 
-// done settles one message of the batch, and with the last one the batch. Only its first
-// verdict counts: what is acknowledged on receipt can still fail.
-func (b *scanned) done(at int, err error) {
+// done sets the result of a message, and after the last one that of the batch. Only the first
+// result of a message counts: one that is acknowledged on receipt can still fail.
+func (b *scannedBatch) done(index int, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.settled[at] {
+	if b.settled[index] {
 		return
 	}
-	b.settled[at] = true
+	b.settled[index] = true
 	if err != nil {
 		b.err = err
 	}
@@ -337,23 +336,24 @@ func (b *scanned) done(at int, err error) {
 		return
 	}
 	b.release()
-	_ = b.ack(context.Background(), b.err) // the scanners have nothing that could fail
+	_ = b.ack(context.Background(), b.err) // ends in the AckFunc of scanner.open, which returns nil
 	b.transfer.done(b.err)
 }
 
-func (b *scanned) stream() *cryo.IncomingStream { return b.transfer.stream }
+func (b *scannedBatch) stream() *cryo.IncomingStream { return b.transfer.stream }
 
-// movable is false when the stream is cancelled, as one is that was not read to its end.
-func (b *scanned) movable() bool { return !b.transfer.isSettled() }
+// movable returns false if the stream is cancelled, for example because it was not read to its
+// end.
+func (b *scannedBatch) movable() bool { return !b.transfer.isSettled() }
 
-// deliverScanned hands a scanner's batch over, in parts if it is larger than what the client
-// may have in flight. It returns false if the input ends first.
+// deliverScanned delivers a scanner's batch to the pipeline, in parts if it exceeds the
+// client's quota. It returns false if the input closes first.
 func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
 	if len(batch) == 0 {
 		_ = ack(f.stopped, nil)
 		return true
 	}
-	b := &scanned{transfer: t, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
+	b := &scannedBatch{transfer: t, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
 	items := make([]item, len(batch))
 	size := 0
 	for i, m := range batch {
@@ -367,12 +367,12 @@ func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ac
 			m.MetaSetMut(metaStreamSize, t.stream.Size())
 			f.describe(m)
 		}
-		items[i] = item{source: &f.source, part: m, of: b, at: i}
+		items[i] = item{source: &f.source, part: m, owner: b, index: i}
 	}
 	b.release = f.session.Reserve(size)
 	t.begin()
 	if left := f.queue.deliver(items); len(left) > 0 {
-		b.release() // the stream is cancelled, with the rest of the batch
+		b.release() // the caller cancels the stream
 		return false
 	}
 	return true

@@ -25,7 +25,7 @@ func TestGracefulStopAcknowledgesNoIncompleteStream(t *testing.T) {
 		whole.wantAcked(t, "delivered before the end")
 		begin := time.Now()
 		stopped.wantAcked(t, "it waits for no more of the stream")
-		require.Zero(t, time.Since(begin))
+		require.Less(t, time.Since(begin), 10*time.Second)
 		require.Error(t, st.Finish())
 		e.wantNoArrival("the last line was not complete")
 	})

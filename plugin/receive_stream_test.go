@@ -190,7 +190,7 @@ func TestTooLongStreamIsCancelled(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 100000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "long", strings.Repeat("x", 100_001)).wantCancelled(t, "a byte too much")
 		e.wantNoArrival("not whole")
-		e.log.want(t, "WARN Gave up the stream: the stream is too long: over 100000 bytes")
+		e.log.want(t, "WARN Stream failed", "error=stream exceeds max_bytes (100000)")
 		e.log.want(t, fmt.Sprint("session=", peer.ID()))
 		e.log.want(t, "stream=long")
 		stream := sendStream(peer, "fits", strings.Repeat("x", 100_000))
@@ -242,7 +242,7 @@ func TestIdleStreamIsCancelled(t *testing.T) {
 		synctest.Wait()
 		e.wantNoArrival("the last line is not complete")
 		require.ErrorIs(t, st.Finish(), cryo.ErrStreamCancelled)
-		e.log.want(t, "WARN Gave up the stream: stream idle for 20s")
+		e.log.want(t, "WARN Stream failed", "error=stream idle for 20s")
 		e.log.want(t, fmt.Sprint("session=", peer.ID()))
 		e.log.want(t, "stream=quiet")
 	})
@@ -292,7 +292,7 @@ func TestAcknowledgeReceivedAcknowledgesAStreamInThePipeline(t *testing.T) {
 				e.want("two")[0].deliver()
 			} else {
 				synctest.Wait()
-				e.log.want(t, "ERROR Lost 1 messages that were acknowledged when they were received")
+				e.log.want(t, "ERROR Lost messages that were acknowledged on receipt", "messages=1")
 			}
 			stream := sendStream(peer, "second", "three\n")
 			b := e.want("three")[0]

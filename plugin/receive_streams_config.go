@@ -32,8 +32,8 @@ const (
 var (
 	streamNamesField = listOf(fieldStreams+"."+fieldNames, anyList)
 	flowControlField = oneOfDescribed(fieldStreams+"."+fieldFlowControl, map[string]string{
-		flowPush: "The sender sends as fast as the network takes it.",
-		flowPull: "Each chunk is requested, which costs a round trip. `cryo-server` supports it; `cryo-client-node` does not: it stops working.",
+		flowPush: "The sender sends at the speed of the network.",
+		flowPull: "Each chunk is requested, which costs a round trip. `cryo-server` supports it; `cryo-client-node` does not, and stops working.",
 	}, flowPush, flowPull)
 	streamMaxBytesField    = wholeNumber(fieldStreams+"."+fieldMaxBytes, 0, maxNumber, 64<<20)
 	streamMaxOpenField     = positiveInt(fieldStreams+"."+fieldMaxOpen, defaultMaxOpen)
@@ -43,28 +43,28 @@ var (
 func streamsField() *service.ConfigField {
 	return service.NewObjectField(fieldStreams,
 		streamNamesField.config().
-			Description("The names of the streams to receive, exactly as their senders write them. Others are acknowledged, counted (`cryo_messages_filtered`) and dropped. Empty: all are received.").
+			Description("The exact names of the streams to receive. Other streams are acknowledged, counted (`cryo_messages_filtered`) and dropped. Empty: all streams are received.").
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
-			Description("How the bytes of a stream become messages: the whole stream as one (`to_the_end`), one a line (`lines`), a CSV row (`csv`), a file of an archive (`tar`), a number of bytes (`chunker`), and so on; `decompress` goes in front. With a scanner that cuts it up, a stream of any length costs little memory.").
+			Description("How a stream is split into messages: one for the whole stream (`to_the_end`), or one per line (`lines`), CSV row (`csv`), file of an archive (`tar`), number of bytes (`chunker`), and so on; `decompress` decompresses the stream first. With a scanner that splits it, a stream of any length needs little memory.").
 			Default(map[string]any{"to_the_end": map[string]any{}}).
 			LintRule(lintMapping(scannerRule)),
 		flowControlField.config().
-			Description("Whether chunks of a stream are sent on demand. The network's own flow control applies in both cases.").
+			Description("Whether the sender pushes the chunks of a stream, or sends them on request. The flow control of TCP applies in both cases.").
 			Default(flowPush).
 			Advanced(),
 		streamMaxBytesField.config().
-			Description("How many bytes a stream may have. A longer one is cancelled, and so is one of which a single message would have more: what is compressed (`decompress`), and sparse files of an archive (`tar`), can have a thousand times as many bytes as the stream. 0 is no limit; only use that with a scanner that cuts streams up, and, in front of that, neither of these two."),
+			Description("The maximum number of bytes of a stream, and of each of its messages. A stream that exceeds it is cancelled. Messages can be larger than their stream: compressed data (`decompress`) and sparse files of an archive (`tar`) can expand to a thousand times its size. 0: no limit; use that only with a scanner that splits streams, without these two."),
 		streamMaxOpenField.config().
-			Description("How many streams are received at a time, from all sessions together. Senders of others wait. One session has at most 256. If several sessions can be connected, one of them has no more than it leaves free for others: at most half, and at least one. With a scanner that needs the whole stream, this times `max_bytes` bounds the memory."),
+			Description("The maximum number of streams that are received concurrently, of all sessions. Senders of further streams wait. One session may have at most 256 streams. If several sessions can be connected, the quota of one session is half of the streams that others do not use, and at least one. With a scanner that buffers whole streams, this times `max_bytes` bounds the memory."),
 		streamIdleTimeoutField.config().
-			Description("A stream is cancelled when nothing of it is received for this long. Time spent waiting for the pipeline does not count.").
+			Description("The time after which a stream is cancelled if none of its data is received. Time spent waiting for the pipeline does not count.").
 			Default("60s"),
 	).
-		Description("What to do with streams, which are how Cryo carries files and large data: a name, and then bytes of any length.")
+		Description("How to receive streams: named sequences of bytes of any length, for files and large data.")
 }
 
-// streamConfig has the settings of received streams.
+// streamConfig contains the settings of received streams.
 type streamConfig struct {
 	names       []string
 	scanner     *scanner

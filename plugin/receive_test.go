@@ -83,7 +83,7 @@ func TestRedeliveriesBackOffInAnOutageUntilSomethingIsDelivered(t *testing.T) {
 		n := tries(10 * time.Minute)
 		require.Less(t, n, 100*40, "about every half minute each")
 		require.Greater(t, n, 100*15)
-		e.log.want(t, "is delivered again until it succeeds: the disk is full")
+		e.log.want(t, "A message fails repeatedly", "error=the disk is full")
 
 		for i := range sent {
 			e.arrival().deliver()
@@ -133,7 +133,7 @@ func TestRejectionHasAFixedText(t *testing.T) {
 		bad.wantRejected(t, "the message could not be delivered")
 		good.wantAcked(t, "delivered")
 		e.wantNoArrival("it is not tried again")
-		e.log.want(t, "Rejected 1 messages: the disk is full")
+		e.log.want(t, "Rejected messages that were not delivered", "messages=1", "error=the disk is full")
 	})
 }
 
@@ -357,7 +357,7 @@ func TestAcknowledgeReceivedLogsLostMessages(t *testing.T) {
 		m.wantAcked(t, "handed to the pipeline")
 		e.arrival().fail(errOutput)
 		e.wantNoArrival("not tried again")
-		e.log.want(t, "Lost 1 messages that were acknowledged when they were received: the disk is full")
+		e.log.want(t, "Lost messages that were acknowledged on receipt", "messages=1", "error=the disk is full")
 	})
 }
 
@@ -396,7 +396,7 @@ func TestApplicationErrorIsLoggedUnlessItIsReceived(t *testing.T) {
 		peer.WriteFrames(cryotest.Error(5, "fire\n"+string(bytes.Repeat([]byte("!"), 5000))))
 		peer.WantFrame("acknowledged as cryo-server does", cryotest.Acked(5))
 		e.wantNoArrival("it is not asked for")
-		e.log.want(t, `The peer's application reports an error: "fire\n!!!`)
+		e.log.want(t, "The peer's application reports an error", `text="fire\n!!!`)
 		for _, line := range e.log.all() {
 			require.Less(t, len(line), 2000)
 		}

@@ -11,8 +11,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// specsOnce builds each specification once: the engine compiles its lint rules, which costs
-// more than most tests.
+// specsOnce builds each specification once, because the engine compiles its lint rules, which
+// is slow.
 var specsOnce = struct{ input, serverInput, output, serverOutput func() *service.ConfigSpec }{
 	sync.OnceValue(inputSpec), sync.OnceValue(serverInputSpec), sync.OnceValue(outputSpec), sync.OnceValue(serverOutputSpec),
 }
@@ -20,7 +20,7 @@ var specsOnce = struct{ input, serverInput, output, serverOutput func() *service
 func init() {
 	d := dependencies{}
 	if err := register(service.GlobalEnvironment(), d); err != nil {
-		panic(err) // another package of this program registers the same names
+		panic(err) // another package has registered the same names
 	}
 	lintByBuilding("input cryo", specsOnce.input, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, err := d.input(conf, res)
@@ -40,8 +40,8 @@ func init() {
 	})
 }
 
-// register adds the components to an environment: each is a half (receive, send) and a way
-// to have sessions (dial, listen).
+// register adds the components to an environment. Each consists of a half (receive or send)
+// and a way to open sessions (dial or listen).
 func register(env *service.Environment, d dependencies) error {
 	return errors.Join(
 		env.RegisterBatchInput("cryo", specsOnce.input(), d.input),
@@ -51,11 +51,10 @@ func register(env *service.Environment, d dependencies) error {
 	)
 }
 
-// dependencies are what components use of their process. The zero value is for programs;
-// tests have a network of their own.
+// dependencies replaces the network in tests. The zero value uses that of the process.
 type dependencies struct {
-	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network's
-	listeners *listeners                                                           // nil: those of the engine
+	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil: net.Dialer
+	listeners *listeners                                                           // nil: those of the engine's resources
 }
 
 func (d dependencies) input(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
@@ -67,7 +66,7 @@ func (d dependencies) input(conf *service.ParsedConfig, res *service.Resources) 
 }
 
 func (d dependencies) serverInput(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
-	d.share(res)
+	d.setListeners(res)
 	in, err := newServerInput(conf, res)
 	if err != nil {
 		return nil, err
@@ -85,7 +84,7 @@ func (d dependencies) output(conf *service.ParsedConfig, res *service.Resources)
 }
 
 func (d dependencies) serverOutput(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
-	d.share(res)
+	d.setListeners(res)
 	out, policy, maxInFlight, err := newServerOutput(conf, res)
 	if err != nil {
 		return nil, policy, 0, err
@@ -94,8 +93,8 @@ func (d dependencies) serverOutput(conf *service.ParsedConfig, res *service.Reso
 	return traced, policy, maxInFlight, err
 }
 
-// share lets components find the listeners of a test.
-func (d dependencies) share(res *service.Resources) {
+// setListeners adds the listeners of a test to the engine's resources.
+func (d dependencies) setListeners(res *service.Resources) {
 	if d.listeners != nil {
 		res.GetOrSetGeneric(listenersKey{}, d.listeners)
 	}

@@ -14,31 +14,32 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The sending half of the outputs: batches → sessions → one result for each batch.
+// The sending half of the outputs: it sends batches on sessions, and returns one result per
+// batch.
 
-// sender sends the pipeline's messages.
+// sender sends the messages of a pipeline.
 type sender struct {
 	messageType *service.InterpolatedString
 	streamName  *service.InterpolatedString
 	chunkBytes  int
 	ackTimeout  time.Duration
-	exact       bool // errors go to the output's own batcher, which has no processors, and to nothing else
+	exact       bool // return errors per message: only the output's own batcher, without processors, receives them
 	metrics     sendMetrics
-	lateLog     limitedLog // for sessions that are closed; unused by the output cryo and by responses
+	lateLog     limitedLog // for sessions closed by closeLate; the output cryo and responses do not use it
 }
 
-// outMessage is a message of a batch. One of KindStream is sent as a stream.
+// outMessage is a message of a batch. A message of KindStream is sent as a stream.
 type outMessage struct {
 	cryo.OutMessage
 	streamName string
-	err        error // of the last attempt to send it; nil before the first, and once it is acknowledged
+	err        error // error of the last attempt; nil before the first one, and after the acknowledgement
 }
 
-// prepare returns Cryo's messages of a batch. One that can't be sent has its error.
+// prepare returns the Cryo messages of a batch. A message that cannot be sent has an error.
 func (s *sender) prepare(batch service.MessageBatch) []*outMessage {
 	memory, messages := make([]outMessage, len(batch)), make([]*outMessage, len(batch))
 	types, names := batch.InterpolationExecutor(s.messageType), batch.InterpolationExecutor(s.streamName)
-	static, isStatic := s.messageType.Static() // the executor would allocate for each message
+	static, isStatic := s.messageType.Static() // avoids an allocation per message
 	for i, in := range batch {
 		m := &memory[i]
 		messages[i] = m
@@ -68,8 +69,8 @@ func (s *sender) prepare(batch service.MessageBatch) []*outMessage {
 	return messages
 }
 
-// typeWhenReceived returns binary or stream for a message that was received from Cryo as
-// that, and auto for any other: processors may have made a text something else.
+// typeWhenReceived returns binary or stream for a message that was received from Cryo with
+// that type, and auto for all others: processors may have changed a text into other bytes.
 func typeWhenReceived(m *service.Message) string {
 	switch name, _ := m.MetaGet(metaMessageType); name {
 	case "binary", messageTypeStream:
@@ -91,12 +92,12 @@ func typeOf(payload []byte, name string) (cryo.Kind, error) {
 		}
 		return cryo.KindBinary, nil
 	default:
-		return 0, fmt.Errorf("field %s: unknown message type %s, it has to be auto, utf8, binary or stream", fieldMessageType, name)
+		return 0, fmt.Errorf("field %s: unknown message type %q: it must be auto, utf8, binary or stream", fieldMessageType, name)
 	}
 }
 
-// contentOf returns the bytes of a message. For what JSON cannot express, such as the
-// NaN that a mapping makes of the text "NaN", the engine returns neither bytes nor an error.
+// contentOf returns the bytes of a message. For a value that JSON cannot represent, such as
+// NaN, the engine returns neither bytes nor an error.
 func contentOf(m *service.Message) ([]byte, error) {
 	content, err := m.AsBytes()
 	if err == nil && len(content) == 0 && m.HasStructured() {
@@ -105,28 +106,28 @@ func contentOf(m *service.Message) ([]byte, error) {
 	return content, err
 }
 
-var errNoJSON = errors.New("the content has a value that JSON cannot express, such as NaN")
+var errNoJSON = errors.New("the content has a value that JSON cannot represent, such as NaN")
 
-// A route chooses the sessions for the messages of a batch.
+// A route selects the sessions for the messages of a batch.
 type route interface {
-	// next waits for a session. It returns the number of messages, out of n, to be sent on it.
-	// lost is the number of sessions in a row on which they were lost, 0 at first.
+	// next waits for a session. It returns the number of messages, at most n, to send on it.
+	// lost is the number of consecutive sessions that the messages were lost with, initially 0.
 	next(ctx context.Context, n, lost int) (session *cryo.Session, messages int, err error)
-	// finished ends the use of a session that next has returned, and returns those of its
-	// messages that are to be sent on another.
+	// finished ends the use of a session that next has returned. It returns the messages to
+	// send on another session.
 	finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage)
 }
 
-// errDropped is the error of a route that counts the messages as delivered.
+// errDropped is the error of a route whose messages count as delivered.
 var errDropped = errors.New("dropped: no session is connected")
 
-// maxLostSessions bounds the sessions in a row that acknowledge none of the messages that
-// were sent on each. One of the messages may be what ends them.
+// maxLostSessions limits the consecutive sessions on which a message is sent without an
+// acknowledgement: the message itself may be the cause of their end.
 const maxLostSessions = 10
 
 // deliver sends messages on the sessions of a route, and waits until each is acknowledged or
-// has failed. A message that is lost with its session is sent on another. lost is the number
-// of sessions in a row on which they were lost: 0 at first.
+// has failed. A message that is lost with its session is sent on another one. lost is the
+// number of consecutive sessions that the messages were lost with, initially 0.
 func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, lost int) {
 	var sending sync.WaitGroup
 	defer sending.Wait()
@@ -138,7 +139,7 @@ func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, l
 		}
 		part := messages[:n]
 		messages = messages[n:]
-		wait := s.begin(ctx, session, part) // not in the goroutine, so that messages are sent in order
+		wait := s.begin(ctx, session, part) // outside of the goroutine, so that messages are sent in order
 		if len(messages) == 0 {
 			s.finish(ctx, r, session, part, wait, lost)
 		} else {
@@ -147,19 +148,19 @@ func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, l
 	}
 }
 
-// finish waits for the acknowledgements of messages, and delivers those that are lost.
+// finish waits for the acknowledgements of messages, and delivers lost ones on another session.
 func (s *sender) finish(ctx context.Context, r route, session *cryo.Session, messages []*outMessage, wait func(), lost int) {
 	wait()
-	again := r.finished(ctx, session, messages)
-	if lost++; len(again) < len(messages) {
+	unacknowledged := r.finished(ctx, session, messages)
+	if lost++; len(unacknowledged) < len(messages) {
 		lost = 1
 	}
 	if lost < maxLostSessions {
-		s.deliver(ctx, r, again, lost)
+		s.deliver(ctx, r, unacknowledged, lost)
 		return
 	}
-	for _, m := range again {
-		m.err = fmt.Errorf("%d sessions in a row did not acknowledge it, the last: %w", lost, m.err)
+	for _, m := range unacknowledged {
+		m.err = fmt.Errorf("not acknowledged by %d sessions in a row, last error: %w", lost, m.err)
 	}
 }
 
@@ -177,16 +178,16 @@ func failUnsent(messages []*outMessage, err error) {
 	}
 }
 
-// verdict returns the result of a batch for the engine.
+// verdict returns the error of a batch for the engine.
 //
-// The engine finds the message of an error by its context, and its processors put
-// contexts onto other messages: behind one that filters or splits, an error for a
-// message is taken for another's, and the message counts as delivered. So a batch
-// fails as a whole. Only the output's own batcher finds the right messages, because
-// it marks them behind all processors but its own.
+// The engine identifies the message of an error by its context, but its processors move
+// contexts to other messages: after one that filters or splits, an error of a message would be
+// attributed to another, and the failed message would count as delivered. So a batch fails as
+// a whole. Only the output's own batcher attributes errors reliably, because it marks messages
+// after all processors except its own.
 //
-// The error wraps none of the messages' errors, so that the engine finds nothing in
-// it, such as an ErrNotConnected, that would make it send the batch again by itself.
+// The error wraps none of the messages' errors: an ErrNotConnected, for example, would make the
+// engine send the whole batch again.
 func (s *sender) verdict(ctx context.Context, batch service.MessageBatch, messages []*outMessage) error {
 	failed, first := 0, error(nil)
 	for _, m := range messages {
@@ -200,27 +201,27 @@ func (s *sender) verdict(ctx context.Context, batch service.MessageBatch, messag
 	switch {
 	case failed == 0:
 		return nil
-	case ctx.Err() != nil: // a hard stop: nothing is known
+	case ctx.Err() != nil: // a hard stop: the result is unknown
 		return context.Cause(ctx)
 	case len(batch) == 1:
 		return first
 	}
-	err := fmt.Errorf("%d of %d messages were not acknowledged, the first: %v", failed, len(batch), first) //nolint:errorlint // see above
+	err := fmt.Errorf("%d of %d messages were not acknowledged, first error: %v", failed, len(batch), first) //nolint:errorlint // see above
 	if !s.exact {
 		return err
 	}
-	exact := service.NewBatchError(batch, err)
+	batchErr := service.NewBatchError(batch, err)
 	for i, m := range messages {
 		if m.err != nil {
-			_ = exact.Failed(i, m.err)
+			_ = batchErr.Failed(i, m.err)
 		}
 	}
-	return exact
+	return batchErr
 }
 
 func isNil(err error) bool { return err == nil }
 
-// withError returns the messages whose error matches: the slice itself, if all do.
+// withError returns the messages whose error matches. If all match, it returns the slice itself.
 func withError(messages []*outMessage, match func(error) bool) []*outMessage {
 	other := func(m *outMessage) bool { return !match(m.err) }
 	if !slices.ContainsFunc(messages, other) {

@@ -10,9 +10,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Sending each message to all the sessions that it is for, side by side.
+// Sending messages to several sessions concurrently.
 
-// broadcast is a batch of which each message is sent to all its targets.
+// broadcast is a batch whose messages are each sent to several sessions.
 type broadcast struct {
 	*sender
 	listener  *listener
@@ -20,17 +20,17 @@ type broadcast struct {
 	messages  []*outMessage
 
 	mu      sync.Mutex
-	results []broadcastResult // by message; guarded by mu
+	results []broadcastResult // by index of the message; guarded by mu
 }
 
-// broadcastResult is the result of a message at the sessions that it was sent to.
+// broadcastResult is the result of a message on its sessions.
 type broadcastResult struct {
-	acknowledged bool // by one at least
-	failed       int  // sessions that have not acknowledged it
+	acknowledged bool // by at least one session
+	failed       int  // sessions that have not acknowledged the message
 	first        error
 }
 
-// err returns nil if a session has acknowledged the message, or it was sent to none.
+// err returns nil if a session has acknowledged the message, or it was sent to no session.
 func (r *broadcastResult) err() error {
 	switch {
 	case r.acknowledged || r.failed == 0:
@@ -42,9 +42,9 @@ func (r *broadcastResult) err() error {
 	}
 }
 
-// send sends each message to its targets and waits for the acknowledgements of all. As
-// no_session has it, it waits for targets that are not connected; the messages for others do
-// not wait.
+// send sends each message to its targets, and waits for all acknowledgements. With
+// no_session: wait, it also waits for targets that are not connected; messages for connected
+// ones are sent immediately.
 func (b *broadcast) send(ctx context.Context, to targets) {
 	b.results = make([]broadcastResult, len(b.messages))
 	var missing []int
@@ -103,13 +103,13 @@ func (b *broadcast) sendGroup(ctx context.Context, g group) {
 	defer closing.Wait()
 	b.queue(messages, g.sessions...).await(ctx, func(session *cryo.Session, errs []error) {
 		if late := b.record(g, errs); late != nil {
-			closing.Go(func() { b.closeLate(ctx, session, late) }) // which waits for the session's end
+			closing.Go(func() { b.closeLate(ctx, session, late) }) // blocks until the session has ended
 		}
 	})
 }
 
-// sendStreams sends messages of which some are streams, with a goroutine for each session: a
-// stream is sent step by step.
+// sendStreams sends messages that include streams, with a goroutine for each session, because
+// each step of a stream waits for the session.
 func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMessage) {
 	bounded, done, end := b.boundSlow(ctx)
 	defer end()
@@ -135,21 +135,21 @@ func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMes
 	sending.Wait()
 }
 
-// boundSlow bounds the time that slow sessions have for streams that others receive too:
-// each step of a stream may take as long as ack_timeout, which makes no bound for all of it.
-// When the first session is done, the others have as long again, and ack_timeout.
+// boundSlow limits the time of slow sessions for streams: ack_timeout limits each step of a
+// stream only, not the whole. When done is called for the first session, the others have the
+// same time again, plus ack_timeout.
 func (b *broadcast) boundSlow(ctx context.Context) (bounded context.Context, done, end func()) {
 	bounded, cancel := context.WithCancelCause(ctx)
 	began := time.Now()
 	timer := time.AfterFunc(1<<62, func() {
-		cancel(fmt.Errorf("a stream that another session has acknowledged: %w after twice its time and %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
+		cancel(fmt.Errorf("stream slower than on another session: %w after twice that time plus %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
 	})
 	done = sync.OnceFunc(func() { timer.Reset(time.Since(began) + b.ackTimeout) })
 	return bounded, done, func() { timer.Stop(); cancel(nil) }
 }
 
-// record records the results of a group's messages at one of its sessions, and returns the
-// first error of one that was late. errs is nil if all were acknowledged.
+// record records the results of a group's messages on one session. errs is nil if all were
+// acknowledged. It returns the error of the first message that timed out, or nil.
 func (b *broadcast) record(g group, errs []error) (late error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -132,7 +132,7 @@ func TestNoSessionAppliesToABroadcastWithoutClients(t *testing.T) {
 	})
 	t.Run("a message that can't be sent isn't counted as dropped", func(t *testing.T) {
 		toAll(t, "no_session: drop, message_type: '${! content() }'", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
-			require.ErrorContains(t, next(t, e.produce("text").verdict), "unknown message type text")
+			require.ErrorContains(t, next(t, e.produce("text").verdict), `unknown message type "text"`)
 		})
 	})
 }
@@ -198,7 +198,7 @@ func TestNoSessionAppliesToAMessageForAnUnknownSession(t *testing.T) {
 			f := e.produceBatch(addressed("4711", fmt.Sprint(clients[0].ID())))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
 			require.Zero(t, time.Since(begin))
-			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: session 4711 is not connected")
+			f.wantFailed(t, "1 of 2 messages were not acknowledged, first error: session 4711 is not connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})

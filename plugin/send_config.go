@@ -23,36 +23,36 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
-// sendVerdicts follows each output's text about the delivery of a message.
-const sendVerdicts = `
-A batch is delivered when all of its messages are. Everything that can be sent is sent and awaited first. If a message is not delivered then, the whole batch fails, with one error that has the number of such messages and the first cause. It names no message: behind processors that filter or split, the engine takes such an error for another message's, and the one that failed would be lost. What follows depends on what is in front of the output:
+// sendResultsText follows the text about delivery of each output.
+const sendResultsText = `
+A batch is delivered when all its messages are. All messages that can be sent are sent, and their acknowledgements awaited, first. If a message is not delivered, the whole batch fails with one error, which contains the number of failed messages and the first cause. The error does not identify messages, because after processors that filter or split, the engine would attribute it to another message, and the failed one would be lost. The consequence depends on the input:
 
-- Inputs ` + "`cryo` and `cryo_server`" + `: the messages of a failed batch are sent again once, each alone. After that only those are repeated that fail alone.
-- Other inputs: the whole batch is sent again, until all of it is delivered. Where messages fail in normal work, let such an input make batches of one: nothing but the message is repeated then.
-- The output's own ` + "`batching`" + `, without ` + "`processors`" + ` under it: only the messages that failed go back to the input, or the input's batches that they are part of. With ` + "`processors`" + ` there, one rejected message fails the whole of each such batch.
+- Inputs ` + "`cryo`" + ` and ` + "`cryo_server`" + `: each message of a failed batch is redelivered once, alone. After that, only messages that fail alone are redelivered.
+- Other inputs: the whole batch is sent again, until all of it is delivered. Where failures of messages are part of normal operation, let such an input make batches of one, so that only the failed message is repeated.
+- The output's own ` + "`batching`" + `, without ` + "`processors`" + `: only the failed messages, or the input's batches that contain them, are returned to the input. With ` + "`processors`" + `, a rejected message fails its whole batch.
 
-No output can prevent that the engine takes a failure for another message's behind an input that makes batches and is not one of ours, where ` + "`split`, `group_by` or `group_by_value`" + ` makes several batches of one and not all of them fail, or where a filter is in front of ` + "`reject_errored` or `switch`" + ` around the output, or of ` + "`error_handling.strict`" + `. A message can be lost there. Let the input make batches of one, or use ours.
+No output can prevent the engine from attributing a failure to another message, so that a message is lost, behind an input that makes batches (other than the inputs of this plugin) in these cases: ` + "`split`" + `, ` + "`group_by`" + ` or ` + "`group_by_value`" + ` makes several batches of one and only some of them fail; or there is a filter before ` + "`reject_errored`" + ` or ` + "`switch`" + ` around the output, or ` + "`error_handling.strict`" + ` is used with a filter. Let the input make batches of one, or use an input of this plugin.
 `
 
 const sendMetadata = `
 == Metadata
 
-What was received from Cryo is sent as it was received: with ` + "`message_type: auto`" + ` the metadata ` + "`cryo_message_type`" + ` decides whether bytes and streams stay what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. Nothing else of a message's metadata is sent: Cryo has no headers. What the other end needs must be in the content.
+Messages that were received from Cryo are sent with the same type: with ` + "`message_type: auto`" + `, the metadata ` + "`cryo_message_type`" + ` determines whether bytes and streams remain what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. No other metadata is sent, because Cryo has no headers: data for the other end must be part of the content.
 `
 
 const sendPerformance = `
 == Performance
 
-The messages of a batch are sent at once, and their acknowledgements awaited together. So what limits the throughput is the batch's size times ` + "`max_in_flight`" + ` divided by the time until the other end acknowledges: single messages, 64 in flight and 10 ms make 6,400 messages a second. Inputs that give single messages gain most from ` + "`batching`" + `, with a ` + "`count`" + ` and a short ` + "`period`" + ` (such as 10ms); the period is what an incomplete batch waits.
+The messages of a batch are sent together, and their acknowledgements are awaited together. So the throughput is limited by the batch size times ` + "`max_in_flight`" + `, divided by the time to the acknowledgement: single messages, 64 in flight and 10 ms allow 6,400 messages a second. Inputs that return single messages benefit most from ` + "`batching`" + `, with a ` + "`count`" + ` and a short ` + "`period`" + ` (such as 10ms), which is the maximum wait of an incomplete batch.
 
-Where the order matters, set ` + "`max_in_flight: 1`" + `, which keeps it as far as is written there, and let the batches be larger. The streams of a batch are sent one after the other; behind one that is late, what is left is sent side by side.
+If the order matters, set ` + "`max_in_flight: 1`" + `, with the limits described there, and use larger batches. The streams of a batch are sent one after the other; after one that has timed out, the rest are sent concurrently.
 `
 
 var (
 	sendMessageTypeField = newField(fieldMessageType, service.NewInterpolatedStringField, textRule(func(name string) (string, error) {
 		interpolated, err := service.NewInterpolatedString(name)
 		if err != nil {
-			return name, nil // the engine reports it, by lint and at the start
+			return name, nil // the engine reports the error
 		}
 		if fixed, static := interpolated.Static(); static && fixed != messageTypeStream {
 			_, err = typeOf(nil, fixed)
@@ -63,29 +63,29 @@ var (
 	sendMaxInFlightField = positiveInt(fieldMaxInFlight, 64)
 )
 
-// sendFields are those of an output; lost describes a batch whose connection is lost, and
-// order the effect on the order.
+// sendFields returns the fields of an output. lost is added to the description of ack_timeout,
+// and order to that of the order with max_in_flight: 1.
 func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
 		sendMessageTypeField.config().
-			Description("What kind of Cryo message each message becomes: `utf8` (text), `binary`, `stream` (a named stream of its own), or `auto`: what it was when it was received from Cryo, else `utf8` if it is valid UTF-8, else `binary`. Above 16 MiB a message can only travel as a `stream`. To send a whole batch as one stream, put the `archive` processor under `batching`.").
+			Description("The type of Cryo message to send: `utf8` (text), `binary`, `stream` (a named stream per message), or `auto`: the type with which the message was received from Cryo, otherwise `utf8` if it is valid UTF-8, otherwise `binary`. Messages of more than 16 MiB can only be sent as a `stream`. To send a whole batch as one stream, use the processor `archive` under `batching`.").
 			Default(messageTypeAuto).
 			Example(`${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }`),
 		service.NewObjectField(fieldStream,
 			service.NewInterpolatedStringField(fieldName).
-				Description("The name that the other end sees, at most 1,024 bytes, such as a file's. An empty one becomes `anonymous`.").
+				Description("The name of the stream, such as a file name, of at most 1,024 bytes. An empty name becomes `anonymous`.").
 				Default(`${! @cryo_stream_name.or("anonymous") }`).
 				Example("${! @path }"),
 			chunkBytesField.config().
-				Description("How many bytes of a stream travel in one frame, at most 16 MiB (16777216).").
+				Description("The number of bytes of a stream per frame, at most 16 MiB (16777216).").
 				Advanced(),
 		).
-			Description("For messages that travel as a `stream`."),
+			Description("Settings of messages that are sent as a `stream`."),
 		ackTimeoutField.config().
-			Description("How long to wait for the peer's acknowledgement (of a stream: for each step of it) before a message counts as not delivered. It may arrive all the same, and again when it is sent again. Time in which a slow line still transfers the message does not count, as long as 4 KiB are transferred in half of it; but after ten times as long a message has failed in any case." + lost).
+			Description("The timeout for the acknowledgement of a message, or of each step of a stream. After it the message has failed, although the peer may still receive it, and again if it is sent again. Time during which a slow line still transfers the message does not count, if at least 4 KiB are transferred in half of the timeout; but after ten times the timeout the message fails in any case." + lost).
 			Default("30s"),
 		sendMaxInFlightField.config().
-			Description("How many batches may be in flight at a time; without `batching` a batch is mostly one message. With 1, messages are sent in the order in which they come to the output" + order + ". But one that is rejected or late, and is sent again by its input, comes behind what the pipeline has read meanwhile. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages stay in memory while they are in flight, so keep it low for large ones."),
+			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order in which the output receives them" + order + ". But a message that is rejected or times out, and is sent again by its input, follows messages that the pipeline has read in the meantime. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages in flight stay in memory, so use a low value for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 		injectTracingField(),
 	}
@@ -110,7 +110,7 @@ func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sen
 	return s, policy, maxInFlight, err
 }
 
-// batchPolicyFromParsed checks what the engine checks when it makes batches.
+// batchPolicyFromParsed also checks the policy, which the engine would check at the first batch.
 func batchPolicyFromParsed(conf *service.ParsedConfig) (service.BatchPolicy, error) {
 	policy, err := conf.FieldBatchPolicy(fieldBatching)
 	if err != nil {
@@ -122,7 +122,7 @@ func batchPolicyFromParsed(conf *service.ParsedConfig) (service.BatchPolicy, err
 		}
 	}
 	if !policy.IsNoop() && policy.ByteSize <= 0 && policy.Count <= 0 && policy.Check == "" && policy.Period == "" {
-		return policy, fmt.Errorf("field %s needs a count, a byte_size, a period or a check: its processors have no batches without one", fieldBatching)
+		return policy, fmt.Errorf("field %s needs a count, a byte_size, a period or a check: without one, its processors never run", fieldBatching)
 	}
 	return policy, nil
 }

@@ -12,10 +12,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The targets of messages by a mapping (send_to: match): rooms, topics, whatever the metadata
-// of sessions contain.
+// Targets by a mapping (send_to: match), for example for rooms or topics.
 
-// metaMatchSession is the mapping's name of a session's metadata.
+// metaMatchSession is the metadata key under which the mapping accesses a session's metadata.
 const metaMatchSession = "cryo_session"
 
 var errNoMatch = errors.New("no connected session matches")
@@ -30,13 +29,14 @@ func newMatcher(mapping *bloblang.Executor, log *service.Logger) *matcher {
 	return &matcher{mapping: mapping, log: newLimitedLog(log)}
 }
 
-// matchingSessions is the sessions for which the mapping returns true, for each message.
+// matchingSessions are the targets of the messages of a batch: the sessions for which the
+// mapping returns true.
 type matchingSessions struct {
 	*matcher
 	batch     service.MessageBatch
-	views     []*service.Message // by message: its metadata with a session's, and the mapping's result as content
-	failed    []error            // by message: the mapping's first error
-	evaluated []*cryo.Session    // those for which it returned false for all messages that are looked for again
+	views     []*service.Message // by message: its metadata and those of a session; the content is the result
+	failed    []error            // by message: first error of the mapping
+	evaluated []*cryo.Session    // sessions of the last call of find
 }
 
 func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
@@ -47,7 +47,7 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 	var (
 		sessions = m.unevaluated(ln.sessions())
 		matched  = make([]bool, len(m.views))
-		groups   = make(map[string]int) // in found, by their messages
+		groups   = make(map[string]int) // index in found, by encoded messages
 		key      []byte
 	)
 	for _, s := range sessions {
@@ -77,8 +77,8 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 	return found, missing
 }
 
-// unevaluated returns the sessions that were not among those of the last call: each pair of a
-// message and a session is evaluated once.
+// unevaluated returns the sessions that were not part of the last call, so that the mapping
+// runs once for each pair of a message and a session.
 func (m *matchingSessions) unevaluated(sessions []*cryo.Session) []*cryo.Session {
 	known := make(map[*cryo.Session]bool, len(m.evaluated))
 	for _, s := range m.evaluated {
@@ -96,8 +96,8 @@ func decodeIndexes(key []byte) (indexes []int) {
 	return indexes
 }
 
-// matches evaluates the mapping. If it fails, the session does not match: metadata that one
-// session lacks must not keep a message from the others.
+// matches reports whether a session matches a message. If the mapping fails, the session does
+// not match, so that missing metadata of one session does not affect the others.
 func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	matches, err := m.evaluate(i, s)
 	if err == nil {
@@ -112,8 +112,8 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	return false
 }
 
-// evaluate runs the mapping from the message to a view without content: what the mapping
-// doesn't assign must not come from the message.
+// evaluate runs the mapping from a message to its view. The view has no content, so that the
+// result is only what the mapping assigns.
 func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err error) {
 	defer catchPanic(&err)
 	view := m.views[i]
@@ -122,7 +122,7 @@ func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err e
 	if _, err := view.BloblangMutateFrom(m.mapping, m.batch[i]); err != nil {
 		return false, fmt.Errorf("mapping failed: %w", err)
 	}
-	if view.HasStructured() { // a text "true" is bytes
+	if view.HasStructured() { // not the text "true"
 		result, _ := view.AsStructured()
 		if matches, ok := result.(bool); ok {
 			return matches, nil

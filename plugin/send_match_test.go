@@ -119,7 +119,7 @@ func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 			begin := time.Now()
 			f := e.produceBatch(said("blue", "red"))
 			require.NoError(t, receiveTexts(t, clients[0], "m1")[0].Ack())
-			f.wantFailed(t, "1 of 2 messages were not acknowledged, the first: no connected session matches")
+			f.wantFailed(t, "1 of 2 messages were not acknowledged, first error: no connected session matches")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})

@@ -9,27 +9,27 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Sending a batch on one session after the other, as each is lost.
+// Sending a batch across reconnects.
 
-// maxResendWait bounds the wait before a batch that has lost two sessions is sent on the
-// next. Another batch may be what ends them: with waits of random length, each of those that
-// wait is sent before it at times.
+// maxResendWait is the maximum of the random wait before a batch that was lost with two
+// sessions is sent again. If another batch ends the sessions, the random wait lets each batch
+// be sent before that one sooner or later.
 const maxResendWait = 200 * time.Millisecond
 
-// reconnecting is the route of one batch: all its messages go to the session, and what is
-// unacknowledged when that ends, to the next one.
+// reconnecting is the route of one batch: all messages are sent on one session, and the
+// unacknowledged ones again on the next.
 type reconnecting struct {
 	*dialer
-	session  *cryo.Session // the first
-	timeout  time.Duration // for the others, from the first loss
-	deadline time.Time     // set by the first loss
+	session  *cryo.Session // first session
+	timeout  time.Duration // for further sessions, from the first loss
+	deadline time.Time     // end of timeout; set at the first loss
 }
 
 func (r *reconnecting) next(ctx context.Context, n, lost int) (*cryo.Session, int, error) {
 	switch lost {
 	case 0:
 		return r.session, n, nil
-	case 1: // the first loss, or the last session has acknowledged something
+	case 1: // the first loss, or the last session has acknowledged messages
 		r.deadline = time.Now().Add(r.timeout)
 	}
 	inTime, cancel := context.WithDeadlineCause(ctx, r.deadline, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, r.timeout))
@@ -46,5 +46,5 @@ func (r *reconnecting) next(ctx context.Context, n, lost int) (*cryo.Session, in
 }
 
 func (r *reconnecting) finished(_ context.Context, _ *cryo.Session, messages []*outMessage) (lost []*outMessage) {
-	return withError(messages, isEnd)
+	return withError(messages, isSessionEnd)
 }

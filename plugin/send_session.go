@@ -13,20 +13,21 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Sending to one session, or the same to many, and waiting for the acknowledgements.
+// Sending messages to one session, or the same messages to several, and waiting for the
+// acknowledgements.
 
-// send sends messages to a session in order, and waits for their acknowledgements. Those that
-// have an error are left out.
+// send sends messages to a session in order, and waits for their acknowledgements. Messages
+// with an error are skipped.
 func (s *sender) send(ctx context.Context, session *cryo.Session, messages []*outMessage) {
 	if messages = withError(messages, isNil); len(messages) > 0 {
 		s.begin(ctx, session, messages)()
 	}
 }
 
-// begin queues messages for a session, up to the first stream. The function that it returns
-// sends the others, in order, and waits for all acknowledgements. A stream waits for what is
-// before it, and what follows waits for the stream. When something was late, the rest is sent
-// side by side: each of it may be as late.
+// begin queues messages for a session, up to the first stream. The returned function sends the
+// others in order, and waits for all acknowledgements. A stream is sent after the messages
+// before it are acknowledged, and delays those after it. After a timeout, the rest are sent
+// concurrently, because each of them may time out as well.
 func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*outMessage) (wait func()) {
 	first, rest := nextRun(messages)
 	waitForFirst := s.beginRun(ctx, session, first)
@@ -50,8 +51,8 @@ func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*o
 	}
 }
 
-// nextRun splits off the messages that are sent together: a stream, or all up to the next
-// stream.
+// nextRun splits off the messages that are sent together: a stream, or all messages before the
+// next stream.
 func nextRun(messages []*outMessage) (run, rest []*outMessage) {
 	n := slices.IndexFunc(messages, isStream)
 	switch n {
@@ -65,8 +66,8 @@ func nextRun(messages []*outMessage) (run, rest []*outMessage) {
 
 func isStream(m *outMessage) bool { return m.Kind == cryo.KindStream }
 
-// beginRun queues messages that are sent together. The function that it returns waits for their
-// acknowledgements; for a stream, it also sends it.
+// beginRun queues messages that are sent together. The returned function waits for their
+// acknowledgements; if the run is a stream, it also sends the stream.
 func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*outMessage) (wait func()) {
 	if isStream(run[0]) {
 		return func() { run[0].err = s.sendStream(ctx, session, run[0]) }
@@ -84,12 +85,12 @@ func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*out
 	}
 }
 
-// queued is messages, none of them a stream, that were queued for sessions.
+// queued contains messages that are queued for sessions. None of them is a stream.
 type queued struct {
 	*sender
 	messages []*outMessage
 	waits    []ackWait
-	one      [1]ackWait // memory of waits, if there is one
+	one      [1]ackWait // backing array of waits for a single session
 	began    time.Time
 }
 
@@ -98,11 +99,11 @@ type ackWait struct {
 	session *cryo.Session
 	pending *cryo.Pending
 	clock   cryo.AckClock
-	late    error // result of a wait that tick has ended
+	late    error // result of the wait if it has timed out
 }
 
-// queue queues messages for each of the sessions. The payloads are the same memory for all.
-// await must be called.
+// queue queues messages for each of the sessions, which share the payloads. await must be
+// called.
 func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queued {
 	frames := make([]cryo.OutMessage, len(messages))
 	for i, m := range messages {
@@ -112,15 +113,15 @@ func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queue
 	if q.waits = q.one[:]; len(sessions) != 1 {
 		q.waits = make([]ackWait, len(sessions))
 	}
-	q.began = s.metrics.sending(len(messages) * len(sessions))
+	q.began = s.metrics.inFlightAdd(len(messages) * len(sessions))
 	for i, session := range sessions {
 		q.waits[i] = ackWait{session: session, pending: session.Queue(frames), clock: session.AckClock()}
 	}
 	return q
 }
 
-// await waits for the acknowledgements. It calls result for one session after the other, with
-// the errors of the messages, nil if the session has acknowledged all.
+// await waits for the acknowledgements. It calls result for one session after the other. errs
+// contains the errors by message; it is nil if the session has acknowledged all.
 func (q *queued) await(ctx context.Context, result func(session *cryo.Session, errs []error)) {
 	ticker := time.NewTicker(max(q.ackTimeout/2, 1))
 	defer ticker.Stop()
@@ -143,13 +144,13 @@ func (q *queued) await(ctx context.Context, result func(session *cryo.Session, e
 		}
 		late = late || isLate(err)
 		errs := errorsOf(err)
-		q.metrics.settled(q.messages, errs)
+		q.metrics.countResults(q.messages, errs)
 		result(w.session, errs)
 	}
-	q.metrics.awaited(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
+	q.metrics.inFlightDone(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
 }
 
-// tick ends the waits that are late.
+// tick ends the waits that have timed out.
 func (q *queued) tick(waits []ackWait) {
 	timedOut, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
 		fmt.Errorf("%w after %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
@@ -166,8 +167,7 @@ func (q *queued) tick(waits []ackWait) {
 	}
 }
 
-// errorsOf returns the errors of messages that [cryo.Pending.Wait] has returned, by index, nil
-// if there are none.
+// errorsOf returns the errors by message of an error of [cryo.Pending.Wait], or nil.
 func errorsOf(err error) []error {
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		return failed.Errs
@@ -175,7 +175,7 @@ func errorsOf(err error) []error {
 	return nil
 }
 
-// sendStream sends a message as a stream, and waits until all of it is acknowledged.
+// sendStream sends a message as a stream, and waits until the stream is acknowledged.
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMessage) error {
 	s.metrics.streamsOpen.add(1)
 	defer s.metrics.streamsOpen.add(-1)
@@ -187,23 +187,23 @@ func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMe
 	if errors.Is(err, cryo.ErrStepTimeout) {
 		err = fmt.Errorf("%w: %w after %s (%v)", err, errLate, fieldAckTimeout, s.ackTimeout)
 	}
-	s.metrics.settled([]*outMessage{m}, []error{err})
+	s.metrics.countResults([]*outMessage{m}, []error{err})
 	return err
 }
 
-// errLate is an acknowledgement that did not come in time.
-var errLate = errors.New("timed out")
+// errLate is the error of an acknowledgement that was not received in time.
+var errLate = errors.New("acknowledgement timed out")
 
 func isLate(err error) bool { return errors.Is(err, errLate) }
 
 func isLateMessage(m *outMessage) bool { return isLate(m.err) }
 
-// isEnd reports whether a message was not acknowledged because its session has ended.
-func isEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
+// isSessionEnd reports whether a message was not acknowledged because its session has ended.
+func isSessionEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 
-// closeLate closes a session for a late acknowledgement, so that it costs others that time
-// once and not with each of its messages. A session whose reads are paused (max_buffer_bytes)
-// may have acknowledged: it stays open.
+// closeLate closes a session after a timeout, so that it delays others once, and not with each
+// message. A session whose reads are paused (max_buffer_bytes) stays open, because its
+// acknowledgement may not have been read.
 func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late error) {
 	if session.Stats().Paused || ctx.Err() != nil || session.Err() != nil {
 		return
@@ -211,7 +211,7 @@ func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late erro
 	if log, ok := s.lateLog.allow(); ok {
 		log.With("session", session.ID(), "error", late).Warn("Closing session: acknowledgement timed out")
 	}
-	immediately, cancel := context.WithTimeout(ctx, 0) // it may not read, so there is no close handshake
+	immediately, cancel := context.WithTimeout(ctx, 0) // no close handshake: the peer may not read
 	defer cancel()
-	_ = session.Close(immediately, "no acknowledgement in time")
+	_ = session.Close(immediately, "acknowledgement timed out")
 }

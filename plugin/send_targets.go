@@ -10,28 +10,28 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The targets of a message: the sessions of a listener that it is sent to.
+// Targets: the sessions that a message is sent to.
 
-var errNobody = errors.New("no client is connected")
+var errNoClient = errors.New("no client is connected")
 
-// targets finds the sessions that the messages of a batch are for. It may be asked again:
-// sessions connect meanwhile.
+// targets finds the sessions for the messages of a batch.
 type targets interface {
-	// find groups messages, by their indexes, for the sessions that are connected, and
-	// returns those for which there is none. Only these may be looked for again.
+	// find groups messages, given by their indexes, by connected sessions. missing are the
+	// messages without a session: find may be called again with these, after sessions have
+	// connected.
 	find(ln *listener, messages []int) (found []group, missing []int)
-	// missing returns the error of a message for which there is none.
+	// missing returns the error of a message without a session.
 	missing(message int) error
 }
 
-// group is sessions that receive the same messages.
+// group contains sessions that are sent the same messages.
 type group struct {
 	sessions []*cryo.Session
 	messages []int // indexes, in order
 }
 
-// targets evaluates the targets of a batch. A message whose target can't be determined gets
-// an error.
+// targets returns the targets of a batch. It sets the error of a message whose target cannot be
+// determined.
 func (c *targetConfig) targets(batch service.MessageBatch, messages []*outMessage) targets {
 	switch c.sendTo {
 	case sendToSession:
@@ -43,7 +43,7 @@ func (c *targetConfig) targets(batch service.MessageBatch, messages []*outMessag
 	}
 }
 
-// allSessions is every session, for every message.
+// allSessions are the targets of send_to: all.
 type allSessions struct{}
 
 func (allSessions) find(ln *listener, messages []int) (found []group, missing []int) {
@@ -53,9 +53,9 @@ func (allSessions) find(ln *listener, messages []int) (found []group, missing []
 	return nil, messages
 }
 
-func (allSessions) missing(int) error { return errNobody }
+func (allSessions) missing(int) error { return errNoClient }
 
-// namedSessions is one session for each message, by its id.
+// namedSessions contains the session id for each message.
 type namedSessions []uint64
 
 func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, messages []*outMessage) namedSessions {

@@ -6,7 +6,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// The fields that choose the sessions that a message is for.
+// The fields that select the target sessions of a message.
 
 const (
 	fieldSendTo            = "send_to"
@@ -28,15 +28,15 @@ const (
 
 var (
 	sendToField = oneOfDescribed(fieldSendTo, map[string]string{
-		sendToAll:     "To every session that is connected.",
-		sendToAny:     "To one of them in turn: a work queue. When a session goes, what it has not acknowledged goes to another.",
-		sendToSession: "To the session that `session_id` names.",
-		sendToMatch:   "To every session for which the mapping `match` says `true`: rooms, topics, users.",
+		sendToAll:     "To all connected sessions.",
+		sendToAny:     "To one session in turn, as a work queue. When a session ends, its unacknowledged messages are sent to another one.",
+		sendToSession: "To the session with the id `session_id`.",
+		sendToMatch:   "To all sessions for which the mapping `match` returns `true`: rooms, topics, users.",
 	}, sendToAll, sendToAny, sendToSession, sendToMatch)
 	noSessionField = oneOfDescribed(fieldNoSession, map[string]string{
-		noSessionWait:   "Wait for it up to `ack_timeout`; then the message has failed.",
-		noSessionDrop:   "Count the message as delivered.",
-		noSessionReject: "The message has failed at once; the others of its batch are sent.",
+		noSessionWait:   "Wait for a session up to `ack_timeout`; after that the message has failed.",
+		noSessionDrop:   "Drop the message, and count it as delivered.",
+		noSessionReject: "The message fails immediately; the other messages of its batch are sent.",
 	}, noSessionWait, noSessionDrop, noSessionReject)
 	sessionInFlightField = positiveInt(fieldSessionInFlight, defaultSessionInFlight)
 )
@@ -44,31 +44,31 @@ var (
 func targetFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		sendToField.config().
-			Description("Which clients get a message.").
+			Description("The sessions that a message is sent to.").
 			Default(sendToAll),
 		service.NewInterpolatedStringField(fieldSessionID).
-			Description("The id of the session that gets the message, with `send_to: session`. Messages that came from Cryo carry their sender's in the metadata `cryo_session_id`.").
+			Description("The id of the session that a message is sent to, with `send_to: session`. Messages that were received from Cryo carry the id of their session in the metadata `cryo_session_id`.").
 			Default("").
 			Example("${! @cryo_session_id }"),
 		service.NewBloblangField(fieldMatch).
-			Description("A mapping that decides, for each message and each session, whether the session gets the message, with `send_to: match`: it results in `true` or `false`. It runs on the message, so `this`, `content()` and `@` are the message's; the session's identity is the object `@cryo_session`, with the keys of the metadata of its own messages: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All values of it are text; a list, such as the rooms that a token grants, is JSON. A session for which the mapping fails gets nothing, and the log has a warning. It runs once for each pair of a message and a session, which is some microseconds, also while a message waits for a session that matches (`no_session: wait`): then for those that connect. With thousands of sessions keep it short.").
+			Description("A mapping that returns whether a message is sent to a session, `true` or `false`, with `send_to: match`. It runs on the message; the object `@cryo_session` contains the metadata of the session: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All its values are text; a list, such as the rooms that a token grants, is JSON. If the mapping fails, the message is not sent to that session, and a warning is logged. It runs once for each pair of a message and a session, which takes some microseconds; while a message waits for a match (`no_session: wait`), it runs for new sessions. Keep it short if there are thousands of sessions.").
 			Example(`@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)`).
 			Example(`@cryo_session.cryo_query_topic == this.topic && @cryo_session.cryo_session_id != @cryo_session_id`).
 			Optional(),
 		sessionInFlightField.config().
-			Description("How many messages a session may hold unacknowledged, with `send_to: any`; further ones go to others, or wait. With 1 a slow client holds up one message only, and the next goes to whoever is free; with more, a client need not be waited for between two messages."),
+			Description("The maximum number of unacknowledged messages of a session, with `send_to: any`; further messages are sent to other sessions, or wait. With 1, a slow client delays a single message; higher values avoid a round trip between two messages."),
 		noSessionField.config().
-			Description("What to do with a message for which no session is connected: none at all, not the one that it names, or none that matches.").
+			Description("What to do with a message if no session is connected, or not the one with `session_id`, or none that matches.").
 			Default(noSessionWait),
 	}
 }
 
-// targetConfig has the settings of an output's targets.
+// targetConfig contains the settings of an output's targets.
 type targetConfig struct {
 	sendTo          string
-	sessionID       *service.InterpolatedString // of sendToSession
-	match           *matcher                    // of sendToMatch
-	sessionInFlight int                         // of sendToAny
+	sessionID       *service.InterpolatedString // for sendToSession
+	match           *matcher                    // for sendToMatch
+	sessionInFlight int                         // for sendToAny
 	noSession       string
 }
 

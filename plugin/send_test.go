@@ -42,7 +42,7 @@ func TestUnacknowledgedMessageFailsItsBatch(t *testing.T) {
 		require.NoError(t, m[0].Ack())
 		require.NoError(t, m[1].Reject("not today"))
 		require.NoError(t, m[2].Ack())
-		f.wantFailed(t, `2 of 4 messages were not acknowledged, the first: rejected by the peer: "not today"`)
+		f.wantFailed(t, `2 of 4 messages were not acknowledged, first error: rejected by the peer: "not today"`)
 		require.Equal(t, 3*time.Second, time.Since(begin), "everything was awaited first")
 		require.NoError(t, peer.Err(), "the session goes on")
 
@@ -107,7 +107,7 @@ func TestUnsendableMessageFailsAfterAllOthersAreAcknowledged(t *testing.T) {
 		}
 		f.wantFailed(t, map[int]string{
 			1: "text of 1 bytes is not valid UTF-8: send it as binary",
-			2: "field message_type: unknown message type text, it has to be auto, utf8, binary or stream",
+			2: `field message_type: unknown message type "text": it must be auto, utf8, binary or stream`,
 			3: "message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream",
 		})
 		wantNothing(t, peer)
@@ -154,7 +154,7 @@ func TestContentThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf("")
 		batch[0].SetStructuredMut(map[string]any{"name": "a", "degrees": math.NaN()})
-		require.ErrorContains(t, next(t, e.produceBatch(batch).verdict), "JSON cannot express")
+		require.ErrorContains(t, next(t, e.produceBatch(batch).verdict), "JSON cannot represent")
 		wantNothing(t, peer)
 		e.produce("").wantPending(t, "one that is empty is sent")
 		require.Empty(t, receive(t, peer).Payload)

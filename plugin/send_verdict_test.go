@@ -170,7 +170,7 @@ func TestMessagesAfterALateStreamAreSent(t *testing.T) {
 		}
 		err := next(t, f.verdict)
 		requirePlain(t, err)
-		require.ErrorContains(t, err, `1 of 6 messages were not acknowledged, the first: opening the stream "s0": `)
+		require.ErrorContains(t, err, `1 of 6 messages were not acknowledged, first error: opening the stream "s0": `)
 		require.Equal(t, 10*time.Second, time.Since(begin), "the others were acknowledged at once")
 	})
 }

@@ -13,8 +13,8 @@ import (
 
 // Sending each message to one session in turn (send_to: any).
 
-// workQueue is the route of messages that go to the sessions of a listener in turn, each to
-// one. Callers of next are served in order of arrival.
+// workQueue is a route that sends each message to one of a listener's sessions, in turn.
+// Callers of next are served in the order of their calls.
 type workQueue struct {
 	*sender
 	listener  *listener
@@ -22,14 +22,14 @@ type workQueue struct {
 	noSession string
 	log       *service.Logger
 
-	turn       chan struct{} // capacity 1; held by the caller of next that is served
-	emptySince time.Time     // when next found no session for the first time since it acquired a slot; owned by the holder of turn
-	released   chan struct{} // capacity 1; signals the holder of turn that a slot was released
+	turn       chan struct{} // capacity 1; a lock that serializes callers of next
+	emptySince time.Time     // time since which there is no session, or zero; guarded by turn
+	released   chan struct{} // capacity 1; signals that a slot was released
 
 	mu      sync.Mutex
 	workers map[*cryo.Session]*worker
-	ready   []*worker       // those with a free slot, the next one first
-	arrival <-chan struct{} // of the listener: sessions that connected before it are in workers
+	ready   []*worker       // workers with a free slot, the next one first
+	arrival <-chan struct{} // listener's arrival channel when workers was updated
 }
 
 // worker is a session that receives messages.
@@ -45,8 +45,8 @@ func newWorkQueue(s *sender, ln *listener, to *targetConfig, log *service.Logger
 	}
 }
 
-// next acquires a slot of a worker, for one message. If all are in use, it waits for one; if
-// no session is connected, for one to connect, as no_session has it.
+// next acquires a slot of a worker for one message. If all slots are in use, it waits for one.
+// If no session is connected, no_session determines whether it waits for one.
 func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, error) {
 	began := time.Now()
 	select {
@@ -80,9 +80,9 @@ func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, err
 	return nil, 0, context.Cause(ctx)
 }
 
-// timeToWait returns how long a caller of next still waits for a session to connect: until
-// ack_timeout after its call, or after the end of the last session if that was later. Then, or
-// if no_session allows no wait, it returns the error of the message.
+// timeToWait returns how long a caller of next may still wait for a session: until ack_timeout
+// after its call, or after the end of the last session if that was later. It returns an error
+// if that time has passed, or if no_session allows no wait.
 func (q *workQueue) timeToWait(began time.Time) (time.Duration, error) {
 	if q.emptySince.IsZero() {
 		q.emptySince = time.Now()
@@ -95,13 +95,14 @@ func (q *workQueue) timeToWait(began time.Time) (time.Duration, error) {
 	case q.noSession == noSessionDrop:
 		return 0, errDropped
 	case q.noSession == noSessionReject || left <= 0:
-		return 0, errNobody
+		return 0, errNoClient
 	default:
 		return left, nil
 	}
 }
 
-// acquire acquires a slot if one is free. If not, isEmpty reports that no session is connected.
+// acquire acquires a free slot. If there is none, isEmpty reports whether no session is
+// connected.
 func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isEmpty bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -123,7 +124,7 @@ func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isE
 	return nil, len(q.workers) == 0
 }
 
-// updateWorkersLocked removes the sessions that have ended and adds those that have connected.
+// updateWorkersLocked removes ended sessions and adds new ones.
 func (q *workQueue) updateWorkersLocked() {
 	q.ready = slices.DeleteFunc(q.ready, q.removeIfEndedLocked)
 	for _, s := range q.listener.sessions() {
@@ -143,22 +144,22 @@ func (q *workQueue) removeIfEndedLocked(w *worker) bool {
 	return ended
 }
 
-// finished releases the slot of a message. One whose worker has ended or is late goes to
-// another; a late worker is closed, so that it receives no more.
+// finished releases the slot of a message. If its session has ended or timed out, the message
+// is sent to another one. A session that has timed out is closed.
 func (q *workQueue) finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage) {
 	err := messages[0].err
 	if isLate(err) {
 		q.closeLate(ctx, session, err)
 	}
 	q.release(session)
-	if !isLate(err) && !isEnd(err) {
+	if !isLate(err) && !isSessionEnd(err) {
 		return nil
 	}
 	q.log.With("session", session.ID(), "error", err).Debug("Sending an unacknowledged message to another session")
 	return messages
 }
 
-// release releases a slot. The worker may have been removed.
+// release releases a slot of a session. Its worker may have been removed.
 func (q *workQueue) release(session *cryo.Session) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -184,7 +184,7 @@ func TestMessageThatTenWorkersLoseFails(t *testing.T) {
 			receiveTexts(t, c, "poison")
 			end(c)
 		}
-		require.ErrorContains(t, next(t, f.verdict), "10 sessions in a row did not acknowledge it, the last: session ended: ")
+		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by 10 sessions in a row, last error: session ended: ")
 	})
 }
 
@@ -203,7 +203,7 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 	t.Run("fails at ack_timeout, as a whole", func(t *testing.T) {
 		toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			begin := time.Now()
-			e.produce("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, the first: no client is connected")
+			e.produce("m0", "m1").wantFailed(t, "2 of 2 messages were not acknowledged, first error: no client is connected")
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
@@ -269,8 +269,8 @@ func TestBatchesWithoutAWorkerWaitConcurrently(t *testing.T) {
 		require.Error(t, next(t, first.verdict))
 		require.Equal(t, 30*time.Second, time.Since(begin))
 		second.wantPending(t, "it came later")
-		require.ErrorIs(t, next(t, second.verdict), errNobody)
-		require.ErrorIs(t, next(t, third.verdict), errNobody)
+		require.ErrorIs(t, next(t, second.verdict), errNoClient)
+		require.ErrorIs(t, next(t, third.verdict), errNoClient)
 		require.Equal(t, 40*time.Second, time.Since(begin))
 	})
 }
@@ -282,8 +282,8 @@ func TestWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		end(clients[0])
 		begin := time.Now()
-		require.ErrorIs(t, next(t, waiting.verdict), errNobody)
-		require.ErrorIs(t, next(t, busy.verdict), errNobody)
+		require.ErrorIs(t, next(t, waiting.verdict), errNoClient)
+		require.ErrorIs(t, next(t, busy.verdict), errNoClient)
 		require.Equal(t, 30*time.Second, time.Since(begin))
 
 		// Another one begins another wait, for those that have waited for its slot too.
@@ -296,8 +296,8 @@ func TestWaitForAWorkerBeginsWhenTheLastOneDisconnects(t *testing.T) {
 		begin = time.Now()
 		time.Sleep(29 * time.Second)
 		waiting.wantPending(t, "its time began with the end of the other")
-		require.ErrorIs(t, next(t, waiting.verdict), errNobody)
-		require.ErrorIs(t, next(t, busy.verdict), errNobody)
+		require.ErrorIs(t, next(t, waiting.verdict), errNoClient)
+		require.ErrorIs(t, next(t, busy.verdict), errNoClient)
 		require.Equal(t, 30*time.Second, time.Since(begin))
 	})
 }

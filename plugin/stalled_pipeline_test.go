@@ -237,7 +237,7 @@ func heapInUse() int64 {
 	return int64(m.HeapAlloc)
 }
 
-const stallLine = "WARN Pipeline stalled: "
+const stallLine = "WARN Pipeline stalled"
 
 func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -252,12 +252,12 @@ func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 				for i := range 30 {
 					_ = send(peer, fmt.Sprintf("%0*d", c.size, i))
 				}
-				time.Sleep(stallPatience - time.Second)
+				time.Sleep(stallTimeout - time.Second)
 				e.wantNoArrival("no batch is full")
 				require.Zero(t, e.log.count(stallLine))
 				time.Sleep(time.Hour)
 				require.Equal(t, 1, e.log.count(stallLine), "once: %s", strings.Join(e.log.all(), "\n"))
-				e.log.want(t, "batches by count or byte_size that can't fill: make these smaller, or give them a period")
+				e.log.want(t, "lower its count or byte_size, or set a period")
 			})
 		})
 	}
@@ -268,14 +268,14 @@ func TestHangingOutputIsReportedOnce(t *testing.T) {
 		for i := range 30 {
 			_ = send(peer, fmt.Sprint(i))
 		}
-		time.Sleep(stallPatience - time.Second)
+		time.Sleep(stallTimeout - time.Second)
 		require.Zero(t, e.log.count(stallLine))
 		time.Sleep(time.Hour)
-		bound := "10 messages in flight, none settled for 10s (max_in_flight: 10, or max_buffer_bytes)"
+		fields := []string{"in_flight=10", "idle=10s", "max_in_flight=10"}
 		if strings.HasSuffix(t.Name(), "cryo_server") {
-			bound = "8 messages in flight, none settled for 10s (max_in_flight: 10, 8 of one client, or max_buffer_bytes)"
+			fields = []string{"in_flight=8", "idle=10s", "max_in_flight=10", "client_quota=8"}
 		}
-		require.Equal(t, 1, e.log.count(stallLine+bound+". Check the outputs: one hangs or is very slow, or "))
+		require.Equal(t, 1, e.log.count(append(fields, stallLine)...))
 		require.Equal(t, 1, e.log.count(stallLine))
 	})
 }
@@ -290,7 +290,7 @@ func TestOutputThatHangsWithOneMessageIsReportedUnderBackpressure(t *testing.T) 
 		for i := range 30 {
 			_ = send(peer, fmt.Sprintf("%01000d", i))
 		}
-		time.Sleep(2 * stallPatience)
+		time.Sleep(2 * stallTimeout)
 		require.Equal(t, 1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))
 		hangs.deliver()
 		one.wantAcked(t, "delivered after all")
@@ -299,7 +299,7 @@ func TestOutputThatHangsWithOneMessageIsReportedUnderBackpressure(t *testing.T) 
 
 func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
 	atBothInputsTo(t, "max_buffer_bytes: 10000, max_batch_count: 1", toSerial, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
-		time.Sleep(stallPatience / 20) // between two looks: at a delivery there is room for a moment
+		time.Sleep(stallTimeout / 20) // between two looks: at a delivery there is room for a moment
 		for range 2 {
 			var all []*sending
 			for i := range 30 {
@@ -307,7 +307,7 @@ func TestVerySlowOutputIsReportedOncePerStall(t *testing.T) {
 			}
 			before := e.log.count(stallLine)
 			for range 15 {
-				time.Sleep(4 * stallPatience)
+				time.Sleep(4 * stallTimeout)
 				e.arrival().deliver()
 			}
 			require.Equal(t, before+1, e.log.count(stallLine), strings.Join(e.log.all(), "\n"))

@@ -12,48 +12,49 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Spans that continue from one process to another. Cryo has no headers for
-// them, so mappings of the configuration find them in a message.
+// Distributed tracing. Cryo has no headers, so mappings of the configuration read the trace
+// context from the content of a message, or write it there.
 
-// The names are the engine's. The examples of its own fields would do harm
-// here: one writes metadata, which Cryo does not carry, and one replaces content that is no
-// JSON.
+// The names of the fields are those of the engine. Its examples are not suitable for Cryo: one
+// writes metadata, which Cryo does not send, and one replaces content that is not JSON.
 const (
 	fieldExtractTracing = "extract_tracing_map"
 	fieldInjectTracing  = "inject_tracing_map"
 )
 
-// extractTrace is the recommended mapping. It returns an object for every message, so that
-// one without a span begins a trace.
+// extractTrace is the recommended mapping. It returns an object for every message, so that a
+// message without a trace context begins a new trace.
 const extractTrace = `root = if this.trace.type().or("") == "object" { this.trace } else { {} }`
 
-const aboutExtraction = `
+const extractionText = `
 == Tracing
 
-With ` + "`extract_tracing_map`" + ` the pipeline's spans continue those of the sender. Cryo has no headers, so the sender puts what its tracer propagates, such as ` + "`traceparent`" + `, into the content, where both have agreed on:
+With ` + "`extract_tracing_map`" + `, the spans of the pipeline continue those of the sender. Cryo has no headers, so the sender must put the trace context, such as ` + "`traceparent`" + `, into the content, in a place that both ends have agreed on. For example,
 
-` + "```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
+` +
+	"```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
 
-finds it in the field ` + "`trace`" + ` of JSON, and nothing elsewhere, so that a new trace begins. The condition matters: without it, a message with something else there, which any sender can send, would go without a span. The names of streams and sessions are no place for it.
+reads it from the field ` + "`trace`" + ` of a JSON object, and begins a new trace for all other messages. The condition is important: without it, a message whose field ` + "`trace`" + ` is not an object would have no span. The names of streams and sessions are not suitable for a trace context.
 
-A message for which the mapping fails, or results in anything but an object, goes on without a span from here, and is not changed. The log has a warning, at most one a second, unless the mapping deletes ` + "`root`" + ` or results in null: that is how it says that there is none.
+If the mapping fails, or returns a value that is not an object, the message has no span, and is otherwise unchanged. A warning is logged, at most once per second, unless the mapping returns null or deletes ` + "`root`" + `, which means that the message has no span.
 `
 
-const aboutInjection = `
+const injectionText = `
 == Tracing
 
-With ` + "`inject_tracing_map`" + ` the receiver can go on from the pipeline's spans. Cryo has no headers, so what the tracer propagates, such as ` + "`traceparent`" + `, goes into the content, where both have agreed on:
+With ` + "`inject_tracing_map`" + `, the receiver can continue the spans of the pipeline. Cryo has no headers, so the mapping must put the trace context, such as ` + "`traceparent`" + `, into the content, in a place that both ends have agreed on. For example,
 
-` + "```yaml\ninject_tracing_map: root.trace = if root.type() == \"object\" { this }\n```" + `
+` +
+	"```yaml\ninject_tracing_map: root.trace = if root.type() == \"object\" { this }\n```" + `
 
-puts it into the field ` + "`trace`" + ` of JSON, and leaves alone what is no JSON object. The condition matters: without it, text and bytes would be replaced by an object that has nothing but the field.
+writes it into the field ` + "`trace`" + ` of a JSON object, and leaves other content unchanged. The condition is important: without it, text and bytes would be replaced with an object that contains only the field.
 
-A message for which the mapping fails or deletes ` + "`root`" + ` is sent as it is. The log has a warning if it fails, at most one a second.
+If the mapping fails, or deletes ` + "`root`" + `, the message is sent unchanged. A failure is logged as a warning, at most once per second.
 `
 
 func extractTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldExtractTracing).
-		Description("A mapping that finds in a message the span of its sender: an object with what a tracer propagates, such as `traceparent`. An empty one begins a new trace; null, and `deleted()`, leave the message without a span. See [Tracing](#tracing).").
+		Description("A mapping that returns the trace context of a message, an object with keys such as `traceparent`. An empty object begins a new trace; with null or `deleted()`, the message has no span. See [Tracing](#tracing).").
 		Example(extractTrace).
 		Optional().
 		Advanced()
@@ -61,7 +62,7 @@ func extractTracingField() *service.ConfigField {
 
 func injectTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldInjectTracing).
-		Description("A mapping that puts the pipeline's span into a message. In it `this` is an object with what the tracer propagates, such as `traceparent`, and `root` the message. See [Tracing](#tracing).").
+		Description("A mapping that writes the trace context into a message: `this` is an object with keys such as `traceparent`, and `root` is the message. See [Tracing](#tracing).").
 		Example(`root.trace = if root.type() == "object" { this }`).
 		Optional().
 		Advanced()
@@ -69,18 +70,17 @@ func injectTracingField() *service.ConfigField {
 
 // tracing is the mapping of one of the two fields, with the engine's tracer.
 //
-// The engine has wrappers for these fields. They are not used: that of inputs
-// takes the first message's span for all of its batch, and dereferences nil where
-// the mapping deletes root, which a client can cause; that of outputs leaves a
-// message half changed where the mapping fails; both log each message of which the
-// mapping makes nothing.
+// It replaces the engine's wrappers for these fields. The wrapper of inputs uses the span of
+// the first message for its whole batch, and panics if the mapping deletes root, which a client
+// can cause. The wrapper of outputs leaves a message partly changed if the mapping fails. Both
+// log a line for each message for which the mapping returns nothing.
 type tracing struct {
 	mapping *bloblang.Executor
 	tracer  trace.Tracer
 	log     limitedLog
 }
 
-// tracingFromParsed returns nil where the field is not set.
+// tracingFromParsed returns nil if the field is not set.
 func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, error) {
 	r := &settingsReader{conf: conf}
 	mapping, _ := readMapping(r, field)
@@ -91,23 +91,23 @@ func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, erro
 	return &tracing{mapping, res.OtelTracer().Tracer(tracerName), newLimitedLog(res.Logger())}, nil
 }
 
-// tracerName is that of the engine's own spans.
+// tracerName is the name of the engine's own tracer.
 const tracerName = "redpanda-connect"
 
-// failed logs that a message has no span.
+// failed logs a failure of the mapping.
 func (t *tracing) failed(field string, err error) {
 	if log, ok := t.log.allow(); ok {
-		log.Warnf("A message has no span: field %s: %v", field, err)
+		log.With("field", field, "error", err).Warn("Message has no span")
 	}
 }
 
-// testableInput is any of our inputs.
+// testableInput is an input of this plugin.
 type testableInput interface {
 	service.BatchInput
 	service.ConnectionTestable
 }
 
-// withExtraction returns an input that finds spans in its messages, if the field is set.
+// withExtraction returns an input that extracts spans from its messages, if the field is set.
 func withExtraction(conf *service.ParsedConfig, name string, in testableInput) (service.BatchInput, error) {
 	t, err := tracingFromParsed(conf, fieldExtractTracing)
 	if t == nil {
@@ -122,8 +122,8 @@ type tracedInput struct {
 	spanName string
 }
 
-// ReadBatch returns the input's batch, with a span in each message for which the mapping
-// returns one.
+// ReadBatch returns the batch of the input, with a span for each message for which the mapping
+// returns a trace context.
 func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	batch, ack, err := in.testableInput.ReadBatch(ctx)
 	for i, m := range batch {
@@ -139,11 +139,11 @@ func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, ser
 	return batch, ack, err
 }
 
-// extract returns the sender's span; nil where the mapping deletes root or results
-// in null.
+// extract returns the trace context of a message, or nil if the mapping returns null or deletes
+// root.
 func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, err error) {
 	defer catchPanic(&err)
-	result, err := m.BloblangQuery(t.mapping) // of a copy
+	result, err := m.BloblangQuery(t.mapping) // does not change the message
 	if err != nil || result == nil {
 		return nil, err
 	}
@@ -164,13 +164,13 @@ func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, er
 	return parent, nil
 }
 
-// testableOutput is any of our outputs.
+// testableOutput is an output of this plugin.
 type testableOutput interface {
 	service.BatchOutput
 	service.ConnectionTestable
 }
 
-// withInjection returns an output that puts spans into its messages, if the field is set.
+// withInjection returns an output that injects spans into its messages, if the field is set.
 func withInjection(conf *service.ParsedConfig, out testableOutput) (service.BatchOutput, error) {
 	t, err := tracingFromParsed(conf, fieldInjectTracing)
 	if t == nil {
@@ -184,8 +184,8 @@ type tracedOutput struct {
 	tracing *tracing
 }
 
-// WriteBatch sends copies of the messages, with their spans. A message for which the
-// mapping fails or deletes root is sent unchanged.
+// WriteBatch writes copies of the messages, with their trace context. A message for which the
+// mapping fails or deletes root is written unchanged.
 func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	spanned := batch.Copy()
 	for i := range spanned {
@@ -194,14 +194,14 @@ func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBa
 			out.tracing.failed(fieldInjectTracing, err)
 		}
 		if m == nil {
-			m = batch[i] // the mapping may have changed a part of the copy
+			m = batch[i] // the mapping may have changed the copy
 		}
 		spanned[i] = m
 	}
 	return out.testableOutput.WriteBatch(ctx, spanned)
 }
 
-// inject puts a message's span into it.
+// inject writes the trace context of a message into it.
 func (t *tracing) inject(m *service.Message) (spanned *service.Message, err error) {
 	defer catchPanic(&err)
 	carrier := make(propagation.MapCarrier)

@@ -38,6 +38,6 @@ func TestTheQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
 	}
 	// Either end can be the first to close.
 	p.Take("the end of the session", regexp.MustCompile(
-		`Closed the session with ws://|Disconnected from ws://.*server is shutting down`).MatchString)
-	p.WantLog("Closed the listener on ")
+		`Session closed|Disconnected.*server is shutting down`).MatchString)
+	p.WantLog("Listener closed")
 }

@@ -22,7 +22,7 @@ const (
 	flagTimeout   = "timeout"
 )
 
-// checkCommand is "cryo-connect check": it lints configurations and tests their
+// checkCommand returns the command check, which lints configurations and tests their
 // connections.
 func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
 	return &cli.Command{
@@ -41,7 +41,7 @@ Each result is one line; the exit code is 1 if any of them is a failure:
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() == 0 {
-				return cli.Exit("No configuration given. For example: cryo-connect check pipeline.yaml", 1)
+				return cli.Exit("missing argument: a configuration file, for example: cryo-connect check pipeline.yaml", 1)
 			}
 			k := checker{out: c.App.Writer, schema: schema(), resources: c.StringSlice(flagResources)}
 			for _, file := range c.Args().Slice() {
@@ -61,15 +61,15 @@ Each result is one line; the exit code is 1 if any of them is a failure:
 type checker struct {
 	out       io.Writer
 	schema    *service.ConfigSchema
-	resources []string // files
-	failed    bool     // any of the results is a failure
+	resources []string // paths of resource files
+	failed    bool     // whether any result is a failure
 }
 
 // check checks one configuration.
 func (k *checker) check(ctx context.Context, file string) {
 	stream, err := k.build(file)
 	if err != nil {
-		for _, err := range each(err) {
+		for _, err := range unjoin(err) {
 			k.print(file, "failed: %v", err)
 		}
 		k.failed = true
@@ -80,13 +80,13 @@ func (k *checker) check(ctx context.Context, file string) {
 		k.print(file, "failed: %v", err)
 		k.failed = true
 	}
-	slices.SortStableFunc(results, byPath) // those of a broker's inputs are unordered
+	slices.SortStableFunc(results, byPath) // the engine returns the inputs of a broker in random order
 	for _, r := range results {
 		k.report(file, r)
 	}
 }
 
-// byPath orders components by their path; indices are ordered as numbers.
+// byPath compares components by their path. Indices are compared as numbers.
 func byPath(a, b *service.ConnectionTestResult) int {
 	return slices.CompareFunc(a.Path, b.Path, func(a, b string) int {
 		m, errA := strconv.Atoi(a)
@@ -98,7 +98,7 @@ func byPath(a, b *service.ConnectionTestResult) int {
 	})
 }
 
-// build builds the pipeline of a configuration, and does not start it.
+// build builds the pipeline of a configuration without starting it.
 func (k *checker) build(file string) (*service.Stream, error) {
 	config, err := k.read(file)
 	if err != nil {
@@ -106,7 +106,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
-	builder.SetLogger(slog.New(slog.DiscardHandler)) // the results have the errors
+	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are part of the results
 	if err := builder.SetYAML(config); err != nil {
 		return nil, err
 	}
@@ -116,7 +116,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 			err = builder.AddResourcesYAML(more)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("resources of %s: %w", file, err)
+			return nil, fmt.Errorf("resource file %s: %w", file, err)
 		}
 	}
 	return builder.Build()
@@ -139,7 +139,7 @@ func (k *checker) read(file string) (string, error) {
 	return string(config), errors.Join(errs...)
 }
 
-// report prints the result of the test of a component.
+// report prints the result of a component's connection test.
 func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	name := strings.Join(r.Path, ".")
 	if r.Label != "" {
@@ -149,7 +149,7 @@ func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	case r.Err == nil:
 		k.print(file, "%s: ok", name)
 	case errors.Is(r.Err, service.ErrConnectionTestNotSupported):
-		k.print(file, "%s: not tested, the component has no connection test", name)
+		k.print(file, "%s: not tested: the component has no connection test", name)
 	default:
 		k.print(file, "%s: failed: %v", name, r.Err)
 		k.failed = true
@@ -162,8 +162,8 @@ func (k *checker) print(file, format string, args ...any) {
 	fmt.Fprintf(k.out, "%s: %s\n", file, line)
 }
 
-// each returns the joined errors of lint, or the only error.
-func each(err error) []error {
+// unjoin returns the errors that were joined into err, or err itself.
+func unjoin(err error) []error {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		return joined.Unwrap()
 	}

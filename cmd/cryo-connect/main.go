@@ -1,8 +1,7 @@
-// Command cryo-connect is Redpanda Connect's engine with the Cryo components, with the
-// components for Kafka, S3, HTTP, Prometheus and Jaeger, and with Bloblang's methods for
-// JWTs.
+// Command cryo-connect runs the engine of Redpanda Connect with the Cryo components, the
+// components for Kafka, S3, HTTP, Prometheus and Jaeger, and Bloblang's methods for JWTs.
 //
-// Try "cryo-connect help", or "cryo-connect list inputs".
+// See "cryo-connect help" and "cryo-connect list inputs".
 package main
 
 import (

@@ -16,7 +16,7 @@ const (
 	probeTimeout    = 3 * time.Second
 )
 
-// probeCommand is the health check of a container image without a shell.
+// probeCommand is the command probe, a health check for a container image without a shell.
 var probeCommand = &cli.Command{
 	Name:      "probe",
 	Usage:     "Check the health of a running instance",

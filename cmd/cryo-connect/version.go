@@ -4,8 +4,7 @@ import (
 	"runtime/debug"
 )
 
-// A release build sets these; any other build falls back to what the Go command recorded
-// in the binary:
+// Other builds use the build information of the binary. A release build sets these:
 //
 //	go build -ldflags "-X main.releaseVersion=v1.2.3 -X main.releaseCommit=… -X main.releaseDate=…"
 var (
@@ -16,8 +15,8 @@ var (
 
 const unknown = "unknown"
 
-// buildStamp returns the version, with the commit if that is known, and the date of the
-// build or of its commit. info may be nil.
+// buildStamp returns the version, with the commit if it is known, and the date of the build or
+// of its commit. info may be nil.
 func buildStamp(info *debug.BuildInfo) (version, date string) {
 	version, commit, date := releaseVersion, releaseCommit, releaseDate
 	if info != nil {

@@ -88,8 +88,8 @@ func (l *Lines) WantLog(words ...string) string {
 // its address.
 func (l *Lines) Listening() string {
 	l.tb.Helper()
-	const words = "Listening for Cryo clients on "
-	_, address, _ := strings.Cut(l.WantLog(words), words)
+	_, address, _ := strings.Cut(l.WantLog("Listening for Cryo clients"), "address=")
+	address = strings.TrimPrefix(address, `"`)
 	return address[:strings.IndexAny(address+" ", "\" ")]
 }
 

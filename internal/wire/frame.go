@@ -175,7 +175,8 @@ const MaxHeader = AckHeaderSize + 4 + 4 + 4
 
 // DecodeHeader decodes a frame without its payload, for which Check must be called once it
 // is read. head is HeaderLen bytes, or the whole frame if that is shorter; size is the size of
-// the frame, for the error, which is always a [*FrameError].
+// the frame, for the error, which is always a [*FrameError]. Of a frame of an unknown type, only
+// SID and Type are decoded.
 func DecodeHeader(head []byte, size int) (Frame, error) {
 	if len(head) < HeaderSize {
 		return Frame{}, &FrameError{Size: size, Problem: "shorter than session id and type"}
@@ -183,7 +184,7 @@ func DecodeHeader(head []byte, size int) (Frame, error) {
 	f := Frame{SID: binary.BigEndian.Uint64(head), Type: Type(head[8])}
 	fixed, known := f.Type.fixedSize()
 	if !known {
-		return Frame{}, &FrameError{Type: f.Type, Size: size, Problem: "no such frame type"}
+		return f, nil
 	}
 	if len(head) < fixed {
 		return Frame{}, &FrameError{Type: f.Type, Size: size, Problem: fmt.Sprintf("shorter than its %d bytes", fixed)}
@@ -200,13 +201,34 @@ func PayloadTooLarge(t Type, size int) *FrameError {
 	return &FrameError{Type: t, Size: size, Problem: payloadTooLarge}
 }
 
-// Check returns a [*FrameError] if a frame of a known type violates the protocol. size is the
-// size of the frame, in bytes.
+// Check returns a [*FrameError] if a frame violates the protocol, or is of an unknown type. size
+// is the size of the frame, in bytes.
 func (f *Frame) Check(size int) error {
-	if problem := f.problem(); problem != "" {
+	problem := f.problem()
+	if f.isCAMP() {
+		problem = "it is a frame of another protocol, CAMP"
+	}
+	if problem != "" {
 		return &FrameError{Type: f.Type, Size: size, Problem: problem}
 	}
 	return nil
+}
+
+// isCAMP reports whether a frame has the layout of CAMP, a successor of Cryo. The first published
+// client of CAMP announces itself as one of Cryo, and its messages are the same, but a PING_PONG
+// has no number, and a TX_START has a size of 64 bits and a flow before its name, so that the name
+// would begin with the lower half of the size and the flow. A name of Cryo is mistaken for that if
+// its fifth byte is 0 or 1, and either the size is announced or the first four bytes are not UTF-8.
+func (f *Frame) isCAMP() bool {
+	switch {
+	case f.Type == TxStart && len(f.Payload) > 4 && f.Payload[4] <= byte(FlowPull):
+		return f.Size >= 0 || string(f.Payload[:4]) == "\xff\xff\xff\xff"
+	case f.Type == PingPong && len(f.Payload) == 0:
+		text := binary.BigEndian.AppendUint32(nil, f.Ack)
+		return string(text) == Ping || string(text) == Pong
+	default:
+		return false
+	}
 }
 
 // IsData reports whether frames of the type carry a message or a part of a stream.
@@ -262,7 +284,7 @@ func Append(b []byte, f *Frame) ([]byte, error) {
 func AppendHeader(b []byte, f *Frame) ([]byte, error) {
 	fixed, known := f.Type.fixedSize()
 	if !known {
-		return b, &FrameError{Type: f.Type, Size: HeaderSize + len(f.Payload), Problem: "no such frame type"}
+		return b, &FrameError{Type: f.Type, Size: HeaderSize + len(f.Payload), Problem: unknownType}
 	}
 	if problem := f.problem(); problem != "" {
 		return b, &FrameError{Type: f.Type, Size: fixed + len(f.Payload), Problem: problem}
@@ -316,6 +338,12 @@ func (t Type) fixedSize() (size int, known bool) {
 	}
 }
 
+// Known reports whether there is such a type.
+func (t Type) Known() bool {
+	_, known := t.fixedSize()
+	return known
+}
+
 // HasPayload reports whether frames of the type end with text or bytes.
 func (t Type) HasPayload() bool {
 	switch t {
@@ -326,12 +354,16 @@ func (t Type) HasPayload() bool {
 	}
 }
 
-const payloadTooLarge = "payload over 16 MiB"
+const (
+	payloadTooLarge = "payload over 16 MiB"
+	unknownType     = "no such frame type"
+)
 
-// problem describes how a frame of a known type violates the protocol; it is empty if the
-// frame does not.
+// problem describes how a frame violates the protocol; it is empty if the frame does not.
 func (f *Frame) problem() string {
 	switch {
+	case !f.Type.Known():
+		return unknownType
 	case len(f.Payload) > MaxPayload:
 		return payloadTooLarge
 	case len(f.Payload) > 0 && !f.Type.HasPayload():

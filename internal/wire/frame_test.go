@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"math"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -203,7 +204,7 @@ func TestPayloadsOverMaxPayloadAreErrors(t *testing.T) {
 	const limit = 16 << 20
 	require.Equal(t, limit, wire.MaxPayload)
 
-	payload := make([]byte, limit+1)
+	payload := bytes.Repeat([]byte("x"), limit+1)
 	encoded := make([]byte, 0, limit+64)
 	for _, l := range layouts {
 		if !l.payload || l.typ == wire.PingPong {
@@ -360,6 +361,9 @@ func FuzzFrameRoundTrip(f *testing.F) {
 			requireAppendError(t, written)
 			return
 		}
+		if _, err := wire.Parse(encoded); err != nil && strings.HasSuffix(err.Error(), "another protocol, CAMP") {
+			return // only a receiver can't take it for Cryo's
+		}
 		requireParses(t, onlyItsFields(written), encoded)
 	})
 }
@@ -382,4 +386,37 @@ func onlyItsFields(f wire.Frame) wire.Frame {
 		only.Version, only.Features = f.Version, f.Features
 	}
 	return only
+}
+
+// Frames that camp-protocol 1.0.0 and 1.1.4 have written, for a stream with the name "name".
+func TestFramesOfCAMPAreErrors(t *testing.T) {
+	for name, encoded := range map[string]string{
+		"PING_PONG":                     "0000000000000001fb706f6e67",
+		"pushed, 1.0.0":                 "0000000000000001000000000700000003ff00ffffffffffff006e616d65",
+		"pulled, 1.0.0":                 "00000000000000010000000007000000030001000000001388006e616d65",
+		"pulled, of over 4 GiB, 1.0.0":  "00000000000000010000000007000000030001000165a0bc00006e616d65",
+		"pulled, empty, 1.0.0":          "00000000000000010000000007000000030001000000000000006e616d65",
+		"pushed, 1.1.4":                 "0000000000000001000000000700000003ffffffffffffffff006e616d65",
+		"pulled, 1.1.4":                 "00000000000000010000000007000000030000000000001388016e616d65",
+		"pulled, of over 4 GiB, 1.1.4":  "00000000000000010000000007000000030000000165a0bc00016e616d65",
+		"pulled, empty, 1.1.4":          "00000000000000010000000007000000030000000000000000016e616d65",
+		"pushed, without a name, 1.1.4": "0000000000000001000000000700000003ffffffffffffffff00",
+	} {
+		b, err := hex.DecodeString(encoded)
+		require.NoError(t, err)
+		require.ErrorContains(t, requireParseError(t, b), "it is a frame of another protocol, CAMP", name)
+	}
+}
+
+func TestNamesOfCryoAreNotMistakenForCAMP(t *testing.T) {
+	for _, name := range []string{"", "name", "namespace", "\x00\x00\x00\x00", "abcd\x02e", "grü\x00ße", "氷\x00"} {
+		for _, size := range []int32{-1, 0, 1 << 16, math.MaxInt32} {
+			if size >= 0 && len(name) > 4 && name[4] <= 1 {
+				continue
+			}
+			f := wire.Frame{SID: 1, Type: wire.TxStart, Size: size, Payload: []byte(name)}
+			_, err := wire.Parse(appendFrame(t, nil, f))
+			require.NoError(t, err, "%q", name)
+		}
+	}
 }

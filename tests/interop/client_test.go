@@ -82,7 +82,7 @@ func TestClientExchangesManyMessages(t *testing.T) {
 	for _, c := range clients {
 		// The package is connected with the WebSocket, but a broadcast reaches only clients
 		// that have sent ENDPOINT_INFO.
-		p.WantLog("Session " + c.connect(address) + " connected")
+		p.WantLog("Session connected", "session="+c.connect(address))
 	}
 
 	var running []int
@@ -297,17 +297,17 @@ func TestClientStreamIsCancelled(t *testing.T) {
 
 	// The package ignores TX_CANCEL, and must survive it.
 	c.run(command{"do": "stream", "name": "long", "chunks": []int{600, 600, 600}})
-	p.WantLog("Gave up the stream", "long", "too long")
+	p.WantLog("Stream failed", "long", "max_bytes")
 
 	c.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	c.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.WantLog("Gave up the stream", "silent", "stream idle")
+	p.WantLog("Stream failed", "silent", "stream idle")
 
 	id := c.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	c.run(command{"do": "chunk", "source": "broken", "size": 10})
 	c.run(command{"do": "fail", "source": "broken"})
 	require.Equal(t, "the source has failed", c.wantFailed(id))
-	p.WantLog("Gave up the stream", "broken", "stream idle")
+	p.WantLog("Stream failed", "broken", "stream idle")
 
 	c.run(command{"do": "end", "source": "silent"})
 	c.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
@@ -335,7 +335,7 @@ func TestClientStreamIsTruncated(t *testing.T) {
 				c.run(command{"do": cut})
 				c.want("closed")
 			}
-			p.WantLog("Gave up the stream", "cut", "unexpected EOF")
+			p.WantLog("Stream failed", "cut", "unexpected EOF")
 			p.wantNoMessage()
 		})
 	}
@@ -425,7 +425,9 @@ input:
 
 	// With the same token it is the same client, which reconnects.
 	c.run(command{"do": "again"})
-	require.Equal(t, 1006, c.want("closed").Code)
+	e := c.want("closed")
+	require.Equal(t, 4000, e.Code)
+	require.Equal(t, "taken over by a newer connection of the same client", e.Reason)
 }
 
 func TestClientCloses(t *testing.T) {
@@ -462,7 +464,9 @@ func TestClientIsClosedAfterTheLastAcknowledgement(t *testing.T) {
 	p.Signal(syscall.SIGTERM)
 	d.Respond(http.StatusOK)
 	c.wantDone(id)
-	require.Equal(t, 4000, c.want("closed").Code)
+	e := c.want("closed")
+	require.Equal(t, 1012, e.Code)
+	require.Equal(t, "server is shutting down", e.Reason)
 	p.WantExit(0)
 }
 

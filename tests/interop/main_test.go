@@ -2,8 +2,9 @@
 // for Node, in both roles, and compares the library and docs/protocol.md with recorded
 // sessions of these packages.
 //
-// The tests with Node need the packages: npm install --prefix tests/interop/peers, or
-// CRYO_NODE_MODULES with the path of a node_modules folder that has them.
+// The tests with Node need the packages: CRYO_NODE_MODULES is the path of a node_modules
+// folder that has cryo-server 3 and cryo-client-node, and cryo-client-browser for the tests
+// with Chromium. CRYO_NODE_MODULES_2 is that of one with cryo-server 2.12.
 // CRYO_CONNECT_BINARY names a binary to test; by default, one is built. CRYO_RECORD=1
 // records testdata/*.txt again.
 package interop_test
@@ -19,31 +20,26 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-const howToRun = "needs Node and the published Cryo packages: run npm install --prefix tests/interop/peers, or set CRYO_NODE_MODULES to the path of a node_modules folder that has cryo-server and cryo-client-node"
+const howToRun = "needs Node and the published Cryo packages: set CRYO_NODE_MODULES to the path of a node_modules folder that has cryo-server and cryo-client-node"
 
 func TestMain(m *testing.M) { os.Exit(testkit.Main(m)) }
 
-// nodeModules returns the folder with the packages. Without them the test is skipped; if
-// the variable names a folder without them, it fails.
+// nodeModules returns the folder with the packages. Without the variable the test is skipped;
+// if it names a folder without them, it fails.
 func nodeModules(t *testing.T) string {
 	t.Helper()
 	folder := os.Getenv("CRYO_NODE_MODULES")
-	named := folder != ""
-	if !named {
-		folder = filepath.Join("peers", "node_modules")
+	if folder == "" {
+		t.Skip(howToRun)
 	}
 	folder, err := filepath.Abs(folder)
 	require.NoError(t, err)
 	for _, name := range []string{"cryo-server", "cryo-client-node"} {
-		if _, err := os.Stat(filepath.Join(folder, name, "package.json")); err != nil {
-			require.False(t, named, "CRYO_NODE_MODULES names a folder without the package %s: %v", name, err)
-			t.Skip(howToRun)
-		}
+		_, err := os.Stat(filepath.Join(folder, name, "package.json"))
+		require.NoError(t, err, "CRYO_NODE_MODULES names a folder without the package %s", name)
 	}
-	if _, err := exec.LookPath("node"); err != nil {
-		require.False(t, named, "CRYO_NODE_MODULES is set, but there is no node: %v", err)
-		t.Skip(howToRun)
-	}
+	_, err = exec.LookPath("node")
+	require.NoError(t, err, "CRYO_NODE_MODULES is set, but there is no node")
 	return folder
 }
 

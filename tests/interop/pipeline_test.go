@@ -7,9 +7,11 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -19,7 +21,8 @@ import (
 // pipeline is a running cryo-connect.
 type pipeline struct {
 	*testkit.Process
-	t *testing.T
+	t       *testing.T
+	crashed bool // as the test wants it
 }
 
 const common = `
@@ -37,7 +40,7 @@ func run(t *testing.T, config string) *pipeline {
 	nodeModules(t)
 	cmd := exec.Command(binary(t), "run", testkit.WriteFile(t, "pipeline.yaml", common+config))
 	cmd.Env = append(os.Environ(), "CRYO_TOKEN="+token, "GORACE=halt_on_error=1 exitcode=66")
-	p := &pipeline{testkit.Start(t, cmd), t}
+	p := &pipeline{Process: testkit.Start(t, cmd), t: t}
 	t.Cleanup(p.stop)
 	return p
 }
@@ -45,7 +48,15 @@ func run(t *testing.T, config string) *pipeline {
 // stop terminates the pipeline, unless it has ended, and wants exit code 0.
 func (p *pipeline) stop() {
 	p.t.Helper()
+	if p.crashed {
+		return
+	}
 	if p.Running() {
+		// Before this line the engine does not handle SIGTERM.
+		launched := func() bool {
+			return slices.ContainsFunc(p.All(), func(line string) bool { return strings.Contains(line, "Launching a cryo-connect instance") })
+		}
+		require.Eventually(p.t, func() bool { return launched() || !p.Running() }, testkit.Patience, 10*time.Millisecond)
 		_ = p.Cmd.Process.Signal(syscall.SIGTERM) // it may end by itself at this moment
 	}
 	p.WantExit(0)

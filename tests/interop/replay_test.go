@@ -38,6 +38,7 @@ type replay struct {
 	t       *testing.T
 	tr      *transcript
 	ctx     context.Context
+	server  *cryo.Server  // nil when dialled
 	session *cryo.Session // nil until the handshake
 	accept  chan *cryo.Session
 	peer    *cryotest.Peer
@@ -90,10 +91,11 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 		}()
 		r.peer = l.NextPeer()
 	} else {
-		l := cryotest.Serve(t, testkit.NewServer(t, cryo.ServerOptions{
+		r.server = testkit.NewServer(t, cryo.ServerOptions{
 			SessionOptions: options, Authorize: cryo.Tokens(token),
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { r.accept <- s },
-		}))
+		})
+		l := cryotest.Serve(t, r.server)
 		r.peer = cryotest.DialPeer(t, l.Dialer(), "ws://replay.test", token, sid)
 	}
 	r.peer.WS.SetCloseHandler(func(int, string) error { return nil }) // the transcript has the close frame
@@ -124,6 +126,9 @@ func (r *replay) run() {
 		e := &r.tr.entries[i]
 		switch {
 		case e.ours && e.wire == nil:
+			if e.code == websocket.CloseServiceRestart {
+				r.call("the shutdown", func(*cryo.Session) error { return r.server.Shutdown(r.ctx) })
+			}
 			r.wantClose(e)
 		case e.ours:
 			f := e.frame(r.t)

@@ -122,16 +122,16 @@ func TestServerStreamIsCancelled(t *testing.T) {
 	for range 3 {
 		n.run(command{"do": "chunk", "source": "long", "size": 600})
 	}
-	p.WantLog("Gave up the stream", "long", "too long")
+	p.WantLog("Stream failed", "long", "max_bytes")
 
 	n.tell(command{"do": "stream", "name": "silent", "source": "silent"})
 	n.run(command{"do": "chunk", "source": "silent", "size": 10})
-	p.WantLog("Gave up the stream", "silent", "stream idle")
+	p.WantLog("Stream failed", "silent", "stream idle")
 
 	n.tell(command{"do": "stream", "name": "broken", "source": "broken"})
 	n.run(command{"do": "chunk", "source": "broken", "size": 10})
 	n.run(command{"do": "fail", "source": "broken"})
-	p.WantLog("Gave up the stream", "broken", "stream idle")
+	p.WantLog("Stream failed", "broken", "stream idle")
 
 	n.run(command{"do": "stream", "name": "short", "chunks": []int{1000}})
 	require.Equal(t, "short", p.wantMessage("the stream that is short enough", numbers(1000, 0)).Name)
@@ -153,7 +153,7 @@ func TestServerStreamIsTruncated(t *testing.T) {
 			n.run(command{"do": "chunk", "source": "s", "text": "whole line\npart of a "})
 			p.wantMessage("the line that was whole", []byte("whole line"))
 			n.run(command{"do": cut})
-			p.WantLog("Gave up the stream", "cut", "unexpected EOF")
+			p.WantLog("Stream failed", "cut", "unexpected EOF")
 			n.want("closed")
 			n.want("connected") // again
 			p.wantNoMessage()

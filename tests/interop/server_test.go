@@ -229,7 +229,7 @@ input:
     url: %s
     token: a wrong one
 `, n.url())+toLines)
-	line := p.WantLog("401 Unauthorized", "check the field token; trying again in 30s")
+	line := p.WantLog("401 Unauthorized", "check the field token; retrying in 30s")
 	require.NotContains(t, line, "a wrong one")
 	require.Zero(t, n.Count(isEvent("session")))
 }
@@ -251,7 +251,7 @@ output:
 
 	between.CutClients()
 	m := s.post([]byte("after"))
-	p.WantLog("The session already exists", "passes within seconds")
+	p.WantLog("The session already exists", "removes it within seconds")
 	require.Zero(t, n.Count(isEvent("closed")))
 	between.CutBackends()
 	n.want("closed")
@@ -267,10 +267,10 @@ func TestServerRestarts(t *testing.T) {
 	s.deliver([]byte("before"))
 	n.stop()
 	m := s.post([]byte("meanwhile"))
-	p.WantLog("Disconnected from")
+	p.WantLog("Disconnected")
 	n2 := server(t, n.port, quiet)
 	n2.want("connected")
-	p.WantLog("Reconnected to")
+	p.WantLog("Reconnected")
 	m.wantDelivered("a message that waited for the server")
 	n2.want("text", is([]byte("meanwhile")))
 	s.deliver([]byte("after"))
@@ -289,7 +289,7 @@ func TestServerRestartsDuringAStream(t *testing.T) {
 	n.run(command{"do": "fetch", "tx": n.want("stream").Tx, "start": 0, "end": 2})
 	n.want("chunk")
 	n.stop()
-	p.WantLog("Disconnected from")
+	p.WantLog("Disconnected")
 	n2 := server(t, n.port, quiet)
 	n2.want("streamed", is(numbers(4500, 0))) // from the start
 	m.wantDelivered("a stream that was cut off")
@@ -303,7 +303,7 @@ func TestServerRestartsDuringDelivery(t *testing.T) {
 	n.tell(command{"do": "text", "text": "of the old server"})
 	old := g.Next()
 	n.stop()
-	p.WantLog("Disconnected from")
+	p.WantLog("Disconnected")
 	n2 := server(t, n.port, quiet)
 	n2.want("connected")
 	// Both servers number from 0: the old message's acknowledgement must not
@@ -327,7 +327,7 @@ func TestServerCloses(t *testing.T) {
 			c["reason"] = reason
 		}
 		n.tell(c)
-		line := p.WantLog("Disconnected from", "closed by the peer")
+		line := p.WantLog("Disconnected", "closed by the peer")
 		if i == 1 {
 			require.Contains(t, line, reason)
 		}
@@ -339,7 +339,7 @@ func TestServerCloses(t *testing.T) {
 	n.wantDone(id)
 
 	n.run(command{"do": "destroy"})
-	p.WantLog("Disconnected from", "Server shutdown.")
+	p.WantLog("Disconnected", "Server shutdown.")
 }
 
 func TestServerIsClosedAfterTheLastAcknowledgement(t *testing.T) {

@@ -6,10 +6,10 @@
 import {createHash} from "node:crypto";
 import {readFileSync} from "node:fs";
 import net from "node:net";
-import {dirname, join, resolve} from "node:path";
+import {join, resolve} from "node:path";
 import {createInterface} from "node:readline";
 import {Readable} from "node:stream";
-import {fileURLToPath, pathToFileURL} from "node:url";
+import {pathToFileURL} from "node:url";
 
 // Both packages want it; Node has it from 22 on.
 Promise.withResolvers ??= function () {
@@ -24,8 +24,7 @@ net.Server.prototype.listen = function (port, ...rest) {
     return listenAnywhere.call(this, typeof port === "number" ? {port, host: "127.0.0.1"} : port, ...rest);
 };
 
-const here = dirname(fileURLToPath(import.meta.url));
-const modules = process.env.CRYO_NODE_MODULES ? resolve(process.env.CRYO_NODE_MODULES) : join(here, "node_modules");
+const modules = resolve(process.env.CRYO_NODE_MODULES);
 
 // published imports a package of the folder, wherever that is.
 export async function published(name) {
@@ -89,6 +88,7 @@ export const senders = target => ({
     binary: c => target(c).SendBinary(bytes(c)),
     // texts are sent without waiting in between.
     texts: c => Promise.all(Array.from({length: c.count}, (_, i) => target(c).SendUTF8(`${c.prefix}${i}`))).then(() => {}),
+    binaries: c => Promise.all(Array.from({length: c.count}, () => target(c).SendBinary(bytes(c)))).then(() => {}),
 });
 
 // A source is what a stream is made of: chunks that come when the suite says

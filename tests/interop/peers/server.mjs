@@ -1,10 +1,12 @@
 // A Cryo server made of cryo-server, for the interoperation suite:
-// node server.mjs PORT TOKEN KEEPALIVE_MS
-import {content, follow, obey, published, roundTrip, say, senders, source, sourceVerbs} from "./peer.mjs";
+// node server.mjs PORT TOKEN KEEPALIVE_MS [BACKPRESSURE], the last as JSON
+import {Readable} from "node:stream";
+import {bytes, content, follow, obey, published, roundTrip, say, senders, source, sourceVerbs} from "./peer.mjs";
 
-const [port, token, keepAlive] = process.argv.slice(2);
+const [port, token, keepAlive, backpressure] = process.argv.slice(2);
 const {cryo} = await published("cryo-server");
-const server = cryo({validate: async t => t === token}, {port: Number(port), keepAliveIntervalMs: Number(keepAlive)});
+const server = cryo({validate: async t => t === token},
+    {port: Number(port), keepAliveIntervalMs: Number(keepAlive), backpressure: backpressure && JSON.parse(backpressure)});
 
 const sessions = new Map();
 let latest;
@@ -44,11 +46,27 @@ async function cancel(c) {
     await s.send(frame);
 }
 
+// large gives a source of so many chunks, each of them of the same memory.
+function* large({count, size}) {
+    const chunk = bytes({size});
+    for (let i = 0; i < count; i++) yield chunk;
+}
+
+// throttled waits until the package's queue has no room for another chunk, so that
+// a stream waits to send it.
+async function throttled(c) {
+    const queue = of(c).bp_mgr;
+    const full = () => queue.queued_bytes + c.size > queue.options.MAX_QUEUED_BYTES || queue.queue.length + 1 > queue.options.MAX_QUEUE_SIZE;
+    while (!full()) await new Promise(resolve => setTimeout(resolve, 10));
+}
+
 obey({
     ...senders(c => of(c).base),
     ...sourceVerbs,
     error: c => of(c).base.SendError(c.text),
     stream: c => of(c).stream.Stream(source(c), c.name),
+    large: c => of(c).stream.Stream(Readable.from(large(c)), c.name),
+    throttled,
     flow: c => of(c).stream.SetIncomingFlowControl(c.behaviour),
     fetch: c => of(c).stream.StreamRequestRange(of(c).stream.incomingStreams.get(c.tx), c.start, c.end),
     cancel,
