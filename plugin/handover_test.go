@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -144,6 +145,22 @@ func TestAProcessThatStopsRejectsNothing(t *testing.T) {
 				require.ErrorIs(t, sent[i].result(t), net.ErrClosed)
 			}
 		}
+	})
+}
+
+// The last component closes the listener while an input is still closing.
+func TestWhatAnInputLeavesBehindTheListenersEndIsLogged(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.aloneServerInput(t, "")
+		defer func() { require.NoError(t, in.Close(context.Background())) }()
+		in.receiver.log = service.NewLoggerFromSlog(e.log.logger())
+		require.NoError(t, in.Connect(t.Context()))
+		send(e.dial(), "hello")
+		_, _, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		in.listener.inputs.close()
+		in.listener.inputs.remove(in.receiver, false)
+		e.log.want(t, "Undelivered messages stay unacknowledged", "messages=1")
 	})
 }
 
@@ -457,6 +474,27 @@ func TestAHardStopRejectsNothing(t *testing.T) {
 		})
 	}
 	require.Zero(t, rejected)
+}
+
+// The engine's own hard stop mostly ends before the verdict; so the test gives it.
+func TestErrorOfAHardStopIsNoVerdict(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.aloneServerInput(t, ", auto_replay_nacks: false")
+		defer func() { require.NoError(t, in.Close(context.Background())) }()
+		require.NoError(t, in.Connect(t.Context()))
+		m := send(e.dial(), "hello")
+		_, ack, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		hardStop, stop := context.WithCancel(t.Context())
+		stop()
+		require.NoError(t, ack(hardStop, hardStop.Err()))
+		m.wantPending(t, "another input may follow")
+		require.NoError(t, in.Close(t.Context()))
+		e.run(listenInput, toProbe)
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+	})
 }
 
 func TestTheOrderIsKeptOverTwoHandovers(t *testing.T) {
