@@ -160,7 +160,7 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 
 	t := &transfer{feed: f, stream: st, pending: 1}
 	err := f.scan(t)
-	if err != nil && f.stopped.Err() == nil {
+	if err != nil && f.stopped.Err() == nil && !t.isSettled() { // the cause of an earlier end is logged
 		if log, ok := f.streamLog.allow(); ok {
 			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()), "error", err)
 			if _, panicked := errors.AsType[*panicError](err); panicked {
@@ -216,6 +216,9 @@ func (f *sessionFeed) scan(t *transfer) error {
 	defer func() { _ = scanner.Close(f.stopped) }() // the result of the stream is known by then
 	var deliver func() bool                         // delivers the scanner's previous batch
 	for {
+		if t.isSettled() { // a message cut from it was rejected, and so is the rest
+			return errCancelled
+		}
 		batch, ack, err := scanner.NextBatch(f.stopped)
 		ended, failure := reader.state()
 		if failure != nil {
@@ -260,6 +263,8 @@ func readerFailed(batch service.MessageBatch) error {
 	}
 	return nil
 }
+
+var errCancelled = errors.New("stream cancelled")
 
 // errTooLong is the error of a stream with more than max_bytes, or with a message of more.
 var errTooLong = errors.New("stream exceeds max_bytes")
