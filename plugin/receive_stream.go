@@ -142,7 +142,7 @@ func (t *transfer) done(err error) {
 	} else if err := t.stream.Ack(); err != nil {
 		t.feed.log.With("stream", t.feed.session.Redact(t.stream.Name()), "error", err).Debug("Cannot acknowledge a delivered stream: its sender may send it again")
 	}
-	t.feed.slots.Release(1)
+	t.feed.quota.slots.Release(1)
 	t.feed.metrics.streamsOpen.add(-1)
 }
 
@@ -176,9 +176,9 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 // acquireSlot acquires the slot of a stream. It returns false if the engine stops reading or
 // the session ends first.
 func (f *sessionFeed) acquireSlot() bool {
-	acquired := f.slots.TryAcquire(1)
+	acquired := f.quota.slots.TryAcquire(1)
 	if !acquired {
-		r := f.slots.Request(1)
+		r := f.quota.slots.Request(1)
 		select {
 		case <-r.Granted():
 			acquired = true
@@ -189,7 +189,7 @@ func (f *sessionFeed) acquireSlot() bool {
 		}
 	}
 	if acquired && f.draining.Err() != nil {
-		f.slots.Release(1)
+		f.quota.slots.Release(1)
 		return false
 	}
 	return acquired

@@ -219,6 +219,6 @@ func TestStreamIsNotBegunWhileTheInputDrains(t *testing.T) {
 		f := in.feeder.newFeed(&handover{session: in.listener.sessions()[0]})
 		in.drain()
 		require.False(t, f.acquireSlot())
-		require.Zero(t, in.feeder.openStreams.Used())
+		require.Zero(t, in.queue.streams.Used())
 	})
 }
