@@ -34,7 +34,7 @@ type sessionFeed struct {
 	previous    <-chan struct{} // field ended of the last feed with the same session id, or nil
 
 	// Undelivered items and streams, first those of the handover; receiver.close collects them.
-	// The items in left have no sequence number of this input.
+	// The items in left come after all delivered ones, also if they have a sequence number.
 	left    []item // owned by receiveMessages
 	mu      sync.Mutex
 	streams []*cryo.IncomingStream // unread; guarded by mu
