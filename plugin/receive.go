@@ -60,7 +60,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 }
 
 // read implements ReadBatch of the inputs. When lost is closed and no messages are left, it
-// returns ErrNotConnected.
+// returns ErrNotConnected. When the sessions share a listener, lost means that no client can
+// connect, and it does so although messages are left: they may never end.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
 	if r.last != nil {
 		r.acknowledgeReceipt(r.last) // the engine reads the next batch, so it has accepted this one
@@ -69,6 +70,13 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 	if !r.stopHooked { // at the first call: the engine may not call again
 		r.stopHooked = true
 		context.AfterFunc(ctx, r.drain)
+	}
+	if r.conf.shared {
+		select {
+		case <-lost:
+			return nil, nil, service.ErrNotConnected
+		default:
+		}
 	}
 	items, err := r.queue.next(ctx, lost)
 	if err != nil {
