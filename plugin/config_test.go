@@ -110,8 +110,10 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		// Numbers and durations.
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 100000000000000000000 }`, "field max_in_flight must be at most 9007199254740992, got 1e+20"},
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 1.5 }`, "field max_in_flight must be a whole number, got 1.5"},
-		{"input", "cryo", `{ ` + dials + `, max_in_flight: many }`, "field max_in_flight must be a whole number, got many"},
-		{"input", "cryo", `{ ` + dials + `, auto_replay_nacks: perhaps }`, "field auto_replay_nacks must be true or false, got perhaps"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: many }`, `field max_in_flight must be a whole number, got "many"`},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: "64" }`, `field max_in_flight must be a whole number, got "64"`},
+		{"input", "cryo", `{ ` + dials + `, auto_replay_nacks: perhaps }`, `field auto_replay_nacks must be true or false, got "perhaps"`},
+		{"input", "cryo", `{ ` + dials + `, include_metadata: "true" }`, `field include_metadata must be true or false, got "true"`},
 		{"output", "cryo", `{ ` + dials + `, batching: { count: 10, period: abc } }`, `field batching.period must be a duration such as 10ms, got "abc"`},
 		{"output", "cryo", `{ ` + dials + `, batching: { processors: [ { noop: {} } ] } }`, "field batching needs a count, a byte_size, a period or a check: without one, its processors never run"},
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight must be at least 1, got 0"},
