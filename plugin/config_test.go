@@ -129,6 +129,7 @@ func TestABadConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		{"output", "cryo_server", `{ ` + listens + `, handshake_timeout: 0ms }`, "field handshake_timeout must be greater than zero, got 0ms"},
 
 		// What to receive and to send.
+		{"input", "cryo", `{ ` + dials + `, streams: { scanner: { lines: { omit_empty: maybe } } } }`, "field streams.scanner: field 'omit_empty': cannot unmarshal !!str `maybe` into bool"},
 		{"input", "cryo", `{ ` + dials + `, message_types: [ utf8, text ] }`, `field message_types: unknown message type "text": it must be utf8, binary, stream or error`},
 		{"input", "cryo_server", `{ ` + listens + `, message_types: [] }`, "field message_types is empty: every message would be dropped"},
 		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, `field acknowledge must be delivered or received, got "never"`},
