@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -101,7 +102,7 @@ func wholeNumber(path string, minimum, maximum, defaultValue int) setting[int] {
 		case value == nil:
 			return defaultValue, nil
 		case !whole:
-			return 0, fmt.Errorf("field %s must be a whole number, got %v", path, value)
+			return 0, fmt.Errorf("field %s must be a whole number, got %s", path, printed(value))
 		case n < float64(minimum):
 			return 0, fmt.Errorf("field %s must be at least %d, got %v", path, minimum, value)
 		case n > float64(maximum):
@@ -110,6 +111,14 @@ func wholeNumber(path string, minimum, maximum, defaultValue int) setting[int] {
 			return int(n), nil
 		}
 	})
+}
+
+// printed returns a value for an error. A text has quotes, so that "5" does not look like 5.
+func printed(value any) string {
+	if text, ok := value.(string); ok {
+		return strconv.Quote(text)
+	}
+	return fmt.Sprint(value)
 }
 
 func anyField(defaultValue any) func(name string) *service.ConfigField {
@@ -154,7 +163,7 @@ func boolean(path string, defaultValue bool) setting[bool] {
 		case false, "n", "N", "no", "off":
 			return false, nil
 		default:
-			return false, fmt.Errorf("field %s must be true or false, got %v", path, value)
+			return false, fmt.Errorf("field %s must be true or false, got %s", path, printed(value))
 		}
 	})
 }

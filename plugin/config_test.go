@@ -81,8 +81,10 @@ func TestInvalidConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		// Numbers and durations.
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 100000000000000000000 }`, "field max_in_flight must be at most 9007199254740992, got 1e+20"},
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 1.5 }`, "field max_in_flight must be a whole number, got 1.5"},
-		{"input", "cryo", `{ ` + dials + `, max_in_flight: many }`, "field max_in_flight must be a whole number, got many"},
-		{"input", "cryo", `{ ` + dials + `, auto_replay_nacks: perhaps }`, "field auto_replay_nacks must be true or false, got perhaps"},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: many }`, `field max_in_flight must be a whole number, got "many"`},
+		{"input", "cryo", `{ ` + dials + `, max_in_flight: "64" }`, `field max_in_flight must be a whole number, got "64"`},
+		{"input", "cryo", `{ ` + dials + `, auto_replay_nacks: perhaps }`, `field auto_replay_nacks must be true or false, got "perhaps"`},
+		{"input", "cryo", `{ ` + dials + `, include_metadata: "true" }`, `field include_metadata must be true or false, got "true"`},
 		{"output", "cryo", `{ ` + dials + `, batching: { count: 10, period: abc } }`, `field batching.period must be a duration such as 10ms, got "abc"`},
 		{"output", "cryo", `{ ` + dials + `, batching: { processors: [ { noop: {} } ] } }`, "field batching needs a count, a byte_size, a period or a check: without one, its processors never run"},
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 0 }`, "field max_in_flight must be at least 1, got 0"},
@@ -98,6 +100,7 @@ func TestInvalidConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
 		{"output", "cryo_server", `{ ` + listens + `, handshake_timeout: 0ms }`, "field handshake_timeout must be greater than zero, got 0ms"},
 
 		// What to receive and to send.
+		{"input", "cryo", `{ ` + dials + `, streams: { scanner: { lines: { omit_empty: maybe } } } }`, "field streams.scanner: field 'omit_empty': cannot unmarshal !!str `maybe` into bool"},
 		{"input", "cryo", `{ ` + dials + `, message_types: [ utf8, text ] }`, `field message_types: unknown message type "text": it must be utf8, binary, stream or error`},
 		{"input", "cryo_server", `{ ` + listens + `, message_types: [] }`, "field message_types is empty: every message would be dropped"},
 		{"input", "cryo", `{ ` + dials + `, acknowledge: never }`, `field acknowledge must be delivered or received, got "never"`},

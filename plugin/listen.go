@@ -28,8 +28,8 @@ type listener struct {
 	inputs   *listenInputs
 
 	// Guarded by the registry's mutex.
-	users  []*serverComponent // empty while the listener closes; the first one reports its metrics
-	closed chan struct{}      // closed when the address is free again
+	users  []*serverComponent // empty while the listener starts or closes; the first one reports its metrics
+	closed chan struct{}      // closed when the listener has started, or the address is free again
 
 	mu      sync.Mutex
 	address net.Addr      // actual address; the configured port may be 0
@@ -89,8 +89,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	return ln, nil
 }
 
-// start opens the socket, also again after accepting has failed. The registry's mutex must
-// be held.
+// start opens the socket, also again after accepting has failed. Then the registry's mutex
+// must be held.
 func (ln *listener) start() error {
 	socket, err := ln.listen("tcp", ln.settings.Address)
 	if err != nil {

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"sync/atomic"
 	"syscall"
@@ -86,6 +87,30 @@ func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 		}
 		p.stop()
 		require.Equal(t, 1, e.log.count("Listener closed"))
+	})
+}
+
+func TestAnInputListensAgainWhileClientsKeepItBusy(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		fail, listened := breakable(e)
+		e.run(with(listenInput, "max_batch_count: 1"), toSerial)
+		<-listened
+		client := e.dial()
+		for i := range 20 {
+			send(client, fmt.Sprint(i))
+		}
+		synctest.Wait()
+
+		fail <- errAccept
+		for range 3 {
+			e.arrival().deliver()
+			time.Sleep(time.Second)
+		}
+
+		require.Len(t, listened, 1, "with messages left")
+		for range 17 {
+			e.arrival().deliver()
+		}
 	})
 }
 

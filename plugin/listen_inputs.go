@@ -116,7 +116,7 @@ func (i *listenInputs) remove(r *receiver, last bool) {
 	i.all = slices.DeleteFunc(i.all, func(in *receiver) bool { return in == r })
 	left := r.close()
 	switch {
-	case last:
+	case last || i.closing: // other components may have left while this one was leaving
 		logUndelivered(r.log, left)
 	case len(i.all) > 0:
 		for _, h := range left {

@@ -59,12 +59,8 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	address := c.settings.Address
 	ln = l.byAddr[address]
 	if ln == nil {
-		if ln, err = newListener(c, l.listen); err != nil {
-			return nil, nil, err
-		}
-		l.byAddr[address] = ln
-		delete(l.tested, address)
-		return ln, nil, nil
+		ln, err = l.start(c)
+		return ln, nil, err
 	}
 	if len(ln.users) == 0 {
 		return nil, ln.closed, nil
@@ -77,6 +73,26 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	}
 	ln.users = append(ln.users, c)
 	return ln, nil, nil
+}
+
+// start starts a listener for its first component. The mutex must be held; it is released
+// while the socket is opened, because resolving the address may take long. Other components
+// of the address wait meanwhile, as for a listener that closes.
+func (l *listeners) start(c *serverComponent) (*listener, error) {
+	address := c.settings.Address
+	starting := &listener{closed: make(chan struct{})}
+	l.byAddr[address] = starting
+	l.mu.Unlock()
+	ln, err := newListener(c, l.listen)
+	l.mu.Lock()
+	close(starting.closed)
+	if err != nil {
+		delete(l.byAddr, address)
+		return nil, err
+	}
+	l.byAddr[address] = ln
+	delete(l.tested, address)
+	return ln, nil
 }
 
 // repair restarts a listener that is down.

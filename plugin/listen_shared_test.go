@@ -266,6 +266,30 @@ func TestAddressIsReusedWhenItIsFree(t *testing.T) {
 	})
 }
 
+func TestAnAddressThatTakesLongHoldsUpNoOther(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		resolved := make(chan struct{})
+		listen := e.shared.listen
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			if address == "slow.example:80" {
+				<-resolved
+			}
+			return listen(network, address)
+		}
+		p := e.run(listenInput, toProbe)
+		slow := `cryo_server: { address: "slow.example:80", tokens: [ a ] }`
+		e.run(slow, toProbe)
+		e.run(fromFeed, slow)
+
+		p.stop()
+		e.log.want(t, "Listener closed")
+		close(resolved)
+		time.Sleep(2 * time.Second)
+		require.Equal(t, 2, e.log.count("Listening for Cryo clients"), "the slow one once")
+		require.Zero(t, e.log.count("ERROR "))
+	})
+}
+
 func TestPipelineStopsWhileItWaitsForAnAddress(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, toProbe)

@@ -9,7 +9,6 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
-	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
 // receiver is the receiving half of an input: it delivers the messages of its sessions to the
@@ -52,8 +51,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 	r.queue = newQueue(stopped, &r.conf, r.log, r.metrics.unacknowledged)
 	r.feeder = &feeder{
 		conf: &r.conf, queue: r.queue, metrics: &r.metrics, log: r.log,
-		openStreams: newStreamQuota(conf.streams.maxOpen, conf.shared),
-		errorLog:    newLimitedLog(r.log), streamLog: newLimitedLog(r.log), pullLog: newLimitedLog(r.log),
+		errorLog: newLimitedLog(r.log), streamLog: newLimitedLog(r.log), pullLog: newLimitedLog(r.log),
 		stopped: stopped, draining: draining,
 	}
 	r.responder = newResponder(conf.ackTimeout, res)
@@ -62,7 +60,8 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 }
 
 // read implements ReadBatch of the inputs. When lost is closed and no messages are left, it
-// returns ErrNotConnected.
+// returns ErrNotConnected. When the sessions share a listener, lost means that no client can
+// connect, and it does so although messages are left: they may never end.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
 	if r.last != nil {
 		r.acknowledgeReceipt(r.last) // the engine reads the next batch, so it has accepted this one
@@ -71,6 +70,13 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 	if !r.stopHooked { // at the first call: the engine may not call again
 		r.stopHooked = true
 		context.AfterFunc(ctx, r.drain)
+	}
+	if r.conf.shared {
+		select {
+		case <-lost:
+			return nil, nil, service.ErrNotConnected
+		default:
+		}
 	}
 	items, err := r.queue.next(ctx, lost)
 	if err != nil {
@@ -295,13 +301,4 @@ func (r *receiver) paused() bool {
 		}
 	}
 	return false
-}
-
-// newStreamQuota returns the quota of open streams. If several sessions share it, a session
-// may open another stream only while it has fewer than are free: at most half, and at least one.
-func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
-	if !shared {
-		return quota.New(int64(maxOpen), nil)
-	}
-	return quota.New(int64(maxOpen), func(held, free int64) bool { return held < free })
 }

@@ -107,7 +107,7 @@ A response has the type of its message: text for text (bytes if it is not valid 
 
 If the sender rejects the response, or does not acknowledge it in time, the message is rejected, with ` + "`auto_replay_nacks: true`" + ` too, because the pipeline has delivered it. If the session ends first, nothing is sent, and the sender may send the message again. A response is never sent on another connection.
 
-The engine returns the responses of a batch together. The metadata ` + "`cryo_session_id`" + `, ` + "`cryo_ack_id`" + ` and ` + "`cryo_tx_id`" + ` identify the message of each: keep them, or the batch fails. The responses of a failed batch are dropped: its messages are processed once more, each alone, and their new responses are sent. Merging messages of several clients merges their responses: do not use ` + "`archive`" + `, or ` + "`batching`" + ` of an output, before a response.
+The engine returns the responses of a batch together. The metadata ` + "`cryo_session_id`" + `, ` + "`cryo_ack_id`" + ` and ` + "`cryo_tx_id`" + ` identify the message of each: keep them, or the batch fails. The responses of a failed batch are dropped: its messages are processed once more, each alone, and their new responses are sent. Merging messages of several clients, or of two connections of one client, merges their responses: do not use ` + "`archive`" + `, or ` + "`batching`" + ` of an output, before a response.
 `
 
 const receivePerformance = `

@@ -8,16 +8,14 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
-	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
 // feeder is the state that the feeds of an input share.
 type feeder struct {
-	conf        *receiveConfig
-	queue       *queue
-	openStreams *quota.Quota // slots of open streams; see transfer
-	metrics     *receiveMetrics
-	log         *service.Logger
+	conf    *receiveConfig
+	queue   *queue
+	metrics *receiveMetrics
+	log     *service.Logger
 
 	errorLog, streamLog, pullLog limitedLog
 
@@ -29,7 +27,6 @@ type feeder struct {
 type sessionFeed struct {
 	*feeder
 	source
-	slots *quota.Share  // quota of openStreams
 	ended chan struct{} // closed when the session has ended and all its messages are in the pipeline
 
 	// Set before the feed runs.
@@ -37,7 +34,7 @@ type sessionFeed struct {
 	previous    <-chan struct{} // field ended of the last feed with the same session id, or nil
 
 	// Undelivered items and streams, first those of the handover; receiver.close collects them.
-	// The items in left have no sequence number of this input.
+	// The items in left come after all delivered ones, also if they have a sequence number.
 	left    []item // owned by receiveMessages
 	mu      sync.Mutex
 	streams []*cryo.IncomingStream // unread; guarded by mu
@@ -48,7 +45,6 @@ func (fr *feeder) newFeed(h *handover) *sessionFeed {
 	f := &sessionFeed{
 		feeder:  fr,
 		source:  source{session: h.session, identity: identity, quota: fr.queue.acquireClient(identity.id)},
-		slots:   fr.openStreams.Share(),
 		ended:   make(chan struct{}),
 		left:    h.items,
 		streams: h.streams,

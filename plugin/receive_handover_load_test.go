@@ -253,8 +253,8 @@ func handoverStorm(t *testing.T, seed uint64, receipt bool, more ...string) {
 		}
 		for _, in := range e.shared.byAddr[somewhere].inputs.all {
 			in.queue.mu.Lock()
-			if in.queue.inFlight.Used() != 0 || len(in.queue.deliveries) != 0 || in.feeder.openStreams.Used() != 0 {
-				t.Errorf("in flight %d, deliveries %d, open streams %d", in.queue.inFlight.Used(), len(in.queue.deliveries), in.feeder.openStreams.Used())
+			if in.queue.inFlight.Used() != 0 || len(in.queue.deliveries) != 0 || in.queue.streams.Used() != 0 {
+				t.Errorf("in flight %d, deliveries %d, open streams %d", in.queue.inFlight.Used(), len(in.queue.deliveries), in.queue.streams.Used())
 			}
 			in.queue.mu.Unlock()
 		}

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -101,6 +102,21 @@ func TestStoppingProcessRejectsNothing(t *testing.T) {
 				require.ErrorIs(t, sent[i].result(t), net.ErrClosed)
 			}
 		}
+	})
+}
+
+// The last component closes the listener while an input is still closing.
+func TestWhatAnInputLeavesBehindTheListenersEndIsLogged(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.bareServerInput("")
+		defer func() { require.NoError(t, in.Close(context.Background())) }()
+		require.NoError(t, in.Connect(t.Context()))
+		send(e.dial(), "hello")
+		_, _, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		in.listener.inputs.close()
+		in.listener.inputs.remove(in.receiver, false)
+		e.log.want(t, "Undelivered messages stay unacknowledged", "messages=1")
 	})
 }
 
@@ -379,6 +395,27 @@ func TestHardStopRejectsNothing(t *testing.T) {
 		})
 	}
 	require.Zero(t, rejected)
+}
+
+// The engine's own hard stop mostly ends before the verdict; so the test gives it.
+func TestErrorOfAHardStopIsNoVerdict(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		in := e.bareServerInput("auto_replay_nacks: false")
+		defer func() { require.NoError(t, in.Close(context.Background())) }()
+		require.NoError(t, in.Connect(t.Context()))
+		m := send(e.dial(), "hello")
+		_, ack, err := in.ReadBatch(t.Context())
+		require.NoError(t, err)
+		hardStop, stop := context.WithCancel(t.Context())
+		stop()
+		require.NoError(t, ack(hardStop, hardStop.Err()))
+		m.wantPending(t, "another input may follow")
+		require.NoError(t, in.Close(t.Context()))
+		e.run(listenInput, toProbe)
+		e.arrival().deliver()
+		m.wantAcked(t, "delivered")
+	})
 }
 
 func TestOrderIsKeptOverTwoHandovers(t *testing.T) {

@@ -21,6 +21,7 @@ type queue struct {
 	log      *service.Logger
 	stopped  context.Context // done when the input closes
 	inFlight *quota.Quota    // all items of the queue
+	streams  *quota.Quota    // slots of open streams; see transfer
 	gauge    *gauge          // number of items in inFlight
 
 	arrivals chan []item   // new items from the feeds; unbuffered, so that a feed keeps undelivered ones
@@ -40,10 +41,12 @@ type queue struct {
 	lastProgress time.Time // time of the last batch or result
 }
 
-// clientQuota is the quota of max_in_flight of the sessions with one id. It exists while such
-// a session feeds the input or has items in flight, so that it outlasts a reconnect.
+// clientQuota is the quota of max_in_flight and of open streams of the sessions with one id. It
+// exists while such a session feeds the input or has items in flight, as an open stream without
+// a session has, so that it outlasts a reconnect.
 type clientQuota struct {
 	*quota.Share
+	slots *quota.Share // of open streams
 	id    string
 	feeds int // guarded by the queue's mutex
 }
@@ -63,6 +66,7 @@ func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger,
 		fair = func(held, _ int64) bool { return held < limit }
 	}
 	q.inFlight = quota.New(int64(conf.maxInFlight), fair)
+	q.streams = newStreamQuota(conf.streams.maxOpen, conf.shared)
 	return q
 }
 
@@ -71,6 +75,15 @@ func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger,
 // client acknowledges no responses.
 func clientLimit(maxInFlight int) int { return max(1, maxInFlight-max(1, maxInFlight/4)) }
 
+// newStreamQuota returns the quota of open streams. If several clients share it, a client may
+// open another stream only while it has fewer than are free: at most half, and at least one.
+func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
+	if !shared {
+		return quota.New(int64(maxOpen), nil)
+	}
+	return quota.New(int64(maxOpen), func(held, free int64) bool { return held < free })
+}
+
 // acquireClient returns the quota of a session id for a new feed. The feed must call
 // releaseClient when it ends.
 func (q *queue) acquireClient(id string) *clientQuota {
@@ -78,7 +91,7 @@ func (q *queue) acquireClient(id string) *clientQuota {
 	defer q.mu.Unlock()
 	c := q.clients[id]
 	if c == nil {
-		c = &clientQuota{Share: q.inFlight.Share(), id: id}
+		c = &clientQuota{Share: q.inFlight.Share(), slots: q.streams.Share(), id: id}
 		q.clients[id] = c
 	}
 	c.feeds++

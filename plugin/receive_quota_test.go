@@ -125,6 +125,26 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 	})
 }
 
+// A stream holds its slot until its messages are delivered, whatever becomes of its session.
+func TestReconnectedClientKeepsItsShareOfStreams(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1, streams: { max_open: 4, scanner: { lines: {} } }"), toProbe)
+		for range 3 {
+			bad := e.dialAs(1)
+			for range 4 {
+				sendStream(bad, "bad", "poison\n")
+			}
+			require.Empty(t, e.deliverFor(time.Second, "poison"))
+			e.wantMetrics("half of the slots", map[string]int64{"cryo_streams_open": 2})
+			end(bad)
+			synctest.Wait()
+		}
+		good := sendStream(e.dialAs(2), "good", "of another\n")
+		require.Equal(t, []string{"of another"}, e.deliverFor(time.Second, "poison"))
+		good.wantAcked(t, "delivered")
+	})
+}
+
 func TestReconnectedClientKeepsItsQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 4, max_batch_count: 1"), toProbe)

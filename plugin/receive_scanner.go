@@ -60,7 +60,7 @@ func newScanner(config any, maxBytes int64) (*scanner, error) {
 	return &scanner{scannerType(config), creator}, nil
 }
 
-var positions = regexp.MustCompile(`\(\d+,\d+\) `)
+var positions = regexp.MustCompile(`\(\d+,\d+\) |yaml: unmarshal errors:\n +line \d+: `)
 
 // isUnknownScanner reports whether the engine has no scanner of the configured type.
 func isUnknownScanner(err error) bool {

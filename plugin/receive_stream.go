@@ -142,7 +142,7 @@ func (t *transfer) done(err error) {
 	} else if err := t.stream.Ack(); err != nil {
 		t.feed.log.With("stream", t.feed.session.Redact(t.stream.Name()), "error", err).Debug("Cannot acknowledge a delivered stream: its sender may send it again")
 	}
-	t.feed.slots.Release(1)
+	t.feed.quota.slots.Release(1)
 	t.feed.metrics.streamsOpen.add(-1)
 }
 
@@ -160,7 +160,7 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 
 	t := &transfer{feed: f, stream: st, pending: 1}
 	err := f.scan(t)
-	if err != nil && f.stopped.Err() == nil {
+	if err != nil && f.stopped.Err() == nil && !t.isSettled() { // the cause of an earlier end is logged
 		if log, ok := f.streamLog.allow(); ok {
 			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()), "error", err)
 			if _, panicked := errors.AsType[*panicError](err); panicked {
@@ -176,9 +176,9 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 // acquireSlot acquires the slot of a stream. It returns false if the engine stops reading or
 // the session ends first.
 func (f *sessionFeed) acquireSlot() bool {
-	acquired := f.slots.TryAcquire(1)
+	acquired := f.quota.slots.TryAcquire(1)
 	if !acquired {
-		r := f.slots.Request(1)
+		r := f.quota.slots.Request(1)
 		select {
 		case <-r.Granted():
 			acquired = true
@@ -189,7 +189,7 @@ func (f *sessionFeed) acquireSlot() bool {
 		}
 	}
 	if acquired && f.draining.Err() != nil {
-		f.slots.Release(1)
+		f.quota.slots.Release(1)
 		return false
 	}
 	return acquired
@@ -216,6 +216,9 @@ func (f *sessionFeed) scan(t *transfer) error {
 	defer func() { _ = scanner.Close(f.stopped) }() // the result of the stream is known by then
 	var deliver func() bool                         // delivers the scanner's previous batch
 	for {
+		if t.isSettled() { // a message cut from it was rejected, and so is the rest
+			return errCancelled
+		}
 		batch, ack, err := scanner.NextBatch(f.stopped)
 		ended, failure := reader.state()
 		if failure != nil {
@@ -260,6 +263,8 @@ func readerFailed(batch service.MessageBatch) error {
 	}
 	return nil
 }
+
+var errCancelled = errors.New("stream cancelled")
 
 // errTooLong is the error of a stream with more than max_bytes, or with a message of more.
 var errTooLong = errors.New("stream exceeds max_bytes")

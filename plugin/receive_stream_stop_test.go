@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -203,4 +204,19 @@ func sendAndFinish(st *cryo.OutgoingStream, content string, e *engine) error {
 	finish := sendAny(st.Finish)
 	e.want(content)[0].deliver()
 	return finish.result(e.t)
+}
+
+// The slot of a stream may be free at the moment in which the engine stops reading.
+func TestStreamIsNotBegunWhileTheInputDrains(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		in := e.bareServerInput("")
+		defer func() { require.NoError(t, in.Close(context.Background())) }()
+		require.NoError(t, in.Connect(t.Context()))
+		e.dial()
+		synctest.Wait()
+		f := in.feeder.newFeed(&handover{session: in.listener.sessions()[0]})
+		in.drain()
+		require.False(t, f.acquireSlot())
+		require.Zero(t, in.queue.streams.Used())
+	})
 }

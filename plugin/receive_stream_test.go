@@ -76,6 +76,18 @@ func TestRejectedMessageCancelsAnIncompleteStream(t *testing.T) {
 	})
 }
 
+func TestNothingMoreOfACancelledStreamIsDelivered(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "auto_replay_nacks: false, max_in_flight: 1, "+asLines), toProbe)
+		st := sendStream(e.dial(), "bad", "1\n2\n3\n4\n")
+		e.arrival().fail(errOutput)
+		st.wantCancelled(t, "one of its lines is rejected")
+		require.Equal(t, []string{"2"}, e.deliverNext(1), "it waited for the first")
+		e.wantNoArrival("the sender has to send all of it again")
+		require.Zero(t, e.log.count("Stream failed"), "the cause is logged with the rejection")
+	})
+}
+
 func TestFailedMessageOfAStreamIsRedelivered(t *testing.T) {
 	atBothInputs(t, asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "log", "one\ntwo\n")

@@ -124,7 +124,7 @@ func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMes
 			for i, m := range copies {
 				errs[i] = m.err
 			}
-			if slices.ContainsFunc(errs, isNil) {
+			if slices.ContainsFunc(copies, func(m *outMessage) bool { return isStream(m) && m.err == nil }) {
 				done()
 			}
 			if late := b.record(g, errs); late != nil {
@@ -136,8 +136,8 @@ func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMes
 }
 
 // boundSlow limits the time of slow sessions for streams: ack_timeout limits each step of a
-// stream only, not the whole. When done is called for the first session, the others have the
-// same time again, plus ack_timeout.
+// stream only, not the whole. When done is called for the first session that has acknowledged
+// a stream, the others have the same time again, plus ack_timeout.
 func (b *broadcast) boundSlow(ctx context.Context) (bounded context.Context, done, end func()) {
 	bounded, cancel := context.WithCancelCause(ctx)
 	began := time.Now()

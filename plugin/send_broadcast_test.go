@@ -280,3 +280,27 @@ func TestLargeMessageIsDeliveredOverASlowConnection(t *testing.T) {
 		time.Sleep(time.Minute) // until its last slow read is over
 	})
 }
+
+func TestALateClientIsClosedWhileAMessageGoesOverASlowLine(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, listenOutput)
+		slow := e.rawClient()
+		slow.AnswerPings()
+		slow.Conn().ReadSlowly(30_000)
+		var late []*cryo.Session // several, because the slow one may be the last that is waited for
+		for range 4 {
+			late = append(late, e.dial())
+		}
+		f := e.produce(strings.Repeat("x", 1_500_000))
+		time.Sleep(31 * time.Second)
+		for _, client := range late {
+			require.Error(t, client.Err(), "after ack_timeout, whatever the others do")
+		}
+		f.wantPending(t, "one still receives it")
+		time.Sleep(24 * time.Second)
+		slow.Ack(slow.WantType("all of it", wire.UTF8))
+		f.wantDelivered(t, "acknowledged by one")
+		slow.Conn().ReadSlowly(0)
+		time.Sleep(time.Minute) // until its last slow read is over
+	})
+}

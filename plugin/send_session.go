@@ -92,6 +92,7 @@ type queued struct {
 	waits    []ackWait
 	one      [1]ackWait // backing array of waits for a single session
 	began    time.Time
+	late     bool // an acknowledgement was late
 }
 
 // ackWait is the wait for the acknowledgements of one session.
@@ -99,7 +100,7 @@ type ackWait struct {
 	session *cryo.Session
 	pending *cryo.Pending
 	clock   cryo.AckClock
-	late    error // result of the wait if it has timed out
+	settled bool // its result is reported
 }
 
 // queue queues messages for each of the sessions, which share the payloads. await must be
@@ -120,38 +121,42 @@ func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queue
 	return q
 }
 
-// await waits for the acknowledgements. It calls result for one session after the other. errs
-// contains the errors by message; it is nil if the session has acknowledged all.
+// await waits for the acknowledgements. It calls result once for each session, one after the
+// other; one that times out does not wait for those before it. errs contains the errors by
+// message; it is nil if the session has acknowledged all.
 func (q *queued) await(ctx context.Context, result func(session *cryo.Session, errs []error)) {
 	ticker := time.NewTicker(max(q.ackTimeout/2, 1))
 	defer ticker.Stop()
-	late := false
 	for i := range q.waits {
 		w := &q.waits[i]
-		for done := false; !done && w.late == nil; {
+		for done := false; !done && !w.settled; {
 			select {
 			case <-w.pending.Done():
 				done = true
 			case <-ctx.Done():
 				done = true
 			case <-ticker.C:
-				q.tick(q.waits[i:])
+				q.tick(q.waits[i:], result)
 			}
 		}
-		err := w.late
-		if err == nil {
-			err = w.pending.Wait(ctx)
+		if !w.settled {
+			q.settle(w, w.pending.Wait(ctx), result)
 		}
-		late = late || isLate(err)
-		errs := errorsOf(err)
-		q.metrics.countResults(q.messages, errs)
-		result(w.session, errs)
 	}
-	q.metrics.inFlightDone(ctx.Err() == nil && !late, len(q.messages)*len(q.waits), q.began)
+	q.metrics.inFlightDone(ctx.Err() == nil && !q.late, len(q.messages)*len(q.waits), q.began)
+}
+
+// settle reports the result of a wait.
+func (q *queued) settle(w *ackWait, err error, result func(session *cryo.Session, errs []error)) {
+	w.settled = true
+	q.late = q.late || isLate(err)
+	errs := errorsOf(err)
+	q.metrics.countResults(q.messages, errs)
+	result(w.session, errs)
 }
 
 // tick ends the waits that have timed out.
-func (q *queued) tick(waits []ackWait) {
+func (q *queued) tick(waits []ackWait, result func(session *cryo.Session, errs []error)) {
 	timedOut, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
 		fmt.Errorf("%w after %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
 	defer cancel()
@@ -160,8 +165,8 @@ func (q *queued) tick(waits []ackWait) {
 		select {
 		case <-w.pending.Done():
 		default:
-			if w.late == nil && w.clock.Tick() {
-				w.late = w.pending.Wait(timedOut)
+			if !w.settled && w.clock.Tick() {
+				q.settle(w, w.pending.Wait(timedOut), result)
 			}
 		}
 	}

@@ -143,6 +143,24 @@ func TestSlowReaderOfABroadcastStreamIsEventuallyClosed(t *testing.T) {
 	})
 }
 
+// The message in the batch of the stream bounds nothing: it takes no time.
+func TestAStreamThatItsFirstReaderCancelsIsSentToSlowReaders(t *testing.T) {
+	toAll(t, streamsByName+", ack_timeout: 30s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.produce("message", "stream")
+		for _, client := range clients {
+			require.NoError(t, receiveTexts(t, client, "message")[0].Ack())
+		}
+		require.NoError(t, acceptStream(t, clients[0]).Close())
+		time.Sleep(20 * time.Second)
+		st, content := readStream(t, clients[1])
+		require.Equal(t, "stream", content)
+		time.Sleep(20 * time.Second)
+		require.NoError(t, st.Ack())
+		f.wantDelivered(t, "each step took less than ack_timeout")
+		require.NoError(t, clients[1].Err())
+	})
+}
+
 // A client that answers nothing costs one ack_timeout, not one for each stream.
 func TestUnresponsiveClientDelaysABroadcastOfStreamsOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

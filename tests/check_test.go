@@ -138,7 +138,7 @@ func TestCheckAcceptsSeveralConfigurationsAndResources(t *testing.T) {
 		"a.yaml":         dialBoth,
 		"b.yaml":         "input: { resource: feed }\noutput: { drop: {} }",
 		"resources.yaml": "input_resources: [ { label: feed, cryo: { url: \"${SERVER}\", token: \"${CRYO_TOKEN}\" } } ]",
-	}, "-r", "resources.yaml", "a.yaml", "b.yaml", "none.yaml")
+	}, "-r", "res*.yaml", "a.yaml", "b.yaml", "none.yaml")
 	require.Len(t, lines, 5, strings.Join(lines, "\n"))
 	require.Equal(t, []string{"a.yaml: input feed: ok", "a.yaml: output: ok"}, lines[:2])
 	require.Contains(t, lines[2], "feed: ok")

@@ -36,14 +36,18 @@ Each result is one line; the exit code is 1 if any of them is a failure:
   cryo-connect check pipeline.yaml
   cryo-connect check -r resources.yaml pipeline.yaml`,
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with resources, as for run"},
+			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with resources, or a glob pattern of such files, as for run"},
 			&cli.DurationFlag{Name: flagTimeout, Value: 30 * time.Second, Usage: "the maximum duration of the tests of one configuration"},
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() == 0 {
 				return cli.Exit("missing argument: a configuration file, for example: cryo-connect check pipeline.yaml", 1)
 			}
-			k := checker{out: c.App.Writer, schema: schema(), resources: c.StringSlice(flagResources)}
+			resources, err := service.Globs(service.OSFS(), c.StringSlice(flagResources)...)
+			if err != nil {
+				return cli.Exit(fmt.Errorf("resources: %w", err), 1)
+			}
+			k := checker{out: c.App.Writer, schema: schema(), resources: resources}
 			for _, file := range c.Args().Slice() {
 				ctx, cancel := context.WithTimeout(c.Context, c.Duration(flagTimeout))
 				k.check(ctx, file)
