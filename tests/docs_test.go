@@ -165,6 +165,26 @@ func TestTheArchitecturePageNamesEachFileOnce(t *testing.T) {
 	}
 }
 
+// The long tests that CI runs by name must exist: go test runs none for a name that does not.
+func TestCIRunsExistingTests(t *testing.T) {
+	declared := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
+	known := make(map[string]bool)
+	for _, pattern := range []string{"*_test.go", "../plugin/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, file := range files {
+			for _, match := range declared.FindAllStringSubmatch(testkit.ReadFile(t, file), -1) {
+				known[match[1]] = true
+			}
+		}
+	}
+	named := regexp.MustCompile(`\bTest\w+`).FindAllString(testkit.ReadFile(t, "../.ci/run"), -1)
+	require.NotEmpty(t, named)
+	for _, name := range named {
+		require.True(t, known[name], ".ci/run names %s, which does not exist", name)
+	}
+}
+
 // Each row of docs/guarantees.md, or the head of its table, must cite a test. A citation
 // can have the test's file, as a link, and the names of subtests.
 func TestTheGuaranteesCiteExistingTests(t *testing.T) {
