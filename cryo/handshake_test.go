@@ -278,3 +278,21 @@ func diallingTo(t *testing.T, opts cryo.DialOptions, s **cryo.Session) (*cryotes
 	})
 	return server.NextPeer(), dial
 }
+
+func TestEndDuringTheHandshakeIsNoMissedHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log lines
+		denied := make(chan int, 1)
+		_, l, _ := serve(t, cryo.ServerOptions{
+			SessionOptions:   cryo.SessionOptions{Logger: log.logger()},
+			HandshakeTimeout: 3 * time.Second,
+			OnDeny:           func(status int) { denied <- status },
+		})
+		peer := join(t, l, sid)
+		peer.WriteBytes([]byte("half"))
+		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		time.Sleep(4 * time.Second) // the client does not close
+		log.want(t, "Closing a session because of a protocol violation")
+		require.Empty(t, denied)
+	})
+}

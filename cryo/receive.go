@@ -189,8 +189,8 @@ func (s *Session) reportBufferFull() {
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
-// report logs a warning, at most one a second, of all sessions of a server. It logs without a lock held, because a log
-// handler may call the session.
+// report logs a warning, at most one a second, of all sessions of a server. It logs without a lock
+// held, because a log handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	if suppressed, ok := s.logLimit.Allow(); ok {
 		s.log.Warn(message, append([]any{"session", s.id, "suppressed", suppressed}, attrs...)...)

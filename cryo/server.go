@@ -263,7 +263,9 @@ func (s *Server) handshake(session *Session, remote string) {
 // denyUnknown ends the session of a client that has not completed the handshake in time.
 func (s *Server) denyUnknown(session *Session, remote string) {
 	err := &ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO, acknowledgement of ours, or data within %v", s.opts.HandshakeTimeout)}
-	session.closeWith(err, closeClientError, err.Error())
+	if !session.closeWith(err, closeClientError, err.Error()) {
+		return // it is ending, for another reason
+	}
 	if s.opts.OnDeny != nil {
 		s.opts.OnDeny(http.StatusRequestTimeout)
 	}
@@ -378,9 +380,9 @@ const shutdownReason = "server is shutting down"
 // Shutdown denies new clients, closes all sessions, and returns when they have ended, their
 // goroutines are gone, and OnSession and OnSessionEnd have returned for each of them. Sessions
 // are closed as by [Session.Close], but without BYE and with close code 1012 (service restart),
-// after which clients that reconnect do so. When the context is done, it closes their connections without a close
-// handshake, and returns without waiting for handlers that still run. Connections that are not
-// upgraded are left to the HTTP server.
+// after which clients that reconnect do so. When the context is done, it closes their connections
+// without a close handshake, and returns without waiting for handlers that still run. Connections
+// that are not upgraded are left to the HTTP server.
 func (s *Server) Shutdown(ctx context.Context) error {
 	return s.closeAll(ctx, func(session *Session) error { return session.close(ctx, closeRestart, shutdownReason) })
 }
