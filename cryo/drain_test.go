@@ -151,9 +151,6 @@ func TestWaitForACancelEndsWithTheSession(t *testing.T) {
 			peer.WriteFrames(cryotest.Bye(9, ""))
 			peer.WantFrame("BYE is acknowledged", cryotest.Acked(9))
 		}, false},
-		"breaks the protocol": {func(_ *testing.T, peer *cryotest.Peer) {
-			peer.WriteFrames(wire.Frame{SID: 1, Type: wire.Ack})
-		}, false},
 		"is lost": {func(_ *testing.T, peer *cryotest.Peer) { peer.Conn().Cut() }, true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -13,7 +13,8 @@ import (
 // one of these, a [*PeerClosedError], a [*ProtocolError] or the error of the network
 // connection, and satisfies errors.Is(err, net.ErrClosed).
 var (
-	// ErrClosed: this end called Close.
+	// ErrClosed: this end called Close or a method like it, such as Drain, CloseForRetry or
+	// Shutdown of the Server.
 	ErrClosed = errors.New("closed by this end")
 	// ErrPeerTimeout: nothing was received from the peer for two heartbeat intervals, not
 	// even a pong, and no backlog moved; see HeartbeatInterval in [SessionOptions].

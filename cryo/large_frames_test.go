@@ -445,3 +445,40 @@ func TestEndingSessionDiscardsALargeMessageWithoutMemory(t *testing.T) {
 		})
 	}
 }
+
+// The published server does not survive the end of its session while it sends a stream.
+func TestReceiveTimeoutCancelsStreamsBeforeTheCloseFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 1000}})
+		slow, other := join(t, l, 1), join(t, l, 2)
+		slow.ClientHandshake()
+		s := next(t, accepted)
+		other.ClientHandshake()
+		next(t, accepted)
+		incoming(t, s, slow, 1, 5)
+		rest := begin(t, slow, 100)
+		begins(t, other)
+		for s.Err() == nil {
+			sends(t, slow, rest[:1])
+			rest = rest[1:]
+			time.Sleep(time.Second)
+		}
+		require.ErrorIs(t, s.Err(), cryo.ErrReceiveTimeout)
+		sends(t, slow, rest)
+		slow.Conn().ReadOn() // no answer to a ping is in the middle of the message
+		cancel := slow.Next("TX_CANCEL")
+		for cancel.Type == wire.PingPong {
+			cancel = slow.Next("TX_CANCEL")
+		}
+		require.Equal(t, wire.TxCancel, cancel.Type)
+		select {
+		case <-s.Done():
+			require.FailNow(t, "the close frame did not wait")
+		default:
+		}
+		slow.Ack(cancel)
+		synctest.Wait()
+		slow.Skip() // pings
+		slow.WantClose("the end", 4001, cryo.ErrReceiveTimeout.Error())
+	})
+}

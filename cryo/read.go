@@ -96,26 +96,38 @@ func (s *Session) readFailed(err error) {
 	}
 }
 
-// protocolError ends the session with code 4001. Reads continue until the peer has closed. As in
-// Close, incoming streams are cancelled first; the reading goroutine can't wait for the
-// acknowledgements, which it reads.
+// protocolError ends the session with code 4001, if it is not ending: then its close frame is
+// queued or will be, and must not come before incoming streams are cancelled. Reads continue until
+// the peer has closed. Reading goroutine.
 func (s *Session) protocolError(err *ProtocolError) {
-	f := closeFrame{code: closeClientError, reason: closeReason(err.Error())}
-	if !s.beginClosing(err) {
-		s.writer.queueClose(f)
-		return
+	if s.endViolation(err) {
+		s.reportViolation(err)
 	}
-	s.reportViolation(err)
+}
+
+// endViolation ends the session with code 4001 and a cause, and reports whether it is the first
+// one. As in Close, incoming streams are cancelled first; the caller does not wait, because the
+// reading goroutine reads the acknowledgements.
+func (s *Session) endViolation(cause error) bool {
+	if !s.beginClosing(cause) {
+		return false
+	}
 	s.cancelIncoming()
+	f := closeFrame{code: closeClientError, reason: closeReason(cause.Error())}
 	now := time.Now()
-	if _, until := s.incoming.cancelledUntil(now); !until.After(now) {
+	if _, until := s.incoming.cancelledUntil(now, s.opts.CloseTimeout); !until.After(now) {
 		s.writer.queueClose(f)
-		return
+		return true
 	}
-	s.closers.Go(func() {
-		s.incoming.awaitCancels(nil, s.unreadable)
-		s.writer.queueClose(f)
-	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped { // or finish may be waiting for closers
+		s.closers.Go(func() {
+			s.incoming.awaitCancels(s.opts.CloseTimeout, nil, s.unreadable)
+			s.writer.queueClose(f)
+		})
+	}
+	return true
 }
 
 func (s *Session) reportViolation(err *ProtocolError) {

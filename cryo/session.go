@@ -161,10 +161,10 @@ type Session struct {
 	done chan struct{}           // closed when the goroutines are gone
 
 	unreadable chan struct{}  // closed when nothing more is read
-	closers    sync.WaitGroup // goroutines of protocolError, which the reading goroutine starts
+	closers    sync.WaitGroup // goroutines of endViolation; none is started once stopped is set
 
 	mu         sync.Mutex
-	stopped    bool        // no timer may be set any more
+	stopped    bool        // no timer may be set, and no goroutine of closers started, any more
 	closeTimer *time.Timer // bounds the close handshake; nil before it
 }
 
@@ -227,8 +227,9 @@ func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // Stats is a snapshot of a session. Its numbers are read one after the other.
 type Stats struct {
-	// Paused reports whether reads are paused (backpressure). Received acknowledgements
-	// may be unread then.
+	// Paused reports whether reads are paused (backpressure, or for up to a second at a
+	// chunk of a stream that is not accepted yet). Received acknowledgements may be unread
+	// then.
 	Paused bool
 	// HeldBytes counts against MaxBufferBytes: messages that are not settled, bytes of
 	// streams that are not read, and what Reserve has counted.
@@ -272,7 +273,9 @@ func (s *Session) Stats() Stats {
 //
 // BYE waits until the peer has acknowledged each TX_CANCEL and for another 500 ms has sent
 // nothing more of its streams, or for half of CloseTimeout: the published server, while it sends a
-// stream, does not survive the end of its session. It waits as well for the TX_FINISH of a pulled stream that was acknowledged ahead of that.
+// stream, does not survive the end of its session. The 500 ms are left out if no stream was
+// accepted, and no chunk has come. It waits as well for the TX_FINISH of a pulled stream that was
+// acknowledged ahead of that.
 //
 // Messages in the queue can still be received; otherwise call Discard, or they count against
 // the MaxBufferBytes of a server for good.
@@ -295,7 +298,7 @@ func (s *Session) close(ctx context.Context, code int, reason string) error {
 			f.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(f.reason)}
 		}
 		s.cancelIncoming()
-		s.incoming.awaitCancels(ctx.Done(), s.unreadable)
+		s.incoming.awaitCancels(s.opts.CloseTimeout, ctx.Done(), s.unreadable)
 		s.writer.queueClose(f)
 	}
 	select {
@@ -337,7 +340,7 @@ func (s *Session) drain(ctx context.Context, code int, reason string) error {
 	settled := s.unsettled.drain()
 	s.limit.recheck() // discarded frames need no capacity
 	s.incoming.cancelIncomplete(&endedError{ErrClosed})
-	s.incoming.awaitCancels(ctx.Done(), s.ctx.Done())
+	s.incoming.awaitCancels(s.opts.CloseTimeout, ctx.Done(), s.ctx.Done())
 	select {
 	case <-settled:
 	case <-s.ctx.Done():
@@ -404,12 +407,13 @@ func (s *Session) cancelIncoming() {
 // the same session id: with code 4000 the published clients do not connect again, and so do not
 // take it over in turn.
 func (s *Session) endTakenOver() {
-	if !s.beginClosingWithin(min(s.opts.CloseTimeout, takeOverTimeout), ErrTakenOver) {
+	timeout := min(s.opts.CloseTimeout, takeOverTimeout)
+	if !s.beginClosingWithin(timeout, ErrTakenOver) {
 		return
 	}
 	s.acks.end(s.Err()) // the senders need not wait for the end of a lost connection
 	s.cancelIncoming()
-	s.incoming.awaitCancels(nil, s.unreadable)
+	s.incoming.awaitCancels(timeout, nil, s.unreadable)
 	s.writer.queueClose(closeFrame{code: closeGraceful, reason: ErrTakenOver.Error()})
 }
 
@@ -475,7 +479,7 @@ func (s *Session) peerTimedOut(d time.Duration) {
 
 // checkIncoming ends the session if its incomplete message makes others wait for too long.
 func (s *Session) checkIncoming() {
-	if !s.isEnding() && s.limit.starvesOthers() && s.closeWith(ErrReceiveTimeout, closeClientError, ErrReceiveTimeout.Error()) {
+	if !s.isEnding() && s.limit.starvesOthers() && s.endViolation(ErrReceiveTimeout) {
 		s.report("Closing a session", "error", ErrReceiveTimeout)
 	}
 }

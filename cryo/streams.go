@@ -39,7 +39,7 @@ type incomingStreams struct {
 	changed    chan struct{}              // closed and replaced when a stream is announced or removed, its last answer queued, or a TX_CANCEL acknowledged
 	answers    int                        // number of removed streams whose last answer is not queued yet
 	cancels    []sentCancel               // unacknowledged TX_CANCELs, at most the newest maxStreams
-	quietSince time.Time                  // time of the last acknowledgement of a TX_CANCEL, or chunk of a stream that is not open
+	quietSince time.Time                  // time of the last acknowledgement of a TX_CANCEL with grace, or chunk of a stream that is not open
 	remembered []uint32                   // pulled streams that were acknowledged before their TX_FINISH
 	since      time.Time                  // time of the last acknowledgement of a remembered stream
 }
@@ -91,10 +91,10 @@ func (in *incomingStreams) handleStart(f *wire.Frame) {
 	}
 }
 
-// reject cancels a stream that was not accepted.
+// reject cancels a stream that was not accepted: none of its chunks is to come.
 func (in *incomingStreams) reject(tx uint32) {
 	in.s.opts.OnReject(in.s, KindStream)
-	in.s.cancel(tx)
+	in.s.sendCancel(tx, false)
 }
 
 // startResult is the result of announce.
@@ -319,23 +319,27 @@ func (in *incomingStreams) cancelIncomplete(cause error) {
 type sentCancel struct {
 	number uint32
 	at     time.Time
+	grace  bool // chunks may follow its acknowledgement
 }
 
-// cancel sends TX_CANCEL for a stream of the peer. It returns false at the end of the session.
-func (s *Session) cancel(tx uint32) bool {
+// cancel sends TX_CANCEL for a stream of the peer whose chunks may come. It returns false at the
+// end of the session.
+func (s *Session) cancel(tx uint32) bool { return s.sendCancel(tx, true) }
+
+func (s *Session) sendCancel(tx uint32, grace bool) bool {
 	number := s.acks.number()
-	s.incoming.cancelSent(number) // before it is sent: the answer must be matched
+	s.incoming.cancelSent(number, grace) // before it is sent: the answer must be matched
 	return s.writer.control(wire.Frame{SID: s.id, Type: wire.TxCancel, Ack: number, Tx: tx})
 }
 
 // cancelSent records a TX_CANCEL as unacknowledged.
-func (in *incomingStreams) cancelSent(number uint32) {
+func (in *incomingStreams) cancelSent(number uint32, grace bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(in.cancels) == maxStreams { // some peers never acknowledge it
 		in.cancels = in.cancels[1:]
 	}
-	in.cancels = append(in.cancels, sentCancel{number, time.Now()})
+	in.cancels = append(in.cancels, sentCancel{number, time.Now(), grace})
 }
 
 // cancelAcknowledged processes the answer to a number that is not in the ackTable, which may
@@ -343,22 +347,25 @@ func (in *incomingStreams) cancelSent(number uint32) {
 func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	n := len(in.cancels)
-	in.cancels = slices.DeleteFunc(in.cancels, func(c sentCancel) bool { return c.number == number })
-	if len(in.cancels) < n {
-		in.quietSince = time.Now()
-		in.changedLocked()
+	i := slices.IndexFunc(in.cancels, func(c sentCancel) bool { return c.number == number })
+	if i < 0 {
+		return
 	}
+	if in.cancels[i].grace {
+		in.quietSince = time.Now()
+	}
+	in.cancels = slices.Delete(in.cancels, i, i+1)
+	in.changedLocked()
 }
 
 // awaitCancels waits until the peer has acknowledged each TX_CANCEL, cancelGrace has passed
-// since then, and the TX_FINISH of each acknowledged stream has been received, or until one of
-// the channels is closed. For each of them it waits for at most half of CloseTimeout after it was
-// sent or acknowledged, because some peers never answer.
-func (in *incomingStreams) awaitCancels(enough, ended <-chan struct{}) {
+// since then for a stream that was accepted, and the TX_FINISH of each acknowledged stream has been received, or until one of
+// the channels is closed. For each of them it waits for at most half of timeout, that of the close
+// handshake, after it was sent or acknowledged, because some peers never answer.
+func (in *incomingStreams) awaitCancels(timeout time.Duration, enough, ended <-chan struct{}) {
 	begin := time.Now()
 	for {
-		changed, until := in.cancelledUntil(begin)
+		changed, until := in.cancelledUntil(begin, timeout)
 		left := time.Until(until)
 		if left <= 0 {
 			return
@@ -382,12 +389,12 @@ func (in *incomingStreams) count() int {
 	return len(in.open)
 }
 
-// cancelledUntil returns the time until which a wait that began at begin lasts if nothing
-// changes, and a channel that is closed when it may have changed.
-func (in *incomingStreams) cancelledUntil(begin time.Time) (changed <-chan struct{}, until time.Time) {
+// cancelledUntil returns the time until which a wait of awaitCancels that began at begin lasts if
+// nothing changes, and a channel that is closed when it may have changed.
+func (in *incomingStreams) cancelledUntil(begin time.Time, timeout time.Duration) (changed <-chan struct{}, until time.Time) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	at := in.quietSince.Add(cancelGrace - in.s.opts.CloseTimeout/2)
+	at := in.quietSince.Add(cancelGrace - timeout/2)
 	if n := len(in.cancels); n > 0 && in.cancels[n-1].at.After(at) {
 		at = in.cancels[n-1].at
 	}
@@ -397,7 +404,7 @@ func (in *incomingStreams) cancelledUntil(begin time.Time) (changed <-chan struc
 	if in.answers > 0 || at.After(begin) { // sent for a stream that was announced during the wait
 		at = begin
 	}
-	return in.changed, at.Add(in.s.opts.CloseTimeout / 2)
+	return in.changed, at.Add(timeout / 2)
 }
 
 // awaitSettled waits until no stream is announced or open, and the last answers are queued.

@@ -402,3 +402,69 @@ func TestDrainOfAServerSendsACodeAfterWhichClientsReturn(t *testing.T) {
 		drained.wantSuccess(t)
 	})
 }
+
+// Not every peer stops when its stream is cancelled.
+func TestTakenOverSessionSendsTheCloseFrameThoughItsStreamsGoOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		old := join(t, l, sid)
+		old.ClientHandshake()
+		lost := next(t, sessions)
+		incoming(t, lost, old, 1, 5)
+		begin := time.Now()
+		join(t, l, sid).ClientHandshake()
+		next(t, sessions)
+		old.WantType("the stream is cancelled", wire.TxCancel)
+		old.WantClose("the end", 4000, "taken over by a newer connection of the same client")
+		require.Equal(t, 500*time.Millisecond, time.Since(begin))
+		wantEnded(t, lost)
+		require.Equal(t, time.Second, time.Since(begin))
+	})
+}
+
+func TestSecondViolationDoesNotShortenTheWaitForCancels(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		incoming(t, s, peer, 1, 5)
+		peer.WriteBytes([]byte("half"))
+		cancel := peer.WantType("the stream is cancelled", wire.TxCancel)
+		peer.WriteBytes([]byte("third"))
+		peer.WantIdle("the close frame waits", 100*time.Millisecond)
+		peer.Ack(cancel)
+		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+	})
+}
+
+func TestViolationDuringCloseDoesNotShortenTheWaitForCancels(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		incoming(t, s, peer, 1, 5)
+		closing := start(func() error { return s.Close(t.Context(), "") })
+		cancel := peer.WantType("the stream is cancelled", wire.TxCancel)
+		peer.WriteBytes([]byte("half"))
+		peer.WantIdle("BYE waits", 100*time.Millisecond)
+		peer.Ack(cancel)
+		peer.WantType("BYE", wire.Bye)
+		peer.WantClose("the end", 4000, "")
+		peer.WriteClose(4000, "")
+		closing.wantSuccess(t)
+	})
+}
+
+// A sender may open the next stream as soon as one is rejected, for as long as the session is open.
+func TestByeDoesNotWaitForStreamsThatAreRejectedAtOnce(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		incoming(t, s, peer, 1, 5)
+		closing := start(func() error { return s.Close(t.Context(), "") })
+		peer.Ack(peer.WantType("the stream is cancelled", wire.TxCancel))
+		begin := time.Now()
+		for i := range uint32(4) {
+			time.Sleep(100 * time.Millisecond)
+			peer.WriteFrames(txStart(2+i, 6+i, -1, "another"))
+			peer.Ack(peer.WantType("it is rejected", wire.TxCancel))
+		}
+		peer.WantType("BYE", wire.Bye)
+		require.Equal(t, 500*time.Millisecond, time.Since(begin))
+		peer.WantClose("the end", 4000, "")
+		peer.WriteClose(4000, "")
+		closing.wantSuccess(t)
+	})
+}
