@@ -44,7 +44,8 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 // When the peer pulls, the stream's size is announced first, so the source must be a
 // regular file, a [*bytes.Reader], a [*strings.Reader], or an [*io.SectionReader] of one
 // of these; any other returns [ErrNotSeekable]. The source is read as the peer fetches
-// chunks, and the stream fails if its size has changed by then.
+// chunks, and the stream fails if its size has changed by then. A name whose fifth byte is 0 or 1
+// can't be sent then: the peer would take it for a frame of CAMP, a successor of Cryo.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
 	st, err := s.newStream(ctx, options)
 	if err != nil {

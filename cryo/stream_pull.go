@@ -7,6 +7,8 @@ import (
 	"math"
 	"os"
 	"strings"
+
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // maxFetches bounds the queued TX_FETCHes of one stream; further ones are
@@ -102,6 +104,10 @@ func (x *indexed) chunk(i uint32, chunkBytes int64) ([]byte, error) {
 func (st *OutgoingStream) serve(x *indexed) error {
 	if x.size > math.MaxInt32 {
 		return fmt.Errorf("stream %q of %d bytes is %w: the peer pulls, and only streams below 2 GiB can be pulled", st.opts.Name, x.size, ErrTooLarge)
+	}
+	announced := wire.Frame{Type: wire.TxStart, Size: int32(x.size), Payload: []byte(st.opts.Name)}
+	if announced.IsCAMP() {
+		return fmt.Errorf("stream name %q can't be sent to a peer that pulls: its fifth byte must not be 0 or 1", st.opts.Name)
 	}
 	if err := st.start(int32(x.size)); err != nil {
 		return err

@@ -379,3 +379,14 @@ func TestPulledFileThatChangesItsSizeFailsTheStream(t *testing.T) {
 		})
 	}
 }
+
+// A receiver would close the session: it takes the TX_START for one of CAMP.
+func TestNameThatAPullingPeerTakesForCAMPIsNotSent(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		setFlow(peer, wire.FlowPull)
+		err := s.SendStream(t.Context(), strings.NewReader("abc"), &cryo.StreamOptions{Name: "name\x00"})
+		require.EqualError(t, err, `stream name "name\x00" can't be sent to a peer that pulls: its fifth byte must not be 0 or 1`)
+		peer.WantIdle("TX_START", time.Minute)
+		require.NoError(t, s.Err())
+	})
+}

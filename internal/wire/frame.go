@@ -205,7 +205,7 @@ func PayloadTooLarge(t Type, size int) *FrameError {
 // is the size of the frame, in bytes.
 func (f *Frame) Check(size int) error {
 	problem := f.problem()
-	if f.isCAMP() {
+	if f.IsCAMP() {
 		problem = "it is a frame of another protocol, CAMP"
 	}
 	if problem != "" {
@@ -214,12 +214,12 @@ func (f *Frame) Check(size int) error {
 	return nil
 }
 
-// isCAMP reports whether a frame has the layout of CAMP, a successor of Cryo. The first published
+// IsCAMP reports whether a frame has the layout of CAMP, a successor of Cryo. The first published
 // client of CAMP announces itself as one of Cryo, and its messages are the same, but a PING_PONG
 // has no number, and a TX_START has a size of 64 bits and a flow before its name, so that the name
 // would begin with the lower half of the size and the flow. A name of Cryo is mistaken for that if
 // its fifth byte is 0 or 1, and either the size is announced or the first four bytes are not UTF-8.
-func (f *Frame) isCAMP() bool {
+func (f *Frame) IsCAMP() bool {
 	switch {
 	case f.Type == TxStart && len(f.Payload) > 4 && f.Payload[4] <= byte(FlowPull):
 		return f.Size >= 0 || string(f.Payload[:4]) == "\xff\xff\xff\xff"
