@@ -200,8 +200,8 @@ func TestBroadcastIsDeliveredWhenOnlyASessionWithPausedReadsIsLate(t *testing.T)
 	})
 }
 
-// The same by synchronous responses, which need no output at either end.
-func TestEchoBySyncResponsesFinishesOrRejectsTheExcess(t *testing.T) {
+// The same with synchronous responses, which need no output at either end.
+func TestEchoWithSyncResponsesFinishesOrRejectsTheExcess(t *testing.T) {
 	for name, c := range map[string]struct {
 		messages int
 		reads    bool

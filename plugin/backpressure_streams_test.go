@@ -61,7 +61,7 @@ func TestTwoIncompleteStreamsDoNotBlockEachOther(t *testing.T) {
 	})
 }
 
-func TestScannedMessagesCountInTheBufferUntilDelivered(t *testing.T) {
+func TestScannedMessagesCountTowardTheBufferUntilDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_buffer_bytes: 100000, max_batch_count: 1"), toProbe)
 		peer := e.dial()
@@ -80,7 +80,7 @@ func TestScannedMessagesCountInTheBufferUntilDelivered(t *testing.T) {
 	})
 }
 
-func TestTruncatedPulledStreamDeliversWholeRecordsOnly(t *testing.T) {
+func TestTruncatedPulledStreamDeliversOnlyWholeRecords(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1, max_batch_count: 1, streams: { flow_control: pull, scanner: { chunker: { size: 100000 } } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		synctest.Wait() // TX_FLOW is there
 		sent := sendStream(peer, "pulled", strings.Repeat("x", 2_000_000))

@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestMaxInFlightIsStrict(t *testing.T) {
+func TestMaxInFlightIsNeverExceeded(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 3", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		var sent []*sending
 		for i := range 10 {
@@ -46,7 +46,7 @@ func TestMaxInFlightIsStrict(t *testing.T) {
 	})
 }
 
-func TestMessageThatWaitsForItsRedeliveryIsInFlight(t *testing.T) {
+func TestMessageAwaitingRedeliveryIsInFlight(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		first := send(peer, "first")
 		e.arrival().fail(errOutput)

@@ -103,9 +103,9 @@ var engineTypes = []string{"unable to infer", "expected array value", "expected 
 // lint accepts it, and then runs no rule for the field that has it, or for the component.
 var undecodable = regexp.MustCompile(`field '(batching': field '\w+|tls': field '\w+)': yaml: unmarshal errors`)
 
-// TestWhatLintAcceptsCanBeBuilt builds each component with each value of each of its fields.
-// What lint accepts must build; what does not build, lint must refuse with the same sentence.
-func TestWhatLintAcceptsCanBeBuilt(t *testing.T) {
+// TestLintAndBuildAcceptTheSameValues builds each component with each value of each of its
+// fields. What passes lint must build; what does not build must fail lint with the same error.
+func TestLintAndBuildAcceptTheSameValues(t *testing.T) {
 	const mutations = 40
 	for _, c := range []struct{ kind, name string }{{"input", "cryo"}, {"output", "cryo"}, {"input", "cryo_server"}, {"output", "cryo_server"}} {
 		t.Run(c.kind+" "+c.name, func(t *testing.T) {

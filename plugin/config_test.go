@@ -43,7 +43,7 @@ const (
 	listens = `address: 127.0.0.1:8080, tokens: [ a ]`
 )
 
-func TestInvalidConfigurationFailsLintAndStartWithOneSentence(t *testing.T) {
+func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 	for _, tt := range []struct {
 		kind, name, fields string
 		sentence           string
@@ -179,7 +179,7 @@ func TestNullMeansTheDefault(t *testing.T) {
 	assert.Equal(t, []any{1024, 64, true, true}, []any{c.maxInFlight, c.maxBatchCount, c.replay, c.includeMetadata})
 }
 
-func TestEachInvalidFieldIsReportedAtItsLine(t *testing.T) {
+func TestEachInvalidFieldIsReportedWithItsLine(t *testing.T) {
 	lints, err := linter().LintYAML("input", []byte("cryo:\n  url: ws://localhost\n  max_in_flight: 0\n  headers:\n    upgrade: a\n"))
 	require.NoError(t, err)
 	lines := make(map[int]string)
@@ -232,13 +232,13 @@ func TestTruncatedCertificateFailsTheFirstConnect(t *testing.T) {
 	require.NoError(t, in.Close(t.Context()))
 }
 
-func TestLintDoesNotRequireFilesThatTheStartReads(t *testing.T) {
+func TestLintDoesNotRequireFilesReadAtStart(t *testing.T) {
 	fields := `{ url: "wss://h", tls: { enabled: true, root_cas_file: /nowhere.pem } }`
 	assert.Empty(t, lint(t, "input", component("cryo", fields)), "they may exist where the configuration runs")
 	assert.ErrorIs(t, construct(t, "input", "cryo", fields), fs.ErrNotExist)
 }
 
-func TestErrorsOfLintAndStartRepeatNoSecret(t *testing.T) {
+func TestLintAndStartErrorsContainNoSecrets(t *testing.T) {
 	for _, tt := range []struct{ kind, name, fields string }{
 		{"input", "cryo", `{ url: "ws://me:s3cret@h" }`},
 		{"input", "cryo", `{ url: "ws://me:s3cret/x@h" }`},

@@ -38,7 +38,7 @@ const (
 
 // What a sender sees acknowledged was delivered, in any pipeline. See
 // delivery_property_exceptions_test.go for those that the engine makes impossible.
-func TestNothingIsAcknowledgedThatWasNotDelivered(t *testing.T) {
+func TestOnlyDeliveredMessagesAreAcknowledged(t *testing.T) {
 	if given := os.Getenv(seedVariable); given != "" {
 		seed, err := strconv.ParseUint(given, 10, 64)
 		require.NoError(t, err, seedVariable)

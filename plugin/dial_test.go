@@ -62,7 +62,7 @@ func (e *engine) outputOfRawServer(t *testing.T) (*output, *cryotest.Server, *cr
 	return out, server, peer
 }
 
-func TestConnectWaitsForTheLastSessionToClose(t *testing.T) {
+func TestConnectWaitsForThePreviousSessionToClose(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out, server, peer := e.outputOfRawServer(t)
 
@@ -89,7 +89,7 @@ func TestConnectWaitsForTheLastSessionToClose(t *testing.T) {
 	})
 }
 
-func TestCloseOfAnOutputWaitsForAnEndingSession(t *testing.T) {
+func TestOutputCloseWaitsForTheEndingSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out, _, peer := e.outputOfRawServer(t)
 		peer.WriteFrames(cryotest.Bye(1, "bye"))
@@ -188,7 +188,7 @@ func TestConnectionTestDialsAndDisconnects(t *testing.T) {
 	}
 }
 
-func TestConnectionTestLeavesQueuedMessagesToOthers(t *testing.T) {
+func TestConnectionTestLeavesQueuedMessagesForOthers(t *testing.T) {
 	for _, kind := range []string{"input", "output"} {
 		t.Run(kind, func(t *testing.T) {
 			toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {

@@ -37,7 +37,7 @@ func named(texts ...string) service.MessageBatch {
 	return batch
 }
 
-func TestTheEngineMixesUpContexts(t *testing.T) {
+func TestEngineMixesUpContexts(t *testing.T) {
 	batches := process(t, `mapping: 'root = if content() == "drop" { deleted() }'`, named("drop", "keep"))
 	require.Len(t, batches, 1)
 	require.Len(t, batches[0], 1)
@@ -45,15 +45,15 @@ func TestTheEngineMixesUpContexts(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "keep", string(content))
 	require.Equal(t, "drop", batches[0][0].Context().Value(nameKey{}),
-		"The engine is mended: behind a filter a message has its own context. So inputs could trust a BatchError again and redeliver "+
+		"The engine is fixed: after a filter a message has its own context. So inputs could trust a BatchError again and redeliver "+
 			"only what it names, outputs could return one, and the limits that the reference and docs/guarantees.md name could go. "+
 			"Check split, group_by, archive and select_parts too, and the exceptions of the property test")
 }
 
-// What TestTheEngineMixesUpContexts costs where no component of ours has a say: an
+// What TestEngineMixesUpContexts costs where no component of ours has a say: an
 // output's batching merges three deliveries, and the error goes to the one whose message
 // was filtered.
-func TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching(t *testing.T) {
+func TestEngineWithBatchingFailsTheWrongDeliveryAfterAFilter(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "probe: { batching: { count: 3, processors: [ "+dropsDrop+" ] } }")
 		drop, a, b := e.produce("drop"), e.produce("A"), e.produce("B")
@@ -69,7 +69,7 @@ func TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching(t *testing.T) 
 
 // The batcher looks for the messages of a delivery only until it has found a part of
 // each that is delivered.
-func TestTheEngineCountsAMessageAsDeliveredWithItsFirstPartUnderBatching(t *testing.T) {
+func TestEngineWithBatchingCountsAMessageAsDeliveredAfterItsFirstPart(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "probe: { batching: { count: 1, processors: [ unarchive: { format: lines } ] } }")
 		f := e.produce("a\nb")
@@ -81,7 +81,7 @@ func TestTheEngineCountsAMessageAsDeliveredWithItsFirstPartUnderBatching(t *test
 	})
 }
 
-func TestTheEngineForwardsEmptyBatches(t *testing.T) {
+func TestEngineForwardsEmptyBatches(t *testing.T) {
 	for _, processor := range []string{
 		"parallel: { processors: [ mapping: root = deleted() ] }",
 		"retry: { processors: [ mapping: root = deleted() ] }",
@@ -103,7 +103,7 @@ func (l *late) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	return batchOf("late"), func(_ context.Context, err error) error { l.acknowledged <- err; return nil }, nil
 }
 
-func TestTheEngineDropsABatchThatIsReadDuringAStop(t *testing.T) {
+func TestEngineDropsABatchReadDuringAStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := &late{make(chan error, 1)}
 		require.NoError(t, e.env.RegisterBatchInput("late", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
@@ -117,7 +117,7 @@ func TestTheEngineDropsABatchThatIsReadDuringAStop(t *testing.T) {
 	})
 }
 
-func TestTheEnginePanicsOnATracingMapThatDeletesItsRoot(t *testing.T) {
+func TestEnginePanicsWhenATracingMapDeletesRoot(t *testing.T) {
 	spec := service.NewConfigSpec().Field(service.NewExtractTracingSpanMappingField())
 	parsed, err := spec.ParseYAML("extract_tracing_map: root = deleted()", nil)
 	require.NoError(t, err)
@@ -131,7 +131,7 @@ func TestTheEnginePanicsOnATracingMapThatDeletesItsRoot(t *testing.T) {
 
 // The next three are exceptions of the property test, and for docs/engine-faults.md.
 
-func TestTheEnginesDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
+func TestEngineDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { back_pressure: 1s, output: { probe: {} } }")
 		slow := e.produce("slow")
@@ -146,7 +146,7 @@ func TestTheEnginesDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 	})
 }
 
-func TestTheEnginesFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
+func TestEngineFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "drop_on: { error: false, error_patterns: [ never ], output: { broker: { pattern: fan_out_fail_fast, outputs: [ probe: {}, probe: {} ] } } }")
 		first := e.produce("first")
@@ -161,7 +161,7 @@ func TestTheEnginesFailFastBrokerAttributesAnErrorToTheNextBatch(t *testing.T) {
 	})
 }
 
-func TestTheEnginesFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
+func TestEngineFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, "broker: { pattern: fan_out_fail_fast, outputs: [ serial: {}, serial: {}, serial: {} ] }")
 		first := e.produce("first")

@@ -26,7 +26,7 @@ import (
 // do once they have a session is in cryo's TestMisbehaviour. docs/guarantees.md
 // has the table for people.
 
-func TestInvalidClientsBeforeTheirSession(t *testing.T) {
+func TestInvalidClientsGetNoSession(t *testing.T) {
 	authorized := "authorization=" + url.QueryEscape("Bearer "+token)
 	upgrading := func(query string, headers ...string) func(t *testing.T, e *engine) string {
 		return func(t *testing.T, e *engine) string {

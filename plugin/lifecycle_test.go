@@ -33,7 +33,7 @@ func TestGracefulStopDeliversAndAcknowledgesMessagesInThePipeline(t *testing.T) 
 	})
 }
 
-func TestFailureDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
+func TestMessageThatFailsDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		m := send(peer, "poison")
 		a := e.arrival()
@@ -202,8 +202,8 @@ func TestRetryAfterSetsTheTimeOfTheNextAttempt(t *testing.T) {
 	}
 }
 
-// TestUnresponsiveServerIsDisconnected: nothing is sent, and nobody closes anything.
-func TestUnresponsiveServerIsDisconnected(t *testing.T) {
+// The server sends nothing, and neither end closes the connection.
+func TestUnresponsiveServerIsRedialled(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		p := e.run(with(dialInput, "heartbeat_interval: 10s"), toProbe)
@@ -299,7 +299,7 @@ func TestInputStopsWithoutWaitingForTheNextAttempt(t *testing.T) {
 	})
 }
 
-func TestNothingIsLoggedAboveDebugWhenAllIsWell(t *testing.T) {
+func TestHealthyPipelineLogsNoWarnings(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		e.wantReceives(t, peer, "delivered")
 		p.stop()

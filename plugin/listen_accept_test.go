@@ -90,7 +90,7 @@ func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 	})
 }
 
-func TestAnInputListensAgainWhileClientsKeepItBusy(t *testing.T) {
+func TestBusyInputReopensTheListener(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		e.run(with(listenInput, "max_batch_count: 1"), toSerial)
@@ -247,7 +247,7 @@ func (l *exhaustedListener) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-func TestPanicInTheHTTPServerIsLoggedAsAWarning(t *testing.T) {
+func TestHTTPServerErrorsAreLoggedAtTheRightLevel(t *testing.T) {
 	book := &logBook{}
 	log := serverLog(service.NewLoggerFromSlog(book.logger()))
 	log.Print("http: panic serving 10.0.0.1:1: boom\ngoroutine 1 [running]:")

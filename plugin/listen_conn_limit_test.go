@@ -24,7 +24,7 @@ func answers(t *testing.T, c net.Conn) bool {
 	return err == nil && string(words) == "HTTP/1."
 }
 
-func TestClientConnectsHoweverManyConnectionsAreIdle(t *testing.T) {
+func TestClientCanConnectDespiteManyIdleConnections(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")

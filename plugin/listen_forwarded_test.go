@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestClientAddressIsTheLastOneThatIsNoTrustedProxy(t *testing.T) {
+func TestClientAddressIsTheLastUntrustedHop(t *testing.T) {
 	const direct = "192.0.2.1:50000" // of clients in memory
 	trusted := "trusted_proxies: [ 192.0.2.0/24, '10.0.0.9', '2001:db8:ff::/48' ]"
 	forwarded := trusted + ", forwarded_header: forwarded"

@@ -35,7 +35,7 @@ func TestReplyIsSentToTheSender(t *testing.T) {
 	})
 }
 
-func TestComponentsOfOneAddressMustAgree(t *testing.T) {
+func TestComponentsSharingAnAddressMustAgree(t *testing.T) {
 	for settings, differ := range map[string]string{
 		"max_sessions: 5":                                                            "max_sessions",
 		"max_sessions: 5, path: /else":                                               "path, max_sessions",
@@ -61,7 +61,7 @@ func TestComponentsOfOneAddressMustAgree(t *testing.T) {
 	}
 }
 
-func TestComponentsWithoutALabelAreNamedByTheirPath(t *testing.T) {
+func TestUnlabelledComponentsAreNamedByTheirPath(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run("broker: { inputs: [ "+listenInput+", "+with(listenInput, "max_sessions: 5")+" ] }", toProbe)
 		e.log.want(t, " and the input cryo_server at input.broker.inputs.")
@@ -101,7 +101,7 @@ func TestLaterInputReceivesWaitingMessages(t *testing.T) {
 	})
 }
 
-func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
+func TestMessagesOfAnEndedSessionReleaseTheirMemoryWithoutAnInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 100000"
 		e.run(fromOnce, with(listenOutput, settings))
@@ -118,7 +118,7 @@ func TestMessagesOfAnEndedSessionHoldNoMemoryWithoutAnInput(t *testing.T) {
 	})
 }
 
-func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
+func TestInputThatClosesFirstLeavesTheSessionsForTheOutput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(listenInput, toSerial)
 		e.run(fromOnce, listenOutput)
@@ -158,7 +158,7 @@ func TestInputThatClosesFirstLeavesTheSessionsToTheOutput(t *testing.T) {
 	})
 }
 
-func TestMessagesOfAKilledInputHoldNoMemory(t *testing.T) {
+func TestMessagesOfAKilledInputReleaseTheirMemory(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		const settings = "max_buffer_bytes: 100000"
 		in := e.run(with(listenInput, settings), toProbe)
@@ -230,7 +230,7 @@ func TestLastInputRejectsNothingWhenItCloses(t *testing.T) {
 	})
 }
 
-func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
+func TestClosingAComponentTwiceReleasesTheListenerOnce(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		conf, err := specs()["input cryo_server"].ParseYAML("{ address: '"+somewhere+"', tokens: [ "+token+" ] }", nil)
@@ -247,7 +247,7 @@ func TestClosingAComponentTwiceLeavesTheListenerOnce(t *testing.T) {
 	})
 }
 
-func TestAddressIsReusedWhenItIsFree(t *testing.T) {
+func TestAddressIsReusedOnceItIsFree(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, toProbe)
 		client := e.rawClient() // which reads nothing, so closing takes time
@@ -266,7 +266,7 @@ func TestAddressIsReusedWhenItIsFree(t *testing.T) {
 	})
 }
 
-func TestAnAddressThatTakesLongHoldsUpNoOther(t *testing.T) {
+func TestSlowAddressDoesNotDelayOthers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		resolved := make(chan struct{})
 		listen := e.shared.listen
@@ -317,7 +317,7 @@ func TestAddressInUseIsRetried(t *testing.T) {
 	})
 }
 
-func TestReconnectedClientTakesItsSessionOver(t *testing.T) {
+func TestReconnectedClientTakesOverItsSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		ghost := e.dialAs(5)

@@ -17,9 +17,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// TestAListenerListensAgainWhileComponentsComeAndGo starts and stops components of one
+// TestListenerReopensWhileComponentsStartAndStop starts and stops components of one
 // address at random, while accepting clients fails again and again.
-func TestAListenerListensAgainWhileComponentsComeAndGo(t *testing.T) {
+func TestListenerReopensWhileComponentsStartAndStop(t *testing.T) {
 	for seed := range uint64(5) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) { listenStorm(t, e, rand.New(rand.NewPCG(seed, 7))) })

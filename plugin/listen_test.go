@@ -54,7 +54,7 @@ func TestOnlyTheConfiguredPathIsServed(t *testing.T) {
 	})
 }
 
-func TestClientsAboveALimitAreDenied(t *testing.T) {
+func TestClientsOverALimitAreDenied(t *testing.T) {
 	for _, tt := range []struct {
 		limit  string
 		status int
@@ -76,7 +76,7 @@ func TestClientsAboveALimitAreDenied(t *testing.T) {
 	}
 }
 
-func TestTooLongHeadersAreRejected(t *testing.T) {
+func TestOversizedHeadersAreRejected(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_header_bytes: 10000"), toProbe)
 		status, _ := e.get(t, "/", "X-Long: "+strings.Repeat("x", 9000))
@@ -87,7 +87,7 @@ func TestTooLongHeadersAreRejected(t *testing.T) {
 	})
 }
 
-func TestOnlyPagesOfAllowedOriginsMayConnect(t *testing.T) {
+func TestOnlyPagesFromAllowedOriginsMayConnect(t *testing.T) {
 	for settings, want := range map[string]map[string]bool{
 		"":                       {"": true, "https://app.example.com": true, "https://evil.test": true, "null": true},
 		"allowed_origins: ['*']": {"": true, "https://app.example.com": true, "https://evil.test": true, "null": true},
@@ -219,7 +219,7 @@ func TestAuthorizeMappingAllowsOrDeniesClients(t *testing.T) {
 	}
 }
 
-func TestTooMuchMetadataIsDeniedWithStatus431(t *testing.T) {
+func TestOversizedMetadataIsDeniedWithStatus431(t *testing.T) {
 	for _, tt := range []struct{ name, mapping, sentence string }{
 		{
 			"too many fields", `root = range(0, 65).map_each(i -> { "key": "f%v".format(i), "value": 1 }).map_each(f -> { (f.key): f.value }).merge({}).squash()`,
@@ -242,7 +242,7 @@ func TestTooMuchMetadataIsDeniedWithStatus431(t *testing.T) {
 	}
 }
 
-func TestListenAndDialOverRealSockets(t *testing.T) {
+func TestServerInputReceivesOverRealSockets(t *testing.T) {
 	defer checkLeaks(t)
 	e := newEngine(t)
 	e.shared.listen = net.Listen
@@ -265,7 +265,7 @@ func TestListenAndDialOverRealSockets(t *testing.T) {
 	require.NoError(t, s.Close(t.Context(), ""))
 }
 
-func TestListenerLogsItsAddressAndTheEndOfSessions(t *testing.T) {
+func TestListenerLogsItsAddressAndSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.shared.listen = func(network, _ string) (net.Listener, error) { return e.net.Listen(network, somewhere) }
 		p := e.run(strings.Replace(listenInput, somewhere, "192.0.2.2:0", 1), toProbe)

@@ -122,7 +122,7 @@ func (e *engine) served(t *testing.T, config *tls.Config) string {
 	return secured.ConnectionState().PeerCertificates[0].Subject.CommonName
 }
 
-func TestBothEndsOverTLS(t *testing.T) {
+func TestInputAndOutputConnectOverTLS(t *testing.T) {
 	certFile, keyFile := certificate(t)
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
@@ -215,7 +215,7 @@ func TestRenewedCertificateIsServedWithoutARestart(t *testing.T) {
 	})
 }
 
-func TestClientsNeedACertificateOfTheConfiguredAuthority(t *testing.T) {
+func TestClientCertificateMustComeFromTheConfiguredAuthority(t *testing.T) {
 	ca, devices, others := newAuthority(t, "ca"), newAuthority(t, "devices"), newAuthority(t, "others")
 	dir := t.TempDir()
 	certFile, keyFile, clientCA := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), filepath.Join(dir, "clients.pem")
@@ -325,7 +325,7 @@ func TestAuthorizeSeesTheClientCertificate(t *testing.T) {
 	})
 }
 
-func TestOnlyTheOwnerOfItsCertificateTakesASessionOver(t *testing.T) {
+func TestOnlyTheCertificateOwnerCanTakeOverASession(t *testing.T) {
 	ca, devices := newAuthority(t, "servers"), newAuthority(t, "devices")
 	dir := t.TempDir()
 	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")

@@ -96,7 +96,7 @@ func TestAuthorizeSeesTheQueryWithoutTheToken(t *testing.T) {
 	})
 }
 
-func TestSessionMetadataSurvivesTheSessionsInput(t *testing.T) {
+func TestSessionMetadataSurvivesAHandover(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(authorizing, toProbe)
 		e.run(authorizing, toProbe)
@@ -144,7 +144,7 @@ func TestHostIsAvailableAsAHeader(t *testing.T) {
 	}
 }
 
-func TestControlCharactersInMetadataDenyTheClient(t *testing.T) {
+func TestClientWithControlCharactersInMetadataIsDenied(t *testing.T) {
 	for name, fields := range map[string]string{
 		"of session_metadata": "authorize: 'root = true', session_metadata: { query_parameters: [ room ] }",
 		"of authorize":        "authorize: 'root.query_room = this.query.room'",

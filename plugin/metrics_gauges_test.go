@@ -22,7 +22,7 @@ var (
 
 const streamsByName = `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }'`
 
-func TestGaugesOfAnOutputReturnToZeroHoweverAMessageEnds(t *testing.T) {
+func TestOutputGaugesReturnToZeroAfterAnyMessageOutcome(t *testing.T) {
 	for name, end := range map[string]func(t *testing.T, m []*cryo.Message){
 		"acknowledged": func(t *testing.T, m []*cryo.Message) { require.NoError(t, cryo.AckBatch(m)) },
 		"rejected": func(t *testing.T, m []*cryo.Message) {
@@ -45,7 +45,7 @@ func TestGaugesOfAnOutputReturnToZeroHoweverAMessageEnds(t *testing.T) {
 	}
 }
 
-func TestGaugesOfAnOutputReturnToZeroHoweverAStreamEnds(t *testing.T) {
+func TestOutputGaugesReturnToZeroAfterAnyStreamOutcome(t *testing.T) {
 	for name, end := range map[string]func(t *testing.T, peer *cryo.Session, st *cryo.IncomingStream){
 		"cancelled": func(t *testing.T, _ *cryo.Session, st *cryo.IncomingStream) { require.NoError(t, st.Close()) },
 		"late":      func(*testing.T, *cryo.Session, *cryo.IncomingStream) { time.Sleep(10 * time.Second) },
@@ -66,7 +66,7 @@ func TestGaugesOfAnOutputReturnToZeroHoweverAStreamEnds(t *testing.T) {
 	}
 }
 
-func TestGaugesOfAnOutputReturnToZeroWhenItsSessionIsLost(t *testing.T) {
+func TestOutputGaugesReturnToZeroWhenItsSessionIsLost(t *testing.T) {
 	outputs := map[string]string{
 		"cryo":                      dialOutput,
 		"cryo_server":               listenOutput,
@@ -115,7 +115,7 @@ func (e *engine) peerOf(s *server) *cryo.Session {
 	return s.session()
 }
 
-func TestGaugesOfABroadcastReturnToZeroWhenASessionIsLate(t *testing.T) {
+func TestBroadcastGaugesReturnToZeroWhenASessionIsLate(t *testing.T) {
 	toAll(t, streamsByName+", ack_timeout: 10s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("m")
 		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
@@ -135,7 +135,7 @@ func TestGaugesOfABroadcastReturnToZeroWhenASessionIsLate(t *testing.T) {
 	})
 }
 
-func TestGaugesOfAnOutputReturnToZeroAtAHardStop(t *testing.T) {
+func TestOutputGaugesReturnToZeroAfterHardStop(t *testing.T) {
 	for name, output := range map[string]string{
 		"cryo":                      dialOutput,
 		"cryo_server":               listenOutput,
@@ -168,7 +168,7 @@ func TestGaugesOfAnOutputReturnToZeroAtAHardStop(t *testing.T) {
 
 // Each way in which messages and streams of an input end, with how many of each there were
 // before. The gauges must return to zero.
-func TestGaugesOfAnInputReturnToZero(t *testing.T) {
+func TestInputGaugesReturnToZero(t *testing.T) {
 	const conf = "max_in_flight: 4, max_batch_count: 1, " + byWords
 	for name, c := range map[string]struct {
 		content  string // of a stream that does not end

@@ -35,7 +35,7 @@ func TestEveryMetricIsDocumentedAndInTheDashboard(t *testing.T) {
 	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+)`), "in the dashboard")
 }
 
-func TestGaugesOfCopiedOutputsAddUp(t *testing.T) {
+func TestGaugesOfOutputCopiesAddUp(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, "broker: { pattern: round_robin, copies: 4, outputs: [ "+dialOutput+" ] }")
@@ -64,7 +64,7 @@ func TestGaugesOfCopiedOutputsAddUp(t *testing.T) {
 	})
 }
 
-func TestGaugesReturnToZeroAtAHardStop(t *testing.T) {
+func TestInputGaugesReturnToZeroAfterHardStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dial()
@@ -219,7 +219,7 @@ func TestOutputsCountStreams(t *testing.T) {
 	})
 }
 
-func TestBroadcastCountsOncePerSession(t *testing.T) {
+func TestBroadcastIsCountedOncePerSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		a, b := e.dial(), e.dial()
@@ -294,7 +294,7 @@ func TestSessionsAndReconnectionsAreCounted(t *testing.T) {
 	})
 }
 
-func TestOutputCountsTheLossOfItsSessionWithoutAWrite(t *testing.T) {
+func TestSessionsGaugeDropsToZeroWithoutAWrite(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)

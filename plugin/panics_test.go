@@ -123,7 +123,7 @@ func TestPanicInAuthorizeDeniesTheClient(t *testing.T) {
 	})
 }
 
-func TestPanicInAFieldFailsItsMessageAlone(t *testing.T) {
+func TestPanicInAFieldFailsOnlyItsMessage(t *testing.T) {
 	field := func(name, other string) string {
 		return name + ": " + mapped(`${! if content().string() == "poison" { content().`+decrypting+` } else { `+other+` } }`)
 	}

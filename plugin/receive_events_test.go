@@ -31,7 +31,7 @@ func (e *engine) wantNext(t *testing.T, want string) *arrival {
 	return a
 }
 
-func TestEventsComeBeforeAndAfterTheMessagesOfASession(t *testing.T) {
+func TestEventsPrecedeAndFollowTheMessagesOfASession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ utf8, session ], session_metadata: { query_parameters: [ room ] }"), toProbe)
 		client, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7, Query: map[string][]string{"room": {"5"}}})
@@ -76,7 +76,7 @@ func TestDisconnectedEventHasTheCause(t *testing.T) {
 	})
 }
 
-func TestFailedEventIsRedeliveredBeforeAllThatFollows(t *testing.T) {
+func TestFailedEventIsRedeliveredFirst(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenEvents, toProbe)
 		client := e.dialAs(7)
@@ -93,7 +93,7 @@ func TestFailedEventIsRedeliveredBeforeAllThatFollows(t *testing.T) {
 	})
 }
 
-func TestDisconnectedComesAfterTheStreamsOfTheSession(t *testing.T) {
+func TestDisconnectedFollowsTheSessionsStreams(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenEvents, "streams: { scanner: { lines: {} } }"), toProbe)
 		client := e.dialAs(7)
@@ -132,7 +132,7 @@ func TestDisconnectedDoesNotWaitForAMessageThatAlwaysFails(t *testing.T) {
 	})
 }
 
-func TestDisconnectedWaitsForEachMessageWhileAnotherFailsAgainAndAgain(t *testing.T) {
+func TestDisconnectedWaitsForAMessageWhileAnotherKeepsFailing(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenEvents, toProbe)
 		client := e.dialAs(7)
@@ -176,7 +176,7 @@ func TestTakeoverEmitsDisconnectedThenConnected(t *testing.T) {
 	})
 }
 
-func TestTakeoverEmitsInOrderWhereInputsShareTheSessions(t *testing.T) {
+func TestTakeoverEmitsEventsInOrderWithTwoInputs(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenEvents, toProbe)
 		e.run(listenEvents, toProbe)
@@ -191,7 +191,7 @@ func TestTakeoverEmitsInOrderWhereInputsShareTheSessions(t *testing.T) {
 	})
 }
 
-func TestStalledPipelineLosesNoEventAndNewSessionsAreDenied(t *testing.T) {
+func TestStalledPipelineLosesNoEventsAndDeniesNewSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "message_types: [ session ], max_batch_count: 1, max_sessions: 3"), toSerial)
 		for id := range uint64(6) { // as many as may be connected, and have left
@@ -223,7 +223,7 @@ func TestStalledPipelineLosesNoEventAndNewSessionsAreDenied(t *testing.T) {
 	})
 }
 
-func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
+func TestUnacknowledgedEventsCountTowardMaxBufferBytes(t *testing.T) {
 	for settings, settle := range map[string]func(a *arrival){
 		"auto_replay_nacks: true":  func(a *arrival) { a.deliver() },
 		"auto_replay_nacks: false": func(a *arrival) { a.fail(errors.New("no")) },
@@ -263,7 +263,7 @@ func TestEventsCountAsReceivedUntilTheyAreSettled(t *testing.T) {
 	}
 }
 
-func TestNextInputEmitsConnectedForTheSessionsThatItGets(t *testing.T) {
+func TestNextInputEmitsConnectedForHandedOverSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenEvents, toProbe)
 		client, leaves := e.dialAs(7), e.dialAs(8)
@@ -288,14 +288,23 @@ func TestNextInputEmitsConnectedForTheSessionsThatItGets(t *testing.T) {
 	})
 }
 
-func TestInputThatStartsLaterEmitsConnectedForEachSession(t *testing.T) {
+func TestLaterInputEmitsConnectedForEachSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
-		client := e.dialAs(7)
+		first := e.dialAs(7)
+		e.dialAs(8)
 		time.Sleep(2 * noInputTimeout)
 		e.run(listenEvents, toProbe)
-		e.wantNext(t, "7 connected").deliver()
-		end(client)
+		events := make(map[string]bool)
+		for range 2 {
+			a := e.arrival()
+			got := metadataOf(t, a.batch[0])
+			events[fmt.Sprint(got["cryo_session_id"], " ", got["cryo_session_event"])] = true
+			a.deliver()
+		}
+		require.Equal(t, map[string]bool{"7 connected": true, "8 connected": true}, events)
+		e.wantNoArrival("each session is connected once")
+		end(first)
 		e.wantNext(t, "7 disconnected").deliver()
 	})
 }
@@ -319,7 +328,7 @@ func TestStopEmitsNoDisconnected(t *testing.T) {
 	})
 }
 
-func TestWithoutSessionInMessageTypesThereAreNoEvents(t *testing.T) {
+func TestNoEventsAreEmittedUnlessConfigured(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe)
 		end(e.dialAs(7))

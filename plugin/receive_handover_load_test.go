@@ -23,7 +23,7 @@ import (
 // go, take each other's sessions over and send messages and streams, and the output
 // fails now and then. When all works again, everything is settled: what was acknowledged
 // is delivered, and nothing is rejected, left waiting or counted for ever.
-func TestHandoversUnderLoad(t *testing.T) {
+func TestHandoversUnderLoadLoseNothing(t *testing.T) {
 	for name, run := range map[string]func(t *testing.T, seed uint64){
 		"":                      func(t *testing.T, seed uint64) { handoverStorm(t, seed, false) },
 		"acknowledge: received": func(t *testing.T, seed uint64) { handoverStorm(t, seed, true) },

@@ -47,7 +47,7 @@ func TestReplacedInputHandsOverAllUndeliveredMessages(t *testing.T) {
 	})
 }
 
-func TestInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
+func TestInputLeavingASharedListenerHandsOverToTheOther(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		first := e.run(listenInput, toSerial)
 		client := e.dial()
@@ -60,7 +60,7 @@ func TestInputThatLeavesASharedListenerHandsOverToTheOther(t *testing.T) {
 	})
 }
 
-func TestMessagesThatAwaitRedeliveryAreHandedOver(t *testing.T) {
+func TestMessagesAwaitingRedeliveryAreHandedOver(t *testing.T) {
 	for _, fields := range []string{"", "auto_replay_nacks: false, max_batch_count: 2"} {
 		inEngine(t, func(t *testing.T, e *engine) {
 			e.run(fromOnce, listenOutput)
@@ -106,7 +106,7 @@ func TestStoppingProcessRejectsNothing(t *testing.T) {
 }
 
 // The last component closes the listener while an input is still closing.
-func TestWhatAnInputLeavesBehindTheListenersEndIsLogged(t *testing.T) {
+func TestMessagesLeftAfterTheListenerClosesAreLogged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.bareServerInput("")
 		defer func() { require.NoError(t, in.Close(context.Background())) }()
@@ -120,7 +120,7 @@ func TestWhatAnInputLeavesBehindTheListenersEndIsLogged(t *testing.T) {
 	})
 }
 
-func TestWithoutAnotherInputUndeliveredMessagesAreRejectedAfterAMinute(t *testing.T) {
+func TestUndeliveredMessagesAreRejectedAfterAMinuteWithoutAnInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(listenInput, toProbe)
@@ -231,8 +231,8 @@ func TestAcknowledgeReceivedLogsMessagesLostInAHardStop(t *testing.T) {
 	})
 }
 
-// What was acknowledged on receipt and what was not come to the next input in one batch.
-func TestHandedOverMessagesAreAcknowledgedBesideAcknowledgedOnes(t *testing.T) {
+// The next input receives them in one batch with messages that were acknowledged on receipt.
+func TestUnacknowledgedMessagesAreAcknowledgedAfterHandover(t *testing.T) {
 	for _, next := range []string{"acknowledge: received", ""} {
 		t.Run("to "+next, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -260,7 +260,7 @@ func TestHandedOverMessagesAreAcknowledgedBesideAcknowledgedOnes(t *testing.T) {
 	}
 }
 
-func TestHandedOverMessagesAreRejectedBesideAcknowledgedOnes(t *testing.T) {
+func TestUnacknowledgedMessagesAreRejectedAfterHandover(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "acknowledge: received, max_batch_count: 1"), toSerial)
@@ -311,7 +311,7 @@ func TestHardStopDuringAResponseLogsAcknowledgedMessagesAsLost(t *testing.T) {
 	})
 }
 
-func TestFailingMessagesLeaveHalfOfASlowOutputToOthers(t *testing.T) {
+func TestFailingMessagesLeaveHalfOfASlowOutputForOthers(t *testing.T) {
 	for _, poison := range []int{20, 200} {
 		t.Run(fmt.Sprint(poison), func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
@@ -398,7 +398,7 @@ func TestHardStopRejectsNothing(t *testing.T) {
 }
 
 // The engine's own hard stop mostly ends before the verdict; so the test gives it.
-func TestErrorOfAHardStopIsNoVerdict(t *testing.T) {
+func TestHardStopErrorIsNotAVerdict(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.bareServerInput("auto_replay_nacks: false")
@@ -418,7 +418,7 @@ func TestErrorOfAHardStopIsNoVerdict(t *testing.T) {
 	})
 }
 
-func TestOrderIsKeptOverTwoHandovers(t *testing.T) {
+func TestOrderIsPreservedAcrossTwoHandovers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
@@ -437,7 +437,7 @@ func TestOrderIsKeptOverTwoHandovers(t *testing.T) {
 	})
 }
 
-func TestOrderIsKeptOverTwoHandoversToABusyInput(t *testing.T) {
+func TestOrderIsPreservedAcrossTwoHandoversToABusyInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		const conf = "max_batch_count: 1, max_in_flight: 2"
@@ -489,7 +489,7 @@ func TestMessagesOfAnEndedSessionDoNotWaitForItsSuccessor(t *testing.T) {
 }
 
 // A verdict may come while its input closes: the message is settled all the same.
-func TestFailureDuringCloseLeavesTheMessageToTheNextInput(t *testing.T) {
+func TestFailureDuringCloseLeavesTheMessageForTheNextInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		client := e.dial()

@@ -19,7 +19,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
+func TestFailingMessagesLeaveCapacityForOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1"), toProbe)
 		bad := e.dialAs(1)
@@ -45,7 +45,7 @@ func TestFailingMessagesLeaveCapacityToOtherClients(t *testing.T) {
 	})
 }
 
-func TestUnacknowledgedResponsesLeaveCapacityToOtherClients(t *testing.T) {
+func TestUnacknowledgedResponsesLeaveCapacityForOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16"), answering)
 		deaf := e.dial()
@@ -126,7 +126,7 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 }
 
 // A stream holds its slot until its messages are delivered, whatever becomes of its session.
-func TestReconnectedClientKeepsItsShareOfStreams(t *testing.T) {
+func TestReconnectedClientKeepsItsStreamQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16, max_batch_count: 1, streams: { max_open: 4, scanner: { lines: {} } }"), toProbe)
 		for range 3 {
@@ -201,7 +201,7 @@ func (e *engine) scanWords() *wordScanners {
 	return scanners
 }
 
-func TestScannerBatchAboveAClientsQuotaIsDeliveredInParts(t *testing.T) {
+func TestScannerBatchOverAClientsQuotaIsDeliveredInParts(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.scanWords()
 		e.run(with(listenInput, "max_in_flight: 4, "+byWords), toProbe)
@@ -260,7 +260,7 @@ func TestSessionEventsDoNotWaitForMaxInFlight(t *testing.T) {
 	})
 }
 
-func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
+func TestHandedOverMessagesCountAsInFlight(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "max_batch_count: 1"), toProbe)
@@ -283,7 +283,7 @@ func TestMessagesOfTheLastInputCountAsInFlight(t *testing.T) {
 	})
 }
 
-func TestMessagesOfTheLastInputAreFilteredByTheNextInputsMessageTypes(t *testing.T) {
+func TestHandedOverMessagesAreFilteredByMessageTypes(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		in := e.run(with(listenInput, "max_batch_count: 1"), toSerial)

@@ -31,9 +31,9 @@ func (v *valve) WriteBatch(context.Context, service.MessageBatch) error {
 	return errors.New("out of order")
 }
 
-// BenchmarkAnOutageDrains has 1,024 messages in flight when an outage of the output
+// BenchmarkOutageDrain has 1,024 messages in flight when an outage of the output
 // ends, and takes the time until the last of them is acknowledged.
-func BenchmarkAnOutageDrains(b *testing.B) {
+func BenchmarkOutageDrain(b *testing.B) {
 	const messages = 1024
 	e := newEngine(b)
 	v := &valve{}

@@ -56,7 +56,7 @@ func TestMessageIsAcknowledgedWhenItsResponseIs(t *testing.T) {
 	})
 }
 
-func TestResponseHasTheKindOfItsMessage(t *testing.T) {
+func TestResponseHasTheTypeOfItsMessage(t *testing.T) {
 	answeredBy(t, "", []string{`mapping: 'root = if content() == "ff00" { content().decode("hex") }'`}, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		for _, c := range []struct {
 			sent    string
@@ -137,7 +137,7 @@ func TestEachClientOfABatchGetsItsOwnResponse(t *testing.T) {
 	})
 }
 
-func TestSlowAcknowledgementOfAResponseDelaysNoOtherClient(t *testing.T) {
+func TestSlowAcknowledgementOfAResponseDoesNotDelayOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		clients, sent := e.batched("", []string{"a", "b"}, numbersOfBatch)
 		receiveTexts(t, clients[0], "a of 2")
@@ -163,7 +163,7 @@ func TestMessageCanHaveSeveralResponsesOrNone(t *testing.T) {
 	})
 }
 
-func TestMessageWhoseResponseIsRejectedIsRejectedAndNotRedelivered(t *testing.T) {
+func TestRejectedResponseRejectsItsMessageWithoutRedelivery(t *testing.T) {
 	for _, replay := range []bool{true, false} {
 		answeredBy(t, fmt.Sprintf("auto_replay_nacks: %v", replay), nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 			sent := send(peer, "hello")
@@ -175,7 +175,7 @@ func TestMessageWhoseResponseIsRejectedIsRejectedAndNotRedelivered(t *testing.T)
 	}
 }
 
-func TestResponseIsAwaitedForAckTimeout(t *testing.T) {
+func TestMessageIsRejectedWhenItsResponseTimesOut(t *testing.T) {
 	answeredBy(t, "ack_timeout: 3s", nil, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		begin := time.Now()
 		sent := send(peer, "hello")
@@ -188,7 +188,7 @@ func TestResponseIsAwaitedForAckTimeout(t *testing.T) {
 	})
 }
 
-func TestSessionThatEndsBeforeItsResponseReleasesItsMessage(t *testing.T) {
+func TestEndedSessionReleasesMessagesAwaitingResponses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 1"), answering, inCapital)
 		leaves := e.dial()
@@ -289,7 +289,7 @@ func TestResponseNeverGoesToAnotherClient(t *testing.T) {
 	})
 }
 
-func TestReconnectedClientGetsNoResponseOfItsLastConnection(t *testing.T) {
+func TestReconnectedClientGetsNoResponseFromItsPreviousConnection(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(listenInput, toProbe, "sync_response: {}")
 		ghost := e.dialAs(5)
@@ -324,7 +324,7 @@ func TestStopWaitsForTheAcknowledgementOfAResponse(t *testing.T) {
 	})
 }
 
-func TestHardStopSettlesNothingWithoutAnAcknowledgedResponse(t *testing.T) {
+func TestHardStopDuringAResponseLeavesTheMessageUnacknowledged(t *testing.T) {
 	answeredBy(t, "", nil, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
 		sent := send(peer, "hello")
 		receive(t, peer)
@@ -362,7 +362,7 @@ func TestOnlyTheFirstVerdictOnADeliveryCounts(t *testing.T) {
 }
 
 // The messages of both connections have the same session id and number.
-func TestResponseInABatchOfTwoConnectionsOfAClientIsAmbiguous(t *testing.T) {
+func TestResponseToTwoConnectionsOfAClientIsAmbiguous(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		for _, text := range []string{"first", "second"} {

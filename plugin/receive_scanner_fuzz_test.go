@@ -130,7 +130,7 @@ func scanToTheEnd(t *testing.T, s *scanner, stream io.ReadCloser, maxBytes int) 
 	}
 }
 
-func TestEachKindOfScannerUnderstandsItsStreamWithinTheBound(t *testing.T) {
+func TestEachScannerParsesItsStreamWithinMaxBytes(t *testing.T) {
 	for _, u := range understoodStreams(t) {
 		t.Run(u.scanner, func(t *testing.T) {
 			conf, err := service.NewConfigSpec().Field(service.NewScannerField(fieldScanner)).ParseYAML("scanner: { "+u.scanner+" }", nil)

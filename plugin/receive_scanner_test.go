@@ -177,7 +177,7 @@ func TestPartialRecordIsNeverDelivered(t *testing.T) {
 	}
 }
 
-func TestWholeMessagesOfATruncatedStreamPrecedeTheNextConnection(t *testing.T) {
+func TestWholeMessagesOfATruncatedStreamAreDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(with(dialInput, "max_in_flight: 1, "+asLines), toProbe)
@@ -218,7 +218,7 @@ func TestTruncatedCompressedStreamDeliversNoPartialLine(t *testing.T) {
 	}
 }
 
-func TestBytesAfterTheScannersEndAreReadAndTheStreamAcknowledged(t *testing.T) {
+func TestStreamWithTrailingBytesIsAcknowledged(t *testing.T) {
 	atBothInputs(t, "max_batch_count: 1, streams: { scanner: { tar: {} } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "archive", tarred(t, "one", "two")+strings.Repeat("padding ", 1<<18))
 		arrivals := e.want("one", "two")
@@ -261,7 +261,7 @@ func sparse(t testing.TB, size int64) string {
 	return file(tar.TypeXHeader, attributes.String()) + file(tar.TypeReg, holes+strings.Repeat("\x00", -len(holes)&511)+"x") + strings.Repeat("\x00", 1024)
 }
 
-func TestCompressedStreamCannotExpandToAMessageAboveMaxBytes(t *testing.T) {
+func TestMessageOfACompressedStreamCannotExceedMaxBytes(t *testing.T) {
 	zeros := strings.Repeat("\x00", 2<<20)
 	for _, tt := range []struct {
 		scanner, stream string
@@ -298,7 +298,7 @@ func TestCompressedStreamCannotExpandToAMessageAboveMaxBytes(t *testing.T) {
 	}
 }
 
-func TestStreamCanExpandAboveMaxBytesInSmallerMessages(t *testing.T) {
+func TestCompressedStreamCanExceedMaxBytesInSmallMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_bytes: 10000, scanner: { decompress: { algorithm: gzip, into: { lines: {} } } } }"), toProbe)
 		texts := e.deliverAll()
@@ -308,7 +308,7 @@ func TestStreamCanExpandAboveMaxBytesInSmallerMessages(t *testing.T) {
 	})
 }
 
-func TestScannerThatRejectsTheBeginningLeaksNoGoroutine(t *testing.T) {
+func TestScannerThatFailsEarlyLeaksNoGoroutine(t *testing.T) {
 	// What the test's end finds is a goroutine that waits for ever.
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: pgzip, into: { csv: {} } } } } } }"), toProbe)

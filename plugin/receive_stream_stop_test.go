@@ -174,7 +174,7 @@ func TestStreamsCancelledByAStopReleaseTheirMemory(t *testing.T) {
 	})
 }
 
-func TestStreamsGoToAnotherInputWhenTheirsCloses(t *testing.T) {
+func TestNewStreamsGoToTheRemainingInput(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		// The second limits its streams otherwise, which must then count.
 		first := e.run(with(listenInput, asLines), toProbe)
@@ -207,7 +207,7 @@ func sendAndFinish(st *cryo.OutgoingStream, content string, e *engine) error {
 }
 
 // The slot of a stream may be free at the moment in which the engine stops reading.
-func TestStreamIsNotBegunWhileTheInputDrains(t *testing.T) {
+func TestDrainingInputStartsNoStream(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		in := e.bareServerInput("")
 		defer func() { require.NoError(t, in.Close(context.Background())) }()

@@ -48,7 +48,7 @@ func TestLinesOfAStreamArriveWhileItIsSent(t *testing.T) {
 	})
 }
 
-func TestRejectedMessageCancelsItsStreamAlone(t *testing.T) {
+func TestRejectedMessageCancelsOnlyItsStream(t *testing.T) {
 	atBothInputs(t, "auto_replay_nacks: false, "+asLines, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		bad := sendStream(peer, "bad", "one\ntwo\n")
 		arrivals := e.want("one", "two")
@@ -76,7 +76,7 @@ func TestRejectedMessageCancelsAnIncompleteStream(t *testing.T) {
 	})
 }
 
-func TestNothingMoreOfACancelledStreamIsDelivered(t *testing.T) {
+func TestRestOfACancelledStreamIsNotDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "auto_replay_nacks: false, max_in_flight: 1, "+asLines), toProbe)
 		st := sendStream(e.dial(), "bad", "1\n2\n3\n4\n")
@@ -198,7 +198,7 @@ func TestStreamsAreAcknowledgedAndDroppedUnlessConfigured(t *testing.T) {
 	})
 }
 
-func TestTooLongStreamIsCancelled(t *testing.T) {
+func TestOversizedStreamIsCancelled(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 100000 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		sendStream(peer, "long", strings.Repeat("x", 100_001)).wantCancelled(t, "a byte too much")
 		e.wantNoArrival("not whole")
@@ -220,7 +220,7 @@ func TestMaxBytesZeroAllowsStreamsOfAnyLength(t *testing.T) {
 	})
 }
 
-func TestStreamsAboveMaxOpenWait(t *testing.T) {
+func TestStreamsOverMaxOpenWait(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { max_open: 2, idle_timeout: 10h, scanner: { lines: {} } }"), toProbe)
 		one, other := e.dial(), e.dial()
@@ -260,7 +260,7 @@ func TestIdleStreamIsCancelled(t *testing.T) {
 	})
 }
 
-func TestStalledPipelineMakesNoStreamIdle(t *testing.T) {
+func TestSlowPipelineDoesNotTriggerTheIdleTimeout(t *testing.T) {
 	atBothInputs(t, "max_in_flight: 1, streams: { idle_timeout: 20s, scanner: { lines: {} } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "log", strings.Repeat("x\n", 20))
 		for range 20 {
@@ -314,7 +314,7 @@ func TestAcknowledgeReceivedAcknowledgesAStreamInThePipeline(t *testing.T) {
 	}
 }
 
-func TestRedeliveryDoesNotCountForAnotherMessageOfItsStream(t *testing.T) {
+func TestRedeliveriesDoNotAcknowledgeAStreamEarly(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "acknowledge: received, max_in_flight: 1, "+asLines), toProbe)
 		stream := sendStream(e.dial(), "log", "one\ntwo\nthree\n")

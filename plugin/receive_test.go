@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestNothingIsAcknowledgedBeforeThePipelineHasDeliveredIt(t *testing.T) {
+func TestNothingIsAcknowledgedBeforeDelivery(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		first := send(peer, "first")
 		a := e.arrival()
@@ -35,7 +35,7 @@ func TestNothingIsAcknowledgedBeforeThePipelineHasDeliveredIt(t *testing.T) {
 	})
 }
 
-func TestFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
+func TestFailedMessageIsRedeliveredUntilDelivered(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		m := send(peer, "poison")
 		for _, wait := range []float64{10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000} {
@@ -62,7 +62,7 @@ func TestFailedMessageIsRedeliveredUntilItIsDelivered(t *testing.T) {
 	})
 }
 
-func TestRedeliveriesBackOffInAnOutageUntilSomethingIsDelivered(t *testing.T) {
+func TestRedeliveriesBackOffUntilADeliverySucceeds(t *testing.T) {
 	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		var sent []*sending
 		for i := range 100 {
@@ -137,7 +137,7 @@ func TestRejectionHasAFixedText(t *testing.T) {
 	})
 }
 
-func TestAcknowledgementsAndRejectionsCarryTheNumberOfTheMessage(t *testing.T) {
+func TestAcknowledgementsAndRejectionsCarryTheMessageNumber(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "auto_replay_nacks: false"), toProbe)
 		peer := e.rawClient()
@@ -180,7 +180,7 @@ func TestEachMessageOfABatchThatFailsIsRedeliveredAlone(t *testing.T) {
 	}
 }
 
-func TestPoisonMessageDelaysNoOtherMessageOfItsBatch(t *testing.T) {
+func TestPoisonMessageDoesNotDelayTheRestOfItsBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		peer, sent := e.runWithBatch("", numbered("m%d", 5))
 		e.arrival().failSome(errOutput, "m1", "m3")
@@ -462,7 +462,7 @@ func TestAcknowledgementNeverGoesToAnotherConnection(t *testing.T) {
 	})
 }
 
-func TestMessagesReceivedBeforeTheConnectionWasLostAreStillDelivered(t *testing.T) {
+func TestMessagesReceivedBeforeADisconnectAreDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(with(dialInput, "max_in_flight: 1"), toProbe)

@@ -66,7 +66,7 @@ func onceAgain(t *testing.T, texts []string, processor string, first func(e *eng
 	}
 }
 
-func TestFailureBehindAFilterIsAttributedToTheFailedMessage(t *testing.T) {
+func TestFailureAfterAFilterIsAttributedToTheFailedMessage(t *testing.T) {
 	onceAgain(t, []string{"drop", "A", "B", "C"}, dropsDrop, func(e *engine) {
 		a := e.arrival()
 		require.Equal(e.t, []string{"A", "B", "C"}, a.texts())
@@ -74,7 +74,7 @@ func TestFailureBehindAFilterIsAttributedToTheFailedMessage(t *testing.T) {
 	})
 }
 
-func TestFailureBehindSplitIsAttributedToTheFailedMessage(t *testing.T) {
+func TestFailureAfterASplitIsAttributedToTheFailedMessage(t *testing.T) {
 	onceAgain(t, []string{"C", "B", "A"}, "split: { size: 1 }", func(e *engine) {
 		got := e.arrivalsOf("C", "B", "A")
 		got["C"].deliver()
@@ -117,7 +117,7 @@ func TestMessagesOfAFailedBatchAreRedeliveredInOrder(t *testing.T) {
 	}
 }
 
-func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testing.T) {
+func TestFilteredStreamIsAcknowledgedWhenItsFailedLineIsDelivered(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "streams: { scanner: { lines: {} } }"), toSerial, dropsDrop)
 		s := e.dial()
@@ -148,8 +148,8 @@ func TestStreamBehindAFilterIsAcknowledgedWhenItsFailedLineIsDelivered(t *testin
 
 // An output that fails as a whole fails all that its batching has merged, also what a
 // filter has put into the place of another. For an output that names single messages see
-// TestTheEngineFailsTheWrongDeliveryBehindAFilterUnderBatching.
-func TestFailureBehindAFilterUnderBatchingFailsTheWholeBatch(t *testing.T) {
+// TestEngineWithBatchingFailsTheWrongDeliveryAfterAFilter.
+func TestFailureAfterAFilterWithBatchingFailsTheWholeBatch(t *testing.T) {
 	batching := "batching: { count: 3, period: 1s, processors: [ " + dropsDrop + " ] }"
 	texts := []string{"drop", "A", "B"}
 	sendAll := func(e *engine) (sent []*sending) {
@@ -224,9 +224,9 @@ func receiveAll(ctx context.Context, s *cryo.Session, act func(*cryo.Message) er
 	}
 }
 
-// An engine's input retries what a BatchError names. Behind a filter it would name
+// An engine's input retries what a BatchError names. After a filter it would name
 // another message, so there is none.
-func TestOutputBehindAFilterFailsTheWholeBatch(t *testing.T) {
+func TestOutputAfterAFilterFailsTheWholeBatch(t *testing.T) {
 	check := func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.produce("drop", "A", "B", "C")
 		m := receiveTexts(t, peer, "A", "B", "C")
@@ -297,7 +297,7 @@ func TestMessageThatEndsEverySessionIsReturnedToTheInput(t *testing.T) {
 
 // A message that fails again and again meets its neighbours again in an output's batch,
 // so its waits have jitter.
-func TestFailedMessageDoesNotKeepItsNeighboursInAnOutputsBatch(t *testing.T) {
+func TestPoisonMessageDoesNotBlockTheRestOfAnOutputsBatch(t *testing.T) {
 	const batching = "batching: { count: 8, period: 50ms }"
 	isPoison := func(text string) bool { return text == "poison" }
 	reject := func(m *cryo.Message) error {

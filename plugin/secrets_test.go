@@ -194,7 +194,7 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 	}
 }
 
-func TestDenialThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
+func TestRejectionThatEchoesTheTokenDoesNotLeakIt(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.serveRaw(func(peer *cryotest.Peer) {
 			peer.ServerHandshake()
@@ -232,7 +232,7 @@ func TestListenerLogsNoTokens(t *testing.T) {
 	}
 }
 
-func TestFailedMappingLogsNothingOfTheToken(t *testing.T) {
+func TestFailedMappingLogsNoPartOfTheToken(t *testing.T) {
 	const secret = "tenant1:s3cr3tpassword" // in base64 dGVuYW50MTpzM2NyM3RwYXNzd29yZA==
 	for mapping, log := range map[string]string{
 		`root = this.token.split(":").index(1).number() > 0`:                            "authorize failed in line 1: the error is redacted",

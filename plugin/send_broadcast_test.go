@@ -33,7 +33,7 @@ func TestBroadcastIsDeliveredWhenAllClientsHaveAcknowledged(t *testing.T) {
 	})
 }
 
-func TestClientThatDisconnectsDelaysNoBroadcast(t *testing.T) {
+func TestDisconnectedClientDoesNotDelayABroadcast(t *testing.T) {
 	toAll(t, "", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("m")
 		receiveTexts(t, clients[0], "m")
@@ -150,7 +150,7 @@ func addressed(ids ...any) service.MessageBatch {
 
 const toOne = "send_to: session, session_id: '${! @to }'"
 
-func TestMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
+func TestMessageIsSentToTheSessionWithItsSessionID(t *testing.T) {
 	toAll(t, toOne, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.produceBatch(addressed(a, b, a, b, a))
@@ -166,7 +166,7 @@ func TestMessageIsSentToTheSessionOfItsSessionID(t *testing.T) {
 	})
 }
 
-func TestMessageThatItsSessionRejectsFails(t *testing.T) {
+func TestMessageRejectedByItsSessionFails(t *testing.T) {
 	toAll(t, toOne+", batching: { count: 3 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		a, b := fmt.Sprint(clients[0].ID()), fmt.Sprint(clients[1].ID())
 		f := e.produceEach(addressed(a, b, a))
@@ -281,7 +281,7 @@ func TestLargeMessageIsDeliveredOverASlowConnection(t *testing.T) {
 	})
 }
 
-func TestALateClientIsClosedWhileAMessageGoesOverASlowLine(t *testing.T) {
+func TestLateClientIsClosedWhileASlowClientStillReceives(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, listenOutput)
 		slow := e.rawClient()

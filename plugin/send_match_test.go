@@ -52,7 +52,7 @@ func said(rooms ...string) service.MessageBatch {
 	return batch
 }
 
-func TestMessageIsSentToTheSessionsThatMatch(t *testing.T) {
+func TestMessageIsSentToMatchingSessions(t *testing.T) {
 	inRooms(t, byRoom, []string{"red", "blue", "red+blue", "green"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceBatch(said("red", "blue", "red"))
 		for i, want := range [][]string{{"m0", "m2"}, {"m1"}, {"m0", "m1", "m2"}} {
@@ -85,7 +85,7 @@ cryo_server:
 	})
 }
 
-func TestLateSessionThatMatchesIsClosed(t *testing.T) {
+func TestLateMatchingSessionIsClosed(t *testing.T) {
 	inRooms(t, byRoom+"  ack_timeout: 3s\n", []string{"red", "red", "blue"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		begin := time.Now()
 		f := e.produceBatch(said("red"))
@@ -100,7 +100,7 @@ func TestLateSessionThatMatchesIsClosed(t *testing.T) {
 	})
 }
 
-func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
+func TestNoSessionAppliesToAMessageWithoutAMatchingSession(t *testing.T) {
 	t.Run("waits for one, without holding up others", func(t *testing.T) {
 		inRooms(t, byRoom, []string{"red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			f := e.produceBatch(said("blue", "red"))
@@ -136,7 +136,7 @@ func TestNoSessionAppliesToAMessageThatNoSessionMatches(t *testing.T) {
 	})
 }
 
-func TestMatchRunsOnceForEachMessageAndSession(t *testing.T) {
+func TestMatchRunsOncePerMessageAndSession(t *testing.T) {
 	const byTurn = `
 cryo_server:
   address: ` + somewhere + `
@@ -157,7 +157,7 @@ cryo_server:
 	})
 }
 
-func TestFailedMatchOfOneSessionDoesNotAffectOthers(t *testing.T) {
+func TestFailedMatchForOneSessionDoesNotAffectOthers(t *testing.T) {
 	const output = `
 cryo_server:
   address: ` + somewhere + `
@@ -204,7 +204,7 @@ cryo_server:
 	}
 }
 
-func TestStreamIsSentToTheSessionsThatMatch(t *testing.T) {
+func TestStreamIsSentToMatchingSessions(t *testing.T) {
 	inRooms(t, byRoom+"  message_type: stream\n", []string{"red", "blue", "red"}, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceBatch(said("red"))
 		for _, i := range []int{0, 2} {

@@ -46,7 +46,7 @@ func TestOnlyUnacknowledgedMessagesAreSentOnTheNextSession(t *testing.T) {
 	})
 }
 
-func TestBatchIsDeliveredOverSeveralLostSessions(t *testing.T) {
+func TestBatchIsDeliveredAcrossSeveralLostSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, `message_type: '${! if content().has_prefix("s") { "stream" } else { "utf8" } }'`))
@@ -123,7 +123,7 @@ func TestBatchFailsWithoutANewSessionWithinAckTimeout(t *testing.T) {
 	})
 }
 
-func TestTimeToReconnectBeginsWithTheFirstLoss(t *testing.T) {
+func TestReconnectTimeoutStartsAtTheFirstLoss(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, "ack_timeout: 10s"))
@@ -144,7 +144,7 @@ func TestTimeToReconnectBeginsWithTheFirstLoss(t *testing.T) {
 	})
 }
 
-func TestBatchIsSentOnTenSessionsAtMost(t *testing.T) {
+func TestBatchIsSentOnAtMostTenSessions(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -237,7 +237,7 @@ func TestBatchesOvertakeOneThatDisconnectsEveryServer(t *testing.T) {
 	})
 }
 
-func TestBatchesThatLostTheirSessionShareOneAttempt(t *testing.T) {
+func TestBatchesThatLostTheirSessionShareReconnectAttempts(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serveDenying(0, http.StatusServiceUnavailable, "No room")
 		e.run(fromOnce, dialOutput)
@@ -302,7 +302,7 @@ func TestOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 	}
 }
 
-func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
+func TestBatchWaitingForAHangingServerFailsAfterAckTimeout(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := cryotest.NewServer(t)
 		e.dialer = server.Dial
@@ -329,7 +329,7 @@ func TestHangingServerFailsABatchThatWaitsForASession(t *testing.T) {
 	})
 }
 
-func TestStopEndsTheWaitForASession(t *testing.T) {
+func TestStopInterruptsTheWaitForASession(t *testing.T) {
 	for name, hang := range map[string]func(e *engine){
 		"between attempts": func(e *engine) {},
 		"in an attempt": func(e *engine) {
@@ -425,7 +425,7 @@ func TestFailedAttemptIsLoggedOnceForAllWaitingBatches(t *testing.T) {
 	})
 }
 
-func TestServerThatAcknowledgesOneMessagePerSessionReceivesABatch(t *testing.T) {
+func TestServerThatAcknowledgesOneMessagePerSessionReceivesTheBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)
@@ -446,7 +446,7 @@ func TestServerThatAcknowledgesOneMessagePerSessionReceivesABatch(t *testing.T) 
 }
 
 // A session that acknowledges something is no failed attempt, however short it is.
-func TestSessionWithAnAcknowledgementIsRedialledSoon(t *testing.T) {
+func TestReconnectionDoesNotBackOffAfterAnAcknowledgement(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)

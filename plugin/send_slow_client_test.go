@@ -18,7 +18,7 @@ import (
 // them is told in docs/guarantees.md.
 
 // A slow client acknowledges each message after ten seconds, the others at once.
-func TestBroadcastKeepsASlowClientWithinMaxInFlightBatches(t *testing.T) {
+func TestBroadcastKeepsASlowClientWithinMaxInFlight(t *testing.T) {
 	toAll(t, "max_in_flight: 5", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		quick, slow := clients[0], clients[1]
 		var sent []*produced
@@ -63,7 +63,7 @@ func TestClientThatReadsNothingDelaysABroadcastByOneAckTimeout(t *testing.T) {
 	})
 }
 
-func TestClientThatReadsNothingDelaysNoOtherClient(t *testing.T) {
+func TestClientThatReadsNothingDoesNotDelayOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '${! content() }'"))
 		deaf := e.rawClient()
@@ -144,7 +144,7 @@ func TestSlowReaderOfABroadcastStreamIsEventuallyClosed(t *testing.T) {
 }
 
 // The message in the batch of the stream bounds nothing: it takes no time.
-func TestAStreamThatItsFirstReaderCancelsIsSentToSlowReaders(t *testing.T) {
+func TestStreamCancelledByItsFirstReaderIsSentToSlowReaders(t *testing.T) {
 	toAll(t, streamsByName+", ack_timeout: 30s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("message", "stream")
 		for _, client := range clients {

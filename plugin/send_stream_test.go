@@ -110,7 +110,7 @@ func TestArchivedBatchIsSentAsOneStream(t *testing.T) {
 	}
 }
 
-func TestOnlyTheStreamThatThePeerCancelsFails(t *testing.T) {
+func TestOnlyTheStreamCancelledByThePeerFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, with(dialOutput, asStream+", stream: { name: '${! content() }' }, batching: { count: 4 }"))
@@ -231,7 +231,7 @@ func TestStreamWithAnInvalidNameFailsAlone(t *testing.T) {
 	})
 }
 
-func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
+func TestBroadcastStreamIsDeliveredWhenAllClientsHaveResponded(t *testing.T) {
 	toAll(t, asStream, 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("news")
 		for i, c := range clients {
@@ -254,7 +254,7 @@ func TestBroadcastStreamIsDeliveredWhenAllClientsHaveAnswered(t *testing.T) {
 	})
 }
 
-func TestClientThatAcceptsNoStreamIsClosedInsteadOfResendingToAll(t *testing.T) {
+func TestClientThatAcceptsNoBroadcastStreamIsClosed(t *testing.T) {
 	toAll(t, asStream+", ack_timeout: 3s", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produce("news")
 		st, _ := readStream(t, clients[0])
@@ -282,7 +282,7 @@ func TestReplyStreamIsSentToTheSender(t *testing.T) {
 	})
 }
 
-func TestStreamOfALostSessionIsSentOnTheNext(t *testing.T) {
+func TestStreamOfALostSessionIsResentOnTheNext(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, with(dialOutput, asStream))
@@ -323,7 +323,7 @@ func TestMixedBatchKeepsItsOrder(t *testing.T) {
 	})
 }
 
-func TestOutputCancelsStreamsOfItsPeer(t *testing.T) {
+func TestOutputCancelsStreamsFromItsPeer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)

@@ -125,7 +125,7 @@ func TestFailedInterpolationOfMessageTypeFailsTheMessage(t *testing.T) {
 	})
 }
 
-func TestOutputRejectsMessagesOfTheServer(t *testing.T) {
+func TestOutputRejectsMessagesFromTheServer(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromOnce, dialOutput)
@@ -150,7 +150,7 @@ func TestWriteBatchWithoutASessionReturnsErrNotConnected(t *testing.T) {
 	})
 }
 
-func TestContentThatJSONCannotExpressIsNotSentEmpty(t *testing.T) {
+func TestContentThatJSONCannotRepresentIsNotSent(t *testing.T) {
 	atBothOutputs(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		batch := batchOf("")
 		batch[0].SetStructuredMut(map[string]any{"name": "a", "degrees": math.NaN()})

@@ -38,18 +38,18 @@ func ackAllBut(t *testing.T, s *cryo.Session, rejected string) (texts []string) 
 	}
 }
 
-// Behind the filter, A has the context of what was dropped.
+// After the filter, A has the context of what was dropped.
 func TestBatchWithARejectedMessageIsResentAsAWhole(t *testing.T) {
-	behindAFilter(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
+	afterAFilter(t, "", func(t *testing.T, e *engine, peer *cryo.Session) {
 		f := e.produce("drop", "A", "B", "C")
 		require.Equal(t, []string{"A", "B", "C", "A", "B", "C"}, ackAllBut(t, peer, "A"))
 		f.wantDelivered(t, "acknowledged in the end")
 	})
 }
 
-// behindAFilter runs a test with each of the outputs behind a filter, and an input
+// afterAFilter runs a test with each of the outputs after a filter, and an input
 // that sends again what fails.
-func behindAFilter(t *testing.T, fields string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
+func afterAFilter(t *testing.T, fields string, test func(t *testing.T, e *engine, peer *cryo.Session)) {
 	t.Helper()
 	for name, output := range map[string]string{"cryo": dialOutput, "cryo_server": listenOutput} {
 		t.Run(name, func(t *testing.T) {
@@ -70,7 +70,7 @@ func behindAFilter(t *testing.T, fields string, test func(t *testing.T, e *engin
 // The engine's batcher marks messages behind all processors, so an error that names
 // one reaches the right one.
 func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsResent(t *testing.T) {
-	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
+	afterAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*produced{e.produce("drop", "A"), e.produce("drop", "B"), e.produce("C", "drop"), e.produce("drop", "D", "drop")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		time.Sleep(time.Second) // until its next batch
@@ -82,8 +82,8 @@ func TestOnlyTheRejectedMessageOfAnOutputsOwnBatchIsResent(t *testing.T) {
 }
 
 // A batch of the input that comes to the output's batching has one verdict.
-func TestInputBatchWithinAnOutputsOwnBatchIsResentAsAWhole(t *testing.T) {
-	behindAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
+func TestInputBatchWithinAnOutputBatchIsResentAsAWhole(t *testing.T) {
+	afterAFilter(t, "batching: { count: 4, period: 1s }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*produced{e.produce("drop", "A", "B"), e.produce("C", "D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		time.Sleep(time.Second)
@@ -95,8 +95,8 @@ func TestInputBatchWithinAnOutputsOwnBatchIsResentAsAWhole(t *testing.T) {
 }
 
 // Its processors could filter, too.
-func TestBatchOfAnOutputsOwnProcessorsIsResentAsAWhole(t *testing.T) {
-	behindAFilter(t, "batching: { count: 4, period: 1s, processors: [ { "+filter+" } ] }", func(t *testing.T, e *engine, peer *cryo.Session) {
+func TestBatchWithOutputProcessorsIsResentAsAWhole(t *testing.T) {
+	afterAFilter(t, "batching: { count: 4, period: 1s, processors: [ { "+filter+" } ] }", func(t *testing.T, e *engine, peer *cryo.Session) {
 		fed := []*produced{e.produce("A"), e.produce("B"), e.produce("C"), e.produce("D")}
 		require.ElementsMatch(t, []string{"A", "B", "C", "D", "A", "B", "C", "D"}, ackAllBut(t, peer, "B"))
 		for _, f := range fed {
@@ -194,7 +194,7 @@ func TestBatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 	})
 }
 
-func TestHardStopOfAnOutputReportsNoMessageErrors(t *testing.T) {
+func TestHardStoppedOutputReportsNoMessageErrors(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out, _, peer := e.connectedOutput("")
 		ctx, cancel := context.WithCancel(t.Context())

@@ -138,7 +138,7 @@ func TestMessagesAcknowledgedBeforeADisconnectAreNotResent(t *testing.T) {
 	})
 }
 
-func TestRejectedMessageIsSentToNoOtherWorker(t *testing.T) {
+func TestRejectedMessageIsNotSentToAnotherWorker(t *testing.T) {
 	toAll(t, toAny+", batching: { count: 2 }", 2, func(t *testing.T, e *engine, clients []*cryo.Session) {
 		f := e.produceEach(batchOf("m0", "m1"))
 		failed := make(map[int]string)
@@ -175,7 +175,7 @@ func TestLateWorkerIsClosedAndItsMessageSentToAnother(t *testing.T) {
 	})
 }
 
-func TestMessageThatTenWorkersLoseFails(t *testing.T) {
+func TestMessageLostByTenWorkersFails(t *testing.T) {
 	toAll(t, toAny, 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 		f := e.produce("poison")
 		for range maxLostSessions {
@@ -334,7 +334,7 @@ func TestPipelineStopsWhileItsWorkersAreBusy(t *testing.T) {
 	})
 }
 
-func TestWorkQueueForgetsDisconnectedWorkers(t *testing.T) {
+func TestWorkQueueRemovesDisconnectedWorkers(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		out := e.bareServerOutput(toAny)
 		require.NoError(t, out.Connect(t.Context()))

@@ -166,7 +166,7 @@ func (p *published) goOn(t *testing.T, e *engine) {
 
 const stallBound = "max_buffer_bytes: 1048576, max_in_flight: 1"
 
-func TestHangingOutputEndsNoSession(t *testing.T) {
+func TestHangingOutputDoesNotEndTheSession(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := &published{interval: 15 * time.Second, messages: 100, size: 64 << 10, ended: make(chan error, 10)}
 		e.serveHTTP(somewhere, p)
@@ -189,7 +189,7 @@ func TestHangingOutputEndsNoSession(t *testing.T) {
 
 // The same in real time and over real sockets, for as long as two minutes if
 // CRYO_LONG_TESTS is set, and for many missed pings if not.
-func TestHangingOutputEndsNoSessionOverRealSockets(t *testing.T) {
+func TestHangingOutputDoesNotEndTheSessionOverRealSockets(t *testing.T) {
 	defer checkLeaks(t)
 	interval, stall := time.Second, 4*time.Second
 	if os.Getenv("CRYO_LONG_TESTS") != "" {

@@ -190,7 +190,7 @@ func TestPipelineSpansAreSentWithMessages(t *testing.T) {
 	}
 }
 
-func TestTracingKeepsTheConnectionTest(t *testing.T) {
+func TestTracingPreservesTheConnectionTest(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.serve()
 		conf, err := specs()["input cryo"].ParseYAML("{ url: ws://"+somewhere+", token: "+token+", extract_tracing_map: 'root = {}' }", e.env)

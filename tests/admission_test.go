@@ -58,7 +58,7 @@ func TestOnlyClientsWithAValidJWTAreAccepted(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestWithoutASecretEveryJWTIsDenied(t *testing.T) {
+func TestEveryJWTIsDeniedWithoutASecret(t *testing.T) {
 	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
 	_, err := cryo.Dial(t.Context(), "ws://"+p.Listening(), &cryo.DialOptions{
 		Token: jwt(t, "HS256", "", map[string]any{"sub": "ann", "aud": "cryo"}),
@@ -66,7 +66,7 @@ func TestWithoutASecretEveryJWTIsDenied(t *testing.T) {
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 }
 
-func TestTheLogReportsAnExpiredJWT(t *testing.T) {
+func TestExpiredJWTIsLogged(t *testing.T) {
 	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+filepath.Join(t.TempDir(), "messages.jsonl"))
 	_, err := cryo.Dial(t.Context(), "ws://"+p.Listening(), &cryo.DialOptions{
 		Token: jwt(t, "HS256", "s3cret", map[string]any{"sub": "ann", "aud": "cryo", "exp": time.Now().Add(-time.Hour).Unix()}),

@@ -194,7 +194,7 @@ func withPeer(t *testing.T) (*page, *cryotest.Server) {
 	return browse(t, "http://"+address+"/", "ws://"+address+"/cryo"), server
 }
 
-func TestTheBrowserPageFollowsTheProtocol(t *testing.T) {
+func TestBrowserPageFollowsTheProtocol(t *testing.T) {
 	browser, server := withPeer(t)
 	peer := server.NextPeer()
 	require.Equal(t, "Bearer "+token, peer.Request.URL.Query().Get("authorization"))
@@ -239,7 +239,7 @@ func TestTheBrowserPageFollowsTheProtocol(t *testing.T) {
 	peer.WantClose("and the connection closed", 4000, "")
 }
 
-func TestTheBrowserPageReconnectsAndResendsUnacknowledgedMessages(t *testing.T) {
+func TestBrowserPageReconnectsAndResendsUnacknowledgedMessages(t *testing.T) {
 	browser, server := withPeer(t)
 	peer := server.NextPeer()
 	peer.ServerHandshake()

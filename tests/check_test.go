@@ -38,7 +38,7 @@ input: { label: feed, cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}" } }
 output: { cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}" } }
 `
 
-func TestCheckConnectsEverythingAndReceivesNothing(t *testing.T) {
+func TestCheckConnectsEverythingWithoutReceiving(t *testing.T) {
 	server := testkit.Serve(t)
 	lines, code := check(t, []string{"SERVER=" + server.URL()}, map[string]string{"a.yaml": dialBoth}, "a.yaml")
 	require.Equal(t, []string{"a.yaml: input feed: ok", "a.yaml: output: ok"}, lines)
@@ -50,7 +50,7 @@ func TestCheckConnectsEverythingAndReceivesNothing(t *testing.T) {
 	}
 }
 
-func TestCheckReportsEachFailureInOneLine(t *testing.T) {
+func TestCheckReportsEachFailureOnOneLine(t *testing.T) {
 	server, nobody, taken := testkit.Serve(t), testkit.ReserveAddress(t), testkit.Listen(t)
 	defer taken.Close()
 	env := []string{"SERVER=" + server.URL(), "NOBODY=" + nobody, "TAKEN=" + taken.Addr().String()}

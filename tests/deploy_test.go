@@ -61,7 +61,7 @@ func (i image) uid(t *testing.T) int {
 	return uid
 }
 
-func TestTheImageRunsTheBinaryWithoutRights(t *testing.T) {
+func TestImageRunsTheBinaryUnprivileged(t *testing.T) {
 	image := readDockerfile(t)
 	goVersion := testkit.Output(t, exec.Command("go", "list", "-m", "-f", "go{{.GoVersion}}"))
 	require.Equal(t, "golang:"+strings.TrimPrefix(version.Lang(strings.TrimSpace(goVersion)), "go")+"-bookworm", image.Stages[0])
@@ -81,7 +81,7 @@ func TestTheImageRunsTheBinaryWithoutRights(t *testing.T) {
 // By default, the image's build command is only checked: for its linker variables, and for
 // dependencies without cgo. With CRYO_LONG_TESTS=1 it is run, which compiles everything
 // and takes minutes.
-func TestTheBuildCommandOfTheImageLinksAStaticBinary(t *testing.T) {
+func TestImageBuildLinksAStaticBinary(t *testing.T) {
 	const prefix = "CGO_ENABLED=0 go build "
 	commands := slices.DeleteFunc(readDockerfile(t).Run, func(command string) bool { return !strings.HasPrefix(command, prefix) })
 	require.Len(t, commands, 1)
@@ -124,7 +124,7 @@ func shutdown(t *testing.T, config string) time.Duration {
 	return times.Delay + times.Timeout + time.Second
 }
 
-func TestTheComposeFileFitsTogether(t *testing.T) {
+func TestComposeFileIsConsistent(t *testing.T) {
 	type service struct {
 		Image       string
 		Build       *struct{ Context string }
@@ -212,7 +212,7 @@ func TestTheComposeFileFitsTogether(t *testing.T) {
 	require.Equal(t, "never", compose.Services["server"].PullPolicy, "an image that the user built is not pulled")
 }
 
-func TestTheComposeFileRequiresAToken(t *testing.T) {
+func TestComposeFileRequiresAToken(t *testing.T) {
 	validate := exec.Command("go", "run", "-C", "../tools/validate", ".", "compose", filepath.Join(testkit.Root(t), "deploy/compose.yaml"))
 	validate.Env = append(os.Environ(), "CRYO_TOKEN=")
 	out, err := validate.CombinedOutput()
@@ -257,7 +257,7 @@ type manifest struct {
 	}
 }
 
-func TestTheKubernetesManifestFitsTogether(t *testing.T) {
+func TestKubernetesManifestIsConsistent(t *testing.T) {
 	byKind := make(map[string]manifest)
 	for _, m := range readBy[[]manifest](t, "kubernetes", "deploy/kubernetes.yaml") {
 		byKind[m.Kind] = m
@@ -317,7 +317,7 @@ func TestTheKubernetesManifestFitsTogether(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestTheWorkflowsAreLintedClean(t *testing.T) {
+func TestWorkflowsPassLint(t *testing.T) {
 	workflows, err := filepath.Glob("../.github/workflows/*.yml")
 	require.NoError(t, err)
 	require.NotEmpty(t, workflows)

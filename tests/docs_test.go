@@ -116,7 +116,7 @@ func declared(t *testing.T, dir string) map[string]bool {
 }
 
 // Every name of code in docs/architecture.md must be declared in cryo or plugin.
-func TestTheArchitecturePageNamesExistingCode(t *testing.T) {
+func TestArchitecturePageNamesExistingCode(t *testing.T) {
 	page := testkit.ReadFile(t, "../docs/architecture.md")
 	names := declared(t, "../cryo")
 	for name := range declared(t, "../plugin") {
@@ -138,7 +138,7 @@ func TestTheArchitecturePageNamesExistingCode(t *testing.T) {
 
 // The tables of docs/architecture.md must name each file of cryo and plugin once: whoever
 // reads the page finds every file. A pattern such as *_config.go names several.
-func TestTheArchitecturePageNamesEachFileOnce(t *testing.T) {
+func TestArchitecturePageNamesEachFileOnce(t *testing.T) {
 	page := testkit.ReadFile(t, "../docs/architecture.md")
 	for _, dir := range []string{"cryo", "plugin"} {
 		_, table, found := strings.Cut(page, "\n### "+dir+"/\n")
@@ -187,7 +187,7 @@ func TestCIRunsExistingTests(t *testing.T) {
 
 // Each row of docs/guarantees.md, or the head of its table, must cite a test. A citation
 // can have the test's file, as a link, and the names of subtests.
-func TestTheGuaranteesCiteExistingTests(t *testing.T) {
+func TestGuaranteesCiteExistingTests(t *testing.T) {
 	page := testkit.ReadFile(t, "../docs/guarantees.md")
 	in := make(map[string][]string)   // the files of a test
 	code := make(map[string][]string) // the files' contents by directory

@@ -50,7 +50,7 @@ func certify(t testing.TB, certFile, keyFile string) *tls.Config {
 	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 }
 
-func TestTheServerWithTLSDeniesUnsafeClients(t *testing.T) {
+func TestTLSServerDeniesUnsafeClients(t *testing.T) {
 	dir := t.TempDir()
 	certFile, keyFile, messages := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), filepath.Join(dir, "messages.txt")
 	trusted := certify(t, certFile, keyFile)

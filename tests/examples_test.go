@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestEveryExampleIsLintedCleanAndListed(t *testing.T) {
+func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
 	readme := testkit.ReadFile(t, "../README.md")
 	var files []string
 	require.NoError(t, filepath.WalkDir("../config", func(path string, _ os.DirEntry, err error) error {
@@ -76,7 +76,7 @@ func wantPeriods(t *testing.T, file string, config any) {
 	}
 }
 
-func TestTheSnippetsOfTheDocumentationAreLintedClean(t *testing.T) {
+func TestDocumentationSnippetsPassLint(t *testing.T) {
 	files, err := filepath.Glob("../docs/*.md")
 	require.NoError(t, err)
 	require.NotEmpty(t, files)
@@ -93,7 +93,7 @@ func wantLinted(t *testing.T, flags []string, files ...string) {
 	require.Empty(t, string(out))
 }
 
-func TestTheProcessEndsWhenEveryLineIsAcknowledged(t *testing.T) {
+func TestProcessEndsWhenEveryLineIsAcknowledged(t *testing.T) {
 	server := testkit.Serve(t)
 	texts := numbered(6)
 	p := exampleReading(t, "stdin_to_cryo.yaml", strings.Join(texts, "\n"), "CRYO_URL="+server.URL())
@@ -119,7 +119,7 @@ func TestTheProcessEndsWhenEveryLineIsAcknowledged(t *testing.T) {
 	p.WantExit(0)
 }
 
-func TestAnAcknowledgedMessageIsInTheFile(t *testing.T) {
+func TestAcknowledgedMessageIsInTheFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.txt")
 	p := example(t, "cryo_server_to_file.yaml", "FILE="+path)
 	s := testkit.Dial(t, p.Listening())
@@ -134,7 +134,7 @@ func TestAnAcknowledgedMessageIsInTheFile(t *testing.T) {
 
 // A limit of the file size makes a write fail in the middle of a line; then the process is
 // started again without the limit.
-func TestAFullDiskDamagesNoLineOfJSON(t *testing.T) {
+func TestFullDiskCorruptsNoLineOfJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "messages.jsonl")
 	limited := exec.Command("sh", "-c", `ulimit -f 1; exec "$0" "$@"`,
 		testkit.Binary(t), "run", "--set", "http.enabled=false", "../config/cryo_server_to_json_lines.yaml")

@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestAMessageIsAcknowledgedWhenTheServiceAcceptsIt(t *testing.T) {
+func TestMessageIsAcknowledgedWhenTheServiceAcceptsIt(t *testing.T) {
 	service, server := testkit.NewWebService(t), testkit.Serve(t)
 	p := example(t, "cryo_to_http.yaml", "CRYO_URL="+server.URL(), "HTTP_URL="+service.URL)
 	s := server.Session(t)
@@ -44,7 +44,7 @@ func TestAMessageIsAcknowledgedWhenTheServiceAcceptsIt(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAPermanentlyRejectedMessageBecomesADeadLetter(t *testing.T) {
+func TestPermanentlyRejectedMessageBecomesADeadLetter(t *testing.T) {
 	service, server := testkit.NewWebService(t), testkit.Serve(t)
 	path := filepath.Join(t.TempDir(), "letters.jsonl")
 	p := example(t, "cryo_to_http_fallback.yaml", "CRYO_URL="+server.URL(), "HTTP_URL="+service.URL, "DEAD_LETTERS="+path)
@@ -167,7 +167,7 @@ func wantOKAfterTheAck(t *testing.T, post func() <-chan testkit.Response, cryoAd
 	return m.Payload, response
 }
 
-func TestAnHTTPRequestSucceedsWhenAClientAcknowledges(t *testing.T) {
+func TestHTTPRequestSucceedsWhenAClientAcknowledges(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_server.yaml")
 	wantErrorWhenTheClientLeaves(t, post, address)
 	payload, _ := wantOKAfterTheAck(t, post, address)
@@ -175,7 +175,7 @@ func TestAnHTTPRequestSucceedsWhenAClientAcknowledges(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAnHTTPResponseReportsTheDelivery(t *testing.T) {
+func TestHTTPResponseReportsTheDelivery(t *testing.T) {
 	p, post, address := httpToCryo(t, "http_to_cryo_with_reply.yaml")
 	wantErrorWhenTheClientLeaves(t, post, address)
 	payload, response := wantOKAfterTheAck(t, post, address)
@@ -195,7 +195,7 @@ func TestAnHTTPResponseReportsTheDelivery(t *testing.T) {
 
 // The example gets a cache in a file, which outlives the process; the process is killed
 // while the service fails.
-func TestARepeatedMessageIsPostedOnce(t *testing.T) {
+func TestRepeatedMessageIsPostedOnce(t *testing.T) {
 	example := testkit.ReadFile(t, "../config/deduplicate.yaml")
 	const memory = "memory: { default_ttl: 24h }"
 	require.Contains(t, example, memory)

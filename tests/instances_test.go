@@ -76,7 +76,7 @@ func work(ctx context.Context, s *cryo.Session, done chan<- string) {
 	}
 }
 
-func TestABroadcastReachesTheClientsOfAllInstances(t *testing.T) {
+func TestBroadcastReachesTheClientsOfAllInstances(t *testing.T) {
 	k := runKafka(t, "events")
 	files := []string{"cryo_to_kafka.yaml", "scaling/broadcast.yaml"}
 	a := runInstance(t, "a", "127.0.0.1:0", k, files...)
@@ -138,7 +138,7 @@ func wantProbe(t *testing.T, s *cryo.Session, got <-chan string) {
 	}
 }
 
-func TestEachJobIsDoneOnceByAClientOfOneInstance(t *testing.T) {
+func TestEachJobIsDoneOnceAcrossInstances(t *testing.T) {
 	k := runKafka(t, "jobs")
 	a := runInstance(t, "a", "127.0.0.1:0", k, "scaling/work_queue.yaml")
 	b := runInstance(t, "b", "127.0.0.1:0", k, "scaling/work_queue.yaml")
@@ -230,7 +230,7 @@ func TestRestartingInstancesInTurnLosesNothing(t *testing.T) {
 	}
 }
 
-func TestABroadcastGoesOnWhileAnotherInstanceRestarts(t *testing.T) {
+func TestBroadcastContinuesWhileAnotherInstanceRestarts(t *testing.T) {
 	k := runKafka(t, "events")
 	run := func(name, address string) *instance {
 		return runInstance(t, name, address, k, "cryo_to_kafka.yaml", "scaling/broadcast.yaml")

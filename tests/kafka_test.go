@@ -142,7 +142,7 @@ func header(r *kgo.Record, key string) string {
 	return ""
 }
 
-func TestAMessageIsAcknowledgedWhenKafkaHasIt(t *testing.T) {
+func TestMessageIsAcknowledgedWhenKafkaHasIt(t *testing.T) {
 	k := runKafka(t, "events")
 	p := example(t, "cryo_to_kafka.yaml", "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=events")
 	s := testkit.Dial(t, p.Listening())
@@ -181,7 +181,7 @@ func TestAMessageIsAcknowledgedWhenKafkaHasIt(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAMessageThatCannotBeProcessedBecomesADeadLetter(t *testing.T) {
+func TestMessageThatCannotBeProcessedBecomesADeadLetter(t *testing.T) {
 	k := runKafka(t, "good", "bad")
 	p := example(t, "cryo_to_kafka_dead_letters.yaml", "KAFKA_BROKERS="+k.brokers(), "KAFKA_TOPIC=good", "KAFKA_DEAD_LETTERS=bad")
 	s := testkit.Dial(t, p.Listening())
@@ -200,7 +200,7 @@ func TestAMessageThatCannotBeProcessedBecomesADeadLetter(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestARecordIsCommittedWhenTheServerAcknowledges(t *testing.T) {
+func TestRecordIsCommittedWhenTheServerAcknowledges(t *testing.T) {
 	const group, topic = "bridge", "events"
 	k := runKafka(t, topic)
 	server := testkit.Serve(t)

@@ -88,7 +88,7 @@ func end(p *testkit.Process, signal syscall.Signal) {
 
 // The process is killed, and stopped in good order, at random moments. In good order no
 // message is even delivered twice: each delivered message was acknowledged by then.
-func TestNoMessageIsLostHoweverOftenTheProcessEnds(t *testing.T) {
+func TestNoMessageIsLostAcrossRestarts(t *testing.T) {
 	for name, prepare := range routes {
 		t.Run(name, func(t *testing.T) {
 			random := testkit.Random(t)
@@ -124,7 +124,7 @@ func TestNoMessageIsLostHoweverOftenTheProcessEnds(t *testing.T) {
 }
 
 // First in good order, which repeats no message, then not.
-func TestNoRecordIsLostHoweverOftenTheProcessEnds(t *testing.T) {
+func TestNoRecordIsLostAcrossRestarts(t *testing.T) {
 	const group, topic = "group", "messages"
 	random := testkit.Random(t)
 	k, server := runKafka(t, topic), testkit.Serve(t)

@@ -35,7 +35,7 @@ func buildElsewhere(t *testing.T, source string) (path string) {
 	return path
 }
 
-func TestTheProgramsInTheDocumentationBuildElsewhere(t *testing.T) {
+func TestDocumentedProgramsBuildOutsideTheRepository(t *testing.T) {
 	doc := testkit.ReadFile(t, "../docs/own-build.md")
 	programs := regexp.MustCompile("(?s)```go\n(package main\n.*?)```").FindAllStringSubmatch(doc, -1)
 	require.Len(t, programs, 2)
@@ -52,7 +52,7 @@ func TestTheProgramsInTheDocumentationBuildElsewhere(t *testing.T) {
 }
 
 // The table of docs/own-build.md is compared with the headers of the linked packages.
-func TestTheDocumentedLicencesAreThoseOfTheLinkedPackages(t *testing.T) {
+func TestDocumentedLicencesMatchTheLinkedPackages(t *testing.T) {
 	const bundles = "github.com/redpanda-data/connect/v4/public/components/"
 	community := func(pkg string) (packages []string) { // one for each file
 		list := exec.Command("go", "list", "-deps", "-f", "{{$p := .}}{{range .GoFiles}}{{$p.ImportPath}} {{$p.Dir}}/{{.}}\n{{end}}", pkg)

@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestTheQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
+func TestQuickstartPrintsTransformedMessagesAndEndsCleanly(t *testing.T) {
 	p := launch(t, []string{"QUICKSTART_ADDRESS=" + testkit.ReserveAddress(t)},
 		"streams", "--set", "http.enabled=false", "config/quickstart")
 	for range 3 {

@@ -30,7 +30,7 @@ output: { drop: {} }
 }
 
 // The engine checks an output only while it writes.
-func TestReadyReportsWhetherAnOutputThatWritesIsConnected(t *testing.T) {
+func TestReadyReportsWhetherAWritingOutputIsConnected(t *testing.T) {
 	address := testkit.ReserveAddress(t)
 	_, at := runServing(t, `
 input: { generate: { interval: 20ms, mapping: root = "tick" } }

@@ -31,7 +31,7 @@ func wantLinkerVariables(t *testing.T, flags string) {
 
 // With CRYO_LONG_TESTS=1, goreleaser itself checks its configuration; building it takes
 // minutes.
-func TestTheReleaseConfigurationNamesExistingFiles(t *testing.T) {
+func TestReleaseConfigurationNamesExistingFiles(t *testing.T) {
 	var release struct {
 		Version int
 		Builds  []struct {

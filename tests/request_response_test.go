@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestTheResponseOfAServiceIsSentToItsRequester(t *testing.T) {
+func TestServiceResponseIsSentToItsRequester(t *testing.T) {
 	var requests atomic.Int32
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)

@@ -109,7 +109,7 @@ func (s *s3) lines() []line {
 	return all
 }
 
-func TestAMessageIsAcknowledgedWhenS3HasIt(t *testing.T) {
+func TestMessageIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	store := runS3(t)
 	p := example(t, "cryo_to_s3.yaml", store.env()...)
 	s := testkit.Dial(t, p.Listening())
@@ -156,7 +156,7 @@ func TestAMessageIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAStreamIsAcknowledgedWhenS3HasIt(t *testing.T) {
+func TestStreamIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	store := runS3(t)
 	p := example(t, "cryo_streams_to_s3.yaml", store.env()...)
 	s := testkit.Dial(t, p.Listening())
@@ -184,7 +184,7 @@ func TestAStreamIsAcknowledgedWhenS3HasIt(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAnObjectIsDeletedWhenItsStreamIsAcknowledged(t *testing.T) {
+func TestObjectIsDeletedWhenItsStreamIsAcknowledged(t *testing.T) {
 	store, server := runS3(t), testkit.Serve(t)
 	want := map[string]string{"outbox/empty": "", "outbox/large.bin": string(testkit.RandomBytes(3<<20 + 1))}
 	for _, text := range numbered(20) {

@@ -23,7 +23,7 @@ type jsonSchema struct {
 	Definitions          map[string]jsonSchema
 }
 
-func TestTheJSONSchemaHasTheComponentsWithAllTheirFields(t *testing.T) {
+func TestJSONSchemaHasEveryFieldOfTheComponents(t *testing.T) {
 	out := testkit.Output(t, testkit.Command(t, "list", "--format", "jsonschema"))
 	var schema jsonSchema
 	require.NoError(t, json.Unmarshal([]byte(out), &schema))

@@ -16,7 +16,7 @@ import (
 )
 
 // Pipelines are added and removed while they share a listener and its sessions.
-func TestPipelinesOfOneProcessShareAListener(t *testing.T) {
+func TestPipelinesInOneProcessShareAListener(t *testing.T) {
 	const listens = "cryo_server: { address: 127.0.0.1:0, tokens: [ " + token + " ]"
 	api, toAll, toOne := testkit.ReserveAddress(t), testkit.ReserveAddress(t), testkit.ReserveAddress(t)
 	collected := filepath.Join(t.TempDir(), "collected.txt")

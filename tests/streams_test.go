@@ -57,7 +57,7 @@ func TestFilesSentAsStreamsArriveUnchanged(t *testing.T) {
 	receiving.Interrupt()
 }
 
-func TestAStreamNameCannotLeaveTheDirectory(t *testing.T) {
+func TestStreamNameCannotEscapeTheDirectory(t *testing.T) {
 	parent := t.TempDir()
 	inbox := filepath.Join(parent, "a", "b", "inbox")
 	p, address := streamsToFiles(t, inbox)
@@ -84,7 +84,7 @@ func TestAStreamNameCannotLeaveTheDirectory(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestTheRowsOfACSVStreamBecomeJSON(t *testing.T) {
+func TestRowsOfACSVStreamBecomeJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "rows.jsonl")
 	p := example(t, "csv_stream_to_json.yaml", "FILE="+path)
 	s := testkit.Dial(t, p.Listening())
@@ -95,7 +95,7 @@ func TestTheRowsOfACSVStreamBecomeJSON(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestTheLinesOfAStreamArePrintedOneByOne(t *testing.T) {
+func TestLinesOfAStreamArePrintedOneByOne(t *testing.T) {
 	p := example(t, "lines_of_a_stream.yaml")
 	s := testkit.Dial(t, p.Listening())
 	st, err := s.OpenStream(t.Context(), &cryo.StreamOptions{Name: "log"})
@@ -116,7 +116,7 @@ func TestTheLinesOfAStreamArePrintedOneByOne(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestABatchIsSentAsOneStream(t *testing.T) {
+func TestBatchIsSentAsOneStream(t *testing.T) {
 	server := testkit.Serve(t)
 	texts := numbered(2000) // full batches, which do not wait for their period
 	p := exampleReading(t, "batch_as_stream.yaml", strings.Join(texts, "\n")+"\n", "CRYO_URL="+server.URL())

@@ -53,7 +53,7 @@ func (l *listener) got() []string {
 	return slices.Clone(l.texts)
 }
 
-func TestAMessageToARoomReachesOnlyItsClients(t *testing.T) {
+func TestMessageToARoomReachesOnlyItsClients(t *testing.T) {
 	address := testkit.ReserveAddress(t)
 	p := example(t, "rooms.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "HTTP_ADDRESS="+address)
 	cryoAddress := p.Listening()
@@ -85,7 +85,7 @@ func TestAMessageToARoomReachesOnlyItsClients(t *testing.T) {
 	p.Interrupt()
 }
 
-func TestAJobOfAClientThatLeavesGoesToAnother(t *testing.T) {
+func TestJobOfADisconnectedClientGoesToAnother(t *testing.T) {
 	p := exampleReading(t, "work_queue.yaml", "one\ntwo\nthree\n")
 	address := p.Listening()
 	jobs := map[string]bool{"one": true, "two": true, "three": true}

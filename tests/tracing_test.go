@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-func TestATraceSpansAPipeline(t *testing.T) {
+func TestTraceSpansThePipeline(t *testing.T) {
 	const (
 		trace  = "0af7651916cd43dd8448eb211c80319c"
 		sender = "b7ad6b7169203331"

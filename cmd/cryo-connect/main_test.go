@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestTheBinaryHasItsComponents(t *testing.T) {
+func TestBinaryHasAllComponents(t *testing.T) {
 	env := service.GlobalEnvironment()
 
 	for _, name := range []string{"cryo", "cryo_server", "redpanda", "aws_s3", "http_server", "generate", "stdin"} {
@@ -31,7 +31,7 @@ func TestTheBinaryHasItsComponents(t *testing.T) {
 	assert.True(t, ok, "tracer jaeger")
 }
 
-func TestTheExamplesOfTheReferenceAreLintedClean(t *testing.T) {
+func TestReferenceExamplesPassLint(t *testing.T) {
 	env := service.GlobalEnvironment()
 	linter := env.FullConfigSchema("", "").NewStreamConfigLinter().
 		SetEnvVarLookupFunc(func(context.Context, string) (string, bool) { return "x", true })
@@ -51,7 +51,7 @@ func TestTheExamplesOfTheReferenceAreLintedClean(t *testing.T) {
 	}
 }
 
-func TestTheVersionNamesReleaseCommitAndDate(t *testing.T) {
+func TestVersionNamesReleaseCommitAndDate(t *testing.T) {
 	clone := &debug.BuildInfo{
 		Main: debug.Module{Version: "v0.3.1-0.20260102030405-abcdef012345"},
 		Settings: []debug.BuildSetting{

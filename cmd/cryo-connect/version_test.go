@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestABuildInACloneReportsItsCommit(t *testing.T) {
+func TestBuildFromACloneReportsItsCommit(t *testing.T) {
 	if dir, err := os.Stat("../../.git"); err != nil || !dir.IsDir() {
 		t.Skip("not a clone, or a linked worktree, for which the Go command records no commit")
 	}

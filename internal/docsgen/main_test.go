@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestEachPageHasItsSections(t *testing.T) {
+func TestEachPageHasEverySection(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
 	require.Len(t, pages, 4, "inputs and outputs cryo and cryo_server")
@@ -24,7 +24,7 @@ func TestEachPageHasItsSections(t *testing.T) {
 	}
 }
 
-func TestFieldsHaveTheirTypeDefaultAndMarks(t *testing.T) {
+func TestFieldsShowTypeDefaultAndMarks(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
 

@@ -85,7 +85,7 @@ func (m *unitModel) grant() map[*acquisition]int64 {
 
 var errGaveUp = errors.New("gave up")
 
-func TestAcquireUpToGrantsWhatAModelGrants(t *testing.T) {
+func TestAcquireUpToMatchesAModel(t *testing.T) {
 	fairness := map[string]func(limit int64) func(held, free int64) bool{
 		"one holder may have all": func(int64) func(held, free int64) bool { return nil },
 		"three quarters": func(limit int64) func(held, free int64) bool {
@@ -194,7 +194,7 @@ func againstAModel(t *testing.T, r *rand.Rand, limit int64, fair func(held, free
 	synctest.Wait()
 }
 
-func TestARequestForManyStopsNobody(t *testing.T) {
+func TestAcquireUpToDoesNotWaitForTheFullAmount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := quota.New(3, nil)
 		a, b := q.Share(), q.Share()
@@ -224,7 +224,7 @@ func TestARequestForManyStopsNobody(t *testing.T) {
 	})
 }
 
-func TestAcquireUpToReturnsTheCauseOfItsContext(t *testing.T) {
+func TestAcquireUpToReturnsTheContextsCause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := quota.New(1, nil)
 		s := q.Share()

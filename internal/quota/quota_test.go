@@ -34,7 +34,7 @@ func wantUsage(t *testing.T, s *quota.Share, held, free int64) {
 	require.Equal(t, []int64{held, free}, []int64{h, f}, "held and free")
 }
 
-func TestTheLastGrantMayExceedTheLimit(t *testing.T) {
+func TestLastGrantMayExceedTheLimit(t *testing.T) {
 	q := quota.New(10, nil)
 	a, b := q.Share(), q.Share()
 	require.True(t, a.TryAcquire(9))
@@ -76,7 +76,7 @@ func TestRequestsAreGrantedInOrderOfArrival(t *testing.T) {
 	require.Equal(t, []bool{true, true, true, true}, state(), "what was granted is free again")
 }
 
-func TestHolderOverItsShareBlocksNoOther(t *testing.T) {
+func TestHolderOverItsShareDoesNotBlockOthers(t *testing.T) {
 	q := quota.New(100, eightTimes)
 	greedy, modest := q.Share(), q.Share()
 	greedy.Force(95)
@@ -91,7 +91,7 @@ func TestHolderOverItsShareBlocksNoOther(t *testing.T) {
 	wantUsage(t, greedy, 89, 11)
 }
 
-func TestACancelledRequestHoldsNothing(t *testing.T) {
+func TestCancelledRequestHoldsNothing(t *testing.T) {
 	q := quota.New(1, nil)
 	a, b, c := q.Share(), q.Share(), q.Share()
 	a.Force(1)
@@ -105,7 +105,7 @@ func TestACancelledRequestHoldsNothing(t *testing.T) {
 	wantUsage(t, c, 0, 1)
 }
 
-func TestLargestLimitIsValid(t *testing.T) {
+func TestLargestLimitDoesNotOverflow(t *testing.T) {
 	for _, limit := range []int64{math.MaxInt64, math.MaxInt64 - 1, math.MaxInt64/8 + 1} {
 		s := quota.New(limit, eightTimes).Share()
 		for range 3 {
@@ -116,7 +116,7 @@ func TestLargestLimitIsValid(t *testing.T) {
 	}
 }
 
-func TestStarvedIsTrueForOneHolderAPeriod(t *testing.T) {
+func TestStarvedReportsOneHolderPerPeriod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period = time.Minute
 		q := quota.New(10, nil)
@@ -208,7 +208,7 @@ func seeded(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
+func TestQuotaMatchesAnOracle(t *testing.T) {
 	r := seeded(t)
 	for range 100 {
 		o := oracle{limit: 1 + r.Int64N(200), held: make([]int64, 1+r.IntN(6))}
@@ -265,9 +265,9 @@ func TestAQuotaGrantsWhatAnOracleGrants(t *testing.T) {
 	}
 }
 
-// Whatever many do at once, never more is granted than the limit and the last grant, and
-// nothing is left.
-func TestConcurrentHolders(t *testing.T) {
+// However many acquire concurrently, only the last grant may exceed the limit, and nothing
+// is held in the end.
+func TestConcurrentHoldersRespectTheLimit(t *testing.T) {
 	const limit, most = 100, 7
 	q := quota.New(limit, eightTimes)
 	var all sync.WaitGroup

@@ -28,7 +28,7 @@ func wantByte(t *testing.T, from, to net.Conn) {
 	require.NoError(t, err)
 }
 
-func TestAProxySkipsABackendThatDoesNotListen(t *testing.T) {
+func TestProxySkipsABackendThatDoesNotListen(t *testing.T) {
 	backend := Listen(t)
 	defer backend.Close()
 	proxy := NewProxy(t, ReserveAddress(t), backend.Addr().String())
@@ -42,7 +42,7 @@ func TestAProxySkipsABackendThatDoesNotListen(t *testing.T) {
 	}
 }
 
-func TestABackendDoesNotNoticeThatItsClientsAreCut(t *testing.T) {
+func TestCutClientsLeaveTheBackendConnected(t *testing.T) {
 	backend := Listen(t)
 	defer backend.Close()
 	proxy := NewProxy(t, backend.Addr().String())
@@ -61,7 +61,7 @@ func TestABackendDoesNotNoticeThatItsClientsAreCut(t *testing.T) {
 	require.Error(t, Next(t, ended))
 }
 
-func TestAListenerThatIsDownClosesConnections(t *testing.T) {
+func TestListenerClosesConnectionsWhileDown(t *testing.T) {
 	listener := NewListener(Listen(t))
 	defer listener.Close()
 	client, server := dial(t, listener.Addr().String(), listener)

@@ -86,7 +86,7 @@ func appendFrame(tb testing.TB, b []byte, f wire.Frame) []byte {
 	return b
 }
 
-func TestFramesOfTheReferenceParseAndSerialiseToTheSameBytes(t *testing.T) {
+func TestReferenceFramesRoundTrip(t *testing.T) {
 	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
@@ -96,7 +96,7 @@ func TestFramesOfTheReferenceParseAndSerialiseToTheSameBytes(t *testing.T) {
 	}
 }
 
-func TestEveryTypeHasAFrameOfTheReference(t *testing.T) {
+func TestEveryTypeHasAReferenceFrame(t *testing.T) {
 	valid, _ := cryotest.Vectors(t)
 	seen := map[wire.Type]bool{}
 	for _, v := range valid {
@@ -107,7 +107,7 @@ func TestEveryTypeHasAFrameOfTheReference(t *testing.T) {
 	}
 }
 
-func TestMalformedFramesAreHandledAsByTheReference(t *testing.T) {
+func TestMalformedFramesMatchTheReference(t *testing.T) {
 	_, bad := cryotest.Vectors(t)
 	for _, m := range bad {
 		t.Run(m.Name, func(t *testing.T) {
@@ -121,7 +121,7 @@ func TestMalformedFramesAreHandledAsByTheReference(t *testing.T) {
 	}
 }
 
-func TestBytesBehindAFixedLayoutAreIgnored(t *testing.T) {
+func TestBytesAfterAFixedLayoutAreIgnored(t *testing.T) {
 	for _, l := range layouts {
 		if l.payload {
 			continue
@@ -149,7 +149,7 @@ func TestEveryNegativeStreamSizeMeansUnknown(t *testing.T) {
 	}
 }
 
-func TestFramesTruncatedBeforeTheirPayloadAreErrors(t *testing.T) {
+func TestFramesTruncatedBeforeTheirPayloadAreRejected(t *testing.T) {
 	valid, _ := cryotest.Vectors(t)
 	for _, v := range valid {
 		t.Run(v.Name, func(t *testing.T) {
@@ -169,7 +169,7 @@ func TestFramesTruncatedBeforeTheirPayloadAreErrors(t *testing.T) {
 	}
 }
 
-func TestFixedPartsHaveTheirSizes(t *testing.T) {
+func TestFixedPartsHaveTheRightSize(t *testing.T) {
 	for _, l := range layouts {
 		t.Run(l.name, func(t *testing.T) {
 			f := sample(l.typ)
@@ -178,7 +178,7 @@ func TestFixedPartsHaveTheirSizes(t *testing.T) {
 	}
 }
 
-func TestThirteenTypesAreKnownAndAllOthersAreErrors(t *testing.T) {
+func TestOnlyThirteenTypesAreKnown(t *testing.T) {
 	names := map[wire.Type]string{}
 	for _, l := range layouts {
 		names[l.typ] = l.name
@@ -200,7 +200,7 @@ func TestThirteenTypesAreKnownAndAllOthersAreErrors(t *testing.T) {
 	}
 }
 
-func TestPayloadsOverMaxPayloadAreErrors(t *testing.T) {
+func TestPayloadsOverMaxPayloadAreRejected(t *testing.T) {
 	const limit = 16 << 20
 	require.Equal(t, limit, wire.MaxPayload)
 
@@ -224,7 +224,7 @@ func TestPayloadsOverMaxPayloadAreErrors(t *testing.T) {
 	}
 }
 
-func TestTypesWithoutAPayloadAreNotWrittenWithOne(t *testing.T) {
+func TestTypesWithoutAPayloadRejectOne(t *testing.T) {
 	for _, l := range layouts {
 		if l.payload {
 			continue
@@ -277,7 +277,7 @@ func TestFrameErrorsNameTheFrame(t *testing.T) {
 	}
 }
 
-func TestAPayloadIsAPartOfTheBytesAndCannotGrowIntoTheNext(t *testing.T) {
+func TestPayloadAliasesTheFrameButCannotGrowPastIt(t *testing.T) {
 	first := appendFrame(t, nil, wire.Frame{Type: wire.UTF8, Payload: []byte("first")})
 	both := append(bytes.Clone(first), "second"...)
 
@@ -389,7 +389,7 @@ func onlyItsFields(f wire.Frame) wire.Frame {
 }
 
 // Frames that camp-protocol 1.0.0 and 1.1.4 have written, for a stream with the name "name".
-func TestFramesOfCAMPAreErrors(t *testing.T) {
+func TestCAMPFramesAreRejected(t *testing.T) {
 	for name, encoded := range map[string]string{
 		"PING_PONG":                     "0000000000000001fb706f6e67",
 		"pushed, 1.0.0":                 "0000000000000001000000000700000003ff00ffffffffffff006e616d65",
@@ -408,7 +408,7 @@ func TestFramesOfCAMPAreErrors(t *testing.T) {
 	}
 }
 
-func TestNamesOfCryoAreNotMistakenForCAMP(t *testing.T) {
+func TestCryoStreamNamesAreNotMistakenForCAMP(t *testing.T) {
 	for _, name := range []string{"", "name", "namespace", "\x00\x00\x00\x00", "abcd\x02e", "grü\x00ße", "氷\x00"} {
 		for _, size := range []int32{-1, 0, 1 << 16, math.MaxInt32} {
 			if size >= 0 && len(name) > 4 && name[4] <= 1 {

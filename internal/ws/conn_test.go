@@ -25,7 +25,7 @@ func (c *scriptedConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func TestTheEndIsReadAfterTheData(t *testing.T) {
+func TestEOFIsReadAfterTheData(t *testing.T) {
 	for _, size := range []int{1, readSmall - 1, readSmall, readSmall + 1, 2 * ReadDirect, 2 * readBytes} {
 		conn := &transport{Conn: &scriptedConn{data: make([]byte, size)}}
 		for read := 0; read < size; {
@@ -71,7 +71,7 @@ func (c *offeredConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func TestALargeBufferIsHeldOnlyWhileDataFlows(t *testing.T) {
+func TestLargeBufferIsHeldOnlyWhileDataFlows(t *testing.T) {
 	for _, size := range []int{1, readSmall - 1, readSmall + 1, 2 * readSmall, 1100, 4 * readSmall, readBytes, 3 * readBytes} {
 		c := &offeredConn{arrived: size}
 		conn := &transport{Conn: c}
@@ -116,7 +116,7 @@ func (c *brokenConn) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-func TestWriteInPiecesReturnsItsLength(t *testing.T) {
+func TestPartialWriteReturnsItsLength(t *testing.T) {
 	conn := &transport{Conn: &brokenConn{capacity: GatherBytes + 10}}
 	n, err := conn.Write(make([]byte, 3*GatherBytes))
 	require.Equal(t, errBroken, err)
@@ -143,7 +143,7 @@ func (c *stuckConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestWriteInProgressIsTheBacklogWithoutKernelCounts(t *testing.T) {
+func TestWriteInProgressCountsAsBacklogWithoutKernelCounts(t *testing.T) {
 	conn := &stuckConn{accept: make(chan struct{})}
 	c := New(conn, false)
 	writing := make(chan error, 1)

@@ -412,8 +412,8 @@ func scriptOf(steps ...step) (script []byte) {
 }
 
 // Messages, pings and the end, with its code and reason, are those that gorilla's reader
-// returns in the same role, but for what wantEnd names.
-func FuzzWebSocketReadsAsTheLibraryDoes(f *testing.F) {
+// returns in the same role, except for what wantEnd lists.
+func FuzzReadMatchesGorilla(f *testing.F) {
 	seed := func(steps ...step) {
 		for _, dialled := range []bool{false, true} {
 			for draw := range uint64(3) {

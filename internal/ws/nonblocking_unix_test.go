@@ -55,7 +55,7 @@ func TestRestOfANonblockingWriteIsLeftForFlush(t *testing.T) {
 }
 
 // A connection around a socket may do more than that in its Write.
-func TestOnlySocketsAreWrittenWithoutWaiting(t *testing.T) {
+func TestOnlySocketsAreWrittenWithoutBlocking(t *testing.T) {
 	near, far := net.Pipe()
 	defer func() { _, _ = near.Close(), far.Close() }()
 	require.False(t, (&transport{Conn: near}).canTryFlush())

@@ -28,7 +28,7 @@ func socketPair(t *testing.T) (near, far net.Conn) {
 	return near, far
 }
 
-func TestUnacknowledgedBytesAreTheBacklog(t *testing.T) {
+func TestUnacknowledgedBytesCountAsBacklog(t *testing.T) {
 	near, far := socketPair(t)
 	require.NoError(t, far.(*net.TCPConn).SetReadBuffer(16<<10))
 	c := New(near, true)
@@ -57,7 +57,7 @@ func TestUnacknowledgedBytesAreTheBacklog(t *testing.T) {
 	require.Zero(t, backlog)
 }
 
-func TestKernelCountsAreUsedForUnwrappedSocketsOnly(t *testing.T) {
+func TestKernelCountsAreUsedOnlyForUnwrappedSockets(t *testing.T) {
 	near, _ := socketPair(t)
 	overTLS := tls.Client(tls.Client(near, &tls.Config{}), &tls.Config{})
 	wrapped := struct{ net.Conn }{near}

@@ -105,7 +105,7 @@ func (c component) config(server string, timing timing, streams bool) string {
 // Each component sends or receives over a line with each of the faults. An acknowledged
 // unit must be delivered, the first deliveries must be in the order of sending, the client
 // must reconnect, and no goroutine and no file may be left.
-func TestNothingIsLostOnABadLine(t *testing.T) {
+func TestNothingIsLostOverABadConnection(t *testing.T) {
 	files := openFiles(t)
 	t.Run("with", func(t *testing.T) {
 		for componentName, c := range components {

@@ -72,7 +72,7 @@ func TestServerSurvivesAGracefulStopDuringStreams(t *testing.T) {
 }
 
 // What each profile does to messages of a session that reads slowly.
-func TestProfilesOfTheServer(t *testing.T) {
+func TestEachServerProfileHandlesBackpressure(t *testing.T) {
 	t.Parallel()
 	const count, size = 3000, 8 << 10 // 24 MB
 	for name, profile := range profiles {

@@ -135,7 +135,7 @@ output:
 // indent moves YAML four columns to the right.
 func indent(yaml string) string { return strings.ReplaceAll(yaml, "\n", "\n    ") }
 
-func TestClientIsAcknowledgedAfterDelivery(t *testing.T) {
+func TestClientMessageIsAcknowledgedAfterDelivery(t *testing.T) {
 	t.Parallel()
 	g := testkit.NewWebService(t)
 	p := run(t, "input:\n  cryo_server:"+listen+toService(g))
@@ -185,7 +185,7 @@ func TestClientReceivesARejection(t *testing.T) {
 }
 
 // The sender of a rejection cannot prevent this; docs/interop.md warns of it.
-func TestClientThatDoesNotCatchARejectionEnds(t *testing.T) {
+func TestClientThatDoesNotCatchARejectionExits(t *testing.T) {
 	t.Parallel()
 	g := testkit.NewWebService(t)
 	p := run(t, "input:\n  cryo_server:"+listen+"    auto_replay_nacks: false\n"+toService(g))
@@ -315,7 +315,7 @@ func TestClientStreamIsCancelled(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestClientStreamIsTruncated(t *testing.T) {
+func TestTruncatedClientStreamFails(t *testing.T) {
 	t.Parallel()
 	for _, cut := range []string{"terminate", "close", "kill"} {
 		t.Run(cut, func(t *testing.T) {
@@ -380,7 +380,7 @@ func TestClientReceivesHeartbeatsWhileThePipelineStalls(t *testing.T) {
 	require.Zero(t, c.Count(isEvent("closed")))
 }
 
-func TestClientThatFreezesTimesOut(t *testing.T) {
+func TestFrozenClientTimesOut(t *testing.T) {
 	t.Parallel()
 	s, input := newSource(t)
 	p := run(t, input+"output:\n  cryo_server:"+listen+"    heartbeat_interval: 200ms\n")
@@ -430,7 +430,7 @@ input:
 	require.Equal(t, "taken over by a newer connection of the same client", e.Reason)
 }
 
-func TestClientCloses(t *testing.T) {
+func TestClosedClientsAcknowledgementReachesNoOtherClient(t *testing.T) {
 	t.Parallel()
 	g := testkit.NewWebService(t)
 	p := run(t, "input:\n  cryo_server:"+listen+toService(g))

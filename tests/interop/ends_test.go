@@ -15,7 +15,7 @@ import (
 // browser_test.go.
 
 // The published client for Node reports the end, and never comes back.
-func TestClientSeesACrashAndDoesNotReturn(t *testing.T) {
+func TestClientDoesNotReconnectAfterACrash(t *testing.T) {
 	t.Parallel()
 	address := testkit.ReserveAddress(t)
 	p, _, _ := serving(t, address, "", sendingAll)
@@ -37,7 +37,7 @@ func isConnected(line string) bool {
 
 // A stream that our end does not survive is sent again as a whole, by its
 // application.
-func TestClientStreamIsCutByACrash(t *testing.T) {
+func TestClientStreamIsTruncatedByACrash(t *testing.T) {
 	t.Parallel()
 	address := testkit.ReserveAddress(t)
 	lines := "    streams:\n      scanner:\n        lines: {}\n"
@@ -71,7 +71,7 @@ func wantPassed(t *testing.T, g *testkit.WebService, want ...string) {
 }
 
 // Our stream is sent again as a whole on the next session.
-func TestServerIsKilledDuringOurStream(t *testing.T) {
+func TestStreamIsResentWhenTheServerIsKilled(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	s, _ := output(t, n, "    message_type: stream\n    stream:\n      name: sent\n      chunk_bytes: 1000\n")
@@ -87,7 +87,7 @@ func TestServerIsKilledDuringOurStream(t *testing.T) {
 	m.wantDelivered("the stream, as a whole")
 }
 
-func TestServerFloods(t *testing.T) {
+func TestServerFloodArrivesInOrder(t *testing.T) {
 	t.Parallel()
 	const count = 5000
 	n := server(t, 0, quiet)
@@ -102,7 +102,7 @@ func TestServerFloods(t *testing.T) {
 
 // Why docs/interop.md says that a resolved promise alone proves nothing: the package
 // resolves the sends of a session that has ended.
-func TestServerResolvesSendsOnASessionThatHasEnded(t *testing.T) {
+func TestServerResolvesSendsOnAnEndedSession(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := input(t, n, "    streams:\n      scanner:\n        lines: {}\n", toLines)
@@ -119,7 +119,7 @@ func TestServerResolvesSendsOnASessionThatHasEnded(t *testing.T) {
 }
 
 // When the promise of Stream() settles.
-func TestServerStreamThatIsCancelled(t *testing.T) {
+func TestServerResolvesACancelledStreamOnlyWhileSending(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := input(t, n, "    streams:\n      max_bytes: 1000\n", toLines)

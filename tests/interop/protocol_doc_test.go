@@ -26,7 +26,7 @@ var (
 
 // Each example of docs/protocol.md is a frame that a published package has sent, and the
 // library parses it into the described fields.
-func TestTheExamplesOfTheProtocolAreRealFrames(t *testing.T) {
+func TestProtocolExamplesAreRealFrames(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile(protocolDoc)
 	require.NoError(t, err)
@@ -53,7 +53,7 @@ func TestTheExamplesOfTheProtocolAreRealFrames(t *testing.T) {
 }
 
 // The document's table has every frame type, with its name.
-func TestTheProtocolListsEveryFrameType(t *testing.T) {
+func TestProtocolDocumentListsEveryFrameType(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile(protocolDoc)
 	require.NoError(t, err)

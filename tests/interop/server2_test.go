@@ -36,7 +36,7 @@ func oldServer(t *testing.T) *node {
 	return n
 }
 
-func TestOldServerSends(t *testing.T) {
+func TestOldServerSendsMessagesAndStreams(t *testing.T) {
 	t.Parallel()
 	n := oldServer(t)
 	p := input(t, n, "", toLines)
@@ -51,7 +51,7 @@ func TestOldServerSends(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestOldServerReceives(t *testing.T) {
+func TestOldServerReceivesMessagesAndStreams(t *testing.T) {
 	t.Parallel()
 	n := oldServer(t)
 	s, _ := output(t, n, "    message_type: ${! @type }\n    stream:\n      name: sent\n      chunk_bytes: 1000\n")
@@ -72,7 +72,7 @@ func TestOldServerReceives(t *testing.T) {
 }
 
 // It sends its chunk frames within chunk frames, under wrong indices.
-func TestOldServerCannotBePulledFrom(t *testing.T) {
+func TestOldServerStreamsCannotBePulled(t *testing.T) {
 	t.Parallel()
 	n := oldServer(t)
 	p := input(t, n, "    streams:\n      flow_control: pull\n", toLines)
@@ -85,7 +85,7 @@ func TestOldServerCannotBePulledFrom(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestOldServerIsLeft(t *testing.T) {
+func TestOldServerIsRedialled(t *testing.T) {
 	t.Parallel()
 	n := oldServer(t)
 	p := input(t, n, "", toLines)

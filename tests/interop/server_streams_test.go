@@ -28,7 +28,7 @@ func TestServerSendsStreams(t *testing.T) {
 	testServerStreams(t, n, p, -1)
 }
 
-func TestServerIsPulledFrom(t *testing.T) {
+func TestServerStreamsCanBePulled(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := input(t, n, "    streams:\n      flow_control: pull\n", toLines)
@@ -66,7 +66,7 @@ func testServerStreams(t *testing.T, n *node, p *pipeline, announced int) {
 	p.wantNoMessage()
 }
 
-func TestServerPulls(t *testing.T) {
+func TestServerCanPullStreams(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	s, _ := output(t, n, `
@@ -95,7 +95,7 @@ func TestServerPulls(t *testing.T) {
 	n.want("streamed", is(numbers(2500, 0)))
 }
 
-func TestServerCancelsAStream(t *testing.T) {
+func TestStreamCancelledByTheServerIsRejected(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	s, _ := output(t, n, `
@@ -138,7 +138,7 @@ func TestServerStreamIsCancelled(t *testing.T) {
 	p.wantNoMessage()
 }
 
-func TestServerStreamIsTruncated(t *testing.T) {
+func TestTruncatedServerStreamFails(t *testing.T) {
 	t.Parallel()
 	for _, cut := range []string{"terminate", "close"} {
 		t.Run(cut, func(t *testing.T) {

@@ -106,7 +106,7 @@ func TestServerExchangesManyMessages(t *testing.T) {
 	require.Zero(t, n.Count(isEvent("text")), "duplicate messages")
 }
 
-func TestServerIsAcknowledgedAfterDelivery(t *testing.T) {
+func TestServerMessageIsAcknowledgedAfterDelivery(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	g := testkit.NewWebService(t)
@@ -132,7 +132,7 @@ func TestServerIgnoresLateAcknowledgements(t *testing.T) {
 	n.wantOpen(late)
 }
 
-func TestServerIsAcknowledgedOnReceiptIfConfigured(t *testing.T) {
+func TestServerMessageIsAcknowledgedOnReceiptIfConfigured(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	g := testkit.NewWebService(t)
@@ -220,7 +220,7 @@ func TestServerReceivesHeartbeatsWhileThePipelineStalls(t *testing.T) {
 	require.Zero(t, n.Count(isEvent("closed")))
 }
 
-func TestServerRejectsTheToken(t *testing.T) {
+func TestServerDeniesAWrongToken(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	p := run(t, fmt.Sprintf(`
@@ -234,7 +234,7 @@ input:
 	require.Zero(t, n.Count(isEvent("session")))
 }
 
-func TestServerStillHasTheSessionAfterAHalfOpenConnection(t *testing.T) {
+func TestServerKeepsTheSessionOfAHalfOpenConnection(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	between := testkit.NewProxy(t, fmt.Sprintf("127.0.0.1:%d", n.port))
@@ -260,7 +260,7 @@ output:
 	n.want("text", is([]byte("after")))
 }
 
-func TestServerRestarts(t *testing.T) {
+func TestOutputReconnectsAfterAServerRestart(t *testing.T) {
 	t.Parallel()
 	n := server(t, reservePort(t), quiet)
 	s, p := output(t, n, "")
@@ -276,7 +276,7 @@ func TestServerRestarts(t *testing.T) {
 	s.deliver([]byte("after"))
 }
 
-func TestServerRestartsDuringAStream(t *testing.T) {
+func TestStreamIsResentAfterAServerRestart(t *testing.T) {
 	t.Parallel()
 	n := server(t, reservePort(t), quiet)
 	s, p := output(t, n, `
@@ -295,7 +295,7 @@ func TestServerRestartsDuringAStream(t *testing.T) {
 	m.wantDelivered("a stream that was cut off")
 }
 
-func TestServerRestartsDuringDelivery(t *testing.T) {
+func TestRestartedServerReceivesNoOldAcknowledgement(t *testing.T) {
 	t.Parallel()
 	n := server(t, reservePort(t), quiet)
 	g := testkit.NewWebService(t)
@@ -316,7 +316,7 @@ func TestServerRestartsDuringDelivery(t *testing.T) {
 	n2.wantDone(id)
 }
 
-func TestServerCloses(t *testing.T) {
+func TestServerCloseReasonIsLogged(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	g := testkit.NewWebService(t)
@@ -356,7 +356,7 @@ func TestServerIsClosedAfterTheLastAcknowledgement(t *testing.T) {
 	p.WantExit(0)
 }
 
-func TestServerPackageDials(t *testing.T) {
+func TestServerPackageCanDial(t *testing.T) {
 	t.Parallel()
 	p := run(t, "input:\n  cryo_server:"+listen+"    heartbeat_interval: 300ms\n"+toLines)
 	address := p.Listening()

@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestAReservedAddressRefusesConnectionsUntilItsUserListens(t *testing.T) {
+func TestReservedAddressRefusesConnectionsUntilUsed(t *testing.T) {
 	address, release, err := Reserve()
 	require.NoError(t, err)
 	defer release.Close()
