@@ -34,7 +34,7 @@ output:
 type input struct {
 	*dialer
 	*receiver
-	lost <-chan struct{} // closed when the session has ended and its messages are delivered to the pipeline; owned by Connect and ReadBatch
+	lost <-chan struct{} // closed when the session has ended and the pipeline has received its messages; accessed only by Connect and ReadBatch
 }
 
 var (
@@ -42,7 +42,7 @@ var (
 	_ service.ConnectionTestable = (*input)(nil)
 )
 
-// newInput returns an input. opts contains options without a field in the configuration.
+// newInput returns an input. opts contains the options for which there are no fields.
 func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*input, error) {
 	r := &settingsReader{conf: conf}
 	if opts.MaxBufferBytes = maxBufferBytesField.read(r); r.err != nil {
@@ -59,7 +59,7 @@ func newInput(conf *service.ParsedConfig, res *service.Resources, opts cryo.Dial
 	return &input{dialer: d, receiver: newReceiver(rc, res)}, nil
 }
 
-// Connect makes one attempt to connect. The engine retries.
+// Connect makes one attempt to connect. The engine calls it again after a failure.
 func (in *input) Connect(ctx context.Context) error {
 	s, err := in.connect(ctx)
 	if err != nil {
@@ -74,14 +74,14 @@ func (in *input) ReadBatch(ctx context.Context) (service.MessageBatch, service.A
 	return in.read(ctx, in.lost)
 }
 
-// Close stops receiving and closes the session. Acknowledgements that are queued by then are
-// written first.
+// Close stops receiving and closes the session. Acknowledgements that have already been queued
+// are written first.
 func (in *input) Close(ctx context.Context) error {
 	logUndelivered(in.receiver.log, in.receiver.close())
 	return errors.Join(in.dialer.close(ctx), in.conf.streams.scanner.close(ctx))
 }
 
-// ConnectionTest opens a session of its own and closes it.
+// ConnectionTest opens and closes another session, which does not affect that of the input.
 func (in *input) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
 	return in.test(ctx)
 }

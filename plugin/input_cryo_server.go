@@ -31,7 +31,7 @@ output:
 type serverInput struct {
 	*receiver
 	*serverComponent
-	lost <-chan struct{} // closed when the listener is down; owned by Connect and ReadBatch
+	lost <-chan struct{} // closed when the listener is down; accessed only by Connect and ReadBatch
 }
 
 var (
@@ -65,13 +65,14 @@ func (in *serverInput) Connect(ctx context.Context) error {
 	return nil
 }
 
-// ReadBatch returns the next batch, with messages of any sessions.
+// ReadBatch returns the next batch. Its messages may be from several sessions.
 func (in *serverInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	return in.read(ctx, in.lost)
 }
 
-// Close stops receiving and leaves the listener. Acknowledgements that are queued by then are
-// written before the sessions close.
+// Close stops receiving and leaves the listener. If the input was the listener's last
+// component, the listener closes its sessions after it has written the acknowledgements that
+// have already been queued.
 func (in *serverInput) Close(ctx context.Context) error {
 	return errors.Join(in.leave(ctx, in.receiver), in.conf.streams.scanner.close(ctx))
 }

@@ -27,7 +27,7 @@ func TestClientsCannotFloodTheLog(t *testing.T) {
 		for seconds := range 3 {
 			flood()
 			require.Equal(t, 1+seconds, e.log.count("Stream failed"))
-			require.Equal(t, 1+seconds, e.log.count("reports an error"))
+			require.Equal(t, 1+seconds, e.log.count("reported an error"))
 			require.Equal(t, 2*seconds, e.log.count("suppressed=99"))
 			time.Sleep(time.Second)
 		}

@@ -11,8 +11,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// receiver is the receiving half of an input: it delivers the messages of its sessions to the
-// pipeline in batches, and acknowledges, rejects or redelivers them by the pipeline's results.
+// receiver is the receiving half of an input. It delivers the messages of its sessions to the
+// pipeline in batches, and acknowledges, rejects or redelivers them according to the pipeline's
+// results.
 type receiver struct {
 	conf      receiveConfig
 	log       *service.Logger
@@ -23,18 +24,18 @@ type receiver struct {
 
 	rejectLog, responseLog, redeliveryLog limitedLog
 
-	// Owned by ReadBatch.
-	last       *delivery // returned last; the engine may still discard it
-	stopHooked bool      // a stop of the engine calls drain
+	// Accessed only by ReadBatch.
+	last       *delivery // most recently returned by ReadBatch; the engine may still discard it
+	stopHooked bool      // whether drain is registered to run when the engine stops
 
 	stop     context.CancelFunc // ends all feeds
-	drain    context.CancelFunc // stops accepting streams: the engine reads no more batches
+	drain    context.CancelFunc // stops accepting streams, because the engine reads no more batches
 	feeds    sync.WaitGroup
-	watchdog sync.Once // starts the detection of stalls
+	watchdog sync.Once // starts watchForStalls
 
 	mu       sync.Mutex
 	sessions map[*cryo.Session]*sessionFeed
-	byID     map[string]*sessionFeed // last feed of each session id that emits events
+	byID     map[string]*sessionFeed // most recent feed with session events, by session id
 }
 
 func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
@@ -59,15 +60,16 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 	return r
 }
 
-// read implements ReadBatch of the inputs. When lost is closed and no messages are left, it
-// returns ErrNotConnected. When the sessions share a listener, lost means that no client can
-// connect, and it does so although messages are left: they may never end.
+// read implements ReadBatch for both inputs. It returns ErrNotConnected once lost is closed and
+// no messages are left. If the sessions share a listener, it does so even while messages are
+// left: lost then means that no client can connect, and the connected ones may go on sending
+// forever.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
 	if r.last != nil {
-		r.acknowledgeReceipt(r.last) // the engine reads the next batch, so it has accepted this one
+		r.acknowledgeReceipt(r.last) // the engine reads the next batch, so it has accepted the last one
 		r.last = nil
 	}
-	if !r.stopHooked { // at the first call: the engine may not call again
+	if !r.stopHooked { // register at the first call, because there may be no other
 		r.stopHooked = true
 		context.AfterFunc(ctx, r.drain)
 	}
@@ -91,11 +93,11 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 	}, nil
 }
 
-// verdict applies the pipeline's result for a delivery. Without an error, every message
-// of the batch is delivered. An error for a batch of one applies to that message. An error
-// for a batch of several does not identify the failed messages, whichever it names
-// (docs/engine-faults.md): each is redelivered alone, and gets a result of its own. Only the
-// first result of a delivery counts. An error during a hard stop is not a result.
+// verdict applies err, the pipeline's result for a delivery. If it is nil, every message of the
+// batch was delivered. An error for a batch of one message applies to that message. An error
+// for a larger batch does not reliably identify the messages that failed
+// (docs/engine-faults.md), so each message is redelivered alone and gets a result of its own.
+// Only the first result of a delivery counts, and an error during a hard stop is ignored.
 func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	if err != nil && ctx.Err() != nil || !r.queue.firstResult(d) {
 		return
@@ -126,9 +128,10 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	}
 }
 
-// delivered acknowledges the messages of a batch. A message with a response is acknowledged
-// when the response is. Until then the whole batch stays in the queue's deliveries, so that
-// a hard stop loses no message; at worst, one is delivered twice.
+// delivered acknowledges the messages of a batch that was delivered: items, which have no
+// response, immediately, and the others once their responses have been acknowledged. Until then
+// the whole batch stays in the queue's deliveries, so that a hard stop loses no message; at
+// worst, some messages are delivered twice.
 func (r *receiver) delivered(ctx context.Context, d *delivery, items []item, responses []*syncResponse) {
 	endFirstPass(d.items)
 	r.acknowledge(items)
@@ -141,9 +144,9 @@ func (r *receiver) delivered(ctx context.Context, d *delivery, items []item, res
 	r.queue.removeDelivery(d)
 }
 
-// responded acknowledges or rejects messages by the results of their responses. A message
-// whose response fails is rejected even with auto_replay_nacks: the pipeline has delivered
-// it, and delivering it again would not make the peer accept the response.
+// responded acknowledges or rejects messages according to the results of their responses. A
+// message whose response fails is rejected even with auto_replay_nacks: the pipeline has
+// delivered it, and delivering it again would not make the peer accept the response.
 func (r *receiver) responded(ctx context.Context, d *delivery, responses []*syncResponse, errs []error) {
 	var acknowledged []item
 	for i, resp := range responses {
@@ -173,9 +176,9 @@ func (r *receiver) responded(ctx context.Context, d *delivery, responses []*sync
 	}
 }
 
-// acknowledgeReceipt acknowledges a batch once with acknowledge: received. It is called when
-// the engine reads the next batch or returns a result: a batch that ReadBatch has just
-// returned may still be discarded by the engine when it stops.
+// acknowledgeReceipt acknowledges the messages of a batch, once, if acknowledge is received. It
+// is called when the engine reads the next batch or returns a result, because until then the
+// engine may still discard the batch when it stops.
 func (r *receiver) acknowledgeReceipt(d *delivery) {
 	if r.conf.onReceipt {
 		r.acknowledgeNow(r.queue.markReceived(d))
@@ -195,7 +198,7 @@ func (r *receiver) acknowledgeNow(items []item) {
 	}
 }
 
-// reject logs and rejects items that were not delivered.
+// reject logs that items were not delivered, and rejects them.
 func (r *receiver) reject(items []item, cause error) {
 	endFirstPass(items)
 	if log, ok := r.rejectLog.allow(); ok {
@@ -210,7 +213,7 @@ func (r *receiver) reject(items []item, cause error) {
 
 func (r *receiver) rejectAll(items []item) {
 	if r.conf.onReceipt {
-		return // they are acknowledged already
+		return // they have already been acknowledged
 	}
 	for i := range items {
 		if m := items[i].message; m != nil {
@@ -220,7 +223,7 @@ func (r *receiver) rejectAll(items []item) {
 	}
 }
 
-// logFailure logs that a message is redelivered.
+// logFailure logs that a failed message is redelivered, and warns if it has failed repeatedly.
 func (r *receiver) logFailure(it *item, err error) {
 	r.log.With("error", err).Debug("Redelivering a message")
 	if it.failures < outageFailures {
@@ -231,9 +234,9 @@ func (r *receiver) logFailure(it *item, err error) {
 	}
 }
 
-// receiveFrom starts to receive from a session, beginning with the messages that another
-// input has handed over. The returned channel is closed when the session has ended and all
-// its messages are delivered to the pipeline.
+// receiveFrom starts to receive from a session, beginning with what another input has handed
+// over, if anything. The returned channel is closed when the session has ended and all its
+// messages have been passed to the pipeline.
 func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -257,7 +260,7 @@ func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 	return f.ended
 }
 
-// remove removes a feed whose session has ended.
+// remove removes the feed of a session that has ended.
 func (r *receiver) remove(f *sessionFeed) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -275,23 +278,23 @@ func (r *receiver) has(s *cryo.Session) bool {
 	return r.sessions[s] != nil
 }
 
-// sessionCount returns the number of sessions of the input, including those that have ended
-// with messages that are not yet delivered to the pipeline.
+// sessionCount returns the number of sessions of the input, including sessions that have ended
+// but whose messages have not all been passed to the pipeline.
 func (r *receiver) sessionCount() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.sessions)
 }
 
-// hasEventsOf reports whether the input has a session with this id whose events must precede
-// those of the next session with the id.
+// hasEventsOf reports whether the input has a session with this id that emits events, which
+// must precede those of the next session with the same id.
 func (r *receiver) hasEventsOf(id string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.byID[id] != nil
 }
 
-// paused reports whether the reads of any session are paused (backpressure).
+// paused reports whether reading from any session is paused (backpressure).
 func (r *receiver) paused() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -140,7 +140,8 @@ var (
 	listenMessageTypes = messageTypesOf("message_types with session", "utf8", "binary", messageTypeStream, "error", messageTypeSession)
 )
 
-// messageTypesField returns the field of an input; with sessions, for one with session events.
+// messageTypesField returns the field message_types. sessions reports whether the input
+// supports session events.
 func messageTypesField(sessions bool) setting[[]string] {
 	if sessions {
 		return listenMessageTypes
@@ -164,7 +165,8 @@ func messageTypesOf(lint string, known ...string) setting[[]string] {
 	}))
 }
 
-// receiveFields returns the fields of an input; with sessions, for one with session events.
+// receiveFields returns the fields of an input. sessions reports whether it supports session
+// events.
 func receiveFields(sessions bool) []*service.ConfigField {
 	events, quotaText := "", ""
 	if sessions {
@@ -198,8 +200,8 @@ func receiveFields(sessions bool) []*service.ConfigField {
 	}
 }
 
-// maxBufferField returns the field for the receive buffer of one session, or of all sessions of
-// a listener.
+// maxBufferField returns the field max_buffer_bytes. shared reports whether all sessions of a
+// listener share the receive buffer, or it belongs to a single session.
 func maxBufferField(shared bool) *service.ConfigField {
 	sharing, slow := "", ""
 	if shared {
@@ -213,13 +215,13 @@ func maxBufferField(shared bool) *service.ConfigField {
 
 type receiveConfig struct {
 	types         map[cryo.Kind]bool
-	sessions      bool // emit session events
-	onReceipt     bool // acknowledge: received
-	shared        bool // several sessions share maxInFlight and streams.maxOpen
+	sessions      bool // whether to emit session events
+	onReceipt     bool // whether acknowledge is received
+	shared        bool // whether several sessions share maxInFlight and streams.maxOpen
 	maxInFlight   int
 	maxBatchCount int
 	replay        bool          // auto_replay_nacks
-	ackTimeout    time.Duration // for responses
+	ackTimeout    time.Duration // for acknowledgements of responses
 
 	includeMetadata bool
 	streams         streamConfig

@@ -8,10 +8,11 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Session events: messages that report connected and disconnected sessions. The goroutine of
-// a session waits until the pipeline accepts its event, so no event is dropped, and there is at
-// most one per session. Waiting events count against max_buffer_bytes. While a pipeline is
-// stalled, sessions that have ended accumulate; listenInputs.full limits their number.
+// Session events are messages that report that a session has connected or disconnected. The
+// goroutine of a session waits for the result of each event, so that no event is dropped, and
+// a session has at most one event at a time. Events that wait count against max_buffer_bytes.
+// While a pipeline is stalled, sessions that have ended accumulate; listenInputs.full limits
+// their number.
 
 const (
 	messageTypeSession = "session"
@@ -22,7 +23,7 @@ const (
 	sessionConnected    = "connected"
 	sessionDisconnected = "disconnected"
 
-	eventOverhead = 256 // bytes; the overhead of a message in the receive buffer
+	eventOverhead = 256 // bytes that a message occupies in the receive buffer in addition to its content
 )
 
 const eventMetadataText = `
@@ -46,11 +47,11 @@ Events are delivered at least once. When an input stops and another one of the s
 Events are never dropped, except those that the outputs fail to deliver with ` + "`auto_replay_nacks: false`" + `. They count as messages in flight, but do not wait for ` + "`max_in_flight`" + `; there is at most one per session. Events that wait for the pipeline count against ` + "`max_buffer_bytes`" + `. When as many sessions as ` + "`max_sessions`" + ` have ended and still wait for the pipeline, new clients are denied with status 503.
 `
 
-// sessionEvent is the owner of an event item.
+// sessionEvent is the owner of an item that holds a session event.
 type sessionEvent struct {
 	release func() // releases the event's part of the receive buffer
 	once    sync.Once
-	settled chan struct{} // closed when the event is delivered or has failed
+	settled chan struct{} // closed when the event has been delivered or has failed
 }
 
 func (e *sessionEvent) done(int, error) {
@@ -62,11 +63,12 @@ func (e *sessionEvent) done(int, error) {
 
 func (e *sessionEvent) stream() *cryo.IncomingStream { return nil }
 
-// movable returns false: the next input emits events of its own.
+// movable returns false, because the next input emits events of its own.
 func (e *sessionEvent) movable() bool { return false }
 
-// emit delivers an event to the pipeline, and waits for its result, including redeliveries. It
-// returns false if the input closes first.
+// emit delivers a session event to the pipeline and waits for its result, including
+// redeliveries. cause is why the session has ended, or empty. It returns false if the input
+// closes first.
 func (f *sessionFeed) emit(event, cause string) bool {
 	m := service.NewMessage([]byte{})
 	m.MetaSetMut(metaMessageType, messageTypeSession)
@@ -92,7 +94,8 @@ func (f *sessionFeed) await(done <-chan struct{}) bool {
 	}
 }
 
-// emitConnected emits connected, after the events of the previous session with the same id.
+// emitConnected emits the event connected, after the events of the previous session with the
+// same id. It returns false if the input closes first.
 func (f *sessionFeed) emitConnected() bool {
 	if !f.emitsEvents {
 		return true
@@ -100,7 +103,8 @@ func (f *sessionFeed) emitConnected() bool {
 	return (f.previous == nil || f.await(f.previous)) && f.emit(sessionConnected, "")
 }
 
-// emitDisconnected emits disconnected, after all messages of the session.
+// emitDisconnected emits the event disconnected, after each message of the session has been
+// delivered or has failed. It returns false if the input closes first.
 func (f *sessionFeed) emitDisconnected() bool {
 	if !f.emitsEvents {
 		return true

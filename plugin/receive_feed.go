@@ -10,7 +10,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// feeder is the state that the feeds of an input share.
+// feeder holds the state that all feeds of an input share.
 type feeder struct {
 	conf    *receiveConfig
 	queue   *queue
@@ -20,24 +20,25 @@ type feeder struct {
 	errorLog, streamLog, pullLog limitedLog
 
 	stopped  context.Context // done when the input closes
-	draining context.Context // done when the engine reads no more batches, or the input closes
+	draining context.Context // done when the engine stops reading batches, or the input closes
 }
 
 // sessionFeed receives the messages, streams and events of one session.
 type sessionFeed struct {
 	*feeder
 	source
-	ended chan struct{} // closed when the session has ended and all its messages are in the pipeline
+	ended chan struct{} // closed when the session has ended and the pipeline has received all its messages
 
 	// Set before the feed runs.
 	emitsEvents bool
-	previous    <-chan struct{} // field ended of the last feed with the same session id, or nil
+	previous    <-chan struct{} // the field ended of the previous feed with the same session id, or nil
 
-	// Undelivered items and streams, first those of the handover; receiver.close collects them.
-	// The items in left come after all delivered ones, also if they have a sequence number.
-	left    []item // owned by receiveMessages
+	// Undelivered items and streams, beginning with those of the handover; receiver.close
+	// collects them. All items in left were received after those in the queue, even if they
+	// already have a sequence number.
+	left    []item // accessed only by receiveMessages while it runs
 	mu      sync.Mutex
-	streams []*cryo.IncomingStream // unread; guarded by mu
+	streams []*cryo.IncomingStream // streams that have not been read; guarded by mu
 }
 
 func (fr *feeder) newFeed(h *handover) *sessionFeed {
@@ -58,7 +59,8 @@ func (fr *feeder) newFeed(h *handover) *sessionFeed {
 	return f
 }
 
-// run receives from the session until it ends. It returns false if the input closes first.
+// run receives from the session until the session ends. It returns false if the input closes
+// first.
 func (f *sessionFeed) run() bool {
 	if !f.emitConnected() {
 		return false
@@ -66,7 +68,7 @@ func (f *sessionFeed) run() bool {
 	var streams sync.WaitGroup
 	streams.Go(f.acceptStreams)
 	f.receiveMessages()
-	streams.Wait() // truncated streams may still deliver complete messages
+	streams.Wait() // even a truncated stream may still deliver complete messages
 	if f.stopped.Err() != nil || !f.emitDisconnected() {
 		return false
 	}
@@ -74,8 +76,8 @@ func (f *sessionFeed) run() bool {
 	return true
 }
 
-// receiveMessages delivers the session's messages in order, including those that were
-// received before the session ended.
+// receiveMessages delivers the session's messages in order. After the end of the session it
+// continues with those that have already been received.
 func (f *sessionFeed) receiveMessages() {
 	f.left = f.filter(f.left) // the previous input may have had other message_types
 	for {
@@ -95,7 +97,8 @@ func (f *sessionFeed) receiveMessages() {
 	}
 }
 
-// filter returns the items whose types are in message_types, and acknowledges the others.
+// filter returns the items that message_types selects. It acknowledges and drops the others,
+// and logs the texts of dropped errors.
 func (f *sessionFeed) filter(items []item) []item {
 	selected := items[:0]
 	for i := range items {
@@ -105,7 +108,7 @@ func (f *sessionFeed) filter(items []item) []item {
 		default:
 			if m.Kind == cryo.KindError {
 				if log, ok := f.errorLog.allow(); ok {
-					log.With("session", f.id, "text", strconv.Quote(f.session.Redact(string(m.Payload)))).Warn("The peer's application reports an error")
+					log.With("session", f.id, "text", strconv.Quote(f.session.Redact(string(m.Payload)))).Warn("The peer's application reported an error")
 				}
 			}
 			f.metrics.filtered.Incr(1, messageTypeName(m.Kind))

@@ -9,18 +9,19 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// handover contains the messages and streams of a session that an input passes on when it
-// closes: the unacknowledged messages in the order of their receipt, and the unread streams.
-// Messages that the input has not received are still in the session's receive buffer.
+// handover holds what a closing input passes on for one session: its unacknowledged messages,
+// in the order in which they were received, and its unread streams. Messages that the input has
+// not taken from the session yet remain in the session's receive buffer.
 type handover struct {
 	session *cryo.Session
 	items   []item
 	streams []*cryo.IncomingStream
 }
 
-// close stops receiving, and returns a handover for each session. Results that arrive later
-// are ignored. The engine closes an input after all results, or after a hard stop; then the
-// pipeline may have delivered some of the messages, and the next input may deliver them again.
+// close stops receiving, and returns a handover for each session that is still in use. Results
+// that arrive later are ignored. The engine closes an input after all results have arrived, or
+// after a hard stop. In the latter case the pipeline may already have delivered some of the
+// messages, which the next input may deliver again.
 func (r *receiver) close() []*handover {
 	r.drain()
 	r.stop()
@@ -39,7 +40,7 @@ func (r *receiver) close() []*handover {
 	}
 	for _, f := range r.sessions {
 		handoverOf(f.session).streams = f.streams
-		items = append(items, f.left...) // received after the session's items in the queue
+		items = append(items, f.left...) // these were received after the session's items in the queue
 	}
 	for _, it := range items {
 		if it.moveOrReject() {
@@ -51,7 +52,7 @@ func (r *receiver) close() []*handover {
 	for _, h := range bySession {
 		handovers = append(handovers, h)
 	}
-	// Sessions that have ended come first: another one may have the same id.
+	// Sessions that have ended come first, because a newer session may have the same id.
 	slices.SortStableFunc(handovers, func(a, b *handover) int { return cmp.Compare(ended(b.session), ended(a.session)) })
 	return handovers
 }
@@ -65,8 +66,9 @@ func (it *item) moveOrReject() bool {
 	return false
 }
 
-// reject rejects the messages and streams. It returns their number, and the number of
-// messages that are lost because they were acknowledged on receipt.
+// reject rejects the messages and streams, and returns how many it has rejected. lost is the
+// number of messages that cannot be rejected any more, because they were acknowledged on
+// receipt.
 func (h *handover) reject() (rejected, lost int) {
 	for i := range h.items {
 		if h.items[i].acknowledged {
@@ -83,7 +85,7 @@ func (h *handover) reject() (rejected, lost int) {
 	return rejected, lost
 }
 
-// logUndelivered logs the number of messages that no input will deliver.
+// logUndelivered logs how many messages no input will deliver.
 func logUndelivered(log *service.Logger, handovers []*handover) {
 	undelivered, lost := 0, 0
 	for _, h := range handovers {
@@ -97,7 +99,7 @@ func logUndelivered(log *service.Logger, handovers []*handover) {
 		}
 	}
 	if lost > 0 {
-		log.With("messages", lost).Error("Messages that were acknowledged on receipt may be lost: the pipeline has stopped before their results")
+		log.With("messages", lost).Error("Messages that were acknowledged on receipt may be lost: the pipeline stopped before reporting their results")
 	}
 	if undelivered > 0 {
 		log.With("messages", undelivered).Info("Undelivered messages stay unacknowledged: their senders can send them again")

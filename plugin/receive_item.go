@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// source is the session that items were received from.
+// source is the session from which items were received.
 type source struct {
 	session *cryo.Session
 	*identity
@@ -19,40 +19,40 @@ type source struct {
 	firstPass firstPass
 }
 
-// item is a received message until it is acknowledged or rejected: a frame, a part of a
-// stream that a scanner has produced, or a session event.
+// item is something received that has been neither acknowledged nor rejected: a message in a
+// frame, a part of a stream that a scanner has produced, or a session event.
 type item struct {
 	source   *source
-	message  *cryo.Message    // nil unless the item is a frame
-	part     *service.Message // nil if the item is a frame
-	owner    partOwner        // scanner batch or event of the part
+	message  *cryo.Message    // nil unless the item is a message in a frame
+	part     *service.Message // part of a stream, or event; nil if message is set
+	owner    partOwner        // what the part belongs to: a scanner batch or a session event
 	index    int              // index of the part in owner
-	sequence uint64           // sequence number in the input
+	sequence uint64           // position among all items of the input
 
-	acknowledged bool // on receipt
+	acknowledged bool // whether the item was acknowledged on receipt
 
-	// State of redeliveries after the item has failed alone.
+	// The state of an item that is redelivered because it has failed alone.
 	failures   int
-	due        time.Time // time of the next delivery
-	expedited  bool      // redelivered before due
-	deliveries uint64    // successful deliveries of the input at the last failure
+	due        time.Time // when the item is redelivered next
+	expedited  bool      // whether the item is redelivered before due
+	deliveries uint64    // the field deliveries of redeliveries at the last failure
 }
 
-// partOwner is a scanner batch or a session event, and receives the results of its parts.
+// partOwner is a scanner batch or a session event. It receives the results of its parts.
 type partOwner interface {
-	// done sets the result of a part; nil means that it is delivered. Only the first call for
+	// done sets the result of a part; nil means that it was delivered. Only the first call for
 	// a part counts.
 	done(index int, err error)
-	// stream returns the stream that the part belongs to, or nil.
+	// stream returns the stream that the parts belong to, or nil for an event.
 	stream() *cryo.IncomingStream
-	// movable reports whether another input can deliver the part.
+	// movable reports whether another input can deliver the parts.
 	movable() bool
 }
 
 var errNotDelivered = errors.New(rejection)
 
-// acknowledge acknowledges frames to their senders, and marks parts as delivered. The error
-// is that of a session that has ended.
+// acknowledge acknowledges messages to their senders, and marks parts as delivered. It returns
+// an error only if a session has ended.
 func acknowledge(items []item, metrics *receiveMetrics) error {
 	messages := make([]*cryo.Message, 0, len(items))
 	for i := range items {
@@ -69,8 +69,8 @@ func acknowledge(items []item, metrics *receiveMetrics) error {
 	return cryo.AckBatch(messages)
 }
 
-// reject rejects an item to its sender. If the session has ended, it only releases the item's
-// part of the receive buffer.
+// reject sends an error for a message to its sender, or marks a part as failed. If the session
+// has ended, it only releases the item's part of the receive buffer.
 func (it *item) reject() {
 	if it.message != nil {
 		_ = it.message.Reject(rejection)
@@ -79,29 +79,30 @@ func (it *item) reject() {
 	}
 }
 
-// describe adds a frame's metadata to its message.
+// describe adds the metadata of a message that was received in a frame to m.
 func (it *item) describe(m *service.Message) {
 	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Kind))
 	m.MetaSetMut(metaAckID, int64(it.message.Number()))
 	it.source.describe(m)
 }
 
-// delivery is a batch in the pipeline.
+// delivery is a batch that the pipeline is processing.
 type delivery struct {
 	items     []item
 	responses *service.SyncResponseStore
 
 	// Guarded by the queue's mutex.
 	hasResult    bool
-	acknowledged bool   // on receipt
+	acknowledged bool   // whether the items were acknowledged on receipt
 	retained     []item // items whose responses were unacknowledged at a hard stop
 }
 
-// newDelivery returns a delivery of items, and its batch for the pipeline. All messages share
-// one context, in which the engine finds the store of synchronous responses. It contains no
-// data of single messages, because the engine restores contexts by position after each batched
-// processor (docs/engine-faults.md), so that a message may get the context of another. The
-// messages are copied into one slice, which saves an allocation per message.
+// newDelivery returns a delivery of items, and the batch for the pipeline, whose messages carry
+// metadata if withMetadata is true. All messages share one context, in which the engine finds
+// the store of synchronous responses. The context contains nothing about individual messages,
+// because the engine restores contexts by position after each batched processor
+// (docs/engine-faults.md), so that a message may get the context of another. The messages are
+// elements of one slice, which saves an allocation for each.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
 	stored, responses := service.NewMessage(nil).WithSyncResponseStore()
 	ctx := stored.Context()
@@ -111,7 +112,7 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 	for i := range items {
 		d.acknowledged = d.acknowledged && items[i].acknowledged
 		if it := &items[i]; it.part != nil {
-			messages[i] = *it.part.Copy().WithContext(ctx) // the part may be redelivered
+			messages[i] = *it.part.Copy().WithContext(ctx) // a copy, because the part may be redelivered
 		} else if messages[i] = *service.NewMessageWithContext(ctx, it.message.Payload); withMetadata {
 			it.describe(&messages[i])
 		}
@@ -120,11 +121,12 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 	return d, batch
 }
 
-// firstPass counts a session's items without a result of their own. Redelivered items do not
-// count, so that a message that always fails does not delay the session's disconnected event.
+// firstPass counts the items of a session that have not had a result of their own yet.
+// Redelivered items that have had one do not count, so that a message that always fails does
+// not delay the session's disconnected event.
 type firstPass struct {
 	count atomic.Int64
-	none  chan struct{} // capacity 1; signals a count of 0; nil if nothing waits for that
+	none  chan struct{} // capacity 1; signals that the count is 0; nil if no goroutine waits for that
 }
 
 func (p *firstPass) add(n int) {
@@ -137,8 +139,8 @@ func (p *firstPass) add(n int) {
 	}
 }
 
-// wait waits for a count of 0. It must be called after the last add of a positive number. It
-// returns false if ctx is done first.
+// wait waits until the count is 0. Call it only after the last call of add with a positive
+// number. It returns false if ctx is done first.
 func (p *firstPass) wait(ctx context.Context) bool {
 	for p.count.Load() > 0 {
 		select {
@@ -150,7 +152,7 @@ func (p *firstPass) wait(ctx context.Context) bool {
 	return true
 }
 
-// endFirstPass ends the first pass of items that have a result of their own.
+// endFirstPass ends the count of items that have had a result of their own.
 func endFirstPass(items []item) {
 	for i := range items {
 		if items[i].failures == 0 {

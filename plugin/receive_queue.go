@@ -13,40 +13,41 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
-// queue contains the items that wait for ReadBatch, and those that ReadBatch has returned and
-// that are neither acknowledged nor rejected. Together they are limited by max_in_flight;
-// events are not limited.
+// queue holds the items that wait for ReadBatch, and those that ReadBatch has returned and that
+// have been neither acknowledged nor rejected. max_in_flight limits their total number, but
+// does not delay session events.
 type queue struct {
 	conf     *receiveConfig
 	log      *service.Logger
 	stopped  context.Context // done when the input closes
-	inFlight *quota.Quota    // all items of the queue
-	streams  *quota.Quota    // slots of open streams; see transfer
-	gauge    *gauge          // number of items in inFlight
+	inFlight *quota.Quota    // counts all items of the queue against max_in_flight
+	streams  *quota.Quota    // slots for open streams; see transfer
+	gauge    *gauge          // reports the number of items in inFlight
 
-	arrivals chan []item   // new items from the feeds; unbuffered, so that a feed keeps undelivered ones
+	arrivals chan []item   // new items from the feeds; unbuffered, so that a feed keeps those that are not received
 	wake     chan struct{} // capacity 1; signals a new redelivery
-	offered  atomic.Uint64 // number of items so far, for their sequence numbers
+	offered  atomic.Uint64 // number of items offered so far, from which sequence numbers are derived
 
-	// Owned by ReadBatch.
-	rest     []item // new items, received from arrivals
-	newFirst bool   // the next batch is of new items, before those that have failed alone
+	// Accessed only by ReadBatch, and by close.
+	rest     []item // new items that were received from arrivals, but not returned yet
+	newFirst bool   // whether new items precede those that have failed alone in the next batch
 
-	stallReported bool // the current stall is logged; owned by watchForStalls
+	stallReported bool // whether the current stall has been logged; accessed only by watchForStalls
 
 	mu           sync.Mutex
 	clients      map[string]*clientQuota // by session id
 	deliveries   map[*delivery]struct{}  // unacknowledged batches in the pipeline
 	redeliveries redeliveries
-	lastProgress time.Time // time of the last batch or result
+	lastProgress time.Time // when the last batch was returned, or the last result applied
 }
 
-// clientQuota is the quota of max_in_flight and of open streams of the sessions with one id. It
-// exists while such a session feeds the input or has items in flight, as an open stream without
-// a session has, so that it outlasts a reconnect.
+// clientQuota is the share of max_in_flight and of the stream slots for the sessions with one
+// id. It is kept while such a session feeds the input or has items in flight, so that it
+// outlasts a reconnect. A stream that stays open after its session has ended has items in
+// flight, too.
 type clientQuota struct {
 	*quota.Share
-	slots *quota.Share // of open streams
+	slots *quota.Share // slots for open streams
 	id    string
 	feeds int // guarded by the queue's mutex
 }
@@ -70,13 +71,14 @@ func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger,
 	return q
 }
 
-// clientLimit returns the quota of max_in_flight of one client of a listener: three quarters,
-// and at least one. It leaves capacity for others if all messages of a client fail, or if the
-// client acknowledges no responses.
+// clientLimit returns how much of max_in_flight one client of a listener may use: three
+// quarters, and at least one. The rest is left for other clients if all messages of one client
+// fail, or if it acknowledges no responses.
 func clientLimit(maxInFlight int) int { return max(1, maxInFlight-max(1, maxInFlight/4)) }
 
-// newStreamQuota returns the quota of open streams. If several clients share it, a client may
-// open another stream only while it has fewer than are free: at most half, and at least one.
+// newStreamQuota returns the quota of open streams. shared reports whether several clients
+// share it. In that case a client may open another stream only while it has fewer open streams
+// than there are free slots, so a single client gets half of the slots, rounded up.
 func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
 	if !shared {
 		return quota.New(int64(maxOpen), nil)
@@ -84,8 +86,8 @@ func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
 	return quota.New(int64(maxOpen), func(held, free int64) bool { return held < free })
 }
 
-// acquireClient returns the quota of a session id for a new feed. The feed must call
-// releaseClient when it ends.
+// acquireClient returns the quota of a session id for a new feed. Call releaseClient when the
+// feed ends.
 func (q *queue) acquireClient(id string) *clientQuota {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -114,8 +116,8 @@ func (q *queue) removeIdleLocked(c *clientQuota) {
 	}
 }
 
-// deliver passes items of one session to ReadBatch, in order, as max_in_flight and the
-// client's quota allow. It returns the items that are not passed on because the input has
+// deliver passes items of one session to ReadBatch in order, as soon as max_in_flight and the
+// client's quota allow. It returns the items that were not passed on because the input has
 // closed.
 func (q *queue) deliver(items []item) (left []item) {
 	for len(items) > 0 {
@@ -133,7 +135,8 @@ func (q *queue) deliver(items []item) (left []item) {
 }
 
 // deliverEvent passes an event to ReadBatch. An event counts as in flight, but does not wait
-// for capacity: failing messages of its client may occupy all of it for a long time.
+// for capacity, because failing messages of its client may occupy all of it for a long time. It
+// returns false if the input closes first.
 func (q *queue) deliverEvent(it item) bool {
 	it.source.quota.Force(1)
 	q.gauge.add(1)
@@ -182,9 +185,10 @@ func (q *queue) next(ctx context.Context, lost <-chan struct{}) ([]item, error) 
 	}
 }
 
-// nextRedelivery returns the next message to redeliver now, or a channel that is ready when
-// one is due; the channel is nil if there is none. Messages of a failed batch of several
-// precede all other items. Messages that have failed alone alternate with new items.
+// nextRedelivery returns a message to redeliver now, if there is one. Otherwise due becomes
+// ready when the next one is due; it is nil if none waits, or if new items come first. The
+// messages of a failed batch of several precede all other items. Messages that have failed
+// alone alternate with new items.
 func (q *queue) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -202,7 +206,7 @@ func (q *queue) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	return it, due, ok
 }
 
-// arrived reports whether there are new items.
+// arrived reports whether there are new items. It does not wait for them.
 func (q *queue) arrived() bool {
 	if len(q.rest) == 0 {
 		select {
@@ -213,7 +217,7 @@ func (q *queue) arrived() bool {
 	return len(q.rest) > 0
 }
 
-// batch returns new items, up to max_batch_count.
+// batch removes and returns up to max_batch_count new items.
 func (q *queue) batch() []item {
 more:
 	for len(q.rest) < q.conf.maxBatchCount {
@@ -230,7 +234,7 @@ more:
 	return items
 }
 
-// addDelivery adds a delivery that ReadBatch returns.
+// addDelivery adds a delivery that ReadBatch is about to return.
 func (q *queue) addDelivery(d *delivery) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -253,8 +257,8 @@ func (q *queue) markReceived(d *delivery) []item {
 	return d.items
 }
 
-// firstResult reports whether a result is the first one of its delivery, and the input has
-// not closed.
+// firstResult records that a delivery has a result. It reports whether that is the first one,
+// and the input has not closed.
 func (q *queue) firstResult(d *delivery) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -276,8 +280,8 @@ func (q *queue) redeliverLater(d *delivery) {
 	q.redeliver(d, func() { q.redeliveries.addFailed(d.items[0], time.Now()) })
 }
 
-// redeliver queues the messages of a delivery for redelivery. They stay in flight. After
-// close, which has returned them, it has no effect.
+// redeliver removes a delivery, and calls add to queue its messages for redelivery. They stay
+// in flight. It has no effect after close, which has already returned them.
 func (q *queue) redeliver(d *delivery, add func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -288,7 +292,7 @@ func (q *queue) redeliver(d *delivery, add func()) {
 }
 
 // delivered releases the in-flight capacity of delivered items, and expedites redeliveries.
-// The items may be empty, if all messages of a batch have responses.
+// items is empty if all messages of a batch have responses.
 func (q *queue) delivered(items []item) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -319,7 +323,7 @@ func (q *queue) releaseLocked(items []item) {
 	}
 }
 
-// retain retains items of a delivery for close.
+// retain keeps items of a delivery after removeDelivery, so that close still returns them.
 func (q *queue) retain(d *delivery, items []item) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -342,8 +346,8 @@ func (q *queue) wakeRead() {
 	}
 }
 
-// close returns all items of the queue in the order of their receipt. It must be called after
-// all feeds have ended. Later results are ignored.
+// close returns all items of the queue in the order in which they were received. Call it only
+// after all feeds have ended. Later results are ignored.
 func (q *queue) close() []item {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -358,12 +362,12 @@ func (q *queue) close() []item {
 	return items
 }
 
-// stallTimeout is the time without progress after which a full pipeline is logged as stalled.
+// stallTimeout is how long a full pipeline makes no progress before it is logged as stalled.
 const stallTimeout = 10 * time.Second
 
-// watchForStalls checks periodically for stalls until the input closes. It runs beside
-// ReadBatch, because a timer in ReadBatch would cost a wake-up of the network poller for each
-// single message. paused reports whether the reads of a session are paused (backpressure).
+// watchForStalls checks for stalls periodically, until the input closes. It runs on a goroutine
+// of its own, because a timer in ReadBatch would wake up the network poller for each single
+// message. paused reports whether reading from any session is paused (backpressure).
 func (q *queue) watchForStalls(paused func() bool) {
 	ticker := time.NewTicker(stallTimeout / 10)
 	defer ticker.Stop()
@@ -377,10 +381,10 @@ func (q *queue) watchForStalls(paused func() bool) {
 	}
 }
 
-// reportStall logs a pipeline that makes no progress while max_in_flight or max_buffer_bytes
-// is reached: its output hangs or is very slow, or has a batching policy that can never fill a
-// batch. A stall is logged once. It ends when the limits are no longer reached, because a
-// slow output makes progress from time to time.
+// reportStall logs a warning if the pipeline makes no progress while max_in_flight or
+// max_buffer_bytes is reached: an output hangs, is very slow, or has a batching policy that can
+// never fill a batch. Each stall is logged once. It does not end before the limits are no
+// longer reached, because even a slow output makes progress from time to time.
 func (q *queue) reportStall(paused func() bool) {
 	q.mu.Lock()
 	idle := time.Since(q.lastProgress)

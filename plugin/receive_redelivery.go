@@ -9,30 +9,31 @@ import (
 )
 
 const (
-	// minRedeliveryWait is the wait before the first redelivery, without jitter. It doubles up
-	// to maxRedeliveryWait. After outageFailures failures, it doubles up to maxOutageWait as
-	// long as the pipeline delivers no other message of the input.
+	// minRedeliveryWait is how long a message that has failed alone waits for its first
+	// redelivery, without jitter. The wait doubles with each failure, up to maxRedeliveryWait.
+	// After outageFailures failures it doubles further, up to maxOutageWait, as long as the
+	// pipeline delivers no other message of the input.
 	minRedeliveryWait = 10 * time.Millisecond
 	maxRedeliveryWait = time.Second
 	maxOutageWait     = 30 * time.Second
 	outageFailures    = 10
 )
 
-// redeliveries contains the failed messages that are redelivered, each alone. It is guarded by
-// the queue's mutex.
+// redeliveries holds the failed messages that are to be redelivered, each alone. It is guarded
+// by the queue's mutex.
 //
-// A successful delivery ends the waits of the others, because an outage may be over. A message
-// that fails again after such an expedited redelivery waits for its full time; otherwise one
-// that always fails would be redelivered after each success.
+// A successful delivery ends the waits of other messages, because it may be the end of an
+// outage. A message that fails again after such an expedited redelivery waits for its full
+// time; otherwise a message that always fails would be redelivered after each success.
 type redeliveries struct {
-	unidentified []item // messages of failed batches of several, in order
-	ready        []item // failed alone, expedited, in order
-	shortened    waits  // failed alone; a successful delivery ends the wait
-	full         waits  // failed alone; wait until they are due
-	deliveries   uint64 // successful deliveries of the input
+	unidentified []item // messages of failed batches of several messages, in order
+	ready        []item // messages that failed alone and no longer have to wait, in order
+	shortened    waits  // messages that failed alone and wait, at most until the next successful delivery
+	full         waits  // messages that failed alone and wait until they are due
+	deliveries   uint64 // number of successful deliveries of the input
 }
 
-// addUnidentified adds the messages of a failed batch of several.
+// addUnidentified adds the messages of a failed batch of several messages.
 func (q *redeliveries) addUnidentified(items []item) {
 	q.unidentified = append(q.unidentified, items...)
 }
@@ -51,9 +52,10 @@ func (q *redeliveries) addFailed(it item, now time.Time) {
 	}
 }
 
-// redeliveryWait returns the wait of a message after a number of earlier failures, with a
-// jitter of 50 %. Without jitter, messages that an output's batching has merged with one that
-// always fails would be merged with it again.
+// redeliveryWait returns how long a message waits after it has failed, with a jitter of 50 %.
+// failures is the number of its earlier failures. outage reports whether the input has had no
+// successful delivery since the last of them. Without jitter, messages that an output has
+// batched with one that always fails would be batched with it again.
 func redeliveryWait(failures int, outage bool) time.Duration {
 	wait := min(minRedeliveryWait<<min(failures, outageFailures), maxRedeliveryWait)
 	if more := failures - outageFailures + 1; outage && more > 0 {
@@ -76,7 +78,7 @@ func (q *redeliveries) delivered() {
 	q.shortened = nil
 }
 
-// nextUnidentified returns the next message of a failed batch of several.
+// nextUnidentified removes and returns the next message of a failed batch of several messages.
 func (q *redeliveries) nextUnidentified() (item, bool) { return pop(&q.unidentified) }
 
 func pop(items *[]item) (it item, ok bool) {
@@ -90,8 +92,8 @@ func pop(items *[]item) (it item, ok bool) {
 	return it, true
 }
 
-// next returns a message that has failed alone and is due. If there is none, wait is the time
-// until one is due, or negative if none is waiting.
+// next removes and returns a message that has failed alone and is due. If there is none, wait
+// is the time until one is due, or negative if none is waiting.
 func (q *redeliveries) next(now time.Time) (it item, wait time.Duration, ok bool) {
 	if it, ok = pop(&q.ready); ok {
 		return it, 0, true

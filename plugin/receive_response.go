@@ -15,26 +15,27 @@ import (
 )
 
 // Synchronous responses of a pipeline. A response is sent on the session of its message, which
-// is acknowledged only after the response. The engine collects the responses of a batch in
-// one store, in any order; the metadata of a response identify its message: the session id,
+// is acknowledged only after the response. The engine collects the responses to a batch in one
+// store, in any order. The metadata of a response identifies its message: by the session id,
 // and the number of the message or stream.
 
-// syncResponse is the response to a message, or to all parts of a stream in a batch, whose
-// responses cannot be distinguished.
+// syncResponse holds the responses to one message, or those to all parts of a stream in a
+// batch, which cannot be told apart.
 type syncResponse struct {
 	source   *source
 	messages []*service.Message
-	items    []item // acknowledged after the response
+	items    []item // items to acknowledge after the responses
 }
 
-// request identifies a message or a stream of a batch.
+// request identifies a message or a stream to which the pipeline may respond.
 type request struct {
 	session string
 	stream  bool
-	number  string // ack id or tx id
+	number  string // cryo_ack_id of a message, or cryo_tx_id of a stream
 }
 
-// request returns the zero value for an event, which has no responses.
+// request returns the request that an item is or belongs to, or the zero value for an event,
+// which has no responses.
 func (it *item) request() request {
 	if it.message != nil {
 		return request{it.source.id, false, strconv.FormatUint(uint64(it.message.Number()), 10)}
@@ -45,7 +46,7 @@ func (it *item) request() request {
 	return request{}
 }
 
-// requestOf returns the request that the metadata of a response identify.
+// requestOf returns the request that the metadata of a response identifies.
 func requestOf(response *service.Message) (r request) {
 	r.session, _ = response.MetaGet(metaSessionID)
 	if r.number, r.stream = response.MetaGet(metaTxID); !r.stream {
@@ -54,10 +55,10 @@ func requestOf(response *service.Message) (r request) {
 	return r
 }
 
-// match assigns responses to the items of a batch. It returns the items without a response,
-// and the responses. The error is for a response whose message cannot be identified, for
-// example because an output's batching has merged several messages. A redelivery, alone,
-// resolves that.
+// match assigns the pipeline's responses to the items of a batch. It returns the items without
+// a response, and the responses. It returns an error if the message of a response cannot be
+// identified, for example because an output's batching has merged several messages.
+// Redelivering each message alone resolves that.
 func (d *delivery) match() (items []item, responses []*syncResponse, err error) {
 	messages := slices.Concat(d.responses.Read()...)
 	if len(messages) == 0 {
@@ -73,7 +74,7 @@ func (d *delivery) match() (items []item, responses []*syncResponse, err error) 
 		}
 		if known[key] == nil {
 			known[key] = &syncResponse{source: it.source}
-		} else if known[key].source != it.source { // after a reconnect, the client's numbers start again
+		} else if known[key].source != it.source { // after a reconnect, the client's numbers start over
 			return nil, nil, errAmbiguous
 		}
 		ofItem[i] = known[key]
@@ -111,7 +112,7 @@ func (d *delivery) match() (items []item, responses []*syncResponse, err error) 
 var errAmbiguous = errors.New("ambiguous synchronous response: keep the metadata " +
 	metaSessionID + ", " + metaAckID + " and " + metaTxID + ", and use no batching in an output that responds")
 
-// outMessages returns the messages of the response. Each has the kind of the item that it
+// outMessages returns the Cryo messages of the response. Each has the type of the item that it
 // responds to; a response to a part of a stream is a stream of the same name. A response to
 // text that is not valid UTF-8 is sent as bytes.
 func (resp *syncResponse) outMessages() []*outMessage {
@@ -119,7 +120,7 @@ func (resp *syncResponse) outMessages() []*outMessage {
 	for i, m := range resp.messages {
 		payload, err := contentOf(m)
 		if err != nil {
-			return []*outMessage{{err: err}} // the response is not sent
+			return []*outMessage{{err: err}} // because of the error, no part of the response is sent
 		}
 		out := &outMessage{}
 		list[i] = out
@@ -134,16 +135,16 @@ func (resp *syncResponse) outMessages() []*outMessage {
 	return list
 }
 
-// responder sends responses.
+// responder sends the pipeline's synchronous responses to the peers.
 type responder struct{ sender sender }
 
 func newResponder(ackTimeout time.Duration, res *service.Resources) *responder {
 	return &responder{sender{chunkBytes: cryo.DefaultChunkBytes, ackTimeout: ackTimeout, metrics: newResponseMetrics(meterOf(res))}}
 }
 
-// send sends responses, concurrently to the sessions and in order to each of them, and waits
-// for their acknowledgements. It calls done for each session with its responses and their
-// errors, as soon as these are known.
+// send sends responses and waits for their acknowledgements. Different sessions receive their
+// responses concurrently, and each receives its own in order. It calls done for each session
+// with its responses and their errors, as soon as these are known.
 func (r *responder) send(ctx context.Context, responses []*syncResponse, done func(responses []*syncResponse, errs []error)) {
 	bySource := make(map[*source][]*syncResponse)
 	for _, resp := range responses {
@@ -156,11 +157,11 @@ func (r *responder) send(ctx context.Context, responses []*syncResponse, done fu
 	sending.Wait()
 }
 
-// sendTo sends responses to one session, and returns the first error of each.
+// sendTo sends responses to one session, and returns the first error of each, or nil.
 func (r *responder) sendTo(ctx context.Context, session *cryo.Session, responses []*syncResponse) []error {
 	var (
 		messages []*outMessage
-		ends     = make([]int, len(responses)) // index in messages behind each response
+		ends     = make([]int, len(responses)) // index in messages of the end of each response
 	)
 	for i, resp := range responses {
 		messages = append(messages, resp.outMessages()...)

@@ -15,14 +15,15 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// Scanners split streams into messages. They are those of the engine, with two safeguards, so
-// that a client cannot crash the process: a panic of a scanner is an error of the stream, and a
-// message of a stream is limited to max_bytes. Without the limit, a few kilobytes of compressed
-// data, or a sparse file of an archive, could become a message that exhausts the memory.
+// Scanners split streams into messages. They are those of the engine, with two safeguards that
+// prevent a client from crashing the process: a panic of a scanner becomes an error of the
+// stream, and a message of a stream is limited to max_bytes. Without that limit, a few kilobytes
+// of compressed data, or a sparse file in an archive, could become a message that exhausts the
+// memory.
 
-// scanner is the scanner of a configuration.
+// scanner is the scanner that is configured for the streams of an input.
 type scanner struct {
-	name    string // type, such as lines
+	name    string // type of the scanner, such as lines
 	creator *service.OwnedScannerCreator
 }
 
@@ -33,12 +34,12 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 	}
 	if node, ok := config.(*yaml.Node); ok {
 		if err := node.Decode(&config); err != nil {
-			return nil, fmt.Errorf("field %s: %w", fieldScanner, err)
+			return nil, fmt.Errorf("field %s.%s: %w", fieldStreams, fieldScanner, err)
 		}
 	}
 	s, err := newScanner(config, maxBytes)
 	if err != nil && isUnknownScanner(err) {
-		// The scanner may exist in the environment of this pipeline only. Then its messages
+		// The scanner may exist only in the environment of this pipeline. In that case its messages
 		// are not limited.
 		if creator, unknown := conf.FieldScanner(fieldScanner); unknown == nil {
 			return &scanner{scannerType(config), creator}, nil
@@ -47,8 +48,8 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 	return s, err
 }
 
-// newScanner returns a scanner by its configuration. It removes line and column from an error
-// of the engine, because they refer to a generated text.
+// newScanner returns the scanner of a configuration. It removes lines and columns from the
+// engine's errors, because they refer to generated YAML.
 func newScanner(config any, maxBytes int64) (*scanner, error) {
 	if err := checkChunks(config); err != nil {
 		return nil, err
@@ -62,7 +63,8 @@ func newScanner(config any, maxBytes int64) (*scanner, error) {
 
 var positions = regexp.MustCompile(`\(\d+,\d+\) |yaml: unmarshal errors:\n +line \d+: `)
 
-// isUnknownScanner reports whether the engine has no scanner of the configured type.
+// isUnknownScanner reports whether an error means that the engine has no scanner of the
+// configured type.
 func isUnknownScanner(err error) bool {
 	return strings.Contains(err.Error(), "unable to infer scanner type")
 }
@@ -74,13 +76,13 @@ func lintScanner(config any) error {
 	case err == nil:
 		return s.creator.Close(context.Background())
 	case isUnknownScanner(err):
-		return nil // the engine's lint reports it
+		return nil // the engine's lint reports the unknown type
 	default:
 		return err
 	}
 }
 
-// scannerType returns the type of a scanner by its configuration: the field type, or the only
+// scannerType returns the type of the scanner in a configuration: the field type, or the only
 // key.
 func scannerType(config any) string {
 	fields, _ := config.(map[string]any)
@@ -98,7 +100,7 @@ const (
 	scannerDecompress = "decompress"
 	scannerTar        = "tar"
 
-	maxChunk = 1 << 30 // bytes; the scanner allocates a chunk per stream
+	maxChunk = 1 << 30 // bytes; the scanner allocates a chunk for each stream
 )
 
 // scannerRule is the name of the lint rule of the field scanner.
@@ -106,7 +108,8 @@ const scannerRule = fieldStreams + "." + fieldScanner
 
 func init() { lintRules[scannerRule] = lintScanner }
 
-// checkChunks rejects chunk sizes with which the scanner chunker panics or returns no message.
+// checkChunks rejects chunk sizes for which the scanner chunker would panic, return no message
+// or use too much memory.
 func checkChunks(config any) error {
 	switch c := config.(type) {
 	case map[string]any:
@@ -129,8 +132,8 @@ func checkChunks(config any) error {
 	return nil
 }
 
-// open opens the scanner for a stream. The scanner's own acknowledgement has no effect,
-// because the scanner may end before the stream.
+// open opens the scanner for a stream with a name. The scanner's own acknowledgement has no
+// effect, because the scanner may end before the stream.
 func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, err error) {
 	defer catchPanic(&err)
 	details := service.NewScannerSourceDetails()
@@ -142,13 +145,13 @@ func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, 
 	return &openScanner{inner}, nil
 }
 
-// close must be called once, after all streams are scanned.
+// close closes the scanner. Call it once, after all streams have been scanned.
 func (s *scanner) close(ctx context.Context) (err error) {
 	defer catchPanic(&err)
 	return s.creator.Close(ctx)
 }
 
-// openScanner is the scanner of one stream. It returns panics as errors.
+// openScanner is the scanner of one stream. It converts panics to errors.
 type openScanner struct{ inner *service.OwnedScanner }
 
 func (s *openScanner) NextBatch(ctx context.Context) (batch service.MessageBatch, ack service.AckFunc, err error) {
@@ -162,7 +165,8 @@ func (s *openScanner) Close(ctx context.Context) (err error) {
 }
 
 // boundedScanner creates a scanner in an environment in which decompress and tar, at any depth
-// of the configuration, return no message that is much larger than maxBytes. 0 is unlimited.
+// of the configuration, return no message that is much larger than maxBytes. If maxBytes is 0,
+// there is no limit.
 func boundedScanner(config any, maxBytes int64) (*service.OwnedScannerCreator, error) {
 	if maxBytes == 0 {
 		maxBytes = math.MaxInt64
@@ -206,8 +210,8 @@ func decompressSpec() *service.ConfigSpec {
 	)
 }
 
-// boundedDecompress creates the engine's scanner decompress with a limit on the bytes that its
-// inner scanner reads for a message.
+// boundedDecompress creates the engine's scanner decompress, with limits on how many bytes it
+// and its inner scanner read for a message.
 func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.BatchScannerCreator, error) {
 	algorithm, err := conf.FieldString(fieldAlgorithm)
 	if err != nil {
@@ -236,7 +240,7 @@ func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.Batc
 	return boundedScanners{decompress, maxBytes}, err
 }
 
-// boundedScanners creates scanners that read no more than maxBytes for a message.
+// boundedScanners creates scanners that read little more than maxBytes for a message.
 type boundedScanners struct {
 	*service.OwnedScannerCreator
 	maxBytes int64
@@ -256,8 +260,8 @@ type boundedScan struct {
 	reader *boundedReader
 }
 
-// NextBatch returns the reader's error instead of a batch: some scanners return the bytes
-// before the error as a last message.
+// NextBatch returns the reader's error, if there is one, instead of a batch: some scanners
+// return the bytes before an error as a last message.
 func (s *boundedScan) NextBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	s.reader.read = 0
 	batch, ack, err := s.OwnedScanner.NextBatch(ctx)
@@ -275,7 +279,7 @@ const readAhead = 64 << 10
 type boundedReader struct {
 	io.ReadCloser
 	maxBytes int64
-	read     int64 // bytes for the current message
+	read     int64 // bytes read for the current message
 	err      error // never io.EOF
 }
 

@@ -17,8 +17,8 @@ import (
 
 // Incoming streams. A scanner splits each stream into messages.
 
-// acceptStreams accepts the streams of a session until the session ends or the engine stops
-// reading.
+// acceptStreams receives the streams of a session until the session ends or the engine stops
+// reading. With flow_control: pull, it first asks the peer to send chunks on request only.
 func (f *sessionFeed) acceptStreams() {
 	if f.conf.streams.pull && f.conf.types[cryo.KindStream] {
 		ctx, cancel := context.WithTimeout(f.stopped, pullTimeout)
@@ -32,8 +32,8 @@ func (f *sessionFeed) acceptStreams() {
 	}
 	var open sync.WaitGroup
 	defer open.Wait()
-	// Limits the accepted streams of the session, each of which has a goroutine that waits for
-	// a slot.
+	// Limits the number of streams that are accepted at the same time, because each has a
+	// goroutine, even while it waits for a slot.
 	accepted := make(chan struct{}, f.conf.streams.maxOpen)
 	receive := func(st *cryo.IncomingStream) {
 		st.SetIdleTimeout(f.conf.streams.idleTimeout)
@@ -72,10 +72,10 @@ func (f *sessionFeed) acceptStreams() {
 	}
 }
 
-// pullTimeout bounds the wait for the acknowledgement of TX_FLOW.
+// pullTimeout is the maximum time to wait for the acknowledgement of TX_FLOW.
 const pullTimeout = 10 * time.Second
 
-// retainStream retains an unread stream for the next input of the listener.
+// retainStream keeps an unread stream for the next input of the listener.
 func (f *sessionFeed) retainStream(st *cryo.IncomingStream) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -86,9 +86,9 @@ func (c *receiveConfig) receivesStream(name string) bool {
 	return c.types[cryo.KindStream] && (len(c.streams.names) == 0 || slices.Contains(c.streams.names, name))
 }
 
-// discardStream reads a stream that the configuration excludes to its end, and acknowledges
-// it. Cancelling it would save its bytes, but its sender may treat that as a failure and send
-// the stream again.
+// discardStream reads a stream that the configuration excludes to its end, and acknowledges it.
+// Cancelling it would avoid transferring its bytes, but its sender may treat that as a failure
+// and send the stream again.
 func (f *sessionFeed) discardStream(st *cryo.IncomingStream) {
 	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 	n, err := io.Copy(io.Discard, st)
@@ -101,15 +101,16 @@ func (f *sessionFeed) discardStream(st *cryo.IncomingStream) {
 	_ = st.Ack() // fails only if the session has ended
 }
 
-// transfer is an open stream. TX_FINISH is acknowledged when the stream was read to its end
-// and all its messages are delivered. If reading it or a message fails, it is cancelled.
+// transfer is a stream that is being received. Its TX_FINISH is acknowledged when it has been
+// read to its end and all its messages have been delivered. It is cancelled if it cannot be
+// read, or one of its messages fails.
 type transfer struct {
 	feed   *sessionFeed
 	stream *cryo.IncomingStream
 
 	mu      sync.Mutex
-	pending int  // batches without a result, plus one for the scan
-	settled bool // acknowledged or cancelled
+	pending int  // number of batches without a result, plus one until the scan has ended
+	settled bool // whether the stream has been acknowledged or cancelled
 }
 
 func (t *transfer) isSettled() bool {
@@ -118,14 +119,15 @@ func (t *transfer) isSettled() bool {
 	return t.settled
 }
 
-// begin adds a batch.
+// begin counts a batch until done is called with its result.
 func (t *transfer) begin() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.pending++
 }
 
-// done sets the result of a batch or of the scan.
+// done sets the result of a batch or of the scan. It cancels the stream after an error, and
+// acknowledges it after the last result.
 func (t *transfer) done(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -146,13 +148,14 @@ func (t *transfer) done(err error) {
 	t.feed.metrics.streamsOpen.add(-1)
 }
 
-// receiveStream acquires a slot for a stream and scans it.
+// receiveStream waits for a slot and scans a stream. If the engine stops reading first, it
+// keeps the stream for the next input.
 func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 	if !f.acquireSlot() {
 		if f.draining.Err() != nil {
 			f.retainStream(st)
 		}
-		return // otherwise the session has ended
+		return // otherwise, the session has ended
 	}
 	f.metrics.streamsOpen.add(1)
 	// Closing the input interrupts a blocked Read.
@@ -160,7 +163,7 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 
 	t := &transfer{feed: f, stream: st, pending: 1}
 	err := f.scan(t)
-	if err != nil && f.stopped.Err() == nil && !t.isSettled() { // the cause of an earlier end is logged
+	if err != nil && f.stopped.Err() == nil && !t.isSettled() { // otherwise, the cause was logged when the stream was cancelled
 		if log, ok := f.streamLog.allow(); ok {
 			log = log.With("session", f.id, "stream", f.session.Redact(st.Name()), "error", err)
 			if _, panicked := errors.AsType[*panicError](err); panicked {
@@ -173,7 +176,7 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 	t.done(err)
 }
 
-// acquireSlot acquires the slot of a stream. It returns false if the engine stops reading or
+// acquireSlot waits for a slot for a stream. It returns false if the engine stops reading or
 // the session ends first.
 func (f *sessionFeed) acquireSlot() bool {
 	acquired := f.quota.slots.TryAcquire(1)
@@ -206,17 +209,17 @@ func (f *sessionFeed) scan(t *transfer) error {
 		case failure != nil:
 			return failure
 		case errors.Is(err, io.EOF):
-			// An empty stream, and a scanner that requires a header.
+			// The stream is empty, and the scanner requires a header.
 			_, err = io.Copy(io.Discard, reader)
 			return err
 		default:
 			return fmt.Errorf("scanner: %w", err)
 		}
 	}
-	defer func() { _ = scanner.Close(f.stopped) }() // the result of the stream is known by then
+	defer func() { _ = scanner.Close(f.stopped) }() // an error would not change the result of the stream
 	var deliver func() bool                         // delivers the scanner's previous batch
 	for {
-		if t.isSettled() { // a message cut from it was rejected, and so is the rest
+		if t.isSettled() { // one of its messages was rejected, and so is the rest
 			return errCancelled
 		}
 		batch, ack, err := scanner.NextBatch(f.stopped)
@@ -236,13 +239,13 @@ func (f *sessionFeed) scan(t *transfer) error {
 			return f.stopped.Err()
 		}
 		if err != nil {
-			_, err = io.Copy(io.Discard, reader) // the scanner may end before the stream
+			_, err = io.Copy(io.Discard, reader) // the scanner may stop reading before the end of the stream
 			return err
 		}
 		deliver = func() bool { return f.deliverScanned(t, batch, ack) }
 		if ended {
-			// Compressed content may be truncated although the stream is complete, and its
-			// last message incomplete: the scanner's next result reports that.
+			// Compressed content may be truncated although the stream is complete. In that case its
+			// last message is incomplete, which the scanner's next result reports.
 			continue
 		}
 		if !deliver() {
@@ -252,8 +255,8 @@ func (f *sessionFeed) scan(t *transfer) error {
 	}
 }
 
-// readerFailed returns the error of a failed reader. The scanner csv with continue_on_error
-// returns it again and again, as the error of a row.
+// readerFailed returns the error of a scanner's reader that has failed, or nil. With
+// continue_on_error, the scanner csv returns that error again and again, as the error of a row.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
 		var row *csv.ParseError
@@ -266,14 +269,15 @@ func readerFailed(batch service.MessageBatch) error {
 
 var errCancelled = errors.New("stream cancelled")
 
-// errTooLong is the error of a stream with more than max_bytes, or with a message of more.
+// errTooLong is the error of a stream that exceeds max_bytes, or has a message that does.
 var errTooLong = errors.New("stream exceeds max_bytes")
 
-// streamReader is the reader of a scanner. It limits the length of the stream, and records how
-// the stream ended. It may be used by a goroutine of the scanner that reads ahead.
+// streamReader is the reader that a scanner reads a stream from. It limits the length of the
+// stream, and records how the stream ended. A scanner that reads ahead may use it on a
+// goroutine of its own.
 type streamReader struct {
 	stream   *cryo.IncomingStream
-	maxBytes int64 // 0: unlimited
+	maxBytes int64 // 0 means no limit
 	bytes    *service.MetricCounter
 
 	reading sync.Mutex
@@ -303,7 +307,8 @@ func (w *streamReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// state reports whether reading has ended, and the error if the stream was incomplete.
+// state reports whether reading has ended, and returns the error if it ended before the end of
+// the stream.
 func (w *streamReader) state() (ended bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -313,20 +318,22 @@ func (w *streamReader) state() (ended bool, err error) {
 // Close does nothing: the stream belongs to its transfer.
 func (w *streamReader) Close() error { return nil }
 
-// scannedBatch is a batch of a scanner.
+// scannedBatch is a batch of messages that a scanner has returned. It owns the items of these
+// messages.
 type scannedBatch struct {
 	transfer *transfer
-	ack      service.AckFunc // of the scanner
+	ack      service.AckFunc // returned by the scanner for the batch
 	release  func()          // releases the batch's part of the receive buffer
 
 	mu      sync.Mutex
-	settled []bool // messages with a result, by index
+	settled []bool // whether a message has a result, by its index
 	left    int    // number of messages without a result
 	err     error
 }
 
-// done sets the result of a message, and after the last one that of the batch. Only the first
-// result of a message counts: one that is acknowledged on receipt can still fail.
+// done sets the result of a message, and after the last message that of the batch. Only the
+// first result of a message counts, because a message that was acknowledged on receipt may
+// still fail later.
 func (b *scannedBatch) done(index int, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -347,12 +354,13 @@ func (b *scannedBatch) done(index int, err error) {
 
 func (b *scannedBatch) stream() *cryo.IncomingStream { return b.transfer.stream }
 
-// movable returns false if the stream is cancelled, for example because it was not read to its
-// end.
+// movable reports whether another input can deliver the messages. It cannot if the stream was
+// cancelled, for example because it was not read to its end.
 func (b *scannedBatch) movable() bool { return !b.transfer.isSettled() }
 
 // deliverScanned delivers a scanner's batch to the pipeline, in parts if it exceeds the
-// client's quota. It returns false if the input closes first.
+// client's quota. ack is the function that the scanner returned with it. It returns false if
+// the input closes first.
 func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
 	if len(batch) == 0 {
 		_ = ack(f.stopped, nil)

@@ -6,7 +6,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// The fields of received streams.
+// The fields that configure received streams.
 
 const (
 	fieldStreams     = "streams"
@@ -64,7 +64,7 @@ func streamsField() *service.ConfigField {
 		Description("How to receive streams: named sequences of bytes of any length, for files and large data.")
 }
 
-// streamConfig contains the settings of received streams.
+// streamConfig holds the settings of received streams.
 type streamConfig struct {
 	names       []string
 	scanner     *scanner

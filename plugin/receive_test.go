@@ -396,7 +396,7 @@ func TestApplicationErrorIsLoggedUnlessItIsReceived(t *testing.T) {
 		peer.WriteFrames(cryotest.Error(5, "fire\n"+string(bytes.Repeat([]byte("!"), 5000))))
 		peer.WantFrame("acknowledged as cryo-server does", cryotest.Acked(5))
 		e.wantNoArrival("it is not asked for")
-		e.log.want(t, "The peer's application reports an error", `text="fire\n!!!`)
+		e.log.want(t, "The peer's application reported an error", `text="fire\n!!!`)
 		for _, line := range e.log.all() {
 			require.Less(t, len(line), 2000)
 		}

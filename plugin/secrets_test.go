@@ -167,7 +167,7 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 				peer.ServerHandshake()
 				peer.WriteFrames(cryotest.Error(1, "bad token "+peer.Request.URL.Query().Get("authorization")))
 			})
-		}, "reports an error"},
+		}, "WARN The peer"},
 	} {
 		for _, secret := range secrets {
 			for kind, ends := range map[string][2]string{"input": {"cryo", toProbe}, "output": {fromFeed, "cryo"}} {
