@@ -26,14 +26,15 @@ const metricsText = `
 In addition to the engine's metrics of a component, there are metrics with the prefix ` + "`cryo_`" + `: sessions, messages and bytes by type, unacknowledged messages, acknowledgement latency, rejections, late acknowledgements and streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/metrics.md[The list^] describes them, and which to watch.
 `
 
-// Each field has a rule: a function from its value to the setting or an error. The start uses
-// the setting; lint reports the same error. A lint rule of the engine is a Bloblang mapping of
-// the value of one field: the lint rules of this plugin call the method cryo_lint, which runs
-// the rule. Rules about several fields are checked when a component is built; the lint rule of
-// a component builds it. So a configuration that lint accepts can be started.
+// Each field has a rule: a function that converts its value to the setting, or returns an
+// error. Building a component uses the setting, and lint reports the same error. The engine
+// expects a lint rule as a Bloblang mapping of the value of one field; those of this plugin
+// call the method cryo_lint, which runs the rule. Rules about several fields are checked when a
+// component is built, so the lint rule of a component builds one. Therefore, a configuration
+// that lint accepts can be started.
 
-// setting is a field of the configuration with its rule. The last element of the path is its
-// name.
+// setting is a field of the configuration with its rule. The last element of its path is the
+// name of the field.
 type setting[T any] struct {
 	path  string
 	lint  string // key in lintRules
@@ -47,6 +48,7 @@ func newField[T any](path string, field func(name string) *service.ConfigField, 
 }
 
 // newVariant returns a field whose rule differs from that of another field with the same path.
+// lint is the key of the rule in lintRules.
 func newVariant[T any](lint, path string, field func(name string) *service.ConfigField, rule func(value any) (T, error)) setting[T] {
 	lintRules[lint] = func(value any) error {
 		_, err := rule(value)
@@ -55,7 +57,7 @@ func newVariant[T any](lint, path string, field func(name string) *service.Confi
 	return setting[T]{path, lint, field, rule}
 }
 
-// config returns the field for the specification of a component.
+// config returns the field as part of the specification of a component.
 func (s setting[T]) config() *service.ConfigField {
 	return s.field(s.path[strings.LastIndexByte(s.path, '.')+1:]).LintRule(lintMapping(s.lint))
 }
@@ -63,7 +65,7 @@ func (s setting[T]) config() *service.ConfigField {
 // settingsReader reads the fields of a component.
 type settingsReader struct {
 	conf *service.ParsedConfig
-	err  error // first error; later reads have no effect
+	err  error // the first error, after which reads have no effect
 }
 
 func (s setting[T]) read(r *settingsReader) (value T) {
@@ -78,23 +80,24 @@ func (s setting[T]) read(r *settingsReader) (value T) {
 	return value
 }
 
-// fail sets an error that lint reports at the field, by its rule or by that of the engine for
-// mappings and interpolations.
+// fail sets an error that lint also reports at the field, because either the field's rule
+// returns it, or the engine does, for a mapping or an interpolation.
 func (r *settingsReader) fail(err error) {
 	if err != nil {
 		r.err = &fieldError{err}
 	}
 }
 
-// fieldError is an error that lint reports at a field.
+// fieldError is an error that lint reports at a field, so that the rule of the component does
+// not have to.
 type fieldError struct{ error }
 
 func (e *fieldError) Unwrap() error { return e.error }
 
 // wholeNumber is a field for a whole number. Null means the default.
 //
-// Its type in the specification is any: for a field of type int, the engine's lint accepts
-// other values without calling the rule, and converts null to 0.
+// Its type in the specification is any, because for a field of type int the engine's lint
+// accepts other values without calling the rule, and converts null to 0.
 func wholeNumber(path string, minimum, maximum, defaultValue int) setting[int] {
 	return newField(path, anyField(defaultValue), func(value any) (int, error) {
 		n, whole := toInt(value)
@@ -113,7 +116,8 @@ func wholeNumber(path string, minimum, maximum, defaultValue int) setting[int] {
 	})
 }
 
-// printed returns a value for an error. A text has quotes, so that "5" does not look like 5.
+// printed returns a value as text for an error. A string is quoted, so that "5" does not look
+// like 5.
 func printed(value any) string {
 	if text, ok := value.(string); ok {
 		return strconv.Quote(text)
@@ -125,7 +129,7 @@ func anyField(defaultValue any) func(name string) *service.ConfigField {
 	return func(name string) *service.ConfigField { return service.NewAnyField(name).Default(defaultValue) }
 }
 
-// toInt reports whether a value of YAML or Bloblang is a whole number.
+// toInt returns a number of YAML or Bloblang, and reports whether it is a whole number.
 func toInt(value any) (n float64, whole bool) {
 	switch v := value.(type) {
 	case int:
@@ -142,8 +146,8 @@ func toInt(value any) (n float64, whole bool) {
 	return n, n == math.Trunc(n)
 }
 
-// maxNumber is the maximum of fields without a smaller one: up to it, a float64 represents all
-// whole numbers exactly.
+// maxNumber is the maximum of fields that have no smaller one. Up to it, a float64 represents
+// all whole numbers exactly.
 const maxNumber = 1 << 53
 
 // positiveInt is a field for a whole number of at least 1.
@@ -158,7 +162,7 @@ func boolean(path string, defaultValue bool) setting[bool] {
 		switch value {
 		case nil:
 			return defaultValue, nil
-		case true, "y", "Y", "yes", "on": // booleans of YAML 1.1, which the engine accepts
+		case true, "y", "Y", "yes", "on": // the booleans of YAML 1.1, which the engine accepts
 			return true, nil
 		case false, "n", "N", "no", "off":
 			return false, nil
@@ -198,14 +202,15 @@ func positiveDuration(path string) setting[time.Duration] {
 	}))
 }
 
-// oneOf is a field for one of several words.
+// oneOf is a field whose value is one of several words.
 func oneOf(path string, words ...string) setting[string] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewStringEnumField(name, words...)
 	}, wordRule(path, words))
 }
 
-// oneOfDescribed is a field for one of several words with descriptions.
+// oneOfDescribed is a field whose value is one of several words, each of which has a
+// description.
 func oneOfDescribed(path string, described map[string]string, words ...string) setting[string] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewStringAnnotatedEnumField(name, described)
@@ -242,7 +247,7 @@ func listRule[T any](rule func([]string) (T, error)) func(value any) (T, error) 
 	}
 }
 
-// anyList is the rule of a list that may have any value.
+// anyList is the rule of a list that may have any elements.
 func anyList(elements []string) ([]string, error) { return elements, nil }
 
 // mapOf is a field for an object whose values are strings.
@@ -260,11 +265,12 @@ func mapOf[T any](path string, rule func(map[string]string) (T, error)) setting[
 	})
 }
 
-// lintRules contains the rules of fields and components, by the argument of cryo_lint. It is
-// read-only after the initialization of the package.
+// lintRules holds the rules of fields and components, by the argument of cryo_lint. It is
+// read-only after the package has been initialized.
 var lintRules = make(map[string]func(value any) error)
 
-// lintMapping returns the lint rule for the engine: a mapping that calls cryo_lint.
+// lintMapping returns a lint rule for the engine: a mapping that calls cryo_lint with the name
+// of a rule in lintRules.
 func lintMapping(rule string) string {
 	registerLintMethod()
 	return fmt.Sprintf("root = this.%s(%q)", lintMethod, rule)
@@ -291,7 +297,8 @@ var registerLintMethod = sync.OnceFunc(func() {
 	})
 })
 
-// lintByBuilding adds the rule of a component, which builds and discards it.
+// lintByBuilding adds the rule of a component, which builds a component with the configuration
+// and discards it.
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
 	lintRules[name] = func(value any) error {
 		text, err := yaml.Marshal(value)
@@ -313,8 +320,8 @@ func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*se
 	}
 }
 
-// readMapping reads an optional field for a Bloblang mapping, nil if it is not set. The
-// engine's lint reports a syntax error.
+// readMapping reads an optional field that is a Bloblang mapping. It returns nil if the field
+// is not set. The engine's lint reports syntax errors.
 func readMapping(r *settingsReader, path ...string) (mapping *bloblang.Executor, text string) {
 	if r.err != nil || !r.conf.Contains(path...) {
 		return nil, ""
@@ -330,7 +337,7 @@ func readMapping(r *settingsReader, path ...string) (mapping *bloblang.Executor,
 	return mapping, text
 }
 
-// readInterpolated reads a field with interpolations. The engine's lint reports a syntax error.
+// readInterpolated reads a field with interpolations. The engine's lint reports syntax errors.
 func readInterpolated(r *settingsReader, path ...string) *service.InterpolatedString {
 	if r.err != nil {
 		return nil

@@ -75,7 +75,7 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://localhost:99999" }`, "field proxy_url must be a URL with http://, https:// or socks5://, a host, and optionally a port from 1 to 65535"},
 		{"input", "cryo", `{ ` + dials + `, headers: { connection: close } }`, "field headers: connection is set by the WebSocket handshake: remove it"},
 		{"input", "cryo", `{ ` + dials + `, headers: { Sec-WebSocket-Key: a } }`, "field headers: Sec-WebSocket-Key is set by the WebSocket handshake: remove it"},
-		{"input", "cryo", `{ ` + dials + `, headers: { "a b": a } }`, `field headers: "a b" is not a valid name of an HTTP header`},
+		{"input", "cryo", `{ ` + dials + `, headers: { "a b": a } }`, `field headers: "a b" is not a valid HTTP header name`},
 		{"input", "cryo", `{ ` + dials + `, headers: { X-Key: "secret\n" } }`, "field headers: the value of X-Key contains characters that HTTP does not allow, such as line breaks"},
 
 		// Numbers and durations.

@@ -14,11 +14,12 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// closeTime bounds the close of a component: the engine sets no limit.
+// closeTime limits how long a component takes to close, because the engine sets no limit.
 const closeTime = 10 * time.Second
 
-// dialer adapts a [cryo.Client], which owns the sessions and the waits between attempts, to
-// the engine: it adds log lines, metrics and the errors that the engine expects.
+// dialer adapts a [cryo.Client] to the engine. The client owns the sessions, and waits between
+// the attempts to connect; the dialer adds log lines, metrics and the errors that the engine
+// expects.
 type dialer struct {
 	client  *cryo.Client
 	url     string
@@ -27,17 +28,18 @@ type dialer struct {
 	log     *service.Logger
 	metrics dialMetrics
 
-	connectedBefore bool           // owned by connected
-	endLogs         sync.WaitGroup // the goroutine that logs the end of the session
+	connectedBefore bool           // accessed only by connected
+	endLogs         sync.WaitGroup // tracks the goroutine that logs the end of the session
 
-	lastLogged atomic.Pointer[cryo.RetryError] // last failure logged by await
+	lastLogged atomic.Pointer[cryo.RetryError] // failure that await has logged last
 	awaitLog   limitedLog
 }
 
-// errDialerClosed is returned to callers that wait for a session when the component closes.
+// errDialerClosed is the error for callers that wait for a session while the component closes.
 var errDialerClosed = errors.New("the component is closed")
 
-// dialerFromParsed returns a dialer. The fields of the configuration override opts.
+// dialerFromParsed returns a dialer with the fields of a configuration. They override those of
+// opts, which contains the options for which there are no fields.
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*dialer, error) {
 	d := &dialer{opts: opts, log: res.Logger()}
 	u, err := readDialOptions(conf, &d.opts)
@@ -53,9 +55,9 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 	return d, err
 }
 
-// connected is the client's OnSession. It logs the connection, and later the loss as soon as
-// the session begins to end: the engine may notice the loss much later, and Done may be
-// delayed by the close timeout.
+// connected is the client's OnSession. It logs that the session is connected. It also logs its
+// loss, as soon as the session begins to end, because the engine may notice the loss much
+// later, and the close timeout may delay Done.
 func (d *dialer) connected(s *cryo.Session) {
 	event := "Connected"
 	if d.connectedBefore {
@@ -70,8 +72,8 @@ func (d *dialer) connected(s *cryo.Session) {
 	})
 }
 
-// ended is the client's OnSessionEnd. It waits until the end is logged, so that the line
-// precedes that of the next session.
+// ended is the client's OnSessionEnd. It waits until the end has been logged, so that this line
+// precedes the lines of the next session.
 func (d *dialer) ended(*cryo.Session) {
 	d.endLogs.Wait()
 	d.metrics.disconnected()
@@ -83,15 +85,15 @@ func (d *dialer) logEnd(err error) {
 	switch {
 	case errors.Is(err, cryo.ErrClosed):
 		log.Info("Session closed")
-	case errors.As(err, &closed): // such as a server that restarts
+	case errors.As(err, &closed): // for example, because the server restarts
 		log.With("error", err).Info("Disconnected")
 	default:
 		log.With("error", err).Warn("Disconnected")
 	}
 }
 
-// connect returns the session, or the result of one attempt to connect. The engine logs a
-// failure and calls again when the next attempt is due.
+// connect returns the session. If there is none, it makes one attempt to connect. The engine
+// logs a failure, and calls Connect again when the next attempt is due.
 func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 	s, err := d.client.Connect(ctx)
 	if failed, ok := errors.AsType[*cryo.RetryError](err); ok {
@@ -103,8 +105,8 @@ func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 	return s, err
 }
 
-// await returns the session, or that of the first attempt that succeeds before the context
-// is done. Each failed attempt is logged once, however many callers wait.
+// await returns the session, or waits until an attempt to connect succeeds or the context is
+// done. Each failed attempt is logged once, no matter how many callers wait.
 func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	var last error
 	for {
@@ -130,7 +132,7 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	}
 }
 
-// withHint adds advice for the user to the error of an attempt.
+// withHint adds advice for the user to the error of a failed attempt to connect.
 func withHint(failed *cryo.RetryError) error {
 	switch err := failed.Err; {
 	case errors.Is(err, cryo.ErrSessionExists):
@@ -142,16 +144,16 @@ func withHint(failed *cryo.RetryError) error {
 	}
 }
 
-// close closes the client within closeTime. It also waits for a session that is already
-// ending: acknowledgements may still be written.
+// close closes the client within closeTime. It also waits for a session that is already ending,
+// because that may still write acknowledgements.
 func (d *dialer) close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	return d.client.Close(ctx, "")
 }
 
-// test opens another session and closes it. Messages that the server sends to it are neither
-// acknowledged nor rejected, so the server can send them on another session.
+// test opens another session and closes it. It neither acknowledges nor rejects messages that
+// the server sends to it, so that the server can send them on another session.
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
 	opts.SendOnly = false // an output's session would reject messages

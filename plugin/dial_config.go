@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The fields of a component that dials.
+// The fields of components that connect to a server.
 
 const (
 	fieldURL               = "url"
@@ -92,7 +92,7 @@ func heartbeatField() *service.ConfigField {
 		Advanced()
 }
 
-// readDialOptions reads the fields into opts.
+// readDialOptions reads the fields into opts, except for the URL, which it returns.
 func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions) (*url.URL, error) {
 	r := &settingsReader{conf: conf}
 	u := urlField.read(r)
@@ -123,18 +123,18 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions) (*url.U
 	return u, nil
 }
 
-// handshakeHeaders are the headers that the handshake sets.
+// handshakeHeaders are the headers that the WebSocket handshake sets.
 var handshakeHeaders = []string{"Connection", "Sec-Websocket-Extensions", "Sec-Websocket-Key", "Sec-Websocket-Version", "Upgrade"}
 
 // checkHeaders rejects headers that net/http and the WebSocket library would reject or ignore.
-// Its error contains no value, which may be a secret.
+// Its error contains no value of a header, because that may be a secret.
 func checkHeaders(headers map[string]string) (http.Header, error) {
 	checked := make(http.Header, len(headers))
 	for _, name := range slices.Sorted(maps.Keys(headers)) {
 		key, value := http.CanonicalHeaderKey(name), headers[name]
 		switch {
 		case !httpguts.ValidHeaderFieldName(name):
-			return nil, fmt.Errorf("field %s: %q is not a valid name of an HTTP header", fieldHeaders, name)
+			return nil, fmt.Errorf("field %s: %q is not a valid HTTP header name", fieldHeaders, name)
 		case !httpguts.ValidHeaderFieldValue(value):
 			return nil, fmt.Errorf("field %s: the value of %s contains characters that HTTP does not allow, such as line breaks", fieldHeaders, name)
 		case slices.Contains(handshakeHeaders, key):
@@ -145,8 +145,8 @@ func checkHeaders(headers map[string]string) (http.Header, error) {
 	return checked, nil
 }
 
-// parseProxy returns nil for an empty text. Its error does not contain the text, which may
-// contain a password.
+// parseProxy returns nil if the text is empty. Its error does not contain the text, which may
+// include a password.
 func parseProxy(text string) (*url.URL, error) {
 	if text == "" {
 		return nil, nil

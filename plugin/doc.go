@@ -3,12 +3,12 @@
 //
 //	import _ "github.com/cryo-connect/cryo-connect/plugin"
 //
-// A message is acknowledged to its Cryo sender when the pipeline has delivered it. A message
-// is delivered by an output when its Cryo peer has acknowledged it.
+// A message is acknowledged to its Cryo sender when the pipeline has delivered it. An output has
+// delivered a message when its Cryo peer has acknowledged it.
 //
 // A component consists of a half (receive*.go or send*.go) and a way to open sessions (dial*.go
 // or listen*.go); input_*.go and output_*.go contain the four components. The fields of each
-// part and their rules are in its *_config.go.
+// part and their rules are in the part's *_config.go.
 //
 //go:generate go run ../internal/docsgen ../docs/components
 package plugin

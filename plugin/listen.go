@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// listener is the server on one address. Components with that address share it.
+// listener is the server on one address. All components with that address share it.
 type listener struct {
 	settings listenSettings
 	log      *service.Logger
@@ -28,17 +28,17 @@ type listener struct {
 	inputs   *listenInputs
 
 	// Guarded by the registry's mutex.
-	users  []*serverComponent // empty while the listener starts or closes; the first one reports its metrics
-	closed chan struct{}      // closed when the listener has started, or the address is free again
+	users  []*serverComponent // empty while the listener starts or closes; the first one reports the listener's metrics
+	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
 
 	mu      sync.Mutex
-	address net.Addr      // actual address; the configured port may be 0
+	address net.Addr      // the actual address, because the configured port may be 0
 	down    chan struct{} // closed when accepting has failed
-	served  chan struct{} // closed when the socket is closed and its goroutine has returned
+	served  chan struct{} // closed when the socket has been closed and serve has returned
 	arrived chan struct{} // closed and replaced when a session connects
 }
 
-// newListener starts a listener for its first component.
+// newListener starts a listener with the settings of its first component.
 func newListener(c *serverComponent, listen func(network, address string) (net.Listener, error)) (*listener, error) {
 	settings, log := c.settings, c.log
 	files, err := newTLSFiles(settings.tlsSettings, log)
@@ -73,7 +73,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	}
 	ln.http = &http.Server{
 		Handler: ln,
-		// The timeouts apply to TLS and HTTP only: the connection of a session is hijacked.
+		// The timeouts apply only to TLS and HTTP, because the connection of a session is hijacked.
 		ReadHeaderTimeout: settings.HandshakeTimeout,
 		ReadTimeout:       settings.HandshakeTimeout,
 		IdleTimeout:       settings.HandshakeTimeout,
@@ -89,8 +89,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	return ln, nil
 }
 
-// start opens the socket, also again after accepting has failed. Then the registry's mutex
-// must be held.
+// start opens the socket. It is called again after accepting has failed, with the registry's
+// mutex held.
 func (ln *listener) start() error {
 	socket, err := ln.listen("tcp", ln.settings.Address)
 	if err != nil {
@@ -108,9 +108,10 @@ func (ln *listener) start() error {
 	return nil
 }
 
-// serve accepts clients. If that fails with an error that the HTTP server does not retry, it
-// marks the listener as down: the components report that they are not connected, the engine
-// calls their Connect, and that opens a new socket. Sessions and inputs are not affected.
+// serve accepts clients until the listener closes. If that fails with an error that the HTTP
+// server does not retry, serve marks the listener as down. The components then report that they
+// are not connected, so the engine calls their Connect, which opens a new socket. Sessions and
+// inputs are not affected.
 func (ln *listener) serve(socket net.Listener, down chan struct{}) {
 	accepting := socket
 	if ln.tls != nil {
@@ -140,7 +141,7 @@ func (ln *listener) isDown() bool {
 	}
 }
 
-// openFilesHint is the advice for a process without a free file descriptor.
+// openFilesHint is advice for when the process has no free file descriptor.
 const openFilesHint = "raise the limit of open files of the process (ulimit -n)"
 
 func withOpenFilesHint(err error) error {
@@ -160,14 +161,14 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ln.server.ServeHTTP(w, r)
 }
 
-// close closes the listener when its last component has left: new clients are denied, and
-// sessions are closed once their acknowledgements are written.
+// close closes the listener after its last component has left: new clients are denied, and
+// sessions are closed once their acknowledgements have been written.
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)
-	err = errors.Join(err, ln.http.Close()) // connections that are not sessions
+	err = errors.Join(err, ln.http.Close()) // closes the connections that are not sessions
 	ln.mu.Lock()
 	address, served := ln.address, ln.served
 	ln.mu.Unlock()
@@ -199,14 +200,15 @@ func (ln *listener) sessions() []*cryo.Session {
 	return slices.DeleteFunc(ln.server.Sessions(), func(s *cryo.Session) bool { return s.Err() != nil })
 }
 
-// session returns the session with an id, unless it has begun to end.
+// session returns the session with an id, unless it has begun to end. ok reports whether there
+// is one.
 func (ln *listener) session(id uint64) (*cryo.Session, bool) {
 	s, ok := ln.server.Session(id)
 	return s, ok && s.Err() == nil
 }
 
-// arrival returns a channel that is closed when the next session connects. It must be called
-// before sessions, or a session that connects in between is missed.
+// arrival returns a channel that is closed when the next session connects. Call it before
+// sessions, so that no session is missed that connects in between.
 func (ln *listener) arrival() <-chan struct{} {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()

@@ -18,7 +18,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Authorization of clients, and the metadata of their sessions.
+// The authorization of clients, and the metadata of their sessions.
 
 const (
 	fieldTokens          = "tokens"
@@ -105,10 +105,10 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 	}
 }
 
-// admissionSettings is the part of listenSettings about authorization.
+// admissionSettings are the settings of a listener that determine which clients are admitted.
 type admissionSettings struct {
 	Tokens    []string        `field:"tokens"`
-	Authorize string          `field:"authorize"` // source of the mapping
+	Authorize string          `field:"authorize"` // source text of the mapping
 	Metadata  sessionMetadata `field:"session_metadata"`
 	Origins   []string        `field:"allowed_origins"`
 }
@@ -139,15 +139,16 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 	}
 }
 
-// allowsOrigin reports whether a web page of the request's origin may connect. Requests
-// without an origin are not from a browser, and are allowed.
+// allowsOrigin reports whether a web page of the request's origin may connect. A request
+// without an origin is allowed, because it is not from a browser.
 func (s admissionSettings) allowsOrigin(r *http.Request) bool {
 	origins, isBrowser := r.Header["Origin"]
 	return !isBrowser || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
 }
 
-// admit returns an Authorize function that sets the identity of the session. The function
-// check denies a client with an error, or returns the metadata that it grants.
+// admit returns an Authorize function that sets the identity of the session. check either
+// returns the metadata that it grants to the client, or denies the client by returning an
+// error.
 func (s sessionMetadata) admit(check func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
 	return func(u *cryo.Upgrade) error {
 		query := u.Request.URL.Query()
@@ -160,8 +161,8 @@ func (s sessionMetadata) admit(check func(*cryo.Upgrade, url.Values) (map[string
 	}
 }
 
-// authorizeBy runs the mapping authorize. An error denies the client; an object contains the
-// metadata that the mapping grants.
+// authorizeBy runs the mapping authorize. It returns the metadata that the mapping grants, or
+// an error if the client is denied.
 func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
 	headers := make(map[string]any, len(u.Request.Header)+1)
 	for name := range u.Request.Header {
@@ -172,7 +173,7 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 	}
 	parameters := make(map[string]any, len(query))
 	for name, values := range query {
-		if name != paramToken { // an object made of the query must not contain the token
+		if name != paramToken { // an object that the mapping makes from the query must not contain the token
 			parameters[name] = values[0]
 		}
 	}
@@ -211,8 +212,9 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 	}
 }
 
-// runAuthorize runs the mapping. It does not use Query, which returns the input if nothing is
-// assigned: an object, which would accept every client.
+// runAuthorize runs the mapping on an object that describes the client. It does not use Query,
+// which returns its input if the mapping assigns nothing: that is an object, so every client
+// would be accepted.
 func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any, err error) {
 	defer catchPanic(&err)
 	err = mapping.Overlay(client, &result)
@@ -221,12 +223,12 @@ func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any
 
 var (
 	failedLine = regexp.MustCompile(`^failed assignment \(line (\d+)\)`)
-	// jwtFailures are error texts of the methods for JWTs that contain no part of a token.
+	// jwtFailures are errors of the methods for JWTs whose texts contain no part of a token.
 	jwtFailures = []string{"token is expired", "token is not valid yet", "token signature is invalid", "incorrect signing method", "token is malformed"}
 )
 
-// mappingFailed returns a redacted error of the mapping: the original may quote any part of
-// the token, also decoded.
+// mappingFailed returns a redacted error of the mapping, because the original may quote any
+// part of the token, even decoded.
 func mappingFailed(err error) error {
 	text, where, why := err.Error(), "", "the error is redacted, because it may contain a part of the token"
 	if line := failedLine.FindStringSubmatch(text); line != nil {
@@ -244,7 +246,7 @@ func mappingFailed(err error) error {
 }
 
 // isEmpty reports whether a value is null, or an object whose fields are all empty. A mapping
-// that catches the error of a malformed token returns such an object.
+// returns such an object if it catches the error of a malformed token.
 func isEmpty(value any) bool {
 	object, ok := value.(map[string]any)
 	if !ok {
@@ -258,8 +260,8 @@ func isEmpty(value any) bool {
 	return true
 }
 
-// echoesRequest reports whether an object equals a part of the request, or contains it in a
-// field.
+// echoesRequest reports whether an object equals part, which is a part of the client's request,
+// or has a field that does.
 func echoesRequest(object, part map[string]any) bool {
 	if reflect.DeepEqual(object, part) {
 		return true

@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The fields of a component that listens.
+// The fields of components that listen for clients.
 
 const (
 	fieldAddress               = "address"
@@ -72,7 +72,8 @@ func listenFields() []*service.ConfigField {
 	)
 }
 
-// listenSettings are the settings of a listener. They must be equal for all its components.
+// listenSettings are the settings of a listener. They must be equal for all components that
+// share it.
 type listenSettings struct {
 	Address string `field:"address"`
 	Path    string `field:"path"`
@@ -87,8 +88,8 @@ type listenSettings struct {
 	HeartbeatInterval     time.Duration `field:"heartbeat_interval"`
 }
 
-// differences returns the names of the fields in which two settings differ, without their
-// values: some are secret.
+// differences returns the names of the fields in which two settings differ. It does not return
+// their values, because some are secret.
 func (s listenSettings) differences(other listenSettings) []string {
 	return differences(reflect.ValueOf(s), reflect.ValueOf(other))
 }
@@ -124,7 +125,8 @@ func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, aut
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9._-]*$`)
 
-// checkAddress checks the syntax of an address: a host name, or an IP address, and a port.
+// checkAddress checks the syntax of an address, which is a host name or an IP address, and a
+// port.
 func checkAddress(address string) (string, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err == nil {

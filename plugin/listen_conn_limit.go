@@ -10,15 +10,16 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Connections without a session. Opening one takes no token, and each uses a file descriptor.
+// Connections without a session. Opening one requires no token, and each uses a file
+// descriptor.
 
-// minConnections is the limit of connections without a session if max_sessions is smaller.
+// minConnections is the limit on connections without a session if max_sessions is smaller.
 const minConnections = 1024
 
-// connLimit limits the connections without a session: when there are too many, the oldest is
-// closed. A client's connection becomes a session within milliseconds, so the oldest
-// connection is one that does not. The limit is at least max_sessions, so that all clients
-// can connect at the same time.
+// connLimit limits the number of connections without a session: when there are too many, it
+// closes the oldest one. The connection of a client becomes a session within milliseconds, so
+// the oldest connection is most likely not that of a client. The limit is at least
+// max_sessions, so that all clients can connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog
@@ -52,7 +53,8 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	}
 }
 
-// add adds a connection, and returns the one to close, or nil.
+// add adds a connection. It returns the oldest one, to be closed, if there are too many;
+// otherwise it returns nil.
 func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

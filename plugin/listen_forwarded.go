@@ -10,7 +10,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Addresses of clients that connect through reverse proxies.
+// The addresses of clients that connect through reverse proxies.
 
 const (
 	fieldTrustedProxies  = "trusted_proxies"
@@ -57,8 +57,8 @@ func readProxySettings(r *settingsReader) proxySettings {
 	return proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r)}
 }
 
-// parseNetwork parses an IP address or a network. As in parseHop, IPv4-mapped IPv6 addresses
-// become IPv4.
+// parseNetwork parses an IP address or a network. Like parseHop, it converts IPv4-mapped IPv6
+// addresses to IPv4.
 func parseNetwork(name string) (netip.Prefix, error) {
 	if ip, err := netip.ParseAddr(name); err == nil {
 		ip = ip.Unmap()
@@ -83,7 +83,7 @@ func (s proxySettings) trusts(address string) bool {
 
 // clientAddress returns the address of the client: the last one that is not the address of a
 // trusted proxy. Each proxy appends the address of its peer, so the header is read from the
-// end; addresses that the client has sent itself precede its real address and are not read.
+// end. Addresses that the client itself has sent precede its real address, and are not read.
 func (s proxySettings) clientAddress(r *http.Request) string {
 	address := r.RemoteAddr
 	if !s.trusts(address) {
@@ -91,7 +91,7 @@ func (s proxySettings) clientAddress(r *http.Request) string {
 	}
 	for _, hop := range slices.Backward(s.hops(r.Header)) {
 		if _, ok := parseHop(hop); !ok {
-			break // such as "unknown"
+			break // not an address, but for example "unknown"
 		}
 		if address = hop; !s.trusts(address) {
 			break
@@ -111,8 +111,8 @@ func (s proxySettings) hops(h http.Header) []string {
 	return hops
 }
 
-// forwardedFor finds the address in an element of Forwarded (RFC 7239), such as
-// for="[2001:db8::1]:4711";proto=https. No address has a comma or a semicolon.
+// forwardedFor returns the address in an element of Forwarded (RFC 7239), such as
+// for="[2001:db8::1]:4711";proto=https. An address contains neither a comma nor a semicolon.
 func forwardedFor(element string) string {
 	for pair := range strings.SplitSeq(element, ";") {
 		name, value, _ := strings.Cut(strings.TrimSpace(pair), "=")
@@ -123,7 +123,7 @@ func forwardedFor(element string) string {
 	return ""
 }
 
-// withoutBrackets removes the brackets of an IPv6 address without a port, which some proxies add.
+// withoutBrackets removes the brackets that some proxies add to an IPv6 address without a port.
 func withoutBrackets(hop string) string {
 	if strings.HasSuffix(hop, "]") {
 		return strings.Trim(hop, "[]")
@@ -131,8 +131,8 @@ func withoutBrackets(hop string) string {
 	return hop
 }
 
-// parseHop parses an IP address with or without a port, and removes its zone, because no
-// network matches an address with a zone.
+// parseHop parses an IP address with or without a port. It removes the zone, because no network
+// contains an address with a zone.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
 		return withPort.Addr().Unmap().WithZone(""), true

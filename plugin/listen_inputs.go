@@ -11,35 +11,35 @@ import (
 )
 
 const (
-	// noInputTimeout is the time that messages of a new listener wait for an input to
-	// start. Then they are rejected.
+	// noInputTimeout is how long the messages of a new listener wait for an input to start
+	// before they are rejected.
 	noInputTimeout = 5 * time.Second
-	// nextInputTimeout is the time that they wait for another input when the last one has
-	// closed. It is longer than the engine's shutdown_timeout (20 s by default), in which
+	// nextInputTimeout is how long messages wait for another input after the last one has
+	// closed. It is longer than the engine's shutdown_timeout (20 s by default), within which
 	// a pipeline is stopped or replaced.
 	nextInputTimeout = time.Minute
 )
 
-// listenInputs are the inputs of a listener. Each session is assigned to one input. Without
-// an input, sessions wait; after a timeout, their messages are rejected.
+// listenInputs are the inputs of a listener. Each session is assigned to one input. If there is
+// no input, sessions wait for one; after a timeout, their messages are rejected.
 type listenInputs struct {
 	address  string // for log lines
 	log      *service.Logger
-	sessions func() []*cryo.Session // connected sessions
+	sessions func() []*cryo.Session // returns the connected sessions
 	timer    *time.Timer            // calls rejectWithoutInput
 
 	mu        sync.Mutex
 	all       []*receiver
-	next      int         // counter for the round robin
+	next      int         // number of sessions that were assigned in turn
 	waiting   []*handover // sessions without an input
-	until     time.Time   // deadline for an input to start
-	rejecting bool        // the deadline has passed: messages are rejected
-	closing   bool        // the last component has left: messages are no longer rejected
+	until     time.Time   // when messages begin to be rejected if no input has started
+	rejecting bool        // whether messages are rejected, because until has passed
+	closing   bool        // whether the last component has left, so that messages are no longer rejected
 }
 
 func newListenInputs(address string, log *service.Logger, sessions func() []*cryo.Session) *listenInputs {
 	i := &listenInputs{address: address, log: log, sessions: sessions, until: time.Now().Add(noInputTimeout)}
-	i.mu.Lock() // the callback must not run before the field is set
+	i.mu.Lock() // the callback must not run before the field timer is set
 	defer i.mu.Unlock()
 	i.timer = time.AfterFunc(noInputTimeout, i.rejectWithoutInput)
 	return i
@@ -51,7 +51,7 @@ func (i *listenInputs) assign(s *cryo.Session) {
 	defer i.mu.Unlock()
 	switch {
 	case slices.ContainsFunc(i.all, func(in *receiver) bool { return in.has(s) }):
-		// An input that has started in the meantime has added it.
+		// An input that has started in the meantime already receives from the session.
 	case len(i.all) > 0:
 		i.inputFor(s).receiveFrom(&handover{session: s})
 	case i.rejecting:
@@ -61,8 +61,9 @@ func (i *listenInputs) assign(s *cryo.Session) {
 	}
 }
 
-// inputFor returns the next input in turn. An input that still has events of an earlier
-// session with the same id takes precedence, so that the events stay in order.
+// inputFor returns the input for a new session. Inputs take turns, but an input that still has
+// events of an earlier session with the same id takes precedence, so that the events stay in
+// order.
 func (i *listenInputs) inputFor(s *cryo.Session) *receiver {
 	id := identityOf(s).id
 	for _, in := range i.all {
@@ -74,8 +75,8 @@ func (i *listenInputs) inputFor(s *cryo.Session) *receiver {
 	return i.all[(i.next-1)%len(i.all)]
 }
 
-// full reports whether there are too many sessions: max_sessions that are connected, and as
-// many that have ended with messages that the pipeline has not received yet.
+// full reports whether there are too many sessions: maxSessions that are connected, and as many
+// that have ended but whose messages the pipeline has not received yet.
 func (i *listenInputs) full(maxSessions int) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -86,8 +87,8 @@ func (i *listenInputs) full(maxSessions int) bool {
 	return n >= 2*maxSessions
 }
 
-// add adds an input. The first one receives from all connected sessions, and the messages of
-// closed inputs; later ones receive from new sessions, in turn.
+// add adds an input. The first input receives from all connected sessions, and takes over the
+// messages of closed inputs. Later ones receive from new sessions, in turn.
 func (i *listenInputs) add(r *receiver) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -106,10 +107,11 @@ func (i *listenInputs) add(r *receiver) {
 	}
 }
 
-// remove closes an input and hands its sessions, with their unacknowledged messages, over to
-// another. If there is none, they wait; their connections are still read, because an output
-// may wait for acknowledgements. When the last component leaves, the messages are neither
-// acknowledged nor rejected, so that clients can send them to another server.
+// remove closes an input, and hands its sessions and their unacknowledged messages over to
+// another input. If there is no other, they wait for one; their connections are still read,
+// because an output may wait for acknowledgements. last reports whether the listener's last
+// component is leaving. In that case the messages are neither acknowledged nor rejected, so
+// that clients can send them to another server.
 func (i *listenInputs) remove(r *receiver, last bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -129,8 +131,8 @@ func (i *listenInputs) remove(r *receiver, last bool) {
 	}
 }
 
-// rejectWithoutInput rejects the messages that wait for an input, and those that sessions
-// send from now on.
+// rejectWithoutInput rejects the messages that wait for an input, and those that sessions send
+// from now on, if no input has started in time.
 func (i *listenInputs) rejectWithoutInput() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -140,7 +142,7 @@ func (i *listenInputs) rejectWithoutInput() {
 	i.rejecting = true
 	rejected, lost := 0, 0
 	for _, h := range i.waiting {
-		h.session.SetSendOnly(true) // also of a session that has ended: it may have buffered messages
+		h.session.SetSendOnly(true) // even if the session has ended, because it may still have buffered messages
 		n, m := h.reject()
 		rejected, lost = rejected+n, lost+m
 	}
@@ -157,7 +159,7 @@ func (i *listenInputs) rejectWithoutInput() {
 	}
 }
 
-// close stops the timer, and logs the messages that stay undelivered.
+// close stops the timer, and logs the messages that remain undelivered.
 func (i *listenInputs) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -13,15 +13,15 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Components of a process with the same address share a listener and its sessions.
+// The components of a process that have the same address share a listener and its sessions.
 
-// listeners contains the listeners of an engine by address.
+// listeners holds the listeners of an engine by their addresses.
 type listeners struct {
 	listen func(network, address string) (net.Listener, error)
 
 	mu     sync.Mutex
 	byAddr map[string]*listener
-	tested map[string]*serverComponent // first tested component of each address
+	tested map[string]*serverComponent // the first component that was tested, by address
 }
 
 // listenersKey is the key of the listeners in the engine's resources, which all pipelines of a
@@ -37,8 +37,8 @@ func listenersOf(res *service.Resources) *listeners {
 	return all.(*listeners)
 }
 
-// open adds a component to the listener of its address, and starts it if it is the first. It
-// waits until an earlier listener on the address is closed.
+// open adds a component to the listener on its address. The first component starts the
+// listener. If an earlier listener on the address is starting or closing, open waits for it.
 func (l *listeners) open(ctx context.Context, c *serverComponent) (*listener, error) {
 	for {
 		ln, closing, err := l.join(c)
@@ -75,9 +75,9 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	return ln, nil, nil
 }
 
-// start starts a listener for its first component. The mutex must be held; it is released
-// while the socket is opened, because resolving the address may take long. Other components
-// of the address wait meanwhile, as for a listener that closes.
+// start starts a listener for its first component. The mutex must be held. It is released while
+// the socket is opened, because resolving the address may take a long time. In the meantime,
+// other components with the address wait, as they do for a listener that closes.
 func (l *listeners) start(c *serverComponent) (*listener, error) {
 	address := c.settings.Address
 	starting := &listener{closed: make(chan struct{})}
@@ -106,7 +106,7 @@ func (l *listeners) repair(ln *listener) error {
 }
 
 // test returns an error if a component cannot listen. If another component of this process
-// listens on the address, or was tested, their settings must be equal.
+// listens on the address, or was tested before, their settings must be equal.
 func (l *listeners) test(c *serverComponent) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -132,8 +132,8 @@ func (l *listeners) test(c *serverComponent) error {
 	return socket.Close()
 }
 
-// leave removes a component from its listener; in is its receiving half, or nil for an output.
-// After the last component the listener closes. Otherwise the first of the remaining
+// leave removes a component from its listener. in is its receiving half, or nil for an output.
+// The listener closes after the last component has left. Otherwise, the first of the remaining
 // components reports the listener's metrics.
 func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent, in *receiver) error {
 	l.mu.Lock()
@@ -159,7 +159,7 @@ func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent,
 
 // serverComponent is the part of a cryo_server input or output that uses a listener.
 type serverComponent struct {
-	name      string // kind, label or path, and stream, for errors
+	name      string // the kind, the label or path, and the stream of the component, for errors
 	log       *service.Logger
 	meter     meter // for the metrics of the listener
 	listeners *listeners
@@ -184,7 +184,7 @@ func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resource
 }
 
 // checkSettings returns an error if the settings of another component with the same address
-// differ.
+// differ from those of c.
 func (c *serverComponent) checkSettings(other *serverComponent) error {
 	different := c.settings.differences(other.settings)
 	if len(different) == 0 {
@@ -194,8 +194,8 @@ func (c *serverComponent) checkSettings(other *serverComponent) error {
 		c.name, other.name, c.settings.Address, strings.Join(different, ", "))
 }
 
-// open joins the listener at the first call, and repairs it at later ones. joined reports
-// whether it was the first.
+// open joins the listener the first time it is called, and repairs the listener if it is called
+// again. joined reports whether it has joined the listener.
 func (c *serverComponent) open(ctx context.Context) (joined bool, err error) {
 	if c.listener != nil {
 		return false, c.listeners.repair(c.listener)
@@ -204,7 +204,8 @@ func (c *serverComponent) open(ctx context.Context) (joined bool, err error) {
 	return err == nil, err
 }
 
-// ConnectionTest loads the TLS files, and listens briefly.
+// ConnectionTest loads the TLS files, and opens and closes the socket. If the address is in use
+// by a listener of this process, it only compares the settings.
 func (c *serverComponent) ConnectionTest(context.Context) service.ConnectionTestResults {
 	if err := c.listeners.test(c); err != nil {
 		return service.ConnectionTestFailed(err).AsList()
@@ -212,7 +213,8 @@ func (c *serverComponent) ConnectionTest(context.Context) service.ConnectionTest
 	return service.ConnectionTestSucceeded().AsList()
 }
 
-// leave leaves the listener, if the component has joined it; in is nil for an output.
+// leave leaves the listener, if the component has joined it. in is the receiving half of an
+// input, or nil for an output.
 func (c *serverComponent) leave(ctx context.Context, in *receiver) error {
 	joined := c.listener
 	if joined == nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
 )
 
-// TLS of a listener. Changed files are reloaded while it runs.
+// The TLS settings of a listener. Files that have changed are reloaded while it runs.
 
 const (
 	fieldCertFile     = "cert_file"
@@ -92,7 +92,7 @@ func readTLSSettings(r *settingsReader) tlsSettings {
 	return s
 }
 
-// load returns the TLS configuration that the files contain.
+// load returns the TLS configuration with the contents of the files.
 func (s tlsSettings) load() (*tls.Config, error) {
 	cert, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
 	if err != nil {
@@ -117,12 +117,12 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	if s.ClientAuth == clientAuthIfGiven {
 		config.ClientAuth = tls.VerifyClientCertIfGiven
 	}
-	// A resumed connection would bypass a change of the authorities.
+	// A resumed connection would bypass a change of the certificate authorities.
 	config.SessionTicketsDisabled = true
 	return config, nil
 }
 
-// tlsFiles is the TLS configuration of a listener, as last loaded from its files.
+// tlsFiles holds the TLS configuration of a listener, as last loaded from its files.
 type tlsFiles struct {
 	settings tlsSettings
 	log      *service.Logger
@@ -130,8 +130,8 @@ type tlsFiles struct {
 	mu      sync.Mutex
 	config  *tls.Config
 	checked time.Time
-	loaded  [3]fileState // states of the files when config was loaded
-	failed  string       // last error, so that it is logged once; empty: none
+	loaded  [3]fileState // the states of the files when config was loaded
+	failed  string       // the last error, which is logged only once; empty if there was none
 }
 
 // fileState identifies a version of a file. Symbolic links are followed: Kubernetes mounts
@@ -141,7 +141,7 @@ type fileState struct {
 	size     int64
 }
 
-// newTLSFiles loads the files. It returns nil for a listener without TLS.
+// newTLSFiles loads the files. It returns nil if the listener does not use TLS.
 func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	if settings.CertFile == "" {
 		return nil, nil
@@ -155,7 +155,8 @@ func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
 	return f, nil
 }
 
-// configure is the GetConfigForClient of the listener.
+// configure is the GetConfigForClient function of the listener. It reloads files that have
+// changed.
 func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -166,8 +167,8 @@ func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
 	return f.config, nil
 }
 
-// refresh reloads changed files. A certificate and its key may be replaced one after the
-// other, so a pair that does not match is tried again at the next check.
+// refresh reloads files that have changed. A certificate and its key may be replaced one after
+// the other, so a pair that does not match is loaded again at the next check.
 func (f *tlsFiles) refresh() {
 	now, err := f.states()
 	if err == nil && now == f.loaded {
