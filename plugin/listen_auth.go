@@ -127,7 +127,7 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 		r.err = fmt.Errorf("either the field %s or %s is required: without them, all clients would be denied", fieldTokens, fieldAuthorize)
 		return s, nil
 	case len(s.Tokens) > 0 && mapping != nil:
-		r.err = fmt.Errorf("the fields %s and %s can't be used together", fieldTokens, fieldAuthorize)
+		r.err = fmt.Errorf("the fields %s and %s cannot be used together", fieldTokens, fieldAuthorize)
 		return s, nil
 	case mapping == nil:
 		checkToken := cryo.Tokens(s.Tokens...)

@@ -24,7 +24,7 @@ type logHandler struct {
 	attrs []slog.Attr
 }
 
-func (h *logHandler) Enabled(context.Context, slog.Level) bool { return true } // the engine filters
+func (h *logHandler) Enabled(context.Context, slog.Level) bool { return true } // the engine filters by level
 
 func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
 	log := h.log
@@ -53,11 +53,11 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return &logHandler{log: h.log, attrs: append(slices.Clip(h.attrs), attrs...)}
 }
 
-// WithGroup ignores groups: the library uses none.
+// WithGroup ignores groups, because the library uses none.
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// limitedLog is a rate-limited logger, of at most one line per second, for lines that a
-// client can cause.
+// limitedLog is a logger for lines that a client can cause. It is limited to one line per
+// second.
 type limitedLog struct {
 	log   *service.Logger
 	limit *loglimit.Limit
@@ -65,8 +65,8 @@ type limitedLog struct {
 
 func newLimitedLog(log *service.Logger) limitedLog { return limitedLog{log, loglimit.New()} }
 
-// allow returns the logger if a line may be written now. It sets the field suppressed: the
-// number of lines that were not written since the last one.
+// allow returns the logger if a line may be written now. Its field suppressed is the number of
+// lines that have been suppressed since the last one.
 func (l limitedLog) allow() (*service.Logger, bool) {
 	suppressed, ok := l.limit.Allow()
 	if !ok {
@@ -75,15 +75,15 @@ func (l limitedLog) allow() (*service.Logger, bool) {
 	return l.log.With("suppressed", suppressed), true
 }
 
-// serverLog returns the error log of an HTTP server. Errors of the socket and panics are
-// warnings; malformed input of clients is logged at DEBUG.
+// serverLog returns the error log of an HTTP server. Errors of the socket and panics are logged
+// as warnings, and malformed data from clients at DEBUG.
 func serverLog(log *service.Logger) *stdlog.Logger {
 	clients, accepts, panics := newLimitedLog(log), newLimitedLog(log), newLimitedLog(log)
 	return stdlog.New(writerFunc(func(b []byte) (int, error) {
 		line := string(bytes.TrimSpace(b))
 		if cause, ok := strings.CutPrefix(line, "http: Accept error: "); ok {
 			if log, ok := accepts.allow(); ok {
-				if strings.Contains(cause, syscall.EMFILE.Error()) { // also part of the text of ENFILE
+				if strings.Contains(cause, syscall.EMFILE.Error()) { // the text of ENFILE contains that of EMFILE
 					cause += ": " + openFilesHint
 				}
 				log.With("error", cause).Warn("Cannot accept clients: retrying")

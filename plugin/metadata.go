@@ -15,8 +15,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The identity of a session: its id and the metadata of its messages. The mapping match also
-// selects sessions by it.
+// The identity of a session consists of its id and the metadata of its messages. The mapping
+// match also uses it to select sessions.
 
 const (
 	metaSessionID     = "cryo_session_id"
@@ -26,7 +26,7 @@ const (
 	metaQueryPrefix  = "cryo_query_"
 	metaHeaderPrefix = "cryo_header_"
 
-	// Limits of the metadata from a client, which stay in memory until the session ends.
+	// Limits on the metadata from a client, which stays in memory until the session ends.
 	maxIdentityFields = 64
 	maxIdentityBytes  = 8 << 10
 )
@@ -39,15 +39,15 @@ All messages also carry the identity of their session:
 - ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers listed in ` + "`session_metadata`" + `
 `
 
-// identity is the identity of a session. It is read-only, and shared by its messages.
+// identity is the id of a session and the metadata that its messages share. It is read-only.
 type identity struct {
-	id       string         // session id
-	metadata map[string]any // metadata of all messages, including the id; values are strings
-	bytes    int            // size of all keys and values
+	id       string         // the session id as a decimal number
+	metadata map[string]any // the metadata of all messages, including the id; the values are strings
+	bytes    int            // total size of the keys and values
 }
 
-// identityOf returns the identity of a session, which authorization has set. A dialled session
-// has only its id.
+// identityOf returns the identity of a session. The authorization sets it for sessions of a
+// listener; that of a dialled session contains only the id.
 func identityOf(s *cryo.Session) *identity {
 	if known, ok := s.Value().(*identity); ok {
 		return known
@@ -67,8 +67,8 @@ func (i *identity) describe(m *service.Message) {
 	}
 }
 
-// textOf converts a value to text like the engine, except for numbers: in a JWT all are
-// floating point, and its times would become 1.7e+09.
+// textOf converts a value to text as the engine does, except for numbers: all numbers of a JWT
+// are floating-point, and the engine would convert times to text such as 1.7e+09.
 func textOf(value any) string {
 	if number, ok := value.(float64); ok {
 		if text, err := json.Marshal(number); err == nil {
@@ -78,7 +78,8 @@ func textOf(value any) string {
 	return bloblang.ValueToString(value)
 }
 
-// sessionMetadata contains the names of the parts of a client's request that become metadata.
+// sessionMetadata holds the names of the query parameters and headers of a client's request
+// that become metadata.
 type sessionMetadata struct {
 	Query, Headers []string
 }
@@ -134,8 +135,8 @@ func (s sessionMetadata) identify(u *cryo.Upgrade, query url.Values, granted map
 	return i, nil
 }
 
-// headerOf returns the first value of a header. The HTTP server stores Host in a field of the
-// request.
+// headerOf returns the first value of a header, and reports whether there is one. Host is a
+// special case, because the HTTP server stores it in a field of the request.
 func headerOf(r *http.Request, name string) (value string, ok bool) {
 	name = http.CanonicalHeaderKey(name)
 	if name == "Host" {

@@ -12,10 +12,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The metrics of the components, in addition to those of the engine. docs/metrics.md
-// describes them, and config/grafana contains a dashboard; a test checks both. Label values
-// never come from a peer, so that their number is bounded. Frequent events are counted once
-// per batch.
+// The metrics of the components, in addition to those of the engine. They are described in
+// docs/metrics.md, and config/grafana contains a dashboard; a test checks both. Values of labels
+// never come from a peer, so that the number of time series is bounded. Frequent events are
+// counted once per batch.
 const (
 	metricSessions          = "cryo_sessions"
 	metricSessionsDenied    = "cryo_sessions_denied"
@@ -34,10 +34,10 @@ const (
 	metricStreamsOpen       = "cryo_streams_open"
 
 	labelMessageType = "message_type"
-	labelStatus      = "status" // HTTP status code
+	labelStatus      = "status" // the HTTP status code of a denied client
 )
 
-// sessionMetrics are the metrics of a component with sessions.
+// sessionMetrics are the metrics about the sessions of a component.
 type sessionMetrics struct {
 	sessions   *gauge
 	rejections *service.MetricCounter
@@ -52,13 +52,13 @@ func newSessionMetrics(m meter) sessionMetrics {
 	}
 }
 
-// watch sets the hooks of sessions that update the metrics.
+// watch sets the hooks of a session that update the metrics.
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.rejections.Incr(1, messageTypeName(kind)) }
 }
 
-// dialMetrics are the metrics of a component that dials.
+// dialMetrics are the metrics of a component that connects to a server.
 type dialMetrics struct {
 	sessionMetrics
 	reconnections *service.MetricCounter
@@ -68,7 +68,8 @@ func newDialMetrics(m meter) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
-// connected counts a session until disconnected is called.
+// connected counts a session as connected until disconnected is called. reconnected reports
+// whether it has replaced an earlier session.
 func (m dialMetrics) connected(reconnected bool) {
 	if reconnected {
 		m.reconnections.Incr(1)
@@ -78,14 +79,16 @@ func (m dialMetrics) connected(reconnected bool) {
 
 func (m dialMetrics) disconnected() { m.sessions.add(-1) }
 
-// listenMetrics are the metrics of a listener. One of its components reports them.
+// listenMetrics are the metrics of a listener. One of the components that share it reports
+// them.
 type listenMetrics struct {
 	mu       sync.Mutex
 	reporter listenReporter
-	sessions int // connected sessions
+	sessions int // number of connected sessions
 }
 
-// listenReporter contains the metrics with the labels of one component.
+// listenReporter holds the metrics of a listener, with the labels of the component that reports
+// them.
 type listenReporter struct {
 	component levelKey
 	sessionMetrics
@@ -100,8 +103,8 @@ func newListenReporter(m meter) listenReporter {
 	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
 }
 
-// reportAs makes a component report the metrics. It is called when another component has left
-// the listener, which may be the one that reported them before.
+// reportAs makes a component report the metrics. It is called after another component, which
+// may have reported them before, has left the listener.
 func (m *listenMetrics) reportAs(component meter) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -113,7 +116,7 @@ func (m *listenMetrics) reportAs(component meter) {
 	m.reporter.sessions.add(m.sessions)
 }
 
-// countSession adds n to the number of sessions: 1 or -1.
+// countSession adds n, which is 1 or -1, to the number of connected sessions.
 func (m *listenMetrics) countSession(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -121,7 +124,7 @@ func (m *listenMetrics) countSession(n int) {
 	m.reporter.sessions.add(n)
 }
 
-// current returns the reporter.
+// current returns the reporter that is in use.
 func (m *listenMetrics) current() listenReporter {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -165,8 +168,8 @@ func (m *receiveMetrics) countReceived(messages []*cryo.Message) {
 	t.count(m.received, m.receivedBytes)
 }
 
-// observeLatency records the time from the receipt of a message, the first of its batch, to
-// its acknowledgement.
+// observeLatency records the latency of a batch: the time from the receipt of its first message
+// until now, when it is acknowledged.
 func (m *receiveMetrics) observeLatency(first *cryo.Message) {
 	m.ackLatency.Timing(int64(time.Since(first.Time())))
 }
@@ -192,7 +195,7 @@ func newSendMetrics(m meter) sendMetrics {
 }
 
 // newResponseMetrics returns the metrics of an input's synchronous responses. Only sent and
-// sentBytes are reported: the other metrics of the input are about received messages.
+// sentBytes are reported, because the other metrics of an input are about received messages.
 func newResponseMetrics(m meter) sendMetrics {
 	responses := newSendMetrics(meter{levels: &levels{byKey: make(map[levelKey]*level)}})
 	responses.sent = m.NewCounter(metricSent, labelMessageType)
@@ -200,14 +203,15 @@ func newResponseMetrics(m meter) sendMetrics {
 	return responses
 }
 
-// inFlightAdd counts messages as unacknowledged until inFlightDone is called.
+// inFlightAdd counts messages as unacknowledged until inFlightDone is called. It returns the
+// current time, which inFlightDone needs.
 func (m *sendMetrics) inFlightAdd(messages int) (began time.Time) {
 	m.unacknowledged.add(messages)
 	return time.Now()
 }
 
-// inFlightDone ends the count of inFlightAdd. It records the latency if all acknowledgements
-// were received in time.
+// inFlightDone no longer counts messages as unacknowledged. It records their latency if inTime
+// reports that no acknowledgement was late.
 func (m *sendMetrics) inFlightDone(inTime bool, messages int, began time.Time) {
 	m.unacknowledged.add(-messages)
 	if inTime {
@@ -215,8 +219,8 @@ func (m *sendMetrics) inFlightDone(inTime bool, messages int, began time.Time) {
 	}
 }
 
-// countResults counts the messages that were sent to one session, by their results. errs is
-// nil if all were acknowledged.
+// countResults counts the messages that were sent to one session as sent or rejected. errs
+// contains their errors; it is nil if all messages were acknowledged.
 func (m *sendMetrics) countResults(messages []*outMessage, errs []error) {
 	var sent, rejected tally
 	for i, message := range messages {
@@ -250,7 +254,7 @@ func (t *tally) add(typ cryo.Kind, bytes int) {
 	}
 }
 
-// count adds the tally to the counters; bytes may be nil.
+// count adds the tally to the counters. bytes may be nil.
 func (t *tally) count(messages, bytes *service.MetricCounter) {
 	for i, typ := range tallied {
 		if n := t[i]; n.messages > 0 {
@@ -269,9 +273,9 @@ type meter struct {
 	component levelKey
 }
 
-// levels are the values of the gauges of one process, by their labels. Components with the
-// same labels, such as the copies of a broker, share a level: the gauge is their sum. A level
-// is never removed, like the time series of the exporter.
+// levels are the values of all gauges of a process, by their labels. Components with the same
+// labels, such as the copies within a broker, share a level, so that the gauge shows the sum of
+// their values. Like the time series of the exporter, a level is never removed.
 type levels struct {
 	mu    sync.Mutex
 	byKey map[levelKey]*level
@@ -302,13 +306,14 @@ func (l *levels) level(key levelKey) *level {
 	return l.byKey[key]
 }
 
-// gauge is a gauge of one component that supports add; the engine's gauges can only be set.
+// gauge is one component's part of a gauge. It supports add, whereas the engine's gauges can
+// only be set.
 type gauge struct {
 	metric *service.MetricGauge
 	level  *level
 
 	// Guarded by the level's mutex.
-	part   int64 // the component's part of the sum
+	part   int64 // the component's part of the level's sum
 	closed bool
 }
 
@@ -334,7 +339,7 @@ func (g *gauge) addLocked(n int64) {
 	g.metric.Set(g.level.sum)
 }
 
-// close removes the component's part of the sum. Later calls of add have no effect.
+// close removes the component's part from the sum. Later calls of add have no effect.
 func (g *gauge) close() {
 	g.level.mu.Lock()
 	defer g.level.mu.Unlock()

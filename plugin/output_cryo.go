@@ -52,7 +52,7 @@ var (
 	_ service.ConnectionTestable = (*output)(nil)
 )
 
-// newOutput returns an output. opts contains options without a field in the configuration.
+// newOutput returns an output. opts contains the options for which there are no fields.
 func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*output, service.BatchPolicy, int, error) {
 	opts.SendOnly = true
 	d, err := dialerFromParsed(conf, res, opts)
@@ -63,18 +63,19 @@ func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.Dia
 	return &output{dialer: d, sender: s}, policy, maxInFlight, err
 }
 
-// Connect makes one attempt to connect, unless there is a session. The engine retries.
+// Connect makes one attempt to connect, unless there is a session. The engine calls it again
+// after a failure.
 func (o *output) Connect(ctx context.Context) error {
 	_, err := o.connect(ctx)
 	return err
 }
 
-// WriteBatch returns when each message is acknowledged or has failed. It returns
-// ErrNotConnected only before the first message is sent, because the engine then sends the
-// whole batch again.
+// WriteBatch returns when each message has been acknowledged or has failed. It returns
+// ErrNotConnected only if no message has been sent, because the engine then sends the whole
+// batch again.
 func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	if len(batch) == 0 {
-		return nil // also without a session
+		return nil // even without a session
 	}
 	session := o.client.Session()
 	if session == nil {
@@ -87,7 +88,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 
 func (o *output) Close(ctx context.Context) error { return o.dialer.close(ctx) }
 
-// ConnectionTest opens a session of its own and closes it.
+// ConnectionTest opens and closes another session, which does not affect that of the output.
 func (o *output) ConnectionTest(ctx context.Context) service.ConnectionTestResults {
 	return o.test(ctx)
 }

@@ -96,7 +96,7 @@ func (o *serverOutput) Connect(ctx context.Context) error {
 	return err
 }
 
-// WriteBatch returns when each message is acknowledged, is dropped, or has failed.
+// WriteBatch returns when each message has been acknowledged, has been dropped or has failed.
 func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	switch {
 	case len(batch) == 0:
@@ -114,5 +114,5 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	return o.verdict(ctx, batch, messages)
 }
 
-// Close leaves the listener, and closes it if no other component uses it.
+// Close leaves the listener, which closes if no other component uses it.
 func (o *serverOutput) Close(ctx context.Context) error { return o.leave(ctx, nil) }

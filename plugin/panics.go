@@ -8,21 +8,21 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// Mappings and scanners of the configuration run code of the engine and its dependencies on
-// data from clients. A panic there must not crash the process: only the message or stream
-// fails, or the client is denied.
+// The configured mappings and scanners run code of the engine and its dependencies on data from
+// clients. A panic in that code must not crash the process: only the message or stream fails, or
+// the client is denied.
 
 // panicError is a recovered panic.
 type panicError struct {
 	value any
-	where string // function that panicked
+	where string // name of the function that panicked
 }
 
 func (e *panicError) Error() string {
-	return fmt.Sprintf("panic in %s: %.200v", e.where, e.value) // truncated: the value may contain a message
+	return fmt.Sprintf("panic in %s: %.200v", e.where, e.value) // truncated, because the value may contain a whole message
 }
 
-// catchPanic recovers a panic and assigns it to err. It must be deferred.
+// catchPanic recovers a panic and assigns it to err. Call it only in a defer statement.
 func catchPanic(err *error) {
 	if value := recover(); value != nil {
 		*err = &panicError{value: value, where: panicOrigin()}
@@ -48,7 +48,7 @@ func panicOrigin() string {
 	}
 }
 
-// interpolate resolves an interpolated field for one message of a batch.
+// interpolate resolves an interpolated field for one message of a batch. message is its index.
 func interpolate(field *service.MessageBatchInterpolationExecutor, message int) (text string, err error) {
 	defer catchPanic(&err)
 	return field.TryString(message)

@@ -11,8 +11,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// specsOnce builds each specification once, because the engine compiles its lint rules, which
-// is slow.
+// specsOnce builds each specification only once, because the engine compiles its lint rules,
+// which is slow.
 var specsOnce = struct{ input, serverInput, output, serverOutput func() *service.ConfigSpec }{
 	sync.OnceValue(inputSpec), sync.OnceValue(serverInputSpec), sync.OnceValue(outputSpec), sync.OnceValue(serverOutputSpec),
 }
@@ -20,7 +20,7 @@ var specsOnce = struct{ input, serverInput, output, serverOutput func() *service
 func init() {
 	d := dependencies{}
 	if err := register(service.GlobalEnvironment(), d); err != nil {
-		panic(err) // another package has registered the same names
+		panic(err) // only possible if another package has registered one of the names
 	}
 	lintByBuilding("input cryo", specsOnce.input, func(conf *service.ParsedConfig, res *service.Resources) error {
 		_, err := d.input(conf, res)
@@ -51,10 +51,10 @@ func register(env *service.Environment, d dependencies) error {
 	)
 }
 
-// dependencies replaces the network in tests. The zero value uses that of the process.
+// dependencies lets tests replace the network. The zero value uses the network of the process.
 type dependencies struct {
-	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil: net.Dialer
-	listeners *listeners                                                           // nil: those of the engine's resources
+	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil means a net.Dialer
+	listeners *listeners                                                           // nil means those in the engine's resources
 }
 
 func (d dependencies) input(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {

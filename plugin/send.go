@@ -17,25 +17,28 @@ import (
 // The sending half of the outputs: it sends batches on sessions, and returns one result per
 // batch.
 
-// sender sends the messages of a pipeline.
+// sender is the sending half of an output. It also sends the responses of an input.
 type sender struct {
 	messageType *service.InterpolatedString
 	streamName  *service.InterpolatedString
 	chunkBytes  int
 	ackTimeout  time.Duration
-	exact       bool // return errors per message: only the output's own batcher, without processors, receives them
-	metrics     sendMetrics
-	lateLog     limitedLog // for sessions closed by closeLate; the output cryo and responses do not use it
+	// exact is whether to return an error for each failed message. Only the output's own batcher,
+	// without processors, attributes such errors reliably.
+	exact   bool
+	metrics sendMetrics
+	lateLog limitedLog // for the sessions that closeLate closes; not set for the output cryo and for responses
 }
 
 // outMessage is a message of a batch. A message of KindStream is sent as a stream.
 type outMessage struct {
 	cryo.OutMessage
 	streamName string
-	err        error // error of the last attempt; nil before the first one, and after the acknowledgement
+	err        error // the error of the last attempt; nil before the first one, and after the acknowledgement
 }
 
-// prepare returns the Cryo messages of a batch. A message that cannot be sent has an error.
+// prepare returns the Cryo messages of a batch. It sets the error of each message that cannot
+// be sent.
 func (s *sender) prepare(batch service.MessageBatch) []*outMessage {
 	memory, messages := make([]outMessage, len(batch)), make([]*outMessage, len(batch))
 	types, names := batch.InterpolationExecutor(s.messageType), batch.InterpolationExecutor(s.streamName)
@@ -69,8 +72,9 @@ func (s *sender) prepare(batch service.MessageBatch) []*outMessage {
 	return messages
 }
 
-// typeWhenReceived returns binary or stream for a message that was received from Cryo with
-// that type, and auto for all others: processors may have changed a text into other bytes.
+// typeWhenReceived returns binary or stream for a message that was received from Cryo with that
+// type, and auto for all others: a message that was received as text may have become bytes that
+// are not valid UTF-8.
 func typeWhenReceived(m *service.Message) string {
 	switch name, _ := m.MetaGet(metaMessageType); name {
 	case "binary", messageTypeStream:
@@ -96,8 +100,8 @@ func typeOf(payload []byte, name string) (cryo.Kind, error) {
 	}
 }
 
-// contentOf returns the bytes of a message. For a value that JSON cannot represent, such as
-// NaN, the engine returns neither bytes nor an error.
+// contentOf returns the bytes of a message. It returns errNoJSON for a value that JSON cannot
+// represent, such as NaN, for which the engine returns neither bytes nor an error.
 func contentOf(m *service.Message) ([]byte, error) {
 	content, err := m.AsBytes()
 	if err == nil && len(content) == 0 && m.HasStructured() {
@@ -108,26 +112,27 @@ func contentOf(m *service.Message) ([]byte, error) {
 
 var errNoJSON = errors.New("the content has a value that JSON cannot represent, such as NaN")
 
-// A route selects the sessions for the messages of a batch.
+// A route selects the sessions on which the messages of a batch are sent.
 type route interface {
-	// next waits for a session. It returns the number of messages, at most n, to send on it.
-	// lost is the number of consecutive sessions that the messages were lost with, initially 0.
+	// next waits for a session. n is the number of messages that are still to be sent; next
+	// returns how many of them to send on the session. lost is the number of consecutive
+	// sessions with which these messages were lost, initially 0.
 	next(ctx context.Context, n, lost int) (session *cryo.Session, messages int, err error)
-	// finished ends the use of a session that next has returned. It returns the messages to
-	// send on another session.
+	// finished is called when the messages that were sent on a session have results. It returns
+	// those to send on another session.
 	finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage)
 }
 
-// errDropped is the error of a route whose messages count as delivered.
+// errDropped is returned by a route if the messages are dropped, and count as delivered.
 var errDropped = errors.New("dropped: no session is connected")
 
-// maxLostSessions limits the consecutive sessions on which a message is sent without an
-// acknowledgement: the message itself may be the cause of their end.
+// maxLostSessions limits the number of consecutive sessions that end before they have
+// acknowledged a message, because the message itself may be what ends them.
 const maxLostSessions = 10
 
-// deliver sends messages on the sessions of a route, and waits until each is acknowledged or
-// has failed. A message that is lost with its session is sent on another one. lost is the
-// number of consecutive sessions that the messages were lost with, initially 0.
+// deliver sends messages on the sessions of a route, and waits until each has been acknowledged
+// or has failed. A message that is lost with its session is sent on another one. lost is the
+// number of consecutive sessions with which the messages were lost, initially 0.
 func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, lost int) {
 	var sending sync.WaitGroup
 	defer sending.Wait()
@@ -139,7 +144,7 @@ func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, l
 		}
 		part := messages[:n]
 		messages = messages[n:]
-		wait := s.begin(ctx, session, part) // outside of the goroutine, so that messages are sent in order
+		wait := s.begin(ctx, session, part) // not in the goroutine, so that messages are sent in order
 		if len(messages) == 0 {
 			s.finish(ctx, r, session, part, wait, lost)
 		} else {
@@ -148,7 +153,8 @@ func (s *sender) deliver(ctx context.Context, r route, messages []*outMessage, l
 	}
 }
 
-// finish waits for the acknowledgements of messages, and delivers lost ones on another session.
+// finish waits for the acknowledgements of messages, and delivers those that were lost with
+// their session on another one. wait is the function that begin has returned for them.
 func (s *sender) finish(ctx context.Context, r route, session *cryo.Session, messages []*outMessage, wait func(), lost int) {
 	wait()
 	unacknowledged := r.finished(ctx, session, messages)
@@ -221,7 +227,8 @@ func (s *sender) verdict(ctx context.Context, batch service.MessageBatch, messag
 
 func isNil(err error) bool { return err == nil }
 
-// withError returns the messages whose error matches. If all match, it returns the slice itself.
+// withError returns the messages whose error, which may be nil, matches. If all match, it
+// returns the slice itself.
 func withError(messages []*outMessage, match func(error) bool) []*outMessage {
 	other := func(m *outMessage) bool { return !match(m.err) }
 	if !slices.ContainsFunc(messages, other) {

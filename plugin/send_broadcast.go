@@ -12,7 +12,7 @@ import (
 
 // Sending messages to several sessions concurrently.
 
-// broadcast is a batch whose messages are each sent to several sessions.
+// broadcast sends each message of a batch to several sessions.
 type broadcast struct {
 	*sender
 	listener  *listener
@@ -23,14 +23,15 @@ type broadcast struct {
 	results []broadcastResult // by index of the message; guarded by mu
 }
 
-// broadcastResult is the result of a message on its sessions.
+// broadcastResult is the combined result of a message on all its sessions.
 type broadcastResult struct {
-	acknowledged bool // by at least one session
-	failed       int  // sessions that have not acknowledged the message
-	first        error
+	acknowledged bool  // whether at least one session has acknowledged the message
+	failed       int   // number of sessions that did not acknowledge the message
+	first        error // the first error of a session
 }
 
-// err returns nil if a session has acknowledged the message, or it was sent to no session.
+// err returns nil if a session has acknowledged the message, or if the message was sent to no
+// session.
 func (r *broadcastResult) err() error {
 	switch {
 	case r.acknowledged || r.failed == 0:
@@ -42,9 +43,9 @@ func (r *broadcastResult) err() error {
 	}
 }
 
-// send sends each message to its targets, and waits for all acknowledgements. With
-// no_session: wait, it also waits for targets that are not connected; messages for connected
-// ones are sent immediately.
+// send sends each message to its targets, and waits for all acknowledgements. With no_session:
+// wait, it also waits for targets that are not connected. Messages to connected targets are
+// sent immediately.
 func (b *broadcast) send(ctx context.Context, to targets) {
 	b.results = make([]broadcastResult, len(b.messages))
 	var missing []int
@@ -108,8 +109,8 @@ func (b *broadcast) sendGroup(ctx context.Context, g group) {
 	})
 }
 
-// sendStreams sends messages that include streams, with a goroutine for each session, because
-// each step of a stream waits for the session.
+// sendStreams sends messages that include streams to the sessions of a group. Each session has
+// a goroutine, because each step of a stream waits for the session.
 func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMessage) {
 	bounded, done, end := b.boundSlow(ctx)
 	defer end()
@@ -135,21 +136,23 @@ func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMes
 	sending.Wait()
 }
 
-// boundSlow limits the time of slow sessions for streams: ack_timeout limits each step of a
-// stream only, not the whole. When done is called for the first session that has acknowledged
-// a stream, the others have the same time again, plus ack_timeout.
+// boundSlow limits how long slow sessions may take for streams, because ack_timeout limits only
+// each step of a stream. Call done when a session has acknowledged its streams. After the first
+// call, the other sessions have as much time again as that session took, plus ack_timeout; then
+// bounded is cancelled. Call end when all sessions are done.
 func (b *broadcast) boundSlow(ctx context.Context) (bounded context.Context, done, end func()) {
 	bounded, cancel := context.WithCancelCause(ctx)
 	began := time.Now()
 	timer := time.AfterFunc(1<<62, func() {
-		cancel(fmt.Errorf("stream slower than on another session: %w after twice that time plus %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
+		cancel(fmt.Errorf("stream slower than on another session: %w after twice the time that session took plus %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
 	})
 	done = sync.OnceFunc(func() { timer.Reset(time.Since(began) + b.ackTimeout) })
 	return bounded, done, func() { timer.Stop(); cancel(nil) }
 }
 
-// record records the results of a group's messages on one session. errs is nil if all were
-// acknowledged. It returns the error of the first message that timed out, or nil.
+// record records the results of a group's messages on one session. errs contains their errors;
+// it is nil if all messages were acknowledged. It returns the first error that is a timeout, or
+// nil.
 func (b *broadcast) record(g group, errs []error) (late error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -23,7 +23,7 @@ const (
 	fieldChunkBytes = "chunk_bytes"
 )
 
-// sendResultsText follows the text about delivery of each output.
+// sendResultsText continues the section about delivery in the description of each output.
 const sendResultsText = `
 A batch is delivered when all its messages are. All messages that can be sent are sent, and their acknowledgements awaited, first. If a message is not delivered, the whole batch fails with one error, which contains the number of failed messages and the first cause. The error does not identify messages, because after processors that filter or split, the engine would attribute it to another message, and the failed one would be lost. The consequence depends on the input:
 
@@ -63,8 +63,9 @@ var (
 	sendMaxInFlightField = positiveInt(fieldMaxInFlight, 64)
 )
 
-// sendFields returns the fields of an output. lost is added to the description of ack_timeout,
-// and order to that of the order with max_in_flight: 1.
+// sendFields returns the fields that both outputs have. lost is appended to the description of
+// ack_timeout. order qualifies what the description of max_in_flight says about the order of
+// messages.
 func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
 		sendMessageTypeField.config().
@@ -110,7 +111,8 @@ func senderFromParsed(conf *service.ParsedConfig, res *service.Resources) (s sen
 	return s, policy, maxInFlight, err
 }
 
-// batchPolicyFromParsed also checks the policy, which the engine would check at the first batch.
+// batchPolicyFromParsed returns the batch policy. It also checks it, which the engine would not
+// do before the first batch.
 func batchPolicyFromParsed(conf *service.ParsedConfig) (service.BatchPolicy, error) {
 	policy, err := conf.FieldBatchPolicy(fieldBatching)
 	if err != nil {

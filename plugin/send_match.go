@@ -12,14 +12,14 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Targets by a mapping (send_to: match), for example for rooms or topics.
+// Targets that a mapping selects (send_to: match), for example for rooms or topics.
 
-// metaMatchSession is the metadata key under which the mapping accesses a session's metadata.
+// metaMatchSession is the metadata key with which the mapping reads a session's metadata.
 const metaMatchSession = "cryo_session"
 
 var errNoMatch = errors.New("no connected session matches")
 
-// matcher runs the mapping.
+// matcher holds the mapping match, which decides whether a message is sent to a session.
 type matcher struct {
 	mapping *bloblang.Executor
 	log     limitedLog
@@ -29,14 +29,14 @@ func newMatcher(mapping *bloblang.Executor, log *service.Logger) *matcher {
 	return &matcher{mapping: mapping, log: newLimitedLog(log)}
 }
 
-// matchingSessions are the targets of the messages of a batch: the sessions for which the
+// matchingSessions are the targets of a batch: for each message, the sessions for which the
 // mapping returns true.
 type matchingSessions struct {
 	*matcher
 	batch     service.MessageBatch
-	views     []*service.Message // by message: its metadata and those of a session; the content is the result
-	failed    []error            // by message: first error of the mapping
-	evaluated []*cryo.Session    // sessions of the last call of find
+	views     []*service.Message // by message: its metadata and that of a session, and as the content, the result of the mapping
+	failed    []error            // by message: the first error of the mapping
+	evaluated []*cryo.Session    // the sessions for which the mapping has run
 }
 
 func (m *matcher) sessionsFor(batch service.MessageBatch) *matchingSessions {
@@ -47,7 +47,7 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 	var (
 		sessions = m.unevaluated(ln.sessions())
 		matched  = make([]bool, len(m.views))
-		groups   = make(map[string]int) // index in found, by encoded messages
+		groups   = make(map[string]int) // index in found, by the encoded indexes of the messages
 		key      []byte
 	)
 	for _, s := range sessions {
@@ -77,8 +77,8 @@ func (m *matchingSessions) find(ln *listener, messages []int) (found []group, mi
 	return found, missing
 }
 
-// unevaluated returns the sessions that were not part of the last call, so that the mapping
-// runs once for each pair of a message and a session.
+// unevaluated returns those of the connected sessions for which the mapping has not run yet, so
+// that it runs once for each pair of a message and a session.
 func (m *matchingSessions) unevaluated(sessions []*cryo.Session) []*cryo.Session {
 	known := make(map[*cryo.Session]bool, len(m.evaluated))
 	for _, s := range m.evaluated {
@@ -96,15 +96,15 @@ func decodeIndexes(key []byte) (indexes []int) {
 	return indexes
 }
 
-// matches reports whether a session matches a message. If the mapping fails, the session does
-// not match, so that missing metadata of one session does not affect the others.
+// matches reports whether a session matches message i. If the mapping fails, the session does
+// not match, so that metadata that one session lacks does not affect the others.
 func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	matches, err := m.evaluate(i, s)
 	if err == nil {
 		return matches
 	}
 	if log, ok := m.log.allow(); ok {
-		log.With("session", s.ID(), "error", err).Warn("Message not sent to a session: field match failed")
+		log.With("session", s.ID(), "error", err).Warn("Message not sent to a session: cannot evaluate field match")
 	}
 	if m.failed[i] == nil {
 		m.failed[i] = fmt.Errorf("field %s: session %d: %w", fieldMatch, s.ID(), err)
@@ -112,8 +112,9 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	return false
 }
 
-// evaluate runs the mapping from a message to its view. The view has no content, so that the
-// result is only what the mapping assigns.
+// evaluate runs the mapping on message i and a session. The mapping reads the message, and
+// writes to its view, which has no content before, so that the result is only what the mapping
+// assigns.
 func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err error) {
 	defer catchPanic(&err)
 	view := m.views[i]

@@ -11,25 +11,25 @@ import (
 
 // Sending a batch across reconnects.
 
-// maxResendWait is the maximum of the random wait before a batch that was lost with two
-// sessions is sent again. If another batch ends the sessions, the random wait lets each batch
-// be sent before that one sooner or later.
+// maxResendWait is the maximum of the random wait before a batch that was lost with two or more
+// sessions is sent again. Another batch may be what ends the sessions: the wait makes it likely
+// that each batch is sent before that one sooner or later.
 const maxResendWait = 200 * time.Millisecond
 
-// reconnecting is the route of one batch: all messages are sent on one session, and the
-// unacknowledged ones again on the next.
+// reconnecting is the route of one batch. It sends all messages on one session, and those that
+// the session does not acknowledge on the next.
 type reconnecting struct {
 	*dialer
-	session  *cryo.Session // first session
-	timeout  time.Duration // for further sessions, from the first loss
-	deadline time.Time     // end of timeout; set at the first loss
+	session  *cryo.Session // the first session
+	timeout  time.Duration // how long to wait for further sessions, counted from the first loss
+	deadline time.Time     // when timeout ends; set at the first loss
 }
 
 func (r *reconnecting) next(ctx context.Context, n, lost int) (*cryo.Session, int, error) {
 	switch lost {
 	case 0:
 		return r.session, n, nil
-	case 1: // the first loss, or the last session has acknowledged messages
+	case 1: // the first loss, or the first since a session acknowledged messages
 		r.deadline = time.Now().Add(r.timeout)
 	}
 	inTime, cancel := context.WithDeadlineCause(ctx, r.deadline, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, r.timeout))

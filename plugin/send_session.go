@@ -16,18 +16,19 @@ import (
 // Sending messages to one session, or the same messages to several, and waiting for the
 // acknowledgements.
 
-// send sends messages to a session in order, and waits for their acknowledgements. Messages
-// with an error are skipped.
+// send sends messages to a session in order, and waits for their acknowledgements. It skips
+// messages that already have an error.
 func (s *sender) send(ctx context.Context, session *cryo.Session, messages []*outMessage) {
 	if messages = withError(messages, isNil); len(messages) > 0 {
 		s.begin(ctx, session, messages)()
 	}
 }
 
-// begin queues messages for a session, up to the first stream. The returned function sends the
-// others in order, and waits for all acknowledgements. A stream is sent after the messages
-// before it are acknowledged, and delays those after it. After a timeout, the rest are sent
-// concurrently, because each of them may time out as well.
+// begin queues messages for a session, up to the first stream. The function that it returns
+// sends the other messages in order, and waits for all acknowledgements. A stream is sent when
+// the messages before it have been acknowledged, and the messages after it wait for its
+// acknowledgement. After a timeout, the remaining messages are sent concurrently, because each
+// of them may time out as well.
 func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*outMessage) (wait func()) {
 	first, rest := nextRun(messages)
 	waitForFirst := s.beginRun(ctx, session, first)
@@ -51,8 +52,8 @@ func (s *sender) begin(ctx context.Context, session *cryo.Session, messages []*o
 	}
 }
 
-// nextRun splits off the messages that are sent together: a stream, or all messages before the
-// next stream.
+// nextRun splits off the messages that are sent together, which are either one stream, or all
+// messages before the next stream.
 func nextRun(messages []*outMessage) (run, rest []*outMessage) {
 	n := slices.IndexFunc(messages, isStream)
 	switch n {
@@ -66,8 +67,8 @@ func nextRun(messages []*outMessage) (run, rest []*outMessage) {
 
 func isStream(m *outMessage) bool { return m.Kind == cryo.KindStream }
 
-// beginRun queues messages that are sent together. The returned function waits for their
-// acknowledgements; if the run is a stream, it also sends the stream.
+// beginRun queues messages that are sent together. The function that it returns waits for their
+// acknowledgements. If the run is a stream, that function also sends it.
 func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*outMessage) (wait func()) {
 	if isStream(run[0]) {
 		return func() { run[0].err = s.sendStream(ctx, session, run[0]) }
@@ -85,14 +86,14 @@ func (s *sender) beginRun(ctx context.Context, session *cryo.Session, run []*out
 	}
 }
 
-// queued contains messages that are queued for sessions. None of them is a stream.
+// queued holds messages that are queued for one or more sessions. None of them is a stream.
 type queued struct {
 	*sender
 	messages []*outMessage
 	waits    []ackWait
 	one      [1]ackWait // backing array of waits for a single session
 	began    time.Time
-	late     bool // an acknowledgement was late
+	late     bool // whether an acknowledgement was late
 }
 
 // ackWait is the wait for the acknowledgements of one session.
@@ -100,11 +101,11 @@ type ackWait struct {
 	session *cryo.Session
 	pending *cryo.Pending
 	clock   cryo.AckClock
-	settled bool // its result is reported
+	settled bool // whether its result has been reported
 }
 
-// queue queues messages for each of the sessions, which share the payloads. await must be
-// called.
+// queue queues messages for each of the sessions, which share the payloads. Always call await
+// on the result.
 func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queued {
 	frames := make([]cryo.OutMessage, len(messages))
 	for i, m := range messages {
@@ -121,9 +122,10 @@ func (s *sender) queue(messages []*outMessage, sessions ...*cryo.Session) *queue
 	return q
 }
 
-// await waits for the acknowledgements. It calls result once for each session, one after the
-// other; one that times out does not wait for those before it. errs contains the errors by
-// message; it is nil if the session has acknowledged all.
+// await waits for the acknowledgements. It calls result once for each session, never
+// concurrently. A session that times out is reported even while an earlier one is still waited
+// for. errs contains the errors of the messages; it is nil if the session has acknowledged all
+// of them.
 func (q *queued) await(ctx context.Context, result func(session *cryo.Session, errs []error)) {
 	ticker := time.NewTicker(max(q.ackTimeout/2, 1))
 	defer ticker.Stop()
@@ -146,7 +148,7 @@ func (q *queued) await(ctx context.Context, result func(session *cryo.Session, e
 	q.metrics.inFlightDone(ctx.Err() == nil && !q.late, len(q.messages)*len(q.waits), q.began)
 }
 
-// settle reports the result of a wait.
+// settle ends a wait and reports its result.
 func (q *queued) settle(w *ackWait, err error, result func(session *cryo.Session, errs []error)) {
 	w.settled = true
 	q.late = q.late || isLate(err)
@@ -155,7 +157,7 @@ func (q *queued) settle(w *ackWait, err error, result func(session *cryo.Session
 	result(w.session, errs)
 }
 
-// tick ends the waits that have timed out.
+// tick settles the waits that have timed out.
 func (q *queued) tick(waits []ackWait, result func(session *cryo.Session, errs []error)) {
 	timedOut, cancel := context.WithDeadlineCause(context.Background(), time.Time{},
 		fmt.Errorf("%w after %s (%v)", errLate, fieldAckTimeout, q.ackTimeout))
@@ -172,7 +174,8 @@ func (q *queued) tick(waits []ackWait, result func(session *cryo.Session, errs [
 	}
 }
 
-// errorsOf returns the errors by message of an error of [cryo.Pending.Wait], or nil.
+// errorsOf returns the errors of the messages, by index, from an error of [cryo.Pending.Wait].
+// It returns nil if there is none.
 func errorsOf(err error) []error {
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		return failed.Errs
@@ -180,7 +183,7 @@ func errorsOf(err error) []error {
 	return nil
 }
 
-// sendStream sends a message as a stream, and waits until the stream is acknowledged.
+// sendStream sends a message as a stream, and waits for its acknowledgement.
 func (s *sender) sendStream(ctx context.Context, session *cryo.Session, m *outMessage) error {
 	s.metrics.streamsOpen.add(1)
 	defer s.metrics.streamsOpen.add(-1)
@@ -203,12 +206,14 @@ func isLate(err error) bool { return errors.Is(err, errLate) }
 
 func isLateMessage(m *outMessage) bool { return isLate(m.err) }
 
-// isSessionEnd reports whether a message was not acknowledged because its session has ended.
+// isSessionEnd reports whether an error means that a session has ended before it acknowledged a
+// message.
 func isSessionEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 
-// closeLate closes a session after a timeout, so that it delays others once, and not with each
-// message. A session whose reads are paused (max_buffer_bytes) stays open, because its
-// acknowledgement may not have been read.
+// closeLate closes a session after a timeout, so that it delays others only once, and not with
+// each message. It does not close a session whose reads are paused (max_buffer_bytes), because
+// the acknowledgement may have arrived without having been read. late is the error of the
+// timeout.
 func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late error) {
 	if session.Stats().Paused || ctx.Err() != nil || session.Err() != nil {
 		return

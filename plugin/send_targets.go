@@ -10,7 +10,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// Targets: the sessions that a message is sent to.
+// Targets are the sessions to which messages are sent.
 
 var errNoClient = errors.New("no client is connected")
 
@@ -20,18 +20,18 @@ type targets interface {
 	// messages without a session: find may be called again with these, after sessions have
 	// connected.
 	find(ln *listener, messages []int) (found []group, missing []int)
-	// missing returns the error of a message without a session.
+	// missing returns the error of a message for which there is no session.
 	missing(message int) error
 }
 
 // group contains sessions that are sent the same messages.
 type group struct {
 	sessions []*cryo.Session
-	messages []int // indexes, in order
+	messages []int // their indexes in the batch, in order
 }
 
-// targets returns the targets of a batch. It sets the error of a message whose target cannot be
-// determined.
+// targets returns the targets of a batch. It sets the error of each message whose target cannot
+// be determined.
 func (c *targetConfig) targets(batch service.MessageBatch, messages []*outMessage) targets {
 	switch c.sendTo {
 	case sendToSession:
@@ -55,7 +55,8 @@ func (allSessions) find(ln *listener, messages []int) (found []group, missing []
 
 func (allSessions) missing(int) error { return errNoClient }
 
-// namedSessions contains the session id for each message.
+// namedSessions are the targets of send_to: session. It contains the session id for each
+// message.
 type namedSessions []uint64
 
 func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, messages []*outMessage) namedSessions {
@@ -78,7 +79,7 @@ func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedStr
 }
 
 func (n namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
-	groups := make(map[uint64]int) // index in found, or -1, by session id
+	groups := make(map[uint64]int) // index in found by session id, or -1 if the session is not connected
 	for _, i := range messages {
 		at, known := groups[n[i]]
 		if !known {

@@ -6,7 +6,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
 
-// The fields that select the target sessions of a message.
+// The fields that determine to which sessions a message is sent.
 
 const (
 	fieldSendTo            = "send_to"
@@ -63,7 +63,7 @@ func targetFields() []*service.ConfigField {
 	}
 }
 
-// targetConfig contains the settings of an output's targets.
+// targetConfig holds the settings of an output's targets.
 type targetConfig struct {
 	sendTo          string
 	sessionID       *service.InterpolatedString // for sendToSession

@@ -18,24 +18,24 @@ import (
 type workQueue struct {
 	*sender
 	listener  *listener
-	limit     int // slots of a worker
+	limit     int // number of slots of a worker: the messages that it may have in flight
 	noSession string
 	log       *service.Logger
 
 	turn       chan struct{} // capacity 1; a lock that serializes callers of next
-	emptySince time.Time     // time since which there is no session, or zero; guarded by turn
+	emptySince time.Time     // when it was first noticed that there is no session; zero if there is one; guarded by turn
 	released   chan struct{} // capacity 1; signals that a slot was released
 
 	mu      sync.Mutex
 	workers map[*cryo.Session]*worker
-	ready   []*worker       // workers with a free slot, the next one first
-	arrival <-chan struct{} // listener's arrival channel when workers was updated
+	ready   []*worker       // workers with a free slot, beginning with the next in turn
+	arrival <-chan struct{} // the listener's arrival channel when workers was last updated
 }
 
-// worker is a session that receives messages.
+// worker is a session that receives messages from a workQueue.
 type worker struct {
 	session  *cryo.Session
-	inFlight int // slots in use
+	inFlight int // number of slots in use
 }
 
 func newWorkQueue(s *sender, ln *listener, to *targetConfig, log *service.Logger) *workQueue {
@@ -46,7 +46,7 @@ func newWorkQueue(s *sender, ln *listener, to *targetConfig, log *service.Logger
 }
 
 // next acquires a slot of a worker for one message. If all slots are in use, it waits for one.
-// If no session is connected, no_session determines whether it waits for one.
+// If no session is connected, no_session determines whether it waits for a session.
 func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, error) {
 	began := time.Now()
 	select {
@@ -80,9 +80,10 @@ func (q *workQueue) next(ctx context.Context, _, _ int) (*cryo.Session, int, err
 	return nil, 0, context.Cause(ctx)
 }
 
-// timeToWait returns how long a caller of next may still wait for a session: until ack_timeout
-// after its call, or after the end of the last session if that was later. It returns an error
-// if that time has passed, or if no_session allows no wait.
+// timeToWait returns how much longer a caller of next may wait for a session. began is the time
+// of its call. The wait ends ack_timeout after the call, or after the end of the last session
+// if that was later. timeToWait returns an error if that time has passed, or if no_session does
+// not allow waiting.
 func (q *workQueue) timeToWait(began time.Time) (time.Duration, error) {
 	if q.emptySince.IsZero() {
 		q.emptySince = time.Now()
@@ -101,8 +102,9 @@ func (q *workQueue) timeToWait(began time.Time) (time.Duration, error) {
 	}
 }
 
-// acquire acquires a free slot. If there is none, isEmpty reports whether no session is
-// connected.
+// acquire acquires a free slot, and returns the session of its worker. If there is none,
+// isEmpty reports whether that is because no session is connected. arrival is the listener's
+// current arrival channel.
 func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isEmpty bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -124,7 +126,7 @@ func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isE
 	return nil, len(q.workers) == 0
 }
 
-// updateWorkersLocked removes ended sessions and adds new ones.
+// updateWorkersLocked removes sessions that have ended, and adds new ones.
 func (q *workQueue) updateWorkersLocked() {
 	q.ready = slices.DeleteFunc(q.ready, q.removeIfEndedLocked)
 	for _, s := range q.listener.sessions() {
@@ -144,8 +146,8 @@ func (q *workQueue) removeIfEndedLocked(w *worker) bool {
 	return ended
 }
 
-// finished releases the slot of a message. If its session has ended or timed out, the message
-// is sent to another one. A session that has timed out is closed.
+// finished releases the slot of a message. If the session has ended or timed out, the message
+// is to be sent on another one. A session that has timed out is closed.
 func (q *workQueue) finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage) {
 	err := messages[0].err
 	if isLate(err) {
@@ -159,7 +161,7 @@ func (q *workQueue) finished(ctx context.Context, session *cryo.Session, message
 	return messages
 }
 
-// release releases a slot of a session. Its worker may have been removed.
+// release releases a slot of a session's worker, which may have been removed.
 func (q *workQueue) release(session *cryo.Session) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -15,8 +15,8 @@ import (
 // Distributed tracing. Cryo has no headers, so mappings of the configuration read the trace
 // context from the content of a message, or write it there.
 
-// The names of the fields are those of the engine. Its examples are not suitable for Cryo: one
-// writes metadata, which Cryo does not send, and one replaces content that is not JSON.
+// The engine has fields with the same names. Its examples are not suitable for Cryo: one writes
+// metadata, which Cryo does not send, and one replaces content that is not JSON.
 const (
 	fieldExtractTracing = "extract_tracing_map"
 	fieldInjectTracing  = "inject_tracing_map"
@@ -68,19 +68,20 @@ func injectTracingField() *service.ConfigField {
 		Advanced()
 }
 
-// tracing is the mapping of one of the two fields, with the engine's tracer.
+// tracing holds the mapping of one of the two fields, and the engine's tracer.
 //
-// It replaces the engine's wrappers for these fields. The wrapper of inputs uses the span of
-// the first message for its whole batch, and panics if the mapping deletes root, which a client
-// can cause. The wrapper of outputs leaves a message partly changed if the mapping fails. Both
-// log a line for each message for which the mapping returns nothing.
+// It replaces the wrappers that the engine has for these fields. The engine's wrapper of an
+// input uses the span of the first message for its whole batch, and panics if the mapping
+// deletes root, which a client can cause. Its wrapper of an output leaves a message partly
+// changed if the mapping fails. Both log a line for each message for which the mapping returns
+// nothing.
 type tracing struct {
 	mapping *bloblang.Executor
 	tracer  trace.Tracer
 	log     limitedLog
 }
 
-// tracingFromParsed returns nil if the field is not set.
+// tracingFromParsed returns the tracing of a field, or nil if the field is not set.
 func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, error) {
 	r := &settingsReader{conf: conf}
 	mapping, _ := readMapping(r, field)
@@ -94,20 +95,21 @@ func tracingFromParsed(conf *service.ParsedConfig, field string) (*tracing, erro
 // tracerName is the name of the engine's own tracer.
 const tracerName = "redpanda-connect"
 
-// failed logs a failure of the mapping.
+// failed logs that the mapping of a field has failed.
 func (t *tracing) failed(field string, err error) {
 	if log, ok := t.log.allow(); ok {
 		log.With("field", field, "error", err).Warn("Message has no span")
 	}
 }
 
-// testableInput is an input of this plugin.
+// testableInput is what the inputs of this plugin implement.
 type testableInput interface {
 	service.BatchInput
 	service.ConnectionTestable
 }
 
-// withExtraction returns an input that extracts spans from its messages, if the field is set.
+// withExtraction returns an input that extracts the trace context of its messages and starts
+// their spans, if the field is set; otherwise it returns in. name is the name of the component.
 func withExtraction(conf *service.ParsedConfig, name string, in testableInput) (service.BatchInput, error) {
 	t, err := tracingFromParsed(conf, fieldExtractTracing)
 	if t == nil {
@@ -122,8 +124,8 @@ type tracedInput struct {
 	spanName string
 }
 
-// ReadBatch returns the batch of the input, with a span for each message for which the mapping
-// returns a trace context.
+// ReadBatch returns the next batch of the input. It starts a span for each message for which
+// the mapping returns a trace context.
 func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
 	batch, ack, err := in.testableInput.ReadBatch(ctx)
 	for i, m := range batch {
@@ -139,8 +141,8 @@ func (in *tracedInput) ReadBatch(ctx context.Context) (service.MessageBatch, ser
 	return batch, ack, err
 }
 
-// extract returns the trace context of a message, or nil if the mapping returns null or deletes
-// root.
+// extract returns the trace context that the mapping finds in a message. It returns nil if the
+// mapping returns null or deletes root.
 func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, err error) {
 	defer catchPanic(&err)
 	result, err := m.BloblangQuery(t.mapping) // does not change the message
@@ -164,13 +166,14 @@ func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, er
 	return parent, nil
 }
 
-// testableOutput is an output of this plugin.
+// testableOutput is what the outputs of this plugin implement.
 type testableOutput interface {
 	service.BatchOutput
 	service.ConnectionTestable
 }
 
-// withInjection returns an output that injects spans into its messages, if the field is set.
+// withInjection returns an output that injects the trace context into its messages, if the
+// field is set; otherwise it returns out.
 func withInjection(conf *service.ParsedConfig, out testableOutput) (service.BatchOutput, error) {
 	t, err := tracingFromParsed(conf, fieldInjectTracing)
 	if t == nil {
@@ -184,8 +187,8 @@ type tracedOutput struct {
 	tracing *tracing
 }
 
-// WriteBatch writes copies of the messages, with their trace context. A message for which the
-// mapping fails or deletes root is written unchanged.
+// WriteBatch writes copies of the messages into which the mapping has written the trace
+// context. A message for which the mapping fails or deletes root is written unchanged.
 func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBatch) error {
 	spanned := batch.Copy()
 	for i := range spanned {
@@ -201,7 +204,8 @@ func (out *tracedOutput) WriteBatch(ctx context.Context, batch service.MessageBa
 	return out.testableOutput.WriteBatch(ctx, spanned)
 }
 
-// inject writes the trace context of a message into it.
+// inject returns a message into which the mapping has written the trace context, or nil if the
+// mapping deletes root.
 func (t *tracing) inject(m *service.Message) (spanned *service.Message, err error) {
 	defer catchPanic(&err)
 	carrier := make(propagation.MapCarrier)

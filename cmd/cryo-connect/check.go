@@ -61,7 +61,7 @@ Each result is one line; the exit code is 1 if any of them is a failure:
 	}
 }
 
-// checker checks configurations.
+// checker checks configurations one after the other, and prints the results.
 type checker struct {
 	out       io.Writer
 	schema    *service.ConfigSchema
@@ -69,7 +69,7 @@ type checker struct {
 	failed    bool     // whether any result is a failure
 }
 
-// check checks one configuration.
+// check lints one configuration, tests its connections and prints the results.
 func (k *checker) check(ctx context.Context, file string) {
 	stream, err := k.build(file)
 	if err != nil {
@@ -90,7 +90,8 @@ func (k *checker) check(ctx context.Context, file string) {
 	}
 }
 
-// byPath compares components by their path. Indices are compared as numbers.
+// byPath compares the results of two components by their paths. Indexes within a path are
+// compared as numbers.
 func byPath(a, b *service.ConnectionTestResult) int {
 	return slices.CompareFunc(a.Path, b.Path, func(a, b string) int {
 		m, errA := strconv.Atoi(a)
@@ -110,7 +111,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
-	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are part of the results
+	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are reported as results
 	if err := builder.SetYAML(config); err != nil {
 		return nil, err
 	}
@@ -126,7 +127,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	return builder.Build()
 }
 
-// read reads and lints a file.
+// read reads and lints a file. It returns the lint errors joined.
 func (k *checker) read(file string) (string, error) {
 	config, err := os.ReadFile(file)
 	if err != nil {
@@ -160,7 +161,7 @@ func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	}
 }
 
-// print writes one line.
+// print writes a result about a file as a single line, even if the text contains line breaks.
 func (k *checker) print(file, format string, args ...any) {
 	line := strings.Join(strings.Fields(fmt.Sprintf(format, args...)), " ")
 	fmt.Fprintf(k.out, "%s: %s\n", file, line)

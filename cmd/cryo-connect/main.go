@@ -1,5 +1,5 @@
 // Command cryo-connect runs the engine of Redpanda Connect with the Cryo components, the
-// components for Kafka, S3, HTTP, Prometheus and Jaeger, and Bloblang's methods for JWTs.
+// components for Kafka, S3, HTTP, Prometheus and Jaeger, and the Bloblang methods for JWTs.
 //
 // See "cryo-connect help" and "cryo-connect list inputs".
 package main

@@ -16,7 +16,8 @@ const (
 	probeTimeout    = 3 * time.Second
 )
 
-// probeCommand is the command probe, a health check for a container image without a shell.
+// probeCommand is the command probe. It is a health check, in particular for a container image
+// without a shell.
 var probeCommand = &cli.Command{
 	Name:      "probe",
 	Usage:     "Check the health of a running instance",
@@ -36,7 +37,7 @@ runs; /ready instead reports whether its inputs and outputs are connected.`,
 	},
 }
 
-// probe returns an error unless the response for the URL has a status of 2xx.
+// probe returns an error unless a GET request for the URL is answered with a status of 2xx.
 func probe(ctx context.Context, url string) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()

@@ -16,7 +16,7 @@ var (
 const unknown = "unknown"
 
 // buildStamp returns the version, with the commit if it is known, and the date of the build or
-// of its commit. info may be nil.
+// of its commit. info is the build information of the binary, or nil.
 func buildStamp(info *debug.BuildInfo) (version, date string) {
 	version, commit, date := releaseVersion, releaseCommit, releaseDate
 	if info != nil {
