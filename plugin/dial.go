@@ -31,7 +31,7 @@ type dialer struct {
 	connectedBefore bool           // accessed only by connected
 	endLogs         sync.WaitGroup // tracks the goroutine that logs the end of the session
 
-	lastLogged atomic.Pointer[cryo.RetryError] // failure that await has logged last
+	lastLogged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
 	awaitLog   limitedLog
 }
 
@@ -145,7 +145,7 @@ func withHint(failed *cryo.RetryError) error {
 }
 
 // close closes the client within closeTime. It also waits for a session that is already ending,
-// because that may still write acknowledgements.
+// because the session may still write acknowledgements.
 func (d *dialer) close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()

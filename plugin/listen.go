@@ -32,7 +32,7 @@ type listener struct {
 	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
 
 	mu      sync.Mutex
-	address net.Addr      // the actual address, because the configured port may be 0
+	address net.Addr      // the actual address, whose port differs from the configured one if that is 0
 	down    chan struct{} // closed when accepting has failed
 	served  chan struct{} // closed when the socket has been closed and serve has returned
 	arrived chan struct{} // closed and replaced when a session connects
@@ -208,7 +208,7 @@ func (ln *listener) session(id uint64) (*cryo.Session, bool) {
 }
 
 // arrival returns a channel that is closed when the next session connects. Call it before
-// sessions, so that no session is missed that connects in between.
+// sessions, so that a session that connects in between is not missed.
 func (ln *listener) arrival() <-chan struct{} {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()

@@ -18,8 +18,8 @@ const minConnections = 1024
 
 // connLimit limits the number of connections without a session: when there are too many, it
 // closes the oldest one. The connection of a client becomes a session within milliseconds, so
-// the oldest connection is most likely not that of a client. The limit is at least
-// max_sessions, so that all clients can connect at the same time.
+// the oldest one is probably not a client's. The limit is at least max_sessions, so that all
+// clients can connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog

@@ -109,9 +109,9 @@ func (i *listenInputs) add(r *receiver) {
 
 // remove closes an input, and hands its sessions and their unacknowledged messages over to
 // another input. If there is no other, they wait for one; their connections are still read,
-// because an output may wait for acknowledgements. last reports whether the listener's last
-// component is leaving. In that case the messages are neither acknowledged nor rejected, so
-// that clients can send them to another server.
+// because an output may wait for acknowledgements. If last is true, the listener's last
+// component is leaving: the messages are then neither acknowledged nor rejected, so that
+// clients can send them to another server.
 func (i *listenInputs) remove(r *receiver, last bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -92,7 +92,7 @@ func readTLSSettings(r *settingsReader) tlsSettings {
 	return s
 }
 
-// load returns the TLS configuration with the contents of the files.
+// load reads the files and returns the TLS configuration.
 func (s tlsSettings) load() (*tls.Config, error) {
 	cert, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
 	if err != nil {

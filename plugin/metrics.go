@@ -68,8 +68,8 @@ func newDialMetrics(m meter) dialMetrics {
 	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
 }
 
-// connected counts a session as connected until disconnected is called. reconnected reports
-// whether it has replaced an earlier session.
+// connected counts a session as connected until disconnected is called. reconnected is true if
+// the session is not the first one.
 func (m dialMetrics) connected(reconnected bool) {
 	if reconnected {
 		m.reconnections.Incr(1)
@@ -204,14 +204,14 @@ func newResponseMetrics(m meter) sendMetrics {
 }
 
 // inFlightAdd counts messages as unacknowledged until inFlightDone is called. It returns the
-// current time, which inFlightDone needs.
+// current time, to be passed to inFlightDone.
 func (m *sendMetrics) inFlightAdd(messages int) (began time.Time) {
 	m.unacknowledged.add(messages)
 	return time.Now()
 }
 
-// inFlightDone no longer counts messages as unacknowledged. It records their latency if inTime
-// reports that no acknowledgement was late.
+// inFlightDone ends the count that inFlightAdd began. If inTime is true, no acknowledgement was
+// late, and the latency is recorded. began is the time that inFlightAdd returned.
 func (m *sendMetrics) inFlightDone(inTime bool, messages int, began time.Time) {
 	m.unacknowledged.add(-messages)
 	if inTime {

@@ -128,10 +128,10 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	}
 }
 
-// delivered acknowledges the messages of a batch that was delivered: items, which have no
-// response, immediately, and the others once their responses have been acknowledged. Until then
-// the whole batch stays in the queue's deliveries, so that a hard stop loses no message; at
-// worst, some messages are delivered twice.
+// delivered acknowledges the messages of a batch that was delivered. items are those without a
+// response, which are acknowledged immediately. The others are acknowledged once their
+// responses have been. Until then the whole batch stays in the queue's deliveries, so that a
+// hard stop loses no message; at worst, some messages are delivered twice.
 func (r *receiver) delivered(ctx context.Context, d *delivery, items []item, responses []*syncResponse) {
 	endFirstPass(d.items)
 	r.acknowledge(items)
@@ -176,9 +176,9 @@ func (r *receiver) responded(ctx context.Context, d *delivery, responses []*sync
 	}
 }
 
-// acknowledgeReceipt acknowledges the messages of a batch, once, if acknowledge is received. It
-// is called when the engine reads the next batch or returns a result, because until then the
-// engine may still discard the batch when it stops.
+// acknowledgeReceipt acknowledges the messages of a batch if acknowledge is set to received,
+// and if that has not been done yet. It is called when the engine reads the next batch or
+// returns a result, because until then the engine may still discard the batch when it stops.
 func (r *receiver) acknowledgeReceipt(d *delivery) {
 	if r.conf.onReceipt {
 		r.acknowledgeNow(r.queue.markReceived(d))
@@ -230,7 +230,7 @@ func (r *receiver) logFailure(it *item, err error) {
 		return
 	}
 	if log, ok := r.redeliveryLog.allow(); ok {
-		log.With("session", it.source.id, "failures", it.failures+1, "error", err).Warn("A message fails repeatedly: redelivering it until it is delivered")
+		log.With("session", it.source.id, "failures", it.failures+1, "error", err).Warn("A message has failed repeatedly: redelivering it until it is delivered")
 	}
 }
 

@@ -140,8 +140,8 @@ var (
 	listenMessageTypes = messageTypesOf("message_types with session", "utf8", "binary", messageTypeStream, "error", messageTypeSession)
 )
 
-// messageTypesField returns the field message_types. sessions reports whether the input
-// supports session events.
+// messageTypesField returns the field message_types. If sessions is true, it also allows
+// session events.
 func messageTypesField(sessions bool) setting[[]string] {
 	if sessions {
 		return listenMessageTypes
@@ -165,7 +165,7 @@ func messageTypesOf(lint string, known ...string) setting[[]string] {
 	}))
 }
 
-// receiveFields returns the fields of an input. sessions reports whether it supports session
+// receiveFields returns the fields of an input. If sessions is true, the input supports session
 // events.
 func receiveFields(sessions bool) []*service.ConfigField {
 	events, quotaText := "", ""
@@ -200,8 +200,8 @@ func receiveFields(sessions bool) []*service.ConfigField {
 	}
 }
 
-// maxBufferField returns the field max_buffer_bytes. shared reports whether all sessions of a
-// listener share the receive buffer, or it belongs to a single session.
+// maxBufferField returns the field max_buffer_bytes. If shared is true, all sessions of a
+// listener share the receive buffer; otherwise it belongs to a single session.
 func maxBufferField(shared bool) *service.ConfigField {
 	sharing, slow := "", ""
 	if shared {
@@ -216,7 +216,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 type receiveConfig struct {
 	types         map[cryo.Kind]bool
 	sessions      bool // whether to emit session events
-	onReceipt     bool // whether acknowledge is received
+	onReceipt     bool // whether acknowledge is set to received
 	shared        bool // whether several sessions share maxInFlight and streams.maxOpen
 	maxInFlight   int
 	maxBatchCount int

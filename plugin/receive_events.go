@@ -67,8 +67,8 @@ func (e *sessionEvent) stream() *cryo.IncomingStream { return nil }
 func (e *sessionEvent) movable() bool { return false }
 
 // emit delivers a session event to the pipeline and waits for its result, including
-// redeliveries. cause is why the session has ended, or empty. It returns false if the input
-// closes first.
+// redeliveries. cause is why the session has ended; it is empty for the event connected. emit
+// returns false if the input closes first.
 func (f *sessionFeed) emit(event, cause string) bool {
 	m := service.NewMessage([]byte{})
 	m.MetaSetMut(metaMessageType, messageTypeSession)

@@ -19,8 +19,8 @@ type source struct {
 	firstPass firstPass
 }
 
-// item is something received that has been neither acknowledged nor rejected: a message in a
-// frame, a part of a stream that a scanner has produced, or a session event.
+// item is something that was received and has been neither acknowledged nor rejected yet: a
+// message in a frame, a part of a stream that a scanner has produced, or a session event.
 type item struct {
 	source   *source
 	message  *cryo.Message    // nil unless the item is a message in a frame
@@ -35,7 +35,7 @@ type item struct {
 	failures   int
 	due        time.Time // when the item is redelivered next
 	expedited  bool      // whether the item is redelivered before due
-	deliveries uint64    // the field deliveries of redeliveries at the last failure
+	deliveries uint64    // number of successful deliveries of the input when the item last failed
 }
 
 // partOwner is a scanner batch or a session event. It receives the results of its parts.
@@ -79,7 +79,7 @@ func (it *item) reject() {
 	}
 }
 
-// describe adds the metadata of a message that was received in a frame to m.
+// describe adds metadata to m, which is the message that was received in a frame.
 func (it *item) describe(m *service.Message) {
 	m.MetaSetMut(metaMessageType, messageTypeName(it.message.Kind))
 	m.MetaSetMut(metaAckID, int64(it.message.Number()))
@@ -152,7 +152,7 @@ func (p *firstPass) wait(ctx context.Context) bool {
 	return true
 }
 
-// endFirstPass ends the count of items that have had a result of their own.
+// endFirstPass stops counting items that now have a result of their own.
 func endFirstPass(items []item) {
 	for i := range items {
 		if items[i].failures == 0 {

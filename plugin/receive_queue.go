@@ -30,7 +30,7 @@ type queue struct {
 
 	// Accessed only by ReadBatch, and by close.
 	rest     []item // new items that were received from arrivals, but not returned yet
-	newFirst bool   // whether new items precede those that have failed alone in the next batch
+	newFirst bool   // whether the next batch has new items, even if an item that has failed alone is due
 
 	stallReported bool // whether the current stall has been logged; accessed only by watchForStalls
 
@@ -76,9 +76,9 @@ func newQueue(stopped context.Context, conf *receiveConfig, log *service.Logger,
 // fail, or if it acknowledges no responses.
 func clientLimit(maxInFlight int) int { return max(1, maxInFlight-max(1, maxInFlight/4)) }
 
-// newStreamQuota returns the quota of open streams. shared reports whether several clients
-// share it. In that case a client may open another stream only while it has fewer open streams
-// than there are free slots, so a single client gets half of the slots, rounded up.
+// newStreamQuota returns the quota of open streams. If shared is true, several clients share
+// it, and a client may open another stream only while it has fewer open streams than there are
+// free slots. So a single client gets at most half of the slots, rounded up.
 func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
 	if !shared {
 		return quota.New(int64(maxOpen), nil)
@@ -187,8 +187,8 @@ func (q *queue) next(ctx context.Context, lost <-chan struct{}) ([]item, error) 
 
 // nextRedelivery returns a message to redeliver now, if there is one. Otherwise due becomes
 // ready when the next one is due; it is nil if none waits, or if new items come first. The
-// messages of a failed batch of several precede all other items. Messages that have failed
-// alone alternate with new items.
+// messages of a failed batch of several messages precede all other items. Messages that have
+// failed alone alternate with new items.
 func (q *queue) nextRedelivery() (it item, due <-chan time.Time, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -269,7 +269,7 @@ func (q *queue) firstResult(d *delivery) bool {
 	return true
 }
 
-// redeliverAlone queues the messages of a failed batch of several for redelivery, each alone.
+// redeliverAlone queues the messages of a failed batch for redelivery, each alone.
 func (q *queue) redeliverAlone(d *delivery) {
 	q.redeliver(d, func() { q.redeliveries.addUnidentified(d.items) })
 }
@@ -362,7 +362,7 @@ func (q *queue) close() []item {
 	return items
 }
 
-// stallTimeout is how long a full pipeline makes no progress before it is logged as stalled.
+// stallTimeout is how long a full pipeline may make no progress before a stall is logged.
 const stallTimeout = 10 * time.Second
 
 // watchForStalls checks for stalls periodically, until the input closes. It runs on a goroutine
@@ -383,8 +383,8 @@ func (q *queue) watchForStalls(paused func() bool) {
 
 // reportStall logs a warning if the pipeline makes no progress while max_in_flight or
 // max_buffer_bytes is reached: an output hangs, is very slow, or has a batching policy that can
-// never fill a batch. Each stall is logged once. It does not end before the limits are no
-// longer reached, because even a slow output makes progress from time to time.
+// never fill a batch. Each stall is logged once. It ends only when the limits are no longer
+// reached, because even a slow output makes progress from time to time.
 func (q *queue) reportStall(paused func() bool) {
 	q.mu.Lock()
 	idle := time.Since(q.lastProgress)

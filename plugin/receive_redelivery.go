@@ -22,9 +22,9 @@ const (
 // redeliveries holds the failed messages that are to be redelivered, each alone. It is guarded
 // by the queue's mutex.
 //
-// A successful delivery ends the waits of other messages, because it may be the end of an
-// outage. A message that fails again after such an expedited redelivery waits for its full
-// time; otherwise a message that always fails would be redelivered after each success.
+// A successful delivery ends the waits of other messages, because it may mean that an outage is
+// over. A message that fails again after such an expedited redelivery waits for its full time;
+// otherwise a message that always fails would be redelivered after each success.
 type redeliveries struct {
 	unidentified []item // messages of failed batches of several messages, in order
 	ready        []item // messages that failed alone and no longer have to wait, in order
@@ -53,7 +53,7 @@ func (q *redeliveries) addFailed(it item, now time.Time) {
 }
 
 // redeliveryWait returns how long a message waits after it has failed, with a jitter of 50 %.
-// failures is the number of its earlier failures. outage reports whether the input has had no
+// failures is the number of its earlier failures. outage is true if the input has had no
 // successful delivery since the last of them. Without jitter, messages that an output has
 // batched with one that always fails would be batched with it again.
 func redeliveryWait(failures int, outage bool) time.Duration {

@@ -161,7 +161,7 @@ func (r *responder) send(ctx context.Context, responses []*syncResponse, done fu
 func (r *responder) sendTo(ctx context.Context, session *cryo.Session, responses []*syncResponse) []error {
 	var (
 		messages []*outMessage
-		ends     = make([]int, len(responses)) // index in messages of the end of each response
+		ends     = make([]int, len(responses)) // by response: the index in messages at which it ends
 	)
 	for i, resp := range responses {
 		messages = append(messages, resp.outMessages()...)

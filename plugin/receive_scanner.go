@@ -132,8 +132,8 @@ func checkChunks(config any) error {
 	return nil
 }
 
-// open opens the scanner for a stream with a name. The scanner's own acknowledgement has no
-// effect, because the scanner may end before the stream.
+// open opens the scanner for a stream. name is the name of the stream. The scanner's own
+// acknowledgement has no effect, because the scanner may end before the stream.
 func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, err error) {
 	defer catchPanic(&err)
 	details := service.NewScannerSourceDetails()
@@ -219,7 +219,7 @@ func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.Batc
 	}
 	if algorithm == "pgzip" {
 		// pgzip reads the same format on a goroutine of its own. A panic there cannot be
-		// recovered, and the goroutine leaks, with 4 MiB, if the inner scanner fails early.
+		// recovered, and the goroutine and its 4 MiB leak if the inner scanner fails early.
 		algorithm = "gzip"
 	}
 	into, err := conf.FieldScanner(fieldInto)
@@ -275,7 +275,7 @@ func (s *boundedScan) NextBatch(ctx context.Context) (service.MessageBatch, serv
 // and the padding of archives.
 const readAhead = 64 << 10
 
-// boundedReader fails when a scanner reads more than maxBytes and readAhead for a message.
+// boundedReader fails when a scanner reads more than maxBytes plus readAhead for a message.
 type boundedReader struct {
 	io.ReadCloser
 	maxBytes int64

@@ -18,7 +18,7 @@ import (
 // Incoming streams. A scanner splits each stream into messages.
 
 // acceptStreams receives the streams of a session until the session ends or the engine stops
-// reading. With flow_control: pull, it first asks the peer to send chunks on request only.
+// reading. With flow_control: pull, it first asks the peer to send chunks only on request.
 func (f *sessionFeed) acceptStreams() {
 	if f.conf.streams.pull && f.conf.types[cryo.KindStream] {
 		ctx, cancel := context.WithTimeout(f.stopped, pullTimeout)
@@ -86,9 +86,9 @@ func (c *receiveConfig) receivesStream(name string) bool {
 	return c.types[cryo.KindStream] && (len(c.streams.names) == 0 || slices.Contains(c.streams.names, name))
 }
 
-// discardStream reads a stream that the configuration excludes to its end, and acknowledges it.
-// Cancelling it would avoid transferring its bytes, but its sender may treat that as a failure
-// and send the stream again.
+// discardStream reads an excluded stream to its end and acknowledges it. Cancelling it would
+// avoid transferring its bytes, but its sender may treat that as a failure and send the stream
+// again.
 func (f *sessionFeed) discardStream(st *cryo.IncomingStream) {
 	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 	n, err := io.Copy(io.Discard, st)
@@ -255,8 +255,9 @@ func (f *sessionFeed) scan(t *transfer) error {
 	}
 }
 
-// readerFailed returns the error of a scanner's reader that has failed, or nil. With
-// continue_on_error, the scanner csv returns that error again and again, as the error of a row.
+// readerFailed returns the error of the scanner's reader if the messages of a batch carry it,
+// and otherwise nil. The scanner csv with continue_on_error returns such batches again and
+// again, as if a row were invalid.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
 		var row *csv.ParseError

@@ -83,7 +83,7 @@ func TestRedeliveriesBackOffUntilADeliverySucceeds(t *testing.T) {
 		n := tries(10 * time.Minute)
 		require.Less(t, n, 100*40, "about every half minute each")
 		require.Greater(t, n, 100*15)
-		e.log.want(t, "A message fails repeatedly", "error=the disk is full")
+		e.log.want(t, "A message has failed repeatedly", "error=the disk is full")
 
 		for i := range sent {
 			e.arrival().deliver()

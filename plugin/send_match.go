@@ -112,8 +112,8 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 	return false
 }
 
-// evaluate runs the mapping on message i and a session. The mapping reads the message, and
-// writes to its view, which has no content before, so that the result is only what the mapping
+// evaluate runs the mapping on message i and a session. The mapping reads the message and
+// writes to its view. The view is emptied first, so that the result is only what the mapping
 // assigns.
 func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err error) {
 	defer catchPanic(&err)

@@ -12,12 +12,12 @@ import (
 // Sending a batch across reconnects.
 
 // maxResendWait is the maximum of the random wait before a batch that was lost with two or more
-// sessions is sent again. Another batch may be what ends the sessions: the wait makes it likely
-// that each batch is sent before that one sooner or later.
+// sessions is sent again. If another batch ends the sessions, the random wait lets each batch
+// be sent ahead of that one sooner or later.
 const maxResendWait = 200 * time.Millisecond
 
 // reconnecting is the route of one batch. It sends all messages on one session, and those that
-// the session does not acknowledge on the next.
+// the session has not acknowledged when it ends on the next one.
 type reconnecting struct {
 	*dialer
 	session  *cryo.Session // the first session

@@ -4,7 +4,7 @@ import (
 	"runtime/debug"
 )
 
-// Other builds use the build information of the binary. A release build sets these:
+// A release build sets these variables; other builds use the build information of the binary:
 //
 //	go build -ldflags "-X main.releaseVersion=v1.2.3 -X main.releaseCommit=… -X main.releaseDate=…"
 var (
