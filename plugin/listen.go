@@ -121,7 +121,7 @@ func (ln *listener) serve(socket net.Listener, down chan struct{}) {
 	if errors.Is(err, http.ErrServerClosed) {
 		return
 	}
-	ln.log.With("address", socket.Addr(), "error", withOpenFilesHint(err)).Error("Listener failed: listening again, sessions stay connected")
+	ln.log.With("address", socket.Addr(), "error", withOpenFilesHint(err)).Error("Listener failed: listening again; sessions stay connected")
 	close(down)
 }
 

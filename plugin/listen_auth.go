@@ -124,7 +124,7 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 	case r.err != nil:
 		return s, nil
 	case len(s.Tokens) == 0 && mapping == nil:
-		r.err = fmt.Errorf("either the field %s or %s is required: without them, all clients would be denied", fieldTokens, fieldAuthorize)
+		r.err = fmt.Errorf("one of the fields %s and %s is required: without it, all clients would be denied", fieldTokens, fieldAuthorize)
 		return s, nil
 	case len(s.Tokens) > 0 && mapping != nil:
 		r.err = fmt.Errorf("the fields %s and %s cannot be used together", fieldTokens, fieldAuthorize)

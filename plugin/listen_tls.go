@@ -111,7 +111,7 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	}
 	config.ClientCAs = x509.NewCertPool()
 	if !config.ClientCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("no certificate in %s", s.ClientCAFile)
+		return nil, fmt.Errorf("no certificate found in %s", s.ClientCAFile)
 	}
 	config.ClientAuth = tls.RequireAndVerifyClientCert
 	if s.ClientAuth == clientAuthIfGiven {

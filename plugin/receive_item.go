@@ -86,7 +86,7 @@ func (it *item) describe(m *service.Message) {
 	it.source.describe(m)
 }
 
-// delivery is a batch that the pipeline is processing.
+// delivery is a batch that was passed to the pipeline and has not been completed.
 type delivery struct {
 	items     []item
 	responses *service.SyncResponseStore

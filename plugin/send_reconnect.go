@@ -32,7 +32,7 @@ func (r *reconnecting) next(ctx context.Context, n, lost int) (*cryo.Session, in
 	case 1: // the first loss, or the first since a session acknowledged messages
 		r.deadline = time.Now().Add(r.timeout)
 	}
-	inTime, cancel := context.WithDeadlineCause(ctx, r.deadline, fmt.Errorf("no other session within %s (%v)", fieldAckTimeout, r.timeout))
+	inTime, cancel := context.WithDeadlineCause(ctx, r.deadline, fmt.Errorf("no other session connected within %s (%v)", fieldAckTimeout, r.timeout))
 	defer cancel()
 	session, err := r.await(inTime)
 	if err == nil && lost > 1 {

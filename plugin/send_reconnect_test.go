@@ -111,7 +111,7 @@ func TestBatchFailsWithoutANewSessionWithinAckTimeout(t *testing.T) {
 		requirePlain(t, err)
 		require.NotErrorIs(t, err, net.ErrClosed, "it wraps none of the messages' errors")
 		require.ErrorContains(t, err, "2 of 3 messages were not acknowledged, first error: session ended: ")
-		require.ErrorContains(t, err, ", and no other session within ack_timeout (10s): dialling ws://"+somewhere+": dial tcp: connection refused")
+		require.ErrorContains(t, err, ", and no other session connected within ack_timeout (10s): dialling ws://"+somewhere+": dial tcp: connection refused")
 		e.log.want(t, "WARN Reconnecting failed", "url=ws://"+somewhere, "error=dialling")
 
 		// The engine keeps the next one until there is a session.
@@ -139,7 +139,7 @@ func TestReconnectTimeoutStartsAtTheFirstLoss(t *testing.T) {
 			f.wantPending(t, "within 10 s after the first loss")
 			end(peer)
 		}
-		require.ErrorContains(t, next(t, f.verdict), "no other session within ack_timeout (10s)")
+		require.ErrorContains(t, next(t, f.verdict), "no other session connected within ack_timeout (10s)")
 		require.InDelta(t, 14, time.Since(begin).Seconds(), maxResendWait.Seconds(), "at the first loss after that time")
 	})
 }
@@ -289,7 +289,7 @@ func TestOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 				e.net.cut()
 				begin := time.Now()
 				if !tt.delivered {
-					require.ErrorContains(t, next(t, f.verdict), "no other session within ack_timeout (20s): dialling ws://"+somewhere+": the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)")
+					require.ErrorContains(t, next(t, f.verdict), "no other session connected within ack_timeout (20s): dialling ws://"+somewhere+": the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)")
 					require.Equal(t, 20*time.Second, time.Since(begin))
 					f = e.produce("m")
 				}
@@ -314,7 +314,7 @@ func TestBatchWaitingForAHangingServerFailsAfterAckTimeout(t *testing.T) {
 		peer.Conn().Cut()
 		begin := time.Now()
 		hanging := server.NextPeer() // its handshake does not begin
-		f.wantFailed(t, "session ended: connection lost: read tcp 192.0.2.1:50000->192.0.2.2:80: connection reset by peer, and no other session within ack_timeout (10s)")
+		f.wantFailed(t, "session ended: connection lost: read tcp 192.0.2.1:50000->192.0.2.2:80: connection reset by peer, and no other session connected within ack_timeout (10s)")
 		require.Equal(t, 10*time.Second, time.Since(begin))
 
 		f = e.produce("next")

@@ -16,9 +16,9 @@ var errNoClient = errors.New("no client is connected")
 
 // targets finds the sessions for the messages of a batch.
 type targets interface {
-	// find groups messages, given by their indexes, by connected sessions. missing are the
-	// messages without a session: find may be called again with these, after sessions have
-	// connected.
+	// find groups messages, given as indexes in the batch, by the connected sessions to send
+	// them to. missing are the messages for which there is no session; find may be called again
+	// with these after more sessions have connected.
 	find(ln *listener, messages []int) (found []group, missing []int)
 	// missing returns the error of a message for which there is no session.
 	missing(message int) error
@@ -55,8 +55,7 @@ func (allSessions) find(ln *listener, messages []int) (found []group, missing []
 
 func (allSessions) missing(int) error { return errNoClient }
 
-// namedSessions are the targets of send_to: session. It contains the session id for each
-// message.
+// namedSessions are the targets of send_to: session: the session id for each message.
 type namedSessions []uint64
 
 func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, messages []*outMessage) namedSessions {
