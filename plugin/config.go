@@ -297,8 +297,8 @@ var registerLintMethod = sync.OnceFunc(func() {
 	})
 })
 
-// lintByBuilding adds the rule of a component, which builds a component with the configuration
-// and discards it.
+// lintByBuilding adds the lint rule of a component. The rule builds the component from the
+// configuration, discards it, and reports the error, unless a field has reported it already.
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
 	lintRules[name] = func(value any) error {
 		text, err := yaml.Marshal(value)

@@ -191,7 +191,7 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 	switch result := result.(type) {
 	case bool:
 		if !result {
-			return nil, errors.New("denied by authorize")
+			return nil, errors.New("denied by the field authorize")
 		}
 		return nil, nil
 	case map[string]any:

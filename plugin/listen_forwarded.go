@@ -131,8 +131,8 @@ func withoutBrackets(hop string) string {
 	return hop
 }
 
-// parseHop parses an IP address with or without a port. It removes the zone, because no network
-// contains an address with a zone.
+// parseHop parses an IP address with or without a port. It removes the zone, because
+// netip.Prefix.Contains is false for an address with a zone.
 func parseHop(hop string) (netip.Addr, bool) {
 	if withPort, err := netip.ParseAddrPort(hop); err == nil {
 		return withPort.Addr().Unmap().WithZone(""), true

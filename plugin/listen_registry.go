@@ -194,8 +194,8 @@ func (c *serverComponent) checkSettings(other *serverComponent) error {
 		c.name, other.name, c.settings.Address, strings.Join(different, ", "))
 }
 
-// open joins the listener the first time it is called, and repairs the listener if it is called
-// again. joined reports whether it has joined the listener.
+// open joins the listener on the first call, and repairs it on later calls. joined reports
+// whether this call joined it.
 func (c *serverComponent) open(ctx context.Context) (joined bool, err error) {
 	if c.listener != nil {
 		return false, c.listeners.repair(c.listener)

@@ -169,13 +169,13 @@ func TestAuthorizeMappingAllowsOrDeniesClients(t *testing.T) {
 		log           string
 	}{
 		{"everybody", `root = true`, true, ""},
-		{"nobody", `root = false`, false, "authorizing: denied by authorize"},
+		{"nobody", `root = false`, false, "authorizing: denied by the field authorize"},
 		{"by token", `root = this.token == "sesame & more"`, true, ""},
 		{"by session id, without loss", `root = this.session_id == "18446744073709551615"`, true, ""},
 		{"by address", `root = this.remote_address == "192.0.2.1:50000"`, true, ""},
 		{"by parameter", `root = this.query.room == "5"`, true, ""},
 		{"by header", `root = this.headers."x-room" == "6"`, true, ""},
-		{"by what is not there", `root = this.query.building == "7"`, false, "denied by authorize"},
+		{"by what is not there", `root = this.query.building == "7"`, false, "denied by the field authorize"},
 		{"a mapping that fails", `root = this.token.parse_json().admin`, false, "authorizing: authorize failed in line 1: the error is redacted"},
 		{"an object", `root.a = 5`, true, ""},
 		{"an object of which something is null", `root = { "a": null, "b": false }`, true, ""},

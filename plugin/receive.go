@@ -108,7 +108,7 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	if err == nil {
 		if delivered, responses, err = d.match(); err != nil {
 			if log, ok := r.responseLog.allow(); ok {
-				log.With("messages", len(d.items), "error", err).Warn("Redelivering a batch message by message")
+				log.With("messages", len(d.items), "error", err).Warn("Redelivering the messages of a batch one by one")
 			}
 		}
 	}
@@ -116,7 +116,7 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	case err == nil:
 		r.delivered(ctx, d, delivered, responses)
 	case len(d.items) > 1:
-		r.log.With("messages", len(d.items), "error", err).Debug("Redelivering a batch message by message")
+		r.log.With("messages", len(d.items), "error", err).Debug("Redelivering the messages of a batch one by one")
 		r.queue.redeliverAlone(d)
 	case r.conf.replay:
 		r.logFailure(&d.items[0], err)

@@ -309,7 +309,7 @@ func TestLaterInputEmitsConnectedForEachSession(t *testing.T) {
 	})
 }
 
-func TestStopEmitsNoDisconnected(t *testing.T) {
+func TestStopEmitsNoDisconnectedEvent(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		p := e.run(listenEvents, toProbe)
 		e.dialAs(7)

@@ -30,7 +30,7 @@ type queue struct {
 
 	// Accessed only by ReadBatch, and by close.
 	rest     []item // new items that were received from arrivals, but not returned yet
-	newFirst bool   // whether the next batch has new items, even if an item that has failed alone is due
+	newFirst bool   // whether the next batch takes new items, if there are any, before an item that has failed alone and is due
 
 	stallReported bool // whether the current stall has been logged; accessed only by watchForStalls
 

@@ -54,8 +54,8 @@ func (q *redeliveries) addFailed(it item, now time.Time) {
 
 // redeliveryWait returns how long a message waits after it has failed, with a jitter of 50 %.
 // failures is the number of its earlier failures. outage is true if the input has had no
-// successful delivery since the last of them. Without jitter, messages that an output has
-// batched with one that always fails would be batched with it again.
+// successful delivery since the last earlier failure. Without jitter, messages that an output
+// has batched with one that always fails would be batched with that one again.
 func redeliveryWait(failures int, outage bool) time.Duration {
 	wait := min(minRedeliveryWait<<min(failures, outageFailures), maxRedeliveryWait)
 	if more := failures - outageFailures + 1; outage && more > 0 {

@@ -247,7 +247,7 @@ func TestMessagesWithAmbiguousResponsesAreRedeliveredAlone(t *testing.T) {
 			sent[i].wantAcked(t, "answered")
 			wantNothing(t, c)
 		}
-		e.log.want(t, "WARN Redelivering a batch message by message", "messages=4", "error=ambiguous synchronous response: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
+		e.log.want(t, "WARN Redelivering the messages of a batch one by one", "messages=4", "error=ambiguous synchronous response: keep the metadata cryo_session_id, cryo_ack_id and cryo_tx_id, and use no batching in an output that responds")
 	})
 }
 

@@ -299,7 +299,7 @@ func (r *boundedReader) Read(p []byte) (n int, err error) {
 }
 
 func tooLarge(maxBytes int64) error {
-	return fmt.Errorf("%w (%d) with a single message", errTooLong, maxBytes)
+	return fmt.Errorf("%w: one of its messages is longer than %d bytes", errTooLong, maxBytes)
 }
 
 // tarScanners replaces the engine's scanner tar, which does not limit the size of a file: a

@@ -291,7 +291,7 @@ func TestMessageOfACompressedStreamCannotExceedMaxBytes(t *testing.T) {
 				e.log.want(t, "WARN Stream failed", "error=scanner: ")
 				e.log.want(t, fmt.Sprint("session=", peer.ID()))
 				e.log.want(t, "stream=bomb")
-				e.log.want(t, "stream exceeds max_bytes (1000000) with a single message")
+				e.log.want(t, "stream exceeds max_bytes: one of its messages is longer than 1000000 bytes")
 				require.NoError(t, peer.Err(), "the session goes on")
 			})
 		})

@@ -166,7 +166,7 @@ func (s *sender) finish(ctx context.Context, r route, session *cryo.Session, mes
 		return
 	}
 	for _, m := range unacknowledged {
-		m.err = fmt.Errorf("not acknowledged by %d sessions in a row, last error: %w", lost, m.err)
+		m.err = fmt.Errorf("not acknowledged by %d sessions in a row; last error: %w", lost, m.err)
 	}
 }
 

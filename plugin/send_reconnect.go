@@ -16,8 +16,8 @@ import (
 // be sent ahead of that one sooner or later.
 const maxResendWait = 200 * time.Millisecond
 
-// reconnecting is the route of one batch. It sends all messages on one session, and those that
-// the session has not acknowledged when it ends on the next one.
+// reconnecting is the route of one batch. It sends all messages on one session. When that session
+// ends, it sends those that are not acknowledged on the next one.
 type reconnecting struct {
 	*dialer
 	session  *cryo.Session // the first session

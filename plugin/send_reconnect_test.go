@@ -165,7 +165,7 @@ func TestBatchIsSentOnAtMostTenSessions(t *testing.T) {
 		}
 		err := next(t, f.verdict)
 		requirePlain(t, err)
-		require.ErrorContains(t, err, "2 of 2 messages were not acknowledged, first error: not acknowledged by 10 sessions in a row, last error: session ended: ")
+		require.ErrorContains(t, err, "2 of 2 messages were not acknowledged, first error: not acknowledged by 10 sessions in a row; last error: session ended: ")
 	})
 }
 

@@ -184,7 +184,7 @@ func TestMessageLostByTenWorkersFails(t *testing.T) {
 			receiveTexts(t, c, "poison")
 			end(c)
 		}
-		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by 10 sessions in a row, last error: session ended: ")
+		require.ErrorContains(t, next(t, f.verdict), "not acknowledged by 10 sessions in a row; last error: session ended: ")
 	})
 }
 
