@@ -149,7 +149,7 @@ func TestNothingIsAcknowledgedUntilTheOutputRecovers(t *testing.T) {
 	}
 }
 
-func TestMessageRejectedByThePipelineIsRejectedToItsSender(t *testing.T) {
+func TestRejectionByThePipelineIsReportedToTheSender(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
 	server, out := testkit.Serve(t), newFlaky()
 	runPipeline(t, func(b *service.StreamBuilder) {
