@@ -60,6 +60,7 @@ type conversation struct {
 	peer   *cryotest.Peer
 	broken bool // a reason to end was given
 	open   map[uint32]bool
+	chunks int // each may pause reads for a second
 	count  int
 	held   []*cryo.Message
 	may    map[uint32]int // how often a number may be acknowledged
@@ -76,17 +77,19 @@ func (c *conversation) send(vector []byte, number, at, xor byte) {
 	if xor != 0 {
 		frame[int(at)%len(frame)] ^= xor
 	}
-	if !c.broken {
-		c.expect(frame)
-	}
+	c.expect(frame)
 	_ = c.peer.WS.WriteMessage(websocket.BinaryMessage, frame) // it may have closed
 	synctest.Wait()
 	c.settle()
 	c.listen()
 }
 
-// expect notes what a frame entitles its sender to, and whether it ends the session.
+// expect notes what a frame entitles its sender to, and whether it ends the session. A session
+// that ends still acknowledges control frames until it has sent its close frame.
 func (c *conversation) expect(frame []byte) {
+	if sid := binary.BigEndian.Uint64(frame); sid == c.peer.SID && !wire.Type(frame[8]).Known() {
+		return // ignored
+	}
 	f, err := wire.Parse(frame)
 	if err != nil || f.SID != c.peer.SID {
 		c.broken = true
@@ -94,14 +97,16 @@ func (c *conversation) expect(frame []byte) {
 	}
 	switch f.Type {
 	case wire.EndpointInfo:
-		c.broken = f.Version != wire.Version
+		c.broken = c.broken || f.Version != wire.Version
 		c.may[f.Ack]++
 	case wire.Bye:
 		c.broken = true
 		c.may[f.Ack]++
 	case wire.TxStart: // nobody takes it, so it is never acknowledged
-		c.broken = c.open[f.Tx]
+		c.broken = c.broken || c.open[f.Tx]
 		c.open[f.Tx] = true
+	case wire.TxChunk:
+		c.chunks++
 	case wire.TxFlow, wire.TxFetch, wire.TxCancel:
 		c.may[f.Ack]++
 	}
@@ -142,6 +147,8 @@ func (c *conversation) listen() {
 func (c *conversation) end(sending *call, bound int) {
 	if !c.broken {
 		require.NoError(c.t, c.s.Err(), "nothing was malformed")
+		time.Sleep(time.Duration(c.chunks) * time.Second)
+		c.settle() // what was behind chunks
 		for _, m := range c.held {
 			require.NoError(c.t, m.Reject("no"))
 		}

@@ -117,7 +117,7 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 			last = withHint(failed)
 			if d.lastLogged.Swap(failed) != failed {
 				if log, ok := d.awaitLog.allow(); ok {
-					log.With("url", d.logURL, "error", last).Warn("Reconnecting failed: unacknowledged messages wait for the next attempt")
+					log.With("url", d.logURL, "error", last).Warn("Reconnecting failed; unacknowledged messages wait for the next attempt")
 				}
 			}
 		case errors.Is(err, cryo.ErrClosed):

@@ -225,7 +225,7 @@ func TestTemporaryAcceptErrorsAreLogged(t *testing.T) {
 		time.Sleep(20 * time.Second)
 
 		e.dial()
-		lines := e.log.count("WARN Cannot accept clients: retrying")
+		lines := e.log.count("WARN Cannot accept clients; retrying")
 		require.Greater(t, lines, 5)
 		require.Less(t, lines, 20, "at most one a second")
 		e.log.want(t, "too many open files; retrying in 5ms: raise the limit of open files")
@@ -255,6 +255,6 @@ func TestHTTPServerErrorsAreLoggedAtTheRightLevel(t *testing.T) {
 	log.Print("http: Accept error: " + errors.New("connection aborted").Error() + "; retrying in 5ms")
 	book.want(t, "WARN Panic during the handshake of a client")
 	book.want(t, "DEBUG Malformed HTTP request or TLS handshake")
-	book.want(t, "WARN Cannot accept clients: retrying")
+	book.want(t, "WARN Cannot accept clients; retrying")
 	require.Zero(t, book.count("raise the limit"))
 }

@@ -86,7 +86,7 @@ func serverLog(log *service.Logger) *stdlog.Logger {
 				if strings.Contains(cause, syscall.EMFILE.Error()) { // the text of ENFILE contains that of EMFILE
 					cause += ": " + openFilesHint
 				}
-				log.With("error", cause).Warn("Cannot accept clients: retrying")
+				log.With("error", cause).Warn("Cannot accept clients; retrying")
 			}
 		} else if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
 			if log, ok := panics.allow(); ok {

@@ -78,7 +78,7 @@ func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedStr
 }
 
 func (n namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
-	groups := make(map[uint64]int) // index in found by session id, or -1 if the session is not connected
+	groups := make(map[uint64]int) // for each session id, the index of its group in found, or -1 if the session is not connected
 	for _, i := range messages {
 		at, known := groups[n[i]]
 		if !known {
