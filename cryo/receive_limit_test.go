@@ -255,8 +255,8 @@ func TestInvalidHeaderEndsTheSessionBeforeItsPayload(t *testing.T) {
 	}
 }
 
-// The last net: a session that nobody closes, receives from or discards holds the memory
-// of its server until it is collected.
+// If an application drops a session without closing or discarding it, its part of the server's
+// receive buffer is released when the session is garbage-collected.
 func TestGarbageCollectedSessionReleasesItsReceiveBuffer(t *testing.T) {
 	_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: 100_000}})
 	func() {

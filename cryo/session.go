@@ -422,8 +422,8 @@ const takeOverTimeout = time.Second
 
 // closeWith ends the session with a close handshake, without BYE: the writer writes queued
 // frames and the close frame, and half-closes; the reader discards data until the peer closes.
-// If Close is waiting for the acknowledgement of a TX_CANCEL, this close frame is sent in place
-// of its own: the first one counts. It reports whether the cause is the first one.
+// If Close is waiting for the acknowledgement of a TX_CANCEL, this close frame is sent instead of
+// Close's, because only the first one is sent. closeWith reports whether its cause is the first.
 func (s *Session) closeWith(cause error, code int, reason string) bool {
 	first := s.beginClosing(cause)
 	s.writer.queueClose(closeFrame{code: code, reason: closeReason(reason)})

@@ -358,10 +358,11 @@ func (in *incomingStreams) cancelAcknowledged(number uint32) {
 	in.changedLocked()
 }
 
-// awaitCancels waits until the peer has acknowledged each TX_CANCEL, cancelGrace has passed
-// since then for a stream that was accepted, and the TX_FINISH of each acknowledged stream has been received, or until one of
-// the channels is closed. For each of them it waits for at most half of timeout, that of the close
-// handshake, after it was sent or acknowledged, because some peers never answer.
+// awaitCancels waits until the peer has acknowledged each TX_CANCEL (and, for a stream that was
+// accepted, cancelGrace has passed since then), and the TX_FINISH of each acknowledged stream has
+// been received. It returns earlier if one of the channels is closed. timeout is that of the close
+// handshake; for each frame awaitCancels waits for at most half of it, because some peers never
+// answer.
 func (in *incomingStreams) awaitCancels(timeout time.Duration, enough, ended <-chan struct{}) {
 	begin := time.Now()
 	for {

@@ -7,7 +7,7 @@
 //		inEngine(t, func(t *testing.T, e *engine) { // virtual time, a network in memory
 //			e.run(with(listenInput, "max_in_flight: 1"), toProbe)
 //			client := e.dial()         // a session with the listener
-//			m := send(client, "hello") // in the background
+//			m := send(client, "hello") // does not wait for the acknowledgement
 //			e.arrival().fail(errOutput)
 //			m.wantPending(t, "it is redelivered")
 //			e.want("hello")[0].deliver()

@@ -152,7 +152,7 @@ func (q *queued) await(ctx context.Context, result func(session *cryo.Session, e
 func (q *queued) settle(w *ackWait, err error, result func(session *cryo.Session, errs []error)) {
 	w.settled = true
 	q.late = q.late || isLate(err)
-	errs := errorsOf(err)
+	errs := errorsOf(err, len(q.messages))
 	q.metrics.countResults(q.messages, errs)
 	result(w.session, errs)
 }
@@ -175,12 +175,15 @@ func (q *queued) tick(waits []ackWait, result func(session *cryo.Session, errs [
 }
 
 // errorsOf returns the errors of the messages, by index, from an error of [cryo.Pending.Wait].
-// It returns nil if there is none.
-func errorsOf(err error) []error {
+// It returns nil only without an error. An error that names no messages is that of each.
+func errorsOf(err error, messages int) []error {
+	if err == nil {
+		return nil
+	}
 	if failed, ok := errors.AsType[*cryo.BatchError](err); ok {
 		return failed.Errs
 	}
-	return nil
+	return slices.Repeat([]error{err}, messages)
 }
 
 // sendStream sends a message as a stream, and waits for its acknowledgement.

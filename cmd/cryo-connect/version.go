@@ -15,8 +15,8 @@ var (
 
 const unknown = "unknown"
 
-// buildStamp returns the version, with the commit if it is known, and the date of the build or
-// of its commit. info is the build information of the binary, or nil.
+// buildStamp returns the version, including the commit if that is known, and the date of the
+// build, or else of the commit. info is the build information of the binary; it may be nil.
 func buildStamp(info *debug.BuildInfo) (version, date string) {
 	version, commit, date := releaseVersion, releaseCommit, releaseDate
 	if info != nil {

@@ -16,12 +16,12 @@ import (
 // line. Its methods may be called from any goroutine.
 type Lines struct {
 	tb    testing.TB
-	name  string        // of the writer
+	name  string        // name of the writer, for failures
 	ended chan struct{} // closed after the last line; nil if there is none
 
 	mu      sync.Mutex
 	all     []string
-	waiting []string      // those of all that nobody has taken
+	waiting []string      // lines that no wait has taken yet
 	changed chan struct{} // closed and replaced with each line
 }
 
