@@ -25,10 +25,11 @@ type Upgrade struct {
 	Value any
 }
 
-// AdmissionError is returned by Authorize to deny a client whose token is valid. The client
-// receives its status and message in place of 401.
+// AdmissionError is returned by Authorize to deny a client for another reason than its token.
+// The client receives its status and message in place of 401. It may be wrapped: the text of the
+// whole error is only logged.
 type AdmissionError struct {
-	StatusCode int    // the HTTP status. Default 403; 401 would be a rejected token
+	StatusCode int    // the HTTP status. Default 403; 503 if the token cannot be checked at the moment
 	Message    string // the text of the response
 }
 

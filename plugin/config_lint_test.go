@@ -20,33 +20,34 @@ import (
 // fieldValues are values of our fields, in YAML, by their paths. Each begins valid; the test
 // adds null, values of other types, and mutations.
 var fieldValues = map[string][]string{
-	"url":              {`ws://localhost:8080`, `WSS://[::1]:443/a/path?room=5#x`, `ws://[fe80::1%25lo]:80`, `ws://h`, `ws://[::1`, `ws://h/%zz`, `ws://h:port/`, `ws://h:99999`, `ws://h:0`, `ws://h:`, `ws://h\x`, `ws://h?%61uthorization=1`, `ws://h?x-cryo-sid=1`, `ws://h?a;b`, `ws://u:p@h`, `ws://u:p%zz@h`, `http://h`, `ws:h`, `ws:///p`, `//h`},
-	"token":            {`a`, `a b`, "a\x01"},
-	"query_parameters": {`{ room: "5" }`, `{ authorization: a }`, `{ x-cryo-sid: a }`, `{ Authorization: a }`, `{ "": "" }`, `{ "a\r\n": "\0" }`, `{ a: 5 }`, `{ a: [ b ] }`},
-	"headers":          {`{ X-Room: "5" }`, `{ host: example.com }`, `{ Connection: close }`, `{ upgrade: a }`, `{ Sec-WebSocket-Key: a }`, `{ sec-websocket-version: "8" }`, `{ Sec-WebSocket-Extensions: a }`, `{ Sec-WebSocket-Protocol: a }`, `{ "a b": a }`, `{ "": a }`, `{ "ä": a }`, `{ a: "b\r\nc" }`, `{ a: "\0" }`, `{ a: "ä" }`, `{ a: [ b ] }`, `{ a: null }`},
-	"tls":              {`{ enabled: false }`, `{ enabled: true }`, `{ root_cas: a }`, `{ enabled: true, root_cas: a, root_cas_file: b }`, `{ enabled: true, client_certs: [ { cert: a, key: b } ] }`, `{ enabled: true, client_certs: [ { cert: a } ] }`, `{ enabled: true, client_certs: [ {} ] }`, `{ cert_file: a, key_file: b }`, `{ cert_file: a }`, `{ key_file: a }`, `{ client_ca_file: a }`, `{ client_auth: verify_if_given }`, `{ client_auth: none }`, `{ min_version: tls13 }`, `{ min_version: TLS13 }`, `{ min_version: null }`, `{ unknown: 1 }`},
-	"proxy_url":        {`http://localhost:3128`, `socks5://u:p@h`, `HTTPS://h`, `socks5h://[::1]:1`, `http://%zz`, `http://[::1`, `http://h:99999`, `http://h:0`, `http://:80`, `ftp://h`, `h:80`},
-	"address":          {`127.0.0.1:8080`, `:0`, `[::]:80`, `[::1]:65535`, `localhost:80`, `exa_mple.com:80`, `[fe80::1%lo]:80`, `300.1.1.1:80`, `1.2.3:80`, `[localhost]:80`, `::1:80`, `h:65536`, `h:-1`, `h:+80`, `h:http`, `h`, `h:`, `a b:80`, `a/b:80`, `ws://h:80`},
-	"path":             {`/`, `/feed`, `feed`, `/a?b`, `/%zz`},
-	"tokens":           {`[ a ]`, `[ a, b, a ]`, `[]`, `[ "" ]`, `[ null ]`, `[ 5 ]`, `[ [ a ] ]`, `[ { a: b } ]`},
-	"authorize":        {`root = true`, `root = this.token ==`, `deleted()`, `import "nowhere.blobl"`, `root = no_such_function()`},
-	"session_metadata": {`{ query_parameters: [ room ], headers: [ Host ] }`, `{ query_parameters: [ authorization ] }`, `{ headers: [ "a b", "" ] }`, `{ headers: null }`, `{ query_parameters: room }`, `{ other: 1 }`, `{}`},
-	"allowed_origins":  {`[ "*" ]`, `[ "null", "https://a.example:8443", "capacitor://localhost" ]`, `[]`, `[ "https://a/" ]`, `[ "https://*.a" ]`, `[ "https://A" ]`, `[ a ]`, `[ null ]`, `[ "" ]`},
-	"trusted_proxies":  {`[ 10.0.0.0/8, "::1", "2001:db8::/32", "::ffff:10.0.0.0/104", "fe80::1%lo" ]`, `[]`, `[ 999.1.1.1 ]`, `[ 10.0.0.0/99 ]`, `[ ":::" ]`, `[ "fe80::%lo/64" ]`, `[ proxy ]`, `[ null ]`, `[ "" ]`, `[ 010.0.0.1 ]`},
-	"forwarded_header": {`forwarded`, `X-Forwarded-For`, `via`},
-	"message_types":    {`[ utf8 ]`, `[ utf8, binary, stream, error, utf8 ]`, `[ session ]`, `[ text ]`, `[]`, `[ null ]`, `[ UTF8 ]`},
-	"acknowledge":      {`received`, `Received`, `never`},
-	"streams":          {`{ names: [ a ], flow_control: pull, max_bytes: 0, max_open: 1, idle_timeout: 1s }`, `{ flow_control: Pull }`, `{ max_bytes: -1 }`, `{ max_bytes: null, max_open: null }`, `{ max_open: 0 }`, `{ max_open: many }`, `{ max_open: 99999999999999999999 }`, `{ idle_timeout: -1s }`, `{ idle_timeout: null }`, `{ names: null }`, `{ names: [ null ] }`, `{ scanner: { lines: {} } }`, `{ scanner: { chunker: { size: 0 } } }`, `{ scanner: { chunker: { size: 1e12 } } }`, `{ scanner: { words: {} } }`, `{ scanner: { decompress: { algorithm: zip } } }`, `{ scanner: { lines: { max_buffer_size: 0 } } }`, `{ scanner: { re_match: { pattern: "(" } } }`, `{ scanner: { csv: { custom_delimiter: "" } } }`, `{ scanner: { avro: {} } }`, `{ scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: zip } } } } }`, `{ scanner: { switch: [ { re_match_name: "(", scanner: { lines: {} } } ] } }`, `{ scanner: null }`, `{ scanner: lines }`, `{ scanner: {} }`, `{ other: 1 }`, `{}`},
-	"max_in_flight":    {`1`, `64`, `1e3`, `9007199254740992`, `9007199254740993`, `9223372036854775807`, `100000000000000000000`},
-	"include_metadata": {`false`, `off`},
-	"ack_timeout":      {`30s`, `1h2m`, `1ns`, `0s`, `-1s`, `1`, `1d`, `9999999999h`},
-	"message_type":     {`auto`, `stream`, `text`, `Binary`, `${! @kind }`, `${! @`, `a${! "b" }`, `${! throw( }`, `$$`},
-	"stream":           {`{ name: a, chunk_bytes: 1 }`, `{ name: "${! @path }" }`, `{ name: "${! @" }`, `{ name: null, chunk_bytes: null }`, `{ chunk_bytes: 0 }`, `{ chunk_bytes: 16777216 }`, `{ chunk_bytes: 16777217 }`, `{ chunk_bytes: 1.5 }`, `{ chunk_bytes: a }`, `{ other: 1 }`, `{}`},
-	"batching":         {`{ count: 10, period: 1s }`, `{ period: abc }`, `{ period: -1s }`, `{ period: null }`, `{ count: 0, period: 5 }`, `{ check: "this.a ==" }`, `{ check: "true" }`, `{ processors: [ { noop: {} } ] }`, `{ count: -1, processors: [ { noop: {} } ] }`, `{ count: 1, processors: [ { noop: {} } ] }`, `{ count: 2, processors: [ { nothing: {} } ] }`, `{ byte_size: -1 }`, `{ other: 1 }`, `{}`},
-	"send_to":          {`all`, `any`, `session`, `match`, `Any`, `some`},
-	"session_id":       {`7`, `${! @cryo_session_id }`, `${! @`},
-	"match":            {`root = true`, `root = @cryo_session.a ==`},
-	"no_session":       {`drop`, `Reject`, `panic`},
+	"url":                  {`ws://localhost:8080`, `WSS://[::1]:443/a/path?room=5#x`, `ws://[fe80::1%25lo]:80`, `ws://h`, `ws://[::1`, `ws://h/%zz`, `ws://h:port/`, `ws://h:99999`, `ws://h:0`, `ws://h:`, `ws://h\x`, `ws://h?%61uthorization=1`, `ws://h?x-cryo-sid=1`, `ws://h?a;b`, `ws://u:p@h`, `ws://u:p%zz@h`, `http://h`, `ws:h`, `ws:///p`, `//h`},
+	"token":                {`a`, `a b`, "a\x01"},
+	"query_parameters":     {`{ room: "5" }`, `{ authorization: a }`, `{ x-cryo-sid: a }`, `{ Authorization: a }`, `{ "": "" }`, `{ "a\r\n": "\0" }`, `{ a: 5 }`, `{ a: [ b ] }`},
+	"headers":              {`{ X-Room: "5" }`, `{ host: example.com }`, `{ Connection: close }`, `{ upgrade: a }`, `{ Sec-WebSocket-Key: a }`, `{ sec-websocket-version: "8" }`, `{ Sec-WebSocket-Extensions: a }`, `{ Sec-WebSocket-Protocol: a }`, `{ "a b": a }`, `{ "": a }`, `{ "ä": a }`, `{ a: "b\r\nc" }`, `{ a: "\0" }`, `{ a: "ä" }`, `{ a: [ b ] }`, `{ a: null }`},
+	"tls":                  {`{ enabled: false }`, `{ enabled: true }`, `{ root_cas: a }`, `{ enabled: true, root_cas: a, root_cas_file: b }`, `{ enabled: true, client_certs: [ { cert: a, key: b } ] }`, `{ enabled: true, client_certs: [ { cert: a } ] }`, `{ enabled: true, client_certs: [ {} ] }`, `{ cert_file: a, key_file: b }`, `{ cert_file: a }`, `{ key_file: a }`, `{ client_ca_file: a }`, `{ client_auth: verify_if_given }`, `{ client_auth: none }`, `{ min_version: tls13 }`, `{ min_version: TLS13 }`, `{ min_version: null }`, `{ unknown: 1 }`},
+	"proxy_url":            {`http://localhost:3128`, `socks5://u:p@h`, `HTTPS://h`, `socks5h://[::1]:1`, `http://%zz`, `http://[::1`, `http://h:99999`, `http://h:0`, `http://:80`, `ftp://h`, `h:80`},
+	"address":              {`127.0.0.1:8080`, `:0`, `[::]:80`, `[::1]:65535`, `localhost:80`, `exa_mple.com:80`, `[fe80::1%lo]:80`, `300.1.1.1:80`, `1.2.3:80`, `[localhost]:80`, `::1:80`, `h:65536`, `h:-1`, `h:+80`, `h:http`, `h`, `h:`, `a b:80`, `a/b:80`, `ws://h:80`},
+	"path":                 {`/`, `/feed`, `feed`, `/a?b`, `/%zz`},
+	"tokens":               {`[ a ]`, `[ a, b, a ]`, `[]`, `[ "" ]`, `[ null ]`, `[ 5 ]`, `[ [ a ] ]`, `[ { a: b } ]`},
+	"authorize":            {`root = true`, `root = this.token ==`, `deleted()`, `import "nowhere.blobl"`, `root = no_such_function()`},
+	"authorize_processors": {`[ { noop: {} } ]`, `[ { mapping: "root = this.token" }, { catch: [ { noop: {} } ] } ]`, `[ { mapping: "root = this ==" } ]`, `[ { nothing: {} } ]`, `[ noop ]`, `{ noop: {} }`, `[]`, `[ null ]`, `[ {} ]`, `[ { noop: {}, mapping: "root = 1" } ]`},
+	"session_metadata":     {`{ query_parameters: [ room ], headers: [ Host ] }`, `{ query_parameters: [ authorization ] }`, `{ headers: [ "a b", "" ] }`, `{ headers: null }`, `{ query_parameters: room }`, `{ other: 1 }`, `{}`},
+	"allowed_origins":      {`[ "*" ]`, `[ "null", "https://a.example:8443", "capacitor://localhost" ]`, `[]`, `[ "https://a/" ]`, `[ "https://*.a" ]`, `[ "https://A" ]`, `[ a ]`, `[ null ]`, `[ "" ]`},
+	"trusted_proxies":      {`[ 10.0.0.0/8, "::1", "2001:db8::/32", "::ffff:10.0.0.0/104", "fe80::1%lo" ]`, `[]`, `[ 999.1.1.1 ]`, `[ 10.0.0.0/99 ]`, `[ ":::" ]`, `[ "fe80::%lo/64" ]`, `[ proxy ]`, `[ null ]`, `[ "" ]`, `[ 010.0.0.1 ]`},
+	"forwarded_header":     {`forwarded`, `X-Forwarded-For`, `via`},
+	"message_types":        {`[ utf8 ]`, `[ utf8, binary, stream, error, utf8 ]`, `[ session ]`, `[ text ]`, `[]`, `[ null ]`, `[ UTF8 ]`},
+	"acknowledge":          {`received`, `Received`, `never`},
+	"streams":              {`{ names: [ a ], flow_control: pull, max_bytes: 0, max_open: 1, idle_timeout: 1s }`, `{ flow_control: Pull }`, `{ max_bytes: -1 }`, `{ max_bytes: null, max_open: null }`, `{ max_open: 0 }`, `{ max_open: many }`, `{ max_open: 99999999999999999999 }`, `{ idle_timeout: -1s }`, `{ idle_timeout: null }`, `{ names: null }`, `{ names: [ null ] }`, `{ scanner: { lines: {} } }`, `{ scanner: { chunker: { size: 0 } } }`, `{ scanner: { chunker: { size: 1e12 } } }`, `{ scanner: { words: {} } }`, `{ scanner: { decompress: { algorithm: zip } } }`, `{ scanner: { lines: { max_buffer_size: 0 } } }`, `{ scanner: { re_match: { pattern: "(" } } }`, `{ scanner: { csv: { custom_delimiter: "" } } }`, `{ scanner: { avro: {} } }`, `{ scanner: { decompress: { algorithm: gzip, into: { decompress: { algorithm: zip } } } } }`, `{ scanner: { switch: [ { re_match_name: "(", scanner: { lines: {} } } ] } }`, `{ scanner: null }`, `{ scanner: lines }`, `{ scanner: {} }`, `{ other: 1 }`, `{}`},
+	"max_in_flight":        {`1`, `64`, `1e3`, `9007199254740992`, `9007199254740993`, `9223372036854775807`, `100000000000000000000`},
+	"include_metadata":     {`false`, `off`},
+	"ack_timeout":          {`30s`, `1h2m`, `1ns`, `0s`, `-1s`, `1`, `1d`, `9999999999h`},
+	"message_type":         {`auto`, `stream`, `text`, `Binary`, `${! @kind }`, `${! @`, `a${! "b" }`, `${! throw( }`, `$$`},
+	"stream":               {`{ name: a, chunk_bytes: 1 }`, `{ name: "${! @path }" }`, `{ name: "${! @" }`, `{ name: null, chunk_bytes: null }`, `{ chunk_bytes: 0 }`, `{ chunk_bytes: 16777216 }`, `{ chunk_bytes: 16777217 }`, `{ chunk_bytes: 1.5 }`, `{ chunk_bytes: a }`, `{ other: 1 }`, `{}`},
+	"batching":             {`{ count: 10, period: 1s }`, `{ period: abc }`, `{ period: -1s }`, `{ period: null }`, `{ count: 0, period: 5 }`, `{ check: "this.a ==" }`, `{ check: "true" }`, `{ processors: [ { noop: {} } ] }`, `{ count: -1, processors: [ { noop: {} } ] }`, `{ count: 1, processors: [ { noop: {} } ] }`, `{ count: 2, processors: [ { nothing: {} } ] }`, `{ byte_size: -1 }`, `{ other: 1 }`, `{}`},
+	"send_to":              {`all`, `any`, `session`, `match`, `Any`, `some`},
+	"session_id":           {`7`, `${! @cryo_session_id }`, `${! @`},
+	"match":                {`root = true`, `root = @cryo_session.a ==`},
+	"no_session":           {`drop`, `Reject`, `panic`},
 
 	"extract_tracing_map": {`root = this.trace`, `root = this.`},
 	"inject_tracing_map":  {`root.trace = this`, `root = this.`},
@@ -144,7 +145,11 @@ func checkLint(t *testing.T, kind, name, path, value string) {
 		add("url", "ws://localhost")
 	} else {
 		add("address", "127.0.0.1:0")
-		if path != "authorize" {
+		switch path {
+		case "authorize":
+		case "authorize_processors":
+			add("authorize", "root = true")
+		default:
 			add("tokens", "[ a ]")
 		}
 		switch path {

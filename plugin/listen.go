@@ -28,14 +28,15 @@ type listener struct {
 	inputs   *listenInputs
 
 	// Guarded by the registry's mutex.
-	users  []*serverComponent // empty while the listener starts or closes; the first one reports the listener's metrics
+	users  []*serverComponent // empty while the listener starts or closes; the first one authorizes clients and reports the listener's metrics
 	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
 
 	mu      sync.Mutex
-	address net.Addr      // the actual address, whose port differs from the configured one if that is 0
-	down    chan struct{} // closed when accepting has failed
-	served  chan struct{} // closed when the socket has been closed and serve has returned
-	arrived chan struct{} // closed and replaced when a session connects
+	first   *serverComponent // the first of users, which authorizes clients; nil: the listener closes
+	address net.Addr         // the actual address, whose port differs from the configured one if that is 0
+	down    chan struct{}    // closed when accepting has failed
+	served  chan struct{}    // closed when the socket has been closed and serve has returned
+	arrived chan struct{}    // closed and replaced when a session connects
 }
 
 // newListener starts a listener with the settings of its first component.
@@ -47,7 +48,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	}
 	ln := &listener{
 		settings: settings, log: log, listen: listen, metrics: newListenMetrics(c.meter),
-		users: []*serverComponent{c}, closed: make(chan struct{}), arrived: make(chan struct{}),
+		users: []*serverComponent{c}, first: c, closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	if files != nil {
 		ln.tls = &tls.Config{GetConfigForClient: files.configure, MinVersion: tls.VersionTLS12}
@@ -58,7 +59,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 			MaxBufferBytes:    settings.MaxBufferBytes,
 			Logger:            libraryLogger(log),
 		},
-		Authorize:             c.authorize,
+		Authorize:             ln.authorize,
 		OnSession:             func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
 		OnSessionEnd:          ln.disconnected,
 		MaxSessions:           settings.MaxSessions,
@@ -193,6 +194,28 @@ func (ln *listener) connected(s *cryo.Session) {
 func (ln *listener) disconnected(s *cryo.Session) {
 	ln.metrics.countSession(-1)
 	ln.log.With("session", s.ID(), "error", s.Err()).Debug("Session disconnected")
+}
+
+// authorizeWith sets the component that authorizes clients, or nil if the listener closes.
+func (ln *listener) authorizeWith(c *serverComponent) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.first = c
+}
+
+// authorize is the server's Authorize. A component that leaves waits for the authorizations that
+// have begun with it before it closes its processors.
+func (ln *listener) authorize(u *cryo.Upgrade) error {
+	ln.mu.Lock()
+	c := ln.first
+	if c == nil {
+		ln.mu.Unlock()
+		return notNow("the listener closes")
+	}
+	c.processors.running.Add(1)
+	ln.mu.Unlock()
+	defer c.processors.running.Done()
+	return c.authorize(u)
 }
 
 // sessions returns the sessions that have not begun to end.

@@ -67,11 +67,11 @@ func admissionFields() []*service.ConfigField {
 			Default([]any{}).
 			Secret(),
 		service.NewBloblangField(fieldAuthorize).
-			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null.
+			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null. With `+"`authorize_processors`"+`, it also has `+"`this.answer`"+`.
 
-The result `+"`true`"+` accepts the client, and `+"`false`"+` denies it. An object accepts it as well, and its fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings are unchanged; numbers, booleans and times become text, arrays and nested objects JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. The metadata from a client, including `+"`session_metadata`"+`, is limited to %d fields and %d bytes per session: a client that exceeds it is denied with status 431. A client with control characters in the metadata, such as line breaks, is denied with status 400.
+The result `+"`true`"+` accepts the client, and `+"`false`"+` denies it. An object accepts it as well, and its fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings are unchanged; numbers, booleans and times become text, arrays and nested objects become JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. The metadata from a client, including `+"`session_metadata`"+`, is limited to %d fields and %d bytes per session: a client that exceeds it is denied with status 431. A client with control characters in the metadata, such as line breaks, is denied with status 400.
 
-All other results deny the client: an error, no assignment, an object whose fields are all null, and an object that merely returns the input: one with a field `+"`token`"+`, or with all of the query or headers, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the last example does. `+"`root = true`"+` accepts everybody.
+All other results deny the client: an error, no assignment, an object whose fields are all null, and an object that merely returns the input: one with a field `+"`token`"+`, or that contains the request's token, query or headers at any depth, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the last example does. `+"`root = true`"+` accepts everybody.
 
 If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, expired, or not valid yet. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
 
@@ -85,6 +85,7 @@ The methods for JWTs are part of the binary `+"`cryo-connect`"+`; a custom build
 let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
 			Optional(),
+		authorizeProcessorsField(),
 		service.NewObjectField(fieldSessionMetadata,
 			metadataQueryField.config().
 				Description("The names of query parameters: `room` becomes `cryo_query_room`. The parameter with the token is not allowed.").
@@ -107,19 +108,21 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 
 // admissionSettings are the settings of a listener that determine which clients are admitted.
 type admissionSettings struct {
-	Tokens    []string        `field:"tokens"`
-	Authorize string          `field:"authorize"` // source text of the mapping
-	Metadata  sessionMetadata `field:"session_metadata"`
-	Origins   []string        `field:"allowed_origins"`
+	Tokens     []string        `field:"tokens"`
+	Authorize  string          `field:"authorize"` // source text of the mapping
+	Processors []any           `field:"authorize_processors"`
+	Metadata   sessionMetadata `field:"session_metadata"`
+	Origins    []string        `field:"allowed_origins"`
 }
 
-func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
+func readAdmission(r *settingsReader, processors *authorizeProcessors) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
 	s.Tokens = tokensField.read(r)
 	s.Metadata.Query = metadataQueryField.read(r)
 	s.Metadata.Headers = metadataHeadersField.read(r)
 	s.Origins = allowedOriginsField.read(r)
 	mapping, text := readMapping(r, fieldAuthorize)
 	s.Authorize = text
+	s.Processors = readProcessorsSource(r)
 	switch {
 	case r.err != nil:
 		return s, nil
@@ -129,12 +132,15 @@ func readAdmission(r *settingsReader) (s admissionSettings, authorize func(*cryo
 	case len(s.Tokens) > 0 && mapping != nil:
 		r.err = fmt.Errorf("the fields %s and %s cannot be used together", fieldTokens, fieldAuthorize)
 		return s, nil
+	case len(s.Processors) > 0 && mapping == nil:
+		r.err = fmt.Errorf("the field %s requires the field %s, which decides about their answer", fieldAuthorizeProcessors, fieldAuthorize)
+		return s, nil
 	case mapping == nil:
 		checkToken := cryo.Tokens(s.Tokens...)
 		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, checkToken(u) })
 	default:
 		return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-			return authorizeBy(mapping, u, query)
+			return authorizeBy(mapping, processors, u, query)
 		})
 	}
 }
@@ -161,9 +167,9 @@ func (s sessionMetadata) admit(check func(*cryo.Upgrade, url.Values) (map[string
 	}
 }
 
-// authorizeBy runs the mapping authorize. It returns the metadata that the mapping grants, or
-// an error if the client is denied.
-func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
+// authorizeBy runs the processors and the mapping authorize. It returns the metadata that the
+// mapping grants, or an error if the client is denied.
+func authorizeBy(mapping *bloblang.Executor, processors *authorizeProcessors, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
 	headers := make(map[string]any, len(u.Request.Header)+1)
 	for name := range u.Request.Header {
 		headers[strings.ToLower(name)], _ = headerOf(u.Request, name)
@@ -177,14 +183,18 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 			parameters[name] = values[0]
 		}
 	}
-	result, err := runAuthorize(mapping, map[string]any{
+	client := map[string]any{
 		"token":              u.Token,
 		"session_id":         strconv.FormatUint(u.SessionID, 10),
 		"remote_address":     u.Request.RemoteAddr,
 		"query":              parameters,
 		"headers":            headers,
 		"client_certificate": certificateOf(u.Request.TLS),
-	})
+	}
+	if err := processors.run(u.Request.Context(), client); err != nil {
+		return nil, err
+	}
+	result, err := runAuthorize(mapping, client)
 	if err != nil {
 		return nil, mappingFailed(err)
 	}
@@ -201,10 +211,7 @@ func authorizeBy(mapping *bloblang.Executor, u *cryo.Upgrade, query url.Values) 
 		if isEmpty(result) {
 			return nil, errors.New("authorize returned an object whose fields are all null")
 		}
-		if echoesRequest(result, parameters) || echoesRequest(result, headers) {
-			return nil, errors.New("authorize returned an object with the whole query or all headers, which the client chooses")
-		}
-		return result, nil
+		return result, checkGranted(result, u.Token, parameters, headers)
 	case nil:
 		return nil, errors.New("authorize returned neither a boolean nor an object: root is null or not assigned")
 	default:
@@ -260,18 +267,33 @@ func isEmpty(value any) bool {
 	return true
 }
 
-// echoesRequest reports whether an object equals part, which is a part of the client's request,
-// or has a field that does.
-func echoesRequest(object, part map[string]any) bool {
-	if reflect.DeepEqual(object, part) {
-		return true
-	}
-	for _, field := range object {
-		if reflect.DeepEqual(field, any(part)) {
-			return true
+// checkGranted returns an error if a value that authorize returned, or any value in it, must not
+// become metadata: an object with the token, as in an answer that repeats the request, or an object
+// that equals one of those that the client chooses.
+func checkGranted(value any, token string, chosen ...map[string]any) error {
+	switch value := value.(type) {
+	case map[string]any:
+		if repeated, ok := value["token"].(string); ok && repeated == token {
+			return errors.New("authorize returned an object that contains the token, which must not become metadata")
+		}
+		for _, part := range chosen {
+			if reflect.DeepEqual(value, part) {
+				return errors.New("authorize returned an object with the whole query or all headers, which the client chooses")
+			}
+		}
+		for _, field := range value {
+			if err := checkGranted(field, token, chosen...); err != nil {
+				return err
+			}
+		}
+	case []any:
+		for _, element := range value {
+			if err := checkGranted(element, token, chosen...); err != nil {
+				return err
+			}
 		}
 	}
-	return false
+	return nil
 }
 
 // certificateOf returns the subject of a client's verified certificate, or nil.

@@ -107,7 +107,7 @@ func differences(a, b reflect.Value) []string {
 	return names
 }
 
-func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
+func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeProcessors) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
 	r := &settingsReader{conf: conf}
 	s.Address = addressField.read(r)
 	s.Path = pathField.read(r)
@@ -119,7 +119,7 @@ func listenSettingsFromParsed(conf *service.ParsedConfig) (s listenSettings, aut
 	s.HeartbeatInterval = heartbeatIntervalField.read(r)
 	s.tlsSettings = readTLSSettings(r)
 	s.proxySettings = readProxySettings(r)
-	s.admissionSettings, authorize = readAdmission(r)
+	s.admissionSettings, authorize = readAdmission(r, processors)
 	return s, authorize, r.err
 }
 

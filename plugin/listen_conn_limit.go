@@ -17,9 +17,9 @@ import (
 const minConnections = 1024
 
 // connLimit limits the number of connections without a session: when there are too many, it
-// closes the oldest one. The connection of a client becomes a session within milliseconds, so
-// the oldest one is probably not a client's. The limit is at least max_sessions, so that all
-// clients can connect at the same time.
+// closes the oldest one. The connection of a client becomes a session within milliseconds, or when
+// authorize_processors have returned, so the oldest one is probably not a client's. The limit is
+// at least max_sessions, so that all clients can connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog

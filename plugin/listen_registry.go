@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -134,12 +135,15 @@ func (l *listeners) test(c *serverComponent) error {
 
 // leave removes a component from its listener. in is its receiving half, or nil for an output.
 // The listener closes after the last component has left. Otherwise, the first of the remaining
-// components reports the listener's metrics.
+// components authorizes its clients and reports its metrics.
 func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent, in *receiver) error {
 	l.mu.Lock()
 	ln.users = slices.DeleteFunc(ln.users, func(user *serverComponent) bool { return user == c })
 	last := len(ln.users) == 0
-	if !last {
+	if last {
+		ln.authorizeWith(nil)
+	} else {
+		ln.authorizeWith(ln.users[0])
 		ln.metrics.reportAs(ln.users[0].meter)
 	}
 	l.mu.Unlock()
@@ -166,6 +170,8 @@ type serverComponent struct {
 	settings  listenSettings
 	authorize func(*cryo.Upgrade) error
 	listener  *listener // nil before the first Connect and after Close
+
+	processors authorizeProcessors // of authorize
 }
 
 func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resources, kind string) (*serverComponent, error) {
@@ -179,7 +185,7 @@ func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resource
 		c.name += " of the stream " + stream
 	}
 	var err error
-	c.settings, c.authorize, err = listenSettingsFromParsed(conf)
+	c.settings, c.authorize, err = listenSettingsFromParsed(conf, &c.processors)
 	return c, err
 }
 
@@ -213,13 +219,13 @@ func (c *serverComponent) ConnectionTest(context.Context) service.ConnectionTest
 	return service.ConnectionTestSucceeded().AsList()
 }
 
-// leave leaves the listener, if the component has joined it. in is the receiving half of an
-// input, or nil for an output.
+// leave leaves the listener, if the component has joined it, and closes the processors of
+// authorize. in is the receiving half of an input, or nil for an output.
 func (c *serverComponent) leave(ctx context.Context, in *receiver) error {
-	joined := c.listener
-	if joined == nil {
-		return nil
+	var err error
+	if joined := c.listener; joined != nil {
+		c.listener = nil
+		err = c.listeners.leave(ctx, joined, c, in)
 	}
-	c.listener = nil
-	return c.listeners.leave(ctx, joined, c, in)
+	return errors.Join(err, c.processors.close(ctx))
 }

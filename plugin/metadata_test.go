@@ -148,6 +148,7 @@ func TestClientWithControlCharactersInMetadataIsDenied(t *testing.T) {
 	for name, fields := range map[string]string{
 		"of session_metadata": "authorize: 'root = true', session_metadata: { query_parameters: [ room ] }",
 		"of authorize":        "authorize: 'root.query_room = this.query.room'",
+		"of an answer":        "authorize: 'root.room = this.answer', authorize_processors: [ { mapping: 'root = this.query.room' } ]",
 		"in a name":           "authorize: 'root = { (this.query.room): 1 }'",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -22,20 +22,21 @@ func init() {
 	if err := register(service.GlobalEnvironment(), d); err != nil {
 		panic(err) // only possible if another package has registered one of the names
 	}
+	lint := dependencies{lint: true}
 	lintByBuilding("input cryo", specsOnce.input, func(conf *service.ParsedConfig, res *service.Resources) error {
-		_, err := d.input(conf, res)
+		_, err := lint.input(conf, res)
 		return err
 	})
 	lintByBuilding("input cryo_server", specsOnce.serverInput, func(conf *service.ParsedConfig, res *service.Resources) error {
-		_, err := d.serverInput(conf, res)
+		_, err := lint.serverInput(conf, res)
 		return err
 	})
 	lintByBuilding("output cryo", specsOnce.output, func(conf *service.ParsedConfig, res *service.Resources) error {
-		_, _, _, err := d.output(conf, res)
+		_, _, _, err := lint.output(conf, res)
 		return err
 	})
 	lintByBuilding("output cryo_server", specsOnce.serverOutput, func(conf *service.ParsedConfig, res *service.Resources) error {
-		_, _, _, err := d.serverOutput(conf, res)
+		_, _, _, err := lint.serverOutput(conf, res)
 		return err
 	})
 }
@@ -55,6 +56,7 @@ func register(env *service.Environment, d dependencies) error {
 type dependencies struct {
 	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil means a net.Dialer
 	listeners *listeners                                                           // nil means those in the engine's resources
+	lint      bool                                                                 // components are built and discarded, without Close
 }
 
 func (d dependencies) input(conf *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
@@ -71,7 +73,11 @@ func (d dependencies) serverInput(conf *service.ParsedConfig, res *service.Resou
 	if err != nil {
 		return nil, err
 	}
-	return withExtraction(conf, "cryo_server", in)
+	extracting, err := withExtraction(conf, "cryo_server", in)
+	if err != nil {
+		return nil, err
+	}
+	return extracting, d.buildProcessors(conf, in.serverComponent)
 }
 
 func (d dependencies) output(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
@@ -90,7 +96,18 @@ func (d dependencies) serverOutput(conf *service.ParsedConfig, res *service.Reso
 		return nil, policy, 0, err
 	}
 	traced, err := withInjection(conf, out)
-	return traced, policy, maxInFlight, err
+	if err != nil {
+		return nil, policy, 0, err
+	}
+	return traced, policy, maxInFlight, d.buildProcessors(conf, out.serverComponent)
+}
+
+// buildProcessors builds the processors of a component that will be closed.
+func (d dependencies) buildProcessors(conf *service.ParsedConfig, c *serverComponent) error {
+	if d.lint {
+		return nil
+	}
+	return c.processors.build(conf, c.settings.HandshakeTimeout)
 }
 
 // setListeners adds the listeners of a test to the engine's resources.

@@ -5,8 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -73,4 +78,63 @@ func TestExpiredJWTIsLogged(t *testing.T) {
 	})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	p.WantLog("line 1", "token is expired")
+}
+
+func TestHTTPServiceAuthorizesClients(t *testing.T) {
+	var mu sync.Mutex
+	asked, status := 0, http.StatusOK
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		asked++
+		body, _ := io.ReadAll(r.Body)
+		w.WriteHeader(status)
+		switch string(body) {
+		case `{"token":"of ann"}`:
+			_, _ = io.WriteString(w, `{"allowed":true,"user":"ann","rooms":["a",1234567890123456785]}`)
+		case `{"token":"of bob"}`:
+			_, _ = io.WriteString(w, `{"allowed":false,"user":"bob"}`)
+		default:
+			_, _ = io.WriteString(w, `{"user":"nobody"}`)
+		}
+	}))
+	defer service.Close()
+	path := filepath.Join(t.TempDir(), "messages.jsonl")
+	p := example(t, "authorize_by_http.yaml", "CRYO_ADDRESS=127.0.0.1:0", "FILE="+path, "AUTHORIZE_URL="+service.URL)
+	url := "ws://" + p.Listening()
+	wantDenied := func(token string, status int) {
+		t.Helper()
+		_, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: token})
+		var denied *cryo.HandshakeError
+		require.ErrorAs(t, err, &denied)
+		require.Equal(t, status, denied.StatusCode)
+	}
+	set := func(code int) {
+		mu.Lock()
+		defer mu.Unlock()
+		status = code
+	}
+	for range 3 {
+		s, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: "of ann"})
+		require.NoError(t, err)
+		testkit.WantDelivered(t, s, "hello")
+		require.NoError(t, s.Close(t.Context(), ""))
+		wantDenied("of bob", http.StatusUnauthorized)
+		wantDenied("of nobody", http.StatusUnauthorized)
+	}
+	require.Equal(t, 3, asked, "the answers are cached")
+	require.JSONEq(t, `{"user":"ann","rooms":["a",1234567890123456785],"text":"hello"}`, strings.Split(strings.TrimSpace(testkit.ReadFile(t, path)), "\n")[0])
+
+	set(http.StatusForbidden)
+	wantDenied("of carl", http.StatusUnauthorized)
+	set(http.StatusInternalServerError)
+	wantDenied("of dora", http.StatusServiceUnavailable)
+	p.WantLog("authorize_processors failed: HTTP status 500")
+	service.CloseClientConnections()
+	service.Close()
+	wantDenied("of eve", http.StatusServiceUnavailable)
+	s, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: "of ann"})
+	require.NoError(t, err, "the answer is cached")
+	require.NoError(t, s.Close(t.Context(), ""))
+	p.Interrupt()
 }

@@ -1,0 +1,191 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"regexp"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+	"gopkg.in/yaml.v3"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+// The processors that run before the mapping authorize, such as a request to a service.
+
+const (
+	fieldAuthorizeProcessors = "authorize_processors"
+
+	// maxAuthorizing bounds the clients of a listener for which processors run at the same time.
+	maxAuthorizing = 256
+)
+
+func authorizeProcessorsField() *service.ConfigField {
+	return service.NewProcessorListField(fieldAuthorizeProcessors).
+		Description(fmt.Sprintf(`Processors that run for each client before the mapping `+"`authorize`"+`, which is required with them. Use them to ask an HTTP service, a cache or a database. They receive one message, whose content is the input of `+"`authorize`"+` as an object, including the token. The content of their result is `+"`this.answer`"+` in `+"`authorize`"+`: an object or another value if it is JSON, otherwise text.
+
+Only `+"`authorize`"+` accepts a client. So check the answer there: `+"`root = this.answer`"+` accepts a client if the answer is `+"`true`"+` or any object, even `+"`{\"allowed\":false}`"+`, and its fields become metadata.
+
+If the processors delete the message, the client is denied with status 401. If they fail, do not finish within `+"`%s`"+`, or return several messages, the client is denied with status 503, so that it tries again later. The log shows the cause, except for texts that may contain a part of the token. To the processor `+"`http`"+`, each status except 2xx is a failure. If a service denies clients with a status, set `+"`successful_on: [ 401, 403 ]`"+`, and check `+"`@http_status_code`"+` in a processor `+"`mapping`"+`.
+
+The processors run for up to %d clients at the same time. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
+		Default([]any{}).
+		Example([]any{
+			map[string]any{"http": map[string]any{"url": "http://accounts:8000/authorize", "verb": "POST", "timeout": "3s", "retries": 0}},
+		}).
+		Advanced()
+}
+
+// authorizeProcessors are the processors of one component, which builds and closes them. A listener
+// runs those of its first component, until that leaves.
+type authorizeProcessors struct {
+	timeout time.Duration             // of one run
+	slots   chan struct{}             // one value per run
+	list    []*service.OwnedProcessor // empty before build
+	running sync.WaitGroup            // authorizations of the listener that use this component; see listener.authorize
+}
+
+// readProcessorsSource returns the configuration of the processors, for comparison only, because
+// it may contain secrets.
+func readProcessorsSource(r *settingsReader) (source []any) {
+	if r.err != nil {
+		return nil
+	}
+	raw, err := r.conf.FieldAny(fieldAuthorizeProcessors)
+	if err != nil {
+		r.err = err
+		return nil
+	}
+	text, err := yaml.Marshal(raw) // the elements are of types of the engine
+	if err == nil {
+		err = yaml.Unmarshal(text, &source)
+	}
+	for i, processor := range source { // the engine's lint does not report such an element
+		if object, ok := processor.(map[string]any); err == nil && (!ok || len(object) == 0) {
+			err = fmt.Errorf("processor %d must be an object such as { mapping: root = this }", i)
+		}
+	}
+	if err != nil {
+		r.err = fmt.Errorf("field %s: %w", fieldAuthorizeProcessors, err)
+	}
+	return source
+}
+
+// build builds the processors. It is a step of its own because lint builds components without
+// closing them, and processors may open connections.
+func (p *authorizeProcessors) build(conf *service.ParsedConfig, timeout time.Duration) (err error) {
+	p.timeout, p.slots = timeout, make(chan struct{}, maxAuthorizing)
+	if p.list, err = conf.FieldProcessorList(fieldAuthorizeProcessors); err != nil {
+		return fmt.Errorf("field %s: %w", fieldAuthorizeProcessors, err)
+	}
+	return nil
+}
+
+// run runs the processors, if there are any, for a client, and adds their answer to the client's
+// description. It must not be called after close.
+func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) error {
+	if len(p.list) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	select {
+	case p.slots <- struct{}{}:
+		defer func() { <-p.slots }()
+	case <-ctx.Done():
+		return notNow(fmt.Sprintf("%s are running for %d other clients", fieldAuthorizeProcessors, maxAuthorizing))
+	}
+	m := service.NewMessage(nil)
+	m.SetStructured(maps.Clone(client)) // the answer may be the same object
+	batches, err := runProcessors(ctx, p.list, m)
+	if err != nil {
+		return processorsFailed(ctx, err)
+	}
+	var results service.MessageBatch
+	for _, batch := range batches {
+		results = append(results, batch...)
+	}
+	switch len(results) {
+	case 0:
+		return fmt.Errorf("denied by the field %s, which deleted the message", fieldAuthorizeProcessors)
+	case 1:
+		err = results[0].GetError()
+	default:
+		return notNow(fmt.Sprintf("%s returned %d messages, but must return one", fieldAuthorizeProcessors, len(results)))
+	}
+	if err != nil {
+		return processorsFailed(ctx, err)
+	}
+	answer, err := results[0].AsStructured()
+	if err != nil { // not JSON
+		var text []byte
+		if text, err = results[0].AsBytes(); err != nil {
+			return processorsFailed(ctx, err)
+		}
+		answer = string(text)
+	}
+	client["answer"] = answer
+	return nil
+}
+
+// runProcessors runs processors on a message.
+func runProcessors(ctx context.Context, processors []*service.OwnedProcessor, m *service.Message) (batches []service.MessageBatch, err error) {
+	defer catchPanic(&err)
+	return service.ExecuteProcessors(ctx, processors, service.MessageBatch{m})
+}
+
+// httpStatus matches the status in an error of the engine's HTTP client.
+var httpStatus = regexp.MustCompile(`unexpected response code \((\d{3})\)`)
+
+// processorsFailed returns a redacted error of the processors, because the original may quote any
+// part of the token, even decoded.
+func processorsFailed(ctx context.Context, err error) error {
+	why := "the error is redacted, because it may contain a part of the token"
+	if panicked, ok := errors.AsType[*panicError](err); ok {
+		why = "panic in " + panicked.where
+	} else if ctx.Err() != nil {
+		why = fmt.Sprintf("no result within %s, or the client has disconnected", fieldHandshakeTimeout)
+	} else if network, ok := errors.AsType[*net.OpError](err); ok {
+		why = network.Error()
+	} else if status := httpStatus.FindStringSubmatch(err.Error()); status != nil {
+		why = "HTTP status " + status[1]
+	}
+	return notNow(fmt.Sprintf("%s failed: %s", fieldAuthorizeProcessors, why))
+}
+
+// notNow returns an error that denies a client with 503: whether it may come in is not known.
+func notNow(cause string) error {
+	return fmt.Errorf("%s: %w", cause, &cryo.AdmissionError{
+		StatusCode: http.StatusServiceUnavailable,
+		Message:    "Clients cannot be authorized at the moment. Try again later.",
+	})
+}
+
+// close closes the processors once the authorizations that use them have ended, which takes
+// handshake_timeout at most, or when the context is done. The component must have left its
+// listener, so that none begins.
+func (p *authorizeProcessors) close(ctx context.Context) error {
+	if len(p.list) == 0 {
+		return nil
+	}
+	done := make(chan struct{})
+	go func() {
+		p.running.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+	var err error
+	for _, processor := range p.list {
+		err = errors.Join(err, processor.Close(ctx))
+	}
+	return err
+}
