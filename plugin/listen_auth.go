@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"reflect"
@@ -16,6 +17,7 @@ import (
 	"github.com/redpanda-data/benthos/v4/public/service"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/jwks"
 )
 
 // The authorization of clients, and the metadata of their sessions.
@@ -71,19 +73,20 @@ func admissionFields() []*service.ConfigField {
 
 The result `+"`true`"+` accepts the client, and `+"`false`"+` denies it. An object accepts it as well, and its fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings are unchanged; numbers, booleans and times become text, arrays and nested objects become JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. The metadata from a client, including `+"`session_metadata`"+`, is limited to %d fields and %d bytes per session: a client that exceeds it is denied with status 431. A client with control characters in the metadata, such as line breaks, is denied with status 400.
 
-All other results deny the client: an error, no assignment, an object whose fields are all null, and an object that merely returns the input: one with a field `+"`token`"+`, or that contains the request's token, query or headers at any depth, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the last example does. `+"`root = true`"+` accepts everybody.
+All other results deny the client: an error, no assignment, an object whose fields are all null, an object with an integer of 2^53 or more that may have lost digits (see below), and an object that merely returns the input: one with a field `+"`token`"+`, or that contains the request's token, query or headers at any depth, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the fourth example does. `+"`root = true`"+` accepts everybody.
 
-If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, expired, or not valid yet. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
+If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, unknown key, expired, not valid yet, or for another audience or issuer. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
 
 A client that reconnects before the loss of its old connection is detected replaces that connection if it has the same session id and token, and the same client certificate if it has one. With another token or certificate, such as a renewed one, it is denied until the loss is detected, which takes up to three times `+"`heartbeat_interval`"+`; so clients should close their session before they renew a token.
 
-The methods for JWTs are part of the binary `+"`cryo-connect`"+`; a custom build needs Redpanda Connect's package `+"`public/components/crypto`"+`.`, maxIdentityFields, maxIdentityBytes)).
+The method `+"`parse_jwt_jwks`"+` verifies JWTs with the public keys of an identity provider, which it fetches (the last example): `+"https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations.md#jwts-with-rotating-keys[more about it^]"+`. The methods for JWTs with one key, such as `+"`parse_jwt_hs256`"+`, are part of the binary `+"`cryo-connect`"+`; a custom build needs Redpanda Connect's package `+"`public/components/crypto`"+`. They return all numbers as floating-point, so integers of 2^53 and more lose digits: issue them as text, or verify the token and then read `+"`this.token.split(\".\").index(1).decode(\"base64rawurl\").parse_json(use_number: true)`"+`. `+"`parse_jwt_jwks`"+` keeps all digits.`, maxIdentityFields, maxIdentityBytes)).
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
 			Example(`root = if this.client_certificate != null { { "device": this.client_certificate.common_name } } else { false }`).
 			Example(`
 let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
+			Example(`root = this.token.parse_jwt_jwks(keys: "https://login.example.com/.well-known/jwks.json", audience: "cryo", issuer: "https://login.example.com/").without("aud", "iat", "nbf")`).
 			Optional(),
 		authorizeProcessorsField(),
 		service.NewObjectField(fieldSessionMetadata,
@@ -249,6 +252,12 @@ func mappingFailed(err error) error {
 	if panicked, ok := errors.AsType[*panicError](err); ok {
 		why = "panic in " + panicked.where
 	}
+	if rejected, ok := errors.AsType[jwks.TokenError](err); ok {
+		why = rejected.Error()
+	}
+	if unavailable, ok := errors.AsType[*jwks.UnavailableError](err); ok {
+		return notNow(fmt.Sprintf("authorize failed%s: %v", where, unavailable))
+	}
 	return fmt.Errorf("authorize failed%s: %s", where, why)
 }
 
@@ -268,8 +277,8 @@ func isEmpty(value any) bool {
 }
 
 // checkGranted returns an error if a value that authorize returned, or any value in it, must not
-// become metadata: an object with the token, as in an answer that repeats the request, or an object
-// that equals one of those that the client chooses.
+// become metadata: an object with the token, as in an answer that repeats the request, an object
+// that equals one of those that the client chooses, or a number that may have lost digits.
 func checkGranted(value any, token string, chosen ...map[string]any) error {
 	switch value := value.(type) {
 	case map[string]any:
@@ -291,6 +300,10 @@ func checkGranted(value any, token string, chosen ...map[string]any) error {
 			if err := checkGranted(element, token, chosen...); err != nil {
 				return err
 			}
+		}
+	case float64:
+		if value == math.Trunc(value) && math.Abs(value) >= maxNumber {
+			return fmt.Errorf("authorize returned an integer of 2^53 or more, which may have lost digits: of the methods for JWTs only %s keeps them, and parse_json with use_number: true", jwksMethod)
 		}
 	}
 	return nil

@@ -29,6 +29,7 @@ var fuzzedAnswers = []string{
 	`root = this.answer`,
 	`root.a.b = [ this.answer ]`,
 	`root = if this.answer.type() == "object" { this.answer.without("token") } else { { "text": this.answer } }`,
+	`root = this.token.parse_jwt_jwks(this.answer)`,
 }
 
 // FuzzAdmission asks listeners about any request. Whatever it is, the client comes in

@@ -2,8 +2,12 @@ package plugin
 
 import (
 	"context"
+	"fmt"
+	"math"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -320,4 +324,48 @@ func TestAnswerThatRepeatsTheRequestIsDenied(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestIntegersInMetadataKeepTheirDigits(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(asking(`root = match { this.query.by == "exactly" => this.token.parse_json(use_number: true), _ => this.token.parse_json() }`), toProbe)
+		rng := rand.New(rand.NewPCG(20, 21))
+		integers := []int64{1<<53 - 1, 1 << 53, 1<<53 + 1, -1 << 53, 1 - 1<<53, 1234567890123456785, math.MaxInt64, math.MinInt64}
+		for range 30 {
+			integers = append(integers, rng.Int64()>>rng.IntN(63), -rng.Int64()>>rng.IntN(63))
+		}
+		for _, n := range integers {
+			digits := strconv.FormatInt(n, 10)
+			claims := fmt.Sprintf(`{"uid":%s,"nested":{"uids":[%s]}}`, digits, digits)
+			isExact := n < 1<<53 && n > -1<<53
+			for by, accepted := range map[string]bool{"exactly": true, "roughly": isExact} {
+				opts := cryo.DialOptions{Token: claims, Query: url.Values{"by": {by}}}
+				if !accepted {
+					e.wantDenied(opts, http.StatusUnauthorized)
+					time.Sleep(time.Second) // of the log's limit
+					continue
+				}
+				client, err := e.tryDial(opts)
+				require.NoError(t, err, digits)
+				send(client, "hello")
+				a := e.arrival()
+				a.deliver()
+				require.Equal(t, digits, metadataOf(t, a.batch[0])["cryo_auth_uid"])
+				require.Equal(t, `{"uids":[`+digits+`]}`, metadataOf(t, a.batch[0])["cryo_auth_nested"])
+				end(client)
+			}
+		}
+		e.log.want(t, "authorize returned an integer of 2^53 or more, which may have lost digits")
+	})
+}
+
+func TestRoundedIntegersAreFoundAtAnyDepth(t *testing.T) {
+	for _, value := range []any{
+		map[string]any{"a": float64(1 << 53)},
+		map[string]any{"a": []any{"b", []any{-1e300}}},
+		map[string]any{"a": map[string]any{"b": []any{map[string]any{"c": math.Inf(1)}}}},
+	} {
+		require.ErrorContains(t, checkGranted(value, token), "2^53")
+	}
+	require.NoError(t, checkGranted(map[string]any{"a": []any{0.5, 1e15, "9007199254740993", int64(math.MaxInt64), uint64(math.MaxUint64), nil}}, token))
 }

@@ -1,7 +1,10 @@
 package tests
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -15,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -78,6 +82,79 @@ func TestExpiredJWTIsLogged(t *testing.T) {
 	})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	p.WantLog("line 1", "token is expired")
+}
+
+// rotatingKeys is an identity provider with one key at a time.
+type rotatingKeys struct {
+	mu      sync.Mutex
+	fetches int
+	public  jose.JSONWebKey
+	signer  jose.Signer
+}
+
+func (p *rotatingKeys) rotate(t *testing.T, id string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.public = jose.JSONWebKey{Key: private.Public(), KeyID: id, Algorithm: "ES256", Use: "sig"}
+	p.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: private, KeyID: id}}, nil)
+	require.NoError(t, err)
+}
+
+func (p *rotatingKeys) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fetches++
+	_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{p.public}})
+}
+
+func (p *rotatingKeys) sign(t *testing.T, claims string) string {
+	t.Helper()
+	signed, err := p.signer.Sign([]byte(claims))
+	require.NoError(t, err)
+	token, err := signed.CompactSerialize()
+	require.NoError(t, err)
+	return token
+}
+
+// When a withdrawn key is no longer accepted is a test of internal/jwks, in virtual time.
+func TestTokenOfANewKeyIsAcceptedWithoutARestart(t *testing.T) {
+	provider := &rotatingKeys{}
+	provider.rotate(t, "2026-11")
+	server := httptest.NewServer(provider)
+	defer server.Close()
+	path := filepath.Join(t.TempDir(), "messages.jsonl")
+	p := example(t, "jwks_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "FILE="+path, "JWKS_URL="+server.URL, "JWT_ISSUER=idp")
+	url := "ws://" + p.Listening()
+	const claims = `{"sub":1234567890123456785,"aud":["web","cryo"],"iss":"idp","roles":["ops"]}`
+	for _, key := range []string{"2026-11", "2026-12"} {
+		provider.rotate(t, key)
+		for range 3 {
+			s, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: provider.sign(t, claims)})
+			require.NoError(t, err)
+			testkit.WantDelivered(t, s, "hello")
+			require.NoError(t, s.Close(t.Context(), ""))
+		}
+	}
+	require.Equal(t, 2, provider.fetches)
+	lines := strings.Split(strings.TrimSpace(testkit.ReadFile(t, path)), "\n")
+	require.Len(t, lines, 6)
+	require.JSONEq(t, `{"user":"1234567890123456785","roles":["ops"],"text":"hello"}`, lines[0])
+
+	for name, denied := range map[string]string{
+		"another audience":       provider.sign(t, `{"sub":"ann","aud":"web","iss":"idp"}`),
+		"another issuer":         provider.sign(t, `{"sub":"ann","aud":"cryo","iss":"else"}`),
+		"expired":                provider.sign(t, `{"sub":"ann","aud":"cryo","iss":"idp","exp":1}`),
+		"no algorithm":           jwt(t, "none", "", map[string]any{"sub": "ann", "aud": "cryo", "iss": "idp"}),
+		"a symmetric algorithm":  jwt(t, "HS256", provider.public.KeyID, map[string]any{"sub": "ann", "aud": "cryo", "iss": "idp"}),
+		"claims without a token": "ann",
+	} {
+		_, err := cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: denied})
+		require.ErrorIs(t, err, cryo.ErrUnauthorized, name)
+	}
+	p.Interrupt()
 }
 
 func TestHTTPServiceAuthorizesClients(t *testing.T) {

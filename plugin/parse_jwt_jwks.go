@@ -1,0 +1,102 @@
+package plugin
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/redpanda-data/benthos/v4/public/bloblang"
+
+	"github.com/cryo-connect/cryo-connect/internal/jwks"
+)
+
+// The Bloblang method for JWTs of an identity provider that publishes its keys.
+
+const jwksMethod = "parse_jwt_jwks"
+
+// keySets are the key sets of this process that are fetched.
+var keySets jwks.Sources
+
+func init() {
+	spec := bloblang.NewPluginSpec().
+		Category("JSON Web Tokens").
+		Description(fmt.Sprintf(`Verifies a JWT with the public keys of a JSON Web Key Set, and returns its claims. Integers keep all their digits. A token that is expired (`+"`exp`"+`) or not valid yet (`+"`nbf`"+`) is an error, as is one that is signed with an algorithm without a public key. The algorithms are RS, PS and ES with 256, 384 and 512 bits, and EdDSA.
+
+A key set of a URL is fetched when it is first used, again when it is older than %[1]v, and for a token that is signed with an unknown key, three times at once and then every 10 seconds at most. So a new key is accepted immediately, and a withdrawn one for at most %[1]v. If the server of the key set cannot be reached, the keys are used for up to %[2]v. A fetch takes 5 seconds at most, and uses the proxy of the environment (HTTPS_PROXY).`, jwks.MaxAge, jwks.MaxStale)).
+		Param(bloblang.NewAnyParam("keys").Description("The URL of the key set, which must be https unless it is a loopback address, and must not be made from a token; or the key set itself, as an object or as JSON.")).
+		Param(bloblang.NewStringParam("audience").Description("The audience of the token: the claim aud, or one of its elements.").Optional()).
+		Param(bloblang.NewStringParam("issuer").Description("The issuer of the token: the claim iss.").Optional()).
+		Example("Claims of a token for one audience.", `root = this.token.parse_jwt_jwks(keys: "https://login.example.com/.well-known/jwks.json", audience: "cryo")`)
+	bloblang.MustRegisterMethodV2(jwksMethod, spec, newJWKSMethod)
+}
+
+func newJWKSMethod(args *bloblang.ParsedParams) (bloblang.Method, error) {
+	published, err := args.Get("keys")
+	if err != nil {
+		return nil, err
+	}
+	keys, err := keysOf(published)
+	if err != nil {
+		return nil, err
+	}
+	var expected jwks.Expected
+	if expected.Audience, err = expectedClaim(args, "audience"); err != nil {
+		return nil, err
+	}
+	if expected.Issuer, err = expectedClaim(args, "issuer"); err != nil {
+		return nil, err
+	}
+	return bloblang.StringMethod(func(token string) (any, error) {
+		claims, err := jwks.Verify(token, expected, keys)
+		if err != nil {
+			return nil, err
+		}
+		return claims, nil
+	}), nil
+}
+
+// expectedClaim returns an optional argument.
+func expectedClaim(args *bloblang.ParsedParams, name string) (string, error) {
+	value, err := args.GetOptionalString(name)
+	switch {
+	case err != nil:
+		return "", err
+	case value == nil:
+		return "", nil
+	case *value == "":
+		return "", fmt.Errorf("%s must not be empty: it would not be checked", name)
+	default:
+		return *value, nil
+	}
+}
+
+// keysOf returns the keys of the argument keys.
+func keysOf(published any) (jwks.Keys, error) {
+	var text []byte
+	switch published := published.(type) {
+	case string:
+		if !strings.HasPrefix(strings.TrimSpace(published), "{") {
+			source, err := keySets.Source(published)
+			if err != nil {
+				return nil, err
+			}
+			return source.Key, nil
+		}
+		text = []byte(published)
+	case []byte:
+		text = published
+	case map[string]any:
+		var err error
+		if text, err = json.Marshal(published); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, errors.New("keys must be a URL, or a key set as an object or as JSON")
+	}
+	set, err := jwks.Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	return set.Key, nil
+}
