@@ -32,6 +32,8 @@ LABEL org.opencontainers.image.title="cryo-connect" \
 COPY LICENSE /licenses/LICENSE
 COPY --from=build /out/cryo-connect /cryo-connect
 USER 65532:65532
+# Metrics and health are for scrapers and probes, which are outside of the container.
+ENV CRYO_CONNECT_HTTP_ADDRESS=0.0.0.0:4195
 # Metrics and health; Cryo clients of a pipeline that listens, at the examples' port.
 EXPOSE 4195 8080
 # Lives, and not: is connected. A container that is started anew because the far side is away helps nobody.

@@ -23,7 +23,7 @@ func inputSpec() *service.ConfigSpec {
 input:
   cryo:
     url: ws://localhost:8080
-    token: "${CRYO_TOKEN}"
+    token: '${CRYO_TOKEN}'
 output:
   file:
     path: messages.txt

@@ -20,7 +20,7 @@ func serverInputSpec() *service.ConfigSpec {
 input:
   cryo_server:
     address: 0.0.0.0:8080
-    tokens: [ "${CRYO_TOKEN}" ]
+    tokens: [ '${CRYO_TOKEN}' ]
 output:
   file:
     path: messages.txt

@@ -38,7 +38,7 @@ input:
 output:
   cryo:
     url: wss://cryo.example.com
-    token: "${CRYO_TOKEN}"
+    token: '${CRYO_TOKEN}'
 `)
 }
 

@@ -38,7 +38,7 @@ input:
 output:
   cryo_server:
     address: 0.0.0.0:8080
-    tokens: [ "${CRYO_TOKEN}" ]
+    tokens: [ '${CRYO_TOKEN}' ]
     session_metadata:
       query_parameters: [ room ]
     send_to: match
@@ -48,14 +48,14 @@ output:
 input:
   cryo_server:
     address: 0.0.0.0:8080
-    tokens: [ "${CRYO_TOKEN}" ]
+    tokens: [ '${CRYO_TOKEN}' ]
 pipeline:
   processors:
     - mapping: root = content().uppercase()
 output:
   cryo_server:
     address: 0.0.0.0:8080
-    tokens: [ "${CRYO_TOKEN}" ]
+    tokens: [ '${CRYO_TOKEN}' ]
     send_to: session
     session_id: ${! @cryo_session_id }
 `)

@@ -41,6 +41,7 @@ func readBy[T any](t *testing.T, tool, file string, env ...string) (content T) {
 type image struct {
 	Stages, Run                  []string
 	User                         string
+	Env                          map[string]string
 	Expose                       []string
 	Entrypoint, Cmd, Healthcheck []string
 }
@@ -69,8 +70,15 @@ func TestImageRunsTheBinaryUnprivileged(t *testing.T) {
 	require.NotZero(t, image.uid(t))
 	require.Equal(t, []string{"/cryo-connect"}, image.Entrypoint)
 	require.Equal(t, []string{"CMD", "/cryo-connect", "probe"}, image.Healthcheck)
-	require.Contains(t, testkit.Output(t, testkit.Command(t, "probe", "--help")), "127.0.0.1:4195/ping")
 	require.Equal(t, []string{"4195", "8080"}, image.Expose)
+
+	// Scrapers and probes reach its HTTP server, and so does its own health check.
+	require.Equal(t, map[string]string{"CRYO_CONNECT_HTTP_ADDRESS": "0.0.0.0:4195"}, image.Env)
+	for key, value := range image.Env {
+		t.Setenv(key, value)
+	}
+	require.Contains(t, testkit.Output(t, testkit.Command(t, "echo")), "address: 0.0.0.0:4195\n")
+	require.Contains(t, testkit.Output(t, testkit.Command(t, "probe", "--help")), "127.0.0.1:4195/ping")
 
 	needed := []string{"go.mod", "go.sum", "LICENSE", "cmd", "cryo", "internal", "plugin"}
 	for line := range strings.Lines(testkit.ReadFile(t, "../.dockerignore")) {
@@ -276,6 +284,8 @@ func TestKubernetesManifestIsConsistent(t *testing.T) {
 		ports[p.Name] = p.ContainerPort
 	}
 	require.Equal(t, map[string]int{"cryo": 8080, "http": 4195}, ports)
+	require.Equal(t, "0.0.0.0:4195", readDockerfile(t).Env["CRYO_CONNECT_HTTP_ADDRESS"], "probes reach the port")
+	require.NotContains(t, config, "http:", "the address is the image's")
 	require.Contains(t, config, "address: ${CRYO_ADDRESS:0.0.0.0:"+strconv.Itoa(ports["cryo"])+"}")
 	require.Equal(t, "cryo", byKind["Service"].Spec.Ports[0].TargetPort)
 	for _, env := range container.Env {

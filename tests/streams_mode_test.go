@@ -32,7 +32,7 @@ func TestPipelinesInOneProcessShareAListener(t *testing.T) {
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(config), 0o600))
 	}
-	p := launch(t, nil, "streams", "--set", "http.address="+api, dir)
+	p := launch(t, nil, append(withAPI(api), dir)...)
 	address := p.Listening()
 	for range 2 {
 		p.WantLog("is now active")
@@ -41,8 +41,7 @@ func TestPipelinesInOneProcessShareAListener(t *testing.T) {
 	manage := func(method, stream, body string) {
 		t.Helper()
 		testkit.Eventually(t, func(c *assert.CollectT) {
-			resp, err := testkit.HTTP(method, "http://"+api+"/streams/"+stream, body)
-			require.NoError(c, err)
+			resp := asOperator(c, method, "http://"+api+"/streams/"+stream, body, password)
 			require.Equal(c, http.StatusOK, resp.Status)
 		})
 	}

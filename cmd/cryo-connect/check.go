@@ -111,6 +111,7 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
+	builder.SetEnvVarLookupFunc(func(name string) (string, bool) { return lookupEnv(context.Background(), name) })
 	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are reported as results
 	if err := builder.SetYAML(config); err != nil {
 		return nil, err
@@ -133,7 +134,7 @@ func (k *checker) read(file string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	lints, err := k.schema.NewStreamConfigLinter().LintYAML(config)
+	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookupEnv).LintYAML(config)
 	if err != nil {
 		return "", err
 	}

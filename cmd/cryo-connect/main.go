@@ -34,8 +34,10 @@ func main() {
 	schema := func() *service.ConfigSchema {
 		schema := service.GlobalEnvironment().FullConfigSchema(version, date)
 		schema.SetFieldDefault(map[string]any{"@service": binaryName}, "logger", "static_fields")
+		schema.SetFieldDefault(defaultHTTPAddress(), "http", "address")
 		return schema
 	}
+	var api streamsAPI
 
 	service.RunCLI(
 		context.Background(),
@@ -52,5 +54,8 @@ func main() {
 			"/etc/cryo-connect.yaml",
 		),
 		service.CLIOptSetMainSchemaFrom(schema),
+		service.CLIOptSetEnvVarLookup(lookupEnv),
+		service.CLIOptCustomRunFlags(api.flags(), api.readFlags),
+		service.CLIOptOnConfigParse(api.checkConfig),
 	)
 }

@@ -11,10 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-const (
-	probeDefaultURL = "http://127.0.0.1:4195/ping"
-	probeTimeout    = 3 * time.Second
-)
+const probeTimeout = 3 * time.Second
 
 // probeCommand is the command probe. It is a health check, in particular for a container image
 // without a shell.
@@ -23,10 +20,10 @@ var probeCommand = &cli.Command{
 	Usage:     "Check the health of a running instance",
 	ArgsUsage: "[URL]",
 	Description: `The exit code is 0 if the response to a GET request for the URL has a status of 2xx; otherwise it is 1, and the
-reason is written to standard error. The default URL is ` + probeDefaultURL + `, which reports that the process
-runs; /ready instead reports whether its inputs and outputs are connected.`,
+reason is written to standard error. The default URL is ` + pingURL(defaultHTTPAddress()) + ` (` + httpAddressVariable + ` sets another
+address), which reports that the process runs; /ready instead reports whether its inputs and outputs are connected.`,
 	Action: func(c *cli.Context) error {
-		url := probeDefaultURL
+		url := pingURL(defaultHTTPAddress())
 		if c.NArg() > 0 {
 			url = c.Args().First()
 		}
@@ -52,7 +49,7 @@ func probe(ctx context.Context, url string) error {
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-		return fmt.Errorf("%s responded with %s: %s", url, resp.Status, strings.TrimSpace(string(body)))
+		return fmt.Errorf("%s responded with %s: %s", req.URL.Redacted(), resp.Status, strings.TrimSpace(string(body)))
 	}
 	return nil
 }

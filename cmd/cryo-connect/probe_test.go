@@ -22,3 +22,17 @@ func TestProbeFailsUnlessTheStatusIsSuccess(t *testing.T) {
 	service.Close()
 	require.ErrorIs(t, probe(t.Context(), service.URL+"/ping"), syscall.ECONNREFUSED)
 }
+
+func TestProbeAsksThisMachineByDefault(t *testing.T) {
+	for address, want := range map[string]string{
+		"127.0.0.1:4195": "http://127.0.0.1:4195/ping",
+		"0.0.0.0:4195":   "http://127.0.0.1:4195/ping",
+		":4196":          "http://127.0.0.1:4196/ping",
+		"[::]:4195":      "http://127.0.0.1:4195/ping",
+		"[::1]:4195":     "http://[::1]:4195/ping",
+		"10.0.0.1:80":    "http://10.0.0.1:80/ping",
+		"localhost:4195": "http://localhost:4195/ping",
+	} {
+		require.Equal(t, want, pingURL(address), address)
+	}
+}

@@ -54,13 +54,14 @@ func main() {
 
 // image is what a Dockerfile's last stage becomes.
 type image struct {
-	Stages      []string // the base of each stage
-	Run         []string // the commands of all stages
-	User        string   // USER
-	Expose      []string // EXPOSE
-	Entrypoint  []string // ENTRYPOINT; its exec form
-	Cmd         []string // CMD; its exec form
-	Healthcheck []string // HEALTHCHECK, with CMD or CMD-SHELL first
+	Stages      []string          // the base of each stage
+	Run         []string          // the commands of all stages
+	User        string            // USER
+	Env         map[string]string // ENV
+	Expose      []string          // EXPOSE
+	Entrypoint  []string          // ENTRYPOINT; its exec form
+	Cmd         []string          // CMD; its exec form
+	Healthcheck []string          // HEALTHCHECK, with CMD or CMD-SHELL first
 }
 
 // dockerfile fails on what BuildKit rejects, and on what its linter warns of.
@@ -88,13 +89,17 @@ func dockerfile(file string) (any, error) {
 	var all, last image
 	for _, stage := range stages {
 		all.Stages = append(all.Stages, stage.BaseName)
-		last = image{}
+		last = image{Env: make(map[string]string)}
 		for _, command := range stage.Commands {
 			switch c := command.(type) {
 			case *instructions.RunCommand:
 				all.Run = append(all.Run, strings.Join(c.CmdLine, " "))
 			case *instructions.UserCommand:
 				last.User = c.User
+			case *instructions.EnvCommand:
+				for _, variable := range c.Env {
+					last.Env[variable.Key] = variable.Value
+				}
 			case *instructions.ExposeCommand:
 				last.Expose = c.Ports
 			case *instructions.EntrypointCommand:
