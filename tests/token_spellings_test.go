@@ -64,7 +64,7 @@ func TestTokensFromTheEnvironmentArriveAsTheyAre(t *testing.T) {
 
 	p := launch(t, env, "run", "--set", "http.enabled=false", config)
 	address := p.Listening()
-	<-all
+	testkit.Next(t, all)
 	by := <-arrived
 	for i, token := range preservedTokens {
 		require.Equal(t, upgrade{"Bearer " + token, token, token}, by[i])
