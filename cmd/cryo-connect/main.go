@@ -47,6 +47,8 @@ func main() {
 		service.CLIOptSetDocumentationURL(documentationURL),
 		service.CLIOptAddCommand(checkCommand(schema)),
 		service.CLIOptAddCommand(probeCommand),
+		service.CLIOptCustomRunFlags(api.flags(), api.readFlags),
+		service.CLIOptSetEnvVarLookup(lookupEnv),
 		service.CLIOptSetDefaultConfigPaths(
 			"cryo-connect.yaml",
 			"/cryo-connect.yaml",
@@ -54,8 +56,6 @@ func main() {
 			"/etc/cryo-connect.yaml",
 		),
 		service.CLIOptSetMainSchemaFrom(schema),
-		service.CLIOptSetEnvVarLookup(lookupEnv),
-		service.CLIOptCustomRunFlags(api.flags(), api.readFlags),
 		service.CLIOptOnConfigParse(api.checkConfig),
 	)
 }
