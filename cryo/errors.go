@@ -23,8 +23,11 @@ var (
 	// waited for the capacity that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
 	ErrReceiveTimeout = errors.New("receive timeout: a large message takes over a minute while others wait, send it as a stream")
-	// ErrTakenOver: the client has connected again with the same session id, token and
-	// certificate.
+	// ErrExpired: the session of a server has expired, or reached its maximum age; see Expires
+	// of [Upgrade], and MaxSessionAge of [ServerOptions].
+	ErrExpired = errors.New("session expired")
+	// ErrTakenOver: the client has connected again with the same session id, and with the same
+	// owner or, without one, the same token and certificate.
 	ErrTakenOver = errors.New("taken over by a newer connection of the same client")
 )
 

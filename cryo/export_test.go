@@ -2,6 +2,7 @@ package cryo
 
 import (
 	"sync"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
@@ -74,4 +75,12 @@ func (s *Session) Free() (bytes, incoming, slot int64) {
 func (s *Session) HoldWriter() (release func()) {
 	s.writer.mu.Lock()
 	return s.writer.mu.Unlock
+}
+
+// SetClockForward lets the session's expiry be nearer by d, as when the wall clock is set forward or
+// the machine was suspended; a negative d is a clock that is set back.
+func (s *Session) SetClockForward(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expiry.at = s.expiry.at.Add(-d)
 }

@@ -3,7 +3,6 @@ package cryo
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -67,6 +66,14 @@ type ServerOptions struct {
 	// that are not processed yet. Request's goroutine, so calls may be concurrent. Default:
 	// never full.
 	Full func() bool
+	// MaxSessionAge bounds the time for which a session is open. Beyond it, the session ends as
+	// described at Expires of [Upgrade], but with close code 1013 and without BYE, so that a
+	// client which connects again by itself does so at once. Default: no bound.
+	MaxSessionAge time.Duration
+	// ExpiryGrace is the time from Expires of [Upgrade] to the end of the session. A client can
+	// use it to connect with a renewed token, and it tolerates clocks that differ. MaxSessionAge
+	// and the check at the upgrade have no grace. Default: none.
+	ExpiryGrace time.Duration
 	// HandshakeTimeout bounds the time from the upgrade until the client has completed the
 	// Cryo handshake: it has sent ENDPOINT_INFO, acknowledged the server's, which is sent
 	// after a second at the latest, or sent data. A client that has not is disconnected,
@@ -98,12 +105,12 @@ var _ http.Handler = (*Server)(nil)
 
 // entry is a session's entry in the table, added before the upgrade.
 type entry struct {
-	address     netip.Prefix      // client's network; see MaxSessionsPerAddress
-	credentials [sha256.Size]byte // a client with the same ones may take over the session
-	session     *Session          // nil during the upgrade
-	endsLeft    int               // 2, minus 1 each for the end of the session and of its request; OnSessionEnd at 0
-	decided     bool              // connected is final
-	connected   bool              // the handshake is done, and the session announced
+	address     netip.Prefix // client's network; see MaxSessionsPerAddress
+	credentials credentials  // a client with the same ones may take over the session
+	session     *Session     // nil during the upgrade
+	endsLeft    int          // 2, minus 1 each for the end of the session and of its request; OnSessionEnd at 0
+	decided     bool         // connected is final
+	connected   bool         // the handshake is done, and the session announced
 }
 
 func (o *ServerOptions) validate() error {
@@ -111,6 +118,8 @@ func (o *ServerOptions) validate() error {
 		o.SessionOptions.validate(),
 		notNegative("MaxSessions", o.MaxSessions),
 		notNegative("MaxSessionsPerAddress", o.MaxSessionsPerAddress),
+		notNegative("MaxSessionAge", o.MaxSessionAge),
+		notNegative("ExpiryGrace", o.ExpiryGrace),
 		notNegative("HandshakeTimeout", o.HandshakeTimeout),
 	)
 }
@@ -158,10 +167,10 @@ func NewServer(options *ServerOptions) (*Server, error) {
 }
 
 // ServeHTTP accepts an upgrade, or responds with 426 to another request, 400 or 405 to an invalid
-// upgrade, 401 if the token is invalid or the session id belongs to another client, 403 if the
-// origin is not allowed, 429 if the address has reached its limit of sessions, and 503 if the
-// server is full or closing. The token is checked before everything that does not depend on the
-// request alone.
+// upgrade, 401 if the token is invalid or has expired or the session id belongs to another client,
+// 403 if the origin is not allowed, 429 if the address has reached its limit of sessions, and 503
+// if the server is full or closing. The token is checked before everything that does not depend on
+// the request alone.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if invalid := ws.CheckUpgrade(r); invalid != nil {
 		maps.Copy(w.Header(), invalid.Header)
@@ -225,6 +234,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	closed := s.closed
 	e.decided = closed // never announced
 	s.mu.Unlock()
+	e.session.setExpiry(s.opts.expiryOf(u))
 	if closed {
 		_ = e.session.close(u.Request.Context(), closeRestart, shutdownReason)
 		s.leave(e)

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
@@ -23,6 +24,23 @@ type Upgrade struct {
 	Request   *http.Request // for query, headers and remote address; its URL contains the token
 	// Value may be set by Authorize. OnSession and [Session.Value] return it.
 	Value any
+	// Expires may be set by Authorize: the time at which the session expires, such as that of
+	// its token. Zero: never. If it has passed, the client is denied with 401. It is compared
+	// with the wall clock, at least every 15 s, so that it is noticed within that time when the
+	// machine was suspended or its clock was set.
+	//
+	// An expired session ends after [ServerOptions.ExpiryGrace]. As with [Session.Drain],
+	// streams that are incomplete are cancelled and later messages discarded, and received
+	// messages can be settled; but 30 s later at most, the session ends: BYE has the reason
+	// "session expired", and the WebSocket is closed with code 4000. Sends and streams in
+	// flight fail as at any other end. The cause is [ErrExpired].
+	Expires time.Time
+	// Owner may be set by Authorize: the name of the client's user or device. A client that
+	// connects with the id of a session that has not ended takes it over if it has the same
+	// Owner, such as with a renewed token. Without an Owner, or beside a session without one,
+	// its token and certificate must be the same. Set Owner only to what was verified: a client
+	// that chose it could end the sessions of others.
+	Owner string
 }
 
 // AdmissionError is returned by Authorize to deny a client for another reason than its token.
@@ -103,6 +121,8 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 		return nil, nil, denied
 	}
 	switch {
+	case !u.Expires.IsZero() && time.Until(u.Expires.Round(0)) <= 0:
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The token has expired."}
 	case idErr != nil:
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
 	case !s.opts.CheckOrigin(r):
@@ -114,14 +134,28 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	return u, e, denied
 }
 
-// credentials returns a hash of a client's token and, with TLS, its certificate: if certificates
-// identify clients, all of them may have the same token, or none.
-func (u *Upgrade) credentials() [sha256.Size]byte {
-	known := sha256.Sum256([]byte(u.Token))
-	if state := u.Request.TLS; state != nil && len(state.PeerCertificates) > 0 {
-		return sha256.Sum256(append(known[:], state.PeerCertificates[0].Raw...))
+// credentials are a hash of what identifies a client: its owner or, without one, its token and
+// certificate.
+type credentials struct {
+	owned bool // sum is that of an owner
+	sum   [sha256.Size]byte
+}
+
+func (c *credentials) equal(other *credentials) bool {
+	return c.owned == other.owned && subtle.ConstantTimeCompare(c.sum[:], other.sum[:]) == 1
+}
+
+// credentials returns the client's credentials. With TLS, its certificate counts as well as its
+// token: if certificates identify clients, all of them may have the same token, or none.
+func (u *Upgrade) credentials() credentials {
+	if u.Owner != "" {
+		return credentials{owned: true, sum: sha256.Sum256([]byte(u.Owner))}
 	}
-	return known
+	sum := sha256.Sum256([]byte(u.Token))
+	if state := u.Request.TLS; state != nil && len(state.PeerCertificates) > 0 {
+		sum = sha256.Sum256(append(sum[:], state.PeerCertificates[0].Raw...))
+	}
+	return credentials{sum: sum}
 }
 
 // reserve acquires a slot. A client that connects with the id and the credentials of a session
@@ -136,7 +170,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down."}
 	case old == nil && s.slots >= s.opts.MaxSessions, s.slots/2 >= s.opts.MaxSessions:
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has reached its limit of sessions."}
-	case old != nil && (old.session == nil || subtle.ConstantTimeCompare(old.credentials[:], e.credentials[:]) == 0):
+	case old != nil && (old.session == nil || !old.credentials.equal(&e.credentials)):
 		return nil, &denial{status: http.StatusUnauthorized, message: "The session already exists."}
 	case s.addressFull(e.address, old):
 		return nil, &denial{status: http.StatusTooManyRequests, message: "This address has reached its limit of sessions."}

@@ -161,11 +161,12 @@ type Session struct {
 	done chan struct{}           // closed when the goroutines are gone
 
 	unreadable chan struct{}  // closed when nothing more is read
-	closers    sync.WaitGroup // goroutines of endViolation; none is started once stopped is set
+	closers    sync.WaitGroup // goroutines of endViolation and expire; none is started once stopped is set
 
 	mu         sync.Mutex
 	stopped    bool        // no timer may be set, and no goroutine of closers started, any more
 	closeTimer *time.Timer // bounds the close handshake; nil before it
+	expiry     expiry      // set once, at a server; its timer is nil if the session does not expire
 }
 
 // newSession starts a session over an upgraded connection.
@@ -292,15 +293,7 @@ func (s *Session) CloseForRetry(ctx context.Context, reason string) error {
 
 // close is Close with a close code. BYE is sent with closeGraceful only.
 func (s *Session) close(ctx context.Context, code int, reason string) error {
-	if s.beginClosing(ErrClosed) {
-		f := closeFrame{code: code, reason: closeReason(reason)}
-		if code == closeGraceful {
-			f.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(f.reason)}
-		}
-		s.cancelIncoming()
-		s.incoming.awaitCancels(s.opts.CloseTimeout, ctx.Done(), s.unreadable)
-		s.writer.queueClose(f)
-	}
+	s.sendClose(ErrClosed, code, reason, ctx.Done())
 	select {
 	case <-s.done:
 		return nil
@@ -309,6 +302,22 @@ func (s *Session) close(ctx context.Context, code int, reason string) error {
 		<-s.done
 		return contextError(ctx)
 	}
+}
+
+// sendClose begins the close handshake, unless the session is ending already. It does not wait
+// for the peer to close. When enough is closed, it no longer waits for the acknowledgements of
+// cancelled streams either.
+func (s *Session) sendClose(cause error, code int, reason string, enough <-chan struct{}) {
+	if !s.beginClosing(cause) {
+		return
+	}
+	f := closeFrame{code: code, reason: closeReason(reason)}
+	if code == closeGraceful {
+		f.bye = &wire.Frame{SID: s.id, Type: wire.Bye, Ack: s.acks.number(), Payload: []byte(f.reason)}
+	}
+	s.cancelIncoming()
+	s.incoming.awaitCancels(s.opts.CloseTimeout, enough, s.unreadable)
+	s.writer.queueClose(f)
 }
 
 // CloseNow ends the session by closing its connection without a close handshake: nothing more
@@ -337,9 +346,17 @@ func (s *Session) Drain(ctx context.Context, reason string) error {
 
 // drain is Drain with the close code of close.
 func (s *Session) drain(ctx context.Context, code int, reason string) error {
+	if err := s.settle(ctx, ErrClosed); err != nil {
+		return err
+	}
+	return s.close(ctx, code, reason)
+}
+
+// settle is the part of Drain before Close. cause is that of the session's end.
+func (s *Session) settle(ctx context.Context, cause error) error {
 	settled := s.unsettled.drain()
 	s.limit.recheck() // discarded frames need no capacity
-	s.incoming.cancelIncomplete(&endedError{ErrClosed})
+	s.incoming.cancelIncomplete(&endedError{cause})
 	s.incoming.awaitCancels(s.opts.CloseTimeout, ctx.Done(), s.ctx.Done())
 	select {
 	case <-settled:
@@ -347,11 +364,13 @@ func (s *Session) drain(ctx context.Context, code int, reason string) error {
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
-	if err := s.incoming.awaitSettled(ctx, s.ctx); err != nil {
-		return err
-	}
-	return s.close(ctx, code, reason)
+	return s.incoming.awaitSettled(ctx, s.ctx)
 }
+
+// Draining reports whether the session drains, or has drained, by Drain or because it has
+// expired; see [Upgrade]. It may still be open then, and sends what has to be sent for received
+// messages to be settled, such as responses; other messages are better sent on another session.
+func (s *Session) Draining() bool { return s.unsettled.draining.Load() }
 
 // maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.
 const maxControlText = 123
@@ -448,6 +467,9 @@ func (s *Session) finish() {
 	s.stopped = true
 	if s.closeTimer != nil {
 		s.closeTimer.Stop()
+	}
+	if s.expiry.timer != nil {
+		s.expiry.timer.Stop()
 	}
 	s.mu.Unlock()
 	close(s.unreadable)
