@@ -189,13 +189,23 @@ func anyText(s string) (string, error) { return s, nil }
 
 // positiveDuration is a field for a duration greater than zero.
 func positiveDuration(path string) setting[time.Duration] {
+	return durationField(path, "greater than zero", func(d time.Duration) bool { return d > 0 })
+}
+
+// durationOrZero is a field for a duration of zero or more.
+func durationOrZero(path string) setting[time.Duration] {
+	return durationField(path, "zero or more", func(d time.Duration) bool { return d >= 0 })
+}
+
+// durationField is a field for a duration that is valid. must describes those.
+func durationField(path, must string, valid func(time.Duration) bool) setting[time.Duration] {
 	return newField(path, service.NewDurationField, textRule(func(s string) (time.Duration, error) {
 		d, err := time.ParseDuration(s)
 		switch {
 		case err != nil:
 			return 0, fmt.Errorf("field %s must be a duration such as 5s, got %q", path, s)
-		case d <= 0:
-			return 0, fmt.Errorf("field %s must be greater than zero, got %s", path, s)
+		case !valid(d):
+			return 0, fmt.Errorf("field %s must be %s, got %s", path, must, s)
 		default:
 			return d, nil
 		}

@@ -48,6 +48,8 @@ var fieldValues = map[string][]string{
 	"session_id":           {`7`, `${! @cryo_session_id }`, `${! @`},
 	"match":                {`root = true`, `root = @cryo_session.a ==`},
 	"no_session":           {`drop`, `Reject`, `panic`},
+	"session_expires":      {`root = this.authorized.exp`, `root = this.`, `root = nothing_of_this_name()`},
+	"session_owner":        {`root = this.authorized.sub`, `root = this.`},
 
 	"extract_tracing_map": {`root = this.trace`, `root = this.`},
 	"inject_tracing_map":  {`root.trace = this`, `root = this.`},
@@ -59,6 +61,7 @@ var sameValues = map[string]string{
 	"max_sessions_per_address": "max_in_flight", "max_header_bytes": "max_in_flight", "max_in_flight_per_session": "max_in_flight",
 	"auto_replay_nacks": "include_metadata",
 	"connect_timeout":   "ack_timeout", "heartbeat_interval": "ack_timeout", "handshake_timeout": "ack_timeout",
+	"max_session_age": "ack_timeout", "session_expiry_grace": "ack_timeout",
 }
 
 // anyValues are values of every type.

@@ -20,6 +20,7 @@ import (
 type listener struct {
 	settings listenSettings
 	log      *service.Logger
+	expired  limitedLog
 	listen   func(network, address string) (net.Listener, error)
 	tls      *tls.Config // nil without TLS
 	http     *http.Server
@@ -47,7 +48,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		return nil, err
 	}
 	ln := &listener{
-		settings: settings, log: log, listen: listen, metrics: newListenMetrics(c.meter),
+		settings: settings, log: log, expired: newLimitedLog(log), listen: listen, metrics: newListenMetrics(c.meter),
 		users: []*serverComponent{c}, first: c, closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	if files != nil {
@@ -64,6 +65,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		OnSessionEnd:          ln.disconnected,
 		MaxSessions:           settings.MaxSessions,
 		MaxSessionsPerAddress: settings.MaxSessionsPerAddress,
+		MaxSessionAge:         settings.MaxSessionAge,
+		ExpiryGrace:           settings.SessionExpiryGrace,
 		HandshakeTimeout:      settings.HandshakeTimeout,
 		CheckOrigin:           settings.allowsOrigin,
 		Full:                  func() bool { return ln.inputs.full(settings.MaxSessions) },
@@ -194,6 +197,13 @@ func (ln *listener) connected(s *cryo.Session) {
 func (ln *listener) disconnected(s *cryo.Session) {
 	ln.metrics.countSession(-1)
 	ln.log.With("session", s.ID(), "error", s.Err()).Debug("Session disconnected")
+	if !errors.Is(s.Err(), cryo.ErrExpired) {
+		return
+	}
+	ln.metrics.current().sessionsExpired.Incr(1)
+	if log, ok := ln.expired.allow(); ok {
+		log.With("session", s.ID(), "error", s.Err(), "unacknowledged", s.Stats().UnsettledMessages).Info("Closed an expired session")
+	}
 }
 
 // authorizeWith sets the component that authorizes clients, or nil if the listener closes.
@@ -218,17 +228,21 @@ func (ln *listener) authorize(u *cryo.Upgrade) error {
 	return c.authorize(u)
 }
 
-// sessions returns the sessions that have not begun to end.
+// sessions returns the sessions to which messages can be sent.
 func (ln *listener) sessions() []*cryo.Session {
-	return slices.DeleteFunc(ln.server.Sessions(), func(s *cryo.Session) bool { return s.Err() != nil })
+	return slices.DeleteFunc(ln.server.Sessions(), isEnding)
 }
 
-// session returns the session with an id, unless it has begun to end. ok reports whether there
-// is one.
+// session returns the session with an id, if messages can be sent to it. ok reports whether
+// there is one.
 func (ln *listener) session(id uint64) (*cryo.Session, bool) {
 	s, ok := ln.server.Session(id)
-	return s, ok && s.Err() == nil
+	return s, ok && !isEnding(s)
 }
+
+// isEnding reports whether a session has begun to end, or has expired: then only the messages
+// that it has received are still in flight.
+func isEnding(s *cryo.Session) bool { return s.Err() != nil || s.Draining() }
 
 // arrival returns a channel that is closed when the next session connects. Call it before
 // sessions, so that a session that connects in between is not missed.

@@ -77,7 +77,7 @@ All other results deny the client: an error, no assignment, an object whose fiel
 
 If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, unknown key, expired, not valid yet, or for another audience or issuer. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
 
-A client that reconnects before the loss of its old connection is detected replaces that connection if it has the same session id and token, and the same client certificate if it has one. With another token or certificate, such as a renewed one, it is denied until the loss is detected, which takes up to three times `+"`heartbeat_interval`"+`; so clients should close their session before they renew a token.
+A client that reconnects before the loss of its old connection is detected replaces that connection if it has the same session id and token, and the same client certificate if it has one. With another token or certificate, such as a renewed one, it is denied until the loss is detected, which takes up to three times `+"`heartbeat_interval`"+`, unless `+"`session_owner`"+` names the same owner. The token only has to be valid when the client connects, unless `+"`session_expires`"+` limits the session.
 
 The method `+"`parse_jwt_jwks`"+` verifies JWTs with the public keys of an identity provider, which it fetches (the last example): `+"https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations.md#jwts-with-rotating-keys[more about it^]"+`. The methods for JWTs with one key, such as `+"`parse_jwt_hs256`"+`, are part of the binary `+"`cryo-connect`"+`; a custom build needs Redpanda Connect's package `+"`public/components/crypto`"+`. They return all numbers as floating-point, so integers of 2^53 and more lose digits: issue them as text, or verify the token and then read `+"`this.token.split(\".\").index(1).decode(\"base64rawurl\").parse_json(use_number: true)`"+`. `+"`parse_jwt_jwks`"+` keeps all digits.`, maxIdentityFields, maxIdentityBytes)).
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
@@ -118,7 +118,7 @@ type admissionSettings struct {
 	Origins    []string        `field:"allowed_origins"`
 }
 
-func readAdmission(r *settingsReader, processors *authorizeProcessors) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
+func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting lifetime) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
 	s.Tokens = tokensField.read(r)
 	s.Metadata.Query = metadataQueryField.read(r)
 	s.Metadata.Headers = metadataHeadersField.read(r)
@@ -140,10 +140,10 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors) (s admiss
 		return s, nil
 	case mapping == nil:
 		checkToken := cryo.Tokens(s.Tokens...)
-		return s, s.Metadata.admit(func(u *cryo.Upgrade, _ url.Values) (map[string]any, error) { return nil, checkToken(u) })
+		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, checkToken(u) })
 	default:
-		return s, s.Metadata.admit(func(u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-			return authorizeBy(mapping, processors, u, query)
+		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, client map[string]any) (map[string]any, error) {
+			return authorizeBy(mapping, processors, u, client)
 		})
 	}
 }
@@ -155,51 +155,35 @@ func (s admissionSettings) allowsOrigin(r *http.Request) bool {
 	return !isBrowser || slices.Contains(s.Origins, anyOrigin) || len(origins) == 1 && slices.Contains(s.Origins, origins[0])
 }
 
-// admit returns an Authorize function that sets the identity of the session. check either
-// returns the metadata that it grants to the client, or denies the client by returning an
-// error.
-func (s sessionMetadata) admit(check func(*cryo.Upgrade, url.Values) (map[string]any, error)) func(*cryo.Upgrade) error {
+// admit returns an Authorize function that sets the identity of the session. check receives the
+// description of the client, to which it may add, and either returns the metadata that it grants
+// to the client, or denies the client by returning an error. lasting sets the expiry and the
+// owner of the session.
+func (s sessionMetadata) admit(lasting lifetime, check func(u *cryo.Upgrade, client map[string]any) (map[string]any, error)) func(*cryo.Upgrade) error {
 	return func(u *cryo.Upgrade) error {
 		query := u.Request.URL.Query()
-		granted, err := check(u, query)
+		client := describeClient(u, query)
+		granted, err := check(u, client)
 		if err != nil {
 			return err
 		}
-		u.Value, err = s.identify(u, query, granted)
-		return err
+		if u.Value, err = s.identify(u, query, granted); err != nil {
+			return err
+		}
+		return lasting.apply(u, client, granted)
 	}
 }
 
 // authorizeBy runs the processors and the mapping authorize. It returns the metadata that the
 // mapping grants, or an error if the client is denied.
-func authorizeBy(mapping *bloblang.Executor, processors *authorizeProcessors, u *cryo.Upgrade, query url.Values) (map[string]any, error) {
-	headers := make(map[string]any, len(u.Request.Header)+1)
-	for name := range u.Request.Header {
-		headers[strings.ToLower(name)], _ = headerOf(u.Request, name)
-	}
-	if host, ok := headerOf(u.Request, "Host"); ok {
-		headers["host"] = host
-	}
-	parameters := make(map[string]any, len(query))
-	for name, values := range query {
-		if name != paramToken { // an object that the mapping makes from the query must not contain the token
-			parameters[name] = values[0]
-		}
-	}
-	client := map[string]any{
-		"token":              u.Token,
-		"session_id":         strconv.FormatUint(u.SessionID, 10),
-		"remote_address":     u.Request.RemoteAddr,
-		"query":              parameters,
-		"headers":            headers,
-		"client_certificate": certificateOf(u.Request.TLS),
-	}
+func authorizeBy(mapping *bloblang.Executor, processors *authorizeProcessors, u *cryo.Upgrade, client map[string]any) (map[string]any, error) {
+	parameters, headers := client["query"].(map[string]any), client["headers"].(map[string]any)
 	if err := processors.run(u.Request.Context(), client); err != nil {
 		return nil, err
 	}
 	result, err := runAuthorize(mapping, client)
 	if err != nil {
-		return nil, mappingFailed(err)
+		return nil, mappingFailed(fieldAuthorize, err)
 	}
 	switch result := result.(type) {
 	case bool:
@@ -222,9 +206,34 @@ func authorizeBy(mapping *bloblang.Executor, processors *authorizeProcessors, u 
 	}
 }
 
-// runAuthorize runs the mapping on an object that describes the client. It does not use Query,
-// which returns its input if the mapping assigns nothing: that is an object, so every client
-// would be accepted.
+// describeClient returns the object that describes a client's request to the mappings.
+func describeClient(u *cryo.Upgrade, query url.Values) map[string]any {
+	headers := make(map[string]any, len(u.Request.Header)+1)
+	for name := range u.Request.Header {
+		headers[strings.ToLower(name)], _ = headerOf(u.Request, name)
+	}
+	if host, ok := headerOf(u.Request, "Host"); ok {
+		headers["host"] = host
+	}
+	parameters := make(map[string]any, len(query))
+	for name, values := range query {
+		if name != paramToken { // an object that the mapping makes from the query must not contain the token
+			parameters[name] = values[0]
+		}
+	}
+	return map[string]any{
+		"token":              u.Token,
+		"session_id":         strconv.FormatUint(u.SessionID, 10),
+		"remote_address":     u.Request.RemoteAddr,
+		"query":              parameters,
+		"headers":            headers,
+		"client_certificate": certificateOf(u.Request.TLS),
+	}
+}
+
+// runAuthorize runs authorize, or another mapping of this kind, on an object that describes the
+// client. It does not use Query, which returns its input if the mapping assigns nothing: that is
+// an object, so every client would be accepted.
 func runAuthorize(mapping *bloblang.Executor, client map[string]any) (result any, err error) {
 	defer catchPanic(&err)
 	err = mapping.Overlay(client, &result)
@@ -237,9 +246,9 @@ var (
 	jwtFailures = []string{"token is expired", "token is not valid yet", "token signature is invalid", "incorrect signing method", "token is malformed"}
 )
 
-// mappingFailed returns a redacted error of the mapping, because the original may quote any
-// part of the token, even decoded.
-func mappingFailed(err error) error {
+// mappingFailed returns a redacted error of the mapping in a field, because the original may
+// quote any part of the token, even decoded.
+func mappingFailed(field string, err error) error {
 	text, where, why := err.Error(), "", "the error is redacted, because it may contain a part of the token"
 	if line := failedLine.FindStringSubmatch(text); line != nil {
 		where = " in line " + line[1]
@@ -256,9 +265,9 @@ func mappingFailed(err error) error {
 		why = rejected.Error()
 	}
 	if unavailable, ok := errors.AsType[*jwks.UnavailableError](err); ok {
-		return notNow(fmt.Sprintf("authorize failed%s: %v", where, unavailable))
+		return notNow(fmt.Sprintf("%s failed%s: %v", field, where, unavailable))
 	}
-	return fmt.Errorf("authorize failed%s: %s", where, why)
+	return fmt.Errorf("%s failed%s: %s", field, where, why)
 }
 
 // isEmpty reports whether a value is null, or an object whose fields are all empty. A mapping

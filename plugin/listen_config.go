@@ -53,6 +53,7 @@ func listenFields() []*service.ConfigField {
 		listenTLSField(),
 	}
 	fields = append(fields, admissionFields()...)
+	fields = append(fields, lifetimeFields()...)
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		maxSessionsField.config().
@@ -79,6 +80,7 @@ type listenSettings struct {
 	Path    string `field:"path"`
 	tlsSettings
 	admissionSettings
+	lifetimeSettings
 	proxySettings
 	MaxSessions           int           `field:"max_sessions"`
 	MaxSessionsPerAddress int           `field:"max_sessions_per_address"`
@@ -119,7 +121,9 @@ func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeP
 	s.HeartbeatInterval = heartbeatIntervalField.read(r)
 	s.tlsSettings = readTLSSettings(r)
 	s.proxySettings = readProxySettings(r)
-	s.admissionSettings, authorize = readAdmission(r, processors)
+	lifetimeSettings, lasting := readLifetime(r)
+	s.lifetimeSettings = lifetimeSettings
+	s.admissionSettings, authorize = readAdmission(r, processors, lasting)
 	return s, authorize, r.err
 }
 

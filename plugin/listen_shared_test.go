@@ -41,6 +41,8 @@ func TestComponentsSharingAnAddressMustAgree(t *testing.T) {
 		"max_sessions: 5, path: /else":                                               "path, max_sessions",
 		"tls: { cert_file: a.pem, key_file: b.pem }":                                 "tls.cert_file, tls.key_file",
 		"tokens: [ " + token + ", other ]":                                           "tokens",
+		"session_expires: root = 5, session_owner: root = 5, max_session_age: 1h":    "session_expires, max_session_age, session_owner",
+		"session_expires: root = 5, session_expiry_grace: 1s":                        "session_expires, session_expiry_grace",
 		"trusted_proxies: [ 10.0.0.0/8 ], forwarded_header: forwarded":               "trusted_proxies, forwarded_header",
 		"allowed_origins: [], session_metadata: { headers: [ x ] }":                  "session_metadata, allowed_origins",
 		"max_header_bytes: 1, handshake_timeout: 1s":                                 "handshake_timeout, max_header_bytes",

@@ -19,6 +19,7 @@ import (
 const (
 	metricSessions          = "cryo_sessions"
 	metricSessionsDenied    = "cryo_sessions_denied"
+	metricSessionsExpired   = "cryo_sessions_expired"
 	metricReconnections     = "cryo_reconnections"
 	metricReceived          = "cryo_messages_received"
 	metricBytesReceived     = "cryo_bytes_received"
@@ -92,7 +93,8 @@ type listenMetrics struct {
 type listenReporter struct {
 	component levelKey
 	sessionMetrics
-	sessionsDenied *service.MetricCounter
+	sessionsDenied  *service.MetricCounter
+	sessionsExpired *service.MetricCounter
 }
 
 func newListenMetrics(m meter) *listenMetrics {
@@ -100,7 +102,7 @@ func newListenMetrics(m meter) *listenMetrics {
 }
 
 func newListenReporter(m meter) listenReporter {
-	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus)}
+	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus), m.NewCounter(metricSessionsExpired)}
 }
 
 // reportAs makes a component report the metrics. It is called after another component, which

@@ -126,7 +126,7 @@ func (q *workQueue) acquire(arrival <-chan struct{}) (session *cryo.Session, isE
 	return nil, len(q.workers) == 0
 }
 
-// updateWorkersLocked removes sessions that have ended, and adds new ones.
+// updateWorkersLocked removes sessions to which nothing can be sent any more, and adds new ones.
 func (q *workQueue) updateWorkersLocked() {
 	q.ready = slices.DeleteFunc(q.ready, q.removeIfEndedLocked)
 	for _, s := range q.listener.sessions() {
@@ -139,7 +139,7 @@ func (q *workQueue) updateWorkersLocked() {
 }
 
 func (q *workQueue) removeIfEndedLocked(w *worker) bool {
-	ended := w.session.Err() != nil
+	ended := isEnding(w.session)
 	if ended {
 		delete(q.workers, w.session)
 	}

@@ -215,3 +215,43 @@ func TestHTTPServiceAuthorizesClients(t *testing.T) {
 	require.NoError(t, s.Close(t.Context(), ""))
 	p.Interrupt()
 }
+
+func TestSessionEndsWithItsJWT(t *testing.T) {
+	const id = 7
+	path := filepath.Join(t.TempDir(), "messages.jsonl")
+	p := example(t, "jwt_clients.yaml", "CRYO_ADDRESS=127.0.0.1:0", "JWT_SECRET=s3cret", "FILE="+path)
+	url := "ws://" + p.Listening()
+	token := func(subject string, lifetime time.Duration) string {
+		return jwt(t, "HS256", "s3cret", map[string]any{"sub": subject, "aud": "cryo", "exp": time.Now().Add(lifetime).Unix()})
+	}
+	dial := func(token string) (*cryo.Session, error) {
+		return cryo.Dial(t.Context(), url, &cryo.DialOptions{Token: token, SessionID: id})
+	}
+
+	long, err := dial(token("ann", time.Hour))
+	require.NoError(t, err)
+	testkit.WantDelivered(t, long, "hello")
+	_, err = dial(token("eve", time.Hour))
+	require.ErrorIs(t, err, cryo.ErrSessionExists)
+
+	short := token("ann", 5*time.Second)
+	s, err := dial(short)
+	require.NoError(t, err, "a client with another token of the same owner takes over")
+	var closed *cryo.PeerClosedError
+	testkit.Next(t, long.Done())
+	require.ErrorAs(t, long.Err(), &closed)
+	require.Equal(t, "taken over by a newer connection of the same client", closed.Reason)
+	testkit.WantDelivered(t, s, "hello")
+
+	testkit.Next(t, s.Done())
+	require.ErrorAs(t, s.Err(), &closed)
+	require.Equal(t, "session expired", closed.Reason)
+	p.WantLog("Closed an expired session", "session="+strconv.Itoa(id), "unacknowledged=0")
+	_, err = dial(short)
+	require.ErrorIs(t, err, cryo.ErrUnauthorized)
+	s, err = dial(token("ann", time.Hour))
+	require.NoError(t, err)
+	testkit.WantDelivered(t, s, "hello")
+	require.NoError(t, s.Close(t.Context(), ""))
+	p.Interrupt()
+}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -23,6 +24,7 @@ input:
   cryo_server:
     address: "${CLIENTS}"
     tokens: [ "${CRYO_TOKEN}" ]
+    session_expires: root = if this.query.brief == "1" { now().ts_unix() + 2 }
     message_types: [ utf8, stream ]
     auto_replay_nacks: false
 output:
@@ -57,11 +59,14 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	require.Equal(t, "a stream", string(content))
 	require.NoError(t, stream.Ack())
 	require.NoError(t, testkit.Next(t, done))
-	// Data for a session that only sends, a client without the token, and a
-	// connection that is lost.
+	// Data for a session that only sends, a client without the token, a session that
+	// expires, and a connection that is lost.
 	require.Error(t, testkit.Next(t, testkit.Send(session, "rejected")))
 	_, err = cryo.Dial(t.Context(), "ws://"+clients, &cryo.DialOptions{Token: "wrong"})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
+	brief, err := cryo.Dial(t.Context(), "ws://"+clients, &cryo.DialOptions{Token: testkit.Token, Query: url.Values{"brief": {"1"}}})
+	require.NoError(t, err)
+	testkit.Next(t, brief.Done())
 	require.NoError(t, session.Close(t.Context(), ""))
 	done = testkit.Send(client, "again")
 	session = server.Session(t)
@@ -75,6 +80,7 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 			`cryo_sessions{label="clients",path="root.input"}`:                                "1",
 			`cryo_sessions{label="server",path="root.output"}`:                                "1",
 			`cryo_sessions_denied{label="clients",path="root.input",status="401"}`:            "1",
+			`cryo_sessions_expired{label="clients",path="root.input"}`:                        "1",
 			`cryo_reconnections{label="server",path="root.output"}`:                           "1",
 			`cryo_messages_received{label="clients",message_type="utf8",path="root.input"}`:   "4",
 			`cryo_messages_received{label="clients",message_type="stream",path="root.input"}`: "1",
