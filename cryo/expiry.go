@@ -3,6 +3,7 @@ package cryo
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 )
 
@@ -26,14 +27,16 @@ type expiry struct {
 // expiryOf returns the expiry of a session that begins now. A client whose token has expired must
 // get another one, so it must not connect again by itself with the old one: code 4000 tells the
 // published clients that the session is over. A client whose session has reached its maximum age
-// can connect again at once.
+// can connect again at once; sessions that began together, as after a restart of the server, must
+// not end together.
 func (o *ServerOptions) expiryOf(u *Upgrade) expiry {
 	var e expiry
 	if !u.Expires.IsZero() {
 		e = expiry{at: u.Expires.Add(o.ExpiryGrace).Round(0), cause: ErrExpired, code: closeGraceful}
 	}
 	if o.MaxSessionAge > 0 {
-		oldest := time.Now().Add(o.MaxSessionAge).Round(0)
+		age := o.MaxSessionAge - rand.N(o.MaxSessionAge/10+1) //nolint:gosec // not a secret
+		oldest := time.Now().Add(age).Round(0)
 		if e.at.IsZero() || oldest.Before(e.at) {
 			e = expiry{at: oldest, cause: fmt.Errorf("%w: maximum age of %v reached", ErrExpired, o.MaxSessionAge), code: closeTryAgain}
 		}

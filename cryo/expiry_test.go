@@ -97,37 +97,55 @@ func TestExpiredSessionEndsAfterTheGracePeriod(t *testing.T) {
 // A client that connects again by itself after this close code does so at once, with the same token.
 func TestSessionEndsAtItsMaximumAge(t *testing.T) {
 	const reason = "session expired: maximum age of 1h0m0s reached"
-	for name, c := range map[string]struct {
-		expires time.Duration
-		bye     bool
-		after   time.Duration
-	}{
-		"without an expiry":   {0, false, time.Hour},
-		"before its expiry":   {2 * time.Hour, false, time.Hour},
-		"not before its time": {30 * time.Minute, true, 31 * time.Minute},
-		"within the grace":    {time.Hour - time.Second, false, time.Hour},
+	for name, expires := range map[string]time.Duration{
+		"without an expiry":        0,
+		"before its expiry":        2 * time.Hour,
+		"without the grace period": time.Hour,
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				opts := cryo.ServerOptions{SessionOptions: quiet, MaxSessionAge: time.Hour, ExpiryGrace: time.Minute}
-				if c.expires > 0 {
-					opts.Authorize = expiringAfter(c.expires)
+				if expires > 0 {
+					opts.Authorize = expiringAfter(expires)
 				}
 				s, peer := accepted(t, opts)
-				begin := time.Now()
-				if c.bye {
-					wantExpiredAfter(t, c.after, s, peer)
-				} else {
-					peer.WantIdle("it is open until then", c.after-instant)
-					peer.WantClose("the end, without BYE", 1013, reason)
-					peer.WriteClose(1013, "")
-					require.EqualError(t, wantEnded(t, s), "session ended: "+reason)
-					require.ErrorIs(t, s.Err(), cryo.ErrExpired)
-				}
-				require.Equal(t, c.after, time.Since(begin))
+				peer.WantIdle("it is open until then", 54*time.Minute-instant)
+				time.Sleep(6*time.Minute + instant)
+				peer.WantClose("the end, without BYE", 1013, reason)
+				require.EqualError(t, wantEnded(t, s), "session ended: "+reason)
+				require.ErrorIs(t, s.Err(), cryo.ErrExpired)
 			})
 		})
 	}
+}
+
+func TestSessionThatExpiresBeforeItsMaximumAgeEndsThen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, _, _, s, peer := expiring(t, cryo.ServerOptions{MaxSessionAge: time.Hour, ExpiryGrace: time.Second})
+		wantExpiredAfter(t, time.Minute+time.Second, s, peer)
+	})
+}
+
+func TestSessionsThatBeginTogetherDoNotReachTheirMaximumAgeTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 10
+		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet, MaxSessionAge: time.Hour})
+		begin, ends := time.Now(), make(chan time.Duration, n)
+		for i := range uint64(n) {
+			join(t, l, i).ClientHandshake()
+			s := next(t, sessions)
+			go func() {
+				<-s.Context().Done()
+				ends <- time.Since(begin)
+			}()
+		}
+		time.Sleep(time.Hour)
+		seen := make(map[time.Duration]bool)
+		for range n {
+			seen[next(t, ends)] = true
+		}
+		require.Greater(t, len(seen), 1)
+	})
 }
 
 func TestClientWhoseTokenHasExpiredIsDenied(t *testing.T) {

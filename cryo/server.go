@@ -66,8 +66,9 @@ type ServerOptions struct {
 	// that are not processed yet. Request's goroutine, so calls may be concurrent. Default:
 	// never full.
 	Full func() bool
-	// MaxSessionAge bounds the time for which a session is open. Beyond it, the session ends as
-	// described at Expires of [Upgrade], but with close code 1013 and without BYE, so that a
+	// MaxSessionAge bounds the time for which a session is open. Between nine tenths and all of
+	// it, at random so that sessions which began together do not end together, the session ends
+	// as described at Expires of [Upgrade], but with close code 1013 and without BYE, so that a
 	// client which connects again by itself does so at once. Default: no bound.
 	MaxSessionAge time.Duration
 	// ExpiryGrace is the time from Expires of [Upgrade] to the end of the session. A client can

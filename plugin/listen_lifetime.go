@@ -44,7 +44,7 @@ An expired session ends after ` + "`session_expiry_grace`" + `. It receives no m
 			Default("0s").
 			Advanced(),
 		maxSessionAgeField.config().
-			Description("The maximum duration of a session, after which it ends in the same way as an expired one, for example to limit static tokens or to spread clients over instances. The close code asks the client to connect again at once. 0s: no limit.").
+			Description("The maximum duration of a session, for example to limit static tokens or to spread clients over instances. Between nine tenths and all of it, at random so that sessions that began together do not end together, the session ends in the same way as an expired one. The close code asks the client to connect again at once. 0s: no limit.").
 			Default("0s").
 			Advanced(),
 		service.NewBloblangField(fieldSessionOwner).
