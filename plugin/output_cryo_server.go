@@ -17,7 +17,7 @@ To receive from the same clients, use an input `+"`cryo_server`"+` with the same
 
 == Delivery
 
-To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or does not acknowledge it within `+"`ack_timeout`"+`. After a timeout the session is also closed, so that a client that does not acknowledge delays others once, and not with each message.
+To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or does not acknowledge it within `+"`ack_timeout`"+`. After a timeout the session is also closed, so that a client that does not acknowledge delays others once, and not with each message. The close code is 1013 (try again later), after which the published client for browsers connects again.
 
 To all sessions (`+"`all`"+`), or to those that match (`+"`match`"+`), a message is delivered when each of these sessions has acknowledged or rejected it, or has ended. A session that does not acknowledge within `+"`ack_timeout`"+` is closed; the message is not sent again to all. So delivery is at most once for sessions that end, or reject the message. A slow session delays the others by at most `+"`ack_timeout`"+` (by ten times that if the transfer of a large message takes so long), and not at all while it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has received all of it, the others have the same time again, plus `+"`ack_timeout`"+`. A message that no session acknowledges has failed.
 
@@ -83,7 +83,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	s.lateLog = newLimitedLog(res.Logger())
+	s.late = &lateSessions{log: newLimitedLog(res.Logger())}
 	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
 }
 
@@ -114,5 +114,10 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	return o.verdict(ctx, batch, messages)
 }
 
-// Close leaves the listener, which closes if no other component uses it.
-func (o *serverOutput) Close(ctx context.Context) error { return o.leave(ctx, nil) }
+// Close leaves the listener, which closes if no other component uses it. Otherwise it waits for the
+// sessions that the output is closing.
+func (o *serverOutput) Close(ctx context.Context) error {
+	err := o.leave(ctx, nil)
+	o.late.wait()
+	return err
+}

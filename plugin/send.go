@@ -27,7 +27,7 @@ type sender struct {
 	// without processors, attributes such errors reliably.
 	exact   bool
 	metrics sendMetrics
-	lateLog limitedLog // for the sessions that closeLate closes; not set for the output cryo and for responses
+	late    *lateSessions // nil for the output cryo and for responses
 }
 
 // outMessage is a message of a batch. A message of KindStream is sent as a stream.

@@ -100,11 +100,9 @@ func (b *broadcast) sendGroup(ctx context.Context, g group) {
 		b.sendStreams(ctx, g, messages)
 		return
 	}
-	var closing sync.WaitGroup
-	defer closing.Wait()
 	b.queue(messages, g.sessions...).await(ctx, func(session *cryo.Session, errs []error) {
 		if late := b.record(g, errs); late != nil {
-			closing.Go(func() { b.closeLate(ctx, session, late) }) // blocks until the session has ended
+			b.late.close(ctx, session, late)
 		}
 	})
 }
@@ -129,7 +127,7 @@ func (b *broadcast) sendStreams(ctx context.Context, g group, messages []*outMes
 				done()
 			}
 			if late := b.record(g, errs); late != nil {
-				b.closeLate(ctx, session, late)
+				b.late.close(ctx, session, late)
 			}
 		})
 	}

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
@@ -73,6 +74,69 @@ func TestLateClientOfABroadcastIsClosed(t *testing.T) {
 		require.NoError(t, clients[0].Err())
 		require.Error(t, clients[1].Err())
 		e.log.want(t, "WARN Closing session: acknowledgement timed out", "timed out after ack_timeout (3s)", fmt.Sprintf("session=%d", clients[1].ID()))
+	})
+}
+
+// The close code lets the published client for browsers connect again. What others are sent waits
+// for none of the close handshake, which takes its whole timeout here.
+func TestLateClientIsClosedForARetryWithoutDelayingOthers(t *testing.T) {
+	for name, fields := range map[string]string{"broadcast": "send_to: all", "work queue": toAny, "streams": "message_type: stream"} {
+		t.Run(name, func(t *testing.T) {
+			toAll(t, fields+", ack_timeout: 3s", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
+				late := e.rawClient()
+				late.WS.SetCloseHandler(func(int, string) error { return nil }) // it never answers
+				synctest.Wait()
+				f := e.produce("m")
+				synctest.Wait()
+				other := e.dial()
+				acknowledgeAll(other)
+				begin := time.Now()
+				if name == "work queue" {
+					f.wantDelivered(t, "by the other")
+				} else {
+					require.ErrorIs(t, next(t, f.verdict), errLate)
+				}
+				e.produce("n").wantDelivered(t, "by the other alone")
+				require.Equal(t, 3*time.Second, time.Since(begin))
+				late.Next("what it does not acknowledge")
+				late.WantClose("it may connect again", websocket.CloseTryAgainLater, "acknowledgement timed out")
+				synctest.Wait()
+				require.Equal(t, 3*time.Second, time.Since(begin))
+				time.Sleep(5 * time.Second)
+				e.wantMetrics("the close timeout has passed", map[string]int64{"cryo_sessions": 1})
+			})
+		})
+	}
+}
+
+func TestOutputClosesWithItsLateClient(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe) // its listener stays
+		p := e.run(fromOnce, with(listenOutput, "ack_timeout: 3s"))
+		e.rawClient() // never answers
+		synctest.Wait()
+		require.ErrorIs(t, next(t, e.produce("m").verdict), errLate)
+		begin := time.Now()
+		p.stop()
+		require.Equal(t, cryo.DefaultCloseTimeout, time.Since(begin))
+	})
+}
+
+func TestStreamsOfALateClientAreCancelledBeforeItIsClosed(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe)
+		e.run(fromOnce, with(listenOutput, "ack_timeout: 3s"))
+		late := e.rawClient()
+		late.WriteFrames(wire.Frame{Type: wire.TxStart, Ack: 1, Tx: 5, Size: -1, Payload: []byte("endless")})
+		late.WantFrame("the stream is accepted", cryotest.Acked(1))
+		f := e.produce("m")
+		late.WantType("a message, which it does not acknowledge", wire.UTF8)
+		require.ErrorIs(t, next(t, f.verdict), errLate)
+		cancel := late.WantType("the stream is cancelled first", wire.TxCancel)
+		late.WriteFrames(wire.Frame{Type: wire.TxChunk, Tx: 5, Payload: []byte("meanwhile")})
+		late.WantIdle("until that is acknowledged", 2*time.Second)
+		late.Ack(cancel)
+		late.WantClose("then it is closed", websocket.CloseTryAgainLater, "acknowledgement timed out")
 	})
 }
 

@@ -213,18 +213,29 @@ func isLateMessage(m *outMessage) bool { return isLate(m.err) }
 // message.
 func isSessionEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 
-// closeLate closes a session after a timeout, so that it delays others only once, and not with
-// each message. It does not close a session whose reads are paused (max_buffer_bytes), because
-// the acknowledgement may have arrived without having been read. late is the error of the
-// timeout.
-func (s *sender) closeLate(ctx context.Context, session *cryo.Session, late error) {
+// lateSessions closes the sessions of an output whose acknowledgements are late. It owns the
+// goroutines that do so, each of which ends with its session.
+type lateSessions struct {
+	log     limitedLog
+	closing sync.WaitGroup
+}
+
+// close closes a session after a timeout, so that it delays others only once, and not with each
+// message. It does not close a session whose reads are paused (max_buffer_bytes), because the
+// acknowledgement may have arrived without having been read. late is the error of the timeout.
+//
+// It does not wait for the close handshake, which the session's close timeout bounds, and in which
+// the client may still acknowledge. The close code lets the client connect again.
+func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late error) {
 	if session.Stats().Paused || ctx.Err() != nil || session.Err() != nil {
 		return
 	}
-	if log, ok := s.lateLog.allow(); ok {
+	if log, ok := l.log.allow(); ok {
 		log.With("session", session.ID(), "error", late).Warn("Closing session: acknowledgement timed out")
 	}
-	immediately, cancel := context.WithTimeout(ctx, 0) // no close handshake: the peer may not read
-	defer cancel()
-	_ = session.Close(immediately, "acknowledgement timed out")
+	l.closing.Go(func() { _ = session.CloseForRetry(context.Background(), "acknowledgement timed out") })
+	<-session.Context().Done() // it has begun to end: nothing more is sent on it
 }
+
+// wait waits for the sessions that are closing. close must not be called any more.
+func (l *lateSessions) wait() { l.closing.Wait() }

@@ -151,7 +151,7 @@ func (q *workQueue) removeIfEndedLocked(w *worker) bool {
 func (q *workQueue) finished(ctx context.Context, session *cryo.Session, messages []*outMessage) (lost []*outMessage) {
 	err := messages[0].err
 	if isLate(err) {
-		q.closeLate(ctx, session, err)
+		q.late.close(ctx, session, err)
 	}
 	q.release(session)
 	if !isLate(err) && !isSessionEnd(err) {
