@@ -92,12 +92,13 @@ func (d *dialer) logEnd(err error) {
 	}
 }
 
-// connect returns the session. If there is none, it makes one attempt to connect. The engine
-// logs a failure, and calls Connect again when the next attempt is due.
+// connect returns the session. If there is none, it makes one attempt to connect when that is due.
+// The engine logs a failure, and calls Connect again at once: the client waits, not the engine, so
+// that the end of the context ends the wait.
 func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 	s, err := d.client.Connect(ctx)
 	if failed, ok := errors.AsType[*cryo.RetryError](err); ok {
-		return nil, service.NewErrBackOff(withHint(failed), failed.After)
+		return nil, service.NewErrBackOff(withHint(failed), 0)
 	}
 	if errors.Is(err, cryo.ErrClosed) {
 		err = errDialerClosed

@@ -63,7 +63,8 @@ type engine struct {
 	spans   *spanBook // nil: no tracing
 	probe   *probe
 	feed    chan *produced
-	shared  *listeners // of all pipelines, as in streams mode
+	shared  *listeners         // of all pipelines, as in streams mode
+	feeds   *service.Resources // those of the last pipeline with an input feed or once
 
 	// dialer is that of the components that dial; by default that of net.
 	dialer func(ctx context.Context, network, address string) (net.Conn, error)
@@ -99,10 +100,12 @@ func newEngine(t testing.TB) *engine {
 			return e.probe, policy, maxInFlight, err
 		}))
 	}
-	must(e.env.RegisterBatchInput("feed", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+	must(e.env.RegisterBatchInput("feed", service.NewConfigSpec(), func(_ *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		e.feeds = res
 		return service.AutoRetryNacksBatched(&feed{e.feed}), nil
 	}))
-	must(e.env.RegisterBatchInput("once", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchInput, error) {
+	must(e.env.RegisterBatchInput("once", service.NewConfigSpec(), func(_ *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
+		e.feeds = res
 		return &feed{e.feed}, nil
 	}))
 	must(e.env.RegisterMetricsExporter("book", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Logger) (service.MetricsExporter, error) {

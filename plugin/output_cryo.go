@@ -20,6 +20,8 @@ func outputSpec() *service.ConfigSpec {
 A message is delivered when the server has acknowledged it. It has failed when the server rejects it, when it is not acknowledged within `+"`ack_timeout`"+`, or when it cannot be sent. A stream has failed when the server cancels it, which a server also does if it closes the connection before it has received the whole stream.
 
 A lost connection alone is not a failure: a batch in flight waits for the next connection, and only its unacknowledged messages are sent again there. The output waits for connections until `+"`ack_timeout`"+` after the first loss; then the remaining messages have failed. They have also failed when 10 connections were lost with the batch, because the batch may be the cause. A batch that arrives while there is no connection waits for one without a time limit, because none of it was sent.
+
+When cryo-connect receives SIGTERM or SIGINT, the server has a quarter of `+"`shutdown_timeout`"+` (5 s of 20 s, after `+"`shutdown_delay`"+`) to acknowledge what is in flight. Then the sends are cancelled: their messages have failed, and their senders may send them again. The connection is closed within another 5 s. Raise `+"`shutdown_timeout`"+` if the server needs longer.
 `+sendResultsText+`
 Data that the server sends on this session is rejected: to receive, use the input `+"`cryo`"+`.
 `+sendMetadata+sendPerformance+injectionText+metricsText).
@@ -45,6 +47,7 @@ output:
 type output struct {
 	*dialer
 	sender
+	sends *sends
 }
 
 var (
@@ -60,14 +63,19 @@ func newOutput(conf *service.ParsedConfig, res *service.Resources, opts cryo.Dia
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	return &output{dialer: d, sender: s}, policy, maxInFlight, err
+	return &output{dialer: d, sender: s, sends: sendsOf(res)}, policy, maxInFlight, err
 }
 
 // Connect makes one attempt to connect, unless there is a session. The engine calls it again
-// after a failure.
+// after a failure. When the sends are cancelled, it succeeds without a session: the engine then
+// writes the batch for which it connects, which fails, and acknowledges nothing.
 func (o *output) Connect(ctx context.Context) error {
-	_, err := o.connect(ctx)
-	return err
+	bounded, release := o.sends.bound(ctx)
+	defer release()
+	if _, err := o.connect(bounded); err != nil && o.sends.err() == nil {
+		return err
+	}
+	return nil
 }
 
 // WriteBatch returns when each message has been acknowledged or has failed. It returns
@@ -77,12 +85,17 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 	if len(batch) == 0 {
 		return nil // even without a session
 	}
+	if err := o.sends.err(); err != nil {
+		return err
+	}
 	session := o.client.Session()
 	if session == nil {
 		return service.ErrNotConnected
 	}
+	bounded, release := o.sends.bound(ctx)
+	defer release()
 	messages := o.prepare(batch)
-	o.deliver(ctx, &reconnecting{dialer: o.dialer, session: session, timeout: o.ackTimeout}, withError(messages, isNil), 0)
+	o.deliver(bounded, &reconnecting{dialer: o.dialer, session: session, timeout: o.ackTimeout}, withError(messages, isNil), 0)
 	return o.verdict(ctx, batch, messages)
 }
 

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"runtime/debug"
 
@@ -18,7 +19,6 @@ import (
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
 
 	"github.com/cryo-connect/cryo-connect/internal/ballast"
-	_ "github.com/cryo-connect/cryo-connect/plugin"
 )
 
 const (
@@ -38,6 +38,7 @@ func main() {
 		return schema
 	}
 	var api streamsAPI
+	var stop stopper
 
 	service.RunCLI(
 		context.Background(),
@@ -56,6 +57,9 @@ func main() {
 			"/etc/cryo-connect.yaml",
 		),
 		service.CLIOptSetMainSchemaFrom(schema),
-		service.CLIOptOnConfigParse(api.checkConfig),
+		service.CLIOptOnConfigParse(func(conf *service.ParsedConfig) error {
+			return cmp.Or(api.checkConfig(conf), stop.configure(conf))
+		}),
+		service.CLIOptOnStreamStart(stop.watch),
 	)
 }

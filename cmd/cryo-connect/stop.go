@@ -1,0 +1,52 @@
+package main
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/plugin"
+)
+
+// ackFraction is the part of shutdown_timeout in which servers may acknowledge what was sent to
+// them. The engine waits for three quarters of it, without telling the outputs.
+const ackFraction = 4
+
+// stopper cancels the sends of the outputs cryo when the process stops.
+type stopper struct {
+	resources      *service.Resources
+	delay, timeout time.Duration // shutdown_delay and shutdown_timeout
+}
+
+// configure reads the configuration, before any pipeline is made.
+func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
+	s.resources = conf.Resources()
+	if delay, _ := conf.FieldString("shutdown_delay"); delay != "" {
+		if s.delay, err = conf.FieldDuration("shutdown_delay"); err != nil {
+			return err
+		}
+	}
+	s.timeout, err = conf.FieldDuration("shutdown_timeout")
+	return err
+}
+
+// watch waits for the signals that stop the process, in the background. The engine calls it when
+// the pipelines have started, immediately before it handles these signals itself: until then a
+// signal ends the process.
+func (s *stopper) watch(*service.RunningStreamSummary) error {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		select {
+		case <-time.After(s.delay):
+		case <-signals: // ends the delay
+		}
+		time.Sleep(s.timeout / ackFraction)
+		plugin.CancelSends(s.resources)
+	}()
+	return nil
+}

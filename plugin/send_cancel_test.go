@@ -1,0 +1,81 @@
+package plugin
+
+import (
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A stop waits for the acknowledgements that a server owes, until the sends are cancelled.
+func TestCancelledSendsFailAndLetTheStopFinish(t *testing.T) {
+	for name, fields := range map[string]string{"messages": "", "streams": "message_type: stream", "batches": "batching: { count: 2, period: 1s }"} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serve()
+				p := e.run(fromOnce, with(dialOutput, fields))
+				server.session() // acknowledges nothing
+				f := e.produce("m")
+				time.Sleep(2 * time.Second)
+				begin := time.Now()
+				stopped := sendAny(func() error { p.stop(); return nil })
+				time.Sleep(5 * time.Second)
+				stopped.wantPending(t, "the server may still acknowledge")
+				CancelSends(e.feeds)
+				require.ErrorContains(t, next(t, f.verdict), errStopping.Error())
+				stopped.wantAcked(t, "stopped")
+				require.Equal(t, 5*time.Second, time.Since(begin))
+			})
+		})
+	}
+}
+
+func TestCancelledSendsWaitForNoConnection(t *testing.T) {
+	for name, send := range map[string]func(e *engine, cut func()) *produced{
+		"lost in flight": func(e *engine, cut func()) *produced {
+			f := e.produce("m")
+			synctest.Wait()
+			cut()
+			return f
+		},
+		"sent without a connection": func(e *engine, cut func()) *produced {
+			cut()
+			return e.produce("m")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				server := e.serveDenying(0, http.StatusUnauthorized, "Invalid token")
+				p := e.run(fromOnce, with(dialOutput, "ack_timeout: 1h"))
+				server.session()
+				f := send(e, func() {
+					server.deny(1000)
+					e.net.cut()
+					synctest.Wait()
+				})
+				time.Sleep(45 * time.Second) // the next attempt is due in 15 s
+				stopped := sendAny(func() error { p.stop(); return nil })
+				stopped.wantPending(t, "the server may still return")
+				begin := time.Now()
+				CancelSends(e.feeds)
+				require.ErrorIs(t, next(t, f.verdict), errStopping)
+				stopped.wantAcked(t, "stopped")
+				require.Zero(t, time.Since(begin))
+			})
+		})
+	}
+}
+
+func TestNothingIsSentOnceSendsAreCancelled(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		s := server.session()
+		e.wantSends(t, s, "before")
+		CancelSends(e.feeds)
+		require.ErrorIs(t, next(t, e.produce("m").verdict), errStopping)
+		wantNothing(t, s)
+	})
+}
