@@ -11,8 +11,10 @@ import (
 )
 
 const (
-	// acceptPatience is the time that a chunk waits for its stream to be accepted. Older
-	// clients send chunks without waiting for the acknowledgement of TX_START.
+	// acceptPatience bounds the time that chunks wait for their streams to be accepted. Older
+	// clients send chunks without waiting for the acknowledgement of TX_START. All streams of a
+	// session share it, and it is restored at half of the speed of time: so reads are paused for
+	// this for at most a second at a time, and for half of the time in all.
 	acceptPatience = time.Second
 	// rejectAfter is the time after which data without capacity is rejected if a local
 	// sender waits for an answer, which may be behind that data. A longer wait checks for
@@ -108,6 +110,9 @@ type receiveLimit struct {
 	bytes, incoming, slot *quota.Share
 	belowLimit            *quota.Share // share of bytes that holds nothing: it grants whenever the limit is not reached
 
+	patience   time.Duration // what was left of acceptPatience at patienceAt
+	patienceAt time.Time
+
 	rejecting bool                      // data without capacity is rejected without a wait while a local sender waits
 	changed   chan struct{}             // holds a token when wants may have changed
 	paused    atomic.Bool               // reads are paused (backpressure)
@@ -123,7 +128,7 @@ func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, has
 	return &receiveLimit{
 		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants, early: early,
 		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
-		changed: make(chan struct{}, 1),
+		changed: make(chan struct{}, 1), patience: acceptPatience, patienceAt: time.Now(),
 	}
 }
 
@@ -252,16 +257,20 @@ func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *pa
 }
 
 // awaitAccepted pauses reads at a chunk of a stream that is not accepted yet, until it is, or
-// acceptPatience has passed. The wait is short, because the stream may only be accepted when
+// acceptPatience is used up. The wait is short, because the stream may only be accepted when
 // others of the same session, whose chunks are behind this one, have ended.
 func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
 	if !l.early(f) {
 		return
 	}
-	l.pause()
-	defer l.resume()
-	timer := time.NewTimer(acceptPatience)
-	defer timer.Stop()
+	begin := l.pause()
+	patience := min(l.patience+begin.Sub(l.patienceAt)/2, acceptPatience)
+	timer := time.NewTimer(patience)
+	defer func() {
+		timer.Stop()
+		l.patienceAt = l.resume()
+		l.patience = patience - l.patienceAt.Sub(begin)
+	}()
 	for l.early(f) {
 		select {
 		case <-l.changed:

@@ -211,6 +211,34 @@ func TestStreamThatIsNotAcceptedInTimeIsCancelledAtItsFirstChunk(t *testing.T) {
 	})
 }
 
+// A hostile client costs itself a second, and half of the time after that.
+func TestStreamsOfASessionShareTheTimeToBeAccepted(t *testing.T) {
+	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
+		begin := time.Now()
+		for tx := range uint32(200) {
+			peer.WriteFrames(txStart(2*tx, tx, -1, ""), txChunk(tx, 0, "ab"))
+		}
+		peer.WriteFrames(cryotest.Text(1000, "behind them"))
+		require.Equal(t, "behind them", string(receive(t, s).Payload))
+		require.Equal(t, time.Second, time.Since(begin), "for all of them")
+		for tx := range uint32(200) {
+			peer.WantFrame("TX_CANCEL", txCancel(end.first+tx, tx))
+		}
+
+		time.Sleep(time.Second)
+		begin = time.Now()
+		peer.WriteFrames(txStart(1001, 300, -1, ""), txChunk(300, 0, "ab"), cryotest.Text(1002, "behind it"))
+		require.Equal(t, "behind it", string(receive(t, s).Payload))
+		require.Equal(t, 500*time.Millisecond, time.Since(begin), "half of the second that has passed")
+
+		time.Sleep(time.Minute)
+		peer.Skip()
+		peer.WriteFrames(txStart(1003, 301, -1, ""), txChunk(301, 0, "ab"), txFinish(1004, 301))
+		time.Sleep(900 * time.Millisecond)
+		require.NoError(t, wantRest(t, acceptStream(t, s), "ab"), "a whole second again")
+	})
+}
+
 func TestWaitForAStreamToBeAcceptedEndsWithTheStreamOrSession(t *testing.T) {
 	for name, finish := range map[string]func(t *testing.T, s *cryo.Session, st *cryo.IncomingStream){
 		"the stream is closed": func(t *testing.T, _ *cryo.Session, st *cryo.IncomingStream) { require.NoError(t, st.Close()) },
