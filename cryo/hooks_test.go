@@ -2,6 +2,7 @@ package cryo_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"log/slog"
 	"runtime"
@@ -51,6 +52,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 		MaxBufferBytes:    1000,
 		OnReject:          func(*cryo.Session, cryo.Kind) { probe() },
 		OnLateAck:         func(*cryo.Session) { probe() },
+		OnIgnore:          func(*cryo.Session) { probe() },
 		Logger:            slog.New(onLog{f: probe}),
 	}
 	atBothEnds(t, opts, func(t *testing.T, end end, session *cryo.Session, peer *cryotest.Peer) {
@@ -62,6 +64,8 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 			require.Zero(t, locked.Swap(0), what)
 		}
 
+		peer.WriteBytes(append(binary.BigEndian.AppendUint64(nil, sid), 77))
+		want("a frame is ignored", 1)
 		session.SetSendOnly(true)
 		peer.WriteFrames(txStart(1, 0, -1, "in"))
 		peer.WantType("TX_CANCEL", wire.TxCancel)

@@ -168,6 +168,7 @@ func (s *Session) handle(in *received) {
 	switch {
 	case !f.Type.Known():
 		s.ignored.Add(1)
+		s.opts.OnIgnore(s)
 		return
 	case !ending && f.Type != wire.PingPong && f.Type != wire.EndpointInfo && f.Type != wire.Bye:
 		s.setPeerKnown()

@@ -72,12 +72,14 @@ type SessionOptions struct {
 	// OnLateAck is called when the peer acknowledges or rejects a frame after its send was
 	// cancelled: the frame has arrived, but its send has returned an error.
 	// OnReject is called when the session itself rejects a message or, with KindStream, a
-	// stream; it is not called for [Message.Reject]. Both are for counting: they run
+	// stream; it is not called for [Message.Reject]. OnIgnore is called for each received
+	// frame of an unknown type, which is ignored. All are for counting: they run
 	// on the session's reading goroutine, OnReject also on those of SetSendOnly, Close and Drain,
 	// without a lock held, and must not wait. At a server they may run before OnSession. Default:
 	// none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
+	OnIgnore  func(*Session)
 
 	token    *redact.Secret  // removed from the peer's texts; nil at a listening end
 	logLimit *loglimit.Limit // of the sessions of a server; nil at a dialling end
@@ -121,6 +123,9 @@ func (o SessionOptions) withDefaults() SessionOptions {
 	}
 	if o.OnReject == nil {
 		o.OnReject = func(*Session, Kind) {}
+	}
+	if o.OnIgnore == nil {
+		o.OnIgnore = func(*Session) {}
 	}
 	return o
 }

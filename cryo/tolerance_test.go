@@ -165,7 +165,10 @@ func TestMissedHandshakeIsLoggedAndCounted(t *testing.T) {
 }
 
 func TestUnknownFramesAreIgnoredAndCounted(t *testing.T) {
-	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+	var ignored []*cryo.Session
+	opts := quiet
+	opts.OnIgnore = func(s *cryo.Session) { ignored = append(ignored, s) }
+	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		for _, size := range []int{0, 4, 1 << 20, wire.MaxPayload} {
 			f := bytesOf(t, peer, wire.Frame{SID: sid, Type: wire.Binary, Payload: make([]byte, size)})
 			frame := f[len(f)-wire.AckHeaderSize-size:]
@@ -177,6 +180,8 @@ func TestUnknownFramesAreIgnoredAndCounted(t *testing.T) {
 		peer.WantFrame("the only answer", cryotest.Acked(1))
 		peer.WantIdle("another", time.Second)
 		require.EqualValues(t, 4, s.Stats().IgnoredFrames)
+		require.Equal(t, []*cryo.Session{s, s, s, s}, ignored)
+		ignored = nil
 		require.NoError(t, s.Err())
 	})
 }

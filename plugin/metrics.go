@@ -32,6 +32,7 @@ const (
 	metricAckLatency        = "cryo_ack_latency_ns"
 	metricUnacknowledged    = "cryo_messages_unacknowledged"
 	metricLateAcks          = "cryo_late_acks"
+	metricFramesIgnored     = "cryo_frames_ignored"
 	metricStreamsOpen       = "cryo_streams_open"
 
 	labelMessageType = "message_type"
@@ -40,16 +41,18 @@ const (
 
 // sessionMetrics are the metrics about the sessions of a component.
 type sessionMetrics struct {
-	sessions   *gauge
-	rejections *service.MetricCounter
-	lateAcks   *service.MetricCounter
+	sessions      *gauge
+	rejections    *service.MetricCounter
+	lateAcks      *service.MetricCounter
+	framesIgnored *service.MetricCounter
 }
 
 func newSessionMetrics(m meter) sessionMetrics {
 	return sessionMetrics{
-		sessions:   m.newGauge(metricSessions),
-		rejections: m.NewCounter(metricSessionRejections, labelMessageType),
-		lateAcks:   m.NewCounter(metricLateAcks),
+		sessions:      m.newGauge(metricSessions),
+		rejections:    m.NewCounter(metricSessionRejections, labelMessageType),
+		lateAcks:      m.NewCounter(metricLateAcks),
+		framesIgnored: m.NewCounter(metricFramesIgnored),
 	}
 }
 
@@ -57,6 +60,7 @@ func newSessionMetrics(m meter) sessionMetrics {
 func (m sessionMetrics) watch(opts *cryo.SessionOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.rejections.Incr(1, messageTypeName(kind)) }
+	opts.OnIgnore = func(*cryo.Session) { m.framesIgnored.Incr(1) }
 }
 
 // dialMetrics are the metrics of a component that connects to a server.
@@ -137,6 +141,7 @@ func (m *listenMetrics) current() listenReporter {
 func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
+	opts.OnIgnore = func(*cryo.Session) { m.current().framesIgnored.Incr(1) }
 	opts.OnDeny = func(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
 }
 

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
 // namesIn finds the names of metrics in a file of the repository.
@@ -273,6 +275,31 @@ func TestLateAcknowledgementsAreCounted(t *testing.T) {
 			"cryo_messages_sent{message_type=utf8}": 0,
 			"cryo_messages_unacknowledged":          0,
 			"cryo_ack_latency_ns":                   0,
+		})
+	})
+}
+
+func TestIgnoredFramesAreCounted(t *testing.T) {
+	unknown := func(peer *cryotest.Peer) {
+		for range 3 {
+			peer.WriteBytes(append(binary.BigEndian.AppendUint64(nil, peer.SID), 77))
+		}
+	}
+	t.Run("cryo", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.serveRaw(func(peer *cryotest.Peer) {
+				peer.ServerHandshake()
+				unknown(peer)
+			})
+			e.run(dialInput, toProbe)
+			e.wantMetrics("ignored", map[string]int64{"cryo_frames_ignored": 3, "cryo_sessions": 1})
+		})
+	})
+	t.Run("cryo_server", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(listenInput, toProbe)
+			unknown(e.rawClient())
+			e.wantMetrics("ignored", map[string]int64{"cryo_frames_ignored": 3, "cryo_sessions": 1})
 		})
 	})
 }
