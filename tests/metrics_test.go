@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -10,10 +11,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
@@ -60,13 +63,19 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	require.NoError(t, stream.Ack())
 	require.NoError(t, testkit.Next(t, done))
 	// Data for a session that only sends, a client without the token, a session that
-	// expires, and a connection that is lost.
+	// expires, a frame of an unknown type, and a connection that is lost.
 	require.Error(t, testkit.Next(t, testkit.Send(session, "rejected")))
 	_, err = cryo.Dial(t.Context(), "ws://"+clients, &cryo.DialOptions{Token: "wrong"})
 	require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	brief, err := cryo.Dial(t.Context(), "ws://"+clients, &cryo.DialOptions{Token: testkit.Token, Query: url.Values{"brief": {"1"}}})
 	require.NoError(t, err)
 	testkit.Next(t, brief.Done())
+	peer := cryotest.DialPeer(t, websocket.DefaultDialer, "ws://"+clients, token, 78)
+	peer.ClientHandshake()
+	peer.WriteBytes(append(binary.BigEndian.AppendUint64(nil, peer.SID), 77))
+	peer.WriteFrames(cryotest.Bye(1, ""))
+	peer.WantFrame("the frame before is ignored by now", cryotest.Acked(1))
+	require.NoError(t, peer.WS.Close())
 	require.NoError(t, session.Close(t.Context(), ""))
 	done = testkit.Send(client, "again")
 	session = server.Session(t)
@@ -94,6 +103,7 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 			`cryo_sends_rejected{label="server",message_type="utf8",path="root.output"}`:      "1",
 			`cryo_session_rejections{label="server",message_type="utf8",path="root.output"}`:  "1",
 			`cryo_late_acks{label="server",path="root.output"}`:                               "1",
+			`cryo_frames_ignored{label="clients",path="root.input"}`:                          "1",
 			`cryo_ack_latency_ns_count{label="server",path="root.output"}`:                    "3",
 			`cryo_streams_open{label="clients",path="root.input"}`:                            "0",
 			`cryo_streams_open{label="server",path="root.output"}`:                            "0",
