@@ -145,3 +145,25 @@ func TestServerResolvesACancelledStreamOnlyWhileSending(t *testing.T) {
 	n.wantOpen(behind)
 	p.wantNoMessage()
 }
+
+// Why docs/interop.md says that a stream that nobody awaits counts as delivered.
+func TestStreamThatNobodyAwaitsIsAcknowledgedAndKept(t *testing.T) {
+	t.Parallel()
+	data := numbers(120_000, 0)
+	t.Run("cryo-server", func(t *testing.T) {
+		t.Parallel()
+		n := server(t, 0, quiet)
+		s, _ := output(t, n, "    message_type: stream\n")
+		n.run(command{"do": "unawaited"})
+		s.deliver(data)
+		require.Equal(t, len(data), n.run(command{"do": "held", "tx": n.want("unawaited").Tx}).Bytes)
+	})
+	t.Run("cryo-client-node", func(t *testing.T) {
+		t.Parallel()
+		p, s, _ := serving(t, "127.0.0.1:0", "", "    message_type: stream\n")
+		c := connected(t, p.Listening())
+		c.run(command{"do": "unawaited"})
+		s.deliver(data)
+		require.Equal(t, len(data), c.run(command{"do": "held", "tx": c.want("unawaited").Tx}).Bytes)
+	})
+}

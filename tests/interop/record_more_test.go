@@ -3,8 +3,12 @@ package interop_test
 import (
 	"fmt"
 	"net/http"
+	"strconv"
 	"testing"
 
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
@@ -105,4 +109,39 @@ func TestRecordOldServer(t *testing.T) {
 	p.stop()
 	n.want("closed")
 	tp.finish(t, "server2_input", n, "Messages and a stream of a server of version 2.12; cryo-connect closes.")
+}
+
+func TestRecordUnawaitedStream(t *testing.T) {
+	recording(t)
+	n := server(t, 0, quiet)
+	tp := through(t, n, true)
+	s, in := newSource(t)
+	p := run(t, in+"output:\n  cryo:"+tp.dial()+"    message_type: stream\n    stream:\n      name: for nobody\n      chunk_bytes: 20\n")
+	n.want("connected")
+	s.ready(p)
+	n.run(command{"do": "unawaited"})
+	s.deliver(numbers(50, 0))
+	n.want("unawaited")
+	p.stop()
+	n.want("closed")
+	tp.finish(t, "server_unawaited", n, "A stream to a server whose application awaits none: it is acknowledged, so it counts as delivered; cryo-connect closes.")
+}
+
+func TestRecordTakeover(t *testing.T) {
+	recording(t)
+	p, s, g := serving(t, "127.0.0.1:0", "", sendingAll)
+	tp := newTap(t)
+	tp.target = p.Listening()
+	c := client(t)
+	id, err := strconv.ParseUint(c.connect(tp.address), 10, 64)
+	require.NoError(t, err)
+	sent := c.tell(command{"do": "text", "text": "from the elder"})
+	g.Next().Respond(http.StatusOK)
+	c.wantDone(sent)
+	s.deliver([]byte("to the elder"), "type=utf8")
+	newer, err := cryo.Dial(t.Context(), "ws://"+tp.target, &cryo.DialOptions{Token: token, SessionID: id})
+	require.NoError(t, err)
+	t.Cleanup(func() { testkit.HangUp(newer) })
+	c.want("closed")
+	tp.finish(t, "client_takeover", c, "Messages both ways; a newer connection with the client's id and token takes the session over.")
 }

@@ -38,8 +38,9 @@ type replay struct {
 	t       *testing.T
 	tr      *transcript
 	ctx     context.Context
-	server  *cryo.Server  // nil when dialled
-	session *cryo.Session // nil until the handshake
+	server  *cryo.Server      // nil when dialled
+	dialer  *websocket.Dialer // of its clients; nil when dialled
+	session *cryo.Session     // nil until the handshake
 	accept  chan *cryo.Session
 	peer    *cryotest.Peer
 
@@ -96,7 +97,8 @@ func newReplay(t *testing.T, tr *transcript) *replay {
 			OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { r.accept <- s },
 		})
 		l := cryotest.Serve(t, r.server)
-		r.peer = cryotest.DialPeer(t, l.Dialer(), "ws://replay.test", token, sid)
+		r.dialer = l.Dialer()
+		r.peer = cryotest.DialPeer(t, r.dialer, "ws://replay.test", token, sid)
 	}
 	r.peer.WS.SetCloseHandler(func(int, string) error { return nil }) // the transcript has the close frame
 	go r.listen()
@@ -126,8 +128,11 @@ func (r *replay) run() {
 		e := &r.tr.entries[i]
 		switch {
 		case e.ours && e.wire == nil:
-			if e.code == websocket.CloseServiceRestart {
+			switch {
+			case e.code == websocket.CloseServiceRestart:
 				r.call("the shutdown", func(*cryo.Session) error { return r.server.Shutdown(r.ctx) })
+			case e.reason == cryo.ErrTakenOver.Error():
+				cryotest.DialPeer(r.t, r.dialer, "ws://replay.test", token, r.theSession().ID())
 			}
 			r.wantClose(e)
 		case e.ours:

@@ -4,6 +4,7 @@ import {content, follow, obey, published, roundTrip, say, senders, source, sourc
 const {cryo} = await published("cryo-client-node");
 
 let session;
+let awaited = true; // whether the application reads streams
 let extra; // a second socket with the session's id
 
 const code = c => ({code: c});
@@ -13,7 +14,7 @@ async function connect({url, token, query = {}}) {
     session = s;
     s.on("message-utf8", m => say("text", {...content(m), text: m.slice(0, 100)}));
     s.on("message-binary", m => say("binary", content(m)));
-    s.on("tx-start", (tx, name) => follow(s.streams.get(tx), {tx, name}));
+    s.on("tx-start", (tx, name) => awaited ? follow(s.streams.get(tx), {tx, name}) : say("unawaited", {tx, name}));
     s.on("closed", (closeCode, reason) => say("closed", {...code(closeCode), reason}));
     const answer = s.HandlePingPongMessage;
     s.HandlePingPongMessage = function (frame) {
@@ -43,6 +44,9 @@ obey({
     ...senders(() => session),
     ...sourceVerbs,
     stream: c => session.Stream(source(c), c.name),
+    // unawaited makes the application read no further stream, held tells what is kept of one.
+    unawaited: async () => { awaited = false; },
+    held: async c => ({bytes: session.streams.get(c.tx).readableLength}),
     flow: c => session.SetIncomingFlowControl(c.behaviour),
     roundtrip: () => roundTrip(session.socket),
     close: async () => session.Close(),

@@ -10,6 +10,7 @@ const server = cryo({validate: async t => t === token},
 
 const sessions = new Map();
 let latest;
+let awaited = true; // whether the application reads streams
 
 // of gives the session that a command names, or the one that connected last.
 const of = c => c.session ? sessions.get(c.session) : latest;
@@ -24,7 +25,9 @@ function watch(s) {
     s.on("connected", () => {
         latest = s;
         sessions.set(session, s);
-        s.stream.on("tx-start", (tx, name) => follow(s.stream.incomingStreams.get(tx), {session, tx, name}));
+        s.stream.on("tx-start", (tx, name) => awaited
+            ? follow(s.stream.incomingStreams.get(tx), {session, tx, name})
+            : tell("unawaited", {tx, name}));
         tell("connected");
     });
     s.webSocket.on("message", frame => {
@@ -67,6 +70,9 @@ obey({
     stream: c => of(c).stream.Stream(source(c), c.name),
     large: c => of(c).stream.Stream(Readable.from(large(c)), c.name),
     throttled,
+    // unawaited makes the application read no further stream, held tells what is kept of one.
+    unawaited: async () => { awaited = false; },
+    held: async c => ({bytes: of(c).stream.incomingStreams.get(c.tx).readableLength}),
     flow: c => of(c).stream.SetIncomingFlowControl(c.behaviour),
     fetch: c => of(c).stream.StreamRequestRange(of(c).stream.incomingStreams.get(c.tx), c.start, c.end),
     cancel,
