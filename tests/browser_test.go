@@ -11,10 +11,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -259,3 +261,61 @@ func TestBrowserPageReconnectsAndResendsUnacknowledgedMessages(t *testing.T) {
 	again.Ack(two)
 	browser.wantLine("sent", "two", delivered)
 }
+
+// Two instances behind a balancer restart one after the other, each while the page is connected
+// to it. What is in flight is delivered by the instance that stops; what comes too late for that,
+// by the other.
+func TestPageSurvivesARollingRestart(t *testing.T) {
+	service := testkit.NewWebService(t)
+	addresses := []string{testkit.ReserveAddress(t), testkit.ReserveAddress(t)}
+	start := func(i int) *testkit.Process {
+		p := runConfig(t, fmt.Sprintf(`
+input: { cryo_server: { address: %q, tokens: [ "${CRYO_TOKEN}" ] } }
+output: { http_client: { url: %q, verb: POST, retries: 0 } }
+logger: { level: DEBUG }
+`, addresses[i], service.URL))
+		p.Listening()
+		return p
+	}
+	instances := []*testkit.Process{start(0), start(1)}
+	balancer := testkit.NewProxy(t, addresses...)
+	pages := testkit.Listen(t)
+	cryotest.ServeOn(t, pages, http.HandlerFunc(servePage))
+	browser := browse(t, "http://"+pages.Addr().String()+"/", "ws://"+balancer.Address())
+	browser.wantState("connected")
+	deliver := func(text string) *testkit.Request {
+		t.Helper()
+		r := service.Next()
+		require.Equal(t, text, r.Body, "each message is delivered once")
+		return r
+	}
+
+	at := 0 // the instance that the page is connected to
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		at = instances[1].Count(sessionConnected)
+		require.Equal(c, 1, at+instances[0].Count(sessionConnected))
+	})
+	for restart := range 4 {
+		p := instances[at]
+		p.WantLog("Session connected")
+		held, late := fmt.Sprintf("in flight at restart %d", restart), fmt.Sprintf("too late for restart %d", restart)
+		browser.send(held)
+		inFlight := deliver(held)
+		p.Signal(syscall.SIGTERM)
+		p.WantLog("the service is closing")
+		p.WantLog("Waiting for pending acks to resolve")
+		browser.send(late)
+		browser.wantLine("sent", late, pending)
+		inFlight.Respond(http.StatusOK)
+		browser.wantLine("sent", held, delivered)
+		p.WantExit(0)
+		deliver(late).Respond(http.StatusOK)
+		browser.wantLine("sent", late, delivered)
+		browser.wantState("connected")
+		instances[at] = start(at)
+		at = 1 - at
+	}
+	require.Empty(t, service.Requests)
+}
+
+func sessionConnected(line string) bool { return strings.Contains(line, "Session connected") }
