@@ -17,6 +17,7 @@ import (
 
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
@@ -277,6 +278,7 @@ func TestBrowser(t *testing.T) {
 		{"a page is pulled from", testBrowserIsPulledFrom},
 		{"a page cancels the reader of a stream", testBrowserCancelsAReader},
 		{"a page returns after a planned restart", testBrowserRestart},
+		{"a page stays through a rolling restart", testBrowserRollingRestart},
 		{"a page returns after a crash", testBrowserCrash},
 		{"a page returns after a lost network", testBrowserNetworkLoss},
 		{"a page returns after a timeout", testBrowserTimeout},
@@ -445,6 +447,43 @@ func testBrowserRestart(t *testing.T, b *browser) {
 	p.WantLog("Session connected", "session="+id)
 	page.wantEvent("reconnected")
 	wantServed(t, page, s, g)
+}
+
+// instance is one of several processes behind a balancer.
+type instance struct {
+	*pipeline
+	*source
+	gate *testkit.WebService
+}
+
+func testBrowserRollingRestart(t *testing.T, b *browser) {
+	addresses := []string{testkit.ReserveAddress(t), testkit.ReserveAddress(t)}
+	start := func(i int) instance {
+		p, s, g := serving(t, addresses[i], "", sendingAll)
+		return instance{p, s, g}
+	}
+	instances := []instance{start(0), start(1)}
+	page := b.open(t)
+	id := page.connect(testkit.NewProxy(t, addresses...).Address())
+	has := func(line string) bool {
+		return strings.Contains(line, "Session connected") && strings.Contains(line, id)
+	}
+	at := 0 // the instance that the page is connected to
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		at = instances[1].Count(has)
+		require.Equal(c, 1, at+instances[0].Count(has))
+	})
+	for range 2 {
+		wantServed(t, page, instances[at].source, instances[at].gate)
+		page.forget()
+		instances[at].stop()
+		page.wantEvent("disconnected")
+		page.wantEvent("reconnected")
+		instances[at] = start(at)
+		at = 1 - at
+		instances[at].WantLog("Session connected", "session="+id)
+	}
+	wantServed(t, page, instances[at].source, instances[at].gate)
 }
 
 func testBrowserCrash(t *testing.T, b *browser) {
