@@ -24,13 +24,18 @@ type stopper struct {
 // configure reads the configuration, before any pipeline is made.
 func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
 	s.resources = conf.Resources()
-	if delay, _ := conf.FieldString("shutdown_delay"); delay != "" {
-		if s.delay, err = conf.FieldDuration("shutdown_delay"); err != nil {
-			return err
-		}
+	if s.delay, err = durationOf(conf, "shutdown_delay"); err == nil {
+		s.timeout, err = durationOf(conf, "shutdown_timeout")
 	}
-	s.timeout, err = conf.FieldDuration("shutdown_timeout")
 	return err
+}
+
+// durationOf returns the value of a field of the engine, which takes an empty one for 0.
+func durationOf(conf *service.ParsedConfig, field string) (time.Duration, error) {
+	if text, err := conf.FieldString(field); err != nil || text == "" {
+		return 0, err
+	}
+	return conf.FieldDuration(field)
 }
 
 // watch waits for the signals that stop the process, in the background. The engine calls it when
