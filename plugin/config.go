@@ -260,21 +260,6 @@ func listRule[T any](rule func([]string) (T, error)) func(value any) (T, error) 
 // anyList is the rule of a list that may have any elements.
 func anyList(elements []string) ([]string, error) { return elements, nil }
 
-// mapOf is a field for an object whose values are strings.
-func mapOf[T any](path string, rule func(map[string]string) (T, error)) setting[T] {
-	return newField(path, service.NewStringMapField, func(value any) (setting T, err error) {
-		values, ok := value.(map[string]any)
-		if !ok {
-			return setting, nil // lint also calls the rule with each value
-		}
-		texts := make(map[string]string, len(values))
-		for name, v := range values {
-			texts[name], _ = v.(string)
-		}
-		return rule(texts)
-	})
-}
-
 // lintRules holds the rules of fields and components, by the argument of cryo_lint. It is
 // read-only after the package has been initialized.
 var lintRules = make(map[string]func(value any) error)

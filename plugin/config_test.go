@@ -76,7 +76,7 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		{"input", "cryo", `{ ` + dials + `, headers: { connection: close } }`, "field headers: connection is set by the WebSocket handshake: remove it"},
 		{"input", "cryo", `{ ` + dials + `, headers: { Sec-WebSocket-Key: a } }`, "field headers: Sec-WebSocket-Key is set by the WebSocket handshake: remove it"},
 		{"input", "cryo", `{ ` + dials + `, headers: { "a b": a } }`, `field headers: "a b" is not a valid HTTP header name`},
-		{"input", "cryo", `{ ` + dials + `, headers: { X-Key: "secret\n" } }`, "field headers: the value of X-Key contains characters that HTTP does not allow, such as line breaks"},
+		{"input", "cryo", `{ ` + dials + `, headers: { X-Key: "secret\n" } }`, "field headers: the value of \"X-Key\" begins or ends with white space, such as a line break: remove it from the file or the environment variable"},
 
 		// Numbers and durations.
 		{"input", "cryo", `{ ` + dials + `, max_in_flight: 100000000000000000000 }`, "field max_in_flight must be at most 9007199254740992, got 1e+20"},

@@ -35,9 +35,15 @@ var (
 		}
 		return url.Parse(text)
 	})
-	queryParametersField = mapOf(fieldQueryParameters, func(parameters map[string]string) (url.Values, error) {
+	tokenField = secretField(fieldToken, func(token string) (string, error) {
+		return token, checkSecret("field "+fieldToken, token)
+	})
+	queryParametersField = secretMapField(fieldQueryParameters, func(parameters map[string]string) (url.Values, error) {
 		query := make(url.Values)
 		for name, value := range parameters {
+			if err := checkSecret(fmt.Sprintf("field %s: the value of %q", fieldQueryParameters, name), value); err != nil {
+				return nil, err
+			}
 			query.Set(name, value)
 		}
 		// CheckURL rejects the parameters that the client sets itself.
@@ -46,7 +52,7 @@ var (
 		}
 		return query, nil
 	})
-	headersField  = mapOf(fieldHeaders, checkHeaders)
+	headersField  = secretMapField(fieldHeaders, checkHeaders)
 	proxyURLField = newField(fieldProxyURL, service.NewURLField, textRule(parseProxy)) // the engine redacts passwords in such fields
 
 	connectTimeoutField    = positiveDuration(fieldConnectTimeout)
@@ -59,17 +65,13 @@ func dialFields() []*service.ConfigField {
 			Description("The URL of the Cryo server: `ws://`, or `wss://` for TLS. The default port is 80, or 443 for `wss://`.").
 			Example("ws://localhost:8080").
 			Example("wss://cryo.example.com/feed"),
-		service.NewStringField(fieldToken).
-			Description("The secret that the server authenticates the client by, without the word `Bearer`. Cryo sends it in the query of the URL: use `wss://` on untrusted networks, and check the access logs of proxies. It is redacted from all log lines, errors and metrics of this component; a text that contains a token of fewer than 6 bytes is redacted as a whole.").
-			Default("").
-			Secret(),
+		tokenField.config().
+			Description("The secret that the server authenticates the client by, without the word `Bearer`. Cryo sends it in the query of the URL: use `wss://` on untrusted networks, and check the access logs of proxies. It is redacted from all log lines, errors and metrics of this component; a text that contains a token of fewer than 6 bytes is redacted as a whole."),
 		queryParametersField.config().
 			Description("Additional query parameters of the URL, such as a tenant or a room.").
-			Default(map[string]any{}).
 			Advanced(),
 		headersField.config().
 			Description("Additional headers of the HTTP request that opens the WebSocket, for proxies and gateways.").
-			Default(map[string]any{}).
 			Advanced(),
 		service.NewTLSToggledField(fieldTLS).
 			Description("Settings for `wss://`, such as custom certificate authorities and client certificates, with `enabled: true`. Without them, `wss://` uses the system's certificate authorities."),
@@ -96,6 +98,7 @@ func heartbeatField() *service.ConfigField {
 func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions) (*url.URL, error) {
 	r := &settingsReader{conf: conf}
 	u := urlField.read(r)
+	opts.Token = tokenField.read(r)
 	opts.Query = queryParametersField.read(r)
 	opts.Header = headersField.read(r)
 	proxy := proxyURLField.read(r)
@@ -106,10 +109,6 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions) (*url.U
 	}
 	if opts.Proxy = http.ProxyFromEnvironment; proxy != nil {
 		opts.Proxy = http.ProxyURL(proxy)
-	}
-	var err error
-	if opts.Token, err = conf.FieldString(fieldToken); err != nil {
-		return nil, err
 	}
 	settings, enabled, err := conf.FieldTLSToggled(fieldTLS)
 	switch {
@@ -135,10 +134,11 @@ func checkHeaders(headers map[string]string) (http.Header, error) {
 		switch {
 		case !httpguts.ValidHeaderFieldName(name):
 			return nil, fmt.Errorf("field %s: %q is not a valid HTTP header name", fieldHeaders, name)
-		case !httpguts.ValidHeaderFieldValue(value):
-			return nil, fmt.Errorf("field %s: the value of %s contains characters that HTTP does not allow, such as line breaks", fieldHeaders, name)
 		case slices.Contains(handshakeHeaders, key):
 			return nil, fmt.Errorf("field %s: %s is set by the WebSocket handshake: remove it", fieldHeaders, name)
+		}
+		if err := checkSecret(fmt.Sprintf("field %s: the value of %q", fieldHeaders, name), value); err != nil {
+			return nil, err
 		}
 		checked.Set(key, value)
 	}

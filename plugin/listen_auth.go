@@ -37,9 +37,14 @@ const (
 )
 
 var (
-	tokensField = listOf(fieldTokens, func(tokens []string) ([]string, error) {
+	tokensField = secretListField(fieldTokens, func(tokens []string) ([]string, error) {
 		if slices.Contains(tokens, "") {
 			return nil, fmt.Errorf("field %s contains an empty token, which would accept every client", fieldTokens)
+		}
+		for i, token := range tokens {
+			if err := checkSecret(fmt.Sprintf("field %s: element %d", fieldTokens, i+1), token); err != nil {
+				return nil, err
+			}
 		}
 		return tokens, nil
 	})
@@ -65,9 +70,7 @@ var (
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		tokensField.config().
-			Description("The tokens that are accepted: a client must send one of them. Either this or `authorize` is required.").
-			Default([]any{}).
-			Secret(),
+			Description("The tokens that are accepted: a client must send one of them. Either this or `authorize` is required."),
 		service.NewBloblangField(fieldAuthorize).
 			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null. With `+"`authorize_processors`"+`, it also has `+"`this.answer`"+`.
 

@@ -77,3 +77,42 @@ output:
 	p.Kill() // an output that never connected delays the engine's shutdown to its timeout
 	wantNoSecret(t, strings.Join(p.All(), "\n"))
 }
+
+func TestSecretThatYAMLChangesIsRefusedUnprinted(t *testing.T) {
+	const digits, lineBreak = "4815162342", "s3cret-with-a-line-break"
+	server := testkit.Serve(t)
+	for name, tt := range map[string]struct{ fields, token, words string }{
+		"digits without quotes": {
+			"cryo: { url: '" + server.URL() + "', token: ${SOME_TOKEN} }", digits, "field token must be text, but YAML reads it as a number: put it in single quotes, for example '${TOKEN}'",
+		},
+		"digits in a header": {
+			"cryo: { url: '" + server.URL() + "', headers: { X-Key: ${SOME_TOKEN} } }", digits, "must be text, but YAML reads it as a number",
+		},
+		"digits at a listener": {
+			"cryo_server: { address: '127.0.0.1:0', tokens: [ ${SOME_TOKEN} ] }", digits, "field tokens: element 1 must be text, but YAML reads it as a number",
+		},
+		"line break in single quotes": {
+			"cryo: { url: '" + server.URL() + "', token: '${SOME_TOKEN}' }", lineBreak + "\n", "field token ends with ",
+		},
+		"line break in double quotes": {
+			"cryo: { url: '" + server.URL() + `', token: "${SOME_TOKEN}" }`, lineBreak + "\n", "field token begins or ends with white space",
+		},
+		"line break without quotes": {
+			"cryo_server: { address: '127.0.0.1:0', tokens: [ ${SOME_TOKEN} ] }", lineBreak + "\n", "field tokens: element 1 ends with ",
+		},
+	} {
+		stream := "input:\n  " + tt.fields + "\noutput:\n  drop: {}\n"
+		config := testkit.WriteFile(t, "config.yaml", stream)
+		observability := testkit.WriteFile(t, "observability.yaml", "http: { enabled: false }")
+		for _, args := range [][]string{{"lint", config}, {"check", config}, {"run", "--set", "http.enabled=false", config}, {"streams", "-o", observability, config}} {
+			t.Run(name+"/"+args[0], func(t *testing.T) {
+				cmd := testkit.Command(t, args...)
+				cmd.Env = append(cmd.Env, "SOME_TOKEN="+tt.token)
+				out, err := cmd.CombinedOutput()
+				require.Error(t, err, string(out))
+				require.Contains(t, string(out), tt.words)
+				require.NotContains(t, string(out), strings.TrimSpace(tt.token))
+			})
+		}
+	}
+}

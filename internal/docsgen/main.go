@@ -163,9 +163,9 @@ func (s *spec) collect(path string, advanced bool, into map[string]field) {
 		kind := child.typeName()
 		switch child.Kind {
 		case "array":
-			below, kind = name+"[]", "list of "+child.Type
+			below, kind = name+"[]", "list of "+child.elementType()
 		case "map":
-			below, kind = name+".<name>", "object with values of "+child.Type
+			below, kind = name+".<name>", "object with values of "+child.elementType()
 		}
 		into[name] = field{
 			Type:     kind,
@@ -176,7 +176,16 @@ func (s *spec) collect(path string, advanced bool, into map[string]field) {
 	}
 }
 
-// typeName is the type of a field's values. Fields for whole numbers and booleans are of
+// elementType is the type of the elements of a list or an object. Secrets are of the type unknown,
+// as package plugin explains.
+func (s *spec) elementType() string {
+	if s.Type == "unknown" {
+		return "string"
+	}
+	return s.Type
+}
+
+// typeName is the type of a field's values. Fields for whole numbers, booleans and secrets are of
 // the type unknown, as package plugin explains; their defaults show what they are.
 func (s *spec) typeName() string {
 	if s.Type == "unknown" && s.Default != nil {
@@ -185,6 +194,8 @@ func (s *spec) typeName() string {
 			return "int"
 		case bool:
 			return "bool"
+		case string:
+			return "string"
 		}
 	}
 	return s.Type
