@@ -166,7 +166,7 @@ func Dial(ctx context.Context, rawURL string, options *DialOptions) (*Session, e
 // target is the address of a server.
 type target struct {
 	url   *url.URL
-	query url.Values // parameters of the URL and of the options
+	query url.Values // parameters of the URL
 }
 
 // newTarget checks the URL and the options.
@@ -178,7 +178,6 @@ func newTarget(rawURL string, o *DialOptions) (*target, error) {
 	if err != nil {
 		return nil, err
 	}
-	maps.Copy(query, o.Query)
 	return &target{u, query}, nil
 }
 
@@ -210,6 +209,7 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 // open opens the WebSocket and the session.
 func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) {
 	query := maps.Clone(t.query)
+	maps.Copy(query, opts.Query)
 	query.Set(paramAuthorization, bearer+" "+opts.Token)
 	query.Set(paramSessionID, strconv.FormatUint(opts.SessionID, 10))
 	withQuery := *t.url

@@ -471,7 +471,10 @@ func TestClientOfAnExpiredSessionReturnsWithARenewedToken(t *testing.T) {
 		}})
 		client, err := cryo.NewClient(memoryURL, &cryo.ClientOptions{
 			DialOptions: cryo.DialOptions{NetDial: l.Dial},
-			TokenFunc:   func(context.Context) (string, error) { return time.Now().Format(time.RFC3339), nil },
+			BeforeDial: func(_ context.Context, opts *cryo.DialOptions) error {
+				opts.Token = time.Now().Format(time.RFC3339)
+				return nil
+			},
 		})
 		require.NoError(t, err)
 		for range 3 {

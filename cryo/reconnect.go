@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -39,11 +40,13 @@ type ClientOptions struct {
 	// which Await or Send waited, at most one line a second.
 	DialOptions
 
-	// TokenFunc returns the token of an attempt, for tokens that expire or are rotated. It is
-	// called for each attempt, on a goroutine of the Client, never concurrently. Its context
-	// is done after ConnectTimeout and at Close, and it must return then. If it returns an
-	// error, the attempt fails with that. Default: Token; it is an error to set both.
-	TokenFunc func(context.Context) (string, error)
+	// BeforeDial is called before each attempt with a copy of DialOptions, which it may change
+	// for this attempt: a token that expires, headers or query parameters, or TLS with renewed
+	// certificates. A change of SessionID has no effect. It is called on a goroutine of the
+	// Client, never concurrently. Its context is done after ConnectTimeout and at Close, and it
+	// must return then. If it returns an error, the attempt fails with that, which must not
+	// contain a secret. Default: none.
+	BeforeDial func(ctx context.Context, options *DialOptions) error
 
 	// OnSession is called with each new session, before a method of the Client returns it,
 	// and OnSessionEnd when Done of that session is closed, before the next one is dialled. The
@@ -102,7 +105,7 @@ type attempt struct {
 
 // RetryError is the failure of an attempt of a [Client] to connect. The next attempt may succeed.
 type RetryError struct {
-	Err   error         // error of Dial or of TokenFunc
+	Err   error         // error of Dial or of BeforeDial
 	After time.Duration // time until the next attempt, from the failure on
 }
 
@@ -123,9 +126,6 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 		opts = *options
 	}
 	t, err := newTarget(rawURL, &opts.DialOptions)
-	if err == nil && opts.Token != "" && opts.TokenFunc != nil {
-		err = errors.New("both Token and TokenFunc are set")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
 	}
@@ -268,16 +268,27 @@ func (c *Client) dial(lastGone <-chan struct{}) (*Session, error) {
 	if !pause(c.closed, time.Until(due)) {
 		return nil, errClientClosed
 	}
-	opts := c.opts.DialOptions
-	if c.opts.TokenFunc != nil {
-		ctx, cancel := context.WithTimeout(c.closed, opts.ConnectTimeout)
-		defer cancel()
-		var err error
-		if opts.Token, err = c.opts.TokenFunc(ctx); err != nil {
-			return nil, fmt.Errorf("dialling %s: token: %w", c.target, err)
-		}
+	opts, err := c.prepare()
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s: %w", c.target, err)
 	}
 	return c.target.dial(c.closed, opts)
+}
+
+// prepare returns the options of an attempt.
+func (c *Client) prepare() (DialOptions, error) {
+	opts := c.opts.DialOptions
+	if c.opts.BeforeDial == nil {
+		return opts, nil
+	}
+	ctx, cancel := context.WithTimeout(c.closed, opts.ConnectTimeout)
+	defer cancel()
+	opts.Header, opts.Query = opts.Header.Clone(), maps.Clone(opts.Query)
+	if err := c.opts.BeforeDial(ctx, &opts); err != nil {
+		return opts, err
+	}
+	opts.SessionID = c.opts.SessionID
+	return opts.withDefaults(), opts.validate()
 }
 
 // follow waits for the end of a session, and sets the due time of the next attempt.

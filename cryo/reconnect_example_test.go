@@ -108,9 +108,10 @@ func ExampleClientOptions() {
 	defer server.stop()
 	ctx := context.Background()
 	client, err := cryo.NewClient(server.url, &cryo.ClientOptions{
-		TokenFunc: func(context.Context) (string, error) {
+		BeforeDial: func(_ context.Context, options *cryo.DialOptions) error {
 			fmt.Println("asked for a token")
-			return "secret", nil
+			options.Token = "secret"
+			return nil
 		},
 		OnSession:    func(*cryo.Session) { fmt.Println("connected") },
 		OnSessionEnd: func(session *cryo.Session) { fmt.Println(session.Err()) },

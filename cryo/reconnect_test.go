@@ -127,7 +127,7 @@ func (g *gate) sent(parameter string) []string {
 func newClient(t *testing.T, g *gate, opts cryo.ClientOptions) *cryo.Client {
 	t.Helper()
 	opts.NetDial = g.Dial
-	if opts.Token == "" && opts.TokenFunc == nil {
+	if opts.Token == "" && opts.BeforeDial == nil {
 		opts.Token = token
 	}
 	c, err := cryo.NewClient(memoryURL+"/path?secret=s3cret", &opts)
@@ -213,9 +213,8 @@ func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 		t.Error("dialled")
 		return nil, errors.New("dialled")
 	}
-	token := func(context.Context) (string, error) { return "", errors.New("called") }
+	prepare := func(context.Context, *cryo.DialOptions) error { return errors.New("called") }
 	for problem, opts := range map[string]cryo.ClientOptions{
-		"both Token and TokenFunc are set": {DialOptions: cryo.DialOptions{Token: "x"}, TokenFunc: token},
 		"the parameter x-cryo-sid is made from the session's id: it must not be set in the query": {DialOptions: cryo.DialOptions{Query: url.Values{"x-cryo-sid": {"1"}}}},
 		"the parameter authorization is made from the token: it must not be set in the query":     {DialOptions: cryo.DialOptions{Query: url.Values{"authorization": {"s3cret"}}}},
 	} {
@@ -225,7 +224,7 @@ func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 	_, err := cryo.NewClient("http://cryo.test?secret=s3cret", nil)
 	require.EqualError(t, err, `making a client: the scheme is "http", it must be ws or wss`)
 
-	c, err := cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: cryo.DialOptions{NetDial: dialled}, TokenFunc: token})
+	c, err := cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: cryo.DialOptions{NetDial: dialled}, BeforeDial: prepare})
 	require.NoError(t, err)
 	require.Nil(t, c.Session())
 	require.NoError(t, c.Close(t.Context(), ""))
@@ -321,16 +320,18 @@ func TestExistingSessionIsRetriedEverySecond(t *testing.T) {
 	})
 }
 
-func TestTokenFuncIsCalledForEachAttempt(t *testing.T) {
+func TestBeforeDialChangesTheTokenOfEachAttempt(t *testing.T) {
 	var asked []time.Time
 	tokens := []string{"first-token", "second-token", "third-token"}
 	synctest.Test(t, func(t *testing.T) {
 		server, _, sessions := serve(t, cryo.ServerOptions{Authorize: cryo.Tokens("second-token", "third-token")})
 		g := newGate(t, server)
-		c := newClient(t, g, cryo.ClientOptions{TokenFunc: func(ctx context.Context) (string, error) {
+		c := newClient(t, g, cryo.ClientOptions{BeforeDial: func(ctx context.Context, opts *cryo.DialOptions) error {
 			require.NoError(t, ctx.Err())
+			require.Empty(t, opts.Token, "an attempt does not change the next one")
 			asked = append(asked, time.Now())
-			return tokens[len(asked)-1], nil
+			opts.Token = tokens[len(asked)-1]
+			return nil
 		}})
 		_, err := c.Connect(t.Context())
 		require.ErrorIs(t, err, cryo.ErrUnauthorized)
@@ -359,15 +360,15 @@ func TestTokenFuncIsCalledForEachAttempt(t *testing.T) {
 	})
 }
 
-func TestTokenFuncErrorIsAFailedAttempt(t *testing.T) {
+func TestBeforeDialErrorIsAFailedAttempt(t *testing.T) {
 	noToken := errors.New("the vault is sealed")
-	withPeers(t, cryo.ClientOptions{TokenFunc: func(context.Context) (string, error) { return "", noToken }}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
+	withPeers(t, cryo.ClientOptions{BeforeDial: func(context.Context, *cryo.DialOptions) error { return noToken }}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
 		begin := time.Now()
 		var waits []time.Duration
 		for range 4 {
 			_, err := c.Connect(t.Context())
 			require.ErrorIs(t, err, noToken)
-			require.ErrorContains(t, err, "dialling ws://cryo.test/path: token: the vault is sealed (next attempt after ")
+			require.ErrorContains(t, err, "dialling ws://cryo.test/path: the vault is sealed (next attempt after ")
 			waits = append(waits, time.Since(begin))
 			begin = time.Now()
 		}
@@ -375,9 +376,9 @@ func TestTokenFuncErrorIsAFailedAttempt(t *testing.T) {
 		wantDoubling(t, waits[1:], 3)
 		require.Zero(t, g.attempts())
 	})
-	withPeers(t, cryo.ClientOptions{TokenFunc: func(ctx context.Context) (string, error) {
+	withPeers(t, cryo.ClientOptions{BeforeDial: func(ctx context.Context, _ *cryo.DialOptions) error {
 		<-ctx.Done()
-		return "", ctx.Err()
+		return ctx.Err()
 	}}, func(t *testing.T, c *cryo.Client, g *gate, _ *cryotest.Server) {
 		begin := time.Now()
 		_, err := c.Connect(t.Context())
@@ -740,9 +741,9 @@ func TestClientCanBeClosedInEveryState(t *testing.T) {
 			g.answer(away, 100)
 			time.Sleep(time.Minute)
 		}},
-		"while it gets a token": {opts: cryo.ClientOptions{TokenFunc: func(ctx context.Context) (string, error) {
+		"while it gets a token": {opts: cryo.ClientOptions{BeforeDial: func(ctx context.Context, _ *cryo.DialOptions) error {
 			<-ctx.Done()
-			return "", ctx.Err()
+			return ctx.Err()
 		}}, before: func(*testing.T, *cryo.Client, *gate, *cryotest.Server) { time.Sleep(time.Second) }},
 		"while it waits for the last session's end": {before: func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 			peer := nextSession(t, g, server)
@@ -842,5 +843,37 @@ func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 		require.ErrorIs(t, wantEnded(t, s), cryo.ErrClosed)
 		wantEnded(t, next(t, sessions))
 		require.Empty(t, server.Sessions())
+	})
+}
+
+func TestBeforeDialChangesHeadersAndQueryOfOneAttempt(t *testing.T) {
+	attempt := 0
+	withPeers(t, cryo.ClientOptions{
+		DialOptions: cryo.DialOptions{Header: http.Header{"X-Key": {"first"}}, Query: url.Values{"room": {"0"}}, SessionID: 7},
+		BeforeDial: func(_ context.Context, opts *cryo.DialOptions) error {
+			require.Equal(t, http.Header{"X-Key": {"first"}}, opts.Header)
+			require.Equal(t, url.Values{"room": {"0"}}, opts.Query)
+			attempt++
+			opts.Header.Set("X-Key", fmt.Sprint("key of attempt ", attempt))
+			opts.Query.Set("room", fmt.Sprint(attempt))
+			opts.SessionID = 8
+			if attempt == 3 {
+				opts.Query.Set("authorization", "s3cret")
+			}
+			return nil
+		},
+	}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
+		for n := range 2 {
+			_, peer := connectClient(t, c, g, server)
+			require.Equal(t, fmt.Sprint("key of attempt ", n+1), peer.Request.Header.Get("X-Key"))
+			require.Equal(t, fmt.Sprint(n+1), peer.Request.URL.Query().Get("room"))
+			require.Equal(t, uint64(7), peer.SID, "all sessions have the same id")
+			peer.Conn().Cut()
+			synctest.Wait()
+			time.Sleep(time.Minute)
+		}
+		_, err := c.Connect(t.Context())
+		require.ErrorContains(t, err, "the parameter authorization is made from the token")
+		require.NotContains(t, err.Error(), "s3cret")
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/bloblang"
@@ -308,7 +309,7 @@ func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*se
 		if _, reported := errors.AsType[*fieldError](err); reported {
 			return nil
 		}
-		if _, isFile := errors.AsType[*fs.PathError](err); isFile {
+		if _, isFile := errors.AsType[*fs.PathError](err); isFile && !errors.Is(err, syscall.EINVAL) { // no machine has a path with a zero byte
 			return nil // the file may exist on another machine, where the configuration runs
 		}
 		return err

@@ -21,7 +21,9 @@ import (
 // adds null, values of other types, and mutations.
 var fieldValues = map[string][]string{
 	"url":                  {`ws://localhost:8080`, `WSS://[::1]:443/a/path?room=5#x`, `ws://[fe80::1%25lo]:80`, `ws://h`, `ws://[::1`, `ws://h/%zz`, `ws://h:port/`, `ws://h:99999`, `ws://h:0`, `ws://h:`, `ws://h\x`, `ws://h?%61uthorization=1`, `ws://h?x-cryo-sid=1`, `ws://h?a;b`, `ws://u:p@h`, `ws://u:p%zz@h`, `http://h`, `ws:h`, `ws:///p`, `//h`},
-	"token":                {`a`, `a b`, "a\x01"},
+	"token":                {`a`, `a b`, "a\x01", `${! env("NO_SUCH_VARIABLE") }`, `${! file("nowhere") }`, `${! file( }`, `a${!`, `a `, `a\n`},
+	"token_file":           {`nowhere/token`},
+	"tokens_file":          {`nowhere/tokens`},
 	"query_parameters":     {`{ room: "5" }`, `{ authorization: a }`, `{ x-cryo-sid: a }`, `{ Authorization: a }`, `{ "": "" }`, `{ "a\r\n": "\0" }`, `{ a: 5 }`, `{ a: [ b ] }`},
 	"headers":              {`{ X-Room: "5" }`, `{ host: example.com }`, `{ Connection: close }`, `{ upgrade: a }`, `{ Sec-WebSocket-Key: a }`, `{ sec-websocket-version: "8" }`, `{ Sec-WebSocket-Extensions: a }`, `{ Sec-WebSocket-Protocol: a }`, `{ "a b": a }`, `{ "": a }`, `{ "ä": a }`, `{ a: "b\r\nc" }`, `{ a: "\0" }`, `{ a: "ä" }`, `{ a: [ b ] }`, `{ a: null }`},
 	"tls":                  {`{ enabled: false }`, `{ enabled: true }`, `{ root_cas: a }`, `{ enabled: true, root_cas: a, root_cas_file: b }`, `{ enabled: true, client_certs: [ { cert: a, key: b } ] }`, `{ enabled: true, client_certs: [ { cert: a } ] }`, `{ enabled: true, client_certs: [ {} ] }`, `{ cert_file: a, key_file: b }`, `{ cert_file: a }`, `{ key_file: a }`, `{ client_ca_file: a }`, `{ client_auth: verify_if_given }`, `{ client_auth: none }`, `{ min_version: tls13 }`, `{ min_version: TLS13 }`, `{ min_version: null }`, `{ unknown: 1 }`},
@@ -149,7 +151,7 @@ func checkLint(t *testing.T, kind, name, path, value string) {
 	} else {
 		add("address", "127.0.0.1:0")
 		switch path {
-		case "authorize":
+		case "authorize", "tokens_file":
 		case "authorize_processors":
 			add("authorize", "root = true")
 		default:

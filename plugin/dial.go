@@ -25,6 +25,7 @@ type dialer struct {
 	url     string
 	logURL  string // url without its query, which may contain secrets
 	opts    cryo.DialOptions
+	attempt *attemptOptions
 	log     *service.Logger
 	metrics dialMetrics
 
@@ -42,16 +43,17 @@ var errDialerClosed = errors.New("the component is closed")
 // opts, which contains the options for which there are no fields.
 func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts cryo.DialOptions) (*dialer, error) {
 	d := &dialer{opts: opts, log: res.Logger()}
-	u, err := readDialOptions(conf, &d.opts)
+	u, attempt, err := readDialOptions(conf, &d.opts, d.log)
 	if err != nil {
 		return nil, err
 	}
+	d.attempt = attempt
 	d.url, d.logURL = u.String(), (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	d.metrics = newDialMetrics(meterOf(res))
 	d.awaitLog = newLimitedLog(d.log)
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)
-	d.client, err = cryo.NewClient(d.url, &cryo.ClientOptions{DialOptions: d.opts, OnSession: d.connected, OnSessionEnd: d.ended})
+	d.client, err = cryo.NewClient(d.url, &cryo.ClientOptions{DialOptions: d.opts, BeforeDial: attempt.evaluate, OnSession: d.connected, OnSessionEnd: d.ended})
 	return d, err
 }
 
@@ -158,6 +160,9 @@ func (d *dialer) close(ctx context.Context) error {
 func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	opts := d.opts
 	opts.SendOnly = false // an output's session would reject messages
+	if err := d.attempt.evaluate(ctx, &opts); err != nil {
+		return service.ConnectionTestFailed(err).AsList()
+	}
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {
 		return service.ConnectionTestFailed(err).AsList()

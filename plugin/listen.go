@@ -43,7 +43,7 @@ type listener struct {
 // newListener starts a listener with the settings of its first component.
 func newListener(c *serverComponent, listen func(network, address string) (net.Listener, error)) (*listener, error) {
 	settings, log := c.settings, c.log
-	files, err := newTLSFiles(settings.tlsSettings, log)
+	files, err := settings.tlsSettings.watch(log)
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +52,10 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		users: []*serverComponent{c}, first: c, closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	if files != nil {
-		ln.tls = &tls.Config{GetConfigForClient: files.configure, MinVersion: tls.VersionTLS12}
+		ln.tls = &tls.Config{
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return files.current(), nil },
+			MinVersion:         tls.VersionTLS12,
+		}
 	}
 	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{

@@ -24,6 +24,7 @@ import (
 
 const (
 	fieldTokens          = "tokens"
+	fieldTokensFile      = "tokens_file"
 	fieldAuthorize       = "authorize"
 	fieldSessionMetadata = "session_metadata"
 	fieldMetadataQuery   = "query_parameters"
@@ -48,6 +49,7 @@ var (
 		}
 		return tokens, nil
 	})
+	tokensFileField    = stringOf(fieldTokensFile, anyText)
 	metadataQueryField = listOf(fieldSessionMetadata+"."+fieldMetadataQuery, func(names []string) ([]string, error) {
 		if slices.Contains(names, paramToken) {
 			return nil, fmt.Errorf("field %s.%s: %s contains the token, which must not become metadata", fieldSessionMetadata, fieldMetadataQuery, paramToken)
@@ -70,7 +72,10 @@ var (
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		tokensField.config().
-			Description("The tokens that are accepted: a client must send one of them. Either this or `authorize` is required."),
+			Description("The tokens that are accepted: a client must send one of them. Either this, `tokens_file` or `authorize` is required."),
+		tokensFileField.config().
+			Description("The path of a file with the tokens that are accepted, one per line, such as a mounted secret. Empty lines are ignored. When the content has changed, the file is reloaded when the next client connects, at most once per second. If it cannot be read, or contains no token or an invalid one, an error is logged, and the previous tokens stay in use; at the start, it is an error. A session whose token was removed stays connected until it ends.").
+			Default(""),
 		service.NewBloblangField(fieldAuthorize).
 			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null. With `+"`authorize_processors`"+`, it also has `+"`this.answer`"+`.
 
@@ -115,32 +120,51 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 // admissionSettings are the settings of a listener that determine which clients are admitted.
 type admissionSettings struct {
 	Tokens     []string        `field:"tokens"`
+	TokensFile string          `field:"tokens_file"`
 	Authorize  string          `field:"authorize"` // source text of the mapping
 	Processors []any           `field:"authorize_processors"`
 	Metadata   sessionMetadata `field:"session_metadata"`
 	Origins    []string        `field:"allowed_origins"`
 }
 
-func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting lifetime) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
+func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting lifetime, log *service.Logger) (s admissionSettings, authorize func(*cryo.Upgrade) error) {
 	s.Tokens = tokensField.read(r)
+	s.TokensFile = tokensFileField.read(r)
 	s.Metadata.Query = metadataQueryField.read(r)
 	s.Metadata.Headers = metadataHeadersField.read(r)
 	s.Origins = allowedOriginsField.read(r)
 	mapping, text := readMapping(r, fieldAuthorize)
 	s.Authorize = text
 	s.Processors = readProcessorsSource(r)
+	var given []string
+	if len(s.Tokens) > 0 {
+		given = append(given, fieldTokens)
+	}
+	if s.TokensFile != "" {
+		given = append(given, fieldTokensFile)
+	}
+	if mapping != nil {
+		given = append(given, fieldAuthorize)
+	}
 	switch {
 	case r.err != nil:
 		return s, nil
-	case len(s.Tokens) == 0 && mapping == nil:
-		r.err = fmt.Errorf("one of the fields %s and %s is required: without it, all clients would be denied", fieldTokens, fieldAuthorize)
+	case len(given) == 0:
+		r.err = fmt.Errorf("one of the fields %s, %s and %s is required: without it, all clients would be denied", fieldTokens, fieldTokensFile, fieldAuthorize)
 		return s, nil
-	case len(s.Tokens) > 0 && mapping != nil:
-		r.err = fmt.Errorf("the fields %s and %s cannot be used together", fieldTokens, fieldAuthorize)
+	case len(given) > 1:
+		r.err = fmt.Errorf("the fields %s cannot be used together", strings.Join(given, " and "))
 		return s, nil
 	case len(s.Processors) > 0 && mapping == nil:
 		r.err = fmt.Errorf("the field %s requires the field %s, which decides about their answer", fieldAuthorizeProcessors, fieldAuthorize)
 		return s, nil
+	case s.TokensFile != "":
+		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, log.With("file", s.TokensFile), tokensOfFile)
+		if err != nil {
+			r.err = fmt.Errorf("field %s: %w", fieldTokensFile, err)
+			return s, nil
+		}
+		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, file.current()(u) })
 	case mapping == nil:
 		checkToken := cryo.Tokens(s.Tokens...)
 		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, checkToken(u) })

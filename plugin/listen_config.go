@@ -109,7 +109,7 @@ func differences(a, b reflect.Value) []string {
 	return names
 }
 
-func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeProcessors) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
+func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeProcessors, log *service.Logger) (s listenSettings, authorize func(*cryo.Upgrade) error, err error) {
 	r := &settingsReader{conf: conf}
 	s.Address = addressField.read(r)
 	s.Path = pathField.read(r)
@@ -123,7 +123,7 @@ func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeP
 	s.proxySettings = readProxySettings(r)
 	lifetimeSettings, lasting := readLifetime(r)
 	s.lifetimeSettings = lifetimeSettings
-	s.admissionSettings, authorize = readAdmission(r, processors, lasting)
+	s.admissionSettings, authorize = readAdmission(r, processors, lasting, log)
 	return s, authorize, r.err
 }
 

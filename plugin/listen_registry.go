@@ -123,7 +123,7 @@ func (l *listeners) test(c *serverComponent) error {
 	} else if err := first.checkSettings(c); err != nil {
 		return err
 	}
-	if _, err := newTLSFiles(c.settings.tlsSettings, c.log); err != nil {
+	if _, err := c.settings.tlsSettings.watch(c.log); err != nil {
 		return err
 	}
 	socket, err := l.listen("tcp", address)
@@ -185,7 +185,7 @@ func serverComponentFromParsed(conf *service.ParsedConfig, res *service.Resource
 		c.name += " of the stream " + stream
 	}
 	var err error
-	c.settings, c.authorize, err = listenSettingsFromParsed(conf, &c.processors)
+	c.settings, c.authorize, err = listenSettingsFromParsed(conf, &c.processors, c.log)
 	return c, err
 }
 

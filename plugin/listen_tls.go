@@ -3,11 +3,7 @@ package plugin
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
-	"os"
-	"sync"
-	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
@@ -24,9 +20,6 @@ const (
 
 	clientAuthRequire = "require_valid"
 	clientAuthIfGiven = "verify_if_given"
-
-	// tlsFilesInterval is the minimum time between two checks of the files.
-	tlsFilesInterval = time.Second
 )
 
 var tlsVersions = map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
@@ -92,9 +85,25 @@ func readTLSSettings(r *settingsReader) tlsSettings {
 	return s
 }
 
-// load reads the files and returns the TLS configuration.
-func (s tlsSettings) load() (*tls.Config, error) {
-	cert, err := tls.LoadX509KeyPair(s.CertFile, s.KeyFile)
+// watch loads the files. It returns nil if the listener does not use TLS.
+func (s tlsSettings) watch(log *service.Logger) (*watchedFiles[*tls.Config], error) {
+	if s.CertFile == "" {
+		return nil, nil
+	}
+	paths := []string{s.CertFile, s.KeyFile}
+	if s.ClientCAFile != "" {
+		paths = append(paths, s.ClientCAFile)
+	}
+	files, err := watchFiles("TLS files", paths, filesInterval, log.With("cert_file", s.CertFile), s.load)
+	if err != nil {
+		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
+	}
+	return files, nil
+}
+
+// load returns the TLS configuration with the contents of the files.
+func (s tlsSettings) load(contents [][]byte) (*tls.Config, error) {
+	cert, err := tls.X509KeyPair(contents[0], contents[1])
 	if err != nil {
 		return nil, err
 	}
@@ -105,13 +114,8 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	if s.ClientCAFile == "" {
 		return config, nil
 	}
-	pem, err := os.ReadFile(s.ClientCAFile)
-	if err != nil {
+	if config.ClientCAs, err = certPool(s.ClientCAFile, contents[2]); err != nil {
 		return nil, err
-	}
-	config.ClientCAs = x509.NewCertPool()
-	if !config.ClientCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("no certificate found in %s", s.ClientCAFile)
 	}
 	config.ClientAuth = tls.RequireAndVerifyClientCert
 	if s.ClientAuth == clientAuthIfGiven {
@@ -122,84 +126,11 @@ func (s tlsSettings) load() (*tls.Config, error) {
 	return config, nil
 }
 
-// tlsFiles holds the TLS configuration of a listener, as last loaded from its files.
-type tlsFiles struct {
-	settings tlsSettings
-	log      *service.Logger
-
-	mu      sync.Mutex
-	config  *tls.Config
-	checked time.Time
-	loaded  [3]fileState // the states of the files when config was loaded
-	failed  string       // the last error, which is logged only once; empty if there was none
-}
-
-// fileState identifies a version of a file. Symbolic links are followed: Kubernetes mounts
-// secrets as links, and replaces all of them at once.
-type fileState struct {
-	modified time.Time
-	size     int64
-}
-
-// newTLSFiles loads the files. It returns nil if the listener does not use TLS.
-func newTLSFiles(settings tlsSettings, log *service.Logger) (*tlsFiles, error) {
-	if settings.CertFile == "" {
-		return nil, nil
+// certPool returns the certificates of a PEM file.
+func certPool(path string, content []byte) (*x509.CertPool, error) {
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(content) {
+		return nil, fmt.Errorf("no certificate found in %s", path)
 	}
-	f := &tlsFiles{settings: settings, log: log, checked: time.Now()}
-	f.loaded, _ = f.states() // load reports the error
-	var err error
-	if f.config, err = settings.load(); err != nil {
-		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
-	}
-	return f, nil
-}
-
-// configure is the GetConfigForClient function of the listener. It reloads files that have
-// changed.
-func (f *tlsFiles) configure(*tls.ClientHelloInfo) (*tls.Config, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if now := time.Now(); now.Sub(f.checked) >= tlsFilesInterval {
-		f.checked = now
-		f.refresh()
-	}
-	return f.config, nil
-}
-
-// refresh reloads files that have changed. A certificate and its key may be replaced one after
-// the other, so a pair that does not match is loaded again at the next check.
-func (f *tlsFiles) refresh() {
-	now, err := f.states()
-	if err == nil && now == f.loaded {
-		f.failed = ""
-		return
-	}
-	var config *tls.Config
-	if err == nil {
-		config, err = f.settings.load()
-	}
-	switch {
-	case err == nil:
-		f.config, f.loaded, f.failed = config, now, ""
-		f.log.With("cert_file", f.settings.CertFile).Info("Reloaded TLS files")
-	case err.Error() != f.failed:
-		f.failed = err.Error()
-		f.log.With("error", err).Error("Cannot reload TLS files: the previous certificate stays in use")
-	}
-}
-
-func (f *tlsFiles) states() (states [3]fileState, err error) {
-	for i, path := range []string{f.settings.CertFile, f.settings.KeyFile, f.settings.ClientCAFile} {
-		if path == "" {
-			continue
-		}
-		info, statErr := os.Stat(path)
-		if statErr != nil {
-			err = errors.Join(err, statErr)
-			continue
-		}
-		states[i] = fileState{info.ModTime(), info.Size()}
-	}
-	return states, err
+	return pool, nil
 }

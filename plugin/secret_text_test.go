@@ -63,7 +63,9 @@ func TestQuotedSecretIsUsedAsItIs(t *testing.T) {
 	} {
 		value, err := tokenField.rule(secret)
 		require.NoError(t, err)
-		require.Equal(t, secret, value)
+		text, err := value.evaluate()
+		require.NoError(t, err)
+		require.Equal(t, secret, text)
 		for _, f := range secretFields {
 			text := f.required + "\n" + fmt.Sprintf(f.format, "'"+secret+"'")
 			lints, err := linter().LintYAML(f.kind, []byte(f.name+":\n  "+strings.ReplaceAll(text, "\n", "\n  ")))

@@ -1,12 +1,19 @@
 package plugin
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
 // Fields whose values are secrets, or may be. Their errors do not contain the values.
@@ -17,7 +24,7 @@ import (
 
 // secretField is a field for one secret. Null is not a text: it is what YAML reads from ~, null or
 // an empty environment variable without quotes.
-func secretField[T any](path string, rule func(string) (T, error)) setting[T] {
+func secretField[T any](path string, rule func(what, text string) (T, error)) setting[T] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewAnyField(name).Default("").Secret()
 	}, func(value any) (secret T, err error) {
@@ -25,7 +32,7 @@ func secretField[T any](path string, rule func(string) (T, error)) setting[T] {
 		if err != nil {
 			return secret, err
 		}
-		return rule(text)
+		return rule("field "+path, text)
 	})
 }
 
@@ -48,8 +55,8 @@ func secretListField[T any](path string, rule func([]string) (T, error)) setting
 	})
 }
 
-// secretMapField is a field for an object whose values may be secrets.
-func secretMapField[T any](path string, rule func(map[string]string) (T, error)) setting[T] {
+// secretMapField is a field for an object whose values may be secrets, and may be interpolated.
+func secretMapField[T any](path string, rule func(map[string]*interpolated) (T, error)) setting[T] {
 	return newField(path, func(name string) *service.ConfigField {
 		return service.NewAnyMapField(name).Default(map[string]any{}).Secret()
 	}, func(value any) (secrets T, err error) {
@@ -57,9 +64,14 @@ func secretMapField[T any](path string, rule func(map[string]string) (T, error))
 		if !ok {
 			return secrets, nil // lint also calls the rule with each value
 		}
-		texts := make(map[string]string, len(values))
-		for name, v := range values {
-			if texts[name], err = secretText(fmt.Sprintf("field %s: the value of %q", path, name), v); err != nil {
+		texts := make(map[string]*interpolated, len(values))
+		for _, name := range slices.Sorted(maps.Keys(values)) {
+			what := fmt.Sprintf("field %s: the value of %q", path, name)
+			text, err := secretText(what, values[name])
+			if err != nil {
+				return secrets, err
+			}
+			if texts[name], err = parseInterpolated(what, text); err != nil {
 				return secrets, err
 			}
 		}
@@ -95,8 +107,85 @@ func checkSecret(what, text string) error {
 		return fmt.Errorf("%s begins or ends with white space, such as a line break: remove it from the file or the environment variable", what)
 	case strings.HasSuffix(text, `\n`): // the engine's spelling of a line break in an environment variable
 		return fmt.Errorf(`%s ends with \n, a line break of the environment variable: remove it there`, what)
+	case !utf8.ValidString(text):
+		return fmt.Errorf("%s is not valid UTF-8", what)
 	case strings.ContainsFunc(text, invisible):
 		return fmt.Errorf("%s contains an invisible character, such as a line break, a tab or a byte order mark: remove it", what)
 	}
 	return nil
+}
+
+// interpolated is a secret that may contain interpolations, which are evaluated without a message.
+type interpolated struct {
+	what string // for errors
+	text *service.InterpolatedString
+}
+
+// parseInterpolated checks a text without interpolations, too.
+func parseInterpolated(what, text string) (*interpolated, error) {
+	parsed, err := service.NewInterpolatedString(text)
+	if err != nil { // the error may repeat the text
+		return nil, fmt.Errorf("%s contains an interpolation that is invalid or fails: check what is between ${! and }", what)
+	}
+	if static, ok := parsed.Static(); ok {
+		err = checkSecret(what, static)
+	}
+	return &interpolated{what, parsed}, err
+}
+
+// isEmpty reports whether the text is empty and has no interpolations.
+func (s *interpolated) isEmpty() bool {
+	text, static := s.text.Static()
+	return static && text == ""
+}
+
+// evaluate returns the text. Its error does not contain a secret.
+func (s *interpolated) evaluate() (text string, err error) {
+	if text, static := s.text.Static(); static {
+		return text, nil
+	}
+	text, err = s.resolve()
+	switch unreadable, isFile := errors.AsType[*fs.PathError](err); {
+	case isFile:
+		return "", fmt.Errorf("%s: evaluating the interpolation: %w", s.what, unreadable)
+	case err != nil:
+		return "", fmt.Errorf("%s: evaluating the interpolation failed; the error is redacted, because it may contain a secret", s.what)
+	case text == "" || text == "null":
+		return "", fmt.Errorf("%s: the interpolation returned nothing, as for a variable that is not set", s.what)
+	}
+	return text, checkSecret(s.what, text)
+}
+
+func (s *interpolated) resolve() (text string, err error) {
+	defer catchPanic(&err)
+	return s.text.TryString(service.NewMessage(nil))
+}
+
+// tokenOfFile returns the token that is the content of a file, without the line break at its end.
+func tokenOfFile(contents [][]byte) (string, error) {
+	token := strings.TrimRight(string(contents[0]), "\r\n")
+	if token == "" {
+		return "", errors.New("the file is empty")
+	}
+	return token, checkSecret("the content of the file", token)
+}
+
+// tokensOfFile returns an Authorize function for the tokens in a file, one per line.
+func tokensOfFile(contents [][]byte) (func(*cryo.Upgrade) error, error) {
+	var tokens []string
+	line := 0
+	for token := range strings.Lines(string(contents[0])) {
+		line++
+		if token = strings.TrimRight(token, "\r\n"); token == "" {
+			continue
+		}
+		if err := checkSecret(fmt.Sprintf("line %d", line), token); err != nil {
+			return nil, err
+		}
+		tokens = append(tokens, token)
+	}
+	if len(tokens) == 0 {
+		return nil, errors.New("the file has no token")
+	}
+	return cryo.Tokens(tokens...), nil
 }

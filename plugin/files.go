@@ -1,0 +1,109 @@
+package plugin
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+const (
+	// filesInterval is the minimum time between two reads of a listener's files, because clients
+	// cause them.
+	filesInterval = time.Second
+
+	// maxFile is the maximum size of a file, in bytes.
+	maxFile = 1 << 20
+)
+
+// watchedFiles holds what was loaded from files, and loads it again when their contents have
+// changed. It compares contents, because a new file may have the time and the size of the old one.
+// Symbolic links are followed: Kubernetes mounts secrets as links, and replaces all of them at once.
+// Its method may be called from any goroutine.
+type watchedFiles[T any] struct {
+	what     string // for log lines
+	paths    []string
+	interval time.Duration // minimum time between two reads; 0: each call of current reads
+	load     func(contents [][]byte) (T, error)
+	log      *service.Logger
+
+	mu     sync.Mutex
+	loaded T
+	sums   [][sha256.Size]byte // of the contents when loaded was loaded
+	read   time.Time
+	failed string // the last error, which is logged only once; empty if there was none
+}
+
+// watchFiles loads the files. The errors of load must not contain secrets.
+func watchFiles[T any](what string, paths []string, interval time.Duration, log *service.Logger, load func(contents [][]byte) (T, error)) (*watchedFiles[T], error) {
+	f := &watchedFiles[T]{what: what, paths: paths, interval: interval, load: load, log: log, read: time.Now()}
+	contents, sums, err := readFiles(paths)
+	if err == nil {
+		f.sums = sums
+		f.loaded, err = load(contents)
+	}
+	return f, err
+}
+
+// current returns what was last loaded from the files. If they have changed, it loads them first.
+// If that fails, it logs the error, and the previous result stays in use.
+func (f *watchedFiles[T]) current() T {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := time.Now(); now.Sub(f.read) >= f.interval {
+		f.read = now
+		f.refresh()
+	}
+	return f.loaded
+}
+
+// refresh reads the files. Some may be replaced one after the other, such as a certificate and its
+// key, so contents that cannot be loaded are loaded again at the next read.
+func (f *watchedFiles[T]) refresh() {
+	contents, sums, err := readFiles(f.paths)
+	if err == nil && slices.Equal(sums, f.sums) {
+		f.failed = ""
+		return
+	}
+	var loaded T
+	if err == nil {
+		loaded, err = f.load(contents)
+	}
+	switch {
+	case err == nil:
+		f.loaded, f.sums, f.failed = loaded, sums, ""
+		f.log.Info("Reloaded " + f.what)
+	case err.Error() != f.failed:
+		f.failed = err.Error()
+		f.log.With("error", err).Error("Cannot reload " + f.what + ": the previous content stays in use")
+	}
+}
+
+func readFiles(paths []string) (contents [][]byte, sums [][sha256.Size]byte, err error) {
+	for _, path := range paths {
+		content, err := readFile(path)
+		if err != nil {
+			return nil, nil, err
+		}
+		contents, sums = append(contents, content), append(sums, sha256.Sum256(content))
+	}
+	return contents, sums, nil
+}
+
+func readFile(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	content, err := io.ReadAll(io.LimitReader(file, maxFile+1))
+	if err == nil && len(content) > maxFile {
+		err = fmt.Errorf("%s is larger than 1 MiB", path)
+	}
+	return content, err
+}
