@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,8 +39,8 @@ const (
 type DialOptions struct {
 	SessionOptions
 
-	// Token is sent as "Bearer <token>" in the URL's query, as the protocol
-	// requires. It is redacted in all errors and log lines of this package.
+	// Token is sent as "Bearer <token>" in the URL's query, as the protocol requires. No error
+	// and no log line of this package contains it, or a value of Query, Header or the URL's query.
 	Token string
 	// SessionID is the id of the session. A client that reconnects must use the same id
 	// again. Default: a random one; see [NewSessionID].
@@ -188,7 +189,7 @@ func (t *target) String() string {
 
 // dial makes one attempt. The options must have their defaults.
 func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
-	opts.token = redact.New(opts.Token)
+	opts.secrets = redact.New(t.secrets(&opts)...)
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
 		fmt.Errorf("timed out after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
 	defer cancel()
@@ -206,6 +207,26 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 	return s, nil
 }
 
+// minSecret is the length from which a value of a header or of the query is regarded as a secret.
+const minSecret = 4
+
+// secrets returns what is sent to the server, and must not appear in errors and log lines.
+func (t *target) secrets(opts *DialOptions) []string {
+	secrets := []string{opts.Token}
+	for _, values := range []map[string][]string{t.query, opts.Query, opts.Header} {
+		for _, value := range slices.Concat(slices.Collect(maps.Values(values))...) {
+			// An authorization scheme is not secret, and a common word in texts.
+			if scheme, rest, ok := strings.Cut(value, " "); ok && (strings.EqualFold(scheme, bearer) || strings.EqualFold(scheme, "Basic")) {
+				value = rest
+			}
+			if len(value) >= minSecret {
+				secrets = append(secrets, value)
+			}
+		}
+	}
+	return secrets
+}
+
 // open opens the WebSocket and the session.
 func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) {
 	query := maps.Clone(t.query)
@@ -217,7 +238,7 @@ func (t *target) open(ctx context.Context, opts *DialOptions) (*Session, error) 
 	withQuery.Fragment = ""
 	conn, resp, err := ws.Dial(ctx, &withQuery, &ws.DialOptions{Header: opts.Header, TLS: opts.TLS, Proxy: opts.Proxy, NetDial: opts.NetDial}) //nolint:bodyclose // the library leaves nothing to close
 	if err != nil {
-		return nil, handshakeError(err, resp, opts.token)
+		return nil, handshakeError(err, resp, opts.secrets)
 	}
 	s := newSession(opts.SessionID, true, nil, conn, newReceiveBuffer(opts.MaxBufferBytes), opts.SessionOptions, nil)
 	if err := s.sendFrame(ctx, s.endpointInfo()); err != nil {
@@ -239,31 +260,68 @@ const (
 	maxDenialMessage = 200  // bytes of HandshakeError.Message
 )
 
-// handshakeError returns the error of a failed upgrade, in which the token is
-// redacted, whatever the server's response.
-func handshakeError(err error, resp *http.Response, token *redact.Secret) error {
+// handshakeError returns the error of a failed upgrade. It repeats nothing of the server's response
+// that may contain a secret.
+func handshakeError(err error, resp *http.Response, secrets *redact.Secrets) error {
 	switch {
 	case resp == nil:
-		return token.Error(err)
+		// A certificate has names that the server chooses, which knows the token since an earlier session.
+		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && secrets.In(err.Error()) {
+			return &causedError{errors.New("the server's certificate is invalid; the reason may contain the token"), err}
+		}
+		return err
 	case resp.StatusCode == http.StatusSwitchingProtocols:
-		return token.Error(fmt.Errorf("upgrade: %w", err))
+		return fmt.Errorf("upgrade: %w", err)
 	}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxDenialBody)) // may be incomplete
-	text := token.Text(string(body))
-	if len(body) == maxDenialBody {
-		text = token.End(text, 1)
-	}
-	text = withoutMarkup(text)
-	// cryo-server's page repeats the status, which the error has already.
-	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
-	text = token.Text(text) // again: the token may have been broken into lines
-	return &HandshakeError{
+	text := withoutMarkup(string(body))
+	denied := &HandshakeError{
 		StatusCode: resp.StatusCode,
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
-		Message:    redact.Cut(strings.ToValidUTF8(text, ""), maxDenialMessage),
-		// Not matched in the message: the token may be a part of these words.
-		exists: resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(withoutMarkup(string(body))),
+		exists:     resp.StatusCode == http.StatusUnauthorized && sessionExistsPattern.MatchString(text),
 	}
+	// cryo-server's page repeats the status, which the error has already.
+	text = strings.TrimSpace(strings.TrimPrefix(text, fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))))
+	whole := text
+	if len(body) == maxDenialBody {
+		whole += " %" // a truncated text is not plain, because it may end within a secret
+	}
+	location := redirect(resp.Header.Get("Location"), secrets)
+	switch {
+	case location != "" && resp.StatusCode/100 == 3:
+		denied.Message = "redirect to " + location
+	case secrets.Plain(whole):
+		denied.Message = redact.Cut(strings.ToValidUTF8(text, ""), maxDenialMessage)
+	default:
+		denied.Message = fmt.Sprintf("(redacted: %s of %d bytes)", contentType(resp), len(body))
+		if denied.exists {
+			denied.Message = "session already exists " + denied.Message
+		}
+	}
+	return denied
+}
+
+// redirect returns the target of a redirect without its query, or "" if there is none that may be
+// repeated.
+func redirect(location string, secrets *redact.Secrets) string {
+	u, err := url.Parse(location)
+	if err != nil || u.User != nil || u.Opaque != "" || location == "" {
+		return ""
+	}
+	target := (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	if !secrets.Plain(target) {
+		return ""
+	}
+	return redact.Cut(target, maxDenialMessage)
+}
+
+// contentType returns the type of a response's body. It repeats no other than the usual types.
+func contentType(resp *http.Response) string {
+	switch kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";"); kind {
+	case "text/html", "text/plain", "application/json", "application/problem+json":
+		return kind
+	}
+	return "a body"
 }
 
 // retryAfter parses a Retry-After, in seconds or as a date (RFC 9110, 10.2.3). It returns 0 if

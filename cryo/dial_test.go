@@ -234,8 +234,10 @@ func TestDenialIsReportedEvenIfItsBodyIsTruncated(t *testing.T) {
 
 func TestDenialMessagesAreTruncated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		err := dialAnswer(t, "HTTP/1.1 302 Found\r\nLocation: http://elsewhere.test\r\n\r\n"+strings.Repeat("€", 1000))
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 302 Found: "+strings.Repeat("€", 66))
+		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: answer(t, func(*http.Request) string {
+			return "HTTP/1.1 403 Forbidden\r\n\r\n" + strings.Repeat("€", 1000)
+		}).Dial})
+		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 403 Forbidden: "+strings.Repeat("€", 66))
 	})
 }
 
@@ -309,7 +311,7 @@ func TestInformationalResponsesBeforeTheAnswerAreSkipped(t *testing.T) {
 			informational:                        "unexpected EOF",
 			"HTTP/1.1 103 Early Hints\r\nLink: ": "unexpected EOF",
 			"":                                   "unexpected EOF",
-			"HTTP/1.1 1":                         `malformed HTTP status code "1"`,
+			"HTTP/1.1 1":                         "malformed HTTP status code",
 		} {
 			require.EqualError(t, dialAnswer(t, reply), "dialling ws://cryo.test: "+problem, "%q", reply)
 		}
@@ -404,18 +406,20 @@ func TestDialThroughProxies(t *testing.T) {
 
 func TestProxyMayDenyTheTunnel(t *testing.T) {
 	for reply, problem := range map[string]string{
-		"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n": "Proxy Authentication Required",
-		"HTTP/1.1 502\r\n\r\n":                               "status 502",
-		"nonsense\r\n\r\n":                                   `malformed HTTP response "nonsense"`,
+		"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n": "status 407 Proxy Authentication Required",
+		"HTTP/1.1 502\r\n\r\n":                               "status 502 Bad Gateway",
+		"nonsense\r\n\r\n":                                   "malformed HTTP response",
 	} {
 		via := connectProxy(t, reply)
 		_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: token, Proxy: http.ProxyURL(via)})
 		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy "+via.Host+": "+problem)
 	}
+	noIdea := errors.New("no proxy at http://user:pr0xy-pass@h")
 	_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: token, Proxy: func(*http.Request) (*url.URL, error) {
-		return nil, errors.New("no idea")
+		return nil, noIdea
 	}})
-	require.EqualError(t, err, "dialling ws://cryo.test: choosing a proxy: no idea")
+	require.EqualError(t, err, "dialling ws://cryo.test: choosing a proxy failed (the reason may contain the proxy's password; check HTTPS_PROXY and HTTP_PROXY)")
+	require.ErrorIs(t, err, noIdea)
 }
 
 func TestAProxysUserNeedsNoPassword(t *testing.T) {
@@ -427,7 +431,7 @@ func TestAProxysUserNeedsNoPassword(t *testing.T) {
 		}))
 		via := &url.URL{Scheme: "http", User: user, Host: "proxy.test"}
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: proxy.Dial, Proxy: http.ProxyURL(via)})
-		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: Proxy Authentication Required")
+		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: status 407 Proxy Authentication Required")
 		password, _ := user.Password()
 		require.Equal(t, "Basic "+base64.StdEncoding.EncodeToString([]byte("someone:"+password)), next(t, asked))
 	}
@@ -446,7 +450,7 @@ func TestProxyResponseEndsWithItsHeader(t *testing.T) {
 				return c, err
 			},
 		})
-		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: No")
+		require.EqualError(t, err, "dialling ws://cryo.test: through the proxy proxy.test: status 403 Forbidden")
 		require.Zero(t, time.Since(begin))
 	})
 	via := connectProxy(t, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -53,8 +53,11 @@ var (
 
 // HandshakeError is a server's rejection of the WebSocket upgrade.
 type HandshakeError struct {
-	StatusCode int    // the HTTP status
-	Message    string // the body's text without markup and without the token; at most 200 bytes
+	StatusCode int // the HTTP status
+	// Message is the body's text without markup, of at most 200 bytes; for a redirect its
+	// target without the query. If that may contain the token, a header or a part of the query
+	// (see [Session.Redact]), it is the body's type and length.
+	Message string
 	// RetryAfter is the time to wait before the next attempt, from the response header
 	// Retry-After; 0 if the header is missing, malformed, or in the past.
 	RetryAfter time.Duration
@@ -82,7 +85,7 @@ func (e *HandshakeError) Is(target error) bool {
 // WebSocket.
 type PeerClosedError struct {
 	Code   int    // the WebSocket close code; 0 when only BYE was seen
-	Reason string // the reason in BYE, else the one in the close frame
+	Reason string // the reason in BYE, else the one in the close frame, as [Session.Redact] returns it
 }
 
 func (e *PeerClosedError) Error() string {
@@ -116,7 +119,7 @@ func (e *ProtocolError) Unwrap() error { return e.Err }
 // RejectedError is the peer's rejection of one message, by an ERROR frame with its
 // number.
 type RejectedError struct {
-	Text string // text of the ERROR, at most 1 KiB, with the token redacted
+	Text string // text of the ERROR as [Session.Redact] returns it
 }
 
 func (e *RejectedError) Error() string {

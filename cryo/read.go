@@ -79,7 +79,7 @@ func (s *Session) readFailed(err error) {
 		if code == websocket.CloseNoStatusReceived {
 			code = websocket.CloseNormalClosure
 		}
-		s.closeWith(&PeerClosedError{Code: closed.Code, Reason: s.redactControl(closed.Text)}, code, "")
+		s.closeWith(&PeerClosedError{Code: closed.Code, Reason: s.Redact(closed.Text)}, code, "")
 		s.writer.wait()
 	case errors.As(err, &framed):
 		// Not WebSocket, or a message over the limit. Closing a socket with
@@ -157,7 +157,7 @@ func (s *Session) handle(in *received) {
 	case wire.Error:
 		// A rejection of one of our frames is never acknowledged: the peer
 		// may have a frame of its own with that number (protocol, "ERROR").
-		if s.handleAnswer(f, &RejectedError{Text: s.redactControl(f.Text())}) {
+		if s.handleAnswer(f, &RejectedError{Text: s.Redact(f.Text())}) {
 			return
 		}
 	}
@@ -189,7 +189,7 @@ func (s *Session) handle(in *received) {
 		// A peer that sends BYE closes next. cryo-server doesn't after a long
 		// reason, so our close frame is sent without waiting for its own.
 		s.writer.acknowledge([]uint32{f.Ack})
-		s.closeWith(&PeerClosedError{Reason: s.redactControl(f.Text())}, closeGraceful, "")
+		s.closeWith(&PeerClosedError{Reason: s.Redact(f.Text())}, closeGraceful, "")
 	default:
 		s.handleStream(in)
 	}

@@ -155,21 +155,12 @@ func errorText(payload []byte) []byte {
 	return []byte(redact.Cut(text.Text(), size))
 }
 
-// Redact returns a text of the peer, such as a payload or a stream's name, as it may be
-// logged: truncated to 1 KiB, and without the token that the session was dialled with.
+// Redact returns a text of the peer, such as a payload or a stream's name, as it may be logged:
+// truncated to 1 KiB. In a session that was dialled with a token, headers or a query, the peer may
+// repeat them in any encoding. There a text that is not made of plain words and short numbers, or
+// that contains a part of them, is replaced by its length.
 func (s *Session) Redact(text string) string {
-	text = s.opts.token.Text(text)
-	text = s.opts.token.End(text, redact.MinToken) // the peer may have truncated it
-	return redact.Cut(text, maxErrorText)
-}
-
-// redactControl is Redact for the text of a control frame, which may have been truncated to
-// maxControl bytes in the middle of the token.
-func (s *Session) redactControl(text string) string {
-	if len(text) >= maxControl {
-		text = s.opts.token.End(text, 1)
-	}
-	return s.Redact(text)
+	return s.opts.secrets.Text(redact.Cut(text, maxErrorText))
 }
 
 // sendOnlyText is the text of the ERROR by which a send-only session rejects messages.
@@ -180,7 +171,7 @@ func (s *Session) rejectUnread(m *Message, text string) {
 	s.opts.OnReject(s, m.Kind)
 	_ = m.reject(text) // fails after the end of the session only
 	if m.Kind == KindError {
-		s.report("The peer reports an error", "text", s.redactControl(string(m.Payload)))
+		s.report("The peer reports an error", "text", s.Redact(string(m.Payload)))
 	}
 }
 

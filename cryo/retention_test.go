@@ -124,7 +124,7 @@ func TestTruncatedTextRetainsNothingElse(t *testing.T) {
 		before := heap()
 		sending := start(func() error { return s.SendBatch(t.Context(), batch) })
 		for range batch {
-			peer.WriteFrames(cryotest.Error(peer.WantType("a text", wire.UTF8).Ack, strings.Repeat("no", 512<<10)))
+			peer.WriteFrames(cryotest.Error(peer.WantType("a text", wire.UTF8).Ack, strings.Repeat("no ", 512<<10)))
 		}
 		err := sending.result(t)
 		require.Less(t, heap()-before, int64(4<<20))

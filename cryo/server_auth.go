@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -76,8 +75,8 @@ func Tokens(tokens ...string) func(*Upgrade) error {
 type denial struct {
 	status   int
 	message  string // for the client
-	cause    error  // for the log; nil: message
-	token    string // redacted in the log
+	cause    error  // error of Authorize, for the log; nil: message
+	token    string // kept out of the log
 	answered bool   // the response is written already
 }
 
@@ -86,12 +85,13 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 		s.opts.OnDeny(denied.status)
 	}
 	if suppressed, ok := s.logLimit.Allow(); ok {
-		cause := denied.cause
-		if cause == nil {
-			cause = errors.New(denied.message)
+		cause := denied.message
+		if denied.cause != nil { // redacted only if it is logged: a long token is expensive to compare
+			cause = "authorizing: " + denied.cause.Error()
+			if redact.New(denied.token).In(cause) {
+				cause = "authorizing: the error is redacted, because it contains a part of the token"
+			}
 		}
-		// Only for denials that are logged: a long token is expensive to redact.
-		cause = redact.New(denied.token).Error(cause)
 		s.opts.Logger.Warn("Denied a client", "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
 			"suppressed", suppressed)
 	}
@@ -114,7 +114,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	u.SessionID = id
 	if err := s.opts.Authorize(u); err != nil {
-		denied := &denial{status: http.StatusUnauthorized, message: "The token was rejected.", cause: fmt.Errorf("authorizing: %w", err), token: u.Token}
+		denied := &denial{status: http.StatusUnauthorized, message: "The token was rejected.", cause: err, token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
 			denied.status, denied.message = cmp.Or(other.StatusCode, http.StatusForbidden), other.Message
 		}

@@ -81,7 +81,7 @@ type SessionOptions struct {
 	OnReject  func(*Session, Kind)
 	OnIgnore  func(*Session)
 
-	token    *redact.Secret  // removed from the peer's texts; nil at a listening end
+	secrets  *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
 	logLimit *loglimit.Limit // of the sessions of a server; nil at a dialling end
 }
 

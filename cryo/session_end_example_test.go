@@ -140,9 +140,13 @@ func ExampleSession_Redact() {
 	s := connectTo(server)
 	defer s.CloseNow()
 
+	fmt.Println(s.Redact("the order 17 is no longer valid"))
 	fmt.Println(s.Redact("the token secret is no longer valid"))
+	fmt.Println(s.Redact("the token s%65cret is no longer valid"))
 	// Output:
-	// the token [token] is no longer valid
+	// the order 17 is no longer valid
+	// (redacted: 35 bytes)
+	// (redacted: 37 bytes)
 }
 
 func ExampleNewServer() {

@@ -166,11 +166,11 @@ func TestConnectionTestDialsAndDisconnects(t *testing.T) {
 					var c service.ConnectionTestable
 					if kind == "input" {
 						in := e.bareInput("")
-						in.opts.Token = token
+						in.attempt.token, _ = parseInterpolated("field token", token)
 						c = in
 					} else {
 						out := e.bareOutput("")
-						out.opts.Token = token
+						out.attempt.token, _ = parseInterpolated("field token", token)
 						c = out
 					}
 					results := c.ConnectionTest(t.Context())

@@ -237,7 +237,7 @@ func TestFailedInterpolationOfATokenIsRedacted(t *testing.T) {
 			}
 		})
 	}
-	for _, c := range []string{"token: '${! s3cret( }'", "headers: { X: 'a${! s3cret' }", "query_parameters: { q: '${! s3cret = 1 }' }", `token: '${! env("KEY_OF_THE_TEST").parse_json() }'`} {
+	for _, c := range []string{"token: '${! s3cret( }'", "query_parameters: { q: '${! s3cret = 1 }' }"} {
 		err := construct(t, "input", "cryo", "url: ws://h\n"+c)
 		require.ErrorContains(t, err, "contains an interpolation that is invalid or fails")
 		require.NotContains(t, err.Error(), "s3cret")

@@ -1,103 +1,143 @@
-// Package redact keeps a token out of errors and log lines.
+// Package redact keeps secrets out of errors and log lines that repeat texts of a peer.
 package redact
 
 import (
-	"encoding/json"
-	"errors"
-	"html"
-	"net/url"
-	"strconv"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"regexp"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
-// Secret is a token that must not appear in errors and log lines, in any of the encodings
-// in which a server or a library may repeat it. The zero value and nil redact nothing.
-type Secret struct {
-	spellings []string
-	replacer  *strings.Replacer
-	short     bool
+// Secrets are texts that were sent to a peer, such as a token, and which the peer may repeat in
+// any encoding: percent, JSON, HTML, base64, hexadecimal, truncated, or in several lines. So a text
+// of the peer is repeated only if it is plain, which means that it consists of words, of a few
+// short numbers and of punctuation, and that it contains no part of a secret. Otherwise only its
+// length is reported. Nil, and the zero value, have no secrets: every text is plain.
+type Secrets struct {
+	values []string
+	forms  []form
 }
 
-// redacted replaces the token; leftOut replaces a whole text that contains a short token,
-// which [token] within a word would reveal.
-const (
-	redacted = "[token]"
-	leftOut  = "(left out: the token may be in it)"
-)
+// form is a spelling of a secret that words and numbers can have. It consists of lower-case letters
+// and digits.
+type form struct {
+	text string
+	part int // length of the parts that a plain text does not contain, in bytes
+}
 
-// MinToken is the length from which a token, or a part of it, is not expected in a text by
-// chance, in bytes.
-const MinToken = 6
+// minPart is the length from which a part of a secret is not expected in a text by chance, in bytes.
+const minPart = 6
 
-// minWord is the length from which a word of a token is redacted alone, in bytes.
-const minWord = 4
-
-// New returns the Secret of a token. That of an empty token redacts nothing.
-func New(token string) *Secret {
-	if token == "" {
-		return &Secret{}
-	}
-	plain := []string{token, url.QueryEscape(token), url.PathEscape(token), html.EscapeString(token)}
-	for word := range strings.FieldsSeq(token) { // an HTTP library splits lines at spaces
-		if len(word) >= minWord {
-			plain = append(plain, word)
+// New returns the secrets of a session; empty ones are ignored.
+func New(values ...string) *Secrets {
+	s := &Secrets{}
+	for _, value := range values {
+		if value == "" {
+			continue
+		}
+		s.values = append(s.values, value)
+		if len(value) < minPart {
+			continue // its parts and its codes are in texts by chance
+		}
+		s.add(value, minPart)
+		s.add(hex.EncodeToString([]byte(value)), 2*minPart)
+		for before := range 3 { // base64 has groups of three bytes, in which a secret may begin anywhere
+			s.add(base64.StdEncoding.EncodeToString([]byte("  "[:before]+value)), minPart)
 		}
 	}
-	// The longest spellings come first: the replacer uses the first match.
-	s := &Secret{short: len(token) < MinToken}
-	var pairs []string
-	for _, spelling := range plain {
-		inJSON, _ := json.Marshal(spelling) // a string never fails
-		for _, quoted := range []string{strconv.Quote(spelling), strconv.QuoteToASCII(spelling), string(inJSON)} {
-			spelling := quoted[1 : len(quoted)-1]
-			s.spellings = append(s.spellings, spelling)
-			pairs = append(pairs, spelling, redacted)
-		}
-		s.spellings = append(s.spellings, spelling)
-		pairs = append(pairs, spelling, redacted)
-	}
-	s.replacer = strings.NewReplacer(pairs...)
 	return s
 }
 
-// Error returns an error with the token redacted; the same error if it has no token.
-func (s *Secret) Error(err error) error {
-	if text := s.Text(err.Error()); text != err.Error() {
-		return errors.New(text)
+func (s *Secrets) add(spelling string, part int) {
+	if text := lettersAndDigits(spelling); text != "" {
+		s.forms = append(s.forms, form{text, min(part, len(text))})
 	}
-	return err
 }
 
-// Text returns a text with the token redacted.
-func (s *Secret) Text(text string) string {
-	if s == nil || s.replacer == nil {
-		return text
-	}
-	without := s.replacer.Replace(text)
-	if s.short && without != text {
-		return leftOut
-	}
-	return without
-}
+var (
+	word   = regexp.MustCompile(`^(\p{Lu}?\p{Ll}{0,23}[0-9]{0,2}|[A-Z]{2,5})$`)
+	number = regexp.MustCompile(`^[0-9]{1,5}(ms|s|m|h|kB|MB|GB|KiB|MiB|GiB)?$`)
+)
 
-// End redacts a prefix of the token, of at least so many bytes, at the end of a text that is, or
-// may be, truncated.
-func (s *Secret) End(text string, least int) string {
-	if s == nil {
-		return text
+// maxDigits is the maximum number of digits in a plain text: a date with a number, but not the
+// codes of six characters.
+const maxDigits = 11
+
+// Plain reports whether a text may be repeated.
+func (s *Secrets) Plain(text string) bool {
+	if s == nil || len(s.values) == 0 {
+		return true
 	}
-	for _, spelling := range s.spellings {
-		for n := min(len(spelling)-1, len(text)); n >= least; n-- {
-			switch before, ok := strings.CutSuffix(text, spelling[:n]); {
-			case ok && s.short:
-				return leftOut
-			case ok:
-				return before + redacted
-			}
+	digits := 0
+	for _, c := range text {
+		if unicode.IsDigit(c) {
+			digits++
 		}
 	}
-	return text
+	if digits > maxDigits {
+		return false
+	}
+	for piece := range strings.FieldsFuncSeq(text, isPunctuation) {
+		if !word.MatchString(piece) && !number.MatchString(piece) {
+			return false
+		}
+	}
+	return !s.In(text)
+}
+
+// In reports whether a text contains a part of a secret. Spaces and punctuation are ignored,
+// because they may be where the peer has broken the secret into lines.
+func (s *Secrets) In(text string) bool {
+	if s == nil {
+		return false
+	}
+	joined := strings.Join(strings.Fields(text), "")
+	for _, value := range s.values {
+		if n := min(minPart, len(value)); share(text, value, n) || share(joined, value, n) {
+			return true
+		}
+	}
+	text = lettersAndDigits(text)
+	for _, f := range s.forms {
+		if share(text, f.text, f.part) {
+			return true
+		}
+	}
+	return false
+}
+
+// share reports whether two texts have a part of n bytes in common.
+func share(a, b string, n int) bool {
+	for i := range len(a) - n + 1 {
+		if strings.Contains(b, a[i:i+n]) {
+			return true
+		}
+	}
+	return false
+}
+
+func isPunctuation(r rune) bool {
+	return unicode.IsSpace(r) || strings.ContainsRune(".,:;!?'\"()[]<>-_/|*…\uFFFD", r)
+}
+
+func lettersAndDigits(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsLetter(r) || unicode.IsDigit(r) {
+			return unicode.ToLower(r)
+		}
+		return -1
+	}, text)
+}
+
+// Text returns a plain text unchanged, and the length of another one.
+func (s *Secrets) Text(text string) string {
+	if s.Plain(text) {
+		return text
+	}
+	return fmt.Sprintf("(redacted: %d bytes)", len(text))
 }
 
 // Cut truncates a text to at most limit bytes, at a rune boundary. The result does not keep the

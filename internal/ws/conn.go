@@ -177,11 +177,13 @@ type transport struct {
 	probed      bool               // nonblocking is set
 }
 
+var errLargeResponse = fmt.Errorf("the response to the upgrade is longer than %d bytes", maxResponse)
+
 // Read is used by the handshake. It returns one byte at a time, so that the handshake
 // consumes none of the bytes that follow its response.
 func (t *transport) Read(p []byte) (int, error) {
 	if t.response == maxResponse {
-		return 0, fmt.Errorf("the response to the upgrade is longer than %d bytes", maxResponse)
+		return 0, errLargeResponse
 	}
 	if _, err := t.peek(1); err != nil {
 		return 0, err

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -72,6 +73,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	switch {
 	case err != nil && conn != nil:
 		_ = conn.Close() // unless the library did
+		err = responseError(err)
 	case err != nil: // not even connected
 	case ended:
 		err = errors.Join(ctx.Err(), conn.Close())
@@ -88,6 +90,32 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	}
 	return newConn(conn, true), nil, nil
 }
+
+// responseError returns an error of an HTTP exchange without what it repeats of the response, in
+// which a server may repeat the request and its secrets.
+func responseError(err error) error {
+	_, isNet := errors.AsType[net.Error](err)
+	switch {
+	case isNet, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed),
+		errors.Is(err, websocket.ErrBadHandshake), errors.Is(err, errLargeResponse):
+		return err
+	}
+	for _, kind := range []string{"malformed HTTP status code", "malformed HTTP version", "malformed MIME header"} {
+		if strings.HasPrefix(err.Error(), kind) {
+			return &redactedError{kind, err}
+		}
+	}
+	return &redactedError{"malformed HTTP response", err}
+}
+
+// redactedError is an error with another text than its cause, which may contain a secret.
+type redactedError struct {
+	text  string
+	cause error
+}
+
+func (e *redactedError) Error() string { return e.text }
+func (e *redactedError) Unwrap() error { return e.cause }
 
 // checkResponse checks what the library does not check in a server's 101 (RFC 6455, 4.1).
 func checkResponse(response, request http.Header) error {
@@ -191,7 +219,7 @@ func proxyFor(u *url.URL, proxy func(*http.Request) (*url.URL, error)) (*url.URL
 	target := &url.URL{Scheme: strings.Replace(u.Scheme, "ws", "http", 1), Host: u.Host, Path: u.Path}
 	p, err := proxy(&http.Request{Method: http.MethodGet, URL: target, Host: u.Host})
 	if err != nil {
-		return nil, fmt.Errorf("choosing a proxy: %w", err)
+		return nil, &redactedError{"choosing a proxy failed (the reason may contain the proxy's password; check HTTPS_PROXY and HTTP_PROXY)", err}
 	}
 	return p, nil
 }

@@ -12,16 +12,12 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"strings"
 
 	"golang.org/x/net/proxy"
 )
 
 // Connecting through a proxy. The WebSocket library can do so too, but then adds TLS on top
 // of the connection by itself, so that the connection could not be wrapped.
-
-// maxProxyReason bounds the part of a proxy's reason phrase that an error repeats, in bytes.
-const maxProxyReason = 200
 
 type netDialFunc func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -88,12 +84,10 @@ func requestTunnel(c net.Conn, user *url.Userinfo, address string) error {
 	response := bufio.NewReader(io.LimitReader(c, maxResponse))
 	resp, err := http.ReadResponse(response, req) //nolint:bodyclose // closing would wait for an unused body
 	if err != nil {
-		return err
+		return responseError(err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		reason := strings.TrimSpace(strings.TrimPrefix(resp.Status, fmt.Sprint(resp.StatusCode)))
-		reason = reason[:min(len(reason), maxProxyReason)]
-		return errors.New(cmp.Or(strings.ToValidUTF8(reason, ""), fmt.Sprintf("status %d", resp.StatusCode)))
+	if resp.StatusCode != http.StatusOK { // its reason phrase may repeat the request
+		return fmt.Errorf("status %d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
 	}
 	return nil
 }
