@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"html"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -277,4 +278,124 @@ func TestTokenInAStreamNameIsRedactedInTheLog(t *testing.T) {
 			require.NotContains(t, line, token)
 		}
 	})
+}
+
+// echoes are the places in which a server may repeat what it was sent.
+var echoes = map[string]func(e *engine, text string){
+	"a body": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return response("404 Not Found", text) })
+	},
+	"a long body": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return response("403 Forbidden", strings.Repeat("<br>", 250)+text+text) })
+	},
+	"a denial": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return response("401 Unauthorized", "Session already exists "+text) })
+	},
+	"a status": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return "HTTP/1.1 400 " + text + "\r\n\r\n" })
+	},
+	"a malformed status": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return "HTTP/1.1 " + text + "\r\n\r\n" })
+	},
+	"a malformed header": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return "HTTP/1.1 200 OK\r\n" + text + "\r\n\r\n" })
+	},
+	"a content type": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return "HTTP/1.1 403 Forbidden\r\nContent-Type: " + text + "\r\n\r\n" })
+	},
+	"a content length": func(e *engine, text string) {
+		e.answer(func(*http.Request) string { return "HTTP/1.1 403 Forbidden\r\nContent-Length: " + text + "\r\n\r\n" })
+	},
+	"a redirect": func(e *engine, text string) {
+		e.answer(func(*http.Request) string {
+			return "HTTP/1.1 302 Found\r\nLocation: http://h/" + text + "\r\nContent-Length: 0\r\n\r\n"
+		})
+	},
+	"the host of a redirect": func(e *engine, text string) {
+		e.answer(func(*http.Request) string {
+			return "HTTP/1.1 302 Found\r\nLocation: http://" + text + ".example\r\nContent-Length: 0\r\n\r\n"
+		})
+	},
+	"BYE": func(e *engine, text string) {
+		e.serveRaw(func(peer *cryotest.Peer) { peer.ServerHandshake(); peer.WriteFrames(cryotest.Bye(1, text)) })
+	},
+	"a close reason": func(e *engine, text string) {
+		e.serveRaw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			peer.WriteClose(4001, strings.ToValidUTF8(text[:min(len(text), 123)], ""))
+		})
+	},
+	"an ERROR": func(e *engine, text string) {
+		e.serveRaw(func(peer *cryotest.Peer) { peer.ServerHandshake(); peer.WriteFrames(cryotest.Error(1, text)) })
+	},
+	"a rejection": func(e *engine, text string) {
+		e.serveRaw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			time.Sleep(time.Second)
+			for _, f := range peer.Taken() {
+				if f.Type == wire.UTF8 {
+					peer.WriteFrames(cryotest.Error(f.Ack, text))
+				}
+			}
+		})
+	},
+	"a name of a stream": func(e *engine, text string) {
+		e.serveRaw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			peer.WriteFrames(
+				wire.Frame{Type: wire.TxStart, Ack: 1, Tx: 1, Size: -1, Payload: []byte(text)},
+				wire.Frame{Type: wire.TxCancel, Ack: 2, Tx: 1},
+			)
+		})
+	},
+}
+
+// The token, a header and a parameter are repeated by the server in random spellings.
+func TestNoSpellingOfASecretReachesTheLog(t *testing.T) {
+	const seeds = 12
+	for place, prepare := range echoes {
+		t.Run(place, func(t *testing.T) {
+			for seed := range uint64(seeds) {
+				rng := rand.New(rand.NewPCG(uint64(len(place)), seed))
+				secrets := []string{cryotest.RandomToken(rng), cryotest.RandomToken(rng), cryotest.RandomToken(rng)}
+				text := cryotest.Repeat(rng, secrets[rng.IntN(3)])
+				if !strings.Contains(place, "body") && place != "a denial" && place != "a rejection" {
+					text = strings.Map(func(r rune) rune {
+						if r == '\r' || r == '\n' {
+							return ' '
+						}
+						return r
+					}, text)
+				}
+				for kind, ends := range map[string][2]string{"input": {"cryo", toProbe}, "output": {fromOnce, "cryo"}} {
+					inEngine(t, func(t *testing.T, e *engine) {
+						prepare(e, text)
+						quoted := make([]any, 3)
+						for i, secret := range secrets {
+							quoted[i] = strings.ReplaceAll(secret, "'", "''")
+						}
+						fields := fmt.Sprintf("cryo: { url: 'ws://"+somewhere+"', token: '%s', headers: { X-Key: '%s' }, query_parameters: { key: '%s' } }", quoted...)
+						for i := range ends {
+							if ends[i] == "cryo" {
+								ends[i] = fields
+							}
+						}
+						e.run(ends[0], ends[1])
+						if kind == "output" {
+							e.produce("m")
+						}
+						time.Sleep(3 * time.Second)
+						synctest.Wait()
+						lines := e.log.all()
+						require.NotEmpty(t, lines)
+						for _, line := range lines {
+							for _, secret := range secrets {
+								require.Empty(t, cryotest.PartOf(secret, line), "seed %d: of %q in %s", seed, secret, line)
+							}
+						}
+					})
+				}
+			}
+		})
+	}
 }
