@@ -370,11 +370,8 @@ func TestNoSpellingOfASecretReachesTheLog(t *testing.T) {
 				for kind, ends := range map[string][2]string{"input": {"cryo", toProbe}, "output": {fromOnce, "cryo"}} {
 					inEngine(t, func(t *testing.T, e *engine) {
 						prepare(e, text)
-						quoted := make([]any, 3)
-						for i, secret := range secrets {
-							quoted[i] = strings.ReplaceAll(secret, "'", "''")
-						}
-						fields := fmt.Sprintf("cryo: { url: 'ws://"+somewhere+"', token: '%s', headers: { X-Key: '%s' }, query_parameters: { key: '%s' } }", quoted...)
+						quoted := func(i int) string { return "'" + strings.ReplaceAll(secrets[i], "'", "''") + "'" }
+						fields := "cryo: { url: 'ws://" + somewhere + "', token: " + quoted(0) + ", headers: { X-Key: " + quoted(1) + " }, query_parameters: { key: " + quoted(2) + " } }"
 						for i := range ends {
 							if ends[i] == "cryo" {
 								ends[i] = fields
