@@ -87,10 +87,11 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	if suppressed, ok := s.logLimit.Allow(); ok {
 		cause := denied.message
 		if denied.cause != nil { // redacted only if it is logged: a long token is expensive to compare
-			cause = "authorizing: " + denied.cause.Error()
+			cause = denied.cause.Error()
 			if redact.New(denied.token).In(cause) {
-				cause = "authorizing: the error is redacted, because it contains a part of the token"
+				cause = "the error is redacted, because it contains a part of the token"
 			}
+			cause = "authorizing: " + cause
 		}
 		s.opts.Logger.Warn("Denied a client", "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
 			"suppressed", suppressed)

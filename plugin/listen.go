@@ -26,6 +26,7 @@ type listener struct {
 	http     *http.Server
 	server   *cryo.Server
 	metrics  *listenMetrics
+	pathLog  limitedLog // of clients that request another path
 	inputs   *listenInputs
 
 	// Guarded by the registry's mutex.
@@ -48,7 +49,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		return nil, err
 	}
 	ln := &listener{
-		settings: settings, log: log, expired: newLimitedLog(log), listen: listen, metrics: newListenMetrics(c.meter),
+		settings: settings, log: log, expired: newLimitedLog(log), pathLog: newLimitedLog(log), listen: listen, metrics: newListenMetrics(c.meter),
 		users: []*serverComponent{c}, first: c, closed: make(chan struct{}), arrived: make(chan struct{}),
 	}
 	if files != nil {
@@ -158,13 +159,20 @@ func withOpenFilesHint(err error) error {
 	return err
 }
 
-// ServeHTTP serves the configured path and returns 404 for all others.
+// ServeHTTP serves the configured path and returns 404 for all others. That is logged and counted
+// only for Cryo clients, and without the path, which a stranger chooses.
 func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	r.RemoteAddr = ln.settings.clientAddress(r)
 	if r.URL.Path != ln.settings.Path {
+		if r.URL.Query().Has(paramToken) {
+			ln.metrics.denied(http.StatusNotFound)
+			if log, ok := ln.pathLog.allow(); ok {
+				log.With("remote", r.RemoteAddr, "status", http.StatusNotFound, "path", ln.settings.Path).Warn("Denied a client: the path of its URL is not the listener's")
+			}
+		}
 		http.NotFound(w, r)
 		return
 	}
-	r.RemoteAddr = ln.settings.clientAddress(r)
 	ln.server.ServeHTTP(w, r)
 }
 

@@ -47,7 +47,12 @@ func TestOnlyTheConfiguredPathIsServed(t *testing.T) {
 		_, text := e.get(t, "/feed")
 		require.Equal(t, "This is a Cryo server: connect with a Cryo client, over WebSocket.", text)
 
-		e.wantDenied(cryo.DialOptions{Token: token}, http.StatusNotFound)
+		require.Zero(t, e.metrics.value("cryo_sessions_denied{status=404}"), "strangers and health checks are not counted")
+		for range 3 {
+			e.wantDenied(cryo.DialOptions{Token: token}, http.StatusNotFound)
+		}
+		require.Equal(t, int64(3), e.metrics.value("cryo_sessions_denied{status=404}"))
+		require.Equal(t, 1, e.log.count("WARN Denied a client: the path of its URL is not the listener's", "path=/feed", "status=404"), "once a second")
 		s, err := cryo.Dial(t.Context(), "ws://"+somewhere+"/feed", &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
 		require.NoError(t, err)
 		require.NoError(t, s.Close(t.Context(), ""))

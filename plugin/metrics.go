@@ -142,8 +142,11 @@ func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
 	opts.OnIgnore = func(*cryo.Session) { m.current().framesIgnored.Incr(1) }
-	opts.OnDeny = func(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
+	opts.OnDeny = m.denied
 }
+
+// denied counts a client that is denied with an HTTP status.
+func (m *listenMetrics) denied(status int) { m.current().sessionsDenied.Incr(1, strconv.Itoa(status)) }
 
 // receiveMetrics are the metrics of the receiving half.
 type receiveMetrics struct {
