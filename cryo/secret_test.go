@@ -2,6 +2,7 @@ package cryo_test
 
 import (
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"html"
 	"net"
@@ -224,4 +225,34 @@ func TestNoWordThatThePeerHasCutWithinTheTokenRepeatsIt(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestRedirectNamesItsTargetWithoutTheQuery(t *testing.T) {
+	for location, want := range map[string]string{
+		"https://login.example.com/start?rd=%2Fs3cret": "redirect to https://login.example.com/start",
+		"/login?next=1":                     "redirect to /login",
+		"https://u:p@login.example.com/":    "",
+		"https://h/s3cret-0123456789":       "",
+		"https://h/czNjcmV0LTAxMjM0NTY3ODk": "",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			l := answer(t, func(*http.Request) string { return "HTTP/1.1 302 Found\r\nLocation: " + location + "\r\n\r\n" })
+			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: secrets[0]})
+			denied, ok := errors.AsType[*cryo.HandshakeError](err)
+			require.True(t, ok)
+			require.Equal(t, want, denied.Message)
+		})
+	}
+}
+
+func TestValuesOfTheQueryAndOfHeadersAreNotRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, text := range []string{"the key abcdefgh is wrong", "no tenant called acme-corporation", "basic mnopqrstuv"} {
+			l := answer(t, func(*http.Request) string { return "HTTP/1.1 403 Forbidden\r\n\r\n" + text })
+			_, err := cryo.Dial(t.Context(), memoryURL+"/?tenant=acme-corporation", &cryo.DialOptions{
+				NetDial: l.Dial, Query: url.Values{"key": {"abcdefgh"}}, Header: http.Header{"Authorization": {"Basic mnopqrstuv"}},
+			})
+			require.EqualError(t, err, fmt.Sprintf("dialling ws://cryo.test/: the server answered the upgrade with 403 Forbidden: (redacted: a body of %d bytes)", len(text)))
+		}
+	})
 }
