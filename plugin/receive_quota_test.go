@@ -234,6 +234,7 @@ func TestMessagesOfClientsAreDeliveredInOrderOfArrival(t *testing.T) {
 			if i < 3 {
 				sent = append(sent, sendAll(clients[i], texts[6+i])...)
 			}
+			synctest.Wait() // the client's next message waits for its turn
 			a.deliver()
 		}
 		wantAllAcked(t, sent, "delivered")
