@@ -98,6 +98,9 @@ func (r *frameReader) next(in *received) error {
 	case !in.Type.Known(): // ignored, as the published peers do
 		return r.conn.Discard()
 	case !in.Type.IsData(), in.Type == wire.Error && r.isOurs(in.Ack):
+		if in.Type == wire.TxStart {
+			r.limit.awaitRates(&in.Frame, 0)
+		}
 		return r.readControl(in)
 	}
 	if err := r.readData(in); err != nil || in.decision == admitted {
@@ -148,7 +151,7 @@ func (r *frameReader) readData(in *received) error {
 	if whole {
 		reserved = memory + overhead(in.Type)
 	}
-	if in.decision = r.limit.admit(in, &part, reserved); in.decision != admitted {
+	if in.decision = r.limit.admit(in, &part, size, reserved); in.decision != admitted {
 		return nil
 	}
 	var payload []byte
@@ -183,6 +186,7 @@ func (r *frameReader) readData(in *received) error {
 		if err := r.conn.NextFragment(); err != nil {
 			return err
 		}
+		r.limit.rates.chargeMore(r.conn.Left())
 		size, final = size+r.conn.Left(), r.conn.Final()
 		if size > wire.MaxPayload {
 			return &ProtocolError{Err: wire.PayloadTooLarge(in.Type, r.conn.Size())}

@@ -180,6 +180,12 @@ func (s *Session) reportBufferFull() {
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
+// reportThrottled is called once a session, when it first exceeds a rate.
+func (s *Session) reportThrottled() {
+	s.report("Reads are paused: the peer sends faster than its limit",
+		"max_messages_per_second", s.opts.MaxMessagesPerSecond, "max_bytes_per_second", s.opts.MaxBytesPerSecond)
+}
+
 // report logs a warning, at most one a second, of all sessions of a server. It logs without a lock
 // held, because a log handler may call the session.
 func (s *Session) report(message string, attrs ...any) {

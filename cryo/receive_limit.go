@@ -109,6 +109,7 @@ type receiveLimit struct {
 
 	bytes, incoming, slot *quota.Share
 	belowLimit            *quota.Share // share of bytes that holds nothing: it grants whenever the limit is not reached
+	rates                 throttle
 
 	patience   time.Duration // what was left of acceptPatience at patienceAt
 	patienceAt time.Time
@@ -132,14 +133,15 @@ func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, has
 	}
 }
 
-// admit decides whether the payload of a data frame is read, and reserves n bytes of the receive
-// buffer for it.
-func (l *receiveLimit) admit(in *received, p *partial, n int) decision {
+// admit decides whether the payload of a data frame is read, of which size bytes are announced,
+// and reserves n bytes of the receive buffer for it.
+func (l *receiveLimit) admit(in *received, p *partial, size, n int) decision {
 	if !l.wants(&in.Frame) {
 		l.awaitAccepted(&in.Frame)
-		if !l.wants(&in.Frame) {
-			return unwanted
-		}
+	}
+	l.awaitRates(&in.Frame, size)
+	if !l.wants(&in.Frame) {
+		return unwanted
 	}
 	if l.rejecting {
 		if held, free := l.bytes.Usage(); free > 0 && held <= free {
@@ -280,6 +282,34 @@ func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
 			return
 		}
 	}
+}
+
+// awaitRates pauses reads while the frame exceeds a rate of throttle, and as long as the frame can
+// be received. The wait is before any reservation of the frame, so that it keeps no other session
+// waiting.
+func (l *receiveLimit) awaitRates(f *wire.Frame, size int) {
+	if !l.wants(f) {
+		return
+	}
+	wait := l.rates.charge(f, size)
+	if wait == 0 {
+		return
+	}
+	begin := l.pause()
+	l.rates.setUntil(begin.Add(wait))
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for waiting := true; waiting && l.wants(f); {
+		select {
+		case <-timer.C:
+			waiting = false
+		case <-l.changed:
+		case <-l.ending:
+		}
+	}
+	end := l.resume()
+	l.rates.setUntil(end)
+	l.rates.end(end.Sub(begin))
 }
 
 // pause marks reads as paused (backpressure), and returns the time.

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
@@ -61,6 +63,11 @@ type ServerOptions struct {
 	// with 429. Behind a reverse proxy, RemoteAddr must be set to the client's address.
 	// Default: no bound.
 	MaxSessionsPerAddress int
+	// MaxConnectsPerSecond limits the rate at which clients are accepted, up to one second's worth
+	// at a time; further clients are denied with 503. Only clients that Authorize accepts count,
+	// so those without a token cannot exhaust it. While it is exhausted, clients are denied
+	// without a call of Authorize. Default: no limit.
+	MaxConnectsPerSecond int
 	// Full is called for each authorized client; if it returns true, the client is denied
 	// with 503. It is for applications that keep state of ended sessions, such as messages
 	// that are not processed yet. Request's goroutine, so calls may be concurrent. Default:
@@ -92,6 +99,7 @@ type ServerOptions struct {
 type Server struct {
 	opts     ServerOptions
 	buffer   receiveBuffer
+	connects *rate.Limiter // clients that Authorize has accepted
 	logLimit *loglimit.Limit
 
 	mu      sync.Mutex
@@ -121,6 +129,7 @@ func (o *ServerOptions) validate() error {
 		notNegative("MaxSessionsPerAddress", o.MaxSessionsPerAddress),
 		notNegative("MaxSessionAge", o.MaxSessionAge),
 		notNegative("ExpiryGrace", o.ExpiryGrace),
+		notNegative("MaxConnectsPerSecond", o.MaxConnectsPerSecond),
 		notNegative("HandshakeTimeout", o.HandshakeTimeout),
 	)
 }
@@ -156,10 +165,15 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("making a server: %w", err)
 	}
 	opts = opts.withDefaults()
+	connects := rate.NewLimiter(rate.Inf, 1)
+	if opts.MaxConnectsPerSecond > 0 {
+		connects = rate.NewLimiter(rate.Limit(opts.MaxConnectsPerSecond), opts.MaxConnectsPerSecond)
+	}
 	opts.logLimit = loglimit.New() // a client that violates the protocol may return at once
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
+		connects: connects,
 		logLimit: loglimit.New(),
 		entries:  make(map[uint64]*entry),
 		perAddr:  make(map[netip.Prefix]int),
@@ -170,8 +184,9 @@ func NewServer(options *ServerOptions) (*Server, error) {
 // ServeHTTP accepts an upgrade, or responds with 426 to another request, 400 or 405 to an invalid
 // upgrade, 401 if the token is invalid or has expired or the session id belongs to another client,
 // 403 if the origin is not allowed, 429 if the address has reached its limit of sessions, and 503
-// if the server is full or closing. The token is checked before everything that does not depend on
-// the request alone.
+// if the server is full or closing, or clients connect too fast. 429 and 503 have a Retry-After of
+// a few seconds, which differs from client to client. The token is checked before everything that
+// does not depend on the request alone, except the rate of clients.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if invalid := ws.CheckUpgrade(r); invalid != nil {
 		maps.Copy(w.Header(), invalid.Header)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -78,6 +79,19 @@ type denial struct {
 	cause    error  // error of Authorize, for the log; nil: message
 	token    string // kept out of the log
 	answered bool   // the response is written already
+	retry    int    // mean of Retry-After in seconds, with 429 and 503; 0: defaultRetry
+}
+
+const (
+	defaultRetry  = 10 // seconds; until sessions of others have ended
+	connectsRetry = 6  // until fewer clients connect at the same time
+	shutdownRetry = 2  // until a balancer no longer selects this server, or it has restarted
+)
+
+// retrySeconds returns the seconds of a Retry-After header: from half to one and a half of the mean, at
+// random, so that clients that were denied in the same second do not return in the same second.
+func retrySeconds(mean int) string {
+	return strconv.Itoa(mean/2 + rand.IntN(mean+1)) //nolint:gosec // no secret
 }
 
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
@@ -97,6 +111,9 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 			"suppressed", suppressed)
 	}
 	if !denied.answered {
+		if denied.status == http.StatusTooManyRequests || denied.status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", retrySeconds(cmp.Or(denied.retry, defaultRetry)))
+		}
 		http.Error(w, denied.message, denied.status)
 	}
 }
@@ -110,6 +127,9 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	token, ok := strings.CutPrefix(query.Get(paramAuthorization), bearer)
 	if !ok {
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter authorization with a Bearer token is missing."}
+	}
+	if s.connects.Tokens() < 1 { // before the cost of Authorize
+		return nil, nil, tooFast
 	}
 	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
 	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
@@ -130,10 +150,14 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
 	case s.opts.Full():
 		return nil, nil, &denial{status: http.StatusServiceUnavailable, message: "Overloaded: closed sessions are still draining."}
+	case !s.connects.Allow():
+		return nil, nil, tooFast
 	}
 	e, denied := s.reserve(u)
 	return u, e, denied
 }
+
+var tooFast = &denial{status: http.StatusServiceUnavailable, message: "Too many clients connect at the same time.", retry: connectsRetry}
 
 // credentials are a hash of what identifies a client: its owner or, without one, its token and
 // certificate.
@@ -168,7 +192,7 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	old := s.entries[u.SessionID]
 	switch {
 	case s.closed:
-		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down."}
+		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server is shutting down.", retry: shutdownRetry}
 	case old == nil && s.slots >= s.opts.MaxSessions, s.slots/2 >= s.opts.MaxSessions:
 		return nil, &denial{status: http.StatusServiceUnavailable, message: "The server has reached its limit of sessions."}
 	case old != nil && (old.session == nil || !old.credentials.equal(&e.credentials)):

@@ -150,6 +150,9 @@ func TestNegativeOptionsAreErrors(t *testing.T) {
 		"ConnectTimeout is -2s":       {},
 		"MaxSessions is -3":           {},
 		"MaxSessionsPerAddress is -4": {},
+		"MaxConnectsPerSecond is -5":  {},
+		"MaxMessagesPerSecond is -6":  {MaxMessagesPerSecond: -6},
+		"MaxBytesPerSecond is -7":     {MaxBytesPerSecond: -7},
 		"HandshakeTimeout is -500ms":  {},
 	}
 	const rule = ": it must be positive, or 0 for its default"
@@ -163,6 +166,8 @@ func TestNegativeOptionsAreErrors(t *testing.T) {
 			server.MaxSessions, dials = -3, false
 		case "MaxSessionsPerAddress is -4":
 			server.MaxSessionsPerAddress, dials = -4, false
+		case "MaxConnectsPerSecond is -5":
+			server.MaxConnectsPerSecond, dials = -5, false
 		case "HandshakeTimeout is -500ms":
 			server.HandshakeTimeout, dials = -500*time.Millisecond, false
 		}

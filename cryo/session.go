@@ -64,6 +64,17 @@ type SessionOptions struct {
 	// paused (backpressure), or a message or chunk of more than 64 KiB is being received.
 	// Default 60 s. See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
+	// MaxMessagesPerSecond and MaxBytesPerSecond limit the rates at which a session receives
+	// messages and streams, and bytes of their payloads. Up to one second's worth is received
+	// without a wait; while a rate is exceeded, reads are paused (backpressure), and nothing is
+	// rejected. A stream is one message. A payload larger than the bytes of a second is received
+	// after the time that it takes at the rate; of a message in fragments, the first one is, and
+	// the time for the others is added to the wait of the next message. The peer's acknowledgements are behind the data
+	// that it has sent before, so what is sent to a peer that exceeds a rate may be acknowledged
+	// late. What the session itself rejects, such as all messages with SendOnly, does not count.
+	// Default: no limit.
+	MaxMessagesPerSecond int
+	MaxBytesPerSecond    int
 	// SendOnly rejects received messages with an ERROR and streams with
 	// TX_CANCEL, from the start; see [Session.SetSendOnly].
 	SendOnly bool
@@ -80,6 +91,9 @@ type SessionOptions struct {
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
 	OnIgnore  func(*Session)
+	// OnThrottle is called after each pause of reads because of MaxMessagesPerSecond or
+	// MaxBytesPerSecond, with its duration, under the same conditions. Default: none.
+	OnThrottle func(*Session, time.Duration)
 
 	secrets  *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
 	logLimit *loglimit.Limit // of the sessions of a server; nil at a dialling end
@@ -91,6 +105,8 @@ func (o *SessionOptions) validate() error {
 		notNegative("MaxBufferBytes", o.MaxBufferBytes),
 		notNegative("CloseTimeout", o.CloseTimeout),
 		notNegative("StreamIdleTimeout", o.StreamIdleTimeout),
+		notNegative("MaxMessagesPerSecond", o.MaxMessagesPerSecond),
+		notNegative("MaxBytesPerSecond", o.MaxBytesPerSecond),
 	)
 }
 
@@ -126,6 +142,9 @@ func (o SessionOptions) withDefaults() SessionOptions {
 	}
 	if o.OnIgnore == nil {
 		o.OnIgnore = func(*Session) {}
+	}
+	if o.OnThrottle == nil {
+		o.OnThrottle = func(*Session, time.Duration) {}
 	}
 	return o
 }
@@ -192,6 +211,9 @@ func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiv
 	s.writer = newWriter(conn, id, numbers, s.fail)
 	conn.Start(s.writer.webSocketPong)
 	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants, s.early)
+	s.limit.rates.messages.rate, s.limit.rates.bytes.rate = opts.MaxMessagesPerSecond, opts.MaxBytesPerSecond
+	s.limit.rates.begin = s.reportThrottled
+	s.limit.rates.end = func(d time.Duration) { opts.OnThrottle(s, d) }
 	// Unsettled messages and streams refer to their session. When the session is garbage,
 	// they can't be settled any more, and their reservations are released.
 	runtime.AddCleanup(s, releaseAll, s.limit.bytes)
@@ -237,6 +259,10 @@ type Stats struct {
 	// chunk of a stream that is not accepted yet). Received acknowledgements may be unread
 	// then.
 	Paused bool
+	// Throttled reports whether reads were paused within the last second because the peer
+	// exceeds MaxMessagesPerSecond or MaxBytesPerSecond. Received acknowledgements may be
+	// unread then.
+	Throttled bool
 	// HeldBytes counts against MaxBufferBytes: messages that are not settled, bytes of
 	// streams that are not read, and what Reserve has counted.
 	HeldBytes int64
@@ -261,6 +287,7 @@ func (s *Session) Stats() Stats {
 	held, _ := s.limit.bytes.Usage()
 	return Stats{
 		Paused:            s.limit.paused.Load(),
+		Throttled:         s.limit.rates.recent(),
 		HeldBytes:         held,
 		UnsettledMessages: int(s.unsettled.n.Load()),
 		AwaitingAcks:      s.acks.count(),
