@@ -60,9 +60,11 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	}
 	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
-			HeartbeatInterval: settings.HeartbeatInterval,
-			MaxBufferBytes:    settings.MaxBufferBytes,
-			Logger:            libraryLogger(log),
+			HeartbeatInterval:    settings.HeartbeatInterval,
+			MaxBufferBytes:       settings.MaxBufferBytes,
+			MaxMessagesPerSecond: settings.MaxMessagesPerSecond,
+			MaxBytesPerSecond:    settings.MaxBytesPerSecond,
+			Logger:               libraryLogger(log),
 		},
 		Authorize:             ln.authorize,
 		OnSession:             func(s *cryo.Session, _ *cryo.Upgrade) { ln.connected(s) },
@@ -71,6 +73,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		MaxSessionsPerAddress: settings.MaxSessionsPerAddress,
 		MaxSessionAge:         settings.MaxSessionAge,
 		ExpiryGrace:           settings.SessionExpiryGrace,
+		MaxConnectsPerSecond:  settings.MaxConnectsPerSecond,
 		HandshakeTimeout:      settings.HandshakeTimeout,
 		CheckOrigin:           settings.allowsOrigin,
 		Full:                  func() bool { return ln.inputs.full(settings.MaxSessions) },

@@ -23,6 +23,9 @@ const (
 	fieldPath                  = "path"
 	fieldMaxSessions           = "max_sessions"
 	fieldMaxSessionsPerAddress = "max_sessions_per_address"
+	fieldMaxConnectsPerSecond  = "max_connects_per_second"
+	fieldMaxMessagesPerSecond  = "max_messages_per_second"
+	fieldMaxBytesPerSecond     = "max_bytes_per_second"
 	fieldHandshakeTimeout      = "handshake_timeout"
 	fieldMaxHeaderBytes        = "max_header_bytes"
 )
@@ -37,6 +40,9 @@ var (
 	})
 	maxSessionsField           = positiveInt(fieldMaxSessions, cryo.DefaultMaxSessions)
 	maxSessionsPerAddressField = wholeNumber(fieldMaxSessionsPerAddress, 0, maxNumber, 0)
+	maxConnectsPerSecondField  = wholeNumber(fieldMaxConnectsPerSecond, 0, maxNumber, 0)
+	maxMessagesPerSecondField  = wholeNumber(fieldMaxMessagesPerSecond, 0, maxNumber, 0)
+	maxBytesPerSecondField     = wholeNumber(fieldMaxBytesPerSecond, 0, maxNumber, 0)
 	handshakeTimeoutField      = positiveDuration(fieldHandshakeTimeout)
 	maxHeaderBytesField        = positiveInt(fieldMaxHeaderBytes, 64<<10)
 )
@@ -61,6 +67,15 @@ func listenFields() []*service.ConfigField {
 		maxSessionsPerAddressField.config().
 			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network. Further clients are denied with status 429. 0: no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the proxy's address.").
 			Advanced(),
+		maxConnectsPerSecondField.config().
+			Description("The maximum number of clients that are accepted in a second, and at once. Further clients are denied with status 503. Only authorized clients count, so peers without a token cannot block clients; while the maximum is reached, clients are denied before they are authorized. 0: no limit.").
+			Advanced(),
+		maxMessagesPerSecondField.config().
+			Description("The maximum number of messages and streams that a session receives in a second. Up to that number is received at once; after that, reads are paused (backpressure), which slows the client down: nothing is rejected, and no session ends. Messages that are rejected because no input receives them do not count. 0: no limit. If this process also sends on the session, the client's acknowledgements are behind the messages that it has sent before, so they may be late; a session is not closed for that.").
+			Advanced(),
+		maxBytesPerSecondField.config().
+			Description("The maximum number of bytes that a session receives in a second, in the contents of messages and streams. It works like `max_messages_per_second`. A message may be larger: it is received after the time that it takes at this rate. 0: no limit.").
+			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
 			Description("The timeout for TLS and the HTTP request of a client, and again for Cryo's handshake on the open WebSocket. That is complete when the client has sent ENDPOINT_INFO, has acknowledged the one that is sent to it after a second, or has sent its first message or stream: the published client for browsers sends no ENDPOINT_INFO when it reconnects. A client that does none of these is disconnected with close code 4001, logged at WARN with its address, and counted in `cryo_sessions_denied` with the status 408. Keep the timeout well above one second.").
@@ -84,6 +99,9 @@ type listenSettings struct {
 	proxySettings
 	MaxSessions           int           `field:"max_sessions"`
 	MaxSessionsPerAddress int           `field:"max_sessions_per_address"`
+	MaxConnectsPerSecond  int           `field:"max_connects_per_second"`
+	MaxMessagesPerSecond  int           `field:"max_messages_per_second"`
+	MaxBytesPerSecond     int           `field:"max_bytes_per_second"`
 	MaxBufferBytes        int           `field:"max_buffer_bytes"`
 	HandshakeTimeout      time.Duration `field:"handshake_timeout"`
 	MaxHeaderBytes        int           `field:"max_header_bytes"`
@@ -115,6 +133,9 @@ func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeP
 	s.Path = pathField.read(r)
 	s.MaxSessions = maxSessionsField.read(r)
 	s.MaxSessionsPerAddress = maxSessionsPerAddressField.read(r)
+	s.MaxConnectsPerSecond = maxConnectsPerSecondField.read(r)
+	s.MaxMessagesPerSecond = maxMessagesPerSecondField.read(r)
+	s.MaxBytesPerSecond = maxBytesPerSecondField.read(r)
 	s.MaxBufferBytes = maxBufferBytesField.read(r)
 	s.HandshakeTimeout = handshakeTimeoutField.read(r)
 	s.MaxHeaderBytes = maxHeaderBytesField.read(r)

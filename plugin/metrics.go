@@ -29,6 +29,7 @@ const (
 	metricRejected          = "cryo_messages_rejected"
 	metricSendsRejected     = "cryo_sends_rejected"
 	metricSessionRejections = "cryo_session_rejections"
+	metricThrottled         = "cryo_throttled_ns"
 	metricAckLatency        = "cryo_ack_latency_ns"
 	metricUnacknowledged    = "cryo_messages_unacknowledged"
 	metricLateAcks          = "cryo_late_acks"
@@ -99,6 +100,7 @@ type listenReporter struct {
 	sessionMetrics
 	sessionsDenied  *service.MetricCounter
 	sessionsExpired *service.MetricCounter
+	throttled       *service.MetricCounter
 }
 
 func newListenMetrics(m meter) *listenMetrics {
@@ -106,7 +108,7 @@ func newListenMetrics(m meter) *listenMetrics {
 }
 
 func newListenReporter(m meter) listenReporter {
-	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus), m.NewCounter(metricSessionsExpired)}
+	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus), m.NewCounter(metricSessionsExpired), m.NewCounter(metricThrottled)}
 }
 
 // reportAs makes a component report the metrics. It is called after another component, which
@@ -142,6 +144,7 @@ func (m *listenMetrics) watch(opts *cryo.ServerOptions) {
 	opts.OnLateAck = func(*cryo.Session) { m.current().lateAcks.Incr(1) }
 	opts.OnReject = func(_ *cryo.Session, kind cryo.Kind) { m.current().rejections.Incr(1, messageTypeName(kind)) }
 	opts.OnIgnore = func(*cryo.Session) { m.current().framesIgnored.Incr(1) }
+	opts.OnThrottle = func(_ *cryo.Session, paused time.Duration) { m.current().throttled.Incr(int64(paused)) }
 	opts.OnDeny = m.denied
 }
 

@@ -294,12 +294,13 @@ func (r *receiver) hasEventsOf(id string) bool {
 	return r.byID[id] != nil
 }
 
-// paused reports whether reading from any session is paused (backpressure).
+// paused reports whether reading from any session is paused because its messages are not
+// acknowledged (backpressure).
 func (r *receiver) paused() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for s := range r.sessions {
-		if s.Stats().Paused {
+		if stats := s.Stats(); stats.Paused && !stats.Throttled {
 			return true
 		}
 	}

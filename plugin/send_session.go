@@ -221,13 +221,14 @@ type lateSessions struct {
 }
 
 // close closes a session after a timeout, so that it delays others only once, and not with each
-// message. It does not close a session whose reads are paused (max_buffer_bytes), because the
-// acknowledgement may have arrived without having been read. late is the error of the timeout.
+// message. It does not close a session whose reads are paused (max_buffer_bytes,
+// max_messages_per_second, max_bytes_per_second), because the acknowledgement may have arrived
+// without having been read. late is the error of the timeout.
 //
 // It does not wait for the close handshake, which the session's close timeout bounds, and in which
 // the client may still acknowledge. The close code lets the client connect again.
 func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late error) {
-	if session.Stats().Paused || ctx.Err() != nil || session.Err() != nil {
+	if stats := session.Stats(); stats.Paused || stats.Throttled || ctx.Err() != nil || session.Err() != nil {
 		return
 	}
 	if log, ok := l.log.allow(); ok {
