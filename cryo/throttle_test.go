@@ -224,19 +224,20 @@ func TestMessageInFragmentsIsPaidByTheNextOne(t *testing.T) {
 func TestThrottledSessionKeepsNoOtherWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
-			MaxBufferBytes: 100_000, MaxMessagesPerSecond: 10, MaxBytesPerSecond: 20_000,
+			HeartbeatInterval: 1 << 50, MaxBufferBytes: 100_000, MaxMessagesPerSecond: 10, MaxBytesPerSecond: 20_000,
 		}})
 		var fast []*cryotest.Peer
 		for id := range uint64(5) {
 			peer := join(t, l, id+1)
 			peer.ClientHandshake()
-			peer.AnswerPings()
 			fast = append(fast, peer)
 			acknowledgeMessages(t, next(t, sessions))
 		}
 		for _, peer := range fast {
+			large := bytesOf(t, peer, cryotest.Binary(1, strings.Repeat("x", 60_000)))
 			go func() {
-				for i := uint32(0); peer.TryWriteFrames(cryotest.Binary(i, strings.Repeat("x", 100_000))) == nil; i++ {
+				for err := error(nil); err == nil; {
+					_, err = peer.WS.NetConn().Write(large)
 				}
 			}()
 		}

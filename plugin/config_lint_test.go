@@ -62,8 +62,8 @@ var sameValues = map[string]string{
 	"max_batch_count": "max_in_flight", "max_buffer_bytes": "max_in_flight", "max_sessions": "max_in_flight",
 	"max_sessions_per_address": "max_in_flight", "max_header_bytes": "max_in_flight", "max_in_flight_per_session": "max_in_flight",
 	"max_connects_per_second": "max_in_flight", "max_messages_per_second": "max_in_flight", "max_bytes_per_second": "max_in_flight",
-	"auto_replay_nacks": "include_metadata",
-	"connect_timeout":   "ack_timeout", "heartbeat_interval": "ack_timeout", "handshake_timeout": "ack_timeout",
+	"auto_replay_nacks": "include_metadata", "proxy_protocol": "include_metadata",
+	"connect_timeout": "ack_timeout", "heartbeat_interval": "ack_timeout", "handshake_timeout": "ack_timeout",
 	"max_session_age": "ack_timeout", "session_expiry_grace": "ack_timeout",
 }
 

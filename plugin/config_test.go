@@ -151,6 +151,8 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		{"input", "cryo_server", `{ ` + listens + `, max_bytes_per_second: 1MB }`, `field max_bytes_per_second must be a whole number, got "1MB"`},
 		{"input", "cryo_server", `{ ` + listens + `, max_header_bytes: 0 }`, "field max_header_bytes must be at least 1, got 0"},
 		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/8, proxy.local ] }`, `field trusted_proxies: "proxy.local" is neither an IP address nor a network such as 10.0.0.0/8`},
+		{"input", "cryo_server", `{ ` + listens + `, proxy_protocol: true }`, "field proxy_protocol needs trusted_proxies: only the proxies in that list are trusted to send the header"},
+		{"output", "cryo_server", `{ ` + listens + `, proxy_protocol: v2, trusted_proxies: [ 10.0.0.0/8 ] }`, `field proxy_protocol must be true or false, got "v2"`},
 		{"input", "cryo_server", `{ ` + listens + `, forwarded_header: via }`, `field forwarded_header must be x-forwarded-for or forwarded, got "via"`},
 		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ app.example.com ] }`, `field allowed_origins: "app.example.com" must be *, null or a scheme and a host such as https://app.example.com, in lower case and without a path`},
 		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "https://app.example.com/" ] }`, `field allowed_origins: "https://app.example.com/" must be *, null or a scheme and a host such as https://app.example.com, in lower case and without a path`},
@@ -217,6 +219,7 @@ func TestValidConfigurationPassesLintAndStarts(t *testing.T) {
 		{"output", "cryo_server", `{ ` + listens + `, send_to: session, session_id: "${! @cryo_session_id }", no_session: reject }`},
 		{"output", "cryo_server", `{ ` + listens + `, tls: { cert_file: a.pem, key_file: b.pem, client_ca_file: c.pem, client_auth: verify_if_given, min_version: tls13 } }`},
 		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 127.0.0.1, 10.0.0.0/8, "::1", "2001:db8::/32", "::ffff:10.0.0.1" ], forwarded_header: forwarded, max_sessions_per_address: 0 }`},
+		{"input", "cryo_server", `{ ` + listens + `, trusted_proxies: [ 10.0.0.0/8 ], proxy_protocol: true }`},
 		{"input", "cryo_server", `{ ` + listens + `, allowed_origins: [ "*", "null", "https://app.example.com", "http://localhost:3000", "capacitor://localhost", "http://[::1]:80" ] }`},
 	} {
 		t.Run(tt.kind+" "+component(tt.name, tt.fields), func(t *testing.T) {

@@ -125,8 +125,11 @@ func (ln *listener) start() error {
 // inputs are not affected.
 func (ln *listener) serve(socket net.Listener, down chan struct{}) {
 	accepting := socket
+	if ln.settings.PROXY {
+		accepting = newProxyListener(accepting, ln.settings, ln.log)
+	}
 	if ln.tls != nil {
-		accepting = tls.NewListener(socket, ln.tls)
+		accepting = tls.NewListener(accepting, ln.tls)
 	}
 	err := ln.http.Serve(accepting) // also closes the socket
 	if errors.Is(err, http.ErrServerClosed) {

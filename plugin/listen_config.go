@@ -78,7 +78,7 @@ func listenFields() []*service.ConfigField {
 			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
-			Description("The timeout for TLS and the HTTP request of a client, and again for Cryo's handshake on the open WebSocket. That is complete when the client has sent ENDPOINT_INFO, has acknowledged the one that is sent to it after a second, or has sent its first message or stream: the published client for browsers sends no ENDPOINT_INFO when it reconnects. A client that does none of these is disconnected with close code 4001, logged at WARN with its address, and counted in `cryo_sessions_denied` with the status 408. Keep the timeout well above one second.").
+			Description("The timeout for TLS and the HTTP request of a client, and before that for the header of `proxy_protocol`, and again for Cryo's handshake on the open WebSocket. That is complete when the client has sent ENDPOINT_INFO, has acknowledged the one that is sent to it after a second, or has sent its first message or stream: the published client for browsers sends no ENDPOINT_INFO when it reconnects. A client that does none of these is disconnected with close code 4001, logged at WARN with its address, and counted in `cryo_sessions_denied` with the status 408. Keep the timeout well above one second.").
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().

@@ -37,7 +37,7 @@ var (
 func proxyFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		trustedProxiesField.config().
-			Description("The reverse proxies that are trusted to report the address of a client: IP addresses, or networks such as `10.0.0.0/8`. The reported address is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. The header is ignored in requests from other addresses, so do not add networks from which clients connect directly.").
+			Description("The reverse proxies that are trusted to report the address of a client: IP addresses, or networks such as `10.0.0.0/8`. The reported address, of an HTTP header or of `proxy_protocol`, is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. Other addresses are not believed, so do not add networks from which clients connect directly.").
 			Default([]any{}).
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
 			Advanced(),
@@ -45,16 +45,24 @@ func proxyFields() []*service.ConfigField {
 			Description("The header in which the trusted proxies report the address of a client. Each of them must set this header: a proxy may pass on the other one from a client unchanged.").
 			Default(headerXForwardedFor).
 			Advanced(),
+		proxyProtocolField.config().
+			Description("Whether the trusted proxies send a header of the PROXY protocol, version 1 or 2, before the first byte of a client, and before TLS. It is for TCP load balancers, which send no HTTP header. Each connection of a trusted proxy must begin with it, including health checks; those of other addresses must not. If the address in it is that of a trusted proxy too, `forwarded_header` applies as well.").
+			Advanced(),
 	}
 }
 
 type proxySettings struct {
 	Trusted []netip.Prefix `field:"trusted_proxies"`
 	Header  string         `field:"forwarded_header"`
+	PROXY   bool           `field:"proxy_protocol"`
 }
 
 func readProxySettings(r *settingsReader) proxySettings {
-	return proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r)}
+	s := proxySettings{Trusted: trustedProxiesField.read(r), Header: forwardedHeaderField.read(r), PROXY: proxyProtocolField.read(r)}
+	if r.err == nil && s.PROXY && len(s.Trusted) == 0 {
+		r.err = fmt.Errorf("field %s needs %s: only the proxies in that list are trusted to send the header", fieldProxyProtocol, fieldTrustedProxies)
+	}
+	return s
 }
 
 // parseNetwork parses an IP address or a network. Like parseHop, it converts IPv4-mapped IPv6

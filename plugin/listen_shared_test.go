@@ -47,6 +47,7 @@ func TestComponentsSharingAnAddressMustAgree(t *testing.T) {
 		"allowed_origins: [], session_metadata: { headers: [ x ] }":                  "session_metadata, allowed_origins",
 		"max_header_bytes: 1, handshake_timeout: 1s":                                 "handshake_timeout, max_header_bytes",
 		"max_connects_per_second: 5, max_messages_per_second: 6":                     "max_connects_per_second, max_messages_per_second",
+		"trusted_proxies: [ 10.0.0.0/8 ], proxy_protocol: true":                      "trusted_proxies, proxy_protocol",
 		"max_bytes_per_second: 7":                                                    "max_bytes_per_second",
 		"max_buffer_bytes: 1, heartbeat_interval: 1s, max_sessions_per_address: 100": "max_sessions_per_address, max_buffer_bytes, heartbeat_interval",
 	} {

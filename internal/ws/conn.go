@@ -412,6 +412,18 @@ func recycle(buf *[]byte) {
 	poolFor(cap(*buf)).Put(buf)
 }
 
+// socketOf returns the TCP socket of a connection that announces one by a method TCPConn, because it
+// passes on unchanged what is written, such as one that has read a PROXY header. It returns any other
+// connection itself.
+func socketOf(c net.Conn) net.Conn {
+	if over, ok := c.(interface{ TCPConn() (*net.TCPConn, bool) }); ok {
+		if socket, ok := over.TCPConn(); ok {
+			return socket
+		}
+	}
+	return c
+}
+
 // closeWrite half-closes the connection: our last bytes arrive even if the peer's are still
 // unread here.
 func (t *transport) closeWrite() error {

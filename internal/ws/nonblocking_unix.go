@@ -19,13 +19,13 @@ type nonblockingWriter struct {
 }
 
 // newNonblockingWriter returns nil for a connection that is not a socket itself: the Write of
-// one that wraps a socket may do more.
+// one that wraps a socket may do more; see socketOf.
 func newNonblockingWriter(conn net.Conn) *nonblockingWriter {
 	var (
 		raw syscall.RawConn
 		err error
 	)
-	switch c := conn.(type) {
+	switch c := socketOf(conn).(type) {
 	case *net.TCPConn:
 		raw, err = c.SyscallConn()
 	case *net.UnixConn:

@@ -60,4 +60,45 @@ func TestOnlySocketsAreWrittenWithoutBlocking(t *testing.T) {
 	defer func() { _, _ = near.Close(), far.Close() }()
 	require.False(t, (&transport{Conn: near}).canTryFlush())
 	require.False(t, (&transport{Conn: struct{ *net.TCPConn }{&net.TCPConn{}}}).canTryFlush())
+	require.False(t, (&transport{Conn: announcing{near, nil}}).canTryFlush())
+}
+
+// socketPair returns two ends of a TCP connection, of which the first has received a byte.
+func socketPair(t *testing.T) (near, far net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer func() { _ = l.Close() }()
+	near, err = net.Dial("tcp", l.Addr().String())
+	require.NoError(t, err)
+	far, err = l.Accept()
+	require.NoError(t, err)
+	t.Cleanup(func() { _, _ = near.Close(), far.Close() })
+	_, err = far.Write([]byte("x"))
+	require.NoError(t, err)
+	_, err = io.ReadFull(near, make([]byte, 1))
+	require.NoError(t, err)
+	return near, far
+}
+
+// announcing is a connection that has read a header from its socket. A nil socket is none.
+type announcing struct {
+	net.Conn
+	socket *net.TCPConn
+}
+
+func (c announcing) TCPConn() (*net.TCPConn, bool) { return c.socket, c.socket != nil }
+
+func TestSocketBelowAProxiedConnectionIsWrittenWithoutBlocking(t *testing.T) {
+	near, far := socketPair(t)
+	tr := &transport{Conn: announcing{near, near.(*net.TCPConn)}}
+	require.True(t, tr.canTryFlush())
+	b, err := tr.reserve(5)
+	require.NoError(t, err)
+	tr.gathered(append(b, "hello"...))
+	require.True(t, tr.tryFlush())
+	got := make([]byte, 5)
+	_, err = io.ReadFull(far, got)
+	require.NoError(t, err)
+	require.Equal(t, "hello", string(got))
 }

@@ -28,7 +28,7 @@ func sendQueueOf(c net.Conn) *sendQueue {
 		}
 		c = over.NetConn()
 	}
-	socket, ok := c.(*net.TCPConn)
+	socket, ok := socketOf(c).(*net.TCPConn)
 	if !ok {
 		return nil
 	}

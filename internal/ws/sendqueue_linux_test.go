@@ -10,24 +10,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// socketPair returns two ends of a TCP connection, of which the first has received a byte.
-func socketPair(t *testing.T) (near, far net.Conn) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer func() { _ = l.Close() }()
-	near, err = net.Dial("tcp", l.Addr().String())
-	require.NoError(t, err)
-	far, err = l.Accept()
-	require.NoError(t, err)
-	t.Cleanup(func() { _, _ = near.Close(), far.Close() })
-	_, err = far.Write([]byte("x"))
-	require.NoError(t, err)
-	_, err = io.ReadFull(near, make([]byte, 1))
-	require.NoError(t, err)
-	return near, far
-}
-
 func TestUnacknowledgedBytesCountAsBacklog(t *testing.T) {
 	near, far := socketPair(t)
 	require.NoError(t, far.(*net.TCPConn).SetReadBuffer(16<<10))
@@ -57,13 +39,15 @@ func TestUnacknowledgedBytesCountAsBacklog(t *testing.T) {
 	require.Zero(t, backlog)
 }
 
-func TestKernelCountsAreUsedOnlyForUnwrappedSockets(t *testing.T) {
+func TestKernelCountsAreUsedOnlyForKnownSockets(t *testing.T) {
 	near, _ := socketPair(t)
 	overTLS := tls.Client(tls.Client(near, &tls.Config{}), &tls.Config{})
 	wrapped := struct{ net.Conn }{near}
 	pipe, _ := net.Pipe()
 	require.NotNil(t, sendQueueOf(near))
 	require.NotNil(t, sendQueueOf(overTLS), "as through a proxy with TLS")
+	require.NotNil(t, sendQueueOf(announcing{wrapped, near.(*net.TCPConn)}))
+	require.NotNil(t, sendQueueOf(tls.Client(announcing{wrapped, near.(*net.TCPConn)}, &tls.Config{})))
 	require.Nil(t, sendQueueOf(wrapped))
 	require.Nil(t, sendQueueOf(tls.Client(wrapped, &tls.Config{})))
 	require.Nil(t, sendQueueOf(pipe))
