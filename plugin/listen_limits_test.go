@@ -66,6 +66,24 @@ func TestThrottledSessionIsNotClosedAfterAckTimeout(t *testing.T) {
 	})
 }
 
+func TestSessionThrottledJustBeforeAckTimeoutIsNotClosed(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const limit = "max_messages_per_second: 2"
+		e.run(with(listenInput, limit), "drop: {}")
+		e.run(fromOnce, with(listenOutput, limit+", send_to: session, session_id: '77', ack_timeout: 5s"))
+		client := e.rawClient()
+		sent := e.produce("to the client")
+		text := client.WantType("the message", wire.UTF8)
+		time.Sleep(3900 * time.Millisecond)
+		for i := range uint32(4) {
+			client.WriteFrames(cryotest.Text(i, "from the client")) // the last one is read after 4.9 s
+		}
+		require.ErrorContains(t, next(t, sent.verdict), "acknowledgement timed out")
+		client.Ack(text)
+		e.wantMetrics("the session is still there", map[string]int64{"cryo_late_acks": 1, "cryo_sessions": 1})
+	})
+}
+
 // A pause because of a limit is not the pipeline's fault.
 func TestThrottledSessionIsNoStalledPipeline(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

@@ -30,6 +30,7 @@ input:
     session_expires: root = if this.query.brief == "1" { now().ts_unix() + 2 }
     message_types: [ utf8, stream ]
     auto_replay_nacks: false
+    max_bytes_per_second: 1000
 output:
   label: server
   cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 2s }
@@ -42,14 +43,14 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	session := server.Session(t)
 	client := testkit.Dial(t, clients)
 
-	// One of each: delivered, rejected, filtered, late, a stream.
+	// One of each: delivered, rejected, filtered and throttled, late, a stream.
 	done := testkit.Send(client, "delivered")
 	require.NoError(t, testkit.Receive(t, session).Ack())
 	require.NoError(t, testkit.Next(t, done))
 	done = testkit.Send(client, "rejected")
 	require.NoError(t, testkit.Receive(t, session).Reject("no"))
 	require.Error(t, testkit.Next(t, done))
-	require.NoError(t, client.SendBinary(t.Context(), []byte("filtered")))
+	require.NoError(t, client.SendBinary(t.Context(), make([]byte, 1100))) // filtered
 	done = testkit.Send(client, "late")
 	late := testkit.Receive(t, session)
 	require.Error(t, testkit.Next(t, done))
@@ -112,6 +113,7 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 		} {
 			assert.Equal(c, want, exported[series], series)
 		}
+		assert.NotEmpty(c, exported[`cryo_throttled_ns{label="clients",path="root.input"}`])
 	})
 
 	var ours, all []string
