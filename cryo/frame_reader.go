@@ -98,7 +98,7 @@ func (r *frameReader) next(in *received) error {
 	case !in.Type.Known(): // ignored, as the published peers do
 		return r.conn.Discard()
 	case !in.Type.IsData(), in.Type == wire.Error && r.isOurs(in.Ack):
-		if in.Type == wire.TxStart {
+		if in.Type == wire.TxStart && r.limit.wants(&in.Frame) {
 			r.limit.awaitRates(&in.Frame, 0)
 		}
 		return r.readControl(in)

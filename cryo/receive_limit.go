@@ -138,9 +138,11 @@ func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, has
 func (l *receiveLimit) admit(in *received, p *partial, size, n int) decision {
 	if !l.wants(&in.Frame) {
 		l.awaitAccepted(&in.Frame)
+		if !l.wants(&in.Frame) {
+			return unwanted
+		}
 	}
-	l.awaitRates(&in.Frame, size)
-	if !l.wants(&in.Frame) {
+	if l.awaitRates(&in.Frame, size) && !l.wants(&in.Frame) {
 		return unwanted
 	}
 	if l.rejecting {
@@ -284,16 +286,13 @@ func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
 	}
 }
 
-// awaitRates pauses reads while the frame exceeds a rate of throttle, and as long as the frame can
-// be received. The wait is before any reservation of the frame, so that it keeps no other session
+// awaitRates pauses reads while a wanted frame exceeds a rate of throttle, and as long as it can be
+// received. The wait is before any reservation for the frame, so that it keeps no other session
 // waiting.
-func (l *receiveLimit) awaitRates(f *wire.Frame, size int) {
-	if !l.wants(f) {
-		return
-	}
+func (l *receiveLimit) awaitRates(f *wire.Frame, size int) (waited bool) {
 	wait := l.rates.charge(f, size)
 	if wait == 0 {
-		return
+		return false
 	}
 	begin := l.pause()
 	l.rates.setUntil(begin.Add(wait))
@@ -310,6 +309,7 @@ func (l *receiveLimit) awaitRates(f *wire.Frame, size int) {
 	end := l.resume()
 	l.rates.setUntil(end)
 	l.rates.end(end.Sub(begin))
+	return true
 }
 
 // pause marks reads as paused (backpressure), and returns the time.

@@ -255,9 +255,9 @@ func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // Stats is a snapshot of a session. Its numbers are read one after the other.
 type Stats struct {
-	// Paused reports whether reads are paused (backpressure, or for up to a second at a
-	// chunk of a stream that is not accepted yet). Received acknowledgements may be unread
-	// then.
+	// Paused reports whether reads are paused (backpressure, a rate as in Throttled, or for
+	// up to a second a chunk of a stream that is not accepted yet). Received
+	// acknowledgements may be unread then.
 	Paused bool
 	// Throttled reports whether reads were paused within the last second because the peer
 	// exceeds MaxMessagesPerSecond or MaxBytesPerSecond. Received acknowledgements may be

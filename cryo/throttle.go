@@ -12,9 +12,9 @@ import (
 // held by the network alone. Its methods must be called by the reading goroutine, except recent.
 type throttle struct {
 	messages, bytes bucket
-	begin           func()              // called before the first pause
-	end             func(time.Duration) // called after each pause, with its duration
-	until           atomic.Int64        // end of the last pause in nanoseconds of Unix time; 0 before there was one
+	begin           func()                    // called before the first pause
+	end             func(time.Duration)       // called after each pause, with its duration
+	until           atomic.Pointer[time.Time] // end of the last pause; nil before there was one
 }
 
 // charge counts a data frame or TX_START of which size bytes of payload are announced, and
@@ -37,12 +37,12 @@ func (t *throttle) chargeMore(size int) { t.bytes.charge(time.Now(), size) }
 // recent reports whether reads were paused within the last second. Any goroutine.
 func (t *throttle) recent() bool {
 	until := t.until.Load()
-	return until != 0 && time.Since(time.Unix(0, until)) < time.Second
+	return until != nil && time.Since(*until) < time.Second
 }
 
 // setUntil sets the end of a pause.
 func (t *throttle) setUntil(end time.Time) {
-	if t.until.Swap(end.UnixNano()) == 0 {
+	if t.until.Swap(&end) == nil {
 		t.begin()
 	}
 }

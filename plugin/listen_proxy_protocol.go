@@ -62,6 +62,12 @@ type proxiedConn struct {
 	once sync.Once
 }
 
+// By TCPConn, package ws finds the socket: it reports what the peer's kernel has acknowledged.
+var _ interface {
+	TCPConn() (*net.TCPConn, bool)
+	CloseWrite() error
+} = (*proxiedConn)(nil)
+
 // RemoteAddr returns the client's address. It is the proxy's own if the proxy itself has connected, as
 // for a health check, or if the header is missing or malformed; then nothing can be read or written.
 func (c *proxiedConn) RemoteAddr() net.Addr {

@@ -282,6 +282,30 @@ func TestPROXYHeaderComesBeforeTLS(t *testing.T) {
 	}
 }
 
+// A session half-closes its connection, so that its last bytes arrive.
+func TestConnectionBehindAPROXYHeaderIsHalfClosed(t *testing.T) {
+	far, near := cryotest.Pipe()
+	_, err := io.WriteString(far, v1Header)
+	require.NoError(t, err)
+	trusted, err := trustedProxiesField.rule([]any{"192.0.2.1"})
+	require.NoError(t, err)
+	l := proxyListener{&oneConn{conn: near}, proxySettings{Trusted: trusted}, time.Minute, limitedLog{}}
+	c, err := l.Accept()
+	require.NoError(t, err)
+	require.Equal(t, "203.0.113.7:4711", c.RemoteAddr().String())
+	require.NoError(t, c.(interface{ CloseWrite() error }).CloseWrite())
+	rest, err := io.ReadAll(far)
+	require.NoError(t, err)
+	require.Empty(t, rest)
+	_, err = io.WriteString(far, "still read")
+	require.NoError(t, err)
+	require.NoError(t, far.Close())
+	rest, err = io.ReadAll(c)
+	require.NoError(t, err)
+	require.Equal(t, "still read", string(rest))
+	require.NoError(t, c.Close())
+}
+
 // oneConn is a listener with one connection.
 type oneConn struct {
 	net.Listener
