@@ -133,6 +133,7 @@ func throttledReceipts(t *testing.T, messages, bytes int, pattern []arrival, las
 			frames = append(frames, bytesOf(t, peer, cryotest.Binary(uint32(i+2), content)))
 		}
 	}
+	texts := len(pattern) - len(boundaries)
 	peer.Read()
 	var sending sync.WaitGroup
 	sending.Go(func() {
@@ -146,7 +147,7 @@ func throttledReceipts(t *testing.T, messages, bytes int, pattern []arrival, las
 		}
 	})
 	sending.Go(func() {
-		for range len(pattern) - len(boundaries) {
+		for range texts {
 			m, err := s.Receive(t.Context())
 			if err != nil {
 				return

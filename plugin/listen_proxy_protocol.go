@@ -62,7 +62,7 @@ type proxiedConn struct {
 	once sync.Once
 }
 
-// By TCPConn, package ws finds the socket: it reports what the peer's kernel has acknowledged.
+// By TCPConn, a session finds its socket, whose kernel reports what the peer has acknowledged.
 var _ interface {
 	TCPConn() (*net.TCPConn, bool)
 	CloseWrite() error
