@@ -21,7 +21,7 @@ input:
   label: clients
   cryo_server:
     address: 127.0.0.1:0
-    tokens: [ "${CRYO_TOKEN}" ]
+    tokens: [ '${CRYO_TOKEN}' ]
     trusted_proxies: [ 127.0.0.1 ]
     proxy_protocol: true
     max_connects_per_second: 1
