@@ -174,6 +174,7 @@ func (p *Process) Signal(signal syscall.Signal) {
 // Interrupt sends SIGINT, as Ctrl-C does, and waits for the end, with exit code 0.
 func (p *Process) Interrupt() {
 	p.tb.Helper()
+	p.awaitLaunch()
 	p.Signal(syscall.SIGINT)
 	p.WantExit(0)
 }
@@ -182,8 +183,25 @@ func (p *Process) Interrupt() {
 // code 0.
 func (p *Process) Terminate() {
 	p.tb.Helper()
+	p.awaitLaunch()
 	p.Signal(syscall.SIGTERM)
 	p.WantExit(0)
+}
+
+// awaitLaunch waits until cryo-connect handles signals, which kill it before that. It does so a
+// moment after the line that all pipelines are launched; without that line, as at log level ERROR,
+// after a second.
+func (p *Process) awaitLaunch() {
+	launched := func(line string) bool {
+		return strings.Contains(line, "Launching a cryo-connect") || strings.Contains(line, "Launching cryo-connect")
+	}
+	for range 100 {
+		if slices.ContainsFunc(p.All(), launched) || !p.Running() {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	time.Sleep(20 * time.Millisecond)
 }
 
 // WantExit waits for the end of the process, with an exit code.
