@@ -191,7 +191,7 @@ func TestHangingOutputDoesNotEndTheSession(t *testing.T) {
 // CRYO_LONG_TESTS is set, and for many missed pings if not.
 func TestHangingOutputDoesNotEndTheSessionOverRealSockets(t *testing.T) {
 	defer checkLeaks(t)
-	interval, stall := time.Second, 4*time.Second
+	interval, stall := 2*time.Second, 8*time.Second
 	if os.Getenv("CRYO_LONG_TESTS") != "" {
 		interval, stall = 5*time.Second, 2*time.Minute
 	}
