@@ -48,7 +48,7 @@ type authorizeProcessors struct {
 	timeout time.Duration             // of one run
 	slots   chan struct{}             // one value per run
 	list    []*service.OwnedProcessor // empty before build
-	running sync.WaitGroup            // authorizations of the listener that use this component; see listener.authorize
+	running sync.WaitGroup            // authorizations of the listener that use this component, see listener.authorize, and runs
 }
 
 // readProcessorsSource returns the configuration of the processors, for comparison only, because
@@ -97,13 +97,12 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 	defer cancel()
 	select {
 	case p.slots <- struct{}{}:
-		defer func() { <-p.slots }()
 	case <-ctx.Done():
 		return notNow(fmt.Sprintf("%s are running for %d other clients", fieldAuthorizeProcessors, maxAuthorizing))
 	}
 	m := service.NewMessage(nil)
 	m.SetStructured(maps.Clone(client)) // the answer may be the same object
-	batches, err := runProcessors(ctx, p.list, m)
+	batches, err := p.process(ctx, m)
 	if err != nil {
 		return processorsFailed(ctx, err)
 	}
@@ -132,6 +131,29 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 	}
 	client["answer"] = answer
 	return nil
+}
+
+// process runs the processors on a message, and releases the slot of the run. It does not wait for
+// processors that ignore the context: they keep the slot until they return.
+func (p *authorizeProcessors) process(ctx context.Context, m *service.Message) ([]service.MessageBatch, error) {
+	type result struct {
+		batches []service.MessageBatch
+		err     error
+	}
+	results := make(chan result, 1)
+	p.running.Add(1)
+	go func() {
+		defer p.running.Done()
+		defer func() { <-p.slots }()
+		batches, err := runProcessors(ctx, p.list, m)
+		results <- result{batches, err}
+	}()
+	select {
+	case r := <-results:
+		return r.batches, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // runProcessors runs processors on a message.
@@ -168,7 +190,8 @@ func notNow(cause string) error {
 }
 
 // close closes the processors once the authorizations that use them have ended, which takes
-// handshake_timeout at most, or when the context is done. The component must have left its
+// handshake_timeout at most unless processors ignore their context, or when the context is done.
+// The component must have left its
 // listener, so that none begins.
 func (p *authorizeProcessors) close(ctx context.Context) error {
 	if len(p.list) == 0 {

@@ -189,6 +189,7 @@ func TestProcessorsRunForALimitedNumberOfClients(t *testing.T) {
 			require.ErrorAs(t, d.result(t), &denied)
 			require.Equal(t, http.StatusServiceUnavailable, denied.StatusCode)
 		}
+		synctest.Wait()
 		book.locked(func() { require.Zero(t, book.running) })
 	})
 }
@@ -202,6 +203,28 @@ func TestProcessorsEndWhenTheClientDisconnects(t *testing.T) {
 		require.Error(t, err)
 		synctest.Wait()
 		book.locked(func() { require.Zero(t, book.running) })
+	})
+}
+
+func TestProcessorsThatIgnoreTheTimeoutDoNotHoldUpTheClient(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		book := e.accounts()
+		book.answer = func(context.Context, int) { time.Sleep(time.Hour) }
+		p := e.run(asking("root = true", "{ accounts: {} }"), toProbe)
+		begin := time.Now()
+		e.wantDenied(cryo.DialOptions{Token: token, ConnectTimeout: time.Minute}, http.StatusServiceUnavailable)
+		require.Equal(t, cryo.DefaultHandshakeTimeout, time.Since(begin))
+		e.log.want(t, "Denied a client", "no result within handshake_timeout")
+		book.locked(func() { require.Equal(t, 1, book.running) })
+		for range maxAuthorizing {
+			go func() { _, _ = e.tryDial(cryo.DialOptions{Token: token, ConnectTimeout: time.Minute}) }()
+		}
+		time.Sleep(time.Minute)
+		book.locked(func() { require.Equal(t, maxAuthorizing, book.running, "they still count") })
+
+		p.stop()
+		require.Equal(t, time.Hour, time.Since(begin).Truncate(time.Minute), "they are closed when they have returned")
+		require.Equal(t, []int{1}, book.closed)
 	})
 }
 
