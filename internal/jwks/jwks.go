@@ -4,9 +4,14 @@ package jwks
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/go-jose/go-jose/v4"
 	strictjson "github.com/go-jose/go-jose/v4/json"
@@ -56,13 +61,33 @@ func Parse(text []byte) (Set, error) {
 func (s Set) Key(header jose.Header) (jose.JSONWebKey, error) {
 	at := slices.IndexFunc(s, func(key jose.JSONWebKey) bool {
 		named := key.KeyID == header.KeyID || header.KeyID == "" && len(s) == 1
-		return named && (key.Algorithm == "" || key.Algorithm == header.Algorithm)
+		return named && verifies(key, jose.SignatureAlgorithm(header.Algorithm))
 	})
 	if at < 0 {
 		return jose.JSONWebKey{}, ErrUnknownKey
 	}
 	return s[at], nil
 }
+
+// verifies reports whether a key is for an algorithm. Keys of different types may have the same id.
+func verifies(key jose.JSONWebKey, algorithm jose.SignatureAlgorithm) bool {
+	if key.Algorithm != "" && key.Algorithm != string(algorithm) {
+		return false
+	}
+	switch public := key.Key.(type) {
+	case *rsa.PublicKey:
+		return strings.HasPrefix(string(algorithm), "RS") || strings.HasPrefix(string(algorithm), "PS")
+	case *ecdsa.PublicKey:
+		return algorithm == curves[public.Curve]
+	case ed25519.PublicKey:
+		return algorithm == jose.EdDSA
+	default:
+		return false
+	}
+}
+
+// curves are the algorithms with elliptic curves. Each has one curve.
+var curves = map[elliptic.Curve]jose.SignatureAlgorithm{elliptic.P256(): jose.ES256, elliptic.P384(): jose.ES384, elliptic.P521(): jose.ES512}
 
 // TokenError is the reason why a token is rejected. Its text contains no part of the token.
 type TokenError string

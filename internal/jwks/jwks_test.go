@@ -154,6 +154,24 @@ func TestAKeyVerifiesOnlyItsAlgorithm(t *testing.T) {
 	require.ErrorIs(t, err, jwks.ErrUnknownKey)
 }
 
+// RFC 7517, section 4.5: keys of different types may have the same id.
+func TestKeysWithOneIDAreDistinguishedByTheirTypes(t *testing.T) {
+	var keys []key
+	var set []jose.JSONWebKey
+	for _, algorithm := range []jose.SignatureAlgorithm{jose.ES384, jose.RS256, jose.ES256, jose.EdDSA, jose.ES512} {
+		k := newKey(t, "a", algorithm)
+		unnamed := k.public()
+		unnamed.Algorithm = ""
+		keys, set = append(keys, k), append(set, unnamed)
+	}
+	for i, k := range keys {
+		_, err := verify(parsed(t, set...), k.sign(t, `{}`))
+		require.NoError(t, err, k.algorithm)
+		_, err = verify(parsed(t, append(set[:i:i], set[i+1:]...)...), k.sign(t, `{}`))
+		require.ErrorIs(t, err, jwks.ErrUnknownKey, k.algorithm)
+	}
+}
+
 func TestATokenNamesItsKeyUnlessThereIsOne(t *testing.T) {
 	a, b := newKey(t, "a", jose.ES256), newKey(t, "b", jose.ES256)
 	nameless := a
