@@ -34,7 +34,7 @@ Only `+"`authorize`"+` accepts a client. So check the answer there: `+"`root = t
 
 If the processors delete the message, the client is denied with status 401. If they fail, do not finish within `+"`%s`"+`, or return several messages, the client is denied with status 503, so that it tries again later. The log shows the cause, except for texts that may contain a part of the token. To the processor `+"`http`"+`, each status except 2xx is a failure. If a service denies clients with a status, set `+"`successful_on: [ 401, 403 ]`"+`, and check `+"`@http_status_code`"+` in a processor `+"`mapping`"+`. The processor `+"`cached`"+` caches failures as answers, unless it has `+"`skip_on: errored()`"+`.
 
-The processors run for up to %d clients at the same time. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
+The processors run for up to %d clients at the same time. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
 		Default([]any{}).
 		Example([]any{
 			map[string]any{"http": map[string]any{"url": "http://accounts:8000/authorize", "verb": "POST", "timeout": "3s", "retries": 0}},
