@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"sync"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
 // The processors that run before the mapping authorize, such as a request to a service.
@@ -22,7 +24,9 @@ import (
 const (
 	fieldAuthorizeProcessors = "authorize_processors"
 
-	// maxAuthorizing bounds the clients of a listener for which processors run at the same time.
+	// maxAuthorizing bounds the clients of a listener for which processors run at the same time. The
+	// clients of one address have three quarters of it at most (clientLimit), because they need no
+	// valid token for that.
 	maxAuthorizing = 256
 )
 
@@ -34,7 +38,7 @@ Only `+"`authorize`"+` accepts a client. So check the answer there: `+"`root = t
 
 If the processors delete the message, the client is denied with status 401. If they fail, do not finish within `+"`%s`"+`, or return several messages, the client is denied with status 503, so that it tries again later. The log shows the cause, except for texts that may contain a part of the token. To the processor `+"`http`"+`, each status except 2xx is a failure. If a service denies clients with a status, set `+"`successful_on: [ 401, 403 ]`"+`, and check `+"`@http_status_code`"+` in a processor `+"`mapping`"+`. The processor `+"`cached`"+` caches failures as answers, unless it has `+"`skip_on: errored()`"+`.
 
-The processors run for up to %d clients at the same time. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
+The processors run for up to %d clients at the same time, three quarters of them from one IPv4 address or IPv6 /64 network. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
 		Default([]any{}).
 		Example([]any{
 			map[string]any{"http": map[string]any{"url": "http://accounts:8000/authorize", "verb": "POST", "timeout": "3s", "retries": 0}},
@@ -46,9 +50,18 @@ The processors run for up to %d clients at the same time. Further clients wait, 
 // runs those of its first component, until that leaves.
 type authorizeProcessors struct {
 	timeout time.Duration             // of one run
-	slots   chan struct{}             // one value per run
+	slots   *quota.Quota              // one per run
 	list    []*service.OwnedProcessor // empty before build
 	running sync.WaitGroup            // authorizations of the listener that use this component, see listener.authorize, and runs
+
+	mu       sync.Mutex
+	networks map[netip.Prefix]*networkSlots // those of clients that have a slot or wait for one; guarded by mu
+}
+
+// networkSlots are the slots of the clients of one network.
+type networkSlots struct {
+	*quota.Share
+	clients int // that have a slot or wait for one; guarded by authorizeProcessors.mu
 }
 
 // readProcessorsSource returns the configuration of the processors, for comparison only, because
@@ -80,7 +93,9 @@ func readProcessorsSource(r *settingsReader) (source []any) {
 // build builds the processors. It is a step of its own because lint builds components without
 // closing them, and processors may open connections.
 func (p *authorizeProcessors) build(conf *service.ParsedConfig, timeout time.Duration) (err error) {
-	p.timeout, p.slots = timeout, make(chan struct{}, maxAuthorizing)
+	limit := int64(clientLimit(maxAuthorizing))
+	p.timeout, p.slots = timeout, quota.New(maxAuthorizing, func(held, _ int64) bool { return held < limit })
+	p.networks = make(map[netip.Prefix]*networkSlots)
 	if p.list, err = conf.FieldProcessorList(fieldAuthorizeProcessors); err != nil {
 		return fmt.Errorf("field %s: %w", fieldAuthorizeProcessors, err)
 	}
@@ -95,14 +110,13 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	select {
-	case p.slots <- struct{}{}:
-	case <-ctx.Done():
-		return notNow(fmt.Sprintf("%s are running for %d other clients", fieldAuthorizeProcessors, maxAuthorizing))
+	release, err := p.acquire(ctx, client["remote_address"].(string))
+	if err != nil {
+		return notNow(fmt.Sprintf("%s are running for too many other clients", fieldAuthorizeProcessors))
 	}
 	m := service.NewMessage(nil)
 	m.SetStructured(maps.Clone(client)) // the answer may be the same object
-	batches, err := p.process(ctx, m)
+	batches, err := p.process(ctx, m, release)
 	if err != nil {
 		return processorsFailed(ctx, err)
 	}
@@ -133,21 +147,47 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 	return nil
 }
 
-// process runs the processors on a message, and releases the slot of the run. It does not wait for
-// processors that ignore the context: they keep the slot until they return.
-func (p *authorizeProcessors) process(ctx context.Context, m *service.Message) ([]service.MessageBatch, error) {
+// acquire waits for a slot for the client of an address.
+func (p *authorizeProcessors) acquire(ctx context.Context, address string) (release func(), err error) {
+	network := networkOf(address)
+	p.mu.Lock()
+	slots := p.networks[network]
+	if slots == nil {
+		slots = &networkSlots{Share: p.slots.Share()}
+		p.networks[network] = slots
+	}
+	slots.clients++
+	p.mu.Unlock()
+	leave := func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if slots.clients--; slots.clients == 0 {
+			delete(p.networks, network)
+		}
+	}
+	if _, err := slots.AcquireUpTo(ctx, 1); err != nil {
+		leave()
+		return nil, err
+	}
+	return func() {
+		slots.Release(1)
+		leave()
+	}, nil
+}
+
+// process runs the processors on a message, and calls release. It does not wait for processors that
+// ignore the context: they keep their slot until they return.
+func (p *authorizeProcessors) process(ctx context.Context, m *service.Message, release func()) ([]service.MessageBatch, error) {
 	type result struct {
 		batches []service.MessageBatch
 		err     error
 	}
 	results := make(chan result, 1)
-	p.running.Add(1)
-	go func() {
-		defer p.running.Done()
-		defer func() { <-p.slots }()
+	p.running.Go(func() {
+		defer release()
 		batches, err := runProcessors(ctx, p.list, m)
 		results <- result{batches, err}
-	}()
+	})
 	select {
 	case r := <-results:
 		return r.batches, r.err

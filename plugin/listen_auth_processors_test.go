@@ -154,7 +154,7 @@ func TestProcessorsThatDeleteTheMessageDenyTheClient(t *testing.T) {
 func TestProcessorsRunForALimitedNumberOfClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		book, release := e.accounts(), make(chan struct{})
-		e.run(asking("root = true", "{ accounts: {} }"), toProbe)
+		e.run(with(asking("root = true", "{ accounts: {} }"), "trusted_proxies: [ 192.0.2.1 ]"), toProbe)
 		connected := e.dial()
 		book.answer = func(ctx context.Context, _ int) {
 			select {
@@ -162,18 +162,26 @@ func TestProcessorsRunForALimitedNumberOfClients(t *testing.T) {
 			case <-ctx.Done():
 			}
 		}
-		dial := func(n int) (dials []*sending) {
+		dial := func(n int, address string) (dials []*sending) {
 			for range n {
 				dials = append(dials, sendAny(func() error {
-					_, err := e.tryDial(cryo.DialOptions{Token: token, ConnectTimeout: time.Minute})
+					_, err := e.tryDial(cryo.DialOptions{Token: token, ConnectTimeout: time.Minute, Header: http.Header{"X-Forwarded-For": {address}}})
 					return err
 				}))
 			}
 			return dials
 		}
-		dials := dial(maxAuthorizing + 44)
-		time.Sleep(time.Second)
-		book.locked(func() { require.Equal(t, maxAuthorizing, book.running) })
+		running := func(n int, why string) {
+			t.Helper()
+			synctest.Wait()
+			book.locked(func() { require.Equal(t, n, book.running, why) })
+		}
+		dials := dial(maxAuthorizing+44, "203.0.113.1")
+		running(maxAuthorizing/4*3, "from one address")
+		dials = append(dials, dial(44, "2001:db8::1")...)
+		running(maxAuthorizing/4*3+44, "others need not wait")
+		dials = append(dials, dial(44, "2001:db8::2")...)
+		running(maxAuthorizing, "in all")
 		e.wantReceives(t, connected, "the pipeline serves who is connected")
 
 		close(release)
@@ -182,15 +190,18 @@ func TestProcessorsRunForALimitedNumberOfClients(t *testing.T) {
 		}
 
 		release = make(chan struct{}) // for ever
-		dials = dial(maxAuthorizing + 44)
+		dials = append(dial(maxAuthorizing, "203.0.113.1"), dial(maxAuthorizing, "203.0.113.2")...)
 		time.Sleep(cryo.DefaultHandshakeTimeout)
 		for _, d := range dials {
 			var denied *cryo.HandshakeError
 			require.ErrorAs(t, d.result(t), &denied)
 			require.Equal(t, http.StatusServiceUnavailable, denied.StatusCode)
 		}
-		synctest.Wait()
-		book.locked(func() { require.Zero(t, book.running) })
+		running(0, "all have ended")
+		for _, c := range e.shared.byAddr[somewhere].users {
+			require.Empty(t, c.processors.networks)
+			require.Zero(t, c.processors.slots.Used())
+		}
 	})
 }
 
@@ -216,11 +227,11 @@ func TestProcessorsThatIgnoreTheTimeoutDoNotHoldUpTheClient(t *testing.T) {
 		require.Equal(t, cryo.DefaultHandshakeTimeout, time.Since(begin))
 		e.log.want(t, "Denied a client", "no result within handshake_timeout")
 		book.locked(func() { require.Equal(t, 1, book.running) })
-		for range maxAuthorizing {
+		for range 2 * maxAuthorizing {
 			go func() { _, _ = e.tryDial(cryo.DialOptions{Token: token, ConnectTimeout: time.Minute}) }()
 		}
 		time.Sleep(time.Minute)
-		book.locked(func() { require.Equal(t, maxAuthorizing, book.running, "they still count") })
+		book.locked(func() { require.Equal(t, clientLimit(maxAuthorizing), book.running, "they still count") })
 
 		p.stop()
 		require.Equal(t, time.Hour, time.Since(begin).Truncate(time.Minute), "they are closed when they have returned")
