@@ -75,13 +75,17 @@ func (s *Sources) Source(address string) (*Source, error) {
 }
 
 // NewClient returns a client that uses the proxy of the environment, and follows redirects only
-// to URLs that Source accepts. It keeps no connections, because fetches are rare.
+// to URLs that Source accepts, and not from https to http. It keeps no connections, because
+// fetches are rare.
 func NewClient() *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, ForceAttemptHTTP2: true},
 		CheckRedirect: func(r *http.Request, via []*http.Request) error {
 			if len(via) >= 3 {
 				return errors.New("more than 3 redirects")
+			}
+			if via[len(via)-1].URL.Scheme == "https" && r.URL.Scheme != "https" {
+				return errors.New("redirect from https to http")
 			}
 			return checkURL(r.URL)
 		},

@@ -242,3 +242,17 @@ func TestRedirectsLeadToSafeURLsOnly(t *testing.T) {
 		}
 	}
 }
+
+func TestRedirectsDoNotLeaveHTTPS(t *testing.T) {
+	good := newKey(t, "1", jose.ES256)
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(published(t, good.public())) }))
+	defer plain.Close()
+	moved := httptest.NewTLSServer(http.RedirectHandler(plain.URL, http.StatusFound))
+	defer moved.Close()
+	client := jwks.NewClient()
+	client.Transport = moved.Client().Transport
+	sources := jwks.Sources{Client: client}
+	source, err := sources.Source(moved.URL)
+	require.NoError(t, err)
+	require.ErrorContains(t, check(source, good.sign(t, `{}`)), "redirect from https to http")
+}
