@@ -33,16 +33,20 @@ func TestGracefulStopDeliversAndAcknowledgesMessagesInThePipeline(t *testing.T) 
 	})
 }
 
-func TestMessageThatFailsDuringAGracefulStopIsNotAcknowledged(t *testing.T) {
-	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
-		m := send(peer, "poison")
-		a := e.arrival()
-		stopped := sendAny(func() error { p.stop(); return nil })
-		stopped.wantPending(t, "the pipeline finishes")
-		a.fail(errOutput)
-		require.ErrorIs(t, m.result(t), net.ErrClosed)
-		stopped.wantAcked(t, "stopped")
-	})
+func TestMessageThatFailsDuringAGracefulStopIsNeitherAcknowledgedNorRejected(t *testing.T) {
+	for _, fields := range []string{"", "auto_replay_nacks: false"} {
+		t.Run(fields, func(t *testing.T) {
+			atBothInputs(t, fields, func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+				m := send(peer, "poison")
+				a := e.arrival()
+				stopped := sendAny(func() error { p.stop(); return nil })
+				stopped.wantPending(t, "the pipeline finishes")
+				a.fail(errOutput)
+				require.ErrorIs(t, m.result(t), net.ErrClosed)
+				stopped.wantAcked(t, "stopped")
+			})
+		})
+	}
 }
 
 func TestHardStopAcknowledgesNothing(t *testing.T) {

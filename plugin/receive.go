@@ -97,7 +97,8 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 // batch was delivered. An error for a batch of one message applies to that message. An error
 // for a larger batch does not reliably identify the messages that failed
 // (docs/engine-faults.md), so each message is redelivered alone and gets a result of its own.
-// Only the first result of a delivery counts, and an error during a hard stop is ignored.
+// Only the first result of a delivery counts, and an error during a hard stop is ignored. During a
+// graceful stop nothing is rejected: the stop may have caused the error, as CancelSends does.
 func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	if err != nil && ctx.Err() != nil || !r.queue.firstResult(d) {
 		return
@@ -118,7 +119,7 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 	case len(d.items) > 1:
 		r.log.With("messages", len(d.items), "error", err).Debug("Redelivering the messages of a batch one by one")
 		r.queue.redeliverAlone(d)
-	case r.conf.replay:
+	case r.conf.replay || r.feeder.draining.Err() != nil:
 		r.logFailure(&d.items[0], err)
 		r.queue.redeliverLater(d)
 	default:
