@@ -47,7 +47,8 @@ output:
 type output struct {
 	*dialer
 	sender
-	sends *sends
+	sends     *sends
+	cancelled cancelledSends
 }
 
 var (
@@ -86,6 +87,7 @@ func (o *output) WriteBatch(ctx context.Context, batch service.MessageBatch) err
 		return nil // even without a session
 	}
 	if err := o.sends.err(); err != nil {
+		o.cancelled.fail(ctx)
 		return err
 	}
 	session := o.client.Session()

@@ -3,6 +3,8 @@ package plugin
 import (
 	"context"
 	"errors"
+	"sync/atomic"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 )
@@ -44,5 +46,29 @@ func (s *sends) bound(ctx context.Context) (bounded context.Context, release fun
 	return bounded, func() {
 		stop()
 		cancel(nil)
+	}
+}
+
+// After the sends are cancelled, an output fails this many batches immediately, more than inputs
+// have in flight by default. Each further one waits before it fails, because something repeats
+// them at once, as a buffer does: that must neither use up a processor nor flood the log.
+const (
+	immediateFailures = 1024
+	failureWait       = 100 * time.Millisecond
+)
+
+// cancelledSends counts the batches that an output was to send after the sends were cancelled.
+type cancelledSends struct{ n atomic.Int64 }
+
+// fail waits until the next such batch may fail, or the context is done.
+func (c *cancelledSends) fail(ctx context.Context) {
+	if c.n.Add(1) <= immediateFailures {
+		return
+	}
+	timer := time.NewTimer(failureWait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"net/http"
 	"testing"
 	"testing/synctest"
@@ -77,5 +78,27 @@ func TestNothingIsSentOnceSendsAreCancelled(t *testing.T) {
 		CancelSends(e.feeds)
 		require.ErrorIs(t, next(t, e.produce("m").verdict), errStopping)
 		wantNothing(t, s)
+	})
+}
+
+// A buffer, for example, repeats at once what fails.
+func TestCancelledSendsThatAreRepeatedFailSlowly(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		out, _, _ := e.connectedOutput("")
+		out.sends.cancel(errStopping)
+		begin := time.Now()
+		fail := func(ctx context.Context) { require.ErrorIs(t, out.WriteBatch(ctx, batchOf("m")), errStopping) }
+		for range immediateFailures {
+			fail(t.Context())
+		}
+		require.Zero(t, time.Since(begin))
+		for range 10 {
+			fail(t.Context())
+		}
+		require.Equal(t, time.Second, time.Since(begin))
+		ended, end := context.WithCancel(t.Context())
+		end()
+		fail(ended)
+		require.Equal(t, time.Second, time.Since(begin), "a hard stop waits for nothing")
 	})
 }
