@@ -13,8 +13,8 @@ import (
 const (
 	// acceptPatience bounds the time that chunks wait for their streams to be accepted. Older
 	// clients send chunks without waiting for the acknowledgement of TX_START. All streams of a
-	// session share it, and it is restored at half of the speed of time: so reads are paused for
-	// this for at most a second at a time, and for half of the time in all.
+	// session share it, and half of the time between such waits restores it: so reads are paused
+	// for this for at most a second at a time, and in the long run for a third of the time.
 	acceptPatience = time.Second
 	// rejectAfter is the time after which data without capacity is rejected if a local
 	// sender waits for an answer, which may be behind that data. A longer wait checks for
@@ -273,7 +273,7 @@ func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
 	defer func() {
 		timer.Stop()
 		l.patienceAt = l.resume()
-		l.patience = patience - l.patienceAt.Sub(begin)
+		l.patience = max(0, patience-l.patienceAt.Sub(begin)) // a busy machine may be late
 	}()
 	for l.early(f) {
 		select {

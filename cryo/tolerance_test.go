@@ -216,7 +216,7 @@ func TestStreamThatIsNotAcceptedInTimeIsCancelledAtItsFirstChunk(t *testing.T) {
 	})
 }
 
-// A hostile client costs itself a second, and half of the time after that.
+// A hostile client costs itself a second, and a third of the time after that.
 func TestStreamsOfASessionShareTheTimeToBeAccepted(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		begin := time.Now()
@@ -235,6 +235,17 @@ func TestStreamsOfASessionShareTheTimeToBeAccepted(t *testing.T) {
 		peer.WriteFrames(txStart(1001, 300, -1, ""), txChunk(300, 0, "ab"), cryotest.Text(1002, "behind it"))
 		require.Equal(t, "behind it", string(receive(t, s).Payload))
 		require.Equal(t, 500*time.Millisecond, time.Since(begin), "half of the second that has passed")
+
+		var paused time.Duration
+		begin = time.Now()
+		for tx := uint32(1000); time.Since(begin) < time.Minute; tx++ {
+			time.Sleep(100 * time.Millisecond)
+			early := time.Now()
+			peer.WriteFrames(txStart(2*tx, tx, -1, ""), txChunk(tx, 0, "ab"), cryotest.Text(2*tx+1, "behind it"))
+			require.Equal(t, "behind it", string(receive(t, s).Payload))
+			paused += time.Since(early)
+		}
+		require.Equal(t, time.Since(begin)/3, paused)
 
 		time.Sleep(time.Minute)
 		peer.Skip()
