@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -64,6 +66,40 @@ func TestThrottledSessionIsNotClosedAfterAckTimeout(t *testing.T) {
 		require.Zero(t, e.log.count("Closing session"))
 		e.wantMetrics("the acknowledgement has been read", map[string]int64{"cryo_late_acks": 1, "cryo_sessions": 1})
 	})
+}
+
+// Otherwise a client that exceeds its rate and acknowledges nothing would delay all others for ever.
+func TestThrottledSessionIsClosedAfterTenAckTimeouts(t *testing.T) {
+	for _, sendTo := range []string{"all", "any"} {
+		t.Run(sendTo, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				const limit = "max_messages_per_second: 1"
+				e.run(with(listenInput, limit), "drop: {}")
+				e.run(fromOnce, with(listenOutput, limit+", ack_timeout: 5s, send_to: "+sendTo))
+				hostile := e.rawClient()
+				hostile.AnswerPings()
+				var sending sync.WaitGroup
+				sending.Go(func() {
+					for i := range uint32(1000) {
+						if hostile.TryWriteFrames(cryotest.Text(i, "from the client")) != nil {
+							return
+						}
+					}
+				})
+				synctest.Wait()
+				acknowledgeAll(e.dial())
+				begin := time.Now()
+				for range 30 {
+					e.produce("to both").wantDelivered(t, "by the other")
+				}
+				require.Equal(t, 50*time.Second, time.Since(begin))
+				e.log.want(t, "WARN Closing session: acknowledgement timed out", "session=77")
+				time.Sleep(cryo.DefaultCloseTimeout)
+				sending.Wait()
+				e.wantMetrics("it is gone", map[string]int64{"cryo_sessions": 1})
+			})
+		})
+	}
 }
 
 func TestSessionThrottledJustBeforeAckTimeoutIsNotClosed(t *testing.T) {

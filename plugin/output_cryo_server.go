@@ -83,7 +83,7 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	s.late = &lateSessions{log: newLimitedLog(res.Logger())}
+	s.late = newLateSessions(res.Logger(), s.ackTimeout)
 	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
 }
 

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
+
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -217,7 +219,15 @@ func isSessionEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 // goroutines that do so, each of which ends with its session.
 type lateSessions struct {
 	log     limitedLog
+	timeout time.Duration // ack_timeout
 	closing sync.WaitGroup
+
+	mu        sync.Mutex
+	throttled map[*cryo.Session]time.Time // when sessions over a rate were late for the first time
+}
+
+func newLateSessions(log *service.Logger, timeout time.Duration) *lateSessions {
+	return &lateSessions{log: newLimitedLog(log), timeout: timeout, throttled: make(map[*cryo.Session]time.Time)}
 }
 
 // close closes a session after a timeout, so that it delays others only once, and not with each
@@ -228,7 +238,10 @@ type lateSessions struct {
 // It does not wait for the close handshake, which the session's close timeout bounds, and in which
 // the client may still acknowledge. The close code lets the client connect again.
 func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late error) {
-	if stats := session.Stats(); stats.Paused || stats.Throttled || ctx.Err() != nil || session.Err() != nil {
+	if ctx.Err() != nil || session.Err() != nil {
+		return
+	}
+	if stats := session.Stats(); stats.Throttled && l.spares(session) || stats.Paused && !stats.Throttled {
 		return
 	}
 	if log, ok := l.log.allow(); ok {
@@ -236,6 +249,30 @@ func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late er
 	}
 	l.closing.Go(func() { _ = session.CloseForRetry(context.Background(), "acknowledgement timed out") })
 	<-session.Context().Done() // it has begun to end: nothing more is sent on it
+}
+
+// maxThrottled is the time for which a session over a rate may be late, in units of ack_timeout.
+// The client decides how long it is over the rate, and so would delay others for ever. After twice
+// that time without being late, it begins anew.
+const maxThrottled = 10
+
+// spares reports whether a session that is late and over a rate is not closed yet.
+func (l *lateSessions) spares(session *cryo.Session) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	first, known := l.throttled[session]
+	if !known {
+		context.AfterFunc(session.Context(), func() {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			delete(l.throttled, session)
+		})
+	}
+	if now := time.Now(); !known || now.Sub(first) > 2*maxThrottled*l.timeout {
+		first = now
+		l.throttled[session] = now
+	}
+	return time.Since(first) < (maxThrottled-1)*l.timeout // the first timeout was before
 }
 
 // wait waits for the sessions that are closing. close must not be called any more.
