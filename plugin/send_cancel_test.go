@@ -102,3 +102,51 @@ func TestCancelledSendsThatAreRepeatedFailSlowly(t *testing.T) {
 		require.Equal(t, time.Second, time.Since(begin), "a hard stop waits for nothing")
 	})
 }
+
+// What outputs of the engine make of a cancelled send, as of each other failure.
+func TestOutputsAroundACancelledSend(t *testing.T) {
+	cancelled := func(t *testing.T, output string, check func(t *testing.T, e *engine, f *produced)) {
+		t.Helper()
+		inEngine(t, func(t *testing.T, e *engine) {
+			server := e.serve()
+			p := e.run(fromOnce, output)
+			server.session() // acknowledges nothing
+			f := e.produce("m")
+			synctest.Wait()
+			stopped := sendAny(func() error { return p.stream.StopWithin(20 * time.Second) })
+			time.Sleep(5 * time.Second)
+			CancelSends(e.feeds)
+			check(t, e, f)
+			stopped.wantAcked(t, "stopped")
+		})
+	}
+	t.Run("drop_on drops it", func(t *testing.T) {
+		cancelled(t, "drop_on: { error: true, output: { "+dialOutput+" } }", func(t *testing.T, _ *engine, f *produced) {
+			f.wantDelivered(t, "as drop_on reports it")
+		})
+	})
+	t.Run("drop_on passes it on", func(t *testing.T) {
+		cancelled(t, "drop_on: { error: false, back_pressure: 1h, output: { "+dialOutput+" } }", func(t *testing.T, _ *engine, f *produced) {
+			require.ErrorIs(t, next(t, f.verdict), errStopping)
+		})
+	})
+	t.Run("fallback uses the next output", func(t *testing.T) {
+		cancelled(t, "fallback: [ { "+dialOutput+" }, { "+toProbe+" } ]", func(t *testing.T, e *engine, f *produced) {
+			e.want("m")[0].deliver()
+			f.wantDelivered(t, "by the other")
+		})
+	})
+	for name, output := range map[string]string{
+		"retry":            "retry: { output: { " + dialOutput + " } }",
+		"retry in drop_on": "drop_on: { error: true, output: { retry: { output: { " + dialOutput + " } } } }",
+		"a broker":         "broker: { pattern: fan_out, outputs: [ { " + dialOutput + " }, { drop: {} } ] }",
+	} {
+		t.Run(name+" keeps it", func(t *testing.T) {
+			cancelled(t, output, func(t *testing.T, e *engine, f *produced) {
+				time.Sleep(10*time.Second - time.Nanosecond)
+				f.wantPending(t, "until the hard stop")
+				require.Less(t, e.log.count("Failed to send message to cryo"), 20)
+			})
+		})
+	}
+}
