@@ -85,8 +85,8 @@ type SessionOptions struct {
 	// OnReject is called when the session itself rejects a message or, with KindStream, a
 	// stream; it is not called for [Message.Reject]. OnIgnore is called for each received
 	// frame of an unknown type, which is ignored. All are for counting: they run
-	// on the session's reading goroutine, OnReject also on those of SetSendOnly, Close and Drain,
-	// without a lock held, and must not wait. At a server they may run before OnSession. Default:
+	// on the session's reading goroutine, OnReject also on those of SetSendOnly, Close, Drain and
+	// an expiry, without a lock held, and must not wait. At a server they may run before OnSession. Default:
 	// none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
