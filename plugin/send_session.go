@@ -222,17 +222,17 @@ type lateSessions struct {
 	timeout time.Duration // ack_timeout
 	closing sync.WaitGroup
 
-	mu        sync.Mutex
-	throttled map[*cryo.Session]time.Time // when sessions over a rate were late for the first time
+	mu     sync.Mutex
+	paused map[*cryo.Session]time.Time // when sessions with paused reads were late for the first time
 }
 
 func newLateSessions(log *service.Logger, timeout time.Duration) *lateSessions {
-	return &lateSessions{log: newLimitedLog(log), timeout: timeout, throttled: make(map[*cryo.Session]time.Time)}
+	return &lateSessions{log: newLimitedLog(log), timeout: timeout, paused: make(map[*cryo.Session]time.Time)}
 }
 
 // close closes a session after a timeout, so that it delays others only once, and not with each
-// message. It does not close a session whose reads are paused (max_buffer_bytes,
-// max_messages_per_second, max_bytes_per_second), because the acknowledgement may have arrived
+// message. A session whose reads are paused (max_buffer_bytes, max_messages_per_second,
+// max_bytes_per_second) may be late for longer, because the acknowledgement may have arrived
 // without having been read. late is the error of the timeout.
 //
 // It does not wait for the close handshake, which the session's close timeout bounds, and in which
@@ -241,7 +241,7 @@ func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late er
 	if ctx.Err() != nil || session.Err() != nil {
 		return
 	}
-	if stats := session.Stats(); stats.Throttled && l.spares(session) || stats.Paused && !stats.Throttled {
+	if stats := session.Stats(); (stats.Paused || stats.Throttled) && l.spares(session) {
 		return
 	}
 	if log, ok := l.log.allow(); ok {
@@ -251,28 +251,28 @@ func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late er
 	<-session.Context().Done() // it has begun to end: nothing more is sent on it
 }
 
-// maxThrottled is the time for which a session over a rate may be late, in units of ack_timeout.
-// The client decides how long it is over the rate, and so would delay others for ever. After twice
-// that time without being late, it begins anew.
-const maxThrottled = 10
+// maxPaused is the time for which a session with paused reads may be late, in units of
+// ack_timeout. A client that sends more than is received keeps its reads paused, and so would delay
+// others for ever. After twice that time, it begins anew.
+const maxPaused = 10
 
-// spares reports whether a session that is late and over a rate is not closed yet.
+// spares reports whether a session that is late and whose reads are paused is not closed yet.
 func (l *lateSessions) spares(session *cryo.Session) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	first, known := l.throttled[session]
+	first, known := l.paused[session]
 	if !known {
 		context.AfterFunc(session.Context(), func() {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			delete(l.throttled, session)
+			delete(l.paused, session)
 		})
 	}
-	if now := time.Now(); !known || now.Sub(first) > 2*maxThrottled*l.timeout {
+	if now := time.Now(); !known || now.Sub(first) > 2*maxPaused*l.timeout {
 		first = now
-		l.throttled[session] = now
+		l.paused[session] = now
 	}
-	return time.Since(first) < (maxThrottled-1)*l.timeout // the first timeout was before
+	return time.Since(first) < (maxPaused-1)*l.timeout // the first timeout was before
 }
 
 // wait waits for the sessions that are closing. close must not be called any more.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,6 +13,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // Clients that take what they are sent slowly, or not at all. What becomes of
@@ -102,6 +105,68 @@ func TestClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T) 
 		}
 		require.NoError(t, quick.Err())
 		e.log.want(t, "WARN Closing session: acknowledgement timed out", "timed out after ack_timeout (5s)", "session=77")
+	})
+}
+
+// While its reads are paused, a session is not closed at ack_timeout. A client that acknowledges
+// nothing, and can keep them paused, would delay a broadcast for ever.
+func TestClientDoesNotAvoidItsEndByPausedReads(t *testing.T) {
+	const settings = "max_buffer_bytes: 100000"
+	broadcasts := func(t *testing.T, e *engine, during func()) {
+		t.Helper()
+		acknowledgeAll(e.dial())
+		begin := time.Now()
+		for range 30 {
+			late := e.produce("to both")
+			synctest.Wait()
+			during()
+			late.wantDelivered(t, "by the other")
+		}
+		require.Equal(t, 50*time.Second, time.Since(begin))
+		e.log.want(t, "WARN Closing session: acknowledgement timed out", "session=77")
+	}
+	t.Run("by more messages than the pipeline takes", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(with(listenInput, settings+", max_batch_count: 1"), "drop: {}", "sleep: { duration: 193ms }")
+			e.run(fromOnce, with(listenOutput, settings+", ack_timeout: 5s"))
+			client := e.rawClient()
+			client.AnswerPings()
+			var sending sync.WaitGroup
+			sending.Go(func() {
+				text := strings.Repeat("x", 10_000)
+				for i := range uint32(2000) {
+					if client.TryWriteFrames(cryotest.Text(i, text)) != nil {
+						return
+					}
+				}
+			})
+			synctest.Wait()
+			broadcasts(t, e, func() {})
+			require.NoError(t, client.WS.Close())
+			sending.Wait()
+		})
+	})
+	t.Run("by chunks of streams that are not accepted yet", func(t *testing.T) {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(with(listenInput, "streams: { max_open: 1 }"), "drop: {}")
+			e.run(fromOnce, with(listenOutput, "ack_timeout: 5s"))
+			client := e.rawClient()
+			client.AnswerPings()
+			start := func(tx uint32) wire.Frame {
+				return wire.Frame{Type: wire.TxStart, Ack: 1 + tx, Tx: tx, Size: -1, Payload: []byte("x")}
+			}
+			client.WriteFrames(start(0)) // accepted, and never finished
+			synctest.Wait()
+			next, closed := uint32(1), false
+			broadcasts(t, e, func() {
+				if closed {
+					return
+				}
+				time.Sleep(4900 * time.Millisecond)
+				closed = client.TryWriteFrames(start(next), wire.Frame{Type: wire.TxChunk, Tx: next, Payload: []byte("early")}) != nil || next == 10
+				next++
+			})
+		})
 	})
 }
 
