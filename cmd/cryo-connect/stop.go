@@ -38,48 +38,24 @@ func durationOf(conf *service.ParsedConfig, field string) (time.Duration, error)
 	return conf.FieldDuration(field)
 }
 
-// engineTime is more than the engine needs from the start of the pipelines until it handles
-// signals, and from the first signal until it notices another one.
+// engineTime is more than the engine needs to handle signals once the pipelines have started.
 const engineTime = 100 * time.Millisecond
 
-// watch waits for the signals that stop the process, in the background. The engine calls it when
-// the pipelines have started, immediately before it handles these signals itself: until then a
-// signal ends the process.
+// watch waits for the first signal that stops the process, in the background. The engine calls it
+// when the pipelines have started, immediately before it handles these signals itself. Until then a
+// signal ends the process, and must not be received here alone: so a stop within engineTime of the
+// start has no time limit for sends but the engine's own.
+//
+// A second signal ends the engine's shutdown_delay, but not the one here, because the engine may
+// miss it: sends must not be cancelled while the pipelines run.
 func (s *stopper) watch(*service.RunningStreamSummary) error {
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	began := time.Now()
 	go func() {
-		first := <-signals
-		if time.Since(began) < engineTime { // the engine may have missed it
-			time.Sleep(engineTime)
-			repeatSignal(first)
-			<-signals // if the system can't repeat it, the next one
-		}
-		s.awaitTimeout(signals)
+		time.Sleep(engineTime)
+		signals := make(chan os.Signal, 1)
+		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+		<-signals
+		time.Sleep(s.delay + s.timeout/ackFraction)
 		plugin.CancelSends(s.resources)
 	}()
 	return nil
-}
-
-// repeatSignal sends a signal to this process, if the system can do that. If the engine has handled
-// it before, that ends the delay.
-func repeatSignal(s os.Signal) {
-	if self, err := os.FindProcess(os.Getpid()); err == nil {
-		_ = self.Signal(s)
-	}
-}
-
-// awaitTimeout returns when the sends are to be cancelled. It is called at the first signal.
-func (s *stopper) awaitTimeout(signals <-chan os.Signal) {
-	began, delay := time.Now(), time.After(s.delay)
-	for waiting := true; waiting; {
-		select {
-		case <-delay:
-			waiting = false
-		case <-signals: // ends the delay, unless the engine may have missed it
-			waiting = time.Since(began) < engineTime
-		}
-	}
-	time.Sleep(s.timeout / ackFraction)
 }
