@@ -26,6 +26,7 @@ type queue struct {
 
 	arrivals chan []item   // new items from the feeds; unbuffered, so that a feed keeps those that are not received
 	wake     chan struct{} // capacity 1; signals a new redelivery
+	heldBack atomic.Int64  // number of streams whose messages in flight are as large as allowed
 	offered  atomic.Uint64 // number of items offered so far, from which sequence numbers are derived
 
 	// Accessed only by ReadBatch, and by close.
@@ -381,8 +382,8 @@ func (q *queue) watchForStalls(paused func() bool) {
 	}
 }
 
-// reportStall logs a warning if the pipeline makes no progress while max_in_flight or
-// max_buffer_bytes is reached: an output hangs, is very slow, or has a batching policy that can
+// reportStall logs a warning if the pipeline makes no progress while max_in_flight,
+// max_buffer_bytes or the limit of a stream's messages is reached: an output hangs, is very slow, or has a batching policy that can
 // never fill a batch. Each stall is logged once. It ends only when the limits are no longer
 // reached, because even a slow output makes progress from time to time.
 func (q *queue) reportStall(paused func() bool) {
@@ -394,7 +395,7 @@ func (q *queue) reportStall(paused func() bool) {
 	if stalled == q.stallReported {
 		return
 	}
-	full := q.inFlight.Full() || paused()
+	full := q.inFlight.Full() || q.heldBack.Load() > 0 || paused()
 	if q.stallReported = full; !full || !stalled {
 		return
 	}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -18,14 +19,22 @@ import (
 // Scanners split streams into messages. They are those of the engine, with two safeguards that
 // prevent a client from crashing the process: a panic of a scanner becomes an error of the
 // stream, and a message of a stream is limited to max_bytes. Without that limit, a few kilobytes
-// of compressed data, or a sparse file in an archive, could become a message that exhausts the
-// memory.
+// of compressed data, a sparse file in an archive, or a row of CSV with a quote that is never
+// closed, could become a message that exhausts the memory.
 
 // scanner is the scanner that is configured for the streams of an input.
 type scanner struct {
 	name    string // type of the scanner, such as lines
 	creator *service.OwnedScannerCreator
+	// maxRead limits the bytes that are read for one message of a stream without max_bytes. 0: no
+	// limit, because max_bytes has one or the scanner's messages are as large as the stream or its
+	// files.
+	maxRead int64
 }
+
+// maxRecord is the maximum size of a record, such as a row of CSV, in a stream without max_bytes,
+// in bytes.
+const maxRecord = 64 << 20
 
 func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, error) {
 	config, err := conf.FieldAny(fieldScanner)
@@ -42,7 +51,7 @@ func scannerFromParsed(conf *service.ParsedConfig, maxBytes int64) (*scanner, er
 		// The scanner may exist only in the environment of this pipeline. In that case its messages
 		// are not limited.
 		if creator, unknown := conf.FieldScanner(fieldScanner); unknown == nil {
-			return &scanner{scannerType(config), creator}, nil
+			return &scanner{name: scannerType(config), creator: creator}, nil
 		}
 	}
 	return s, err
@@ -54,11 +63,37 @@ func newScanner(config any, maxBytes int64) (*scanner, error) {
 	if err := checkChunks(config); err != nil {
 		return nil, err
 	}
-	creator, err := boundedScanner(config, maxBytes)
-	if err != nil {
+	s := &scanner{name: scannerType(config)}
+	if maxBytes == 0 && !readsWhole(config) {
+		maxBytes, s.maxRead = maxRecord, maxRecord
+	}
+	var err error
+	if s.creator, err = boundedScanner(config, maxBytes); err != nil {
 		return nil, fmt.Errorf("field %s.%s: %s", fieldStreams, fieldScanner, positions.ReplaceAllString(err.Error(), ""))
 	}
-	return &scanner{scannerType(config), creator}, nil
+	return s, nil
+}
+
+// readsWhole reports whether a scanner returns whole streams or files as messages, at any depth of
+// its configuration.
+func readsWhole(config any) bool {
+	switch c := config.(type) {
+	case map[string]any:
+		for key, value := range c {
+			fields, _ := value.(map[string]any)
+			switch {
+			case key == scannerToTheEnd, key == scannerTar, key == scannerChunker:
+				return true
+			case key == "type" && (value == scannerToTheEnd || value == scannerTar || value == scannerChunker):
+				return true
+			case key == scannerDecompress && fields[fieldInto] == nil, readsWhole(value):
+				return true
+			}
+		}
+	case []any:
+		return slices.ContainsFunc(c, readsWhole)
+	}
+	return false
 }
 
 var positions = regexp.MustCompile(`\(\d+,\d+\) |yaml: unmarshal errors:\n +line \d+: `)
@@ -99,6 +134,7 @@ const (
 	scannerChunker    = "chunker"
 	scannerDecompress = "decompress"
 	scannerTar        = "tar"
+	scannerToTheEnd   = "to_the_end"
 
 	maxChunk = 1 << 30 // bytes; the scanner allocates a chunk for each stream
 )
@@ -138,7 +174,13 @@ func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, 
 	defer catchPanic(&err)
 	details := service.NewScannerSourceDetails()
 	details.SetName(name)
-	inner, err := s.creator.Create(stream, func(context.Context, error) error { return nil }, details)
+	ack := func(context.Context, error) error { return nil }
+	var inner service.BatchScanner
+	if s.maxRead > 0 {
+		inner, err = boundedScanners{s.creator, s.maxRead}.Create(stream, ack, details)
+	} else {
+		inner, err = s.creator.Create(stream, ack, details)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +194,7 @@ func (s *scanner) close(ctx context.Context) (err error) {
 }
 
 // openScanner is the scanner of one stream. It converts panics to errors.
-type openScanner struct{ inner *service.OwnedScanner }
+type openScanner struct{ inner service.BatchScanner }
 
 func (s *openScanner) NextBatch(ctx context.Context) (batch service.MessageBatch, ack service.AckFunc, err error) {
 	defer catchPanic(&err)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -306,6 +307,63 @@ func TestCompressedStreamCanExceedMaxBytesInSmallMessages(t *testing.T) {
 		sendStream(e.dial(), "lines", gzipped(t, strings.Repeat(line+"\n", 1000))).wantAcked(t, "each line is small")
 		require.Equal(t, slices.Repeat([]string{line}, 1000), texts())
 	})
+}
+
+// Each row repeats the names of its columns, so that a row of two bytes can be a large message.
+func TestMessagesOfAStreamInFlightAreBoundedByMaxBytes(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_batch_count: 1, streams: { max_bytes: 100000, scanner: { csv: {} } }"), toProbe)
+		peer := e.dial()
+		stream := sendStream(peer, "long names", strings.Repeat("n", 30_000)+"\n"+strings.Repeat("1\n", 10))
+		var arrivals []*arrival
+		for range 3 {
+			arrivals = append(arrivals, e.arrival())
+		}
+		e.wantNoArrival("the next row exceeds max_bytes together with those in flight")
+		time.Sleep(stallTimeout + time.Second)
+		e.log.want(t, stallLine)
+		sending := send(peer, "beside")
+		e.want("beside")[0].deliver()
+		sending.wantAcked(t, "messages pass")
+		for range 7 {
+			arrivals[0].deliver()
+			arrivals = append(arrivals[1:], e.arrival())
+			e.wantNoArrival("one was delivered, and one has followed")
+		}
+		stream.wantPending(t, "three rows are in flight")
+		for _, a := range arrivals {
+			a.deliver()
+		}
+		stream.wantAcked(t, "all rows are delivered")
+	})
+}
+
+func TestMessageOfAStreamCannotExceedMaxBytes(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_batch_count: 1, streams: { max_bytes: 100000, scanner: { csv: {} } }"), toProbe)
+		sendStream(e.dial(), "escaped", strings.Repeat("\x01", 50_000)+"\n1\n").wantCancelled(t, "JSON escapes the name of the column in six bytes for each of its own")
+		e.wantNoArrival("the message is too large")
+		e.log.want(t, "stream exceeds max_bytes: one of its messages is longer than 100000 bytes")
+	})
+}
+
+func TestRecordOfAStreamWithoutMaxBytesIsBounded(t *testing.T) {
+	for _, scanner := range []string{"csv: {}", "type: csv, csv: { continue_on_error: true }", "skip_bom: { into: { csv: {} } }", "decompress: { algorithm: gzip, into: { csv: {} } }"} {
+		t.Run(scanner, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "max_batch_count: 1, streams: { max_bytes: 0, scanner: { "+scanner+" } }"), toProbe)
+				texts := e.deliverAll()
+				content := "a\n1\n\"" + strings.Repeat(strings.Repeat("x", 1<<20)+"\n", 66)
+				if strings.HasPrefix(scanner, scannerDecompress) {
+					content = gzipped(t, content)
+				}
+				sendStream(e.dial(), "open quote", content).wantCancelled(t, "a quote is never closed")
+				synctest.Wait()
+				require.Equal(t, []string{`{"a":"1"}`}, texts())
+				e.log.want(t, "stream exceeds max_bytes: one of its messages is longer than 67108864 bytes")
+			})
+		})
+	}
 }
 
 func TestScannerThatFailsEarlyLeaksNoGoroutine(t *testing.T) {

@@ -108,8 +108,11 @@ type transfer struct {
 	feed   *sessionFeed
 	stream *cryo.IncomingStream
 
+	released chan struct{} // capacity 1; signals that held has decreased, or settled is set
+
 	mu      sync.Mutex
 	pending int  // number of batches without a result, plus one until the scan has ended
+	held    int  // bytes of the messages of these batches
 	settled bool // whether the stream has been acknowledged or cancelled
 }
 
@@ -119,11 +122,32 @@ func (t *transfer) isSettled() bool {
 	return t.settled
 }
 
-// begin counts a batch until done is called with its result.
-func (t *transfer) begin() {
+// begin counts a batch of a size until done is called with its result. It returns false, and
+// counts nothing, while earlier batches of the stream leave no capacity for it.
+func (t *transfer) begin(size int) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.held > 0 && !t.settled && int64(t.held)+int64(size) > t.feed.conf.streams.maxHeld() {
+		return false
+	}
 	t.pending++
+	t.held += size
+	return true
+}
+
+// release releases the bytes of a batch that has a result.
+func (t *transfer) release(size int) {
+	t.mu.Lock()
+	t.held -= size
+	t.mu.Unlock()
+	t.signal()
+}
+
+func (t *transfer) signal() {
+	select {
+	case t.released <- struct{}{}:
+	default:
+	}
 }
 
 // done sets the result of a batch or of the scan. It cancels the stream after an error, and
@@ -136,6 +160,7 @@ func (t *transfer) done(err error) {
 		return
 	}
 	t.settled = true
+	t.signal()
 	if err != nil {
 		_ = t.stream.Close() // fails only if the session has ended
 		if t.feed.session.Err() == nil {
@@ -161,7 +186,7 @@ func (f *sessionFeed) receiveStream(st *cryo.IncomingStream) {
 	// Closing the input interrupts a blocked Read.
 	defer context.AfterFunc(f.stopped, func() { _ = st.Close() })()
 
-	t := &transfer{feed: f, stream: st, pending: 1}
+	t := &transfer{feed: f, stream: st, pending: 1, released: make(chan struct{}, 1)}
 	err := f.scan(t)
 	if err != nil && f.stopped.Err() == nil && !t.isSettled() { // otherwise, the cause was logged when the stream was cancelled
 		if log, ok := f.streamLog.allow(); ok {
@@ -242,7 +267,11 @@ func (f *sessionFeed) scan(t *transfer) error {
 			_, err = io.Copy(io.Discard, reader) // the scanner may stop reading before the end of the stream
 			return err
 		}
-		deliver = func() bool { return f.deliverScanned(t, batch, ack) }
+		size := sizeOf(batch)
+		if limit := f.conf.streams.maxBytes; limit > 0 && int64(size)-readAhead > limit*int64(len(batch)) {
+			return tooLarge(limit)
+		}
+		deliver = func() bool { return f.deliverScanned(t, batch, size, ack) }
 		if ended {
 			// Compressed content may be truncated although the stream is complete. In that case its
 			// last message is incomplete, which the scanner's next result reports.
@@ -359,21 +388,29 @@ func (b *scannedBatch) stream() *cryo.IncomingStream { return b.transfer.stream 
 // cancelled, for example because it was not read to its end.
 func (b *scannedBatch) movable() bool { return !b.transfer.isSettled() }
 
-// deliverScanned delivers a scanner's batch to the pipeline, in parts if it exceeds the
-// client's quota. ack is the function that the scanner returned with it. It returns false if
-// the input closes first.
-func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ack service.AckFunc) bool {
+// sizeOf returns the size of the contents of a batch, in bytes.
+func sizeOf(batch service.MessageBatch) (size int) {
+	for _, m := range batch {
+		if content, err := m.AsBytes(); err == nil {
+			size += len(content)
+		}
+	}
+	return size
+}
+
+// deliverScanned delivers a scanner's batch of a size to the pipeline, in parts if it exceeds the
+// client's quota. It waits while earlier batches of the stream leave no capacity for it: messages
+// can be much larger than the bytes that they are made of, as rows of CSV with long names of
+// columns, so the receive buffer alone does not bound them. ack is the function that the scanner
+// returned with it. It returns false if the input closes first.
+func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, size int, ack service.AckFunc) bool {
 	if len(batch) == 0 {
 		_ = ack(f.stopped, nil)
 		return true
 	}
 	b := &scannedBatch{transfer: t, ack: ack, settled: make([]bool, len(batch)), left: len(batch)}
 	items := make([]item, len(batch))
-	size := 0
 	for i, m := range batch {
-		if payload, err := m.AsBytes(); err == nil {
-			size += len(payload)
-		}
 		if f.conf.includeMetadata {
 			m.MetaSetMut(metaMessageType, messageTypeStream)
 			m.MetaSetMut(metaStreamName, t.stream.Name())
@@ -383,11 +420,27 @@ func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, ac
 		}
 		items[i] = item{source: &f.source, part: m, owner: b, index: i}
 	}
-	b.release = f.session.Reserve(size)
-	t.begin()
+	if !t.begin(size) && !f.awaitRelease(t, size) {
+		return false
+	}
+	release := f.session.Reserve(size)
+	b.release = func() { release(); t.release(size) }
 	if left := f.queue.deliver(items); len(left) > 0 {
 		b.release() // the caller cancels the stream
 		return false
+	}
+	return true
+}
+
+// awaitRelease waits until begin counts a batch of a size. It returns false if the input closes
+// first.
+func (f *sessionFeed) awaitRelease(t *transfer, size int) bool {
+	f.queue.heldBack.Add(1)
+	defer f.queue.heldBack.Add(-1)
+	for !t.begin(size) {
+		if !f.await(t.released) {
+			return false
+		}
 	}
 	return true
 }
