@@ -194,10 +194,13 @@ func (s sessionMetadata) admit(lasting lifetime, check func(u *cryo.Upgrade, cli
 		if err != nil {
 			return err
 		}
-		if u.Value, err = s.identify(u, query, granted); err != nil {
+		who, err := s.identify(u, query, granted)
+		if err != nil {
 			return err
 		}
-		return lasting.apply(u, client, granted)
+		err = lasting.apply(u, client, granted)
+		u.Value, who.owner = who, u.Owner
+		return err
 	}
 }
 

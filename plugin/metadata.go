@@ -44,6 +44,16 @@ type identity struct {
 	id       string         // the session id as a decimal number
 	metadata map[string]any // the metadata of all messages, including the id; the values are strings
 	bytes    int            // total size of the keys and values
+	owner    string         // result of session_owner; empty: none
+}
+
+// client identifies the client for quotas: the owner of its session, because a client may choose
+// any number of session ids, or else the session id.
+func (i *identity) client() string {
+	if i.owner != "" {
+		return "owner " + i.owner // an id has no letters
+	}
+	return i.id
 }
 
 // identityOf returns the identity of a session. The authorization sets it for sessions of a

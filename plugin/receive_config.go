@@ -171,7 +171,7 @@ func receiveFields(sessions bool) []*service.ConfigField {
 	events, quotaText := "", ""
 	if sessions {
 		events = " `session` is an event for each client that connects or disconnects."
-		quotaText = " The quota of one client is three quarters of it, so that a client whose messages fail, or that does not acknowledge responses, leaves capacity for others. With a single client, an output's batch must be smaller than that quota."
+		quotaText = " The quota of one client is three quarters of it, so that a client whose messages fail, or that does not acknowledge responses, leaves capacity for others; sessions with the same `session_owner` are one client, others are one by their session id. With a single client, an output's batch must be smaller than that quota."
 	}
 	return []*service.ConfigField{
 		messageTypesField(sessions).config().

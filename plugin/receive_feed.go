@@ -45,7 +45,7 @@ func (fr *feeder) newFeed(h *handover) *sessionFeed {
 	identity := identityOf(h.session)
 	f := &sessionFeed{
 		feeder:  fr,
-		source:  source{session: h.session, identity: identity, quota: fr.queue.acquireClient(identity.id)},
+		source:  source{session: h.session, identity: identity, quota: fr.queue.acquireClient(identity.client())},
 		ended:   make(chan struct{}),
 		left:    h.items,
 		streams: h.streams,

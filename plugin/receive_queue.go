@@ -36,14 +36,14 @@ type queue struct {
 	stallReported bool // whether the current stall has been logged; accessed only by watchForStalls
 
 	mu           sync.Mutex
-	clients      map[string]*clientQuota // by session id
+	clients      map[string]*clientQuota // by client, see identity
 	deliveries   map[*delivery]struct{}  // unacknowledged batches in the pipeline
 	redeliveries redeliveries
 	lastProgress time.Time // when the last batch was returned, or the last result applied
 }
 
 // clientQuota is the share of max_in_flight and of the stream slots for the sessions with one
-// id. It is kept while such a session feeds the input or has items in flight, so that it
+// owner or, without an owner, with one id. It is kept while such a session feeds the input or has items in flight, so that it
 // outlasts a reconnect. A stream that stays open after its session has ended has items in
 // flight, too.
 type clientQuota struct {
@@ -87,7 +87,7 @@ func newStreamQuota(maxOpen int, shared bool) *quota.Quota {
 	return quota.New(int64(maxOpen), func(held, free int64) bool { return held < free })
 }
 
-// acquireClient returns the quota of a session id for a new feed. Call releaseClient when the
+// acquireClient returns the quota of a client for a new feed. Call releaseClient when the
 // feed ends.
 func (q *queue) acquireClient(id string) *clientQuota {
 	q.mu.Lock()

@@ -45,6 +45,27 @@ func TestFailingMessagesLeaveCapacityForOtherClients(t *testing.T) {
 	})
 }
 
+// A client may choose any number of session ids. Its owner is verified.
+func TestSessionsOfOneOwnerShareItsQuotas(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(claiming+"  max_in_flight: 16\n  max_batch_count: 1\n  streams: { max_open: 4, scanner: { lines: {} } }\n", toProbe)
+		for id := range uint64(5) {
+			bad := e.join(claims("ann", time.Hour), 1+id)
+			sendStream(bad, "bad", "poison\n")
+			for i := range 20 {
+				send(bad, fmt.Sprint("poison ", i))
+			}
+			require.Empty(t, e.deliverFor(time.Second, "poison"))
+			e.wantMetrics("half of the slots at most", map[string]int64{"cryo_streams_open": min(1+int64(id), 2)})
+		}
+		other := e.join(claims("bob", time.Hour), 9)
+		message, stream := send(other, "of bob"), sendStream(other, "of bob", "his stream\n")
+		require.ElementsMatch(t, []string{"of bob", "his stream"}, e.deliverFor(time.Second, "poison"))
+		message.wantAcked(t, "delivered")
+		stream.wantAcked(t, "delivered")
+	})
+}
+
 func TestUnacknowledgedResponsesLeaveCapacityForOtherClients(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_in_flight: 16"), answering)

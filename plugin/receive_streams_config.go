@@ -56,7 +56,7 @@ func streamsField() *service.ConfigField {
 		streamMaxBytesField.config().
 			Description("The maximum number of bytes of a stream, and of each of its messages. A stream that exceeds it is cancelled. Messages can be larger than their stream: compressed data (`decompress`) and sparse files of an archive (`tar`) can expand to a thousand times its size, and rows of `csv` repeat the names of their columns. A stream is read on when its messages in flight are no larger together. 0: no limit; use that only with a scanner that splits streams, without these two. A record, such as a row, is limited to 64 MiB then, and so are the messages in flight."),
 		streamMaxOpenField.config().
-			Description("The maximum number of streams that are received concurrently, of all sessions. Senders of further streams wait. One session may have at most 256 streams. If several sessions can be connected, the quota of one session is half of the streams that others do not use, and at least one. With a scanner that buffers whole streams, this times `max_bytes` bounds the memory."),
+			Description("The maximum number of streams that are received concurrently, of all sessions. Senders of further streams wait. One session may have at most 256 streams. If several sessions can be connected, the quota of one client (see `max_in_flight`) is half of the streams that others do not use, and at least one. With a scanner that buffers whole streams, this times `max_bytes` bounds the memory."),
 		streamIdleTimeoutField.config().
 			Description("The time after which a stream is cancelled if none of its data is received. Time spent waiting for the pipeline does not count.").
 			Default("60s"),
