@@ -242,7 +242,16 @@ func (ln *listener) authorize(u *cryo.Upgrade) error {
 	c.processors.running.Add(1)
 	ln.mu.Unlock()
 	defer c.processors.running.Done()
-	return c.authorize(u)
+	if err := c.authorize(u); err != nil {
+		return err
+	}
+	if client := u.Value.(*identity).client(); ln.inputs.clientFull(client, ln.settings.MaxSessions) {
+		return &cryo.AdmissionError{
+			StatusCode: http.StatusServiceUnavailable,
+			Message:    "Overloaded: closed sessions of this client are still draining.",
+		}
+	}
+	return nil
 }
 
 // sessions returns the sessions to which messages can be sent.

@@ -87,6 +87,20 @@ func (i *listenInputs) full(maxSessions int) bool {
 	return n >= 2*maxSessions
 }
 
+// minEndedSessions is how many sessions of one client may have ended and wait for the pipeline, if a
+// quarter of max_sessions is less.
+const minEndedSessions = 16
+
+// clientFull reports whether an input has too many sessions of one client that have ended but whose
+// messages the pipeline has not received yet. They may wait for the client's own quota of
+// max_in_flight, and must not deny others; see full.
+func (i *listenInputs) clientFull(client string, maxSessions int) bool {
+	limit := max(minEndedSessions, maxSessions/4)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return slices.ContainsFunc(i.all, func(in *receiver) bool { return in.endedOf(client, limit) >= limit })
+}
+
 // add adds an input. The first input receives from all connected sessions, and takes over the
 // messages of closed inputs. Later ones receive from new sessions, in turn.
 func (i *listenInputs) add(r *receiver) {

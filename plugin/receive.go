@@ -287,6 +287,23 @@ func (r *receiver) sessionCount() int {
 	return len(r.sessions)
 }
 
+// endedOf returns the number of sessions of a client that have ended but whose messages have not
+// all been passed to the pipeline. It may return 0 if there are fewer than enough: then it does not
+// look at each session.
+func (r *receiver) endedOf(client string, enough int) (n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.queue.feedsOf(client) < enough {
+		return 0
+	}
+	for s, f := range r.sessions {
+		if f.client() == client && s.Err() != nil {
+			n++
+		}
+	}
+	return n
+}
+
 // hasEventsOf reports whether the input has a session with this id that emits events, which
 // must precede those of the next session with the same id.
 func (r *receiver) hasEventsOf(id string) bool {

@@ -101,6 +101,16 @@ func (q *queue) acquireClient(id string) *clientQuota {
 	return c
 }
 
+// feedsOf returns the number of feeds of a client.
+func (q *queue) feedsOf(client string) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if c := q.clients[client]; c != nil {
+		return c.feeds
+	}
+	return 0
+}
+
 func (q *queue) releaseClient(c *clientQuota) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -146,6 +146,47 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 	})
 }
 
+// A client whose messages fail can leave any number of sessions behind that wait for its quota.
+func TestSessionsThatAClientLeavesBehindDenyNoOther(t *testing.T) {
+	for name, reconnect := range map[string]func(e *engine, i int) (*cryo.Session, error){
+		"with one id": func(e *engine, _ int) (*cryo.Session, error) {
+			return e.tryDial(cryo.DialOptions{Token: claims("ann", time.Hour), SessionID: 1})
+		},
+		"with ids of its own": func(e *engine, i int) (*cryo.Session, error) {
+			return e.tryDial(cryo.DialOptions{Token: claims("ann", time.Hour), SessionID: uint64(100 + i)})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(claiming+"  max_in_flight: 16\n  max_batch_count: 1\n  max_sessions: 40\n", toProbe)
+				bad := e.join(claims("ann", time.Hour), 1)
+				for i := range 20 {
+					send(bad, fmt.Sprint("poison ", i))
+				}
+				require.Empty(t, e.deliverFor(time.Second, "poison"))
+				end(bad)
+				denied := &cryo.HandshakeError{}
+				for i := range 100 {
+					s, err := reconnect(e, i)
+					if err != nil {
+						require.ErrorAs(t, err, &denied)
+						continue
+					}
+					send(s, "poison")
+					synctest.Wait()
+					end(s)
+					synctest.Wait()
+				}
+				require.Equal(t, http.StatusServiceUnavailable, denied.StatusCode)
+				require.Contains(t, denied.Message, "Overloaded")
+				good := send(e.join(claims("bob", time.Hour), 2), "of another")
+				require.Equal(t, []string{"of another"}, e.deliverFor(time.Second, "poison"))
+				good.wantAcked(t, "delivered")
+			})
+		})
+	}
+}
+
 // A stream holds its slot until its messages are delivered, whatever becomes of its session.
 func TestReconnectedClientKeepsItsStreamQuota(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
