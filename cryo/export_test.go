@@ -71,6 +71,13 @@ func (s *Session) Free() (bytes, incoming, slot int64) {
 	return bytes, incoming, slot
 }
 
+// Owners is how many owners have a share of the receive buffer.
+func (s *Server) Owners() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.owners)
+}
+
 // HoldWriter locks the session's queue until release is called.
 func (s *Session) HoldWriter() (release func()) {
 	s.writer.mu.Lock()

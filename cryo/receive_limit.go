@@ -38,7 +38,13 @@ const (
 // Two payloads never wait for each other: a payload waits for incoming while it has no
 // reservation. The only other capacity that it waits for and another incomplete payload may
 // have is slot, whose owner waits for no other payload.
-type receiveBuffer struct{ bytes, incoming, slot *quota.Quota }
+//
+// owner, which may be nil, is the group in bytes of all sessions with the owner of the next one: a
+// client that opens many sessions has no more than with one.
+type receiveBuffer struct {
+	bytes, incoming, slot *quota.Quota
+	owner                 *quota.Group
+}
 
 func newReceiveBuffer(limit int) receiveBuffer {
 	return receiveBuffer{
@@ -128,7 +134,7 @@ type receiveLimit struct {
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, hasWaiters func() bool, wants, early func(*wire.Frame) bool) *receiveLimit {
 	return &receiveLimit{
 		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants, early: early,
-		bytes: b.bytes.Share(), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
+		bytes: b.bytes.ShareOf(b.owner), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
 		changed: make(chan struct{}, 1), patience: acceptPatience, patienceAt: time.Now(),
 	}
 }

@@ -278,6 +278,50 @@ func TestGarbageCollectedSessionReleasesItsReceiveBuffer(t *testing.T) {
 	require.Equal(t, "hello", string(receive(t, s).Payload))
 }
 
+// A client may open any number of sessions.
+func TestSessionsOfOneOwnerHaveOneShareOfTheReceiveBuffer(t *testing.T) {
+	server, l, sessions := serve(t, cryo.ServerOptions{
+		SessionOptions: cryo.SessionOptions{MaxBufferBytes: 90_000},
+		Authorize:      func(u *cryo.Upgrade) error { u.Owner = []string{"ann", "bob"}[u.SessionID/100]; return nil },
+	})
+	open := func(id uint64) (*cryo.Session, *cryotest.Peer) {
+		peer := join(t, l, id)
+		peer.ClientHandshake()
+		return next(t, sessions), peer
+	}
+	func() { // its sessions are not in use afterwards
+		var all []*cryo.Session
+		for id := range uint64(5) {
+			s, peer := open(id)
+			all = append(all, s)
+			go func() {
+				for n := range uint32(100) {
+					if peer.TryWriteFrames(cryotest.Text(2+n, strings.Repeat("x", 1000))) != nil {
+						return
+					}
+				}
+			}()
+			require.Eventually(t, func() bool { return s.Stats().Paused }, cryotest.Patience, time.Millisecond)
+		}
+		for _, s := range all[1:] {
+			require.Zero(t, s.Held(), "the first one has all that the owner may have")
+		}
+		free, _, _ := all[0].Free()
+		require.Greater(t, free, int64(8_000))
+		s, peer := open(100)
+		peer.WriteFrames(cryotest.Text(2, "of another"))
+		require.Equal(t, "of another", string(receive(t, s).Payload))
+		require.Equal(t, 2, server.Owners())
+		for _, ending := range append(all, s) {
+			cut(ending)
+		}
+	}()
+	require.Eventually(t, func() bool {
+		runtime.GC()
+		return server.Owners() == 0
+	}, cryotest.Patience, time.Millisecond)
+}
+
 // rawTraffic is what a raw peer sends, and what its session's application does with it.
 type rawTraffic struct {
 	t    *testing.T

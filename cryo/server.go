@@ -8,12 +8,15 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
+	"weak"
 
 	"golang.org/x/time/rate"
 
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
+	"github.com/cryo-connect/cryo-connect/internal/quota"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
@@ -104,6 +107,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
+	owners  map[credentials]weak.Pointer[quota.Group]
 	perAddr map[netip.Prefix]int // number of entries; empty without MaxSessionsPerAddress
 	slots   int                  // entries, plus sessions that were taken over or are still closing
 	closed  bool
@@ -176,6 +180,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		connects: connects,
 		logLimit: loglimit.New(),
 		entries:  make(map[uint64]*entry),
+		owners:   make(map[credentials]weak.Pointer[quota.Group]),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}, nil
@@ -246,7 +251,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
 	e.endsLeft = 2
-	e.session = newSession(id, false, u.Value, conn, s.buffer, s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
+	e.session = newSession(id, false, u.Value, conn, s.bufferLocked(e.credentials), s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	closed := s.closed
 	e.decided = closed // never announced
 	s.mu.Unlock()
@@ -257,6 +262,28 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 		return nil
 	}
 	return e.session
+}
+
+// bufferLocked returns the receive buffer for a session with these credentials. The group of an
+// owner exists as long as one of its sessions, or something that these have received.
+func (s *Server) bufferLocked(c credentials) receiveBuffer {
+	b := s.buffer
+	if !c.owned {
+		return b
+	}
+	if b.owner = s.owners[c].Value(); b.owner == nil {
+		b.owner = new(quota.Group)
+		known := weak.Make(b.owner)
+		s.owners[c] = known
+		runtime.AddCleanup(b.owner, func(c credentials) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if s.owners[c] == known {
+				delete(s.owners, c)
+			}
+		}, c)
+	}
+	return b
 }
 
 // handshake sends ENDPOINT_INFO, and waits until the client is known to speak Cryo. It returns

@@ -45,7 +45,8 @@ type SessionOptions struct {
 	// MaxBufferBytes bounds the receive buffer: the payloads of unsettled messages and
 	// unread chunks, plus 256 bytes a message and 128 bytes a chunk. When it is full, reads
 	// are paused (backpressure) at the next data frame; frames before it are still read. A
-	// server's sessions share it: each may hold up to eight times the free capacity.
+	// server's sessions share it: each, or all with the same Owner (see [Upgrade]), may hold up
+	// to eight times the free capacity.
 	// Incomplete messages of more than 64 KiB may take as much again, plus two messages;
 	// the next one is read when one of them is complete. A message in fragments counts as
 	// 1 MiB, and a larger one as 16 MiB, one at a time. A session that makes others wait

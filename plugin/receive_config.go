@@ -205,7 +205,7 @@ func receiveFields(sessions bool) []*service.ConfigField {
 func maxBufferField(shared bool) *service.ConfigField {
 	sharing, slow := "", ""
 	if shared {
-		sharing = " All sessions share the buffer; each may use up to eight times the free part."
+		sharing = " All sessions share the buffer; each, or all with the same `session_owner`, may use up to eight times the free part."
 		slow = " Further ones wait, and one that blocks others for more than a minute ends its session: over slow lines, send large data as a stream."
 	}
 	return maxBufferBytesField.config().

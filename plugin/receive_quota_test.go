@@ -146,6 +146,23 @@ func TestNewSessionsAreDeniedWhileTooManyEndedOnesAreDraining(t *testing.T) {
 	})
 }
 
+// A client may choose any number of session ids. Its owner is verified.
+func TestSessionsOfOneOwnerShareTheReceiveBuffer(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(claiming+"  max_batch_count: 1\n  max_buffer_bytes: 1000000\n", toProbe)
+		for id := range uint64(12) {
+			bad := e.join(claims("ann", time.Hour), 1+id)
+			for range 300 {
+				send(bad, "poison "+strings.Repeat("x", 4000))
+			}
+			require.Empty(t, e.deliverFor(time.Second, "poison"))
+		}
+		good := send(e.join(claims("bob", time.Hour), 99), "of another")
+		require.Equal(t, []string{"of another"}, e.deliverFor(time.Second, "poison"))
+		good.wantAcked(t, "delivered")
+	})
+}
+
 // A client whose messages fail can leave any number of sessions behind that wait for its quota.
 func TestSessionsThatAClientLeavesBehindDenyNoOther(t *testing.T) {
 	for name, reconnect := range map[string]func(e *engine, i int) (*cryo.Session, error){

@@ -30,7 +30,16 @@ func New(limit int64, fair func(held, free int64) bool) *Quota {
 }
 
 // Share returns the share of a new holder, which holds nothing.
-func (q *Quota) Share() *Share { return &Share{q: q} }
+func (q *Quota) Share() *Share { return q.ShareOf(nil) }
+
+// ShareOf is Share for a member of a group, which is one holder to fair. A nil group is none.
+func (q *Quota) ShareOf(g *Group) *Share { return &Share{q: q, group: g} }
+
+// Group is what several shares of a Quota have in common. A new one is empty.
+type Group struct {
+	_    *byte // no tiny allocation, which could keep weak pointers to the group alive
+	held int64 // held by all shares of the group; guarded by the quota's mutex
+}
 
 // Full reports whether the limit is reached, or a holder waits because it may hold no more.
 func (q *Quota) Full() bool {
@@ -49,20 +58,18 @@ func (q *Quota) Used() int64 {
 // allowsLocked reports whether a share may be granted more now. It is false for every waiting
 // request, because each release grants all requests that it allows.
 func (q *Quota) allowsLocked(s *Share) bool {
-	return q.used < q.limit && (q.fair == nil || q.fair(s.held, q.limit-q.used))
+	return q.used < q.limit && (q.fair == nil || q.fair(s.fairLocked(), q.limit-q.used))
 }
 
 func (q *Quota) acquireLocked(s *Share, n int64) {
-	s.held += n
-	q.used += n
+	s.addLocked(n)
 	q.grantedLocked()
 }
 
 // acquireUpToLocked acquires as many of n as can be granted one by one.
 func (q *Quota) acquireUpToLocked(s *Share, n int64) (acquired int64) {
 	for acquired < n && q.allowsLocked(s) {
-		s.held++
-		q.used++
+		s.addLocked(1)
 		acquired++
 	}
 	if acquired > 0 {
@@ -78,8 +85,7 @@ func (q *Quota) grantedLocked() {
 }
 
 func (q *Quota) releaseLocked(s *Share, n int64) {
-	s.held -= n
-	q.used -= n
+	s.addLocked(-n)
 	q.grantLocked()
 }
 
@@ -108,8 +114,9 @@ func (q *Quota) removeLocked(r *Request) {
 
 // Share is the part of a Quota that one holder has. The holder must release it at its end.
 type Share struct {
-	q    *Quota
-	held int64 // guarded by the quota's mutex
+	q     *Quota
+	group *Group // nil: the share is a holder of its own
+	held  int64  // guarded by the quota's mutex
 }
 
 // TryAcquire acquires n if it can be granted now, and reports whether it was. It never overtakes
@@ -149,8 +156,24 @@ func (s *Share) AcquireUpTo(ctx context.Context, n int64) (acquired int64, err e
 func (s *Share) Force(n int64) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
+	s.addLocked(n)
+}
+
+// addLocked adds to what the share holds.
+func (s *Share) addLocked(n int64) {
 	s.held += n
 	s.q.used += n
+	if s.group != nil {
+		s.group.held += n
+	}
+}
+
+// fairLocked returns what counts for fair.
+func (s *Share) fairLocked() int64 {
+	if s.group != nil {
+		return s.group.held
+	}
+	return s.held
 }
 
 // Release releases n.

@@ -91,6 +91,23 @@ func TestHolderOverItsShareDoesNotBlockOthers(t *testing.T) {
 	wantUsage(t, greedy, 89, 11)
 }
 
+func TestGroupIsOneHolder(t *testing.T) {
+	q := quota.New(100, eightTimes)
+	group := new(quota.Group)
+	a, b, other := q.ShareOf(group), q.ShareOf(group), q.Share()
+	a.Force(90)
+	require.False(t, b.TryAcquire(1), "the group has more than eight times what is free")
+	r := b.Request(1)
+	require.True(t, other.TryAcquire(1))
+	require.False(t, granted(r))
+	a.Release(3)
+	require.True(t, granted(r), "what one share releases, another one of the group may have")
+	wantUsage(t, a, 87, 11)
+	wantUsage(t, b, 1, 11)
+	b.Release(1)
+	wantUsage(t, b, 0, 12)
+}
+
 func TestCancelledRequestHoldsNothing(t *testing.T) {
 	q := quota.New(1, nil)
 	a, b, c := q.Share(), q.Share(), q.Share()
