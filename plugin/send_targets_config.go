@@ -47,12 +47,13 @@ func targetFields() []*service.ConfigField {
 			Description("The sessions that a message is sent to.").
 			Default(sendToAll),
 		service.NewInterpolatedStringField(fieldSessionID).
-			Description("The id of the session that a message is sent to, with `send_to: session`. Messages that were received from Cryo carry the id of their session in the metadata `cryo_session_id`.").
+			Description("The id of the session that a message is sent to, with `send_to: session`. Messages that were received from Cryo carry the id of their session in the metadata `cryo_session_id`. The client chooses the id, and it is not a proof of who the client is: when a session has ended, any authorized client may connect with its id, and receives what is sent to it. Where clients must not read what is for others, use `send_to: match`, and compare what `authorize` has verified as well.").
 			Default("").
 			Example("${! @cryo_session_id }"),
 		service.NewBloblangField(fieldMatch).
 			Description("A mapping that returns whether a message is sent to a session, `true` or `false`, with `send_to: match`. It runs on the message; the object `@cryo_session` contains the metadata of the session: `cryo_session_id`, `cryo_remote_address`, `cryo_auth_…`, `cryo_query_…` and `cryo_header_…`. All its values are text; a list, such as the rooms that a token grants, is JSON. If the mapping fails, the message is not sent to that session, and a warning is logged. It runs once for each pair of a message and a session, which takes some microseconds; while a message waits for a match (`no_session: wait`), it runs for new sessions. Keep it short if there are thousands of sessions.").
 			Example(`@cryo_session.cryo_auth_rooms.or("[]").parse_json().contains(@room)`).
+			Example(`@cryo_session.cryo_session_id == @cryo_session_id && @cryo_session.cryo_auth_sub == @cryo_auth_sub`).
 			Example(`@cryo_session.cryo_query_topic == this.topic && @cryo_session.cryo_session_id != @cryo_session_id`).
 			Optional(),
 		sessionInFlightField.config().
