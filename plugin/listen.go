@@ -201,7 +201,7 @@ func (ln *listener) close(ctx context.Context) error {
 // connected is the server's OnSession. It assigns the session to an input, if there is one,
 // and wakes outputs that wait for a session.
 func (ln *listener) connected(s *cryo.Session) {
-	ln.metrics.countSession(1)
+	ln.metrics.connected()
 	ln.log.With("session", s.ID(), "remote", identityOf(s).metadata[metaRemoteAddress]).Debug("Session connected")
 	ln.inputs.assign(s)
 	ln.mu.Lock()
@@ -212,12 +212,11 @@ func (ln *listener) connected(s *cryo.Session) {
 
 // disconnected is the server's OnSessionEnd.
 func (ln *listener) disconnected(s *cryo.Session) {
-	ln.metrics.countSession(-1)
+	ln.metrics.disconnected(s.Err())
 	ln.log.With("session", s.ID(), "error", s.Err()).Debug("Session disconnected")
 	if !errors.Is(s.Err(), cryo.ErrExpired) {
 		return
 	}
-	ln.metrics.current().sessionsExpired.Incr(1)
 	if log, ok := ln.expired.allow(); ok {
 		log.With("session", s.ID(), "error", s.Err(), "unacknowledged", s.Stats().UnsettledMessages).Info("Closed an expired session")
 	}

@@ -18,6 +18,9 @@ import (
 // counted once per batch.
 const (
 	metricSessions          = "cryo_sessions"
+	metricSessionsOpened    = "cryo_sessions_opened"
+	metricSessionsTakenOver = "cryo_sessions_taken_over"
+	metricSessionsLate      = "cryo_sessions_closed_late"
 	metricSessionsDenied    = "cryo_sessions_denied"
 	metricSessionsExpired   = "cryo_sessions_expired"
 	metricReconnections     = "cryo_reconnections"
@@ -27,6 +30,8 @@ const (
 	metricBytesSent         = "cryo_bytes_sent"
 	metricFiltered          = "cryo_messages_filtered"
 	metricRejected          = "cryo_messages_rejected"
+	metricRedelivered       = "cryo_messages_redelivered" //nolint:gosec // no credential, though the name contains "cred"
+	metricMissed            = "cryo_messages_missed"
 	metricSendsRejected     = "cryo_sends_rejected"
 	metricSessionRejections = "cryo_session_rejections"
 	metricThrottled         = "cryo_throttled_ns"
@@ -51,9 +56,9 @@ type sessionMetrics struct {
 func newSessionMetrics(m meter) sessionMetrics {
 	return sessionMetrics{
 		sessions:      m.newGauge(metricSessions),
-		rejections:    m.NewCounter(metricSessionRejections, labelMessageType),
-		lateAcks:      m.NewCounter(metricLateAcks),
-		framesIgnored: m.NewCounter(metricFramesIgnored),
+		rejections:    m.newCounterByType(metricSessionRejections),
+		lateAcks:      m.newCounter(metricLateAcks),
+		framesIgnored: m.newCounter(metricFramesIgnored),
 	}
 }
 
@@ -71,7 +76,7 @@ type dialMetrics struct {
 }
 
 func newDialMetrics(m meter) dialMetrics {
-	return dialMetrics{newSessionMetrics(m), m.NewCounter(metricReconnections)}
+	return dialMetrics{newSessionMetrics(m), m.newCounter(metricReconnections)}
 }
 
 // connected counts a session as connected until disconnected is called. reconnected is true if
@@ -98,9 +103,11 @@ type listenMetrics struct {
 type listenReporter struct {
 	component levelKey
 	sessionMetrics
-	sessionsDenied  *service.MetricCounter
-	sessionsExpired *service.MetricCounter
-	throttled       *service.MetricCounter
+	sessionsOpened    *service.MetricCounter
+	sessionsTakenOver *service.MetricCounter
+	sessionsDenied    *service.MetricCounter
+	sessionsExpired   *service.MetricCounter
+	throttled         *service.MetricCounter
 }
 
 func newListenMetrics(m meter) *listenMetrics {
@@ -108,7 +115,15 @@ func newListenMetrics(m meter) *listenMetrics {
 }
 
 func newListenReporter(m meter) listenReporter {
-	return listenReporter{m.component, newSessionMetrics(m), m.NewCounter(metricSessionsDenied, labelStatus), m.NewCounter(metricSessionsExpired), m.NewCounter(metricThrottled)}
+	return listenReporter{
+		component:         m.component,
+		sessionMetrics:    newSessionMetrics(m),
+		sessionsOpened:    m.newCounter(metricSessionsOpened),
+		sessionsTakenOver: m.newCounter(metricSessionsTakenOver),
+		sessionsDenied:    m.NewCounter(metricSessionsDenied, labelStatus),
+		sessionsExpired:   m.newCounter(metricSessionsExpired),
+		throttled:         m.newCounter(metricThrottled),
+	}
 }
 
 // reportAs makes a component report the metrics. It is called after another component, which
@@ -122,6 +137,23 @@ func (m *listenMetrics) reportAs(component meter) {
 	m.reporter.sessions.close()
 	m.reporter = newListenReporter(component)
 	m.reporter.sessions.add(m.sessions)
+}
+
+// connected counts a session as connected until disconnected is called.
+func (m *listenMetrics) connected() {
+	m.countSession(1)
+	m.current().sessionsOpened.Incr(1)
+}
+
+// disconnected counts the end of a session. cause is the error of the session.
+func (m *listenMetrics) disconnected(cause error) {
+	m.countSession(-1)
+	switch {
+	case errors.Is(cause, cryo.ErrTakenOver):
+		m.current().sessionsTakenOver.Incr(1)
+	case errors.Is(cause, cryo.ErrExpired):
+		m.current().sessionsExpired.Incr(1)
+	}
 }
 
 // countSession adds n, which is 1 or -1, to the number of connected sessions.
@@ -155,6 +187,7 @@ func (m *listenMetrics) denied(status int) { m.current().sessionsDenied.Incr(1, 
 type receiveMetrics struct {
 	received, receivedBytes *service.MetricCounter
 	filtered, rejected      *service.MetricCounter
+	redelivered             *service.MetricCounter
 	ackLatency              *service.MetricTimer
 	unacknowledged          *gauge
 	streamsOpen             *gauge
@@ -165,7 +198,8 @@ func newReceiveMetrics(m meter) receiveMetrics {
 		received:       m.NewCounter(metricReceived, labelMessageType),
 		receivedBytes:  m.NewCounter(metricBytesReceived, labelMessageType),
 		filtered:       m.NewCounter(metricFiltered, labelMessageType),
-		rejected:       m.NewCounter(metricRejected, labelMessageType),
+		rejected:       m.newCounterByType(metricRejected),
+		redelivered:    m.newCounter(metricRedelivered),
 		ackLatency:     m.NewTimer(metricAckLatency),
 		unacknowledged: m.newGauge(metricUnacknowledged),
 		streamsOpen:    m.newGauge(metricStreamsOpen),
@@ -200,7 +234,7 @@ func newSendMetrics(m meter) sendMetrics {
 	return sendMetrics{
 		sent:           m.NewCounter(metricSent, labelMessageType),
 		sentBytes:      m.NewCounter(metricBytesSent, labelMessageType),
-		rejected:       m.NewCounter(metricSendsRejected, labelMessageType),
+		rejected:       m.newCounterByType(metricSendsRejected),
 		ackLatency:     m.NewTimer(metricAckLatency),
 		unacknowledged: m.newGauge(metricUnacknowledged),
 		streamsOpen:    m.newGauge(metricStreamsOpen),
@@ -284,6 +318,23 @@ type meter struct {
 	*service.Metrics
 	levels    *levels
 	component levelKey
+}
+
+// newCounter returns a counter that is exported as 0 from the start. Prometheus does not count the
+// first event of a series that begins with it.
+func (m meter) newCounter(name string) *service.MetricCounter {
+	counter := m.NewCounter(name)
+	counter.Incr(0)
+	return counter
+}
+
+// newCounterByType is newCounter with the label message_type.
+func (m meter) newCounterByType(name string) *service.MetricCounter {
+	counter := m.NewCounter(name, labelMessageType)
+	for _, typ := range tallied {
+		counter.Incr(0, messageTypeName(typ))
+	}
+	return counter
 }
 
 // levels are the values of all gauges of a process, by their labels. Components with the same

@@ -34,7 +34,7 @@ func TestEveryMetricIsDocumentedAndInTheDashboard(t *testing.T) {
 	names := namesIn(t, "metrics.go", `"(cryo_[a-z_]+)"`)
 	require.NotEmpty(t, names)
 	require.Equal(t, names, namesIn(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/metrics.md")
-	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+)`), "in the dashboard")
+	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+?)(?:_bucket)?\b`), "in the dashboard")
 }
 
 func TestGaugesOfOutputCopiesAddUp(t *testing.T) {
@@ -151,6 +151,32 @@ func TestInputsCountMessages(t *testing.T) {
 	})
 }
 
+func TestInputsCountRedeliveries(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		sent := send(peer, "m")
+		for failures := range int64(3) {
+			e.arrival().fail(errOutput)
+			e.wantMetrics("failed", map[string]int64{"cryo_messages_redelivered": failures + 1})
+		}
+		e.arrival().deliver()
+		sent.wantAcked(t, "delivered")
+		e.wantMetrics("delivered", map[string]int64{"cryo_messages_redelivered": 3})
+	})
+}
+
+// Without it, Prometheus does not count a component's first failure.
+func TestFailuresAreExportedBeforeTheFirstOne(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, dialOutput)
+		require.Subset(t, e.metrics.names(), []string{
+			"cryo_reconnections", "cryo_sessions_opened", "cryo_sessions_taken_over", "cryo_sessions_expired", "cryo_late_acks", "cryo_frames_ignored",
+			"cryo_messages_redelivered",
+			"cryo_messages_rejected{message_type=utf8}", "cryo_messages_rejected{message_type=binary}", "cryo_messages_rejected{message_type=stream}",
+			"cryo_sends_rejected{message_type=error}", "cryo_session_rejections{message_type=utf8}",
+		})
+	})
+}
+
 func TestInputsCountStreams(t *testing.T) {
 	atBothInputs(t, "streams: { max_bytes: 10 }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
 		stream := sendStream(peer, "orders", "1234567")
@@ -242,6 +268,27 @@ func TestBroadcastIsCountedOncePerSession(t *testing.T) {
 	})
 }
 
+func TestBroadcastCountsSessionsThatMissAMessage(t *testing.T) {
+	toAll(t, "ack_timeout: 10s", 3, func(t *testing.T, e *engine, clients []*cryo.Session) {
+		f := e.produce("m")
+		require.NoError(t, receiveTexts(t, clients[0], "m")[0].Ack())
+		require.NoError(t, receiveTexts(t, clients[1], "m")[0].Reject("no"))
+		receiveTexts(t, clients[2], "m")
+		f.wantDelivered(t, "to one")
+		e.wantMetrics("rejected by one, not acknowledged by another", map[string]int64{
+			"cryo_messages_missed":      2,
+			"cryo_sessions_closed_late": 1,
+		})
+
+		f = e.produce("n")
+		for _, client := range clients[:2] {
+			require.NoError(t, receiveTexts(t, client, "n")[0].Reject("no"))
+		}
+		f.wantFailed(t, `not acknowledged by any of 2 sessions: rejected by the peer: "no"`)
+		e.wantMetrics("the input sends it again", map[string]int64{"cryo_messages_missed": 2})
+	})
+}
+
 func TestWorkQueueCountsMessages(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(fromOnce, with(listenOutput, "send_to: any"))
@@ -329,6 +376,23 @@ func TestSessionsGaugeDropsToZeroWithoutAWrite(t *testing.T) {
 		e.wantMetrics("connected", map[string]int64{"cryo_sessions": 1})
 		server.shutdown()
 		e.wantMetrics("lost", map[string]int64{"cryo_sessions": 0})
+	})
+}
+
+func TestTakenOverSessionsAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(listenInput, toProbe)
+		old, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
+		require.NoError(t, err)
+		_, err = e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
+		require.NoError(t, err)
+		<-old.Done()
+		e.wantMetrics("one session in place of another", map[string]int64{
+			"cryo_sessions":            1,
+			"cryo_sessions_opened":     2,
+			"cryo_sessions_taken_over": 1,
+			"cryo_sessions_denied":     0,
+		})
 	})
 }
 

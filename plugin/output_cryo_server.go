@@ -65,7 +65,8 @@ type serverOutput struct {
 	*serverComponent
 	sender
 	targetConfig
-	queue *workQueue // for send_to: any; nil before the first Connect
+	queue  *workQueue // for send_to: any; nil before the first Connect
+	missed *service.MetricCounter
 }
 
 var (
@@ -83,8 +84,9 @@ func newServerOutput(conf *service.ParsedConfig, res *service.Resources) (*serve
 		return nil, service.BatchPolicy{}, 0, err
 	}
 	s, policy, maxInFlight, err := senderFromParsed(conf, res)
-	s.late = newLateSessions(res.Logger(), s.ackTimeout)
-	return &serverOutput{serverComponent: c, sender: s, targetConfig: to}, policy, maxInFlight, err
+	m := meterOf(res)
+	s.late = newLateSessions(res.Logger(), s.ackTimeout, m.newCounter(metricSessionsLate))
+	return &serverOutput{serverComponent: c, sender: s, targetConfig: to, missed: m.newCounter(metricMissed)}, policy, maxInFlight, err
 }
 
 // Connect starts the listener, or joins the listener of another component.
@@ -108,7 +110,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	if o.sendTo == sendToAny {
 		o.deliver(ctx, o.queue, withError(messages, isNil), 0)
 	} else {
-		b := broadcast{sender: &o.sender, listener: o.listener, noSession: o.noSession, messages: messages}
+		b := broadcast{sender: &o.sender, listener: o.listener, noSession: o.noSession, missed: o.missed, messages: messages}
 		b.send(ctx, o.targets(batch, messages))
 	}
 	return o.verdict(ctx, batch, messages)

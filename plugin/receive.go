@@ -118,9 +118,11 @@ func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {
 		r.delivered(ctx, d, delivered, responses)
 	case len(d.items) > 1:
 		r.log.With("messages", len(d.items), "error", err).Debug("Redelivering the messages of a batch one by one")
+		r.metrics.redelivered.Incr(int64(len(d.items)))
 		r.queue.redeliverAlone(d)
 	case r.conf.replay || r.feeder.draining.Err() != nil:
 		r.logFailure(&d.items[0], err)
+		r.metrics.redelivered.Incr(1)
 		r.queue.redeliverLater(d)
 	default:
 		r.reject(d.items, err)

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
+
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
@@ -17,6 +19,7 @@ type broadcast struct {
 	*sender
 	listener  *listener
 	noSession string
+	missed    *service.MetricCounter
 	messages  []*outMessage
 
 	mu      sync.Mutex
@@ -79,8 +82,12 @@ func (b *broadcast) send(ctx context.Context, to targets) {
 	}
 	sending.Wait()
 	for i, m := range b.messages {
-		if m.err == nil {
-			m.err = b.results[i].err()
+		if m.err != nil {
+			continue
+		}
+		result := &b.results[i]
+		if m.err = result.err(); m.err == nil {
+			b.missed.Incr(int64(result.failed)) // not sent again, because the message is delivered
 		}
 	}
 	if b.noSession != noSessionDrop {

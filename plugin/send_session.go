@@ -220,14 +220,15 @@ func isSessionEnd(err error) bool { return errors.Is(err, net.ErrClosed) }
 type lateSessions struct {
 	log     limitedLog
 	timeout time.Duration // ack_timeout
+	closed  *service.MetricCounter
 	closing sync.WaitGroup
 
 	mu     sync.Mutex
 	paused map[*cryo.Session]time.Time // when sessions with paused reads were late for the first time
 }
 
-func newLateSessions(log *service.Logger, timeout time.Duration) *lateSessions {
-	return &lateSessions{log: newLimitedLog(log), timeout: timeout, paused: make(map[*cryo.Session]time.Time)}
+func newLateSessions(log *service.Logger, timeout time.Duration, closed *service.MetricCounter) *lateSessions {
+	return &lateSessions{log: newLimitedLog(log), timeout: timeout, closed: closed, paused: make(map[*cryo.Session]time.Time)}
 }
 
 // close closes a session after a timeout, so that it delays others only once, and not with each
@@ -247,6 +248,7 @@ func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late er
 	if log, ok := l.log.allow(); ok {
 		log.With("session", session.ID(), "error", late).Warn("Closing session: acknowledgement timed out")
 	}
+	l.closed.Incr(1)
 	l.closing.Go(func() { _ = session.CloseForRetry(context.Background(), "acknowledgement timed out") })
 	<-session.Context().Done() // it has begun to end: nothing more is sent on it
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -91,6 +92,8 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 			`cryo_sessions{label="server",path="root.output"}`:                                "1",
 			`cryo_sessions_denied{label="clients",path="root.input",status="401"}`:            "1",
 			`cryo_sessions_expired{label="clients",path="root.input"}`:                        "1",
+			`cryo_sessions_opened{label="clients",path="root.input"}`:                         "3",
+			`cryo_sessions_taken_over{label="clients",path="root.input"}`:                     "0",
 			`cryo_reconnections{label="server",path="root.output"}`:                           "1",
 			`cryo_messages_received{label="clients",message_type="utf8",path="root.input"}`:   "4",
 			`cryo_messages_received{label="clients",message_type="stream",path="root.input"}`: "1",
@@ -116,10 +119,11 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 		assert.NotEmpty(c, exported[`cryo_throttled_ns{label="clients",path="root.input"}`])
 	})
 
+	maps.Copy(exported, scrapeBroadcast(t))
 	var ours, all []string
 	for series := range exported {
 		name, _, _ := strings.Cut(series, "{")
-		name = strings.TrimSuffix(strings.TrimSuffix(name, "_count"), "_sum")
+		name = timerName(name)
 		all = append(all, name)
 		if strings.HasPrefix(name, "cryo_") {
 			ours = append(ours, name)
@@ -128,9 +132,56 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	slices.Sort(ours)
 	assert.Equal(t, slices.Compact(ours), metricNames(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "docs/metrics.md lists every metric")
 	assert.Subset(t, all, metricNames(t, "../docs/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/metrics.md names existing metrics of the engine")
-	for _, name := range dashboardMetrics(t) {
-		assert.Contains(t, all, name, "the dashboard uses exported metrics")
+	for _, query := range dashboardQueries(t) {
+		assert.Subset(t, all, metricsOf(query), "the dashboard uses exported metrics: %s", query)
 	}
+}
+
+// scrapeBroadcast returns the metrics of an output whose two clients acknowledge and reject a
+// message. Its timers are histograms.
+func scrapeBroadcast(t *testing.T) (exported map[string]string) {
+	t.Helper()
+	p, service := runServing(t, `
+input: { generate: { interval: 1s, mapping: root = "hello" } }
+output: { label: chat, cryo_server: { address: "127.0.0.1:0", tokens: [ "${CRYO_TOKEN}" ], send_to: all, no_session: drop } }
+metrics: { prometheus: { use_histogram_timing: true } }
+`)
+	address := p.Listening()
+	a, b := testkit.Dial(t, address), testkit.Dial(t, address)
+	require.NoError(t, testkit.Receive(t, a).Ack())
+	require.NoError(t, testkit.Receive(t, b).Reject("no"))
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		exported = scrape(t, service)
+		for series, want := range map[string]string{
+			`cryo_sessions{label="chat",path="root.output"}`:                           "2",
+			`cryo_sessions_opened{label="chat",path="root.output"}`:                    "2",
+			`cryo_sessions_closed_late{label="chat",path="root.output"}`:               "0",
+			`cryo_messages_missed{label="chat",path="root.output"}`:                    "1",
+			`cryo_ack_latency_ns_bucket{label="chat",path="root.output",le="2.5"}`:     "1",
+			`cryo_ack_latency_ns_bucket{label="chat",path="root.output",le="+Inf"}`:    "1",
+			`cryo_sends_rejected{label="chat",message_type="utf8",path="root.output"}`: "1",
+		} {
+			assert.Equal(c, want, exported[series], series)
+		}
+	})
+	return exported
+}
+
+// timerName returns the name of the timer that a series of a summary or a histogram is part of.
+func timerName(name string) string {
+	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
+		name = strings.TrimSuffix(name, suffix)
+	}
+	return name
+}
+
+// metricsOf returns the names of the metrics in a query.
+func metricsOf(query string) []string {
+	names := find(query, `\b((?:cryo|input|output)_[a-z_]+)`)
+	for i := range names {
+		names[i] = timerName(names[i])
+	}
+	return names
 }
 
 // scrape returns the metrics that a process exports, by series.
@@ -163,8 +214,8 @@ func find(text, pattern string) []string {
 	return slices.Compact(names)
 }
 
-// dashboardMetrics returns the names in the dashboard's queries.
-func dashboardMetrics(t *testing.T) []string {
+// dashboardQueries returns the dashboard's queries.
+func dashboardQueries(t *testing.T) (queries []string) {
 	t.Helper()
 	var dashboard struct {
 		Panels []struct {
@@ -176,17 +227,15 @@ func dashboardMetrics(t *testing.T) []string {
 	}
 	require.NoError(t, json.Unmarshal([]byte(testkit.ReadFile(t, "../config/grafana/cryo-connect.json")), &dashboard))
 	ids := make(map[int]bool)
-	var queries strings.Builder
 	for _, p := range dashboard.Panels {
 		require.False(t, ids[p.ID], "two panels have the id %d", p.ID)
 		ids[p.ID] = true
 		require.NotEmpty(t, p.Title)
 		require.True(t, p.Type == "row" || len(p.Targets) > 0, "panel %q has no query", p.Title)
 		for _, target := range p.Targets {
-			queries.WriteString(target.Expr + "\n")
+			queries = append(queries, target.Expr)
 		}
 	}
-	names := find(queries.String(), `\b((?:cryo|input|output)_[a-z_]+)\{`)
-	require.NotEmpty(t, names)
-	return names
+	require.NotEmpty(t, queries)
+	return queries
 }
