@@ -121,8 +121,10 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 
 	maps.Copy(exported, scrapeBroadcast(t))
 	var ours, all []string
+	labels := make(map[string][]string) // of each name, those of all its series
 	for series := range exported {
 		name, _, _ := strings.Cut(series, "{")
+		labels[name] = append(labels[name], find(series, labelName)...)
 		name = timerName(name)
 		all = append(all, name)
 		if strings.HasPrefix(name, "cryo_") {
@@ -134,6 +136,16 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	assert.Subset(t, all, metricNames(t, "../docs/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/metrics.md names existing metrics of the engine")
 	for _, query := range dashboardQueries(t) {
 		assert.Subset(t, all, metricsOf(query), "the dashboard uses exported metrics: %s", query)
+	}
+	for _, rule := range alertRules(t) {
+		assert.NotEmpty(t, metricsOf(rule.Expr))
+		assert.Subset(t, all, metricsOf(rule.Expr), "alerts use exported metrics: %s", rule.Alert)
+	}
+	for _, test := range alertTests(t) {
+		for _, input := range test.Input {
+			name, _, _ := strings.Cut(input.Series, "{")
+			assert.Subset(t, append(labels[name], "job", "instance"), find(input.Series, labelName), "tests of alerts use exported series: %s", input.Series)
+		}
 	}
 }
 
@@ -166,6 +178,9 @@ metrics: { prometheus: { use_histogram_timing: true } }
 	})
 	return exported
 }
+
+// labelName matches the names of a series's labels.
+const labelName = `[{,](\w+)="`
 
 // timerName returns the name of the timer that a series of a summary or a histogram is part of.
 func timerName(name string) string {
