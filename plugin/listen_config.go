@@ -63,7 +63,7 @@ func listenFields() []*service.ConfigField {
 	fields = append(fields, proxyFields()...)
 	return append(fields,
 		maxSessionsField.config().
-			Description("The maximum number of sessions. Further clients are denied with status 503. The same number of connections, but at least 1,024, may be open without a session; a further connection closes the oldest of them, so that peers without a token cannot block clients."),
+			Description("The maximum number of sessions. Further clients are denied with status 503. The same number of connections, but at least 1,024, may be open without a session; a further connection closes the oldest of them from the address (or IPv6 /64 network) with the most, so that peers without a token cannot block clients."),
 		maxSessionsPerAddressField.config().
 			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network. Further clients are denied with status 429. 0: no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the proxy's address.").
 			Advanced(),

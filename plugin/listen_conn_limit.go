@@ -1,10 +1,12 @@
 package plugin
 
 import (
+	"container/heap"
 	"container/list"
 	"crypto/tls"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -17,22 +19,44 @@ import (
 const minConnections = 1024
 
 // connLimit limits the number of connections without a session: when there are too many, it
-// closes the oldest one. The connection of a client becomes a session within milliseconds, or when
-// authorize_processors have returned, so the oldest one is probably not a client's. The limit is
-// at least max_sessions, so that all clients can connect at the same time.
+// closes the oldest one of the address that has the most, so that a peer which opens many closes
+// its own. The connection of a client becomes a session within the round trips of its handshake, or when
+// authorize_processors have returned. The limit is at least max_sessions, so that all clients can
+// connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog
 
-	mu       sync.Mutex
-	elements map[net.Conn]*list.Element
-	order    *list.List // elements are net.Conn, oldest first
+	mu     sync.Mutex
+	conns  map[net.Conn]limitedConn
+	peers  map[netip.Prefix]*connPeer
+	ranked connPeers // a heap of the values of peers
+	opened uint64
 }
+
+// connPeer is a network with connections without a session.
+type connPeer struct {
+	network netip.Prefix
+	order   *list.List // elements are numberedConn, oldest first
+	index   int        // in the heap
+}
+
+type limitedConn struct {
+	peer    *connPeer
+	element *list.Element // of order
+}
+
+type numberedConn struct {
+	net.Conn
+	number uint64 // the higher, the younger
+}
+
+func (p *connPeer) oldest() numberedConn { return p.order.Front().Value.(numberedConn) }
 
 func newConnLimit(maxSessions int, log *service.Logger) *connLimit {
 	return &connLimit{
 		limit: max(maxSessions, minConnections), log: newLimitedLog(log),
-		elements: make(map[net.Conn]*list.Element), order: list.New(),
+		conns: make(map[net.Conn]limitedConn), peers: make(map[netip.Prefix]*connPeer),
 	}
 }
 
@@ -43,7 +67,7 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 		if oldest := l.add(c); oldest != nil {
 			_ = oldest.Close()
 			if log, ok := l.log.allow(); ok {
-				log.With("remote", oldest.RemoteAddr(), "limit", l.limit).Warn("Too many connections without a session: closed the oldest")
+				log.With("remote", oldest.RemoteAddr(), "limit", l.limit).Warn("Too many connections without a session: closed the oldest of the address with the most")
 			}
 		}
 	case http.StateHijacked, http.StateClosed:
@@ -53,26 +77,94 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 	}
 }
 
-// add adds a connection. It returns the oldest one, to be closed, if there are too many;
-// otherwise it returns nil.
+// add adds a connection. It returns the one to be closed if there are too many; otherwise it
+// returns nil.
 func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
+	network := networkOfSocket(c)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.elements[c] = l.order.PushBack(c)
-	if l.order.Len() <= l.limit {
+	peer, known := l.peers[network]
+	if !known {
+		peer = &connPeer{network: network, order: list.New()}
+		l.peers[network] = peer
+	}
+	l.opened++
+	l.conns[c] = limitedConn{peer, peer.order.PushBack(numberedConn{c, l.opened})}
+	if known {
+		heap.Fix(&l.ranked, peer.index)
+	} else {
+		heap.Push(&l.ranked, peer)
+	}
+	if len(l.conns) <= l.limit {
 		return nil
 	}
-	oldest = l.order.Front().Value.(net.Conn)
+	oldest = l.ranked[0].oldest().Conn
 	l.remove(oldest)
-	if secured, ok := oldest.(*tls.Conn); ok {
-		return secured.NetConn() // closing the TLS connection may block on the network
-	}
-	return oldest
+	return withoutTLS(oldest) // closing a TLS connection may block on the network
 }
 
 func (l *connLimit) remove(c net.Conn) {
-	if element, known := l.elements[c]; known {
-		l.order.Remove(element)
-		delete(l.elements, c)
+	conn, known := l.conns[c]
+	if !known {
+		return
 	}
+	delete(l.conns, c)
+	peer := conn.peer
+	if peer.order.Len() == 1 {
+		heap.Remove(&l.ranked, peer.index)
+		delete(l.peers, peer.network)
+		return
+	}
+	peer.order.Remove(conn.element)
+	heap.Fix(&l.ranked, peer.index)
+}
+
+func withoutTLS(c net.Conn) net.Conn {
+	if secured, ok := c.(*tls.Conn); ok {
+		return secured.NetConn()
+	}
+	return c
+}
+
+// networkOfSocket returns the network of a connection's peer. That of a proxy is the proxy's own,
+// because its header has not arrived yet.
+func networkOfSocket(c net.Conn) netip.Prefix {
+	c = withoutTLS(c)
+	if proxied, ok := c.(*proxiedConn); ok {
+		c = proxied.Raw()
+	}
+	return networkOf(c.RemoteAddr().String())
+}
+
+// connPeers is a heap, with the peer whose connection is closed next at the top: the one with the
+// most connections and, of several, the one with the oldest.
+type connPeers []*connPeer
+
+func (p connPeers) Len() int { return len(p) }
+
+func (p connPeers) Less(i, j int) bool {
+	a, b := p[i], p[j]
+	if a.order.Len() != b.order.Len() {
+		return a.order.Len() > b.order.Len()
+	}
+	return a.oldest().number < b.oldest().number
+}
+
+func (p connPeers) Swap(i, j int) {
+	p[i], p[j] = p[j], p[i]
+	p[i].index, p[j].index = i, j
+}
+
+func (p *connPeers) Push(peer any) {
+	added := peer.(*connPeer)
+	added.index = len(*p)
+	*p = append(*p, added)
+}
+
+func (p *connPeers) Pop() any {
+	last := len(*p) - 1
+	removed := (*p)[last]
+	(*p)[last] = nil
+	*p = (*p)[:last]
+	return removed
 }

@@ -1,13 +1,17 @@
 package plugin
 
 import (
+	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/netip"
 	"path/filepath"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
@@ -50,7 +54,7 @@ func TestClientCanConnectDespiteManyIdleConnections(t *testing.T) {
 			for i, c := range silent {
 				require.Equal(t, i > over, answers(t, c), "the client and %d silent ones were too many, so the first %d are closed", over, over+1)
 			}
-			e.log.want(t, "WARN Too many connections without a session: closed the oldest", "limit=1024")
+			e.log.want(t, "WARN Too many connections without a session: closed the oldest of the address with the most", "limit=1024")
 			require.NoError(t, s.Close(t.Context(), ""))
 		})
 	}
@@ -71,4 +75,63 @@ func TestMaxSessionsClientsCanConnectAtOnce(t *testing.T) {
 			require.NoError(t, c.Close())
 		}
 	})
+}
+
+// addressedConn is a connection of a peer with an address.
+type addressedConn struct {
+	net.Conn
+	address string
+	closed  bool
+}
+
+func (c *addressedConn) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.address))
+}
+
+func (c *addressedConn) Close() error {
+	c.closed = true
+	return nil
+}
+
+func TestFloodOfConnectionsClosesOnlyThoseOfItsAddress(t *testing.T) {
+	for name, flood := range map[string]string{"IPv4": "192.0.2.1:%d", "IPv6 network": "[2001:db8::%x]:1"} {
+		t.Run(name, func(t *testing.T) {
+			limit := newConnLimit(1, service.MockResources().Logger())
+			open := func(address string) *addressedConn {
+				c := &addressedConn{address: address}
+				limit.changed(c, http.StateNew)
+				return c
+			}
+			var clients []*addressedConn
+			for i := range 3 * minConnections {
+				if i%100 == 0 { // on slow lines
+					clients = append(clients, open(fmt.Sprintf("198.51.100.%d:1", i/100)))
+				}
+				open(fmt.Sprintf(flood, 1+i))
+			}
+			require.Len(t, limit.conns, minConnections)
+			for _, c := range clients {
+				require.False(t, c.closed, "a flood has closed the connection of %s", c.address)
+				limit.changed(c, http.StateHijacked)
+			}
+			require.Len(t, limit.peers, 1)
+			require.Len(t, limit.ranked, 1)
+		})
+	}
+}
+
+func TestOldestConnectionOfAddressesWithEquallyManyIsClosed(t *testing.T) {
+	limit := newConnLimit(1, service.MockResources().Logger())
+	var conns [minConnections + 10]*addressedConn
+	for i := range conns {
+		conns[i] = &addressedConn{address: fmt.Sprintf("192.0.%d.%d:1", i/256, i%256)}
+		limit.changed(conns[i], http.StateNew)
+	}
+	for i, c := range conns {
+		require.Equal(t, i < 10, c.closed, "connection %d", i)
+		limit.changed(c, http.StateClosed)
+	}
+	require.Empty(t, limit.conns)
+	require.Empty(t, limit.peers)
+	require.Empty(t, limit.ranked)
 }

@@ -149,7 +149,7 @@ func parseHop(hop string) (netip.Addr, bool) {
 	return ip.Unmap().WithZone(""), err == nil
 }
 
-// networkOf returns the network of an address whose clients share a quota: one IPv4 address, or an
+// networkOf returns the network of an address whose peers share a quota: one IPv4 address, or an
 // IPv6 network of 64 bits. All that is no IP address has the zero value in common.
 func networkOf(address string) netip.Prefix {
 	ip, _ := parseHop(address)

@@ -234,7 +234,7 @@ func TestClientConnectsDespiteManyConnectionsOfAProxyWithoutAHeader(t *testing.T
 		client, err := e.tryDialThrough(v1Header, nil)
 		require.NoError(t, err)
 		e.wantReceives(t, client, "delivered")
-		e.log.want(t, "WARN Too many connections without a session: closed the oldest", "remote="+inMemory)
+		e.log.want(t, "WARN Too many connections without a session: closed the oldest of the address with the most", "remote="+inMemory)
 		require.Zero(t, e.log.count(noProxyHeader), "they were closed for another reason")
 	})
 }
