@@ -56,6 +56,7 @@ func TestInvalidClientsGetNoSession(t *testing.T) {
 			},
 		},
 		{does: "sends its request a byte at a time, on 300 connections", answer: "", after: 2 * time.Second, how: slowLoris},
+		{does: "sends many requests on a connection", answer: "426 Upgrade Required", how: manyRequests},
 		{does: "has no token", answer: "401 Unauthorized", log: "The parameter authorization with a Bearer token is missing", how: upgrading("x-cryo-sid=1")},
 		{does: "has another token", answer: "401 Unauthorized", log: "unknown token", how: upgrading("authorization=Bearer+wrong&x-cryo-sid=1")},
 		{does: "has no session id", answer: "401 Unauthorized", log: "x-cryo-sid", how: upgrading(authorized)},
@@ -148,6 +149,17 @@ func slowLoris(t *testing.T, e *engine) string {
 		require.EqualValues(t, 300, closed.Load(), "each is closed when its time is over")
 	})
 	return ""
+}
+
+// manyRequests returns everything that a listener sends in response to many requests on a connection.
+func manyRequests(t *testing.T, e *engine) string {
+	c, err := e.net.Dial(t.Context(), "tcp", somewhere)
+	require.NoError(t, err)
+	defer c.Close()
+	go func() { _, _ = io.WriteString(c, strings.Repeat("GET / HTTP/1.1\r\nHost: x\r\n\r\n", 1000)) }()
+	answers, _ := io.ReadAll(c)
+	require.Equal(t, 1, strings.Count(string(answers), "HTTP/1.1 "), "the connection is closed behind the first response")
+	return string(answers)
 }
 
 // A server that answers wrongly is dialled again, and served when it is right.

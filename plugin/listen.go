@@ -87,11 +87,13 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		// The timeouts apply only to TLS and HTTP, because the connection of a session is hijacked.
 		ReadHeaderTimeout: settings.HandshakeTimeout,
 		ReadTimeout:       settings.HandshakeTimeout,
-		IdleTimeout:       settings.HandshakeTimeout,
 		MaxHeaderBytes:    settings.MaxHeaderBytes,
 		ErrorLog:          serverLog(log),
 		ConnState:         newConnLimit(settings.MaxSessions, log).changed,
 	}
+	// A client that is denied has no further request. A peer that sends many and reads no response
+	// would keep the connection, and the memory of its request, for as long as it likes.
+	ln.http.SetKeepAlivesEnabled(false)
 	ln.inputs = newListenInputs(settings.Address, log, ln.server.Sessions)
 	if err := ln.start(); err != nil {
 		ln.inputs.close()

@@ -124,20 +124,24 @@ func TestOnlyPagesFromAllowedOriginsMayConnect(t *testing.T) {
 }
 
 func TestIdleConnectionIsClosedAfterHandshakeTimeout(t *testing.T) {
-	for name, request := range map[string]string{
-		"in its request":                   "GET / HTTP/1.1\r\n",
-		"after a request for another path": "GET /else HTTP/1.1\r\nHost: x\r\n\r\n",
+	for name, tt := range map[string]struct {
+		request string
+		after   time.Duration
+	}{
+		"before its request":               {"", 2 * time.Second},
+		"in its request":                   {"GET / HTTP/1.1\r\n", 2 * time.Second},
+		"after a request for another path": {"GET /else HTTP/1.1\r\nHost: x\r\n\r\n", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {
 				e.run(with(listenInput, "handshake_timeout: 2s"), toProbe)
 				c, err := e.net.Dial(t.Context(), "tcp", somewhere)
 				require.NoError(t, err)
-				_, err = c.Write([]byte(request))
+				_, err = c.Write([]byte(tt.request))
 				require.NoError(t, err)
 				begin := time.Now()
 				_, _ = io.Copy(io.Discard, c)
-				require.Equal(t, 2*time.Second, time.Since(begin))
+				require.Equal(t, tt.after, time.Since(begin))
 				require.NoError(t, c.Close())
 			})
 		})
