@@ -265,11 +265,7 @@ const (
 func handshakeError(err error, resp *http.Response, secrets *redact.Secrets) error {
 	switch {
 	case resp == nil:
-		// A certificate has names that the server chooses, which knows the token since an earlier session.
-		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && secrets.In(err.Error()) {
-			return &causedError{errors.New("the server's certificate is invalid; the reason may contain the token"), err}
-		}
-		return err
+		return connectError(err, secrets)
 	case resp.StatusCode == http.StatusSwitchingProtocols:
 		return fmt.Errorf("upgrade: %w", err)
 	}
