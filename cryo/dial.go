@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -190,6 +191,15 @@ func (t *target) String() string {
 // dial makes one attempt. The options must have their defaults.
 func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 	opts.secrets = redact.New(t.secrets(&opts)...)
+	if choose := opts.Proxy; choose != nil {
+		opts.Proxy = func(r *http.Request) (*url.URL, error) {
+			via, err := choose(r)
+			if via != nil { // a proxy, which knows its password, can pretend to be the server
+				opts.secrets = redact.New(append(t.secrets(&opts), passwordOf(via.User)...)...)
+			}
+			return via, err
+		}
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, opts.ConnectTimeout,
 		fmt.Errorf("timed out after %v: %w", opts.ConnectTimeout, context.DeadlineExceeded))
 	defer cancel()
@@ -218,6 +228,10 @@ func (t *target) secrets(opts *DialOptions) []string {
 			// An authorization scheme is not secret, and a common word in texts.
 			if scheme, rest, ok := strings.Cut(value, " "); ok && (strings.EqualFold(scheme, bearer) || strings.EqualFold(scheme, "Basic")) {
 				value = rest
+				if decoded, err := base64.StdEncoding.DecodeString(rest); err == nil {
+					name, password, _ := strings.Cut(string(decoded), ":")
+					secrets = append(secrets, passwordOf(url.UserPassword(name, password))...)
+				}
 			}
 			if len(value) >= minSecret {
 				secrets = append(secrets, value)
@@ -225,6 +239,14 @@ func (t *target) secrets(opts *DialOptions) []string {
 		}
 	}
 	return secrets
+}
+
+// passwordOf returns the password, unless it is short. A user's name is not secret.
+func passwordOf(user *url.Userinfo) []string {
+	if password, _ := user.Password(); len(password) >= minSecret {
+		return []string{password}
+	}
+	return nil
 }
 
 // open opens the WebSocket and the session.

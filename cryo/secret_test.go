@@ -1,10 +1,13 @@
 package cryo_test
 
 import (
+	"bufio"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"html"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -253,6 +256,39 @@ func TestValuesOfTheQueryAndOfHeadersAreNotRepeated(t *testing.T) {
 				NetDial: l.Dial, Query: url.Values{"key": {"abcdefgh"}}, Header: http.Header{"Authorization": {"Basic mnopqrstuv"}},
 			})
 			require.EqualError(t, err, fmt.Sprintf("dialling ws://cryo.test/: the server answered the upgrade with 403 Forbidden: (redacted: a body of %d bytes)", len(text)))
+		}
+	})
+}
+
+// A server decodes the password of an Authorization header, and a proxy that can pretend to be the
+// server knows its own.
+func TestPasswordsAreNotRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const text = "no access for operator with the password swordfish"
+		basic := http.Header{"Authorization": {"Basic " + base64.StdEncoding.EncodeToString([]byte("operator:swordfish"))}}
+		via := &url.URL{Scheme: "http", User: url.UserPassword("operator", "swordfish"), Host: "proxy.test"}
+		for _, options := range []cryo.DialOptions{{Header: basic}, {Proxy: http.ProxyURL(via)}, {Token: token, Proxy: http.ProxyURL(via)}} {
+			for _, end := range []string{"HTTP/1.1 403 Forbidden\r\n\r\n" + text, "HTTP/1.1 302 Found\r\nLocation: /swordfish\r\n\r\n"} {
+				server := answer(t, func(*http.Request) string { return end })
+				options.NetDial = server.Dial
+				if options.Proxy != nil {
+					proxy := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+						c, _, err := http.NewResponseController(w).Hijack()
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						defer c.Close()
+						_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+						_, _ = http.ReadRequest(bufio.NewReader(c))
+						_, _ = io.WriteString(c, end)
+					}))
+					options.NetDial = proxy.Dial
+				}
+				_, err := cryo.Dial(t.Context(), memoryURL, &options)
+				require.ErrorContains(t, err, "the server answered the upgrade with ")
+				require.NotContains(t, err.Error(), "swordfish")
+			}
 		}
 	})
 }
