@@ -14,6 +14,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 func gzipped(t testing.TB, text string) string {
@@ -112,6 +114,34 @@ func TestFailedScannerCancelsItsStream(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The scanner json_array repeats what the stream begins with, if that is not an array.
+func TestErrorOfAScannerIsTruncatedAndShowsNoToken(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "streams: { scanner: { json_array: {} } }"), toProbe)
+		sendStream(e.dial(), "bad", `"`+strings.Repeat("x", 1<<20)+`"`).wantCancelled(t, "its scanner fails")
+		synctest.Wait()
+		e.log.want(t, "WARN Stream failed", "error=scanner: expected opening '[' but got xxx")
+		for _, line := range e.log.all() {
+			require.Less(t, len(line), 2000)
+		}
+	})
+	inEngine(t, func(t *testing.T, e *engine) {
+		const secret = "s3cret-0123456789"
+		e.serveRaw(func(peer *cryotest.Peer) {
+			peer.ServerHandshake()
+			text := `"` + peer.Request.URL.Query().Get("authorization") + `"`
+			peer.WriteFrames(wire.Frame{Type: wire.TxStart, Ack: 1, Tx: 1, Size: -1, Payload: []byte("a")})
+			peer.WantFrame("the acknowledgement", cryotest.Acked(1))
+			peer.WriteFrames(wire.Frame{Type: wire.TxChunk, Tx: 1, Payload: []byte(text)}, wire.Frame{Type: wire.TxFinish, Ack: 2, Tx: 1})
+		})
+		e.run("cryo: { url: ws://"+somewhere+", token: "+secret+", streams: { scanner: { json_array: {} } } }", toProbe)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		e.log.want(t, "WARN Stream failed", "error=scanner: (redacted: ")
+		e.wantSecret(t, secret)
+	})
 }
 
 func TestInvalidRowIsForwardedWithContinueOnError(t *testing.T) {

@@ -238,7 +238,7 @@ func (f *sessionFeed) scan(t *transfer) error {
 			_, err = io.Copy(io.Discard, reader)
 			return err
 		default:
-			return fmt.Errorf("scanner: %w", err)
+			return f.scannerError(err)
 		}
 	}
 	defer func() { _ = scanner.Close(f.stopped) }() // an error would not change the result of the stream
@@ -258,7 +258,7 @@ func (f *sessionFeed) scan(t *transfer) error {
 			err = readerFailed(batch)
 		}
 		if err != nil && !errors.Is(err, io.EOF) {
-			return fmt.Errorf("scanner: %w", err)
+			return f.scannerError(err)
 		}
 		if deliver != nil && !deliver() {
 			return f.stopped.Err()
@@ -282,6 +282,17 @@ func (f *sessionFeed) scan(t *transfer) error {
 		}
 		deliver = nil
 	}
+}
+
+// scannerError returns the error of a scanner, whose text may repeat any part of the stream: it is
+// truncated, and contains no secret of the session. A panic is reported with its origin.
+func (f *sessionFeed) scannerError(err error) error {
+	if panicked, ok := errors.AsType[*panicError](err); ok {
+		err = &panicError{f.session.Redact(fmt.Sprintf("%.200v", panicked.value)), panicked.where}
+	} else if !errors.Is(err, errTooLong) {
+		err = errors.New(f.session.Redact(err.Error()))
+	}
+	return fmt.Errorf("scanner: %w", err)
 }
 
 // readerFailed returns the error of the scanner's reader if the messages of a batch carry it,
