@@ -50,7 +50,7 @@ func verificationText(err error, secrets *redact.Secrets) string {
 			return "x509: certificate has expired on " + after.Format(time.DateOnly)
 		}
 		return "x509: certificate is not valid before " + invalid.Cert.NotBefore.Format(time.DateOnly) + ": check the clock of this system"
-	case secrets.Plain(strings.ReplaceAll(text, "x509: ", "")):
+	case secrets.Plain(text):
 		return text
 	case isInvalid:
 		invalid.Detail = "(redacted, because it may contain a secret)"

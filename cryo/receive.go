@@ -157,7 +157,7 @@ func errorText(payload []byte) []byte {
 
 // Redact returns a text of the peer, such as a payload or a stream's name, as it may be logged:
 // truncated to 1 KiB. In a session that was dialled with a token, headers or a query, the peer may
-// repeat them in any encoding. There a text that is not made of plain words and short numbers, or
+// repeat them in any encoding. There a text that is not made of words and a few numbers, or
 // that contains a part of them, is replaced by its length.
 func (s *Session) Redact(text string) string {
 	return s.opts.secrets.Text(redact.Cut(text, maxErrorText))

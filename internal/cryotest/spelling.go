@@ -1,6 +1,7 @@
 package cryotest
 
 import (
+	"encoding/base32"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -33,6 +34,9 @@ var encodings = []func(string) string{
 	func(s string) string { return eachByte(s, "&#x%X;") },
 	func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) },
 	func(s string) string { return base64.RawURLEncoding.EncodeToString([]byte("GET /" + s)) },
+	func(s string) string {
+		return base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString([]byte(s))
+	},
 	func(s string) string { return hex.EncodeToString([]byte(s)) },
 	func(s string) string { return fmt.Sprintf("%+q", s) },
 	strings.ToUpper,
@@ -106,7 +110,7 @@ func decodings(line string) []string {
 		for _, word := range append(strings.Fields(text), text) {
 			for from := range min(len(word), 4) {
 				for to := len(word); to > max(from, len(word)-4); to-- {
-					for _, decode := range []func(string) ([]byte, error){hex.DecodeString, base64.RawStdEncoding.DecodeString, base64.RawURLEncoding.DecodeString} {
+					for _, decode := range []func(string) ([]byte, error){hex.DecodeString, base32.StdEncoding.WithPadding(base32.NoPadding).DecodeString, base64.RawStdEncoding.DecodeString, base64.RawURLEncoding.DecodeString} {
 						if b, err := decode(word[from:to]); err == nil {
 							texts = append(texts, string(b))
 						}

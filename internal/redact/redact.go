@@ -2,6 +2,7 @@
 package redact
 
 import (
+	"encoding/base32"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
@@ -12,10 +13,11 @@ import (
 )
 
 // Secrets are texts that were sent to a peer, such as a token, and which the peer may repeat in
-// any encoding: percent, JSON, HTML, base64, hexadecimal, truncated, or in several lines. So a text
-// of the peer is repeated only if it is plain, which means that it consists of words, of a few
-// short numbers and of punctuation, and that it contains no part of a secret. Otherwise only its
-// length is reported. Nil, and the zero value, have no secrets: every text is plain.
+// any encoding: percent, JSON, HTML, base64, base32, hexadecimal, truncated, or in several lines. So
+// a text of the peer is repeated only if it is plain, which means that it consists of words, of a
+// few numbers, of one timestamp and of punctuation, and that it contains no part of a secret.
+// Otherwise only its length is reported. Nil, and the zero value, have no secrets: every text is
+// plain.
 type Secrets struct {
 	values []string
 	forms  []form
@@ -47,6 +49,9 @@ func New(values ...string) *Secrets {
 		for before := range 3 { // base64 has groups of three bytes, in which a secret may begin anywhere
 			s.add(base64.StdEncoding.EncodeToString([]byte("  "[:before]+value)), minPart)
 		}
+		for before := range 5 { // base32 has groups of five
+			s.add(base32.StdEncoding.EncodeToString([]byte("    "[:before]+value)), minPart)
+		}
 	}
 	return s
 }
@@ -58,8 +63,11 @@ func (s *Secrets) add(spelling string, part int) {
 }
 
 var (
-	word   = regexp.MustCompile(`^(\p{Lu}?\p{Ll}{0,23}[0-9]{0,2}|[A-Z]{2,5})$`)
-	number = regexp.MustCompile(`^[0-9]{1,5}(ms|s|m|h|kB|MB|GB|KiB|MiB|GiB)?$`)
+	// A word is lower-case, capitalised, upper-case, or several of these at once, as in WebSocket.
+	word   = regexp.MustCompile(`^(\p{Lu}?\p{Ll}{0,23}[0-9]{0,3}|\p{Lu}{0,5}\p{Ll}{2,15}(\p{Lu}\p{Ll}{2,15}){0,4}(ID|I[ds])?|[A-Z]{2,24})$`)
+	number = regexp.MustCompile(`^([0-9]{1,5}|[1-9][0-9]{5,8})(ms|s|m|h|kB|MB|GB|KiB|MiB|GiB)?$`)
+
+	timestamp = regexp.MustCompile(`\b20[0-9]{2}-[01][0-9]-[0-3][0-9][T ][0-2][0-9]:[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-][0-9]{2}:?[0-9]{2})?\b`)
 )
 
 // maxDigits is the maximum number of digits in a plain text: a date with a number, but not the
@@ -71,8 +79,12 @@ func (s *Secrets) Plain(text string) bool {
 	if s == nil || len(s.values) == 0 {
 		return true
 	}
+	words := text
+	if at := timestamp.FindStringIndex(text); at != nil {
+		words = text[:at[0]] + " " + text[at[1]:]
+	}
 	digits := 0
-	for _, c := range text {
+	for _, c := range words {
 		if unicode.IsDigit(c) {
 			digits++
 		}
@@ -80,7 +92,7 @@ func (s *Secrets) Plain(text string) bool {
 	if digits > maxDigits {
 		return false
 	}
-	for piece := range strings.FieldsFuncSeq(text, isPunctuation) {
+	for piece := range strings.FieldsFuncSeq(words, isPunctuation) {
 		if !word.MatchString(piece) && !number.MatchString(piece) {
 			return false
 		}
@@ -120,7 +132,7 @@ func share(a, b string, n int) bool {
 }
 
 func isPunctuation(r rune) bool {
-	return unicode.IsSpace(r) || strings.ContainsRune(".,:;!?'\"()[]<>-_/|*…\uFFFD", r)
+	return unicode.IsSpace(r) || strings.ContainsRune(".,:;!?'\"`()[]{}<>-_/|*…\uFFFD", r)
 }
 
 func lettersAndDigits(text string) string {

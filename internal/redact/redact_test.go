@@ -22,6 +22,11 @@ func TestPlainTextIsRepeated(t *testing.T) {
 		"Client sent an HTTP request to an HTTPS server.", "Overloaded: closed sessions are still draining.", "taken over by a newer connection of the same client",
 		"upstream connect error or disconnect/reset before headers. reset reason: connection termination", "no healthy upstream", "404 page not found",
 		"order 17 of 2026-11-30 has no customer", "could not be delivered", "timed out after 30s", "Das Konto ist gelöscht",
+		`{"type":"about:blank","title":"Unauthorized","status":401,"detail":"The access token expired","instance":"/cryo"}`,
+		`{"timestamp":"2026-11-30T04:10:11.123+00:00","status":404,"error":"Not Found","path":"/cryo"}`, `{"statusCode":401,"error":"Unauthorized","message":"Invalid token"}`,
+		`{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","code":401}`, "UNAUTHENTICATED", "RST_STREAM closed stream. HTTP/2 error code: PROTOCOL_ERROR",
+		"WebSocket idle timeout exceeded", "Missing or invalid Sec-WebSocket-Key header", "x448: not implemented", "Expected OAuth 2 access token", "JSONDecodeError", "read ECONNRESET",
+		"payload too large: 17000000 bytes", "NullPointerException", "violates unique constraint `events_pkey`", "missing userId", "token expired at 2026-11-30T04:00:00Z",
 	} {
 		require.True(t, s.Plain(text), text)
 		require.Equal(t, text, s.Text(text))
@@ -32,7 +37,7 @@ func TestTextThatMayHoldASecretIsRedacted(t *testing.T) {
 	s := redact.New(secret, "correct horse", "s3c", "4815162342")
 	for _, text := range []string{
 		"nothing at /?authorization=Bearer+x", "a=b", "100%", "back\\slash", "Tom & Jerry", "Q29ycmVjdA", "deadbeef42cafe", "it is correct, horse", "s3c",
-		"48151 62342", "correct-horse", "CORRECT HORSE", "a word of aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "1 2 3 4 5 6 7 8 9 10 11", "cXV4Cg", "0123456",
+		"48151 62342", "correct-horse", "CORRECT HORSE", "a word of aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "1 2 3 4 5 6 7 8 9 10 11", "cXV4Cg", "0123456", "2026-11-30T04:00:00Z and 2026-11-30T04:00:01Z", "ONSWG4TFOQ", "aBcDeF", "AbCdEf", "17000000 > 16777216",
 	} {
 		require.False(t, s.Plain(text), text)
 		require.Equal(t, fmt.Sprintf("(redacted: %d bytes)", len(text)), s.Text(text))
