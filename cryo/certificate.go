@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,7 +67,7 @@ func verificationText(err error, secrets *redact.Secrets) string {
 func names(cert *x509.Certificate) string {
 	all := cert.DNSNames
 	for _, ip := range cert.IPAddresses {
-		all = append(all[:len(all):len(all)], ip.String())
+		all = append(slices.Clip(all), ip.String())
 	}
 	return strings.Join(all, ", ")
 }

@@ -2,6 +2,8 @@ package jwks
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +12,7 @@ import (
 	"net/netip"
 	"net/url"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -74,18 +77,27 @@ func (s *Sources) Source(address string) (*Source, error) {
 	return source, nil
 }
 
+// proxy returns the proxy of the environment. Its error does not contain the proxy's password.
+func proxy(r *http.Request) (*url.URL, error) {
+	via, err := http.ProxyFromEnvironment(r)
+	if err != nil {
+		return nil, urlError("choosing a proxy failed: check HTTPS_PROXY and HTTP_PROXY")
+	}
+	return via, nil
+}
+
 // NewClient returns a client that uses the proxy of the environment, and follows redirects only
 // to URLs that Source accepts, and not from https to http. It keeps no connections, because
 // fetches are rare.
 func NewClient() *http.Client {
 	return &http.Client{
-		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, ForceAttemptHTTP2: true},
+		Transport: &http.Transport{Proxy: proxy, DisableKeepAlives: true, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 64 << 10},
 		CheckRedirect: func(r *http.Request, via []*http.Request) error {
 			if len(via) >= 3 {
-				return errors.New("more than 3 redirects")
+				return urlError("more than 3 redirects")
 			}
 			if via[len(via)-1].URL.Scheme == "https" && r.URL.Scheme != "https" {
-				return errors.New("redirect from https to http")
+				return urlError("redirect from https to http")
 			}
 			return checkURL(r.URL)
 		},
@@ -98,7 +110,7 @@ func checkURL(u *url.URL) error {
 		loopback = ip.IsLoopback()
 	}
 	if u.Host == "" || u.Scheme != "https" && (u.Scheme != "http" || !loopback) {
-		return errors.New("the URL of the key set must be https://, or http:// to a loopback address")
+		return urlError("the URL of the key set must be https://, or http:// to a loopback address")
 	}
 	return nil
 }
@@ -171,7 +183,7 @@ func (s *Source) load() (Set, error) {
 	r.Header.Set("Accept", "application/jwk-set+json, application/json")
 	response, err := s.client.Do(r)
 	if err != nil {
-		return nil, failed(err)
+		return nil, withoutSecrets(err)
 	}
 	defer func() { _ = response.Body.Close() }()
 	if response.StatusCode != http.StatusOK {
@@ -180,7 +192,7 @@ func (s *Source) load() (Set, error) {
 	text, err := io.ReadAll(io.LimitReader(response.Body, maxSetBytes+1))
 	switch {
 	case err != nil:
-		return nil, failed(err)
+		return nil, withoutSecrets(err)
 	case len(text) > maxSetBytes:
 		return nil, fmt.Errorf("the key set is larger than %d bytes", maxSetBytes)
 	default:
@@ -188,13 +200,36 @@ func (s *Source) load() (Set, error) {
 	}
 }
 
-// failed returns an error without the URL, whose query may be secret.
-func failed(err error) error {
+// urlError is an error of a URL or a proxy, whose text contains no part of it.
+type urlError string
+
+func (e urlError) Error() string { return string(e) }
+
+// withoutSecrets returns an error without the URL, whose query may be secret. It also leaves out
+// what the server or a proxy has sent, because they may repeat the URL or the proxy's password.
+func withoutSecrets(err error) error {
 	if failed, ok := errors.AsType[*url.Error](err); ok {
 		err = failed.Err
 	}
 	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
 		return fmt.Errorf("timed out after %v", fetchTimeout)
 	}
-	return err
+	_, isOurs := errors.AsType[urlError](err)
+	_, isSystem := errors.AsType[syscall.Errno](err)
+	_, isDNS := errors.AsType[*net.DNSError](err)
+	_, isCertificate := errors.AsType[*tls.CertificateVerificationError](err)
+	_, isUnknown := errors.AsType[x509.UnknownAuthorityError](err)
+	wrong, isHost := errors.AsType[x509.HostnameError](err)
+	switch {
+	case isOurs, isSystem, isDNS, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return err
+	case isUnknown:
+		return errors.New("its certificate is signed by an unknown authority")
+	case isHost:
+		return fmt.Errorf("its certificate is not valid for %s", wrong.Host)
+	case isCertificate:
+		return errors.New("its certificate is invalid, or has expired")
+	default:
+		return errors.New("its response is malformed, or the proxy denied the connection (the reason may contain a secret of the URL or of the proxy)")
+	}
 }

@@ -256,3 +256,35 @@ func TestRedirectsDoNotLeaveHTTPS(t *testing.T) {
 	require.NoError(t, err)
 	require.ErrorContains(t, check(source, good.sign(t, `{}`)), "redirect from https to http")
 }
+
+func TestFailedFetchRepeatsNoSecret(t *testing.T) {
+	good := newKey(t, "1", jose.ES256)
+	const query = "/keys?api-key=s3cret-0123456789"
+	for name, reply := range map[string]string{
+		"for the response": "nothing at %s\r\n\r\n", "in a header": "HTTP/1.1 200 OK\r\nno header at %s\r\n\r\n",
+		"for a length": "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", "in a redirect": "HTTP/1.1 302 Found\r\nLocation: http://[%s\r\n\r\n",
+		"at length": "HTTP/1.1 200 OK\r\n" + strings.Repeat("x", 32<<10) + "%s\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				c, _, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_, _ = io.WriteString(c, strings.ReplaceAll(reply, "%s", r.RequestURI))
+				_ = c.Close()
+			}))
+			defer server.Close()
+			var sources jwks.Sources
+			for _, path := range []string{query, "/keys"} {
+				source, err := sources.Source(server.URL + path)
+				require.NoError(t, err)
+				err = check(source, good.sign(t, `{}`))
+				require.ErrorContains(t, err, "cannot fetch the key set from 127.0.0.1:")
+				require.NotContains(t, err.Error(), "s3cret")
+				require.Less(t, len(err.Error()), 400)
+			}
+		})
+	}
+}
