@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -95,12 +96,18 @@ func readFiles(paths []string) (contents [][]byte, sums [][sha256.Size]byte, err
 	return contents, sums, nil
 }
 
+// fileTimeout bounds the reading of a file that is a pipe.
+const fileTimeout = 2 * time.Second
+
+// readFile does not wait for a writer of a named pipe, nor for long for one that writes nothing,
+// because attempts to connect and clients wait for it.
 func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()
+	_ = file.SetReadDeadline(time.Now().Add(fileTimeout)) // regular files have none
 	content, err := io.ReadAll(io.LimitReader(file, maxFile+1))
 	if err == nil && len(content) > maxFile {
 		err = fmt.Errorf("%s is larger than 1 MiB", path)

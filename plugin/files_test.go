@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -332,4 +334,20 @@ func TestRenewedCertificateWithTheSameTimeAndSizeIsServed(t *testing.T) {
 		time.Sleep(filesInterval)
 		require.Equal(t, "other", e.served(t, ca.trusting()))
 	})
+}
+
+func TestTokenFileThatIsAPipeDelaysNothing(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no named pipes in the file system")
+	}
+	file := filepath.Join(t.TempDir(), "token")
+	require.NoError(t, exec.CommandContext(t.Context(), "mkfifo", file).Run())
+	_, err := readFile(file)
+	require.NoError(t, err, "nobody writes")
+
+	writer, err := os.OpenFile(file, os.O_RDWR, 0)
+	require.NoError(t, err)
+	defer writer.Close()
+	_, err = readFile(file)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 }
