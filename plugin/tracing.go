@@ -98,7 +98,8 @@ const tracerName = "redpanda-connect"
 // failed logs that the mapping of a field has failed.
 func (t *tracing) failed(field string, err error) {
 	if log, ok := t.log.allow(); ok {
-		log.With("field", field, "error", err).Warn("Message has no span")
+		// The text may repeat a value of any size.
+		log.With("field", field, "error", fmt.Sprintf("%.1000v", err)).Warn("Message has no span")
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -210,5 +211,17 @@ func TestTracingPreservesTheConnectionTest(t *testing.T) {
 		require.NoError(t, err)
 		require.NotEqual(t, service.BatchOutput(out), tracedOut)
 		require.Equal(t, service.ConnectionTestSucceeded().AsList(), tracedOut.(service.ConnectionTestable).ConnectionTest(t.Context()))
+	})
+}
+
+func TestErrorOfATracingMappingIsTruncated(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "extract_tracing_map: 'root = this.trace.keys()'"), toProbe)
+		e.deliverAll()
+		send(e.dial(), `{"trace":"`+strings.Repeat("x", 1<<20)+`"}`).wantAcked(t, "delivered")
+		e.log.want(t, "WARN Message has no span", "expected object value, got string")
+		for _, line := range e.log.all() {
+			require.Less(t, len(line), 2000)
+		}
 	})
 }
