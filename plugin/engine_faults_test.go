@@ -2,6 +2,8 @@ package plugin
 
 import (
 	"context"
+	"io"
+	"strings"
 	"testing"
 	"time"
 
@@ -115,6 +117,38 @@ func TestEngineDropsABatchReadDuringAStop(t *testing.T) {
 		require.Empty(t, e.probe.arrivals, mended)
 		require.Empty(t, in.acknowledged, mended)
 	})
+}
+
+func TestEngineScannersLoseDataWithoutAnError(t *testing.T) {
+	for _, tt := range []struct {
+		scanner, stream string
+		want            []string
+		mended          string
+	}{
+		{"json_array", "[1,2", []string{"1", "2"}, "the scan of a stream may accept an error that wraps io.EOF as its end"},
+		{"csv", "a,b\r1,2\r", nil, "checkHeader need not look for CR"},
+		{"csv", "a,a\n1,2\n", []string{`{"a":"2"}`}, "checkHeader need not look for names that occur twice"},
+	} {
+		creator, err := makeScanner(service.GlobalEnvironment().Clone(), map[string]any{tt.scanner: map[string]any{}})
+		require.NoError(t, err)
+		mended := "the engine is mended: " + tt.mended
+		s, err := creator.Create(io.NopCloser(strings.NewReader(tt.stream)), func(context.Context, error) error { return nil }, service.NewScannerSourceDetails())
+		require.NoError(t, err, mended)
+		var texts []string
+		for {
+			batch, _, err := s.NextBatch(t.Context())
+			if err != nil {
+				require.ErrorIs(t, err, io.EOF, mended)
+				break
+			}
+			text, err := batch[0].AsBytes()
+			require.NoError(t, err)
+			texts = append(texts, string(text))
+		}
+		require.Equal(t, tt.want, texts, mended)
+		require.NoError(t, s.Close(t.Context()))
+		require.NoError(t, creator.Close(t.Context()))
+	}
 }
 
 func TestEnginePanicsWhenATracingMapDeletesRoot(t *testing.T) {

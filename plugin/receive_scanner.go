@@ -20,7 +20,8 @@ import (
 // prevent a client from crashing the process: a panic of a scanner becomes an error of the
 // stream, and a message of a stream is limited to max_bytes. Without that limit, a few kilobytes
 // of compressed data, a sparse file in an archive, or a row of CSV with a quote that is never
-// closed, could become a message that exhausts the memory.
+// closed, could become a message that exhausts the memory. The scanner csv is replaced, because the
+// engine's loses data without an error.
 
 // scanner is the scanner that is configured for the streams of an input.
 type scanner struct {
@@ -207,8 +208,8 @@ func (s *openScanner) Close(ctx context.Context) (err error) {
 }
 
 // boundedScanner creates a scanner in an environment in which decompress and tar, at any depth
-// of the configuration, return no message that is much larger than maxBytes. If maxBytes is 0,
-// there is no limit.
+// of the configuration, return no message that is much larger than maxBytes, and csv loses no
+// data. If maxBytes is 0, there is no limit.
 func boundedScanner(config any, maxBytes int64) (*service.OwnedScannerCreator, error) {
 	if maxBytes == 0 {
 		maxBytes = math.MaxInt64
@@ -216,6 +217,11 @@ func boundedScanner(config any, maxBytes int64) (*service.OwnedScannerCreator, e
 	env := service.GlobalEnvironment().Clone()
 	if err := env.RegisterBatchScannerCreator(scannerTar, service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.BatchScannerCreator, error) {
 		return tarScanners{maxBytes}, nil
+	}); err != nil {
+		return nil, err
+	}
+	if err := env.RegisterBatchScannerCreator(scannerCSV, csvSpec(), func(conf *service.ParsedConfig, _ *service.Resources) (service.BatchScannerCreator, error) {
+		return csvScannersFromParsed(conf)
 	}); err != nil {
 		return nil, err
 	}

@@ -257,7 +257,7 @@ func (f *sessionFeed) scan(t *transfer) error {
 		if err == nil {
 			err = readerFailed(batch)
 		}
-		if err != nil && !errors.Is(err, io.EOF) {
+		if err != nil && err != io.EOF { //nolint:errorlint // json_array wraps io.EOF if the array is truncated
 			return f.scannerError(err)
 		}
 		if deliver != nil && !deliver() {

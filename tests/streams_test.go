@@ -88,10 +88,12 @@ func TestRowsOfACSVStreamBecomeJSON(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "rows.jsonl")
 	p := example(t, "csv_stream_to_json.yaml", "FILE="+path)
 	s := testkit.Dial(t, p.Listening())
-	require.NoError(t, testkit.Next(t, testkit.SendStream(s, "fruit.csv", strings.NewReader("name,taste\napple,sweet\n\"lemon, green\",\"very\nsour\"\n"))))
+	require.NoError(t, testkit.Next(t, testkit.SendStream(s, "fruit.csv", strings.NewReader("\uFEFF\"name\",taste\r\napple,sweet\n\"lemon, green\",\"very\nsour\"\n"))))
 	rows := strings.Split(strings.TrimSuffix(testkit.ReadFile(t, path), "\n"), "\n")
 	require.ElementsMatch(t, []string{`{"name":"apple","taste":"sweet"}`, `{"name":"lemon, green","taste":"very\nsour"}`}, rows,
 		"acknowledged rows are in the file")
+	require.Error(t, testkit.Next(t, testkit.SendStream(s, "old.csv", strings.NewReader("name,taste\rapple,sweet\r"))), "no row is in the file")
+	p.WantLog("Stream failed", "convert them to LF")
 	p.Interrupt()
 }
 
