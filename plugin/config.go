@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -309,12 +310,20 @@ func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*se
 		if _, reported := errors.AsType[*fieldError](err); reported {
 			return nil
 		}
-		if _, isFile := errors.AsType[*fs.PathError](err); isFile && !errors.Is(err, syscall.EINVAL) { // no machine has a path with a zero byte
+		if _, isFile := errors.AsType[*fs.PathError](err); isFile && !errors.Is(err, syscall.EINVAL) && !filesRequired.Load() { // no machine has a path with a zero byte
 			return nil // the file may exist on another machine, where the configuration runs
 		}
 		return err
 	}
 }
+
+var filesRequired atomic.Bool
+
+// RequireFiles makes lint report files that cannot be read, such as those of the field tls, for the
+// rest of the process. Otherwise lint accepts them, because the configuration may run on another
+// machine. Call it when the pipelines of a process have started: the engine lints a changed
+// configuration before it ends the running pipeline, and builds the new one afterwards.
+func RequireFiles() { filesRequired.Store(true) }
 
 // readMapping reads an optional field that is a Bloblang mapping. It returns nil if the field
 // is not set. The engine's lint reports syntax errors.

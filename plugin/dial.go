@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"net/url"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -147,6 +150,27 @@ func withHint(failed *cryo.RetryError) error {
 	}
 }
 
+// withTestHint adds advice for the user to the error of a connection test.
+func withTestHint(err error) error {
+	var denied *cryo.HandshakeError
+	var name *net.DNSError
+	var network net.Error
+	switch {
+	case errors.Is(err, cryo.ErrUnauthorized):
+		return fmt.Errorf("%w (check the field %s)", err, fieldToken)
+	case errors.As(err, &denied) && denied.StatusCode == http.StatusNotFound:
+		return fmt.Errorf("%w (check the path of the field %s)", err, fieldURL)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w (unreachable: nothing listens there)", err)
+	case errors.As(err, &name):
+		return fmt.Errorf("%w (check the host of the field %s)", err, fieldURL)
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.As(err, &network) && network.Timeout():
+		return fmt.Errorf("%w (unreachable: check the address, and firewalls on the way)", err)
+	default:
+		return err
+	}
+}
+
 // close closes the client within closeTime. It also waits for a session that is already ending,
 // because the session may still write acknowledgements.
 func (d *dialer) close(ctx context.Context) error {
@@ -165,7 +189,7 @@ func (d *dialer) test(ctx context.Context) service.ConnectionTestResults {
 	}
 	s, err := cryo.Dial(ctx, d.url, &opts)
 	if err != nil {
-		return service.ConnectionTestFailed(err).AsList()
+		return service.ConnectionTestFailed(withTestHint(err)).AsList()
 	}
 	if err := s.Close(ctx, "connection test"); err != nil {
 		return service.ConnectionTestFailed(err).AsList()

@@ -107,7 +107,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 func (ln *listener) start() error {
 	socket, err := ln.listen("tcp", ln.settings.Address)
 	if err != nil {
-		return withOpenFilesHint(err)
+		return withListenHint(err)
 	}
 	down, served := make(chan struct{}), make(chan struct{})
 	ln.mu.Lock()
@@ -137,7 +137,7 @@ func (ln *listener) serve(socket net.Listener, down chan struct{}) {
 	if errors.Is(err, http.ErrServerClosed) {
 		return
 	}
-	ln.log.With("address", socket.Addr(), "error", withOpenFilesHint(err)).Error("Listener failed: listening again; sessions stay connected")
+	ln.log.With("address", socket.Addr(), "error", withListenHint(err)).Error("Listener failed: listening again; sessions stay connected")
 	close(down)
 }
 
@@ -160,11 +160,25 @@ func (ln *listener) isDown() bool {
 // openFilesHint is advice for when the process has no free file descriptor.
 const openFilesHint = "raise the limit of open files of the process (ulimit -n)"
 
-func withOpenFilesHint(err error) error {
-	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+// withListenHint adds advice for the user to the error of opening a listener's socket.
+func withListenHint(err error) error {
+	var hint string
+	var name *net.DNSError
+	switch {
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		return fmt.Errorf("%w: %s", err, openFilesHint)
+	case errors.Is(err, syscall.EADDRINUSE):
+		hint = "another process listens there: end it, or use another port"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		hint = "this machine has no such address: use one of its own, or 0.0.0.0 for all of them"
+	case errors.Is(err, syscall.EACCES):
+		hint = "the process must not use this port: use one from 1024 on, or grant CAP_NET_BIND_SERVICE"
+	case errors.As(err, &name):
+		hint = "use a name that this machine can resolve, or an IP address"
+	default:
+		return err
 	}
-	return err
+	return fmt.Errorf("field %s: %w: %s", fieldAddress, err, hint)
 }
 
 // ServeHTTP serves the configured path and returns 404 for all others. That is logged and counted

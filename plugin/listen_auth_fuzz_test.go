@@ -43,7 +43,7 @@ func FuzzAdmission(f *testing.F) {
 		require.NoError(f, err)
 		in, err := newServerInput(conf, conf.Resources())
 		require.NoError(f, err)
-		require.NoError(f, dependencies{}.buildProcessors(conf, in.serverComponent))
+		require.NoError(f, dependencies{}.complete(conf, in.serverComponent))
 		components = append(components, in.serverComponent)
 	}
 	for _, header := range []string{headerXForwardedFor, headerForwarded} {

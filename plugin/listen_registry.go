@@ -128,7 +128,7 @@ func (l *listeners) test(c *serverComponent) error {
 	}
 	socket, err := l.listen("tcp", address)
 	if err != nil {
-		return withOpenFilesHint(err)
+		return withListenHint(err)
 	}
 	return socket.Close()
 }

@@ -77,7 +77,7 @@ func (d dependencies) serverInput(conf *service.ParsedConfig, res *service.Resou
 	if err != nil {
 		return nil, err
 	}
-	return extracting, d.buildProcessors(conf, in.serverComponent)
+	return extracting, d.complete(conf, in.serverComponent)
 }
 
 func (d dependencies) output(conf *service.ParsedConfig, res *service.Resources) (service.BatchOutput, service.BatchPolicy, int, error) {
@@ -99,13 +99,15 @@ func (d dependencies) serverOutput(conf *service.ParsedConfig, res *service.Reso
 	if err != nil {
 		return nil, policy, 0, err
 	}
-	return traced, policy, maxInFlight, d.buildProcessors(conf, out.serverComponent)
+	return traced, policy, maxInFlight, d.complete(conf, out.serverComponent)
 }
 
-// buildProcessors builds the processors of a component that will be closed.
-func (d dependencies) buildProcessors(conf *service.ParsedConfig, c *serverComponent) error {
+// complete builds the processors of a component that will be closed. For lint, it loads the files
+// that Connect loads.
+func (d dependencies) complete(conf *service.ParsedConfig, c *serverComponent) error {
 	if d.lint {
-		return nil
+		_, err := c.settings.tlsSettings.watch(c.log)
+		return err
 	}
 	return c.processors.build(conf, c.settings.HandshakeTimeout)
 }

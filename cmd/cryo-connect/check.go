@@ -15,11 +15,21 @@ import (
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/urfave/cli/v2"
+	"gopkg.in/yaml.v3"
+
+	"github.com/cryo-connect/cryo-connect/plugin"
 )
 
+// The engine's flags of the command run that check has, too. The engine reads those that precede
+// the command, except for flagSet and flagResources.
 const (
+	flagConfig    = "config" // only before the command
+	flagEnvFile   = "env-file"
 	flagResources = "resources"
-	flagTimeout   = "timeout"
+	flagSet       = "set"
+	flagTemplates = "templates"
+
+	flagTimeout = "timeout"
 )
 
 // checkCommand returns the command check, which lints configurations and tests their
@@ -27,28 +37,46 @@ const (
 func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
 	return &cli.Command{
 		Name:      "check",
-		Usage:     "Lint configurations and test their connections, without running them",
+		Usage:     "Lint configurations, and test their files, addresses and connections, without running them",
 		ArgsUsage: "config.yaml…",
-		Description: `Lints each configuration, connects each of its inputs and outputs that supports a connection test, and
-closes the connections. No message is sent, and no received message is acknowledged or rejected.
-Each result is one line; the exit code is 1 if any of them is a failure:
+		Description: `Lints each configuration, reads the files that its Cryo components name, connects each of its inputs and
+outputs that supports a connection test, and closes the connections. No message is sent, and no received
+message is acknowledged or rejected. Each result is one line; the exit code is 1 if any of them is a failure:
 
   cryo-connect check pipeline.yaml
-  cryo-connect check -r resources.yaml pipeline.yaml`,
+  cryo-connect check -e .env --set input.label=feed -r "resources/*.yaml" pipeline.yaml`,
 		Flags: []cli.Flag{
+			&cli.StringSliceFlag{Name: flagEnvFile, Aliases: []string{"e"}, Usage: "import environment variables from a dotenv file, as for run"},
 			&cli.StringSliceFlag{Name: flagResources, Aliases: []string{"r"}, Usage: "a file with resources, or a glob pattern of such files, as for run"},
+			&cli.StringSliceFlag{Name: flagSet, Aliases: []string{"s"}, Usage: "set a field of the configurations, such as input.label=feed, as for run"},
+			&cli.StringSliceFlag{Name: flagTemplates, Aliases: []string{"t"}, Usage: "a file with a template, or a glob pattern of such files, as for run"},
 			&cli.DurationFlag{Name: flagTimeout, Value: 30 * time.Second, Usage: "the maximum duration of the tests of one configuration"},
 		},
 		Action: func(c *cli.Context) error {
-			if c.NArg() == 0 {
+			files := c.Args().Slice()
+			if file := c.String(flagConfig); file != "" {
+				files = append(files, file)
+			}
+			if len(files) == 0 {
 				return cli.Exit("missing argument: a configuration file, for example: cryo-connect check pipeline.yaml", 1)
 			}
-			resources, err := service.Globs(service.OSFS(), c.StringSlice(flagResources)...)
-			if err != nil {
-				return cli.Exit(fmt.Errorf("resources: %w", err), 1)
+			if err := setEnvironment(c.StringSlice(flagEnvFile)); err != nil {
+				return flagFailed(flagEnvFile, err)
 			}
-			k := checker{out: c.App.Writer, schema: schema(), resources: resources}
-			for _, file := range c.Args().Slice() {
+			if err := registerTemplates(schema().Environment(), c.StringSlice(flagTemplates)); err != nil {
+				return flagFailed(flagTemplates, err)
+			}
+			resources, err := service.Globs(service.OSFS(), stringsOf(c, flagResources)...)
+			if err != nil {
+				return flagFailed(flagResources, err)
+			}
+			overrides, err := parseOverrides(stringsOf(c, flagSet))
+			if err != nil {
+				return flagFailed(flagSet, err)
+			}
+			plugin.RequireFiles()
+			k := checker{out: c.App.Writer, schema: schema(), resources: resources, overrides: overrides}
+			for _, file := range files {
 				ctx, cancel := context.WithTimeout(c.Context, c.Duration(flagTimeout))
 				k.check(ctx, file)
 				cancel()
@@ -61,12 +89,136 @@ Each result is one line; the exit code is 1 if any of them is a failure:
 	}
 }
 
+// flagFailed returns the error of a flag as a single line, with which the process exits.
+func flagFailed(flag string, err error) error {
+	return cli.Exit(fmt.Sprintf("--%s: %s", flag, singleLine(err.Error())), 1)
+}
+
+// stringsOf returns the values of a flag that may precede the command. As for run, those behind the
+// command replace those before it.
+func stringsOf(c *cli.Context, flag string) []string {
+	for _, c := range c.Lineage() {
+		if values := c.StringSlice(flag); len(values) > 0 {
+			return values
+		}
+	}
+	return nil
+}
+
+// setEnvironment sets the environment variables of dotenv files.
+func setEnvironment(patterns []string) error {
+	return readEach(patterns, func(content []byte) error {
+		variables, err := service.ParseEnvFile(content)
+		if err != nil {
+			return err
+		}
+		for name, value := range variables {
+			if err := os.Setenv(name, value); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// registerTemplates lints templates and adds them to an environment.
+func registerTemplates(env *service.Environment, patterns []string) error {
+	return readEach(patterns, func(content []byte) error {
+		lints, err := env.NewStreamTemplateTester().LintYAML(content)
+		if err != nil {
+			return err
+		}
+		if len(lints) > 0 {
+			return joinLints(lints)
+		}
+		return env.RegisterTemplateYAML(string(content))
+	})
+}
+
+// readEach calls f with the content of each file that a pattern matches.
+func readEach(patterns []string, f func(content []byte) error) error {
+	paths, err := service.Globs(service.OSFS(), patterns...)
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if err := f(content); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// override is a field that --set sets.
+type override struct {
+	path  []string
+	value *yaml.Node
+}
+
+// parseOverrides reads expressions such as input.label=feed.
+func parseOverrides(expressions []string) ([]override, error) {
+	var overrides []override
+	for _, expression := range expressions {
+		path, text, _ := strings.Cut(expression, "=")
+		if path == "" || text == "" {
+			return nil, errors.New("must be of the form path=value") // the text may be a secret
+		}
+		var value yaml.Node
+		if err := yaml.Unmarshal([]byte(text), &value); err != nil || len(value.Content) == 0 {
+			return nil, fmt.Errorf("the value of %s is not YAML", path)
+		}
+		overrides = append(overrides, override{strings.Split(path, "."), value.Content[0]})
+	}
+	return overrides, nil
+}
+
+// setPath sets the value at a path below a node. Missing objects and lists are added. An element of a
+// list is identified by its index; - adds one.
+func setPath(node *yaml.Node, path []string, value *yaml.Node) error {
+	if len(path) == 0 {
+		*node = *value
+		return nil
+	}
+	name := path[0]
+	if name == "-" && node.Kind == 0 {
+		*node = yaml.Node{Kind: yaml.SequenceNode}
+	}
+	switch node.Kind {
+	case yaml.SequenceNode:
+		if name == "-" {
+			node.Content = append(node.Content, &yaml.Node{})
+			return setPath(node.Content[len(node.Content)-1], path[1:], value)
+		}
+		index, err := strconv.Atoi(name)
+		if err != nil || index < 0 || index >= len(node.Content) {
+			return fmt.Errorf("%s is not an index of a list of %d elements", name, len(node.Content))
+		}
+		return setPath(node.Content[index], path[1:], value)
+	case yaml.MappingNode:
+		for i := 0; i+1 < len(node.Content); i += 2 {
+			if node.Content[i].Value == name {
+				return setPath(node.Content[i+1], path[1:], value)
+			}
+		}
+	default:
+		*node = yaml.Node{Kind: yaml.MappingNode}
+	}
+	added := &yaml.Node{}
+	node.Content = append(node.Content, &yaml.Node{Kind: yaml.ScalarNode, Value: name}, added)
+	return setPath(added, path[1:], value)
+}
+
 // checker checks configurations one after the other, and prints the results.
 type checker struct {
 	out       io.Writer
 	schema    *service.ConfigSchema
 	resources []string // paths of resource files
-	failed    bool     // whether any result is a failure
+	overrides []override
+	failed    bool // whether any result is a failure
 }
 
 // check lints one configuration, tests its connections and prints the results.
@@ -106,18 +258,29 @@ func byPath(a, b *service.ConnectionTestResult) int {
 // build builds the pipeline of a configuration without starting it.
 func (k *checker) build(file string) (*service.Stream, error) {
 	config, err := k.read(file)
+	lookup := lookupEnv
+	if err == nil && len(k.overrides) > 0 {
+		config, err = k.override(config)
+		lookup = keepVariable
+	} else if err == nil {
+		err = k.lint(config)
+	}
 	if err != nil {
 		return nil, err
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
-	builder.SetEnvVarLookupFunc(func(name string) (string, bool) { return lookupEnv(context.Background(), name) })
 	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are reported as results
+	setLookup(builder, lookup)
 	if err := builder.SetYAML(config); err != nil {
 		return nil, err
 	}
+	setLookup(builder, lookupEnv)
 	for _, file := range k.resources {
 		more, err := k.read(file)
+		if err == nil {
+			err = k.lint(more)
+		}
 		if err == nil {
 			err = builder.AddResourcesYAML(more)
 		}
@@ -128,21 +291,97 @@ func (k *checker) build(file string) (*service.Stream, error) {
 	return builder.Build()
 }
 
-// read reads and lints a file. It returns the lint errors joined.
-func (k *checker) read(file string) (string, error) {
-	config, err := os.ReadFile(file)
+func (*checker) read(file string) (string, error) {
+	content, err := os.ReadFile(file)
+	return string(content), err
+}
+
+// lookup returns the value of an environment variable.
+type lookup = func(ctx context.Context, name string) (value string, ok bool)
+
+func setLookup(builder *service.StreamBuilder, lookup lookup) {
+	builder.SetEnvVarLookupFunc(func(name string) (string, bool) { return lookup(context.Background(), name) })
+}
+
+// keepVariable keeps what looks like a variable where variables have been replaced already.
+func keepVariable(_ context.Context, name string) (string, bool) { return "${" + name + "}", true }
+
+// lint returns the lint errors of a configuration, joined.
+func (k *checker) lint(config string) error {
+	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookupEnv).LintYAML([]byte(config))
+	if err != nil {
+		return err
+	}
+	return joinLints(lints)
+}
+
+// joinLints returns lint errors as joined errors.
+func joinLints(lints []service.Lint) error {
+	var errs []error
+	for _, l := range lints {
+		errs = append(errs, fmt.Errorf("line %d: %s", l.Line, l.What))
+	}
+	return errors.Join(errs...)
+}
+
+// override returns a configuration with the overrides, and without variables. As for run, the result
+// must pass lint, but the file need not.
+func (k *checker) override(config string) (string, error) {
+	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookupEnv).LintYAML([]byte(config))
 	if err != nil {
 		return "", err
 	}
-	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookupEnv).LintYAML(config)
+	for _, l := range lints {
+		if l.Type == service.LintMissingEnvVar {
+			return "", errors.New(l.What)
+		}
+	}
+	config, err = replaceVariables(config)
+	if err != nil {
+		return "", err
+	}
+	var root yaml.Node
+	if err := yaml.Unmarshal([]byte(config), &root); err != nil {
+		return "", err
+	}
+	if len(root.Content) == 0 { // an empty file
+		root = yaml.Node{Kind: yaml.DocumentNode, Content: []*yaml.Node{{}}}
+	}
+	for _, o := range k.overrides {
+		if err := setPath(root.Content[0], o.path, o.value); err != nil {
+			return "", fmt.Errorf("--%s %s: %w", flagSet, strings.Join(o.path, "."), err)
+		}
+	}
+	result, err := yaml.Marshal(&root)
+	if err != nil {
+		return "", err
+	}
+	lints, err = k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(keepVariable).LintYAML(result)
 	if err != nil {
 		return "", err
 	}
 	var errs []error
 	for _, l := range lints {
-		errs = append(errs, fmt.Errorf("line %d: %s", l.Line, l.What))
+		errs = append(errs, fmt.Errorf("with --%s: %s", flagSet, l.What)) // its line is not one of the file
 	}
-	return string(config), errors.Join(errs...)
+	return string(result), errors.Join(errs...)
+}
+
+// replaceVariables replaces the environment variables in a text. The engine does so only in YAML that
+// it parses, so the text becomes the value of a field.
+func replaceVariables(text string) (string, error) {
+	const field, indent = "text", "\n  "
+	querier := service.NewEmptyEnvironment().CoreConfigSchema("", "").Field(service.NewStringField(field)).NewConfigQuerier()
+	querier.SetEnvVarLookupFunc(lookupEnv)
+	parsed, err := querier.ParseYAML(field + ": |2+" + indent + strings.ReplaceAll(text, "\n", indent))
+	if err != nil {
+		return "", err
+	}
+	value, err := parsed.FieldAtPath(field)
+	if err != nil {
+		return "", err
+	}
+	return value.FieldString()
 }
 
 // report prints the result of a component's connection test.
@@ -162,11 +401,13 @@ func (k *checker) report(file string, r *service.ConnectionTestResult) {
 	}
 }
 
-// print writes a result about a file as a single line, even if the text contains line breaks.
+// print writes a result about a file as a single line.
 func (k *checker) print(file, format string, args ...any) {
-	line := strings.Join(strings.Fields(fmt.Sprintf(format, args...)), " ")
-	fmt.Fprintf(k.out, "%s: %s\n", file, line)
+	fmt.Fprintf(k.out, "%s: %s\n", file, singleLine(fmt.Sprintf(format, args...)))
 }
+
+// singleLine replaces each line break by a space.
+func singleLine(text string) string { return strings.Join(strings.Fields(text), " ") }
 
 // unjoin returns the errors that were joined into err, or err itself.
 func unjoin(err error) []error {

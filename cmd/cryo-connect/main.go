@@ -19,6 +19,7 @@ import (
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
 
 	"github.com/cryo-connect/cryo-connect/internal/ballast"
+	"github.com/cryo-connect/cryo-connect/plugin"
 )
 
 const (
@@ -60,6 +61,10 @@ func main() {
 		service.CLIOptOnConfigParse(func(conf *service.ParsedConfig) error {
 			return cmp.Or(api.checkConfig(conf), stop.configure(conf))
 		}),
-		service.CLIOptOnStreamStart(stop.watch),
+		service.CLIOptOnStreamStart(func(*service.RunningStreamSummary) error {
+			plugin.RequireFiles() // of configurations that replace running ones
+			stop.watch()
+			return nil
+		}),
 	)
 }

@@ -48,7 +48,7 @@ const engineTime = 100 * time.Millisecond
 //
 // A second signal ends the engine's shutdown_delay, but not the one here, because the engine may
 // miss it: sends must not be cancelled while the pipelines run.
-func (s *stopper) watch(*service.RunningStreamSummary) error {
+func (s *stopper) watch() {
 	go func() {
 		time.Sleep(engineTime)
 		signals := make(chan os.Signal, 1)
@@ -57,5 +57,4 @@ func (s *stopper) watch(*service.RunningStreamSummary) error {
 		time.Sleep(s.delay + s.timeout/ackFraction)
 		plugin.CancelSends(s.resources)
 	}()
-	return nil
 }
