@@ -17,6 +17,7 @@ import (
 	_ "github.com/redpanda-data/connect/v4/public/components/jaeger"
 	_ "github.com/redpanda-data/connect/v4/public/components/kafka"
 	_ "github.com/redpanda-data/connect/v4/public/components/prometheus"
+	"github.com/urfave/cli/v2"
 
 	"github.com/cryo-connect/cryo-connect/internal/ballast"
 	"github.com/cryo-connect/cryo-connect/plugin"
@@ -39,6 +40,7 @@ func main() {
 		return schema
 	}
 	var api streamsAPI
+	var watcher fileWatcher
 	var stop stopper
 
 	service.RunCLI(
@@ -49,7 +51,10 @@ func main() {
 		service.CLIOptSetDocumentationURL(documentationURL),
 		service.CLIOptAddCommand(checkCommand(schema)),
 		service.CLIOptAddCommand(probeCommand),
-		service.CLIOptCustomRunFlags(api.flags(), api.readFlags),
+		service.CLIOptCustomRunFlags(api.flags(), func(c *cli.Context) error {
+			watcher.readFlags(c)
+			return api.readFlags(c)
+		}),
 		service.CLIOptSetEnvVarLookup(lookupEnv),
 		service.CLIOptSetDefaultConfigPaths(
 			"cryo-connect.yaml",
@@ -63,6 +68,7 @@ func main() {
 		}),
 		service.CLIOptOnStreamStart(func(*service.RunningStreamSummary) error {
 			plugin.RequireFiles() // of configurations that replace running ones
+			watcher.start()
 			stop.watch()
 			return nil
 		}),
