@@ -315,7 +315,7 @@ func TestAddressInUseIsRetried(t *testing.T) {
 		socket, err := e.net.Listen("tcp", somewhere)
 		require.NoError(t, err)
 		e.run(listenInput, toProbe)
-		e.log.want(t, "Failed to connect to cryo_server: listen tcp: address already in use")
+		e.log.want(t, "Failed to connect to cryo_server: field address: listen tcp: address already in use")
 		require.NoError(t, socket.Close())
 		time.Sleep(2 * time.Second)
 		e.wantReceives(t, e.dial(), "delivered")
