@@ -328,6 +328,7 @@ func TestThrottledSessionsReadOnAtOnceWhenDataIsNotWanted(t *testing.T) {
 				}
 				require.NoError(t, receive(t, s).Ack())
 				peer.WantFrame("the first", cryotest.Acked(0))
+				synctest.Wait() // the second frame is read
 				require.True(t, s.Stats().Paused)
 				begin := time.Now()
 				stop(t, s, peer)
