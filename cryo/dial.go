@@ -195,7 +195,8 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 		opts.Proxy = func(r *http.Request) (*url.URL, error) {
 			via, err := choose(r)
 			if via != nil { // a proxy, which knows its password, can pretend to be the server
-				opts.secrets = redact.New(append(t.secrets(&opts), passwordOf(via.User)...)...)
+				password, _ := via.User.Password()
+				opts.secrets = redact.New(appendSecret(t.secrets(&opts), password)...)
 			}
 			return via, err
 		}
@@ -217,7 +218,8 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 	return s, nil
 }
 
-// minSecret is the length from which a value of a header or of the query is regarded as a secret.
+// minSecret is the length from which a password, or a value of a header or of the query, is regarded
+// as a secret.
 const minSecret = 4
 
 // secrets returns what is sent to the server, and must not appear in errors and log lines.
@@ -229,24 +231,22 @@ func (t *target) secrets(opts *DialOptions) []string {
 			if scheme, rest, ok := strings.Cut(value, " "); ok && (strings.EqualFold(scheme, bearer) || strings.EqualFold(scheme, "Basic")) {
 				value = rest
 				if decoded, err := base64.StdEncoding.DecodeString(rest); err == nil {
-					name, password, _ := strings.Cut(string(decoded), ":")
-					secrets = append(secrets, passwordOf(url.UserPassword(name, password))...)
+					_, password, _ := strings.Cut(string(decoded), ":") // the user's name is not secret
+					secrets = appendSecret(secrets, password)
 				}
 			}
-			if len(value) >= minSecret {
-				secrets = append(secrets, value)
-			}
+			secrets = appendSecret(secrets, value)
 		}
 	}
 	return secrets
 }
 
-// passwordOf returns the password, unless it is short. A user's name is not secret.
-func passwordOf(user *url.Userinfo) []string {
-	if password, _ := user.Password(); len(password) >= minSecret {
-		return []string{password}
+// appendSecret appends a value, unless it is short.
+func appendSecret(secrets []string, value string) []string {
+	if len(value) < minSecret {
+		return secrets
 	}
-	return nil
+	return append(secrets, value)
 }
 
 // open opens the WebSocket and the session.

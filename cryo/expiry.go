@@ -19,8 +19,8 @@ const wallClockInterval = 15 * time.Second
 // expiry is the end of the time for which a session may be connected.
 type expiry struct {
 	at    time.Time // without a monotonic reading, so that time.Until compares wall clocks; zero: never
-	cause error     // of the session's end
-	code  int       // of the close frame
+	cause error     // error of the session when it ends
+	code  int       // close code
 	timer *time.Timer
 }
 

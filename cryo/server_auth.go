@@ -6,7 +6,6 @@ import (
 	"crypto/subtle"
 	"errors"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -14,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cryo-connect/cryo-connect/internal/network"
 	"github.com/cryo-connect/cryo-connect/internal/redact"
 )
 
@@ -186,7 +186,7 @@ func (u *Upgrade) credentials() credentials {
 // reserve acquires a slot. A client that connects with the id and the credentials of a session
 // that has not ended takes it over, because its old connection is probably lost.
 func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
-	e := &entry{credentials: u.credentials(), address: networkOf(u.Request.RemoteAddr)}
+	e := &entry{credentials: u.credentials(), address: network.Of(u.Request.RemoteAddr)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.entries[u.SessionID]
@@ -207,25 +207,6 @@ func (s *Server) reserve(u *Upgrade) (*entry, *denial) {
 	s.countAddress(e, 1)
 	s.slots++
 	return e, nil
-}
-
-// networkOf returns the addresses that MaxSessionsPerAddress counts together: one IPv4 address,
-// or the IPv6 network of 64 bits, all of which one client usually has.
-func networkOf(remote string) netip.Prefix {
-	host, _, err := net.SplitHostPort(remote)
-	if err != nil {
-		host = strings.Trim(remote, "[]") // without a port, as from a proxy's header
-	}
-	ip, err := netip.ParseAddr(host)
-	if err != nil {
-		return netip.Prefix{} // everything that is no IP address is counted together
-	}
-	ip = ip.Unmap().WithZone("")
-	if ip.Is4() {
-		return netip.PrefixFrom(ip, 32)
-	}
-	network, _ := ip.Prefix(64) // 64 is always valid here
-	return network
 }
 
 // addressFull reports whether another session would exceed MaxSessionsPerAddress. One that

@@ -70,9 +70,9 @@ type SessionOptions struct {
 	// without a wait; while a rate is exceeded, reads are paused (backpressure), and nothing is
 	// rejected. A stream is one message. A payload larger than the bytes of a second is received
 	// after the time that it takes at the rate; of a message in fragments, the first one is, and
-	// the time for the others is added to the wait of the next message. The peer's acknowledgements are behind the data
-	// that it has sent before, so what is sent to a peer that exceeds a rate may be acknowledged
-	// late. What the session itself rejects, such as all messages with SendOnly, does not count.
+	// the time for the others is added to the wait of the next message. The peer's
+	// acknowledgements are behind the data that it has sent before, so what is sent to a peer that
+	// exceeds a rate may be acknowledged late. What the session itself rejects, such as all messages with SendOnly, does not count.
 	// Default: no limit.
 	MaxMessagesPerSecond int
 	MaxBytesPerSecond    int
@@ -85,10 +85,10 @@ type SessionOptions struct {
 	// cancelled: the frame has arrived, but its send has returned an error.
 	// OnReject is called when the session itself rejects a message or, with KindStream, a
 	// stream; it is not called for [Message.Reject]. OnIgnore is called for each received
-	// frame of an unknown type, which is ignored. All are for counting: they run
-	// on the session's reading goroutine, OnReject also on those of SetSendOnly, Close, Drain and
-	// an expiry, without a lock held, and must not wait. At a server they may run before OnSession. Default:
-	// none.
+	// frame of an unknown type, which is ignored. All are for counting, and must not wait. They
+	// are called without a lock held, on the session's reading goroutine; OnReject also on the
+	// goroutines of SetSendOnly, Close, Drain and an expiry. At a server they may be called before
+	// OnSession. Default: none.
 	OnLateAck func(*Session)
 	OnReject  func(*Session, Kind)
 	OnIgnore  func(*Session)
@@ -256,8 +256,8 @@ func (s *Session) Err() error { return context.Cause(s.ctx) }
 
 // Stats is a snapshot of a session. Its numbers are read one after the other.
 type Stats struct {
-	// Paused reports whether reads are paused (backpressure, a rate as in Throttled, or for
-	// up to a second a chunk of a stream that is not accepted yet). Received
+	// Paused reports whether reads are paused: by backpressure, by a rate (see Throttled), or
+	// for up to a second by a chunk of a stream that is not accepted yet. Received
 	// acknowledgements may be unread then.
 	Paused bool
 	// Throttled reports whether reads were paused within the last second because the peer
@@ -401,8 +401,8 @@ func (s *Session) settle(ctx context.Context, cause error) error {
 }
 
 // Draining reports whether the session drains, or has drained, by Drain or because it has
-// expired; see [Upgrade]. It may still be open then, and sends what has to be sent for received
-// messages to be settled, such as responses; other messages are better sent on another session.
+// expired; see [Upgrade]. It may still be open, so that responses to received messages can be sent
+// before these are settled. Send other messages on another session.
 func (s *Session) Draining() bool { return s.unsettled.draining.Load() }
 
 // maxControlText bounds the text of a WebSocket close frame, and so of BYE, in bytes.

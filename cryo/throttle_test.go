@@ -49,7 +49,7 @@ func (o *oracle) take(now time.Time, n int) time.Duration {
 // arrival is a frame of a random pattern, which is sent some time after the one before.
 type arrival struct {
 	After time.Duration
-	Chunk bool // of the stream; otherwise a message
+	Chunk bool // whether it is a chunk of the stream, and not a message
 	Bytes int
 }
 
@@ -121,7 +121,7 @@ func throttledReceipts(t *testing.T, messages, bytes int, pattern []arrival, las
 	got.Stream = time.Since(begin)
 
 	var frames [][]byte
-	var boundaries []int64 // of the chunks
+	var boundaries []int64 // size of the stream at the end of each chunk
 	var total int64
 	for i, a := range pattern {
 		content := strings.Repeat("x", a.Bytes)

@@ -35,7 +35,7 @@ type watchedFiles[T any] struct {
 
 	mu     sync.Mutex
 	loaded T
-	sums   [][sha256.Size]byte // of the contents when loaded was loaded
+	sums   [][sha256.Size]byte // hashes of the contents that loaded is from
 	read   time.Time
 	failed string // the last error, which is logged only once; empty if there was none
 }

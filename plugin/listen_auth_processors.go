@@ -16,6 +16,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/network"
 	"github.com/cryo-connect/cryo-connect/internal/quota"
 )
 
@@ -149,12 +150,12 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 
 // acquire waits for a slot for the client of an address.
 func (p *authorizeProcessors) acquire(ctx context.Context, address string) (release func(), err error) {
-	network := networkOf(address)
+	peer := network.Of(address)
 	p.mu.Lock()
-	slots := p.networks[network]
+	slots := p.networks[peer]
 	if slots == nil {
 		slots = &networkSlots{Share: p.slots.Share()}
-		p.networks[network] = slots
+		p.networks[peer] = slots
 	}
 	slots.clients++
 	p.mu.Unlock()
@@ -162,7 +163,7 @@ func (p *authorizeProcessors) acquire(ctx context.Context, address string) (rele
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if slots.clients--; slots.clients == 0 {
-			delete(p.networks, network)
+			delete(p.networks, peer)
 		}
 	}
 	if _, err := slots.AcquireUpTo(ctx, 1); err != nil {
@@ -231,8 +232,7 @@ func notNow(cause string) error {
 
 // close closes the processors once the authorizations that use them have ended, which takes
 // handshake_timeout at most unless processors ignore their context, or when the context is done.
-// The component must have left its
-// listener, so that none begins.
+// The component must have left its listener, so that none begins.
 func (p *authorizeProcessors) close(ctx context.Context) error {
 	if len(p.list) == 0 {
 		return nil

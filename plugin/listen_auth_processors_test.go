@@ -29,7 +29,7 @@ func asking(authorize string, processors ...string) string {
 // accounts is a processor that stands for an authorization service. Each component that has it
 // builds one.
 type accounts struct {
-	number int // in the order of their construction
+	number int // the first processor that is built has number 1
 	book   *accountsBook
 }
 

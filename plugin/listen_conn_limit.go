@@ -10,6 +10,8 @@ import (
 	"sync"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
+
+	"github.com/cryo-connect/cryo-connect/internal/network"
 )
 
 // Connections without a session. Opening one requires no token, and each uses a file
@@ -20,9 +22,9 @@ const minConnections = 1024
 
 // connLimit limits the number of connections without a session: when there are too many, it
 // closes the oldest one of the address that has the most, so that a peer which opens many closes
-// its own. The connection of a client becomes a session within the round trips of its handshake, or when
-// authorize_processors have returned. The limit is at least max_sessions, so that all clients can
-// connect at the same time.
+// its own. The connection of a client becomes a session within the round trips of its handshake, or
+// when authorize_processors have returned. The limit is at least max_sessions, so that all clients
+// can connect at the same time.
 type connLimit struct {
 	limit int
 	log   limitedLog
@@ -80,13 +82,13 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 // add adds a connection. It returns the one to be closed if there are too many; otherwise it
 // returns nil.
 func (l *connLimit) add(c net.Conn) (oldest net.Conn) {
-	network := networkOfSocket(c)
+	from := networkOfSocket(c)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	peer, known := l.peers[network]
+	peer, known := l.peers[from]
 	if !known {
-		peer = &connPeer{network: network, order: list.New()}
-		l.peers[network] = peer
+		peer = &connPeer{network: from, order: list.New()}
+		l.peers[from] = peer
 	}
 	l.opened++
 	l.conns[c] = limitedConn{peer, peer.order.PushBack(numberedConn{c, l.opened})}
@@ -133,7 +135,7 @@ func networkOfSocket(c net.Conn) netip.Prefix {
 	if proxied, ok := c.(*proxiedConn); ok {
 		c = proxied.Raw()
 	}
-	return networkOf(c.RemoteAddr().String())
+	return network.Of(c.RemoteAddr().String())
 }
 
 // connPeers is a heap, with the peer whose connection is closed next at the top: the one with the

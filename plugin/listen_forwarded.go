@@ -148,11 +148,3 @@ func parseHop(hop string) (netip.Addr, bool) {
 	ip, err := netip.ParseAddr(hop)
 	return ip.Unmap().WithZone(""), err == nil
 }
-
-// networkOf returns the network of an address whose peers share a quota: one IPv4 address, or an
-// IPv6 network of 64 bits. All that is no IP address has the zero value in common.
-func networkOf(address string) netip.Prefix {
-	ip, _ := parseHop(address)
-	network, _ := ip.Prefix(min(64, ip.BitLen()))
-	return network
-}

@@ -59,16 +59,23 @@ func TestClientAddressIsTheLastUntrustedHop(t *testing.T) {
 				e.run(with(`cryo_server: { address: '`+somewhere+`', authorize: 'root.seen = this.remote_address' }`, tt.settings), toProbe)
 				client, err := e.tryDial(cryo.DialOptions{Header: tt.header})
 				require.NoError(t, err)
-				send(client, "hello")
-				m := e.arrival().batch[0]
-				address, _ := m.MetaGet("cryo_remote_address")
-				require.Equal(t, tt.want, address)
-				seen, _ := m.MetaGet("cryo_auth_seen")
-				require.Equal(t, tt.want, seen)
-				e.log.want(t, "Session connected", "remote="+tt.want)
+				e.wantRemoteAddress(t, client, tt.want)
 			})
 		})
 	}
+}
+
+// wantRemoteAddress wants an address in the metadata of the client's messages, in the input of
+// authorize and in the log.
+func (e *engine) wantRemoteAddress(t *testing.T, client *cryo.Session, want string) {
+	t.Helper()
+	send(client, "hello")
+	m := e.arrival().batch[0]
+	address, _ := m.MetaGet("cryo_remote_address")
+	require.Equal(t, want, address)
+	seen, _ := m.MetaGet("cryo_auth_seen")
+	require.Equal(t, want, seen)
+	e.log.want(t, "Session connected", "remote="+want)
 }
 
 func TestAddressLimitAppliesToTheClientBehindAProxy(t *testing.T) {

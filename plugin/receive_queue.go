@@ -43,9 +43,9 @@ type queue struct {
 }
 
 // clientQuota is the share of max_in_flight and of the stream slots for the sessions with one
-// owner or, without an owner, with one id. It is kept while such a session feeds the input or has items in flight, so that it
-// outlasts a reconnect. A stream that stays open after its session has ended has items in
-// flight, too.
+// owner or, without an owner, with one id. It is kept while such a session feeds the input or has
+// items in flight, so that it outlasts a reconnect. A stream that stays open after its session has
+// ended has items in flight, too.
 type clientQuota struct {
 	*quota.Share
 	slots *quota.Share // slots for open streams
@@ -393,9 +393,9 @@ func (q *queue) watchForStalls(paused func() bool) {
 }
 
 // reportStall logs a warning if the pipeline makes no progress while max_in_flight,
-// max_buffer_bytes or the limit of a stream's messages is reached: an output hangs, is very slow, or has a batching policy that can
-// never fill a batch. Each stall is logged once. It ends only when the limits are no longer
-// reached, because even a slow output makes progress from time to time.
+// max_buffer_bytes or the limit of a stream's messages is reached: an output hangs, is very slow, or
+// has a batching policy that can never fill a batch. Each stall is logged once. It ends only when
+// the limits are no longer reached, because even a slow output makes progress from time to time.
 func (q *queue) reportStall(paused func() bool) {
 	q.mu.Lock()
 	idle := time.Since(q.lastProgress)
