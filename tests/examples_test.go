@@ -19,7 +19,7 @@ import (
 )
 
 func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
-	readme := testkit.ReadFile(t, "../README.md")
+	index := testkit.ReadFile(t, "../config/README.md")
 	var files []string
 	require.NoError(t, filepath.WalkDir("../config", func(path string, _ os.DirEntry, err error) error {
 		if strings.HasSuffix(path, ".yaml") {
@@ -32,7 +32,7 @@ func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
 	for _, file := range files {
 		content := testkit.ReadFile(t, file)
 		require.True(t, strings.HasPrefix(content, "# Shows: "), "%s: the first line describes the example", file)
-		require.Contains(t, readme, "("+strings.TrimPrefix(file, "../")+")", "the README lists it")
+		require.Contains(t, index, "("+strings.TrimPrefix(file, "../config/")+")", "config/README.md lists it")
 		var config any
 		require.NoError(t, yaml.Unmarshal([]byte(content), &config))
 		wantPeriods(t, file, config)
