@@ -5,6 +5,7 @@ import (
 	"go/parser"
 	gotoken "go/token"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -20,7 +21,7 @@ import (
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	pages := make(map[string]string)
-	for _, pattern := range []string{"../*.md", "*.md", "../docs/*.md", "../docs/components/*/*.md"} {
+	for _, pattern := range []string{"../*.md", "*.md", "../config/*.md", "../docs/*.md", "../docs/*/*.md", "../docs/components/*/*.md"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
@@ -50,19 +51,62 @@ func TestLinksInTheDocumentationResolve(t *testing.T) {
 	code := regexp.MustCompile("(?s)```.*?```|`[^`\n]*`")
 	for path, page := range pages {
 		for _, link := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(code.ReplaceAllString(page, ""), -1) {
-			if strings.Contains(link[1], "://") || strings.HasPrefix(link[1], "mailto:") {
-				continue
-			}
 			target, anchor, _ := strings.Cut(link[1], "#")
 			file := path
-			if target != "" {
+			if own, ok := strings.CutPrefix(target, "https://github.com/cryo-connect/cryo-connect/blob/main/"); ok {
+				file = filepath.Join("..", own)
+			} else if strings.Contains(target, "://") || strings.HasPrefix(target, "mailto:") {
+				continue
+			} else if target != "" {
 				file = filepath.Join(filepath.Dir(path), target)
+			}
+			if file != path {
 				_, err := os.Stat(file)
 				require.NoError(t, err, "%s links to %s", path, link[1])
 			}
 			if other, ok := pages[file]; ok && anchor != "" {
 				require.True(t, anchors(other)[anchor], "%s links to %s, which has no such heading", path, link[1])
 			}
+		}
+	}
+}
+
+func TestREADMEHasAtMost120Lines(t *testing.T) {
+	require.LessOrEqual(t, strings.Count(testkit.ReadFile(t, "../README.md"), "\n"), 120)
+}
+
+// blocks returns the fenced blocks of a page in a language.
+func blocks(page, language string) []string {
+	var found []string
+	for _, block := range regexp.MustCompile("(?ms)^```"+language+"\n(.*?)^```$").FindAllStringSubmatch(page, -1) {
+		found = append(found, block[1])
+	}
+	return found
+}
+
+// The fragments of Go compile as the body of a function with these parameters.
+func TestGoInREADMEAndLibraryPageCompiles(t *testing.T) {
+	const head = `package main
+
+import (
+	"context"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func main() {}
+
+func fragment(ctx context.Context, token string, currentToken func(context.Context) (string, error), deliver func([]byte)) error {
+`
+	for _, path := range []string{"../README.md", "../docs/library.md"} {
+		fragments := blocks(testkit.ReadFile(t, path), "go")
+		require.NotEmpty(t, fragments, path)
+		for _, fragment := range fragments {
+			file := testkit.WriteFile(t, "main.go", head+fragment+"\treturn nil\n}\n")
+			build := exec.Command("go", "build", "-o", os.DevNull, file)
+			build.Dir = testkit.Root(t)
+			out, err := build.CombinedOutput()
+			require.NoError(t, err, "%s:\n%s\n%s", path, fragment, out)
 		}
 	}
 }

@@ -32,7 +32,7 @@ func quickstart(t *testing.T, env ...string) (p *testkit.Process, address, file 
 	return launch(t, env, "run", "config/quickstart.yaml"), address, file
 }
 
-// endQuickstart ends the quickstart by Ctrl-C, and wants no line that would worry a new user.
+// endQuickstart ends the quickstart by Ctrl-C, and wants no warning or error in the log.
 func endQuickstart(t *testing.T, p *testkit.Process) {
 	t.Helper()
 	p.Interrupt()
@@ -122,4 +122,38 @@ func listening(t *testing.T, pid int) []string {
 		}
 	}
 	return addresses
+}
+
+// runREADME runs a pipeline of the README, by its number, with other addresses.
+func runREADME(t *testing.T, number int, env []string, settings ...string) *testkit.Process {
+	t.Helper()
+	pipelines := blocks(testkit.ReadFile(t, "../README.md"), "yaml")
+	require.Len(t, pipelines, 2)
+	args := []string{"run", "--set", "http.enabled=false", "--set", "input.cryo_server.address=127.0.0.1:0"}
+	for _, setting := range settings {
+		args = append(args, "--set", setting)
+	}
+	return launch(t, append(env, "CRYO_TOKEN="+token), append(args, testkit.WriteFile(t, "pipeline.yaml", pipelines[number]))...)
+}
+
+func TestPipelineInREADMESendsMessagesToKafka(t *testing.T) {
+	k := runKafka(t, "events")
+	p := runREADME(t, 0, nil, "output.redpanda.seed_brokers.0="+k.brokers())
+	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "hello")
+	require.Equal(t, map[string]int{"hello": 1}, k.texts(t, "events"))
+	p.Interrupt()
+}
+
+func TestPipelineInREADMESendsStreamsToS3(t *testing.T) {
+	store := runS3(t)
+	p := runREADME(t, 1, store.env(), "output.aws_s3.bucket="+bucket, "output.aws_s3.region=us-east-1", "output.aws_s3.endpoint=http://"+store.address, "output.aws_s3.force_path_style_urls=true")
+	s := testkit.Dial(t, p.Listening())
+	require.NoError(t, testkit.Next(t, testkit.SendStream(s, "größe\n.txt", strings.NewReader("hello"))))
+	objects := store.objects()
+	require.Len(t, objects, 1)
+	for key, content := range objects {
+		require.Regexp(t, `^`+strconv.FormatUint(s.ID(), 10)+`/[0-9a-f-]{36}$`, key)
+		require.Equal(t, "hello", content)
+	}
+	p.Interrupt()
 }
