@@ -30,7 +30,8 @@ import (
 type process struct {
 	t        *testing.T
 	name     string
-	path     string // of the configuration
+	path     string    // of the configuration
+	command  *exec.Cmd // started again and again, by copies
 	pipeline string
 	http     string // address of the engine's HTTP server
 	secrets  func() []string
@@ -55,6 +56,7 @@ func newProcess(t *testing.T, dir, name, pipeline string, secrets func() []strin
 		t: t, name: name, pipeline: pipeline, path: filepath.Join(dir, name+".yaml"), http: testkit.ReserveAddress(t),
 		secrets: secrets, began: time.Now(),
 	}
+	p.command = testkit.Command(t, "run", "-w", p.path)
 	require.NoError(t, p.configure(p.config()))
 	require.NoError(t, p.start())
 	t.Cleanup(func() {
@@ -83,7 +85,8 @@ func (p *process) logPath() string { return filepath.Join(p.t.ArtifactDir(), p.n
 
 // start starts a process.
 func (p *process) start() error {
-	cmd := testkit.Command(p.t, "run", "-w", p.path)
+	cmd := exec.Command(p.command.Path, p.command.Args[1:]...)
+	cmd.Dir, cmd.Env = p.command.Dir, p.command.Env
 	output, input, err := os.Pipe()
 	if err != nil {
 		return err
