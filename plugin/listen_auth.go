@@ -198,9 +198,12 @@ func (s sessionMetadata) admit(lasting lifetime, check func(u *cryo.Upgrade, cli
 		if err != nil {
 			return err
 		}
-		err = lasting.apply(u, client, granted)
-		u.Value, who.owner = who, u.Owner
-		return err
+		if err := lasting.apply(u, client, granted); err != nil {
+			return err
+		}
+		who.setOwner(u.Owner)
+		u.Value = who
+		return nil
 	}
 }
 

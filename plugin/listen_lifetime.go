@@ -50,7 +50,9 @@ An expired session ends after ` + "`session_expiry_grace`" + `. It receives no m
 		service.NewBloblangField(fieldSessionOwner).
 			Description(`A mapping to the name of the client's user or device, with the same input as ` + "`session_expires`" + `. A client that connects with the id of a session whose loss is not yet detected replaces it if it has the same owner, even with another token or certificate; a client with another owner is denied. The result is text or a number. Null, no assignment and empty text mean that the token and the certificate decide, as described at ` + "`authorize`" + `. All other results and errors deny the client with status 401.
 
-The name must be what ` + "`authorize`" + ` has verified, such as the claim ` + "`sub`" + ` of a JWT. A client that chooses its owner, as with ` + "`root = this.query.user`" + `, can end the sessions of others. All sessions with one owner are one client for the quotas of ` + "`max_in_flight`, `streams.max_open` and `max_buffer_bytes`" + `; so name a user or a device, and not a group of many.`).
+The name must be what ` + "`authorize`" + ` has verified, such as the claim ` + "`sub`" + ` of a JWT. A client that chooses its owner, as with ` + "`root = this.query.user`" + `, can end the sessions of others. All sessions with one owner are one client for the quotas of ` + "`max_in_flight`, `streams.max_open` and `max_buffer_bytes`" + `; so name a user or a device, and not a group of many.
+
+An output with ` + "`send_to: session`" + ` sends to a session only messages of its owner: see ` + "`session_id`" + `. For that, the SHA-256 hash of the owner is in the metadata ` + "`cryo_session_owner`" + ` of all messages.`).
 			Example(`root = this.authorized.sub`).
 			Example(`root = this.client_certificate.common_name`).
 			Optional().

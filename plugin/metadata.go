@@ -1,6 +1,8 @@
 package plugin
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -20,6 +22,7 @@ import (
 
 const (
 	metaSessionID     = "cryo_session_id"
+	metaSessionOwner  = "cryo_session_owner"
 	metaRemoteAddress = "cryo_remote_address"
 
 	metaAuthPrefix   = "cryo_auth_"
@@ -35,6 +38,7 @@ const identityText = `
 All messages also carry the identity of their session:
 
 - ` + "`cryo_remote_address`" + `: the network address of the client
+- ` + "`cryo_session_owner`" + `: the SHA-256 hash, in hexadecimal, of the owner that ` + "`session_owner`" + ` returns, if the session has one. An output ` + "`cryo_server`" + ` with ` + "`send_to: session`" + ` compares it
 - ` + "`cryo_auth_…`" + `: the fields of the object that the mapping ` + "`authorize`" + ` returns
 - ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers listed in ` + "`session_metadata`" + `
 `
@@ -44,14 +48,26 @@ type identity struct {
 	id       string         // the session id as a decimal number
 	metadata map[string]any // the metadata of all messages, including the id; the values are strings
 	bytes    int            // total size of the keys and values
-	owner    string         // result of session_owner; empty: none
+	owner    string         // hash of the result of session_owner, as in the metadata; empty: none
+}
+
+// setOwner sets the owner of the session, and adds it to the metadata. It is hashed, because it may be
+// a secret, such as the token, and of any length. An empty name is no owner.
+func (i *identity) setOwner(name string) {
+	if name == "" {
+		return
+	}
+	sum := sha256.Sum256([]byte(name))
+	i.owner = hex.EncodeToString(sum[:])
+	i.metadata[metaSessionOwner] = i.owner
+	i.bytes += len(metaSessionOwner) + len(i.owner)
 }
 
 // client identifies the client for quotas: the owner of its session, because a client may choose
 // any number of session ids, or else the session id.
 func (i *identity) client() string {
 	if i.owner != "" {
-		return "owner " + i.owner // an id has no letters
+		return "owner " + i.owner // an id has no spaces
 	}
 	return i.id
 }

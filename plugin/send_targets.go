@@ -35,7 +35,7 @@ type group struct {
 func (c *targetConfig) targets(batch service.MessageBatch, messages []*outMessage) targets {
 	switch c.sendTo {
 	case sendToSession:
-		return newNamedSessions(batch, c.sessionID, messages)
+		return c.namedSessions(batch, messages)
 	case sendToMatch:
 		return c.match.sessionsFor(batch)
 	default:
@@ -55,12 +55,25 @@ func (allSessions) find(ln *listener, messages []int) (found []group, missing []
 
 func (allSessions) missing(int) error { return errNoClient }
 
-// namedSessions are the targets of send_to: session: the session id for each message.
-type namedSessions []uint64
+// namedSessions are the targets of send_to: session.
+type namedSessions struct {
+	names []sessionName // by message
+	owned []bool        // by message: the session that was found last has another owner
+	log   limitedLog
+}
 
-func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedString, messages []*outMessage) namedSessions {
-	ids := make(namedSessions, len(batch))
-	texts := batch.InterpolationExecutor(field)
+// sessionName is what a message names: the id of a session and, if the message has one, its owner.
+// A client chooses its id, so when a session has ended, a client with another owner may have its id.
+// The owner is in the metadata of all messages that are received from the session.
+type sessionName struct {
+	id    uint64
+	owner string
+}
+
+// namedSessions returns the sessions that the messages name.
+func (c *targetConfig) namedSessions(batch service.MessageBatch, messages []*outMessage) *namedSessions {
+	n := &namedSessions{names: make([]sessionName, len(batch)), owned: make([]bool, len(batch)), log: c.ownerLog}
+	texts := batch.InterpolationExecutor(c.sessionID)
 	for i, m := range messages {
 		if m.err != nil {
 			continue
@@ -70,25 +83,36 @@ func newNamedSessions(batch service.MessageBatch, field *service.InterpolatedStr
 			m.err = fmt.Errorf("field %s: %w", fieldSessionID, err)
 			continue
 		}
-		if ids[i], err = strconv.ParseUint(text, 10, 64); err != nil {
+		if n.names[i].id, err = strconv.ParseUint(text, 10, 64); err != nil {
 			m.err = fmt.Errorf("field %s: %q is not a session id", fieldSessionID, text)
 		}
+		n.names[i].owner, _ = batch[i].MetaGet(metaSessionOwner)
 	}
-	return ids
+	return n
 }
 
-func (n namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
-	groups := make(map[uint64]int) // for each session id, the index of its group in found, or -1 if the session is not connected
+func (n *namedSessions) find(ln *listener, messages []int) (found []group, missing []int) {
+	groups := make(map[sessionName]int) // the index of the group in found, or one of notConnected and notOwner
+	const notConnected, notOwner = -1, -2
 	for _, i := range messages {
-		at, known := groups[n[i]]
+		name := n.names[i]
+		at, known := groups[name]
 		if !known {
-			at = -1
-			if s, ok := ln.session(n[i]); ok {
+			switch s, ok := ln.session(name.id); {
+			case !ok:
+				at = notConnected
+			case !ln.isOwner(s, name.owner):
+				at = notOwner
+				if log, ok := n.log.allow(); ok {
+					log.With("session", name.id, "field", fieldSessionOwner).Warn("Message not sent to a session: it has another owner than the message")
+				}
+			default:
 				at = len(found)
 				found = append(found, group{sessions: []*cryo.Session{s}})
 			}
-			groups[n[i]] = at
+			groups[name] = at
 		}
+		n.owned[i] = at == notOwner
 		if at < 0 {
 			missing = append(missing, i)
 		} else {
@@ -98,4 +122,13 @@ func (n namedSessions) find(ln *listener, messages []int) (found []group, missin
 	return found, missing
 }
 
-func (n namedSessions) missing(i int) error { return fmt.Errorf("session %d is not connected", n[i]) }
+func (n *namedSessions) missing(i int) error {
+	switch name := n.names[i]; {
+	case !n.owned[i]:
+		return fmt.Errorf("session %d is not connected", name.id)
+	case name.owner == "":
+		return fmt.Errorf("session %d has an owner, and the message has no metadata %s", name.id, metaSessionOwner)
+	default:
+		return fmt.Errorf("session %d has another owner than the message (metadata %s)", name.id, metaSessionOwner)
+	}
+}
