@@ -91,7 +91,8 @@ type ServerOptions struct {
 	// with a line in the log. Default 10 s. The HTTP server's timeouts bound the time before
 	// the upgrade.
 	HandshakeTimeout time.Duration
-	// CheckOrigin reports whether a browser may connect, by its Origin header. Default:
+	// CheckOrigin reports whether a browser may connect, by its Origin header. It is called before
+	// Authorize. Default:
 	// always, because a browser does not add Cryo's token by itself, unlike a cookie. Request's
 	// goroutine, so calls may be concurrent.
 	CheckOrigin func(*http.Request) bool
@@ -190,8 +191,8 @@ func NewServer(options *ServerOptions) (*Server, error) {
 // upgrade, 401 if the token is invalid or has expired or the session id belongs to another client,
 // 403 if the origin is not allowed, 429 if the address has reached its limit of sessions, and 503
 // if the server is full or closing, or clients connect too fast. 429 and 503 have a Retry-After of
-// a few seconds, which differs from client to client. The token is checked before everything that
-// does not depend on the request alone, except the rate of clients.
+// a few seconds, which differs from client to client. What depends on the request alone is checked
+// before the token, and everything else after it, except the rate of clients.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if invalid := ws.CheckUpgrade(r); invalid != nil {
 		maps.Copy(w.Header(), invalid.Header)

@@ -20,7 +20,7 @@ import (
 // Upgrade is a client's request for a session.
 type Upgrade struct {
 	Token     string        // text after "Bearer " in the query
-	SessionID uint64        // undefined if it is missing or malformed: the client is denied after Authorize then
+	SessionID uint64        // the parameter x-cryo-sid
 	Request   *http.Request // for query, headers and remote address; its URL contains the token
 	// Value may be set by Authorize. OnSession and [Session.Value] return it.
 	Value any
@@ -128,12 +128,18 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	if !ok {
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter authorization with a Bearer token is missing."}
 	}
-	if s.connects.Tokens() < 1 { // before the cost of Authorize
+	// Before the cost of Authorize, everything that depends on the request alone.
+	id, err := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
+	if err != nil {
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
+	}
+	if !s.opts.CheckOrigin(r) {
+		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
+	}
+	if s.connects.Tokens() < 1 {
 		return nil, nil, tooFast
 	}
-	u := &Upgrade{Token: strings.TrimPrefix(token, " "), Request: r}
-	id, idErr := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
-	u.SessionID = id
+	u := &Upgrade{Token: strings.TrimPrefix(token, " "), SessionID: id, Request: r}
 	if err := s.opts.Authorize(u); err != nil {
 		denied := &denial{status: http.StatusUnauthorized, message: "The token was rejected.", cause: err, token: u.Token}
 		if other, ok := errors.AsType[*AdmissionError](err); ok {
@@ -144,10 +150,6 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	switch {
 	case !u.Expires.IsZero() && time.Until(u.Expires.Round(0)) <= 0:
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The token has expired."}
-	case idErr != nil:
-		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
-	case !s.opts.CheckOrigin(r):
-		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
 	case s.opts.Full():
 		return nil, nil, &denial{status: http.StatusServiceUnavailable, message: "Overloaded: closed sessions are still draining."}
 	case !s.connects.Allow():

@@ -72,7 +72,7 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 		"no Bearer":                      {"authorization=Basic+abc&x-cryo-sid=1", upgrade(), 401, missing},
 		"another token":                  {"authorization=Bearer+wrong&x-cryo-sid=1", upgrade(), 401, denied},
 		"an empty token":                 {"authorization=Bearer&x-cryo-sid=1", upgrade(), 401, denied},
-		"another token and no id":        {"authorization=Bearer+wrong", upgrade(), 401, denied},
+		"another token and no id":        {"authorization=Bearer+wrong", upgrade(), 401, badID},
 		"no id":                          {good, upgrade(), 401, badID},
 		"a negative id":                  {good + "&x-cryo-sid=-1", upgrade(), 401, badID},
 		"a signed id":                    {good + "&x-cryo-sid=%2B1", upgrade(), 401, badID},
@@ -80,7 +80,7 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 		"an id of 65 bits":               {good + "&x-cryo-sid=18446744073709551616", upgrade(), 401, badID},
 		"a query that can't be read":     {good + "&x-cryo-sid=1;a=b", upgrade(), 400, "The URL's query is malformed."},
 		"an origin that is not allowed":  {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 403, "This origin is not allowed."},
-		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 401, denied},
+		"another origin, another token":  {"authorization=Bearer+wrong&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"), 403, "This origin is not allowed."},
 		"an origin that is allowed":      {good + "&x-cryo-sid=1", with(upgrade(), "Origin", "https://good.test"), 101, ""},
 		"the largest id, and compressed": {good + "&x-cryo-sid=18446744073709551615", with(upgrade(), "Sec-Websocket-Extensions", "permessage-deflate"), 101, ""},
 		"a token without the space":      {"authorization=" + url.QueryEscape("Bearer"+token) + "&x-cryo-sid=0&more=1", upgrade(), 101, ""},
@@ -256,6 +256,21 @@ func TestEachOfTheTokensIsAccepted(t *testing.T) {
 	require.Error(t, authorize(&cryo.Upgrade{Token: "three"}))
 	require.Error(t, authorize(&cryo.Upgrade{Token: "on"}))
 	require.Error(t, authorize(&cryo.Upgrade{}))
+}
+
+func TestInvalidRequestIsDeniedBeforeAuthorize(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		called := false
+		l := cryotest.Serve(t, newServer(t, cryo.ServerOptions{
+			Authorize:   func(*cryo.Upgrade) error { called = true; return nil },
+			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
+		}))
+		status, _, _ := knock(t, l, "authorization=Bearer+t&x-cryo-sid=a", upgrade())
+		require.Equal(t, 401, status, "a malformed session id")
+		status, _, _ = knock(t, l, "authorization=Bearer+t&x-cryo-sid=1", with(upgrade(), "Origin", "https://evil.test"))
+		require.Equal(t, 403, status, "an origin that is not allowed")
+		require.False(t, called)
+	})
 }
 
 func TestAuthorizeReceivesTheRequestAndSetsAValue(t *testing.T) {

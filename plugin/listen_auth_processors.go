@@ -25,9 +25,10 @@ import (
 const (
 	fieldAuthorizeProcessors = "authorize_processors"
 
-	// maxAuthorizing bounds the clients of a listener for which processors run at the same time. The
-	// clients of one address have three quarters of it at most (clientLimit), because they need no
-	// valid token for that.
+	// maxAuthorizing bounds the clients of a listener for which processors run at the same time. They
+	// need no valid token for that, so those of one address have at most as many runs as are free for
+	// others: the first address half, the next one a quarter. All runs are used by nine addresses
+	// at least, and a client of another address then has the next one that ends.
 	maxAuthorizing = 256
 )
 
@@ -39,7 +40,7 @@ Only `+"`authorize`"+` accepts a client. So check the answer there: `+"`root = t
 
 If the processors delete the message, the client is denied with status 401. If they fail, do not finish within `+"`%s`"+`, or return several messages, the client is denied with status 503, so that it tries again later. The log shows the cause, except for texts that may contain a part of the token. To the processor `+"`http`"+`, each status except 2xx is a failure. If a service denies clients with a status, set `+"`successful_on: [ 401, 403 ]`"+`, and check `+"`@http_status_code`"+` in a processor `+"`mapping`"+`. The processor `+"`cached`"+` caches failures as answers, unless it has `+"`skip_on: errored()`"+`.
 
-The processors run for up to %d clients at the same time, three quarters of them from one IPv4 address or IPv6 /64 network. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
+The processors run for up to %d clients at the same time. The clients of one IPv4 address or IPv6 /64 network have at most as many of these runs as are free for others, so half of them. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
 		Default([]any{}).
 		Example([]any{
 			map[string]any{"http": map[string]any{"url": "http://accounts:8000/authorize", "verb": "POST", "timeout": "3s", "retries": 0}},
@@ -94,8 +95,7 @@ func readProcessorsSource(r *settingsReader) (source []any) {
 // build builds the processors. It is a step of its own because lint builds components without
 // closing them, and processors may open connections.
 func (p *authorizeProcessors) build(conf *service.ParsedConfig, timeout time.Duration) (err error) {
-	limit := int64(clientLimit(maxAuthorizing))
-	p.timeout, p.slots = timeout, quota.New(maxAuthorizing, func(held, _ int64) bool { return held < limit })
+	p.timeout, p.slots = timeout, quota.New(maxAuthorizing, func(held, free int64) bool { return held < free })
 	p.networks = make(map[netip.Prefix]*networkSlots)
 	if p.list, err = conf.FieldProcessorList(fieldAuthorizeProcessors); err != nil {
 		return fmt.Errorf("field %s: %w", fieldAuthorizeProcessors, err)

@@ -44,7 +44,7 @@ var (
 	maxMessagesPerSecondField  = wholeNumber(fieldMaxMessagesPerSecond, 0, maxNumber, 0)
 	maxBytesPerSecondField     = wholeNumber(fieldMaxBytesPerSecond, 0, maxNumber, 0)
 	handshakeTimeoutField      = positiveDuration(fieldHandshakeTimeout)
-	maxHeaderBytesField        = positiveInt(fieldMaxHeaderBytes, 64<<10)
+	maxHeaderBytesField        = positiveInt(fieldMaxHeaderBytes, 16<<10)
 )
 
 func listenFields() []*service.ConfigField {
@@ -82,7 +82,7 @@ func listenFields() []*service.ConfigField {
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().
-			Description("The maximum size of the request line and headers of a client's HTTP request, including the token. A client that exceeds it is denied with status 431.").
+			Description("The maximum size of the request line and headers of a client's HTTP request, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory, and 4 KiB more, for up to `handshake_timeout`: see `max_sessions`.").
 			Advanced(),
 		heartbeatField(),
 	)

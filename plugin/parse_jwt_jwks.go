@@ -21,7 +21,7 @@ var keySets jwks.Sources
 func init() {
 	spec := bloblang.NewPluginSpec().
 		Category("JSON Web Tokens").
-		Description(fmt.Sprintf(`Verifies a JWT with the public keys of a JSON Web Key Set, and returns its claims. Integers keep all their digits. A token that is expired (`+"`exp`"+`) or not valid yet (`+"`nbf`"+`) is an error, as is one that is signed with an algorithm without a public key. The algorithms are RS, PS and ES with 256, 384 and 512 bits, and EdDSA.
+		Description(fmt.Sprintf(`Verifies a JWT with the public keys of a JSON Web Key Set, and returns its claims. Integers keep all their digits. A token that is expired (`+"`exp`"+`) or not valid yet (`+"`nbf`"+`) is an error, as is one that is signed with an algorithm without a public key, or whose header has an extension (`+"`crit`, `b64`"+`). The algorithms are RS, PS and ES with 256, 384 and 512 bits, and EdDSA.
 
 A key set of a URL is fetched when it is first used, again when it is older than %[1]v, and for a token that is signed with an unknown key, three times at once and then every 10 seconds at most. So a new key is accepted immediately if it has an id (`+"`kid`"+`) of its own, otherwise after %[1]v, and a withdrawn one for at most %[1]v. If the server of the key set cannot be reached, the keys are used for up to %[2]v. A fetch takes 5 seconds at most, and uses the proxy of the environment (HTTPS_PROXY).`, jwks.MaxAge, jwks.MaxStale)).
 		Param(bloblang.NewAnyParam("keys").Description("The URL of the key set, which must be https unless it is a loopback address, and must not be made from a token; or the key set itself, as an object or as JSON.")).

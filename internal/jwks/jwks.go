@@ -97,6 +97,7 @@ func (e TokenError) Error() string { return string(e) }
 // The reasons why a token is rejected.
 const (
 	ErrMalformed   TokenError = "token is malformed, or signed with an algorithm without a public key"
+	ErrExtension   TokenError = "token has an extension of JWS in its header (crit or b64)"
 	ErrUnknownKey  TokenError = "token is signed with a key that is not in the key set"
 	ErrSignature   TokenError = "token signature is invalid"
 	ErrExpired     TokenError = "token is expired"
@@ -121,6 +122,12 @@ func Verify(token string, expected Expected, keys Keys) (map[string]any, error) 
 	signed, err := jose.ParseSignedCompact(token, algorithms)
 	if err != nil {
 		return nil, ErrMalformed
+	}
+	// The library knows one extension, b64 (RFC 7797), which changes what is signed. None is for JWTs.
+	for _, name := range []jose.HeaderKey{"crit", "b64"} {
+		if _, extended := signed.Signatures[0].Protected.ExtraHeaders[name]; extended {
+			return nil, ErrExtension
+		}
 	}
 	key, err := keys(signed.Signatures[0].Header)
 	if err != nil {

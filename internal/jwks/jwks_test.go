@@ -146,6 +146,32 @@ func TestForgedTokensAreRejected(t *testing.T) {
 	require.NoError(t, err)
 }
 
+func TestTokensWithExtensionsAreRejected(t *testing.T) {
+	k := newKey(t, "a", jose.EdDSA)
+	private := k.private.(ed25519.PrivateKey)
+	sign := func(header, signed string) string {
+		return unsigned(header, `{"sub":"ann"}`, func(encoded string) []byte {
+			if signed == "" {
+				return ed25519.Sign(private, []byte(encoded))
+			}
+			head, _, _ := strings.Cut(encoded, ".")
+			return ed25519.Sign(private, []byte(head+"."+signed))
+		})
+	}
+	_, err := verify(parsed(t, k.public()), sign(`{"alg":"EdDSA","kid":"a"}`, ""))
+	require.NoError(t, err, "without")
+	for header, signed := range map[string]string{
+		`{"alg":"EdDSA","kid":"a","crit":["b64"],"b64":false}`: `{"sub":"ann"}`,
+		`{"alg":"EdDSA","kid":"a","b64":false}`:                `{"sub":"ann"}`,
+		`{"alg":"EdDSA","kid":"a","crit":["b64"],"b64":true}`:  "",
+		`{"alg":"EdDSA","kid":"a","crit":["exp"]}`:             "",
+		`{"alg":"EdDSA","kid":"a","crit":[]}`:                  "",
+	} {
+		_, err := verify(parsed(t, k.public()), sign(header, signed))
+		require.ErrorIs(t, err, jwks.ErrExtension, header)
+	}
+}
+
 func TestAKeyVerifiesOnlyItsAlgorithm(t *testing.T) {
 	k := newKey(t, "a", jose.RS256)
 	other := k

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -32,6 +33,7 @@ const (
 	failureAge    = time.Minute      // for which keys are used without waiting for the next fetch
 	maxSetBytes   = 1 << 20
 	maxSources    = 64
+	maxIdle       = time.Hour // for which an unused key set counts towards maxSources
 )
 
 // UnavailableError reports that there are no keys because their server cannot be reached. It
@@ -40,7 +42,8 @@ type UnavailableError struct{ cause string }
 
 func (e *UnavailableError) Error() string { return e.cause }
 
-// Sources are the key sets that are fetched, by their URLs. At most 64 are remembered.
+// Sources are the key sets that are fetched, by their URLs. At most 64 are remembered. Those that were
+// not used for an hour are forgotten when a further one needs their entry.
 type Sources struct {
 	Client *http.Client // Default: see NewClient. It must not be changed after the first use.
 
@@ -61,10 +64,15 @@ func (s *Sources) Source(address string) (*Source, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if known := s.byURL[address]; known != nil {
+		known.use()
 		return known, nil
 	}
 	if len(s.byURL) >= maxSources {
-		return nil, fmt.Errorf("more than %d URLs of key sets: a URL must not be made from a token", maxSources)
+		// Whoever has such a source can use it on: it then only does not share its keys with another of its URL.
+		maps.DeleteFunc(s.byURL, func(_ string, source *Source) bool { return source.idle() >= maxIdle })
+	}
+	if len(s.byURL) >= maxSources {
+		return nil, fmt.Errorf("more than %d URLs of key sets within %v: a URL must not be made from a token", maxSources, maxIdle)
 	}
 	if s.byURL == nil {
 		s.byURL = make(map[string]*Source)
@@ -73,6 +81,7 @@ func (s *Sources) Source(address string) (*Source, error) {
 		s.Client = NewClient()
 	}
 	source := &Source{url: address, host: u.Host, client: s.Client, limit: rate.NewLimiter(rate.Every(fetchInterval), fetchBurst)}
+	source.use()
 	s.byURL[address] = source
 	return source, nil
 }
@@ -122,11 +131,25 @@ type Source struct {
 	limit     *rate.Limiter // of fetches
 
 	mu       sync.Mutex
+	used     time.Time // time of the last call of Key, or of Sources.Source
 	set      Set
 	fetched  time.Time     // time of the request that returned set
 	failure  error         // of the last fetch; nil: it has succeeded
 	failed   time.Time     // time of failure
 	fetching chan struct{} // closed when the fetch that runs has ended; nil: none runs
+}
+
+func (s *Source) use() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used = time.Now()
+}
+
+// idle returns the time since the last use.
+func (s *Source) idle() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.used)
 }
 
 // Key returns the key for a token with a header. It waits for a fetch, for 5 seconds at most, if
@@ -136,6 +159,7 @@ type Source struct {
 func (s *Source) Key(header jose.Header) (jose.JSONWebKey, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.used = time.Now()
 	key, unknown := s.set.Key(header)
 	age := time.Since(s.fetched)
 	if unknown == nil && age < MaxAge {

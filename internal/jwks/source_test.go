@@ -221,6 +221,33 @@ func TestKeySetsOfFewURLsAreRemembered(t *testing.T) {
 	require.NoError(t, err)
 }
 
+func TestUnusedKeySetsAreForgottenAfterAnHour(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newKey(t, "1", jose.ES256)
+		p := &provider{keys: []jose.JSONWebKey{k.public()}}
+		sources := jwks.Sources{Client: &http.Client{Transport: p}}
+		var all []*jwks.Source
+		for i := range 64 {
+			source, err := sources.Source("https://login.example.com/" + strings.Repeat("x", i))
+			require.NoError(t, err)
+			all = append(all, source)
+		}
+		time.Sleep(time.Hour - time.Nanosecond)
+		require.NoError(t, check(all[0], k.sign(t, `{}`)))
+		_, err := sources.Source("https://login.example.com/another")
+		require.ErrorContains(t, err, "more than 64 URLs of key sets within 1h0m0s")
+		time.Sleep(time.Nanosecond)
+		_, err = sources.Source("https://login.example.com/another")
+		require.NoError(t, err)
+		same, err := sources.Source("https://login.example.com/")
+		require.NoError(t, err)
+		require.Same(t, all[0], same, "it was used meanwhile")
+		require.NoError(t, check(all[1], k.sign(t, `{}`)), "whoever has it can use it on")
+		time.Sleep(time.Second)
+		synctest.Wait()
+	})
+}
+
 func TestRedirectsLeadToSafeURLsOnly(t *testing.T) {
 	good := newKey(t, "1", jose.ES256)
 	mux := http.NewServeMux()
