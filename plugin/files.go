@@ -18,6 +18,10 @@ const (
 	// cause them.
 	filesInterval = time.Second
 
+	// writeTime is the time in which a file that is being written in place changes again. Until it is
+	// written, its last line may be a part of a token.
+	writeTime = 100 * time.Millisecond
+
 	// maxFile is the maximum size of a file, in bytes.
 	maxFile = 1 << 20
 )
@@ -64,7 +68,7 @@ func (f *watchedFiles[T]) current() T {
 }
 
 // refresh reads the files. Some may be replaced one after the other, such as a certificate and its
-// key, so contents that cannot be loaded are loaded again at the next read.
+// key, so contents that cannot be loaded, or are being written, are loaded again at the next read.
 func (f *watchedFiles[T]) refresh() {
 	contents, sums, err := readFiles(f.paths)
 	if err == nil && slices.Equal(sums, f.sums) {
@@ -75,6 +79,9 @@ func (f *watchedFiles[T]) refresh() {
 	if err == nil {
 		loaded, err = f.load(contents)
 	}
+	if err == nil && f.isBeingWritten(sums) {
+		return
+	}
 	switch {
 	case err == nil:
 		f.loaded, f.sums, f.failed = loaded, sums, ""
@@ -83,6 +90,13 @@ func (f *watchedFiles[T]) refresh() {
 		f.failed = err.Error()
 		f.log.With("error", err).Error("Cannot reload " + f.what + ": the previous content stays in use")
 	}
+}
+
+// isBeingWritten reports whether the files do not have these contents any more after writeTime.
+func (f *watchedFiles[T]) isBeingWritten(sums [][sha256.Size]byte) bool {
+	time.Sleep(writeTime)
+	_, now, err := readFiles(f.paths)
+	return err != nil || !slices.Equal(now, sums)
 }
 
 func readFiles(paths []string) (contents [][]byte, sums [][sha256.Size]byte, err error) {

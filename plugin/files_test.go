@@ -153,6 +153,27 @@ func TestTokensFileIsReadWhenClientsConnect(t *testing.T) {
 	})
 }
 
+// A part of a token must not be accepted.
+func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "tokens")
+	replaceFile(t, file, "first-s3cret\n")
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
+		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+		time.Sleep(filesInterval)
+		write("other-s3cret\nthi")
+		go func() {
+			time.Sleep(writeTime / 2)
+			write("other-s3cret\nthird-s3cret\n")
+		}()
+		e.wantDenied(cryo.DialOptions{Token: "thi"}, 401)
+		end(e.join("first-s3cret", 1))
+		time.Sleep(filesInterval)
+		end(e.join("third-s3cret", 2))
+		e.wantDenied(cryo.DialOptions{Token: "first-s3cret"}, 401)
+	})
+}
+
 func TestUnusableTokenFileIsAnErrorAtStart(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct{ name, content, problem string }{
