@@ -156,7 +156,7 @@ func TestOutputsDoNotSendToAnExpiredSession(t *testing.T) {
 	for name, fields := range map[string]string{
 		"to all":       "send_to: all",
 		"to any":       "send_to: any",
-		"to a session": "send_to: session\n  session_id: '7'",
+		"to a session": "send_to: session\n  session_id: '7'\nprocessors: [ { mapping: 'meta cryo_session_owner = \"ann\".hash(\"sha256\").encode(\"hex\")' } ]",
 		"by a mapping": "send_to: match\n  match: root = true",
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -175,6 +175,59 @@ func TestOutputsDoNotSendToAnExpiredSession(t *testing.T) {
 				renewed := e.join(claims("ann", time.Minute), 7)
 				require.NoError(t, receiveTexts(t, renewed, "for the next session")[0].Ack())
 				b.wantDelivered(t, "no message is lost")
+				a.deliver()
+			})
+		})
+	}
+}
+
+// A synchronous response is sent on the session of its request for as long as that is open.
+func TestRequestInFlightIsAnsweredAfterTheExpiry(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(claiming, answering, "sleep: { duration: 89s }", inCapital)
+		client := e.join(claims("ann", time.Minute), 7)
+		request := send(client, "request")
+		time.Sleep(88 * time.Second)
+		synctest.Wait()
+		require.NoError(t, client.Err(), "the session waits for its messages in flight")
+		require.NoError(t, receiveTexts(t, client, "REQUEST")[0].Ack())
+		request.wantAcked(t, "the response is acknowledged")
+		<-client.Done()
+		require.ErrorContains(t, client.Err(), "session expired")
+		synctest.Wait()
+		e.log.want(t, "Closed an expired session", "unacknowledged=0")
+	})
+}
+
+func TestRequestThatIsAnsweredAfterTheEndOfItsSessionIsNotAcknowledged(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(claiming, answering, "sleep: { duration: 91s }", inCapital)
+		client := e.join(claims("ann", time.Minute), 7)
+		request := send(client, "request")
+		time.Sleep(90 * time.Second)
+		require.Error(t, request.result(t), "it must be sent again")
+		next := e.join(claims("ann", time.Hour), 7)
+		time.Sleep(time.Minute)
+		wantNothing(t, next)
+		e.wantMetrics("nothing is left of it", map[string]int64{"cryo_messages_unacknowledged": 0, "cryo_sessions": 1})
+		again := send(next, "request")
+		require.NoError(t, receiveTexts(t, next, "REQUEST")[0].Ack())
+		again.wantAcked(t, "sent again")
+	})
+}
+
+func TestOutputsSendWithinTheGracePeriod(t *testing.T) {
+	for _, fields := range []string{"send_to: all", "send_to: any", "send_to: session\n  session_id: '7'", "send_to: match\n  match: root = true"} {
+		t.Run(fields, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				expiring := strings.TrimSpace(claiming) + "\n  session_expiry_grace: 20s"
+				e.run(expiring, toProbe)
+				e.run(fromFeed, expiring+"\n  "+fields, "mapping: 'meta cryo_session_owner = \"ann\".hash(\"sha256\").encode(\"hex\")'")
+				client := e.join(claims("ann", time.Minute), 7)
+				send(client, "in flight")
+				a := e.arrival()
+				time.Sleep(time.Minute + 19*time.Second)
+				e.wantSends(t, client, "within the grace period")
 				a.deliver()
 			})
 		})
