@@ -203,6 +203,7 @@ func TestRequestThatIsAnsweredAfterTheEndOfItsSessionIsNotAcknowledged(t *testin
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(claiming, answering, "sleep: { duration: 91s }", inCapital)
 		client := e.join(claims("ann", time.Minute), 7)
+		acknowledgeAll(client)
 		request := send(client, "request")
 		time.Sleep(90 * time.Second)
 		require.Error(t, request.result(t), "it must be sent again")
