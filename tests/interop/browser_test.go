@@ -284,6 +284,8 @@ func TestBrowser(t *testing.T) {
 		{"a page returns after a timeout", testBrowserTimeout},
 		{"a page returns when its session was closed because it was late", testBrowserLate},
 		{"a page does not return when it is taken over", testBrowserTakenOver},
+		{"a page does not return when its token has expired", testBrowserExpired},
+		{"a page returns when its session has reached its maximum age", testBrowserMaximumAge},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, b) })
 	}
@@ -565,4 +567,51 @@ func testBrowserTakenOver(t *testing.T, b *browser) {
 	page.run(fmt.Sprintf("new Promise(r => { globalThis.other = new WebSocket('ws://%s/?x-cryo-sid=%s&authorization=' + encodeURIComponent('Bearer ' + %q)); other.onopen = r; })", address, id, token))
 	page.wantEvent("closed 4000 taken over by a newer connection of the same client")
 	require.Equal(t, "false", page.eval("events.page.includes('disconnected')"))
+}
+
+// What is in flight at the expiry is still acknowledged. The page would return with the same token,
+// and be denied.
+func testBrowserExpired(t *testing.T, b *browser) {
+	const expires = "    session_expires: root = now().ts_unix() + 5\n"
+	p, s, g := serving(t, "127.0.0.1:0", expires, sendingAll+expires)
+	address := p.Listening()
+	page := b.open(t)
+	id := page.connect(address)
+	s.deliver([]byte("down"), "type=utf8")
+	page.wantEvent("text down")
+	page.start("in flight", "clients.page.SendUTF8('in flight')")
+	d := g.Next()
+	time.Sleep(6 * time.Second) // until it has expired
+	page.start("late", "clients.page.SendUTF8('late')")
+	require.Equal(t, "0", page.eval("events.page.filter(e => e.startsWith('closed')).length"), "the session waits for what is in flight")
+	d.Respond(http.StatusOK)
+	page.wantSettled("in flight", "resolved")
+	page.wantEvent("closed 4000 session expired")
+	p.WantLog("Closed an expired session", "session="+id)
+	require.Equal(t, "false", page.eval("events.page.includes('disconnected')"))
+	require.Equal(t, "open", page.eval("settled.late"), "a send after the expiry never settles")
+
+	page.connect(address) // as the page would with a renewed token
+	page.start("renewed", "clients.page.SendUTF8('renewed')")
+	g.Next().Respond(http.StatusOK)
+	page.wantSettled("renewed", "resolved")
+	require.Zero(t, p.Count(func(line string) bool { return strings.Contains(line, "Denied a client") }), "the page has not tried to return")
+	require.Equal(t, 2, p.Count(isConnected))
+}
+
+func testBrowserMaximumAge(t *testing.T, b *browser) {
+	const age = "    max_session_age: 15s\n"
+	p, s, g := serving(t, "127.0.0.1:0", age, sendingAll+age)
+	page := b.open(t)
+	id := page.connect(p.Listening())
+	wantServed(t, page, s, g)
+	page.wantEvent("disconnected")
+	page.wantEvent("reconnected")
+	p.WantLog("Closed an expired session", "session="+id, "maximum age of 15s reached")
+	page.start("again", "clients.page.SendUTF8('again')")
+	g.Next().Respond(http.StatusOK)
+	page.wantSettled("again", "resolved")
+	require.Equal(t, "0", page.eval("events.page.filter(e => e.startsWith('closed')).length"))
+	require.Equal(t, "1", page.eval("events.page.filter(e => e === 'reconnected').length"), "one attempt is enough")
+	require.Equal(t, 2, p.Count(isConnected))
 }
