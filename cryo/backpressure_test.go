@@ -303,6 +303,50 @@ func TestUnreadAnswersAreBounded(t *testing.T) {
 	}
 }
 
+func TestUnreadAnswersOfAllSessionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const full = 64 << 20
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{SendOnly: true}})
+		connect := func(id uint64) (*cryo.Session, *cryotest.Peer) {
+			peer := join(t, l, id)
+			peer.ClientHandshake()
+			return next(t, sessions), peer
+		}
+		flooded := func(id uint64) (*cryo.Session, *cryotest.Peer, int) {
+			s, peer := connect(id)
+			peer.Conn().StopReading()
+			return s, peer, flood(t, peer, cryotest.Text(1, ""))
+		}
+		var peers []*cryotest.Peer
+		for id := uint64(1); server.Unwritten() <= full; id++ {
+			require.LessOrEqual(t, id, uint64(65))
+			_, peer, _ := flooded(id)
+			peers = append(peers, peer)
+		}
+		before := server.Unwritten()
+		paused, pausedPeer, written := flooded(100)
+		require.Less(t, server.Unwritten()-before, int64(20<<10))
+		reader, readerPeer := connect(200)
+		for range 1000 {
+			readerPeer.WriteFrames(cryotest.Text(1, ""))
+			readerPeer.WantType("who reads is served", wire.Error)
+		}
+		require.NoError(t, reader.Err())
+
+		for _, peer := range peers {
+			require.NoError(t, peer.Conn().Close())
+		}
+		synctest.Wait()
+		require.Less(t, server.Unwritten(), int64(20<<10), "those that have ended do not count")
+		pausedPeer.Conn().ReadOn()
+		for range written {
+			pausedPeer.WantType("an answer", wire.Error)
+		}
+		require.NoError(t, paused.Err())
+		require.Zero(t, server.Unwritten())
+	})
+}
+
 func TestTwoEndsThatOnlySendCannotBlockEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := cryo.SessionOptions{SendOnly: true}

@@ -78,6 +78,9 @@ func (s *Server) Owners() int {
 	return len(s.owners)
 }
 
+// Unwritten is how many bytes of acknowledgements and control frames are unwritten, of all sessions.
+func (s *Server) Unwritten() int64 { return s.opts.unwritten.Load() }
+
 // HoldWriter locks the session's queue until release is called.
 func (s *Session) HoldWriter() (release func()) {
 	s.writer.mu.Lock()

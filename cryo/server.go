@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"weak"
 
@@ -175,6 +176,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		connects = rate.NewLimiter(rate.Limit(opts.MaxConnectsPerSecond), opts.MaxConnectsPerSecond)
 	}
 	opts.logLimit = loglimit.New() // a client that violates the protocol may return at once
+	opts.unwritten = new(atomic.Int64)
 	return &Server{
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),

@@ -96,8 +96,9 @@ type SessionOptions struct {
 	// MaxBytesPerSecond, with its duration, under the same conditions. Default: none.
 	OnThrottle func(*Session, time.Duration)
 
-	secrets  *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
-	logLimit *loglimit.Limit // of the sessions of a server; nil at a dialling end
+	secrets   *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
+	logLimit  *loglimit.Limit // of the sessions of a server; nil at a dialling end
+	unwritten *atomic.Int64   // the same: see writer.total
 }
 
 func (o *SessionOptions) validate() error {
@@ -210,6 +211,9 @@ func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiv
 	}
 	s.ctx, s.end = context.WithCancelCause(context.Background())
 	s.writer = newWriter(conn, id, numbers, s.fail)
+	if opts.unwritten != nil {
+		s.writer.total = opts.unwritten
+	}
 	conn.Start(s.writer.webSocketPong)
 	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants, s.early)
 	s.limit.rates.messages.rate, s.limit.rates.bytes.rate = opts.MaxMessagesPerSecond, opts.MaxBytesPerSecond

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/gorilla/websocket"
 
@@ -14,11 +15,14 @@ import (
 
 // maxUnwritten bounds the memory of unwritten acknowledgements and other small frames, in
 // bytes. Beyond it nothing more is read, because a peer that sends and never reads could
-// let them grow without a bound.
+// let them grow without a bound. While those of all sessions of a server exceed
+// maxUnwrittenTotal, the bound of each is crowdedUnwritten.
 const (
-	maxUnwritten = 1 << 20
-	ackCost      = 4
-	controlCost  = 128 // plus the payload
+	maxUnwritten      = 1 << 20
+	maxUnwrittenTotal = 64 << 20
+	crowdedUnwritten  = 16 << 10
+	ackCost           = 4
+	controlCost       = 128 // plus the payload
 )
 
 // nonblockingBytes bounds the payload of a frame that its sender writes itself, in bytes.
@@ -47,6 +51,8 @@ type writer struct {
 	sid    uint64
 	acks   *ackTable
 	failed func(error) // ends the session after a write error
+
+	total *atomic.Int64 // sum of unwritten of all sessions of a server, or of this one at a dialling end
 
 	head [maxFrameHeader]byte // memory of a frame's header; owned by the goroutine that writes
 
@@ -106,7 +112,7 @@ func (q *queue) cost() int {
 
 // newWriter makes the writer of a session. failed is called by the writing goroutine.
 func newWriter(conn *ws.Conn, sid uint64, acks *ackTable, failed func(error)) *writer {
-	w := &writer{conn: conn, sid: sid, acks: acks, failed: failed}
+	w := &writer{conn: conn, sid: sid, acks: acks, failed: failed, total: new(atomic.Int64)}
 	w.idle = sync.NewCond(&w.mu)
 	return w
 }
@@ -141,7 +147,7 @@ func (w *writer) enqueueKind(data bool, change func(q *queue)) bool {
 func (w *writer) acknowledge(numbers []uint32) bool {
 	return w.enqueue(func(q *queue) {
 		q.acks = append(q.acks, numbers...)
-		w.unwritten += ackCost * len(numbers)
+		w.countLocked(ackCost * len(numbers))
 	})
 }
 
@@ -165,7 +171,13 @@ func (w *writer) control(f wire.Frame) bool {
 
 func (w *writer) controlLocked(f wire.Frame) {
 	w.queue.control = append(w.queue.control, f)
-	w.unwritten += controlCost + len(f.Payload)
+	w.countLocked(controlCost + len(f.Payload))
+}
+
+// countLocked adds to the unwritten bytes.
+func (w *writer) countLocked(n int) {
+	w.unwritten += n
+	w.total.Add(int64(n))
 }
 
 // pong queues the answer to a ping, or an unsolicited pong (keepalive).
@@ -263,12 +275,17 @@ func (w *writer) compactLocked() {
 	w.withdrawn = 0
 }
 
-// overLimit returns nil while unwritten small frames are within maxUnwritten, else a channel
-// that is closed when some were written.
+// overLimit returns nil while unwritten small frames are within the limit, else a channel that
+// is closed when some were written. Those of other sessions matter only until then: a peer that
+// reads is not kept waiting by peers that do not.
 func (w *writer) overLimit() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.unwritten <= maxUnwritten || w.isClosingLocked() {
+	limit := maxUnwritten
+	if w.total.Load() > maxUnwrittenTotal {
+		limit = crowdedUnwritten
+	}
+	if w.unwritten <= limit || w.isClosingLocked() {
 		return nil
 	}
 	if w.shrunk == nil {
@@ -306,6 +323,7 @@ func (w *writer) abort() {
 			w.acks.released(f, false)
 		}
 	}
+	w.countLocked(-w.queue.cost())
 	w.queue, w.withdrawn = queue{}, 0
 	w.wakeLocked()
 }
@@ -417,7 +435,7 @@ func (w *writer) finishWrite(q *queue, err error, flushed bool) (idle bool) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.unwritten -= q.cost()
+	w.countLocked(-q.cost())
 	w.dequeued = 0
 	w.wakeLocked()
 	for i, f := range q.data {
