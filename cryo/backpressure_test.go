@@ -343,6 +343,7 @@ func TestUnreadAnswersOfAllSessionsAreBounded(t *testing.T) {
 			pausedPeer.WantType("an answer", wire.Error)
 		}
 		require.NoError(t, paused.Err())
+		synctest.Wait()
 		require.Zero(t, server.Unwritten())
 	})
 }
