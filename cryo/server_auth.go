@@ -128,7 +128,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	if !ok {
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter authorization with a Bearer token is missing."}
 	}
-	// Before the cost of Authorize, everything that depends on the request alone.
+	// Before the cost of Authorize: everything that depends on the request alone, and the rate.
 	id, err := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	if err != nil {
 		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
