@@ -62,7 +62,9 @@ type DialOptions struct {
 	// Cryo handshake. Default 5 s.
 	ConnectTimeout time.Duration
 	// NetDial opens the network connection, and must return when the context is done.
-	// Default: that of a net.Dialer.
+	// Default: TCP. The host is resolved for each attempt, and its addresses, IPv6 and IPv4 in turn, are
+	// dialled at intervals of up to 250 ms until one answers (RFC 8305); each has at least half of
+	// the ConnectTimeout. At most 64 addresses are dialled.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 

@@ -21,6 +21,10 @@ const (
 	maxWait       = 10 * time.Second
 	maxRetryAfter = 5 * time.Minute
 	minLifetime   = time.Second // a shorter session counts as a failed attempt
+
+	// maxLossWait bounds the random wait after the end of a session. The sessions of many clients end
+	// together when their server stops.
+	maxLossWait = time.Second
 )
 
 const (
@@ -61,8 +65,9 @@ type ClientOptions struct {
 // session is connected, the Client dials, always with the same session id. It never dials
 // without such a call, and concurrent calls share one attempt.
 //
-// After the end of a session, the next attempt is made without a wait. After a failed attempt,
-// the wait is
+// After the end of a session, the wait until the next attempt is up to 1 s at random, so that the
+// clients of a server that restarts do not connect at the same moment. After a failed attempt, the
+// wait is
 //
 //   - the time in the server's Retry-After, if there is one, but at least 250 ms and at most
 //     5 minutes, plus up to a quarter at random;
@@ -305,9 +310,11 @@ func (c *Client) follow(s *Session, began time.Time) {
 	if !short || s.peerAcked.Load() {
 		c.failures = 0
 	}
+	wait := rand.N(maxLossWait) //nolint:gosec // no secret
 	if short {
-		c.due = ended.Add(c.backOffLocked())
+		wait = c.backOffLocked()
 	}
+	c.due = ended.Add(wait)
 }
 
 // failedLocked sets the due time of the next attempt after a failed one, and returns a

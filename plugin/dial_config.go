@@ -82,7 +82,7 @@ func dialFields() []*service.ConfigField {
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
-			Description("The timeout of an attempt to connect, from the TCP connection to the end of the handshake. The wait before the next attempt grows from 250 ms to 10 s. It is 30 s if the token was denied, and at most 5 minutes if the server sends `Retry-After`.").
+			Description("The timeout of an attempt to connect, from the name lookup to the end of the handshake. If the name has several addresses, up to 64 are tried, IPv6 and IPv4 in turn: the next one begins after 250 ms at most while the others go on, so that dead ones do not use up the time. After the end of a session, the next attempt begins within 1 s, at random, so that the clients of a server that restarts do not return at the same moment. After a failed attempt, the wait grows from 250 ms to 10 s. It is 30 s if the token was denied, and at most 5 minutes if the server sends `Retry-After`.").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),

@@ -54,7 +54,7 @@ func register(env *service.Environment, d dependencies) error {
 
 // dependencies lets tests replace the network. The zero value uses the network of the process.
 type dependencies struct {
-	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil means a net.Dialer
+	dial      func(ctx context.Context, network, address string) (net.Conn, error) // nil means the library's own
 	listeners *listeners                                                           // nil means those in the engine's resources
 	lint      bool                                                                 // components are built and discarded, without Close
 }

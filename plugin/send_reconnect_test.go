@@ -140,7 +140,9 @@ func TestReconnectTimeoutStartsAtTheFirstLoss(t *testing.T) {
 			end(peer)
 		}
 		require.ErrorContains(t, next(t, f.verdict), "no other session connected within ack_timeout (10s)")
-		require.InDelta(t, 14, time.Since(begin).Seconds(), maxResendWait.Seconds(), "at the first loss after that time")
+		took := time.Since(begin)
+		require.GreaterOrEqual(t, took, 14*time.Second, "at the first loss after that time")
+		require.Less(t, took, 16*time.Second+maxResendWait, "two waits of up to 1 s before the attempts to connect")
 	})
 }
 
@@ -294,9 +296,10 @@ func TestOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 					f = e.produce("m")
 				}
 				require.NoError(t, receiveTexts(t, server.session(), "m")[0].Ack())
-				require.Equal(t, 30*time.Second, time.Since(begin), "nobody waits twice")
+				require.Less(t, time.Since(begin), 31*time.Second, "nobody waits twice")
 				f.wantDelivered(t, "the token is taken again")
 				require.Len(t, server.waits(), 2)
+				require.Equal(t, 30*time.Second, server.waits()[1])
 			})
 		})
 	}

@@ -22,7 +22,7 @@ type DialOptions struct {
 	Header  http.Header                                                          // further headers of the upgrade
 	TLS     *tls.Config                                                          // configuration of wss. Default: the system's certificates
 	Proxy   func(*http.Request) (*url.URL, error)                                // called with the URL as http, without query. Default: none
-	NetDial func(ctx context.Context, network, address string) (net.Conn, error) // Default: that of a net.Dialer
+	NetDial func(ctx context.Context, network, address string) (net.Conn, error) // Default: dialHost
 }
 
 // Dial connects, through a proxy if there is one, and opens the WebSocket. If the server
@@ -35,7 +35,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	}
 	netDial := netDialFunc(opts.NetDial)
 	if netDial == nil {
-		netDial = (&net.Dialer{}).DialContext
+		netDial = dialHost
 	}
 	stop := func() bool { return true }
 	var connect netDialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
