@@ -43,6 +43,9 @@ const (
 	listens = `address: 127.0.0.1:8080, tokens: [ a ]`
 )
 
+// encodeProxy is the error of proxy URLs whose password has special characters.
+const encodeProxy = "field proxy_url is not a URL: percent-encode special characters of its user and password, such as # as %23, % as %25, / as %2F and ? as %3F"
+
 func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 	for _, tt := range []struct {
 		kind, name, fields string
@@ -71,7 +74,12 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		{"input", "cryo", `{ url: "ws://h:" }`, "field url: the URL's port must be from 1 to 65535"},
 		{"input", "cryo", `{ url: "ws://me:p%zz@h" }`, "field url: not a URL"},
 		{"input", "cryo", `{ url: null }`, `field url: the scheme is "", it must be ws or wss`},
-		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:secret@%zz" }`, "field proxy_url must be a URL with http://, https:// or socks5://, a host, and optionally a port from 1 to 65535"},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:secret@%zz" }`, encodeProxy},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:sec#ret@h" }`, encodeProxy},
+		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:100%@h" }`, encodeProxy},
+		{"input", "cryo", `{ ` + dials + `, proxy_url: "socks5://me:12#3@h" }`, encodeProxy}, // 12 could be a port
+		{"input", "cryo", `{ ` + dials + `, proxy_url: "https://me:12/3@h" }`, encodeProxy},
+		{"input", "cryo", `{ ` + dials + `, proxy_url: "https://me:12?3@h" }`, encodeProxy},
 		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://localhost:99999" }`, "field proxy_url must be a URL with http://, https:// or socks5://, a host, and optionally a port from 1 to 65535"},
 		{"input", "cryo", `{ ` + dials + `, headers: { connection: close } }`, "field headers: connection is set by the WebSocket handshake: remove it"},
 		{"input", "cryo", `{ ` + dials + `, headers: { Sec-WebSocket-Key: a } }`, "field headers: Sec-WebSocket-Key is set by the WebSocket handshake: remove it"},
@@ -206,6 +214,7 @@ func TestValidConfigurationPassesLintAndStarts(t *testing.T) {
 		{"input", "cryo", `{ ` + dials + ` }`},
 		{"input", "cryo", `{ url: "WSS://[::1]:8443/a/path?room=5", token: "${CRYO_TOKEN}", tls: { enabled: true } }`},
 		{"input", "cryo", `{ ` + dials + `, query_parameters: { room: "5" }, headers: { X-Room: "5" }, proxy_url: "socks5://u:p@localhost:1080" }`},
+		{"input", "cryo", `{ ` + dials + `, proxy_url: "http://u:%23@p%25@localhost:1080" }`},
 		{"input", "cryo", `{ ` + dials + `, message_types: [ error ], acknowledge: received, auto_replay_nacks: false, max_in_flight: 1, max_batch_count: 1, max_buffer_bytes: 1 }`},
 		{"output", "cryo", `{ ` + dials + `, message_type: binary, ack_timeout: 1ms, max_in_flight: 1, batching: { count: 10, period: 1s } }`},
 		{"output", "cryo", `{ ` + dials + `, message_type: '${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }' }`},

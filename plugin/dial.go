@@ -138,9 +138,23 @@ func (d *dialer) await(ctx context.Context) (*cryo.Session, error) {
 	}
 }
 
+// urlHint returns advice about the field url for the error of an attempt to connect, or "".
+func urlHint(err error) string {
+	denied, ok := errors.AsType[*cryo.HandshakeError](err)
+	switch {
+	case ok && denied.StatusCode == http.StatusNotFound:
+		return fmt.Sprintf("check the path of the field %s", fieldURL)
+	case ok && denied.StatusCode/100 == 3:
+		return fmt.Sprintf("redirects are not followed: set the field %s to the target", fieldURL)
+	}
+	return ""
+}
+
 // withHint adds advice for the user to the error of a failed attempt to connect.
 func withHint(failed *cryo.RetryError) error {
 	switch err := failed.Err; {
+	case urlHint(err) != "":
+		return fmt.Errorf("%w (%s)", err, urlHint(err))
 	case errors.Is(err, cryo.ErrSessionExists):
 		return fmt.Errorf("%w (if that is the previous connection of this component, the server removes it within seconds)", err)
 	case errors.Is(err, cryo.ErrUnauthorized):
@@ -152,14 +166,13 @@ func withHint(failed *cryo.RetryError) error {
 
 // withTestHint adds advice for the user to the error of a connection test.
 func withTestHint(err error) error {
-	var denied *cryo.HandshakeError
 	var name *net.DNSError
 	var network net.Error
 	switch {
 	case errors.Is(err, cryo.ErrUnauthorized):
 		return fmt.Errorf("%w (check the field %s)", err, fieldToken)
-	case errors.As(err, &denied) && denied.StatusCode == http.StatusNotFound:
-		return fmt.Errorf("%w (check the path of the field %s)", err, fieldURL)
+	case urlHint(err) != "":
+		return fmt.Errorf("%w (%s)", err, urlHint(err))
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w (unreachable: nothing listens there)", err)
 	case errors.As(err, &name):

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"golang.org/x/net/http/httpguts"
@@ -78,7 +79,7 @@ func dialFields() []*service.ConfigField {
 		service.NewTLSToggledField(fieldTLS).
 			Description("Settings for `wss://`, such as custom certificate authorities and client certificates, with `enabled: true`. Without them, `wss://` uses the system's certificate authorities. When files have changed, the next attempt to connect uses the new ones; if these are invalid, an error is logged, and the previous ones stay in use."),
 		proxyURLField.config().
-			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Empty: the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
+			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Special characters of its user and password must be percent-encoded, such as `#` as `%23`. Empty: the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
@@ -233,6 +234,10 @@ func parseProxy(text string) (*url.URL, error) {
 		return nil, nil
 	}
 	proxy, err := url.Parse(text)
+	// An @ behind the host is that of a user and password, one of whose characters ends the host.
+	if strings.Contains(text, "@") && (err != nil || strings.Contains(proxy.Path+proxy.RawQuery+proxy.Fragment, "@")) {
+		return nil, fmt.Errorf("field %s is not a URL: percent-encode special characters of its user and password, such as # as %%23, %% as %%25, / as %%2F and ? as %%3F", fieldProxyURL)
+	}
 	if err == nil && slices.Contains([]string{"http", "https", "socks5", "socks5h"}, proxy.Scheme) && proxy.Hostname() != "" {
 		if port, err := strconv.ParseUint(cmp.Or(proxy.Port(), "1"), 10, 16); err == nil && port > 0 {
 			return proxy, nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -265,4 +266,20 @@ func TestOnlyTheFirstVerdictOnABatchCounts(t *testing.T) {
 		require.Equal(t, 1, rejections)
 		require.Equal(t, 2, ended)
 	})
+}
+
+func TestFailedAttemptNamesTheFieldToChange(t *testing.T) {
+	for answer, want := range map[string]string{
+		"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n":                                                 "404 Not Found (check the path of the field url)",
+		"HTTP/1.1 308 Permanent Redirect\r\nLocation: https://h/feed?key=s3cret\r\nContent-Length: 0\r\n\r\n": "308 Permanent Redirect: redirect to https://h/feed (redirects are not followed: set the field url to the target)",
+		"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n":                                              "401 Unauthorized (check the field token; retrying in 30s)",
+	} {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.answer(func(*http.Request) string { return answer })
+			e.run(dialInput, toProbe)
+			time.Sleep(time.Millisecond)
+			synctest.Wait()
+			e.log.want(t, "Failed to connect to cryo", want)
+		})
+	}
 }

@@ -2,8 +2,12 @@ package plugin
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
+	"compress/gzip"
+	"compress/zlib"
 	"context"
+	"encoding/csv"
 	"errors"
 	"fmt"
 	"io"
@@ -186,6 +190,21 @@ func (s *scanner) open(stream io.ReadCloser, name string) (opened *openScanner, 
 		return nil, err
 	}
 	return &openScanner{inner}, nil
+}
+
+// scannerHint returns advice about the fields of a scanner whose error is err, or "".
+func scannerHint(err error) string {
+	switch {
+	case errors.Is(err, bufio.ErrTooLong):
+		return " (raise max_buffer_size of the scanner)"
+	case errors.Is(err, csv.ErrBareQuote), errors.Is(err, csv.ErrQuote):
+		return " (if the stream begins with a byte order mark, put the scanner csv into skip_bom; if fields contain quotes that are not doubled, set its lazy_quotes)"
+	case errors.Is(err, csv.ErrFieldCount):
+		return " (check custom_delimiter of the scanner csv; with continue_on_error, such a row becomes a message with an error)"
+	case errors.Is(err, gzip.ErrHeader), errors.Is(err, zlib.ErrHeader):
+		return " (check algorithm of the scanner decompress)"
+	}
+	return ""
 }
 
 // close closes the scanner. Call it once, after all streams have been scanned.

@@ -129,6 +129,28 @@ func TestFailedScannerCancelsItsStream(t *testing.T) {
 	}
 }
 
+func TestErrorOfAScannerNamesTheFieldToChange(t *testing.T) {
+	for _, tt := range []struct{ scanner, stream, want string }{
+		{"lines: {}", strings.Repeat("x", 100_000), "token too long (raise max_buffer_size of the scanner)"},
+		{"re_match: { pattern: '(?m)^x$' }", strings.Repeat("y", 100_000), "token too long (raise max_buffer_size of the scanner)"},
+		{"decompress: { algorithm: gzip, into: { lines: {} } }", gzipped(t, strings.Repeat("x", 100_000)), "token too long (raise max_buffer_size of the scanner)"},
+		{"csv: {}", "\ufeff\"a\",b\n1,2\n", "put the scanner csv into skip_bom"},
+		{"csv: {}", "a,b\n1,say \"hello\"\n", "set its lazy_quotes"},
+		{"csv: {}", "a;b\n1,5;2\n", "wrong number of fields (check custom_delimiter of the scanner csv"},
+		{"decompress: { algorithm: gzip }", "not compressed", "invalid header (check algorithm of the scanner decompress)"},
+		{"decompress: { algorithm: zlib }", "not compressed", "invalid header (check algorithm of the scanner decompress)"},
+	} {
+		t.Run(tt.scanner, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.run(with(listenInput, "streams: { scanner: { "+tt.scanner+" } }"), toProbe)
+				sendStream(e.dial(), "bad", tt.stream).wantCancelled(t, "its scanner fails")
+				synctest.Wait()
+				e.log.want(t, "WARN Stream failed", "error=scanner: ", tt.want)
+			})
+		})
+	}
+}
+
 // The scanner json_array repeats what the stream begins with, if that is not an array.
 func TestErrorOfAScannerIsTruncatedAndShowsNoToken(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {

@@ -287,12 +287,13 @@ func (f *sessionFeed) scan(t *transfer) error {
 // scannerError returns the error of a scanner, whose text may repeat any part of the stream: it is
 // truncated, and contains no secret of the session. A panic is reported with its origin.
 func (f *sessionFeed) scannerError(err error) error {
+	hint := scannerHint(err)
 	if panicked, ok := errors.AsType[*panicError](err); ok {
 		err = &panicError{f.session.Redact(fmt.Sprintf("%.200v", panicked.value)), panicked.where}
 	} else if !errors.Is(err, errTooLong) {
 		err = errors.New(f.session.Redact(err.Error()))
 	}
-	return fmt.Errorf("scanner: %w", err)
+	return fmt.Errorf("scanner: %w%s", err, hint)
 }
 
 // readerFailed returns the error of the scanner's reader if the messages of a batch carry it,
