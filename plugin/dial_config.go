@@ -157,7 +157,7 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions, log *se
 		return nil, nil, fmt.Errorf("the fields %s and %s cannot be used together", fieldToken, fieldTokenFile)
 	case tokenFile != "":
 		if a.tokenFile, err = watchFiles(fieldTokenFile, []string{tokenFile}, 0, log.With("file", tokenFile), tokenOfFile); err != nil {
-			return nil, nil, fmt.Errorf("field %s: %w", fieldTokenFile, err)
+			return nil, nil, fmt.Errorf("field %s: %w", fieldTokenFile, withoutToken(err, fieldToken))
 		}
 	}
 	a.tls, err = readDialTLS(conf, log)

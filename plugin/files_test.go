@@ -203,6 +203,25 @@ func TestUnusableTokenFileIsAnErrorAtStart(t *testing.T) {
 	}
 }
 
+func TestTokenInPlaceOfItsFileIsNotShown(t *testing.T) {
+	for _, c := range []struct{ kind, name, fields, field string }{
+		{"output", "cryo", "url: ws://h\ntoken_file: ", "token"},
+		{"input", "cryo_server", "address: 127.0.0.1:0\ntokens_file: ", "tokens"},
+	} {
+		for _, secret := range []string{"s3cret", "/s3cret", "/s3cret/with+slashes==", "s3cret/with/slashes", strings.Repeat("s3cret.", 1000)} {
+			err := construct(t, c.kind, c.name, c.fields+secret)
+			require.ErrorContains(t, err, ": the path is redacted, because it may be a token: begin a path with its directory, such as ./, and set a token in the field "+c.field)
+			require.NotContains(t, err.Error(), "s3cret")
+			lints, err := linter().LintYAML(c.kind, []byte(c.name+":\n  "+strings.ReplaceAll(c.fields, "\n", "\n  ")+secret))
+			require.NoError(t, err)
+			require.NotContains(t, fmt.Sprint(lints), "s3cret")
+		}
+		for _, path := range []string{"./missing", "../missing", t.TempDir() + "/missing/token"} {
+			require.ErrorContains(t, construct(t, c.kind, c.name, c.fields+path), "open "+path+": no such file or directory")
+		}
+	}
+}
+
 func TestInterpolatedTokenIsEvaluatedAtEachAttempt(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "token")
 	replaceFile(t, file, "first-s3cret\n")

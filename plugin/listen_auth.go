@@ -161,7 +161,7 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting l
 	case s.TokensFile != "":
 		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, log.With("file", s.TokensFile), tokensOfFile)
 		if err != nil {
-			r.err = fmt.Errorf("field %s: %w", fieldTokensFile, err)
+			r.err = fmt.Errorf("field %s: %w", fieldTokensFile, withoutToken(err, fieldTokens))
 			return s, nil
 		}
 		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, file.current()(u) })

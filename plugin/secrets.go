@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -159,6 +160,26 @@ func (s *interpolated) evaluate() (text string, err error) {
 func (s *interpolated) resolve() (text string, err error) {
 	defer catchPanic(&err)
 	return s.text.TryString(service.NewMessage(nil))
+}
+
+// withoutToken returns the error of a token file. It does not contain a path that may be the token
+// itself, as with token_file: '${TOKEN}'. field is the field for tokens.
+func withoutToken(err error, field string) error {
+	unreadable, ok := errors.AsType[*fs.PathError](err)
+	if !ok || isInDirectory(unreadable.Path) {
+		return err
+	}
+	return fmt.Errorf("%w: the path is redacted, because it may be a token: begin a path with its directory, such as ./, and set a token in the field %s", unreadable.Err, field)
+}
+
+// isInDirectory reports whether a path begins with a directory that exists, such as ./ or /run.
+func isInDirectory(path string) bool {
+	end := strings.IndexByte(path[min(1, len(path)):], '/') + 1 // the first slash behind the first character
+	if end == 0 {
+		return false
+	}
+	info, err := os.Stat(path[:end])
+	return err == nil && info.IsDir()
 }
 
 // tokenOfFile returns the token that is the content of a file, without the line break at its end.

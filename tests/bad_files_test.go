@@ -29,7 +29,7 @@ var badFiles = []struct {
 	{"a value that the rule of a field refuses", strings.Replace(receiving, "127.0.0.1:0", "127.0.0.1:99999", 1), "field address must be host:port"},
 	{"fields that contradict each other", strings.Replace(receiving, "tokens:", "tls: { cert_file: a.pem }, tokens:", 1), "field tls needs both"},
 	{"a missing TLS file", strings.Replace(receiving, "tokens:", "tls: { cert_file: no-cert.pem, key_file: no-key.pem }, tokens:", 1), "field tls: open no-cert.pem"},
-	{"a missing token file", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: no-tokens", 1), "field tokens_file: open no-tokens"},
+	{"a missing token file", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: ./no-tokens", 1), "field tokens_file: open ./no-tokens"},
 	{"a missing certificate authority", strings.Replace(receiving, "drop: {}", "cryo: { url: 'wss://127.0.0.1:1', tls: { enabled: true, root_cas_file: no-ca.pem } }", 1), "field tls: open no-ca.pem"},
 }
 
@@ -94,11 +94,11 @@ func TestBadRequestEndsNoPipeline(t *testing.T) {
 
 // The first start accepts a file of an input only if it exists, whatever lint says.
 func TestMissingFileFailsTheStartAndNotLint(t *testing.T) {
-	path := testkit.WriteFile(t, "pipeline.yaml", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: no-tokens", 1))
+	path := testkit.WriteFile(t, "pipeline.yaml", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: ./no-tokens", 1))
 	launch(t, nil, "lint", path).WantExit(0)
 	p := launch(t, nil, "run", "--set", "http.enabled=false", path)
 	p.WantExit(1)
-	require.Contains(t, strings.Join(p.All(), "\n"), "field tokens_file: open no-tokens")
+	require.Contains(t, strings.Join(p.All(), "\n"), "field tokens_file: open ./no-tokens")
 }
 
 // unbuildable passes lint, but the engine can't build its output.
