@@ -1,7 +1,9 @@
 package tests
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -101,6 +103,44 @@ func TestPipelinesInOneProcessShareAListener(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, opened)
+}
+
+// unreachable is a pipeline whose output cannot connect.
+const unreachable = "{ input: { cryo_server: { address: 127.0.0.1:0, tokens: [ " + token + " ] } }, output: { cryo: { url: 'ws://127.0.0.1:1', token: " + token + " } } }"
+
+func TestStreamThatCannotConnectIsRemovedAndReplacedWithinATimeout(t *testing.T) {
+	api := testkit.ReserveAddress(t)
+	p := launch(t, nil, append(withAPI(api), testkit.WriteFile(t, "orders.yaml", unreachable))...)
+	wantUnsettled := func(sent <-chan error) {
+		t.Helper()
+		err := testkit.Next(t, sent)
+		require.ErrorIs(t, err, net.ErrClosed, "the message is neither acknowledged nor rejected: its sender sends it again")
+	}
+	for _, method := range []string{http.MethodPut, http.MethodDelete} {
+		sent := testkit.Send(testkit.Dial(t, p.Listening()), method)
+		p.WantLog("Failed to connect to cryo")
+		resp := asOperator(t, method, "http://"+api+"/streams/orders?timeout=2s", unreachable, password)
+		require.Equal(t, http.StatusOK, resp.Status, resp.Body)
+		wantUnsettled(sent)
+	}
+	require.Equal(t, http.StatusNotFound, asOperator(t, http.MethodGet, "http://"+api+"/streams/orders", "", password).Status)
+
+	// Without a timeout, the engine waits until the caller gives up.
+	require.Equal(t, http.StatusOK, asOperator(t, http.MethodPost, "http://"+api+"/streams/orders", unreachable, password).Status)
+	sent := testkit.Send(testkit.Dial(t, p.Listening()), "m")
+	p.WantLog("Failed to connect to cryo")
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, "http://"+api+"/streams/orders", nil)
+	require.NoError(t, err)
+	req.SetBasicAuth(operator, password)
+	_, err = testkit.Do(http.DefaultTransport, req)
+	require.ErrorIs(t, err, context.DeadlineExceeded, "the engine is mended: docs/operations.md and docs/engine-faults.md need no ?timeout")
+	wantUnsettled(sent)
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		require.Equal(c, http.StatusNotFound, asOperator(c, http.MethodGet, "http://"+api+"/streams/orders", "", password).Status)
+	})
+	p.Interrupt()
 }
 
 func TestPipelinesThatDisagreeOnAListenerAreNamed(t *testing.T) {
