@@ -210,3 +210,40 @@ func TestEngineFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
 		second.wantPending(t, "one of the outputs still waits to be rid of its verdict on the first batch")
 	})
 }
+
+func TestEngineReadUntilLooksAtTheFirstMessageOfABatch(t *testing.T) {
+	for fields, want := range map[string]int{"": 10, "max_batch_count: 1": 6} {
+		inEngine(t, func(t *testing.T, e *engine) {
+			e.run(fromFeed, listenOutput) // while only an output listens, messages wait for an input
+			sendAll(e.dial(), numbered("m%d", 10)...)
+			texts := e.deliverAll()
+			p := e.run(`read_until: { check: 'content() == "m5"', input: { `+with(listenInput, fields)+" } }", toSerial)
+			time.Sleep(time.Minute)
+			require.Len(t, texts(), want, "the engine is mended: docs/guarantees.md and the reference need no max_batch_count: 1 for read_until")
+			select {
+			case <-p.ended:
+				require.Equal(t, 6, want, "it ends at m5")
+			default:
+				require.Equal(t, 10, want, "it never ends")
+			}
+		})
+	}
+}
+
+func TestEngineFallbackWaitsForAnOutputThatIsNotConnected(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, "fallback: [ "+dialOutput+", probe: {} ]")
+		f := e.produce("m")
+		time.Sleep(time.Hour)
+		f.wantPending(t, "the engine is mended: docs/bridges.md need not wrap the output cryo in drop_on")
+		e.wantNoArrival("not to be connected is no error")
+	})
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, "fallback: [ drop_on: { back_pressure: 35s, output: { "+with(dialOutput, "max_in_flight: 1")+" } }, probe: {} ]")
+		f := e.produce("m")
+		begin := time.Now()
+		e.arrival().deliver()
+		require.Equal(t, 35*time.Second, time.Since(begin), "as in docs/bridges.md")
+		f.wantDelivered(t, "by the second output")
+	})
+}
