@@ -34,6 +34,8 @@ type dialer struct {
 
 	connectedBefore bool           // accessed only by connected
 	endLogs         sync.WaitGroup // tracks the goroutine that logs the end of the session
+	endLog          limitedLog
+	lossLogged      bool // whether the last end was logged; written by that goroutine
 
 	lastLogged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
 	awaitLog   limitedLog
@@ -53,7 +55,7 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 	d.attempt = attempt
 	d.url, d.logURL = u.String(), (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	d.metrics = newDialMetrics(meterOf(res))
-	d.awaitLog = newLimitedLog(d.log)
+	d.awaitLog, d.endLog = newLimitedLog(d.log), newLimitedLog(d.log)
 	d.opts.Logger = libraryLogger(d.log)
 	d.metrics.watch(&d.opts.SessionOptions)
 	d.client, err = cryo.NewClient(d.url, &cryo.ClientOptions{DialOptions: d.opts, BeforeDial: attempt.evaluate, OnSession: d.connected, OnSessionEnd: d.ended})
@@ -62,13 +64,17 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 
 // connected is the client's OnSession. It logs that the session is connected. It also logs its
 // loss, as soon as the session begins to end, because the engine may notice the loss much
-// later, and the close timeout may delay Done.
+// later, and the close timeout may delay Done. A server may end each session at once: losses are
+// logged once a second, and a reconnection only if the loss before it was logged, so that the last
+// of these lines is true.
 func (d *dialer) connected(s *cryo.Session) {
-	event := "Connected"
-	if d.connectedBefore {
-		event = "Reconnected"
+	log := d.log.With("url", d.logURL, "session", s.ID())
+	switch {
+	case !d.connectedBefore:
+		log.Info("Connected")
+	case d.lossLogged:
+		log.Info("Reconnected")
 	}
-	d.log.With("url", d.logURL, "session", s.ID()).Info(event)
 	d.metrics.connected(d.connectedBefore)
 	d.connectedBefore = true
 	d.endLogs.Go(func() {
@@ -85,11 +91,17 @@ func (d *dialer) ended(*cryo.Session) {
 }
 
 func (d *dialer) logEnd(err error) {
-	log := d.log.With("url", d.logURL)
+	if errors.Is(err, cryo.ErrClosed) {
+		d.log.With("url", d.logURL).Info("Session closed")
+		return
+	}
+	var log *service.Logger
+	if log, d.lossLogged = d.endLog.allow(); !d.lossLogged {
+		return
+	}
+	log = log.With("url", d.logURL)
 	var closed *cryo.PeerClosedError
 	switch {
-	case errors.Is(err, cryo.ErrClosed):
-		log.Info("Session closed")
 	case errors.As(err, &closed): // for example, because the server restarts
 		log.With("error", err).Info("Disconnected")
 	default:

@@ -87,7 +87,7 @@ func TestLostConnectionIsRedialledWithTheSameSessionID(t *testing.T) {
 		e.run(dialInput, toProbe)
 		id := server.session().ID()
 		for range 3 {
-			synctest.Wait()
+			time.Sleep(time.Second) // there is one such line a second
 			e.net.cut()
 			require.Equal(t, id, server.session().ID())
 		}
@@ -95,6 +95,31 @@ func TestLostConnectionIsRedialledWithTheSameSessionID(t *testing.T) {
 		require.Equal(t, 1, e.log.count("INFO Connected", "url=ws://"+somewhere, "session="))
 		require.Equal(t, 3, e.log.count("WARN Disconnected", "url=ws://"+somewhere, "error=session ended: connection lost"))
 		require.Equal(t, 3, e.log.count("INFO Reconnected", "url=ws://"+somewhere, "session="))
+	})
+}
+
+func TestLossesOfSessionsAreLoggedOnceASecond(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		const n = 50
+		server := e.serve()
+		e.run(fromOnce, dialOutput)
+		begin := time.Now()
+		for range n {
+			f := e.produce("acknowledged, so that the waits do not grow")
+			require.NoError(t, receive(t, server.session()).Ack())
+			f.wantDelivered(t, "acknowledged")
+			e.net.cut()
+			synctest.Wait()
+		}
+		e.produce("last")
+		server.session()
+		synctest.Wait()
+		seconds := int(time.Since(begin) / time.Second)
+		require.Less(t, seconds, n/2)
+		lost, back := e.log.count("WARN Disconnected", "suppressed="), e.log.count("INFO Reconnected")
+		require.LessOrEqual(t, lost, seconds+1)
+		require.Greater(t, lost, seconds/3)
+		require.Equal(t, lost, back, "the last line is that of the session")
 	})
 }
 

@@ -384,6 +384,7 @@ func TestTakenOverSessionsAreCounted(t *testing.T) {
 		e.run(listenInput, toProbe)
 		old, err := e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
 		require.NoError(t, err)
+		synctest.Wait() // the listener has the session, too
 		_, err = e.tryDial(cryo.DialOptions{Token: token, SessionID: 7})
 		require.NoError(t, err)
 		<-old.Done()
