@@ -53,6 +53,7 @@ type unitModel struct {
 	fair    func(held, free int64) bool
 	held    []int64
 	waiting []*acquisition
+	turns   turns
 }
 
 func (m *unitModel) used() (sum int64) {
@@ -70,15 +71,22 @@ func (m *unitModel) acquire(share int, n int64) (acquired int64) {
 	return acquired
 }
 
-// grant grants what can be granted, in order of arrival.
+// grant grants what can be granted, in turn.
 func (m *unitModel) grant() map[*acquisition]int64 {
 	granted := make(map[*acquisition]int64)
-	m.waiting = slices.DeleteFunc(m.waiting, func(a *acquisition) bool {
-		if n := m.acquire(a.share, a.n); n > 0 {
-			granted[a] = n
-			return true
+	m.turns.grant(func() (shares []int) {
+		for _, a := range m.waiting {
+			shares = append(shares, a.share)
 		}
-		return false
+		return shares
+	}, func(first int) bool {
+		a := m.waiting[first]
+		n := m.acquire(a.share, a.n)
+		if n > 0 {
+			granted[a] = n
+			m.waiting = slices.Delete(m.waiting, first, first+1)
+		}
+		return n > 0
 	})
 	return granted
 }

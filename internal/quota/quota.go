@@ -1,10 +1,11 @@
-// Package quota divides capacity among several holders: first come, first served among those
-// whose share allows it. The unit of the capacity is the caller's.
+// Package quota divides capacity among several holders. Those whose share allows it are served in
+// turn. The unit of the capacity is the caller's.
 package quota
 
 import (
 	"container/list"
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -13,13 +14,14 @@ import (
 // the last grant may exceed the limit, unless it is of one unit. All methods of a Quota and its
 // shares may be called from any goroutine, and none but AcquireUpTo waits.
 type Quota struct {
-	limit int64
-	fair  func(held, free int64) bool // nil: one holder may have all capacity
+	limit  int64
+	fair   func(held, free int64) bool // nil: one holder may have all capacity
+	strict bool                        // fair is asked about the state after the grant
 
 	mu      sync.Mutex
 	used    int64
-	waiting list.List // *Request, in order of arrival
-	since   time.Time // while requests wait: time of the last grant, of the first request, or of the last true Starved
+	leaving int64     // part of used that holders release, because Starved was true for them
+	waiting list.List // *Group with requests, in the order in which they are served
 }
 
 // New returns a quota. limit must be at least 1. fair reports whether a holder of held may be
@@ -29,16 +31,33 @@ func New(limit int64, fair func(held, free int64) bool) *Quota {
 	return &Quota{limit: limit, fair: fair}
 }
 
+// NewStrict is New with a fair that is called with what would be held and free after the grant, so
+// that a holder leaves some for others however much it requests at a time. It is not called for a
+// holder of nothing.
+func NewStrict(limit int64, fair func(held, free int64) bool) *Quota {
+	return &Quota{limit: limit, fair: fair, strict: true}
+}
+
 // Share returns the share of a new holder, which holds nothing.
 func (q *Quota) Share() *Share { return q.ShareOf(nil) }
 
-// ShareOf is Share for a member of a group, which is one holder to fair. A nil group is none.
-func (q *Quota) ShareOf(g *Group) *Share { return &Share{q: q, group: g} }
+// ShareOf is Share for a member of a group, which is one holder. A nil group is none.
+func (q *Quota) ShareOf(g *Group) *Share {
+	s := &Share{q: q, group: g}
+	if g == nil {
+		s.group = &s.own
+	}
+	return s
+}
 
-// Group is what several shares of a Quota have in common. A new one is empty.
+// Group is a holder: several shares of a Quota, or one. A new one is empty. Its fields are guarded
+// by the quota's mutex.
 type Group struct {
-	_    *byte // no tiny allocation, which could keep weak pointers to the group alive
-	held int64 // held by all shares of the group; guarded by the quota's mutex
+	_        *byte // no tiny allocation, which could keep weak pointers to the group alive
+	held     int64 // held by all shares of the group
+	leaving  int64 // part of held that is released, because Starved was true
+	requests []*Request
+	turn     *list.Element // position in the quota's waiting; nil while the group has no requests
 }
 
 // Full reports whether the limit is reached, or a holder waits because it may hold no more.
@@ -55,68 +74,90 @@ func (q *Quota) Used() int64 {
 	return q.used
 }
 
-// allowsLocked reports whether a share may be granted more now. It is false for every waiting
-// request, because each release grants all requests that it allows.
-func (q *Quota) allowsLocked(s *Share) bool {
-	return q.used < q.limit && (q.fair == nil || q.fair(s.fairLocked(), q.limit-q.used))
+// allows reports whether a holder of held may be granted n while free is available.
+func (q *Quota) allows(held, free, n int64) bool {
+	switch {
+	case free <= 0:
+		return false
+	case q.fair == nil, q.strict && held == 0:
+		return true
+	case q.strict:
+		return q.fair(held+n, free-n)
+	default:
+		return q.fair(held, free)
+	}
 }
 
-func (q *Quota) acquireLocked(s *Share, n int64) {
-	s.addLocked(n)
-	q.grantedLocked()
+// allowsLocked reports whether a group may be granted n now. It is false for the first request of
+// every waiting group, because each release grants all requests that it allows.
+func (q *Quota) allowsLocked(g *Group, n int64) bool {
+	return q.allows(g.held, q.limit-q.used, n)
+}
+
+// grantLocked serves the waiting groups in turn, each its requests in order of arrival. A group
+// that may hold no more does not block those behind it.
+func (q *Quota) grantLocked() {
+	for turn := q.waiting.Front(); turn != nil && q.used < q.limit; {
+		g := turn.Value.(*Group)
+		next := turn.Next()
+		if r := g.requests[0]; q.allowsLocked(g, r.n) {
+			q.removeLocked(r)
+			r.share.grantLocked(r)
+			if g.turn != nil {
+				q.waiting.MoveToBack(turn)
+				if next == nil {
+					next = turn // the only one left
+				}
+			}
+		}
+		turn = next
+	}
+}
+
+// removeLocked removes a waiting request.
+func (q *Quota) removeLocked(r *Request) {
+	r.queued = false
+	g := r.share.group
+	if g.requests = slices.DeleteFunc(g.requests, func(other *Request) bool { return other == r }); len(g.requests) == 0 {
+		g.requests = nil
+		q.waiting.Remove(g.turn)
+		g.turn = nil
+	}
+}
+
+// Share is the part of a Quota that one holder has, or one member of a group. It must be released
+// at its end. Its fields are guarded by the quota's mutex.
+type Share struct {
+	q       *Quota
+	group   *Group
+	own     Group // group of a share without one
+	held    int64
+	leaving bool // Starved was true, and not all is released
+}
+
+// canAcquireLocked reports whether the share may be granted n now. It never overtakes a request of
+// its group.
+func (s *Share) canAcquireLocked(n int64) bool {
+	return s.group.turn == nil && s.q.allowsLocked(s.group, n)
 }
 
 // acquireUpToLocked acquires as many of n as can be granted one by one.
-func (q *Quota) acquireUpToLocked(s *Share, n int64) (acquired int64) {
-	for acquired < n && q.allowsLocked(s) {
+func (s *Share) acquireUpToLocked(n int64) (acquired int64) {
+	for acquired < n && s.q.allowsLocked(s.group, 1) {
 		s.addLocked(1)
 		acquired++
-	}
-	if acquired > 0 {
-		q.grantedLocked()
 	}
 	return acquired
 }
 
-func (q *Quota) grantedLocked() {
-	if q.waiting.Len() > 0 {
-		q.since = time.Now()
+// grantLocked grants a request that can be granted.
+func (s *Share) grantLocked(r *Request) {
+	if r.upTo {
+		r.n = s.acquireUpToLocked(r.n)
+	} else {
+		s.addLocked(r.n)
 	}
-}
-
-func (q *Quota) releaseLocked(s *Share, n int64) {
-	s.addLocked(-n)
-	q.grantLocked()
-}
-
-// grantLocked grants waiting requests in order of arrival. A request that fair rejects does not
-// block those behind it.
-func (q *Quota) grantLocked() {
-	for e := q.waiting.Front(); e != nil && q.used < q.limit; {
-		r := e.Value.(*Request)
-		e = e.Next()
-		if q.allowsLocked(r.share) {
-			q.removeLocked(r)
-			if r.upTo {
-				r.n = q.acquireUpToLocked(r.share, r.n)
-			} else {
-				q.acquireLocked(r.share, r.n)
-			}
-			close(r.granted)
-		}
-	}
-}
-
-func (q *Quota) removeLocked(r *Request) {
-	q.waiting.Remove(r.entry)
-	r.entry = nil
-}
-
-// Share is the part of a Quota that one holder has. The holder must release it at its end.
-type Share struct {
-	q     *Quota
-	group *Group // nil: the share is a holder of its own
-	held  int64  // guarded by the quota's mutex
+	close(r.granted)
 }
 
 // TryAcquire acquires n if it can be granted now, and reports whether it was. It never overtakes
@@ -124,23 +165,24 @@ type Share struct {
 func (s *Share) TryAcquire(n int64) bool {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	if !s.q.allowsLocked(s) {
+	if !s.canAcquireLocked(n) {
 		return false
 	}
-	s.q.acquireLocked(s, n)
+	s.addLocked(n)
 	return true
 }
 
 // AcquireUpTo waits until one unit can be granted, and then acquires as many of n, which must be
 // at least 1, as can be granted: never more than the limit and fair allow. It returns their
-// number, or 0 and the cause of ctx if ctx is done first; nothing is acquired then.
+// number, or 0 and the cause of ctx if ctx is done first; nothing is acquired then. The quota must
+// not be strict.
 func (s *Share) AcquireUpTo(ctx context.Context, n int64) (acquired int64, err error) {
 	s.q.mu.Lock()
-	if acquired = s.q.acquireUpToLocked(s, n); acquired > 0 {
-		s.q.mu.Unlock()
-		return acquired, nil
+	if s.canAcquireLocked(1) {
+		defer s.q.mu.Unlock()
+		return s.acquireUpToLocked(n), nil
 	}
-	r := s.q.enqueueLocked(s, n)
+	r := s.enqueueLocked(n)
 	r.upTo = true
 	s.q.mu.Unlock()
 	select {
@@ -162,25 +204,25 @@ func (s *Share) Force(n int64) {
 // addLocked adds to what the share holds.
 func (s *Share) addLocked(n int64) {
 	s.held += n
+	s.group.held += n
 	s.q.used += n
-	if s.group != nil {
-		s.group.held += n
+	if s.leaving {
+		s.group.leaving += n
+		s.q.leaving += n
+		s.leaving = s.held > 0
 	}
-}
-
-// fairLocked returns what counts for fair.
-func (s *Share) fairLocked() int64 {
-	if s.group != nil {
-		return s.group.held
-	}
-	return s.held
 }
 
 // Release releases n.
 func (s *Share) Release(n int64) {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	s.q.releaseLocked(s, n)
+	s.releaseLocked(n)
+}
+
+func (s *Share) releaseLocked(n int64) {
+	s.addLocked(-n)
+	s.q.grantLocked()
 }
 
 // Usage returns the held capacity of the share, and the free capacity of the quota, which is
@@ -191,25 +233,37 @@ func (s *Share) Usage() (held, free int64) {
 	return s.held, s.q.limit - s.q.used
 }
 
-// Starved reports whether requests wait and nothing was granted for a period. It returns true
-// once a period, to a single holder, which must then release its share.
+// Starved reports whether a group has waited for a period for what this share holds: it is of the
+// same group, or the limit is reached. It returns true for as many shares as suffice for each such
+// group, and once for each of them. A holder to which it returns true must release its share.
 func (s *Share) Starved(period time.Duration) bool {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	if s.held == 0 || s.q.waiting.Len() == 0 || time.Since(s.q.since) < period {
+	if s.held == 0 || s.leaving {
 		return false
 	}
-	s.q.since = time.Now()
-	return true
+	free := s.q.limit - s.q.used + s.q.leaving
+	for turn := s.q.waiting.Front(); turn != nil; turn = turn.Next() {
+		g := turn.Value.(*Group)
+		r := g.requests[0]
+		if time.Since(r.since) >= period && (free <= 0 || g == s.group) && !s.q.allows(g.held-g.leaving, free, r.n) {
+			s.leaving = true
+			s.group.leaving += s.held
+			s.q.leaving += s.held
+			return true
+		}
+	}
+	return false
 }
 
 // Request is a request for capacity. It holds none until it is granted.
 type Request struct {
 	share   *Share
-	upTo    bool  // of AcquireUpTo
-	n       int64 // of upTo, once it is granted: what was granted
+	upTo    bool      // of AcquireUpTo
+	n       int64     // of upTo, once it is granted: what was granted
+	since   time.Time // time of the request
 	granted chan struct{}
-	entry   *list.Element // position in waiting; nil once it is granted or cancelled. Guarded by the quota's mutex
+	queued  bool // in the group's requests: neither granted nor cancelled. Guarded by the quota's mutex
 }
 
 // Request requests n, which is granted as soon as possible. Cancel must be called for a request
@@ -217,22 +271,21 @@ type Request struct {
 func (s *Share) Request(n int64) *Request {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
-	if s.q.allowsLocked(s) {
+	if s.canAcquireLocked(n) {
 		r := &Request{share: s, n: n, granted: make(chan struct{})}
-		s.q.acquireLocked(s, n)
-		close(r.granted)
+		s.grantLocked(r)
 		return r
 	}
-	return s.q.enqueueLocked(s, n)
+	return s.enqueueLocked(n)
 }
 
 // enqueueLocked queues a request that cannot be granted now.
-func (q *Quota) enqueueLocked(s *Share, n int64) *Request {
-	if q.waiting.Len() == 0 {
-		q.since = time.Now()
+func (s *Share) enqueueLocked(n int64) *Request {
+	r := &Request{share: s, n: n, since: time.Now(), granted: make(chan struct{}), queued: true}
+	g := s.group
+	if g.requests = append(g.requests, r); g.turn == nil {
+		g.turn = s.q.waiting.PushBack(g)
 	}
-	r := &Request{share: s, n: n, granted: make(chan struct{})}
-	r.entry = q.waiting.PushBack(r)
 	return r
 }
 
@@ -246,9 +299,10 @@ func (r *Request) Cancel() {
 	q := r.share.q
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if r.entry == nil {
-		q.releaseLocked(r.share, r.n)
+	if !r.queued {
+		r.share.releaseLocked(r.n)
 		return
 	}
 	q.removeLocked(r)
+	q.grantLocked() // in a strict quota, the next request of the group may be smaller
 }

@@ -133,13 +133,14 @@ func TestLargestLimitDoesNotOverflow(t *testing.T) {
 	}
 }
 
-func TestStarvedReportsOneHolderPerPeriod(t *testing.T) {
+func TestStarvedReportsAsManyHoldersAsSuffice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period = time.Minute
 		q := quota.New(10, nil)
-		a, b, idle := q.Share(), q.Share(), q.Share()
+		a, b, c, idle := q.Share(), q.Share(), q.Share(), q.Share()
 		a.Force(5)
 		b.Force(5)
+		c.Force(5)
 		time.Sleep(time.Hour)
 		require.False(t, a.Starved(period), "nobody waits")
 		first := q.Share().Request(5)
@@ -149,27 +150,116 @@ func TestStarvedReportsOneHolderPerPeriod(t *testing.T) {
 		time.Sleep(time.Nanosecond)
 		require.False(t, idle.Starved(period), "it holds nothing")
 		require.True(t, a.Starved(period))
-		require.False(t, b.Starved(period), "one is enough")
-		time.Sleep(period - time.Nanosecond)
-		require.False(t, b.Starved(period))
-		a.Release(1)
+		require.False(t, a.Starved(period), "once")
+		require.True(t, b.Starved(period), "what the first one holds is not enough")
+		require.False(t, c.Starved(period), "two suffice")
+		a.Release(5)
+		b.Release(5)
 		require.True(t, granted(first))
-		time.Sleep(period - time.Nanosecond)
-		require.False(t, b.Starved(period), "one was granted in between")
-		time.Sleep(time.Nanosecond)
-		require.True(t, b.Starved(period))
-		second.Cancel()
-		time.Sleep(time.Hour)
-		require.False(t, a.Starved(period))
+		require.False(t, granted(second))
+		require.False(t, c.Starved(period), "the second has not waited for long")
+		time.Sleep(period)
+		require.True(t, c.Starved(period))
+		c.Release(5)
+		require.True(t, granted(second))
+		c.Force(5)
+		require.False(t, c.Starved(period), "nobody waits for what it has acquired since")
+		third := q.Share().Request(5)
+		time.Sleep(period)
+		require.True(t, c.Starved(period))
+		third.Cancel()
 	})
+}
+
+// A group that waits for what it holds itself ends none of the others.
+func TestStarvedReportsNoHolderThatAnotherGroupDoesNotWaitFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const period = time.Minute
+		q := quota.NewStrict(100, eightTimes)
+		group := new(quota.Group)
+		a, b, other := q.ShareOf(group), q.ShareOf(group), q.Share()
+		a.Force(50)
+		other.Force(10)
+		r := b.Request(40)
+		require.False(t, granted(r), "nothing would be left for others")
+		time.Sleep(period)
+		require.False(t, other.Starved(period))
+		require.True(t, a.Starved(period))
+		a.Release(50)
+		require.True(t, granted(r))
+	})
+}
+
+func TestStrictQuotaLeavesSomeForOthers(t *testing.T) {
+	q := quota.NewStrict(90, eightTimes)
+	group := new(quota.Group)
+	a, b, other := q.ShareOf(group), q.ShareOf(group), q.Share()
+	require.True(t, a.TryAcquire(40))
+	require.False(t, b.TryAcquire(41))
+	large := b.Request(50)
+	require.False(t, b.TryAcquire(1), "it does not overtake the other of its group")
+	small := a.Request(40)
+	require.True(t, other.TryAcquire(9), "others have what is left")
+	other.Release(9)
+	large.Cancel()
+	require.True(t, granted(small), "the holder has eight times what is free")
+	require.True(t, other.TryAcquire(1000), "a holder of nothing may exceed the limit")
+	require.False(t, q.Share().TryAcquire(1))
+}
+
+func TestHoldersAreServedInTurn(t *testing.T) {
+	q := quota.New(1, nil)
+	holder := q.Share()
+	holder.Force(1)
+	group := new(quota.Group)
+	var greedy []*quota.Request
+	for range 3 {
+		greedy = append(greedy, q.ShareOf(group).Request(1))
+	}
+	modest := q.Share().Request(1)
+	holder.Release(1)
+	require.True(t, granted(greedy[0]))
+	greedy[0].Cancel()
+	require.True(t, granted(modest), "it came last, and waits for one of the group only")
+	require.False(t, granted(greedy[1]))
+	modest.Cancel()
+	greedy[1].Cancel()
+	require.True(t, granted(greedy[2]))
+}
+
+// turns is the order in which waiting shares are served.
+type turns []int
+
+// grant serves them in turn, until none can be granted anything. waiting returns the shares of the
+// waiting requests in order of arrival; try grants the request with an index of these, if it can be.
+func (o *turns) grant(waiting func() []int, try func(first int) bool) {
+	for served := true; served; {
+		served = false
+		shares := waiting()
+		*o = slices.DeleteFunc(*o, func(s int) bool { return !slices.Contains(shares, s) })
+		for _, s := range shares {
+			if !slices.Contains(*o, s) {
+				*o = append(*o, s)
+			}
+		}
+		for i, s := range *o {
+			if try(slices.Index(shares, s)) {
+				*o = slices.Delete(*o, i, i+1)
+				served = true
+				break
+			}
+		}
+	}
 }
 
 // oracle does what a quota is to do, in the simplest way.
 type oracle struct {
 	limit   int64
+	strict  bool
 	held    []int64 // by share
 	waiting []waiting
 	granted []waiting
+	turns   turns
 }
 
 type waiting struct {
@@ -185,18 +275,38 @@ func (o *oracle) used() (sum int64) {
 	return sum
 }
 
-func (o *oracle) allows(share int) bool {
-	return o.used() < o.limit && eightTimes(o.held[share], o.limit-o.used())
+func (o *oracle) allows(share int, n int64) bool {
+	held, free := o.held[share], o.limit-o.used()
+	switch {
+	case free <= 0:
+		return false
+	case !o.strict:
+		return eightTimes(held, free)
+	default:
+		return held == 0 || eightTimes(held+n, free-n)
+	}
 }
 
-// grant grants what can be granted, in order.
+// overtakes reports whether the share has a waiting request.
+func (o *oracle) overtakes(share int) bool {
+	return slices.ContainsFunc(o.waiting, func(w waiting) bool { return w.share == share })
+}
+
+// grant grants what can be granted, in turn.
 func (o *oracle) grant() {
-	o.waiting = slices.DeleteFunc(o.waiting, func(w waiting) bool {
-		if !o.allows(w.share) {
+	o.turns.grant(func() (shares []int) {
+		for _, w := range o.waiting {
+			shares = append(shares, w.share)
+		}
+		return shares
+	}, func(first int) bool {
+		w := o.waiting[first]
+		if !o.allows(w.share, w.n) {
 			return false
 		}
 		o.held[w.share] += w.n
 		o.granted = append(o.granted, w)
+		o.waiting = slices.Delete(o.waiting, first, first+1)
 		return true
 	})
 }
@@ -227,9 +337,12 @@ func seeded(t *testing.T) *rand.Rand {
 
 func TestQuotaMatchesAnOracle(t *testing.T) {
 	r := seeded(t)
-	for range 100 {
-		o := oracle{limit: 1 + r.Int64N(200), held: make([]int64, 1+r.IntN(6))}
+	for i := range 100 {
+		o := oracle{limit: 1 + r.Int64N(200), strict: i%2 == 0, held: make([]int64, 1+r.IntN(6))}
 		q := quota.New(o.limit, eightTimes)
+		if o.strict {
+			q = quota.NewStrict(o.limit, eightTimes)
+		}
 		shares := make([]*quota.Share, len(o.held))
 		for i := range shares {
 			shares[i] = q.Share()
@@ -238,7 +351,7 @@ func TestQuotaMatchesAnOracle(t *testing.T) {
 			i, n := r.IntN(len(shares)), r.Int64N(20)
 			switch r.IntN(7) {
 			case 0:
-				allowed := o.allows(i)
+				allowed := o.allows(i, n) && !o.overtakes(i)
 				require.Equal(t, allowed, shares[i].TryAcquire(n))
 				if allowed {
 					o.held[i] += n
