@@ -71,11 +71,11 @@ func (s *Session) Free() (bytes, incoming, slot int64) {
 	return bytes, incoming, slot
 }
 
-// Owners is how many owners have a share of the receive buffer.
+// Owners is how many clients have a share of the receive buffer.
 func (s *Server) Owners() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.owners)
+	return len(s.holders)
 }
 
 // Unwritten is how many bytes of acknowledgements and control frames are unwritten, of all sessions.

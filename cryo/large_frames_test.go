@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"slices"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,11 +46,17 @@ func begin(t *testing.T, peer *cryotest.Peer, number uint32) (rest []byte) {
 	return b[large/2:]
 }
 
+// eachItsOwner authorizes each session as one of a client of its own.
+func eachItsOwner(u *cryo.Upgrade) error {
+	u.Owner = strconv.FormatUint(u.SessionID, 10)
+	return nil
+}
+
 // slow is a server with capacity for as many incomplete large messages, each of which
 // has come by half, and for one client more.
 func slow(t *testing.T, count int) (clients []*cryotest.Peer, sessions []*cryo.Session, rests [][]byte) {
 	t.Helper()
-	_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: (count-1)*large + 1000}})
+	_, l, accepted := serve(t, cryo.ServerOptions{Authorize: eachItsOwner, SessionOptions: cryo.SessionOptions{MaxBufferBytes: (count-1)*large + 1000}})
 	for i := range count + 1 {
 		peer := join(t, l, uint64(1+i))
 		peer.ClientHandshake()
@@ -185,7 +192,7 @@ func TestShortWaitEndsNoSession(t *testing.T) {
 func TestWaitingLargeMessagesCheckTheBufferAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const count = 8
-		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: large + 1000}})
+		_, l, accepted := serve(t, cryo.ServerOptions{Authorize: eachItsOwner, SessionOptions: cryo.SessionOptions{MaxBufferBytes: large + 1000}})
 		var sessions []*cryo.Session
 		for i := range uint64(count) {
 			peer := join(t, l, 1+i)
@@ -281,7 +288,7 @@ func TestLargeFragmentedMessagesAreBounded(t *testing.T) {
 
 func TestIncompleteFragmentsBlockNoOtherSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, l, sessions := serve(t, cryo.ServerOptions{}) // 32 MiB
+		_, l, sessions := serve(t, cryo.ServerOptions{Authorize: eachItsOwner}) // 32 MiB
 		for i := range uint64(20) {
 			slow := join(t, l, sid-1-i)
 			slow.ClientHandshake()
@@ -310,7 +317,7 @@ func TestIncompleteFragmentsBlockNoOtherSession(t *testing.T) {
 func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bound, part = 3 << 20, 900 << 10
-		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
+		_, l, accepted := serve(t, cryo.ServerOptions{Authorize: eachItsOwner, SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})
 		var (
 			peers    []*cryotest.Peer
 			sessions []*cryo.Session

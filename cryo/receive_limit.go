@@ -39,19 +39,35 @@ const (
 // reservation. The only other capacity that it waits for and another incomplete payload may
 // have is slot, whose owner waits for no other payload.
 //
-// owner, which may be nil, is the group in bytes of all sessions with the owner of the next one: a
-// client that opens many sessions has no more than with one.
+// holder, which may be nil, has the groups of the next session. In each of them all sessions of a
+// client are one holder: a client that opens many has no more than with one.
 type receiveBuffer struct {
 	bytes, incoming, slot *quota.Quota
-	owner                 *quota.Group
+	holder                *holder
 }
+
+// holder has the groups of the sessions of one client.
+type holder struct {
+	owned                 bool // by an owner: otherwise bytes is not used, because several clients may have one token and address
+	bytes, incoming, slot quota.Group
+}
+
+// bytesGroup returns the group in bytes; nil is none.
+func (h *holder) bytesGroup() *quota.Group {
+	if h.owned {
+		return &h.bytes
+	}
+	return nil
+}
+
+// leavesSome is the fairness of the receive buffer: a session may reserve up to eight times the
+// free capacity, so that a busy one may use most of it, and always leaves some for others.
+func leavesSome(held, free int64) bool { return (held+7)/8 <= free }
 
 func newReceiveBuffer(limit int) receiveBuffer {
 	return receiveBuffer{
-		// A session may reserve up to eight times the free capacity, so that a busy one
-		// may use most of it, and always leaves some for others.
-		bytes:    quota.New(int64(limit), func(held, free int64) bool { return (held+7)/8 <= free }),
-		incoming: quota.New(int64(limit), nil),
+		bytes:    quota.New(int64(limit), leavesSome),
+		incoming: quota.NewStrict(int64(limit), leavesSome), // one payload may be as large as all capacity
 		slot:     quota.New(1, nil),
 	}
 }
@@ -132,9 +148,13 @@ type receiveLimit struct {
 }
 
 func newReceiveLimit(conn *ws.Conn, b receiveBuffer, ending <-chan struct{}, hasWaiters func() bool, wants, early func(*wire.Frame) bool) *receiveLimit {
+	groups := b.holder
+	if groups == nil {
+		groups = new(holder)
+	}
 	return &receiveLimit{
 		conn: conn, ending: ending, hasWaiters: hasWaiters, wants: wants, early: early,
-		bytes: b.bytes.ShareOf(b.owner), incoming: b.incoming.Share(), slot: b.slot.Share(), belowLimit: b.bytes.Share(),
+		bytes: b.bytes.ShareOf(groups.bytesGroup()), incoming: b.incoming.ShareOf(&groups.incoming), slot: b.slot.ShareOf(&groups.slot), belowLimit: b.bytes.Share(),
 		changed: make(chan struct{}, 1), patience: acceptPatience, patienceAt: time.Now(),
 	}
 }
@@ -396,9 +416,10 @@ func (l *receiveLimit) largeReadTime() time.Duration {
 	return l.largeTotal + time.Since(l.largeStart)
 }
 
-// starvesOthers reports whether other payloads have waited for receiveTimeout for the capacity
+// starvesOthers reports whether another payload has waited for receiveTimeout for the capacity
 // that is reserved for a payload which this session has been reading for as long. It returns
-// true once a minute, for one session, which must then end. Heartbeat's goroutine.
+// true for as many sessions as suffice for those that wait, which must then end. Heartbeat's
+// goroutine.
 func (l *receiveLimit) starvesOthers() bool {
 	l.largeMu.Lock()
 	from := l.largeStart

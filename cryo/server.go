@@ -17,7 +17,6 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
-	"github.com/cryo-connect/cryo-connect/internal/quota"
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
@@ -109,7 +108,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
-	owners  map[credentials]weak.Pointer[quota.Group]
+	holders map[client]weak.Pointer[holder]
 	perAddr map[netip.Prefix]int // number of entries; empty without MaxSessionsPerAddress
 	slots   int                  // entries, plus sessions that were taken over or are still closing
 	closed  bool
@@ -183,7 +182,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		connects: connects,
 		logLimit: loglimit.New(),
 		entries:  make(map[uint64]*entry),
-		owners:   make(map[credentials]weak.Pointer[quota.Group]),
+		holders:  make(map[client]weak.Pointer[holder]),
 		perAddr:  make(map[netip.Prefix]int),
 		idle:     make(chan struct{}),
 	}, nil
@@ -254,7 +253,7 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	id := u.SessionID // the session must not keep the request
 	s.mu.Lock()
 	e.endsLeft = 2
-	e.session = newSession(id, false, u.Value, conn, s.bufferLocked(e.credentials), s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
+	e.session = newSession(id, false, u.Value, conn, s.bufferLocked(e), s.opts.SessionOptions, func(closeDone func()) { s.ended(id, e, closeDone) })
 	closed := s.closed
 	e.decided = closed // never announced
 	s.mu.Unlock()
@@ -267,22 +266,30 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	return e.session
 }
 
-// bufferLocked returns the receive buffer for a session with these credentials. The group of an
-// owner exists as long as one of its sessions, or something that these have received.
-func (s *Server) bufferLocked(c credentials) receiveBuffer {
-	b := s.buffer
-	if !c.owned {
-		return b
+// client is whose sessions are one holder of the receive buffer: those of an owner, or those without
+// one that have the same token and certificate, and the same address.
+type client struct {
+	credentials credentials
+	address     netip.Prefix // zero for an owner
+}
+
+// bufferLocked returns the receive buffer for the session of an entry. The groups of a client exist
+// as long as one of its sessions, or something that these have received.
+func (s *Server) bufferLocked(e *entry) receiveBuffer {
+	c := client{e.credentials, e.address}
+	if c.credentials.owned {
+		c.address = netip.Prefix{}
 	}
-	if b.owner = s.owners[c].Value(); b.owner == nil {
-		b.owner = new(quota.Group)
-		known := weak.Make(b.owner)
-		s.owners[c] = known
-		runtime.AddCleanup(b.owner, func(c credentials) {
+	b := s.buffer
+	if b.holder = s.holders[c].Value(); b.holder == nil {
+		b.holder = &holder{owned: c.credentials.owned}
+		known := weak.Make(b.holder)
+		s.holders[c] = known
+		runtime.AddCleanup(b.holder, func(c client) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			if s.owners[c] == known {
-				delete(s.owners, c)
+			if s.holders[c] == known {
+				delete(s.holders, c)
 			}
 		}, c)
 	}
