@@ -176,6 +176,7 @@ const (
 	answerUnknown                       // the number is ours, but not in the table
 	answerLate                          // the number's call was cancelled; returned once a number
 	answerAccepted                      // the frame is complete, now or once it is written
+	answerRepeated                      // the frame was answered before: only the first answer counts
 	answerPremature                     // the frame was not sent yet
 )
 
@@ -190,7 +191,7 @@ func (t *ackTable) answer(number uint32, err error) answerResult {
 	case !f.is(frameDequeued):
 		return answerPremature
 	case f.is(frameAnswered):
-		return answerAccepted // the first answer counts
+		return answerRepeated
 	}
 	t.failLocked(f, err)
 	if f.state.Or(frameAnswered)&frameWritten != 0 {

@@ -93,8 +93,8 @@ func TestACallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
 		"written, rejected":                  {[]string{"take", "write", "reject"}, no},
 		"acknowledged, written":              {[]string{"take", "ack", "write"}, nil},
 		"rejected, written":                  {[]string{"take", "reject", "write"}, no},
-		"acknowledged, then rejected":        {[]string{"take", "ack", "reject", "write"}, nil},
-		"rejected, then acknowledged":        {[]string{"take", "reject", "ack", "write"}, no},
+		"acknowledged, then rejected":        {[]string{"take", "ack", "repeat", "write"}, nil},
+		"rejected, then acknowledged":        {[]string{"take", "reject", "repeat", "write"}, no},
 		"acknowledged before it is sent":     {[]string{"premature", "premature", "take", "ack", "write"}, nil},
 		"withdrawn":                          {[]string{"cancel", "drop"}, other},
 		"withdrawn, then acknowledged":       {[]string{"cancel", "late", "drop"}, other},
@@ -131,6 +131,9 @@ func TestACallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
 						require.Equal(t, answerAccepted, acks.answer(number, nil))
 					case "reject":
 						require.Equal(t, answerAccepted, acks.answer(number, no))
+					case "repeat":
+						require.Equal(t, answerRepeated, acks.answer(number, nil))
+						require.Equal(t, answerRepeated, acks.answer(number, no))
 					case "premature":
 						require.Equal(t, answerPremature, acks.answer(number, nil))
 					case "late":

@@ -96,10 +96,15 @@ func (r *frameReader) next(in *received) error {
 	case in.SID != r.sid:
 		return &ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", in.Type, in.SID)}
 	case !in.Type.Known(): // ignored, as the published peers do
+		r.limit.awaitOther(r.conn.Left())
 		return r.conn.Discard()
-	case !in.Type.IsData(), in.Type == wire.Error && r.isOurs(in.Ack):
+	case in.Type == wire.Ack, in.Type == wire.Error && r.isOurs(in.Ack):
+		return r.readControl(in) // counted by the caller, unless it answers a frame
+	case !in.Type.IsData():
 		if in.Type == wire.TxStart && r.limit.wants(&in.Frame) {
 			r.limit.awaitRates(&in.Frame, 0)
+		} else {
+			r.limit.awaitOther(0)
 		}
 		return r.readControl(in)
 	}
@@ -186,7 +191,6 @@ func (r *frameReader) readData(in *received) error {
 		if err := r.conn.NextFragment(); err != nil {
 			return err
 		}
-		r.limit.rates.chargeMore(r.conn.Left())
 		size, final = size+r.conn.Left(), r.conn.Final()
 		if size > wire.MaxPayload {
 			return &ProtocolError{Err: wire.PayloadTooLarge(in.Type, r.conn.Size())}

@@ -41,7 +41,7 @@ func recorded(t *testing.T, f wire.Frame) []byte {
 // readerOf returns a reader of what a connection gives, with a receive buffer of its own.
 func readerOf(c net.Conn, bound int) *frameReader {
 	conn := ws.New(c, false)
-	conn.Start(func([]byte) {})
+	conn.Start(func([]byte) {}, func(int, bool) {})
 	limit := newReceiveLimit(conn, newReceiveBuffer(bound), make(chan struct{}),
 		func() bool { return false }, func(*wire.Frame) bool { return true }, func(*wire.Frame) bool { return false })
 	return &frameReader{conn: conn, limit: limit, isOurs: func(uint32) bool { return false }}

@@ -43,10 +43,16 @@ func serveTLS(t *testing.T) (target string, sessions <-chan *cryo.Session, roots
 
 func newRealServer(t *testing.T) (*httptest.Server, <-chan *cryo.Session) {
 	t.Helper()
+	return newLimitedServer(t, cryo.SessionOptions{})
+}
+
+func newLimitedServer(t *testing.T, opts cryo.SessionOptions) (*httptest.Server, <-chan *cryo.Session) {
+	t.Helper()
 	sessions := make(chan *cryo.Session, 16)
 	server := newServer(t, cryo.ServerOptions{
-		Authorize: cryo.Tokens(token),
-		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
+		SessionOptions: opts,
+		Authorize:      cryo.Tokens(token),
+		OnSession:      func(s *cryo.Session, _ *cryo.Upgrade) { sessions <- s },
 	})
 	listener := httptest.NewUnstartedServer(server)
 	listener.Config.ErrorLog = log.New(io.Discard, "", 0)

@@ -202,11 +202,17 @@ func (s *Session) handle(in *received) {
 func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	switch s.acks.answer(f.Ack, err) {
 	case answerForeign:
+		if f.Type == wire.Ack { // an ERROR is a message
+			s.limit.awaitOther(0)
+		}
 		return false
 	case answerPremature:
 		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
 	case answerUnknown:
 		s.incoming.cancelAcknowledged(f.Ack)
+		s.limit.awaitOther(0)
+	case answerRepeated:
+		s.limit.awaitOther(0)
 	case answerLate:
 		s.opts.OnLateAck(s)
 	}

@@ -165,6 +165,7 @@ func (l *receiveLimit) admit(in *received, p *partial, size, n int) decision {
 	if !l.wants(&in.Frame) {
 		l.awaitAccepted(&in.Frame)
 		if !l.wants(&in.Frame) {
+			l.awaitOther(size)
 			return unwanted
 		}
 	}
@@ -317,25 +318,52 @@ func (l *receiveLimit) awaitAccepted(f *wire.Frame) {
 // waiting.
 func (l *receiveLimit) awaitRates(f *wire.Frame, size int) (waited bool) {
 	wait := l.rates.charge(f, size)
-	if wait == 0 {
-		return false
+	if wait > 0 {
+		l.awaitTime(wait, func() bool { return l.wants(f) })
+	}
+	return wait > 0
+}
+
+// awaitOther pauses reads while a frame that carries no message, with which size bytes are
+// discarded, exceeds a rate of throttle.
+func (l *receiveLimit) awaitOther(size int) {
+	if wait := l.rates.chargeOther(size); wait > 0 {
+		l.awaitTime(wait, func() bool { return true })
+	}
+}
+
+// continued is called for a WebSocket frame that begins no message: a control frame, or a further
+// fragment of size bytes. One that is small, and is not the last of a message that has been charged,
+// may have to wait within a message: any number of them adds nothing to it.
+func (l *receiveLimit) continued(size int, final bool) {
+	l.rates.chargeMore(size)
+	if size < smallFrame && !final {
+		l.awaitOther(0)
+	}
+}
+
+// awaitTime pauses reads for a time that a rate demands, as long as goesOn returns true, and not
+// while the session is ending.
+func (l *receiveLimit) awaitTime(wait time.Duration, goesOn func() bool) {
+	select {
+	case <-l.ending:
+		return
+	default:
 	}
 	begin := l.pause()
-	l.rates.setUntil(begin.Add(wait))
+	resume := l.rates.pause(begin, wait)
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
-	for waiting := true; waiting && l.wants(f); {
+	for waiting := true; waiting && goesOn(); {
 		select {
 		case <-timer.C:
 			waiting = false
 		case <-l.changed:
 		case <-l.ending:
+			waiting = false
 		}
 	}
-	end := l.resume()
-	l.rates.setUntil(end)
-	l.rates.end(end.Sub(begin))
-	return true
+	resume(l.resume())
 }
 
 // pause marks reads as paused (backpressure), and returns the time.

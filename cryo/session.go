@@ -49,9 +49,11 @@ type SessionOptions struct {
 	// to eight times the free capacity.
 	// Incomplete messages of more than 64 KiB may take as much again, plus two messages;
 	// the next one is read when one of them is complete. A message in fragments counts as
-	// 1 MiB, and a larger one as 16 MiB, one at a time. A session that makes others wait
-	// for an incomplete message for more than a minute ends with ErrReceiveTimeout, at its
-	// next heartbeat.
+	// 1 MiB, and a larger one as 16 MiB, one at a time. Of these, all sessions of a server with the
+	// same Owner or, without one, with the same token, certificate and address, may hold one
+	// message, or up to eight times the free capacity, and clients are served in turn. A session
+	// that has received such a message for more than a minute, for which another one has waited as
+	// long, ends with ErrReceiveTimeout, at its next heartbeat.
 	// When a send waits for its acknowledgement, which may be behind unread data, reads
 	// continue after 10 s: until the session holds no more than the free capacity,
 	// messages without capacity are rejected, and chunks without it end their stream with
@@ -66,14 +68,19 @@ type SessionOptions struct {
 	// Default 60 s. See [IncomingStream.SetIdleTimeout].
 	StreamIdleTimeout time.Duration
 	// MaxMessagesPerSecond and MaxBytesPerSecond limit the rates at which a session receives
-	// messages and streams, and bytes of their payloads. Up to one second's worth is received
-	// without a wait; while a rate is exceeded, reads are paused (backpressure), and nothing is
-	// rejected. A stream is one message. A payload larger than the bytes of a second is received
-	// after the time that it takes at the rate; of a message in fragments, the first one is, and
-	// the time for the others is added to the wait of the next message. The peer's
-	// acknowledgements are behind the data that it has sent before, so what is sent to a peer that
-	// exceeds a rate may be acknowledged late. What the session itself rejects, such as all messages with SendOnly, does not count.
-	// Default: no limit.
+	// messages and streams, and bytes of their payloads. While a rate is exceeded, reads are paused
+	// (backpressure), and nothing is rejected. A session never receives more than its rate since its
+	// start, so its first message is received after the time that it takes at the rate; after a
+	// second without messages, one second's worth is received without a wait. A stream is one
+	// message, and a message, stream or chunk has at least 64 bytes. A payload larger than the bytes
+	// of a second is received after the time that it takes at the rate; of a message in fragments,
+	// the first one is, and the time for the others is added to the wait of the next message.
+	// All other frames, such as pings, data that is rejected or ignored, and chunks and fragments of
+	// less than 1 KiB, are limited by themselves: to four for each message or, without a limit of
+	// messages, one for each 256 bytes, and to 100 a second at least. Bytes that are ignored count.
+	// Answers to what was sent to the peer are not limited. They are behind the data that it has sent
+	// before, so what is sent to a peer that exceeds a rate may be acknowledged late. Default: no
+	// limit.
 	MaxMessagesPerSecond int
 	MaxBytesPerSecond    int
 	// SendOnly rejects received messages with an ERROR and streams with
@@ -93,7 +100,8 @@ type SessionOptions struct {
 	OnReject  func(*Session, Kind)
 	OnIgnore  func(*Session)
 	// OnThrottle is called after each pause of reads because of MaxMessagesPerSecond or
-	// MaxBytesPerSecond, with its duration, under the same conditions. Default: none.
+	// MaxBytesPerSecond, with its duration, under the same conditions; not for the first pauses of a
+	// session, up to a second of them in all. Default: none.
 	OnThrottle func(*Session, time.Duration)
 
 	secrets   *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
@@ -214,9 +222,9 @@ func newSession(id uint64, dialing bool, value any, conn *ws.Conn, buffer receiv
 	if opts.unwritten != nil {
 		s.writer.total = opts.unwritten
 	}
-	conn.Start(s.writer.webSocketPong)
 	s.limit = newReceiveLimit(conn, buffer, s.ctx.Done(), numbers.hasWaiters, s.wants, s.early)
-	s.limit.rates.messages.rate, s.limit.rates.bytes.rate = opts.MaxMessagesPerSecond, opts.MaxBytesPerSecond
+	conn.Start(s.writer.webSocketPong, s.limit.continued)
+	s.limit.rates.limit(opts.MaxMessagesPerSecond, opts.MaxBytesPerSecond)
 	s.limit.rates.begin = s.reportThrottled
 	s.limit.rates.end = func(d time.Duration) { opts.OnThrottle(s, d) }
 	// Unsettled messages and streams refer to their session. When the session is garbage,

@@ -7,32 +7,95 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// throttle limits the rates at which a session receives messages and bytes: reads are paused
-// while a rate is exceeded. A frame is charged before its payload is read, so that what waits is
-// held by the network alone. Its methods must be called by the reading goroutine, except recent.
+const (
+	// othersPerMessage and minOthers are the limit of frames that carry no message: pings, frames of
+	// unknown types, answers to nothing, chunks and fragments of less than smallFrame, and data that
+	// is discarded. They are limited by themselves, because the handshake, heartbeats and the ends of
+	// streams must not delay messages: to othersPerMessage for each message of a second or, without a
+	// limit of messages, one for each bytesPerOther of a second, and to minOthers at least.
+	othersPerMessage = 4
+	bytesPerOther    = 256
+	minOthers        = 100
+	smallFrame       = 1 << 10
+	// minCharge is what a message, stream or chunk counts at least, in bytes.
+	minCharge = 64
+	// unreportedPauses bounds the pauses of a session that are not reported, in total: a session
+	// begins without tokens, so that the first messages of any peer have to wait.
+	unreportedPauses = time.Second
+)
+
+// throttle limits the rates at which a session receives messages, bytes and other frames: reads are
+// paused while a rate is exceeded. A data frame is charged before its payload is read, so that what
+// waits is held by the network alone. A session never receives more messages or bytes than their
+// rate allows since its start, so that a client gains nothing by connecting again. Its methods must
+// be called by the reading goroutine, except recent.
 type throttle struct {
+	limited         bool
 	messages, bytes bucket
-	begin           func()                    // called before the first pause
-	end             func(time.Duration)       // called after each pause, with its duration
+	others          bucket
+	begin           func()                    // called before the first pause that is reported
+	end             func(time.Duration)       // called after each pause that is reported, with its duration
+	unreported      time.Duration             // what is left of unreportedPauses
+	began           bool                      // begin was called
 	until           atomic.Pointer[time.Time] // end of the last pause; nil before there was one
+}
+
+// limit sets the rates of a session that begins now; 0 is no limit.
+func (t *throttle) limit(messages, bytes int) {
+	now := time.Now()
+	t.limited = messages > 0 || bytes > 0
+	t.messages, t.bytes = bucket{messages, now}, bucket{bytes, now}
+	switch {
+	case messages > 0:
+		t.others.rate = max(minOthers, othersPerMessage*min(messages, 1<<50))
+	case bytes > 0:
+		t.others.rate = max(minOthers, bytes/bytesPerOther)
+	default:
+		return
+	}
+	t.others.paid = now.Add(-minOthers * time.Second / time.Duration(t.others.rate))
+	t.unreported = unreportedPauses
 }
 
 // charge counts a data frame or TX_START of which size bytes of payload are announced, and
 // returns the time to wait before it is read. A stream is one message, at its TX_START.
 func (t *throttle) charge(f *wire.Frame, size int) time.Duration {
-	if t.messages.rate == 0 && t.bytes.rate == 0 {
+	if !t.limited {
 		return 0
 	}
-	now, messages := time.Now(), 1
-	if f.Type == wire.TxChunk {
-		messages = 0
+	now := time.Now()
+	wait := t.bytes.charge(now, max(size, minCharge))
+	switch {
+	case f.Type != wire.TxChunk:
+		return max(wait, t.messages.charge(now, 1))
+	case size < smallFrame:
+		return max(wait, t.others.charge(now, 1))
+	default:
+		return wait
 	}
-	return max(t.messages.charge(now, messages), t.bytes.charge(now, size))
+}
+
+// chargeOther counts a frame that carries no message, and size bytes that are discarded with it.
+// It returns the time to wait before the next frame is read.
+func (t *throttle) chargeOther(size int) time.Duration {
+	if !t.limited {
+		return 0
+	}
+	now := time.Now()
+	wait := t.others.charge(now, 1)
+	if size > 0 {
+		wait = max(wait, t.bytes.charge(now, size))
+	}
+	return wait
 }
 
 // chargeMore counts a further fragment of a message that is being read. Its time is added to the
 // wait of the next frame: a wait in a message would occupy capacity that others wait for.
-func (t *throttle) chargeMore(size int) { t.bytes.charge(time.Now(), size) }
+func (t *throttle) chargeMore(size int) {
+	if t.limited {
+		t.bytes.charge(time.Now(), size)
+	}
+}
 
 // recent reports whether reads were paused within the last second. Any goroutine.
 func (t *throttle) recent() bool {
@@ -40,10 +103,22 @@ func (t *throttle) recent() bool {
 	return until != nil && time.Since(*until) < time.Second
 }
 
-// setUntil sets the end of a pause.
-func (t *throttle) setUntil(end time.Time) {
-	if t.until.Swap(&end) == nil {
+// pause is called before a pause of reads, and returns what must be called at its end.
+func (t *throttle) pause(now time.Time, wait time.Duration) (resume func(now time.Time)) {
+	until := now.Add(wait)
+	t.until.Store(&until)
+	reported := wait > t.unreported
+	if !reported {
+		t.unreported -= wait
+	} else if !t.began {
+		t.began = true
 		t.begin()
+	}
+	return func(end time.Time) {
+		t.until.Store(&end)
+		if reported {
+			t.end(end.Sub(now))
+		}
 	}
 }
 

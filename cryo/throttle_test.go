@@ -1,9 +1,13 @@
 package cryo_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
+	"io"
 	"log/slog"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,25 +22,23 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// oracle is a token bucket with the tokens of one second, in billionths of a token so that it is
-// exact. What it lacks is waited for.
+// oracle is a token bucket that holds the tokens of one second at most, in billionths of a token so
+// that it is exact. What it lacks is waited for.
 type oracle struct {
 	rate  int64 // tokens per second; 0: no limit
 	level int64
-	last  time.Time
+	last  time.Duration // since the start of the session
 }
 
-func newOracle(rate int, now time.Time) oracle {
-	return oracle{int64(rate), int64(rate) * 1e9, now}
-}
+func newOracle(rate, tokens int) oracle { return oracle{rate: int64(rate), level: int64(tokens) * 1e9} }
 
 // take returns the time to wait for n tokens.
-func (o *oracle) take(now time.Time, n int) time.Duration {
+func (o *oracle) take(now time.Duration, n int) time.Duration {
 	if o.rate == 0 {
 		return 0
 	}
 	full := o.rate * 1e9
-	if passed := int64(now.Sub(o.last)); passed < (full-o.level)/o.rate {
+	if passed := int64(now - o.last); passed < (full-o.level)/o.rate {
 		o.level += passed * o.rate
 	} else {
 		o.level = full
@@ -46,35 +48,54 @@ func (o *oracle) take(now time.Time, n int) time.Duration {
 	return time.Duration(max(0, -o.level) / o.rate)
 }
 
+// kind is what an arrival is.
+type kind int
+
+const (
+	aMessage   kind = iota
+	inPieces        // a message with empty fragments
+	aChunk          // of the stream
+	strayChunk      // of no stream
+	unknownFrame
+	aPing
+	aWebSocketPing
+	aWebSocketPong
+	anIdleAck // answers nothing
+	kinds
+)
+
 // arrival is a frame of a random pattern, which is sent some time after the one before.
 type arrival struct {
+	Kind  kind
 	After time.Duration
-	Chunk bool // whether it is a chunk of the stream, and not a message
 	Bytes int
+	Count int // of empty fragments, or of frames without bytes
 }
 
 var arrivalPatterns = rapid.SliceOfN(rapid.Custom(func(t *rapid.T) arrival {
-	pause := rapid.OneOf(rapid.Just(0), rapid.IntRange(0, 3000))
-	size := rapid.OneOf(rapid.IntRange(1, 20), rapid.IntRange(1, 2000), rapid.IntRange(1, 200_000))
+	pause := rapid.OneOf(rapid.Just(0), rapid.Just(0), rapid.IntRange(0, 3000))
+	size := rapid.OneOf(rapid.IntRange(1, 200), rapid.IntRange(1, 2000), rapid.IntRange(1, 200_000))
 	return arrival{
+		Kind:  kind(rapid.IntRange(0, int(kinds)-1).Draw(t, "kind")),
 		After: time.Duration(pause.Draw(t, "after")) * time.Millisecond,
-		Chunk: rapid.Bool().Draw(t, "chunk"),
 		Bytes: size.Draw(t, "bytes"),
+		Count: rapid.OneOf(rapid.IntRange(1, 5), rapid.IntRange(1, 150)).Draw(t, "count"),
 	}
-}), 1, 30)
+}), 1, 40)
 
-// receipts are the times at which a session has received its messages and chunks, from its start.
+// receipts are the times at which a session has received its frames, from its start.
 type receipts struct {
-	Stream           time.Duration // TX_START
-	Messages, Chunks []time.Duration
-	Paused           time.Duration // sum of the pauses
+	Stream                    time.Duration // TX_START
+	Messages, Chunks, Ignored []time.Duration
+	Paused                    time.Duration // sum of the pauses that are reported
 }
 
 func TestFramesAreReceivedWhenATokenBucketAllowsIt(t *testing.T) {
-	// Divisors of a billion, so that each wait is a whole number of nanoseconds.
-	rates := rapid.SampledFrom([]int{0, 1, 2, 5, 10, 1000, 50_000, 1_000_000})
+	// Each wait is a whole number of nanoseconds.
+	messageRates := rapid.SampledFrom([]int{0, 1, 2, 5, 10, 1000, 25_000, 1_000_000})
+	byteRates := rapid.SampledFrom([]int{0, 1, 2, 5, 10, 1000, 25_000, 4_000_000})
 	rapid.Check(t, func(rt *rapid.T) {
-		messages, bytes := rates.Draw(rt, "messages"), rates.Draw(rt, "bytes")
+		messages, bytes := messageRates.Draw(rt, "messages"), byteRates.Draw(rt, "bytes")
 		pattern := arrivalPatterns.Draw(rt, "pattern")
 		want, last := expectedReceipts(messages, bytes, pattern)
 		var got receipts
@@ -82,59 +103,138 @@ func TestFramesAreReceivedWhenATokenBucketAllowsIt(t *testing.T) {
 		if !reflect.DeepEqual(want, got) {
 			rt.Fatalf("want %v, got %v", want, got)
 		}
+		for i, at := range got.Messages {
+			if i++; messages > 0 && float64(i) > at.Seconds()*float64(messages)+1e-9 {
+				rt.Fatalf("%d messages within %v", i, at)
+			}
+		}
 	})
 }
 
-// expectedReceipts returns what the oracle expects, and the time of the last receipt.
+// expectedReceipts returns what the oracles expect, and the time of the last receipt.
 func expectedReceipts(messages, bytes int, pattern []arrival) (want receipts, last time.Duration) {
-	m, b := newOracle(messages, time.Time{}), newOracle(bytes, time.Time{})
-	receive := func(sent time.Duration, count, size int) time.Duration {
-		head := max(sent, last) // the frame before has been received
-		wait := max(m.take(time.Time{}.Add(head), count), b.take(time.Time{}.Add(head), size))
-		want.Paused += wait
-		last = head + wait
+	m, b := newOracle(messages, 0), newOracle(bytes, 0)
+	var others oracle
+	switch {
+	case messages > 0:
+		others = newOracle(max(100, 4*messages), 100)
+	case bytes > 0:
+		others = newOracle(max(100, bytes/256), 100)
+	}
+	others.take(0, 2) // ENDPOINT_INFO, and the acknowledgement of ours, for which nobody waits
+	unreported := time.Second
+	pause := func(wait time.Duration) {
+		last += wait
+		if wait <= unreported {
+			unreported -= wait
+		} else {
+			want.Paused += wait
+		}
+	}
+	receive := func(sent time.Duration, count, other, size int) time.Duration {
+		last = max(sent, last) // the frame before has been received
+		wait := max(m.take(last, count), b.take(last, size))
+		if other > 0 {
+			wait = max(wait, others.take(last, other))
+		}
+		pause(wait)
 		return last
 	}
-	want.Stream = receive(0, 1, 0)
+	want.Stream = receive(0, 1, 0, 64)
 	sent := want.Stream
 	for _, a := range pattern {
 		sent += a.After
-		if a.Chunk {
-			want.Chunks = append(want.Chunks, receive(sent, 0, a.Bytes))
-		} else {
-			want.Messages = append(want.Messages, receive(sent, 1, a.Bytes))
+		switch a.Kind {
+		case aMessage:
+			want.Messages = append(want.Messages, receive(sent, 1, 0, max(64, a.Bytes)))
+		case inPieces:
+			receive(sent, 1, 0, max(64, a.Bytes))
+			for range a.Count {
+				pause(others.take(last, 1))
+			}
+			want.Messages = append(want.Messages, last)
+		case aChunk:
+			other := 0
+			if a.Bytes < 1024 {
+				other = 1
+			}
+			want.Chunks = append(want.Chunks, receive(sent, 0, other, max(64, a.Bytes)))
+		case unknownFrame:
+			want.Ignored = append(want.Ignored, receive(sent, 0, 1, a.Bytes))
+		case strayChunk:
+			receive(sent, 0, 1, a.Bytes)
+		default:
+			for range a.Count {
+				receive(sent, 0, 1, 0)
+			}
 		}
 	}
 	return want, last
 }
 
+// bytesOfArrival encodes a frame. number is its own, and chunk the index of a chunk.
+func bytesOfArrival(t *testing.T, peer *cryotest.Peer, a arrival, number, chunk uint32) []byte {
+	content := strings.Repeat("x", a.Bytes)
+	switch a.Kind {
+	case aMessage:
+		return bytesOf(t, peer, cryotest.Binary(number, content))
+	case inPieces:
+		b := raw(end{}, 0x02, encoded(t, peer, cryotest.Binary(number, content)))
+		for range a.Count {
+			b = append(b, raw(end{}, 0x00, nil)...)
+		}
+		return append(b, raw(end{}, 0x80, nil)...)
+	case aChunk:
+		return bytesOf(t, peer, txChunk(1, chunk, content))
+	case strayChunk:
+		return bytesOf(t, peer, txChunk(77, 0, content))
+	case unknownFrame:
+		return raw(end{}, 0x82, append(append(binary.BigEndian.AppendUint64(nil, peer.SID), 77), content...))
+	case aPing:
+		return bytes.Repeat(bytesOf(t, peer, cryotest.Ping(number)), a.Count)
+	case aWebSocketPing:
+		return bytes.Repeat(raw(end{}, 0x89, nil), a.Count)
+	case aWebSocketPong:
+		return bytes.Repeat(raw(end{}, 0x8A, nil), a.Count)
+	default:
+		return bytes.Repeat(bytesOf(t, peer, cryotest.Acked(number)), a.Count)
+	}
+}
+
 // throttledReceipts sends a stream and a pattern, and returns the times of their receipt.
 func throttledReceipts(t *testing.T, messages, bytes int, pattern []arrival, last time.Duration) (got receipts) {
+	var begin time.Time
 	s, peer := accepted(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
 		HeartbeatInterval: 1 << 50, MaxBufferBytes: 1 << 30, StreamIdleTimeout: 1 << 50,
 		MaxMessagesPerSecond: messages, MaxBytesPerSecond: bytes,
 		OnThrottle: func(_ *cryo.Session, d time.Duration) { got.Paused += d },
+		OnIgnore:   func(*cryo.Session) { got.Ignored = append(got.Ignored, time.Since(begin)) },
 	}})
-	begin := time.Now()
+	begin = time.Now()
 	peer.WriteFrames(txStart(1, 1, -1, ""))
-	st := acceptStream(t, s)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	st, err := s.AcceptStream(ctx)
+	require.NoError(t, err)
 	got.Stream = time.Since(begin)
 
 	var frames [][]byte
 	var boundaries []int64 // size of the stream at the end of each chunk
 	var total int64
+	texts := 0
 	for i, a := range pattern {
-		content := strings.Repeat("x", a.Bytes)
-		if a.Chunk {
-			frames = append(frames, bytesOf(t, peer, txChunk(1, uint32(len(boundaries)), content)))
+		frames = append(frames, bytesOfArrival(t, peer, a, uint32(i+2), uint32(len(boundaries))))
+		switch a.Kind {
+		case aMessage, inPieces:
+			texts++
+		case aChunk:
 			total += int64(a.Bytes)
 			boundaries = append(boundaries, total)
-		} else {
-			frames = append(frames, bytesOf(t, peer, cryotest.Binary(uint32(i+2), content)))
 		}
 	}
-	texts := len(pattern) - len(boundaries)
-	peer.Read()
+	go func() { // acknowledgements and pongs
+		_, _ = io.Copy(io.Discard, peer.WS.NetConn())
+	}()
 	var sending sync.WaitGroup
 	sending.Go(func() {
 		due := time.Now()
@@ -177,7 +277,7 @@ func throttledReceipts(t *testing.T, messages, bytes int, pattern []arrival, las
 func TestMessageLargerThanTheBytesOfASecondIsReceived(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{MaxBytesPerSecond: 1000}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		begin := time.Now()
-		large := bytesOf(t, peer, cryotest.Binary(1, strings.Repeat("x", 601_000)))
+		large := bytesOf(t, peer, cryotest.Binary(1, strings.Repeat("x", 600_000)))
 		if end.dialled { // a server doesn't mask
 			large = append([]byte{0x82, 127}, append(large[2:10], large[14:]...)...)
 		}
@@ -190,7 +290,7 @@ func TestMessageLargerThanTheBytesOfASecondIsReceived(t *testing.T) {
 		defer cancel()
 		m, err := s.Receive(ctx)
 		require.NoError(t, err, "a pause of minutes is no reason to end the session")
-		require.Len(t, m.Payload, 601_000)
+		require.Len(t, m.Payload, 600_000)
 		require.NoError(t, m.Ack())
 		require.Equal(t, 10*time.Minute, time.Since(begin))
 		sending.wantSuccess(t)
@@ -215,10 +315,10 @@ func TestMessageInFragmentsIsPaidByTheNextOne(t *testing.T) {
 			require.NoError(t, err)
 		}
 		require.Len(t, receive(t, s).Payload, 6_000)
-		require.Equal(t, time.Duration(0), time.Since(begin))
-		peer.WriteFrames(cryotest.Text(2, ""))
+		require.Equal(t, time.Second, time.Since(begin), "that of the first fragment")
+		peer.WriteFrames(cryotest.Text(2, strings.Repeat("x", 1000)))
 		receive(t, s)
-		require.Equal(t, 5*time.Second, time.Since(begin))
+		require.Equal(t, 7*time.Second, time.Since(begin))
 	})
 }
 
@@ -247,6 +347,7 @@ func TestThrottledSessionKeepsNoOtherWaiting(t *testing.T) {
 		slow := join(t, l, 100)
 		slow.ClientHandshake()
 		s := next(t, sessions)
+		time.Sleep(100 * time.Millisecond) // that of its first message
 		for i := range uint32(100) {
 			begin := time.Now()
 			slow.WriteFrames(cryotest.Text(i, "hello"))
@@ -286,7 +387,7 @@ func TestAcknowledgementBehindThrottledMessagesIsReadAfterThem(t *testing.T) {
 			require.NoError(t, receive(t, s).Ack())
 		}
 		require.NoError(t, <-send.done)
-		require.Equal(t, 50*time.Second, time.Since(begin))
+		require.Equal(t, 51*time.Second, time.Since(begin))
 		for i := range uint32(102) {
 			wantAmongPongs(t, peer, cryotest.Acked(i))
 		}
@@ -349,8 +450,9 @@ func TestThrottledSessionIsReported(t *testing.T) {
 		peer.WriteFrames(cryotest.Text(1, ""), cryotest.Text(2, ""))
 		require.NoError(t, receive(t, s).Ack())
 		require.NoError(t, receive(t, s).Ack())
-		require.False(t, s.Stats().Throttled)
-		require.Empty(t, log.text())
+		require.True(t, s.Stats().Throttled)
+		require.Empty(t, log.text(), "any client may have to wait at the start")
+		require.Empty(t, pauses)
 
 		for i := range uint32(3) {
 			peer.WriteFrames(cryotest.Text(3+i, ""))
@@ -364,5 +466,86 @@ func TestThrottledSessionIsReported(t *testing.T) {
 		require.True(t, s.Stats().Throttled)
 		time.Sleep(time.Millisecond)
 		require.False(t, s.Stats().Throttled)
+	})
+}
+
+func TestClientGainsNothingByConnectingAgain(t *testing.T) {
+	const rate, bytesRate = 100, 50_000
+	for name, opts := range map[string]cryo.SessionOptions{"messages": {MaxMessagesPerSecond: rate}, "bytes": {MaxBytesPerSecond: bytesRate}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: opts})
+				begin := time.Now()
+				received := 0
+				for i := range uint64(200) {
+					peer := join(t, l, i+1)
+					peer.ClientHandshake()
+					s := next(t, sessions)
+					flooding := start(func() error {
+						return peer.TryWriteFrames(slices.Repeat([]wire.Frame{cryotest.Text(2, strings.Repeat("x", 500))}, 300)...)
+					})
+					time.Sleep(time.Duration(i%40) * time.Millisecond)
+					cut(s)
+					<-flooding.done
+					received += s.Stats().UnsettledMessages
+					s.Discard()
+				}
+				require.LessOrEqual(t, float64(received), rate*time.Since(begin).Seconds())
+				require.NotZero(t, received)
+			})
+		})
+	}
+}
+
+// An honest client acknowledges, sends pings, and answers those of the server.
+func TestAcknowledgementsAndHeartbeatsAreNotThrottled(t *testing.T) {
+	atBothEnds(t, cryo.SessionOptions{MaxMessagesPerSecond: 1, MaxBytesPerSecond: 1}, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
+		begin := time.Now()
+		for range 1000 {
+			send := start(func() error { return s.SendText(t.Context(), "to the peer") })
+			peer.Ack(peer.WantType("our message", wire.UTF8))
+			send.wantSuccess(t)
+		}
+		require.Zero(t, time.Since(begin))
+		peer.AnswerPings()
+		for i := range uint32(100) {
+			time.Sleep(15 * time.Second)
+			begin := time.Now()
+			peer.WriteFrames(cryotest.Ping(1000 + i))
+			for f := (wire.Frame{}); f.Ack != 1000+i; {
+				f = peer.Next("the pong")
+			}
+			require.Zero(t, time.Since(begin))
+		}
+		require.False(t, s.Stats().Throttled)
+	})
+}
+
+// What the peer sends is behind its answers to our pings, and paid for during hours.
+func TestFloodOfPingsIsSlowedDownAndEndsNoSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logged
+		ignored := 0
+		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
+			MaxMessagesPerSecond: 1, Logger: slog.New(log.handler()), OnIgnore: func(*cryo.Session) { ignored++ },
+		}})
+		peer := join(t, l, sid)
+		peer.WS.SetPingHandler(func(string) error { return nil }) // a pong would be in the middle of a frame
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		unknown := raw(end{}, 0x82, append(binary.BigEndian.AppendUint64(nil, peer.SID), 77))
+		flood := bytes.Repeat(slices.Concat(raw(end{}, 0x89, nil), raw(end{}, 0x8A, nil), unknown, bytesOf(t, peer, cryotest.Ping(1))), 1000)
+		require.NoError(t, peer.WS.NetConn().SetWriteDeadline(time.Time{}))
+		go func() {
+			for err := error(nil); err == nil; {
+				_, err = peer.WS.NetConn().Write(flood)
+			}
+		}()
+		time.Sleep(time.Hour)
+		require.NoError(t, s.Err())
+		require.True(t, s.Stats().Throttled)
+		require.InDelta(t, 3600*100/4, ignored, 100)
+		require.Equal(t, 1, strings.Count(log.text(), "Reads are paused: the peer sends faster than its limit"))
+		cut(s)
 	})
 }

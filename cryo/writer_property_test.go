@@ -155,7 +155,7 @@ func (x *writerSteps) checkOutcome(t require.TestingT) {
 // arrived reads what is in the network, and wants each frame once and in order.
 func (x *writerSteps) arrived(t require.TestingT) map[int]bool {
 	peer := ws.New(&replayedConn{bytes: bytes.NewReader(x.network.taken)}, !x.masks)
-	peer.Start(func([]byte) {})
+	peer.Start(func([]byte) {}, func(int, bool) {})
 	frames, next := make(map[int]bool), 0
 	for peer.Next() == nil {
 		b := make([]byte, peer.Left())

@@ -51,7 +51,7 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 	done = testkit.Send(client, "rejected")
 	require.NoError(t, testkit.Receive(t, session).Reject("no"))
 	require.Error(t, testkit.Next(t, done))
-	require.NoError(t, client.SendBinary(t.Context(), make([]byte, 1100))) // filtered
+	require.NoError(t, client.SendBinary(t.Context(), make([]byte, 3000))) // filtered
 	done = testkit.Send(client, "late")
 	late := testkit.Receive(t, session)
 	require.Error(t, testkit.Next(t, done))

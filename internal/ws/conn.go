@@ -70,8 +70,9 @@ func bufferPool(size int) *sync.Pool {
 // called from any.
 type Conn struct {
 	t      *transport
-	masks  bool              // this end dialled, so only this end masks
-	onPing func(data []byte) // on the reading goroutine; the data is valid until it returns
+	masks  bool                       // this end dialled, so only this end masks
+	onPing func(data []byte)          // on the reading goroutine; the data is valid until it returns
+	onMore func(size int, final bool) // on the reading goroutine
 
 	// Owned by the reading goroutine.
 	text  bool   // the message is text
@@ -90,9 +91,13 @@ func newConn(t *transport, masks bool) *Conn {
 	return &Conn{t: t, masks: masks, final: true}
 }
 
-// Start sets the handler of pings. It is called on the reading goroutine, with data that is
-// valid until it returns.
-func (c *Conn) Start(onPing func(data []byte)) { c.onPing = onPing }
+// Start sets the handlers, which are called on the reading goroutine. onPing is called for a ping,
+// with data that is valid until it returns. onMore is called for each frame that begins no message,
+// before the next one is read: for a ping or pong, with 0 and false, and for a further fragment of a
+// message, with its size, and whether it is the last.
+func (c *Conn) Start(onPing func(data []byte), onMore func(size int, final bool)) {
+	c.onPing, c.onMore = onPing, onMore
+}
 
 // Close closes the network connection without a close handshake.
 func (c *Conn) Close() error { return c.t.Close() }

@@ -59,7 +59,7 @@ type read struct {
 // comes next.
 func readHere(t *testing.T, conn net.Conn, dialled bool, next func() way) (all []read, end string) {
 	c := New(conn, dialled)
-	c.Start(func(data []byte) { all = append(all, read{"ping", string(data), len(data)}) })
+	c.Start(func(data []byte) { all = append(all, read{"ping", string(data), len(data)}) }, func(int, bool) {})
 	for {
 		w := next()
 		message, err := w.read(c)

@@ -52,7 +52,7 @@ func TestInterruptedReadLosesNoBytes(t *testing.T) {
 		conn := &interruptedConn{tapeConn{tape: tape.taken, piece: func() int { return 1 + r.IntN(1<<r.IntN(18)) }}, r}
 		reader := connOf(conn, false)
 		var got []string
-		reader.Start(func(data []byte) { got = append(got, "ping "+string(data)) })
+		reader.Start(func(data []byte) { got = append(got, "ping "+string(data)) }, func(int, bool) {})
 		resume := func(read func() error) (err error) {
 			for err = read(); errors.Is(err, os.ErrDeadlineExceeded); err = read() {
 				reader.ResumeReads()

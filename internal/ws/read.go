@@ -106,6 +106,9 @@ func (c *Conn) nextFrame(continues bool) error {
 			c.text = c.text && continues || op == websocket.TextMessage
 			c.size += length
 			c.left, c.final = int(length), first&finalBit != 0
+			if continues {
+				c.onMore(c.left, c.final)
+			}
 			return nil
 		default:
 			if err := c.control(op, size, int(length)); err != nil {
@@ -175,6 +178,7 @@ func (c *Conn) control(op, head, length int) error {
 		}
 		return closed
 	}
+	c.onMore(0, false)
 	return nil
 }
 

@@ -45,7 +45,7 @@ func inPiecesOf(n int) func() int { return func() int { return n } }
 
 func connOf(c net.Conn, masks bool) *Conn {
 	conn := New(c, masks)
-	conn.Start(func([]byte) {})
+	conn.Start(func([]byte) {}, func(int, bool) {})
 	return conn
 }
 
