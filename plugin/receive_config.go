@@ -206,7 +206,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 	sharing, slow := "", ""
 	if shared {
 		sharing = " All sessions share the buffer; each, or all with the same `session_owner`, may use up to eight times the free part."
-		slow = " Further ones wait, and one that blocks others for more than a minute ends its session: over slow lines, send large data as a stream."
+		slow = " Further ones wait: all sessions with the same `session_owner`, or without one with the same token, client certificate and address, may use one message or up to eight times the free part, and one that takes more than a minute, while another has waited for a minute, ends its session. Over slow lines, send large data as a stream."
 	}
 	return maxBufferBytesField.config().
 		Description("The size of the receive buffer: the bytes of unacknowledged messages, plus 256 bytes per message. When it is full, reads are paused (backpressure), which slows senders down and ends no session." + sharing + " Messages of more than 64 KiB that are not yet complete may use as much again, plus two messages." + slow + " The default fits about 100,000 messages of 32 bytes. If this process also sends on the session, the acknowledgements that it waits for may be behind data that is not read. When an acknowledgement has been delayed like that for 10 s, messages that do not fit are rejected with an ERROR, and streams are cancelled, until the session uses no more than is free. A peer that keeps sending without reading loses its session.").
