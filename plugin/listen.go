@@ -4,12 +4,10 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"slices"
 	"sync"
-	"syscall"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -20,25 +18,30 @@ import (
 type listener struct {
 	settings listenSettings
 	log      *service.Logger
-	expired  limitedLog
 	listen   func(network, address string) (net.Listener, error)
 	tls      *tls.Config // nil without TLS
 	http     *http.Server
 	server   *cryo.Server
 	metrics  *listenMetrics
-	pathLog  limitedLog // of clients that request another path
 	inputs   *listenInputs
+
+	openLog, failLog, acceptLog, pathLog, expiredLog, takenOverLog limitedLog
 
 	// Guarded by the registry's mutex.
 	users  []*serverComponent // empty while the listener starts or closes; the first one authorizes clients and reports the listener's metrics
 	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
 
-	mu      sync.Mutex
-	first   *serverComponent // the first of users, which authorizes clients; nil: the listener closes
-	address net.Addr         // the actual address, whose port differs from the configured one if that is 0
-	down    chan struct{}    // closed when accepting has failed
-	served  chan struct{}    // closed when the socket has been closed and serve has returned
-	arrived chan struct{}    // closed and replaced when a session connects
+	ending chan struct{} // closed with refusing
+	served chan struct{} // closed when run has returned
+
+	mu       sync.Mutex
+	first    *serverComponent // the first of users, which authorizes clients; nil: the listener closes
+	socket   net.Listener     // the last one that was opened
+	address  net.Addr         // the actual address of socket, whose port differs from the configured one if that is 0
+	failure  error            // why the listener is down; nil if it is not
+	down     chan struct{}    // closed when the listener is down; replaced when it listens again
+	refusing bool             // no further client is accepted; see refuse
+	arrived  chan struct{}    // closed and replaced when a session connects
 }
 
 // newListener starts a listener with the settings of its first component.
@@ -49,8 +52,10 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		return nil, err
 	}
 	ln := &listener{
-		settings: settings, log: log, expired: newLimitedLog(log), pathLog: newLimitedLog(log), listen: listen, metrics: newListenMetrics(c.meter),
+		settings: settings, log: log, listen: listen, metrics: newListenMetrics(c.meter),
+		openLog: newLimitedLog(log), failLog: newLimitedLog(log), acceptLog: newLimitedLog(log), pathLog: newLimitedLog(log), expiredLog: newLimitedLog(log), takenOverLog: newLimitedLog(log),
 		users: []*serverComponent{c}, first: c, closed: make(chan struct{}), arrived: make(chan struct{}),
+		ending: make(chan struct{}), served: make(chan struct{}),
 	}
 	if files != nil {
 		ln.tls = &tls.Config{
@@ -88,97 +93,21 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		ReadHeaderTimeout: settings.HandshakeTimeout,
 		ReadTimeout:       settings.HandshakeTimeout,
 		MaxHeaderBytes:    settings.MaxHeaderBytes,
-		ErrorLog:          serverLog(log),
+		ErrorLog:          serverLog(log, func() { ln.metrics.failed(kindPanic) }),
 		ConnState:         newConnLimit(settings.MaxSessions, log).changed,
 	}
 	// A client that is denied has no further request. A peer that sends many and reads no response
 	// would keep the connection, and the memory of its request, for as long as it likes.
 	ln.http.SetKeepAlivesEnabled(false)
 	ln.inputs = newListenInputs(settings.Address, log, ln.server.Sessions)
-	if err := ln.start(); err != nil {
+	socket, err := ln.open()
+	if err != nil {
 		ln.inputs.close()
+		ln.metrics.close()
 		return nil, err
 	}
+	go ln.run(socket)
 	return ln, nil
-}
-
-// start opens the socket. It is called again after accepting has failed, with the registry's
-// mutex held.
-func (ln *listener) start() error {
-	socket, err := ln.listen("tcp", ln.settings.Address)
-	if err != nil {
-		return withListenHint(err)
-	}
-	down, served := make(chan struct{}), make(chan struct{})
-	ln.mu.Lock()
-	ln.address, ln.down, ln.served = socket.Addr(), down, served
-	ln.mu.Unlock()
-	ln.log.With("address", socket.Addr()).Info("Listening for Cryo clients")
-	go func() {
-		defer close(served)
-		ln.serve(socket, down)
-	}()
-	return nil
-}
-
-// serve accepts clients until the listener closes. If that fails with an error that the HTTP
-// server does not retry, serve marks the listener as down. The components then report that they
-// are not connected, so the engine calls their Connect, which opens a new socket. Sessions and
-// inputs are not affected.
-func (ln *listener) serve(socket net.Listener, down chan struct{}) {
-	accepting := socket
-	if ln.settings.PROXY {
-		accepting = newProxyListener(accepting, ln.settings, ln.log)
-	}
-	if ln.tls != nil {
-		accepting = tls.NewListener(accepting, ln.tls)
-	}
-	err := ln.http.Serve(accepting) // also closes the socket
-	if errors.Is(err, http.ErrServerClosed) {
-		return
-	}
-	ln.log.With("address", socket.Addr(), "error", withListenHint(err)).Error("Listener failed: listening again; sessions stay connected")
-	close(down)
-}
-
-// outage returns a channel that is closed when the listener is down.
-func (ln *listener) outage() <-chan struct{} {
-	ln.mu.Lock()
-	defer ln.mu.Unlock()
-	return ln.down
-}
-
-func (ln *listener) isDown() bool {
-	select {
-	case <-ln.outage():
-		return true
-	default:
-		return false
-	}
-}
-
-// openFilesHint is advice for when the process has no free file descriptor.
-const openFilesHint = "raise the limit of open files of the process (ulimit -n)"
-
-// withListenHint adds advice for the user to the error of opening a listener's socket.
-func withListenHint(err error) error {
-	var hint string
-	var name *net.DNSError
-	switch {
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-		return fmt.Errorf("%w: %s", err, openFilesHint)
-	case errors.Is(err, syscall.EADDRINUSE):
-		hint = "another process listens there: end it, or use another port"
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		hint = "this machine has no such address: use one of its own, or 0.0.0.0 for all of them"
-	case errors.Is(err, syscall.EACCES):
-		hint = "the process must not use this port: use one from 1024 on, or grant CAP_NET_BIND_SERVICE"
-	case errors.As(err, &name):
-		hint = "use a name that this machine can resolve, or an IP address"
-	default:
-		return err
-	}
-	return fmt.Errorf("field %s: %w: %s", fieldAddress, err, hint)
 }
 
 // ServeHTTP serves the configured path and returns 404 for all others. That is logged and counted
@@ -198,19 +127,17 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ln.server.ServeHTTP(w, r)
 }
 
-// close closes the listener after its last component has left: new clients are denied, and
-// sessions are closed once their acknowledgements have been written.
+// close closes the listener after its last component has left: first the socket, so that no client
+// comes, and then the sessions, once their acknowledgements have been written.
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
+	ln.refuse()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)
 	err = errors.Join(err, ln.http.Close()) // closes the connections that are not sessions
-	ln.mu.Lock()
-	address, served := ln.address, ln.served
-	ln.mu.Unlock()
-	<-served
-	ln.log.With("address", address).Info("Listener closed")
+	<-ln.served
+	ln.log.With("address", ln.address).Info("Listener closed")
 	return err
 }
 
@@ -230,11 +157,15 @@ func (ln *listener) connected(s *cryo.Session) {
 func (ln *listener) disconnected(s *cryo.Session) {
 	ln.metrics.disconnected(s.Err())
 	ln.log.With("session", s.ID(), "error", s.Err()).Debug("Session disconnected")
-	if !errors.Is(s.Err(), cryo.ErrExpired) {
-		return
-	}
-	if log, ok := ln.expired.allow(); ok {
-		log.With("session", s.ID(), "error", s.Err(), "unacknowledged", s.Stats().UnsettledMessages).Info("Closed an expired session")
+	switch {
+	case errors.Is(s.Err(), cryo.ErrExpired):
+		if log, ok := ln.expiredLog.allow(); ok {
+			log.With("session", s.ID(), "error", s.Err(), "unacknowledged", s.Stats().UnsettledMessages).Info("Closed an expired session")
+		}
+	case errors.Is(s.Err(), cryo.ErrTakenOver):
+		if log, ok := ln.takenOverLog.allow(); ok {
+			log.With("session", s.ID(), "remote", identityOf(s).metadata[metaRemoteAddress]).Info("Closed a session: its client, or another one with the same session id, has connected again")
+		}
 	}
 }
 

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"sync/atomic"
@@ -57,7 +56,7 @@ func breakable(e *engine) (fail chan error, listened chan time.Time) {
 	return fail, listened
 }
 
-var errAccept = syscall.ENOMEM // no net.Error that is temporary
+var errAccept = syscall.EINVAL // no shortage, which would be waited for
 
 func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -136,7 +135,10 @@ func TestReopeningTheListenerIsRetriedUntilItSucceeds(t *testing.T) {
 		m.wantPending(t, "the input is not connected")
 		e.wantNoArrival("it does not read")
 		require.Greater(t, len(listened), 3)
-		require.Less(t, len(listened), 200, "with the engine's back-off")
+		require.Less(t, len(listened), 200, "at most one attempt a second")
+		require.LessOrEqual(t, e.log.count("ERROR Cannot listen; retrying"), 60)
+		require.Zero(t, e.metrics.value("cryo_listening"))
+		require.Greater(t, e.metrics.value("cryo_listener_errors{kind=socket}"), int64(50))
 		require.Equal(t, int64(1), e.metrics.value("input_connection_up"))
 		e.log.want(t, "too many open files: raise the limit of open files")
 
@@ -148,7 +150,7 @@ func TestReopeningTheListenerIsRetriedUntilItSucceeds(t *testing.T) {
 	})
 }
 
-func TestOutputReopensTheListenerWithItsNextMessage(t *testing.T) {
+func TestListenerOfAnIdleOutputReopensByItself(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		fail, listened := breakable(e)
 		e.run(fromFeed, listenOutput)
@@ -157,13 +159,67 @@ func TestOutputReopensTheListenerWithItsNextMessage(t *testing.T) {
 
 		fail <- errAccept
 		synctest.Wait()
-		f := e.produce("m")
-		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
 
-		f.wantDelivered(t, "to the session that stayed connected")
-		require.Len(t, listened, 1)
-		require.Equal(t, int64(1), e.metrics.value("output_connection_lost"))
+		require.Len(t, listened, 1, "without a message")
 		e.dial()
+		end(e.dial())
+		e.wantSends(t, client, "the session stayed connected")
+		require.Zero(t, e.metrics.value("output_connection_lost"))
+	})
+}
+
+func TestOutputIsNotConnectedWhileItsListenerCannotBeOpened(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		var refuse atomic.Bool
+		listen := e.shared.listen
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			if refuse.Load() {
+				return nil, &net.OpError{Op: "listen", Net: "tcp", Err: syscall.EADDRINUSE}
+			}
+			return listen(network, address)
+		}
+		fail, _ := breakable(e)
+		e.run(fromFeed, listenOutput)
+		client := e.dial()
+		refuse.Store(true)
+
+		fail <- errAccept
+		time.Sleep(time.Second)
+		f := e.produce("m")
+		f.wantPending(t, "so /ready reports it")
+		require.Equal(t, int64(1), e.metrics.value("output_connection_lost"))
+		e.log.want(t, "Failed to connect to cryo_server", "end it, or use another port")
+
+		refuse.Store(false)
+		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
+		f.wantDelivered(t, "to the session that stayed connected")
+		require.Equal(t, int64(1), e.metrics.value("cryo_listening"))
+	})
+}
+
+// A socket that fails whenever it is opened must not flood the log.
+func TestListenerThatFailsAgainAndAgainWaitsInBetween(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		listen, opened := e.shared.listen, 0
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			opened++
+			l, err := listen(network, address)
+			if err != nil || opened > 60 {
+				return l, err
+			}
+			fail := make(chan error, 1)
+			fail <- errAccept
+			return &brokenListener{l, fail}, nil
+		}
+		e.run(listenInput, toProbe)
+		time.Sleep(30 * time.Second)
+		require.Less(t, opened, 40, "a second apart")
+		require.LessOrEqual(t, e.log.count("ERROR Listener failed"), 31)
+		require.LessOrEqual(t, e.log.count("INFO Listening for"), 31)
+		require.Equal(t, int64(opened), e.metrics.value("cryo_listener_errors{kind=socket}"), "each is counted")
+
+		time.Sleep(time.Minute)
+		e.wantReceives(t, e.dial(), "it listens again")
 	})
 }
 
@@ -186,18 +242,31 @@ func TestOneComponentReopensTheListenerForAll(t *testing.T) {
 	})
 }
 
-func TestComponentThatJoinsABrokenListenerReopensIt(t *testing.T) {
+func TestComponentCanJoinAListenerThatIsDown(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		fail, listened := breakable(e)
+		var refuse atomic.Bool
+		listen := e.shared.listen
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			if refuse.Load() {
+				return nil, &net.OpError{Op: "listen", Net: "tcp", Err: syscall.EMFILE}
+			}
+			return listen(network, address)
+		}
+		fail, _ := breakable(e)
 		e.run(fromFeed, listenOutput)
-		<-listened
+		client := e.dial()
+		refuse.Store(true)
 		fail <- errAccept
 		synctest.Wait()
-		require.Empty(t, listened, "the output has nothing to send")
 
 		e.run(listenInput, toProbe)
+		m := send(client, "m")
+		time.Sleep(10 * time.Second)
+		m.wantPending(t, "the input is not connected")
 
-		require.Len(t, listened, 1)
+		refuse.Store(false)
+		e.arrival().deliver()
+		m.wantAcked(t, "from the session that stayed connected")
 		send(e.dial(), "m")
 		e.arrival().deliver()
 	})
@@ -214,47 +283,74 @@ func TestBrokenListenerCanBeClosed(t *testing.T) {
 	})
 }
 
-func TestTemporaryAcceptErrorsAreLogged(t *testing.T) {
+func TestShortagesAreLoggedAndWaitedFor(t *testing.T) {
+	for errno, c := range map[syscall.Errno]struct{ kind, hint string }{
+		syscall.EMFILE:  {"files", "ulimit -n, LimitNOFILE="},
+		syscall.ENFILE:  {"files", "fs.file-max"},
+		syscall.ENOBUFS: {"memory", "memory"},
+		syscall.ENOMEM:  {"memory", "memory"},
+	} {
+		t.Run(errno.Error(), func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				listen := e.shared.listen
+				e.shared.listen = func(network, address string) (net.Listener, error) {
+					l, err := listen(network, address)
+					return &exhaustedListener{l, errno, 20}, err
+				}
+				e.run(listenInput, toProbe)
+				time.Sleep(5 * time.Second)
+				require.Zero(t, e.metrics.value("cryo_listening"))
+				time.Sleep(15 * time.Second)
+				require.Equal(t, int64(1), e.metrics.value("cryo_listening"), "before a client connects")
+
+				e.dial()
+				lines := e.log.count("WARN Cannot accept clients; retrying")
+				require.Greater(t, lines, 5)
+				require.Less(t, lines, 20, "at most one a second")
+				e.log.want(t, errno.Error()+": ", c.hint)
+				require.Zero(t, e.log.count("ERROR "))
+				require.Equal(t, int64(20), e.metrics.value("cryo_listener_errors{kind="+c.kind+"}"))
+				require.Zero(t, e.metrics.value("input_connection_lost"), "sessions are received from all the time")
+			})
+		})
+	}
+}
+
+func TestListenerCanBeClosedDuringAShortage(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		listen := e.shared.listen
 		e.shared.listen = func(network, address string) (net.Listener, error) {
 			l, err := listen(network, address)
-			return &exhaustedListener{l, 20}, err
+			return &exhaustedListener{l, syscall.EMFILE, 1000}, err
 		}
-		e.run(listenInput, toProbe)
-		time.Sleep(20 * time.Second)
-
-		e.dial()
-		lines := e.log.count("WARN Cannot accept clients; retrying")
-		require.Greater(t, lines, 5)
-		require.Less(t, lines, 20, "at most one a second")
-		e.log.want(t, "too many open files; retrying in 5ms: raise the limit of open files")
-		require.Zero(t, e.log.count("ERROR "))
+		p := e.run(listenInput, toProbe)
+		time.Sleep(5 * time.Second)
+		p.stop()
+		require.Zero(t, e.metrics.value("cryo_listening"))
 	})
 }
 
-// exhaustedListener has no descriptor for a number of times.
+// exhaustedListener lacks something for a number of times.
 type exhaustedListener struct {
 	net.Listener
+	lacks syscall.Errno
 	times int
 }
 
 func (l *exhaustedListener) Accept() (net.Conn, error) {
 	if l.times > 0 {
 		l.times--
-		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: syscall.EMFILE}
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: l.lacks}
 	}
 	return l.Listener.Accept()
 }
 
 func TestHTTPServerErrorsAreLoggedAtTheRightLevel(t *testing.T) {
-	book := &logBook{}
-	log := serverLog(service.NewLoggerFromSlog(book.logger()))
+	book, panics := &logBook{}, 0
+	log := serverLog(service.NewLoggerFromSlog(book.logger()), func() { panics++ })
 	log.Print("http: panic serving 10.0.0.1:1: boom\ngoroutine 1 [running]:")
 	log.Print("http: TLS handshake error from 10.0.0.1:1: EOF")
-	log.Print("http: Accept error: " + errors.New("connection aborted").Error() + "; retrying in 5ms")
-	book.want(t, "WARN Panic during the handshake of a client")
+	book.want(t, "ERROR Panic during the handshake of a client")
 	book.want(t, "DEBUG Malformed HTTP request or TLS handshake")
-	book.want(t, "WARN Cannot accept clients; retrying")
-	require.Zero(t, book.count("raise the limit"))
+	require.Equal(t, 1, panics)
 }

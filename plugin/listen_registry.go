@@ -66,10 +66,7 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	if len(ln.users) == 0 {
 		return nil, ln.closed, nil
 	}
-	if err = ln.users[0].checkSettings(c); err == nil && ln.isDown() {
-		err = ln.start()
-	}
-	if err != nil {
+	if err = ln.users[0].checkSettings(c); err != nil {
 		return nil, nil, err
 	}
 	ln.users = append(ln.users, c)
@@ -94,16 +91,6 @@ func (l *listeners) start(c *serverComponent) (*listener, error) {
 	l.byAddr[address] = ln
 	delete(l.tested, address)
 	return ln, nil
-}
-
-// repair restarts a listener that is down.
-func (l *listeners) repair(ln *listener) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !ln.isDown() {
-		return nil
-	}
-	return ln.start()
 }
 
 // test returns an error if a component cannot listen. If another component of this process
@@ -200,11 +187,11 @@ func (c *serverComponent) checkSettings(other *serverComponent) error {
 		c.name, other.name, c.settings.Address, strings.Join(different, ", "))
 }
 
-// open joins the listener on the first call, and repairs it on later calls. joined reports
-// whether this call joined it.
+// open joins the listener on the first call. Later calls return an error while the listener is down.
+// joined reports whether this call joined it.
 func (c *serverComponent) open(ctx context.Context) (joined bool, err error) {
 	if c.listener != nil {
-		return false, c.listeners.repair(c.listener)
+		return false, c.listener.downError()
 	}
 	c.listener, err = c.listeners.open(ctx, c)
 	return err == nil, err

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -75,22 +74,16 @@ func (l limitedLog) allow() (*service.Logger, bool) {
 	return l.log.With("suppressed", suppressed), true
 }
 
-// serverLog returns the error log of an HTTP server. Errors of the socket and panics are logged
-// as warnings, and malformed data from clients at DEBUG.
-func serverLog(log *service.Logger) *stdlog.Logger {
-	clients, accepts, panics := newLimitedLog(log), newLimitedLog(log), newLimitedLog(log)
+// serverLog returns the error log of an HTTP server. Panics of handlers are logged as errors and
+// counted, and malformed data from clients is logged at DEBUG.
+func serverLog(log *service.Logger, panicked func()) *stdlog.Logger {
+	clients, panics := newLimitedLog(log), newLimitedLog(log)
 	return stdlog.New(writerFunc(func(b []byte) (int, error) {
 		line := string(bytes.TrimSpace(b))
-		if cause, ok := strings.CutPrefix(line, "http: Accept error: "); ok {
-			if log, ok := accepts.allow(); ok {
-				if strings.Contains(cause, syscall.EMFILE.Error()) { // the text of ENFILE contains that of EMFILE
-					cause += ": " + openFilesHint
-				}
-				log.With("error", cause).Warn("Cannot accept clients; retrying")
-			}
-		} else if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
+		if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
+			panicked()
 			if log, ok := panics.allow(); ok {
-				log.With("error", cause).Warn("Panic during the handshake of a client")
+				log.With("error", cause).Error("Panic during the handshake of a client: report it as a bug")
 			}
 		} else if log, ok := clients.allow(); ok {
 			log.With("error", line).Debug("Malformed HTTP request or TLS handshake")

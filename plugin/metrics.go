@@ -2,6 +2,8 @@ package plugin
 
 import (
 	"errors"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,6 +19,8 @@ import (
 // never come from a peer, so that the number of time series is bounded. Frequent events are
 // counted once per batch.
 const (
+	metricListening         = "cryo_listening"
+	metricListenerErrors    = "cryo_listener_errors"
 	metricSessions          = "cryo_sessions"
 	metricSessionsOpened    = "cryo_sessions_opened"
 	metricSessionsTakenOver = "cryo_sessions_taken_over"
@@ -37,12 +41,15 @@ const (
 	metricThrottled         = "cryo_throttled_ns"
 	metricAckLatency        = "cryo_ack_latency_ns"
 	metricUnacknowledged    = "cryo_messages_unacknowledged"
+	metricOldest            = "cryo_oldest_unacknowledged_ns"
+	metricSessionsPaused    = "cryo_sessions_paused"
 	metricLateAcks          = "cryo_late_acks"
 	metricFramesIgnored     = "cryo_frames_ignored"
 	metricStreamsOpen       = "cryo_streams_open"
 
 	labelMessageType = "message_type"
 	labelStatus      = "status" // the HTTP status code of a denied client
+	labelKind        = "kind"   // of listenerErrorKinds
 )
 
 // sessionMetrics are the metrics about the sessions of a component.
@@ -93,9 +100,10 @@ func (m dialMetrics) disconnected() { m.sessions.add(-1) }
 // listenMetrics are the metrics of a listener. One of the components that share it reports
 // them.
 type listenMetrics struct {
-	mu       sync.Mutex
-	reporter listenReporter
-	sessions int // number of connected sessions
+	mu        sync.Mutex
+	reporter  listenReporter
+	sessions  int // number of connected sessions
+	listening int // 1 if clients are accepted, else 0
 }
 
 // listenReporter holds the metrics of a listener, with the labels of the component that reports
@@ -103,6 +111,8 @@ type listenMetrics struct {
 type listenReporter struct {
 	component levelKey
 	sessionMetrics
+	listening         *gauge
+	errors            *service.MetricCounter
 	sessionsOpened    *service.MetricCounter
 	sessionsTakenOver *service.MetricCounter
 	sessionsDenied    *service.MetricCounter
@@ -115,9 +125,15 @@ func newListenMetrics(m meter) *listenMetrics {
 }
 
 func newListenReporter(m meter) listenReporter {
+	errors := m.NewCounter(metricListenerErrors, labelKind)
+	for _, kind := range listenerErrorKinds {
+		errors.Incr(0, kind)
+	}
 	return listenReporter{
 		component:         m.component,
 		sessionMetrics:    newSessionMetrics(m),
+		listening:         m.newGauge(metricListening),
+		errors:            errors,
 		sessionsOpened:    m.newCounter(metricSessionsOpened),
 		sessionsTakenOver: m.newCounter(metricSessionsTakenOver),
 		sessionsDenied:    m.NewCounter(metricSessionsDenied, labelStatus),
@@ -134,10 +150,38 @@ func (m *listenMetrics) reportAs(component meter) {
 	if m.reporter.component == component.component {
 		return
 	}
-	m.reporter.sessions.close()
+	m.reporter.close()
 	m.reporter = newListenReporter(component)
 	m.reporter.sessions.add(m.sessions)
+	m.reporter.listening.set(m.listening)
 }
+
+// close sets the gauges of a listener that has failed to start to 0.
+func (m *listenMetrics) close() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reporter.close()
+}
+
+func (r *listenReporter) close() {
+	r.sessions.close()
+	r.listening.close()
+}
+
+// listens sets whether the listener accepts clients.
+func (m *listenMetrics) listens(accepting bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := 0
+	if accepting {
+		now = 1
+	}
+	m.listening = now
+	m.reporter.listening.set(now)
+}
+
+// failed counts an error of the listener; kind is one of listenerErrorKinds.
+func (m *listenMetrics) failed(kind string) { m.current().errors.Incr(1, kind) }
 
 // connected counts a session as connected until disconnected is called.
 func (m *listenMetrics) connected() {
@@ -190,6 +234,8 @@ type receiveMetrics struct {
 	redelivered             *service.MetricCounter
 	ackLatency              *service.MetricTimer
 	unacknowledged          *gauge
+	oldest                  *maxGauge
+	paused                  *gauge
 	streamsOpen             *gauge
 }
 
@@ -202,6 +248,8 @@ func newReceiveMetrics(m meter) receiveMetrics {
 		redelivered:    m.newCounter(metricRedelivered),
 		ackLatency:     m.NewTimer(metricAckLatency),
 		unacknowledged: m.newGauge(metricUnacknowledged),
+		oldest:         m.newMaxGauge(metricOldest),
+		paused:         m.newGauge(metricSessionsPaused),
 		streamsOpen:    m.newGauge(metricStreamsOpen),
 	}
 }
@@ -348,8 +396,9 @@ type levels struct {
 type levelKey struct{ stream, path, label, name string }
 
 type level struct {
-	mu  sync.Mutex
-	sum int64
+	mu    sync.Mutex
+	sum   int64               // of a gauge
+	parts map[*maxGauge]int64 // of a maxGauge
 }
 
 type levelsKey struct{}
@@ -365,7 +414,7 @@ func (l *levels) level(key levelKey) *level {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.byKey[key] == nil {
-		l.byKey[key] = &level{}
+		l.byKey[key] = &level{parts: make(map[*maxGauge]int64)}
 	}
 	return l.byKey[key]
 }
@@ -389,6 +438,15 @@ func (m meter) newGauge(name string) *gauge {
 	return g
 }
 
+// set replaces the component's part by n.
+func (g *gauge) set(n int) {
+	g.level.mu.Lock()
+	defer g.level.mu.Unlock()
+	if !g.closed {
+		g.addLocked(int64(n) - g.part)
+	}
+}
+
 func (g *gauge) add(n int) {
 	g.level.mu.Lock()
 	defer g.level.mu.Unlock()
@@ -409,4 +467,33 @@ func (g *gauge) close() {
 	defer g.level.mu.Unlock()
 	g.addLocked(-g.part)
 	g.closed = true
+}
+
+// maxGauge is one component's part of a gauge that shows the maximum of the parts.
+type maxGauge struct {
+	metric *service.MetricGauge
+	level  *level
+}
+
+func (m meter) newMaxGauge(name string) *maxGauge {
+	key := m.component
+	key.name = name
+	g := &maxGauge{metric: m.NewGauge(name), level: m.levels.level(key)}
+	g.set(0)
+	return g
+}
+
+func (g *maxGauge) set(n int64) {
+	g.level.mu.Lock()
+	defer g.level.mu.Unlock()
+	g.level.parts[g] = n
+	g.metric.Set(slices.Max(slices.Collect(maps.Values(g.level.parts))))
+}
+
+// close removes the component's part. Call set no more.
+func (g *maxGauge) close() {
+	g.set(0)
+	g.level.mu.Lock()
+	defer g.level.mu.Unlock()
+	delete(g.level.parts, g)
 }

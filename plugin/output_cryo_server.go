@@ -103,7 +103,7 @@ func (o *serverOutput) WriteBatch(ctx context.Context, batch service.MessageBatc
 	switch {
 	case len(batch) == 0:
 		return nil
-	case o.listener == nil || o.listener.isDown():
+	case o.listener == nil || o.listener.downError() != nil:
 		return service.ErrNotConnected
 	}
 	messages := o.prepare(batch)

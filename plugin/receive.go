@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -27,6 +28,8 @@ type receiver struct {
 	// Accessed only by ReadBatch.
 	last       *delivery // most recently returned by ReadBatch; the engine may still discard it
 	stopHooked bool      // whether drain is registered to run when the engine stops
+
+	samples int // number of calls of sample, which only watchForStalls makes
 
 	stop     context.CancelFunc // ends all feeds
 	drain    context.CancelFunc // stops accepting streams, because the engine reads no more batches
@@ -254,7 +257,7 @@ func (r *receiver) receiveFrom(h *handover) <-chan struct{} {
 			f.previous = last.ended
 		}
 	}
-	r.watchdog.Do(func() { r.feeds.Go(func() { r.queue.watchForStalls(r.paused) }) })
+	r.watchdog.Do(func() { r.feeds.Go(func() { r.queue.watchForStalls(r.paused, r.sample) }) })
 	r.feeds.Go(func() {
 		if f.run() {
 			r.remove(f)
@@ -320,9 +323,39 @@ func (r *receiver) paused() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for s := range r.sessions {
-		if stats := s.Stats(); stats.Paused && !stats.Throttled {
+		if isPaused(s) {
 			return true
 		}
 	}
 	return false
+}
+
+func isPaused(s *cryo.Session) bool {
+	stats := s.Stats()
+	return stats.Paused && !stats.Throttled
+}
+
+// sampleEvery is the number of calls after which sample looks again: with thousands of sessions it
+// takes time.
+const sampleEvery = 5
+
+// sample sets the gauges that nothing else updates.
+func (r *receiver) sample() {
+	if r.samples++; r.samples%sampleEvery != 0 {
+		return
+	}
+	age := time.Duration(0)
+	if oldest := r.queue.oldest(); !oldest.IsZero() {
+		age = time.Since(oldest)
+	}
+	r.metrics.oldest.set(int64(age))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := 0
+	for s := range r.sessions {
+		if isPaused(s) {
+			n++
+		}
+	}
+	r.metrics.paused.set(n)
 }

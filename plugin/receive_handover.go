@@ -27,6 +27,8 @@ func (r *receiver) close() []*handover {
 	r.stop()
 	r.feeds.Wait()
 	r.metrics.streamsOpen.close()
+	r.metrics.oldest.close()
+	r.metrics.paused.close()
 	items := r.queue.close()
 
 	r.mu.Lock()

@@ -28,6 +28,7 @@ type item struct {
 	owner    partOwner        // what the part belongs to: a scanner batch or a session event
 	index    int              // index of the part in owner
 	sequence uint64           // position among all items of the input
+	began    time.Time        // when a part or an event was first queued; zero for a message in a frame, which has a time of its own
 
 	acknowledged bool // whether the item was acknowledged on receipt
 
@@ -47,6 +48,14 @@ type partOwner interface {
 	stream() *cryo.IncomingStream
 	// movable reports whether another input can deliver the parts.
 	movable() bool
+}
+
+// received returns when the item was received.
+func (it *item) received() time.Time {
+	if it.message != nil {
+		return it.message.Time()
+	}
+	return it.began
 }
 
 var errNotDelivered = errors.New(rejection)

@@ -162,6 +162,9 @@ func (q *queue) offer(items []item) bool {
 		if items[i].failures == 0 {
 			firstPasses++
 		}
+		if items[i].message == nil && items[i].began.IsZero() {
+			items[i].began = time.Now()
+		}
 	}
 	items[0].source.firstPass.add(firstPasses)
 	select {
@@ -350,6 +353,28 @@ func (q *queue) removeDelivery(d *delivery) {
 	}
 }
 
+// oldest returns when the oldest item was received that ReadBatch has returned and that has been
+// neither acknowledged nor rejected; zero if there is none.
+func (q *queue) oldest() (oldest time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	older := func(items []item) {
+		for i := range items {
+			if t := items[i].received(); oldest.IsZero() || t.Before(oldest) {
+				oldest = t
+			}
+		}
+	}
+	for d := range q.deliveries {
+		older(d.items)
+	}
+	older(q.redeliveries.unidentified)
+	older(q.redeliveries.ready)
+	older(q.redeliveries.shortened)
+	older(q.redeliveries.full)
+	return oldest
+}
+
 func (q *queue) wakeRead() {
 	select {
 	case q.wake <- struct{}{}:
@@ -376,16 +401,17 @@ func (q *queue) close() []item {
 // stallTimeout is how long a full pipeline may make no progress before a stall is logged.
 const stallTimeout = 10 * time.Second
 
-// watchForStalls checks for stalls periodically, until the input closes. It runs on a goroutine
-// of its own, because a timer in ReadBatch would wake up the network poller for each single
-// message. paused reports whether reading from any session is paused (backpressure).
-func (q *queue) watchForStalls(paused func() bool) {
+// watchForStalls checks for stalls periodically, until the input closes, and calls sample each time.
+// It runs on a goroutine of its own, because a timer in ReadBatch would wake up the network poller for
+// each single message. paused reports whether reading from any session is paused (backpressure).
+func (q *queue) watchForStalls(paused func() bool, sample func()) {
 	ticker := time.NewTicker(stallTimeout / 10)
 	defer ticker.Stop()
 	for {
 		select {
 		case <-ticker.C:
 			q.reportStall(paused)
+			sample()
 		case <-q.stopped.Done():
 			return
 		}
