@@ -54,7 +54,8 @@ type ServerOptions struct {
 	OnSessionEnd func(*Session)
 	// OnDeny is called when a client is denied, with the HTTP status of the response, and
 	// with 408 if it does not complete the handshake within HandshakeTimeout, though the
-	// response was 101 then. Request's goroutine. Default: none.
+	// response was 101 then. It is not called for a request that has neither an upgrade nor
+	// Cryo's token, such as that of a health check. Request's goroutine. Default: none.
 	OnDeny func(status int)
 	// MaxSessions bounds the sessions, including those in the handshake and those that
 	// are closing; further clients are denied with 503. A client that takes over its own
@@ -103,8 +104,8 @@ type ServerOptions struct {
 type Server struct {
 	opts     ServerOptions
 	buffer   receiveBuffer
-	connects *rate.Limiter // clients that Authorize has accepted
-	logLimit *loglimit.Limit
+	connects *rate.Limiter    // clients that Authorize has accepted
+	denials  loglimit.ByValue // of denied clients, by status
 
 	mu      sync.Mutex
 	entries map[uint64]*entry
@@ -180,7 +181,6 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		opts:     opts,
 		buffer:   newReceiveBuffer(opts.MaxBufferBytes),
 		connects: connects,
-		logLimit: loglimit.New(),
 		entries:  make(map[uint64]*entry),
 		holders:  make(map[client]weak.Pointer[holder]),
 		perAddr:  make(map[netip.Prefix]int),
@@ -197,11 +197,12 @@ func NewServer(options *ServerOptions) (*Server, error) {
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if invalid := ws.CheckUpgrade(r); invalid != nil {
 		maps.Copy(w.Header(), invalid.Header)
-		if invalid.Status == http.StatusUpgradeRequired { // a browser or a health check: not logged
-			http.Error(w, "This is a Cryo server: connect with a Cryo client, over WebSocket.", invalid.Status)
-			return
+		denied := &denial{status: invalid.Status, message: invalid.Message}
+		if invalid.Status == http.StatusUpgradeRequired {
+			denied.message, denied.reason = "This is a Cryo server: connect with a Cryo client, over WebSocket.", noUpgrade
+			denied.stranger = !r.URL.Query().Has(paramAuthorization)
 		}
-		s.deny(w, r, &denial{status: invalid.Status, message: invalid.Message})
+		s.deny(w, r, denied)
 		return
 	}
 	u, e, denied := s.admit(r)
@@ -332,7 +333,7 @@ func (s *Server) denyUnknown(session *Session, remote string) {
 	if s.opts.OnDeny != nil {
 		s.opts.OnDeny(http.StatusRequestTimeout)
 	}
-	if suppressed, ok := s.logLimit.Allow(); ok {
+	if suppressed, ok := s.denials.Allow(http.StatusRequestTimeout); ok {
 		s.opts.Logger.Warn("A client has not completed the Cryo handshake", "remote", remote, "session", session.id,
 			"missing", "ENDPOINT_INFO, an acknowledgement of the server's, or data",
 			"timeout", s.opts.HandshakeTimeout, "suppressed", suppressed)

@@ -76,8 +76,10 @@ func Tokens(tokens ...string) func(*Upgrade) error {
 type denial struct {
 	status   int
 	message  string // for the client
-	cause    error  // error of Authorize, for the log; nil: message
+	reason   string // for the log; empty: message
+	cause    error  // error of Authorize, for the log in place of reason
 	token    string // kept out of the log
+	stranger bool   // no Cryo client: neither counted nor logged
 	answered bool   // the response is written already
 	retry    int    // mean of Retry-After in seconds, with 429 and 503; 0: defaultRetry
 }
@@ -94,12 +96,27 @@ func retrySeconds(mean int) string {
 	return strconv.Itoa(mean/2 + rand.IntN(mean+1)) //nolint:gosec // no secret
 }
 
+// noUpgrade is the cause of 426 for a client of Cryo, which always requests an upgrade.
+const noUpgrade = "the request is no upgrade to WebSocket: a proxy between the client and this server must use HTTP/1.1 and pass on the headers Upgrade and Connection"
+
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
+	if !denied.stranger {
+		s.reportDenied(r, denied)
+	}
+	if !denied.answered {
+		if denied.status == http.StatusTooManyRequests || denied.status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", retrySeconds(cmp.Or(denied.retry, defaultRetry)))
+		}
+		http.Error(w, denied.message, denied.status)
+	}
+}
+
+func (s *Server) reportDenied(r *http.Request, denied *denial) {
 	if s.opts.OnDeny != nil {
 		s.opts.OnDeny(denied.status)
 	}
-	if suppressed, ok := s.logLimit.Allow(); ok {
-		cause := denied.message
+	if suppressed, ok := s.denials.Allow(denied.status); ok {
+		cause := cmp.Or(denied.reason, denied.message)
 		if denied.cause != nil { // redacted only if it is logged: a long token is expensive to compare
 			cause = denied.cause.Error()
 			if redact.New(denied.token).In(cause) {
@@ -109,12 +126,6 @@ func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 		}
 		s.opts.Logger.Warn("Denied a client", "remote", r.RemoteAddr, "status", denied.status, "cause", cause,
 			"suppressed", suppressed)
-	}
-	if !denied.answered {
-		if denied.status == http.StatusTooManyRequests || denied.status == http.StatusServiceUnavailable {
-			w.Header().Set("Retry-After", retrySeconds(cmp.Or(denied.retry, defaultRetry)))
-		}
-		http.Error(w, denied.message, denied.status)
 	}
 }
 

@@ -174,9 +174,7 @@ func TestInvalidUpgradeDoesNotTakeOverASession(t *testing.T) {
 				if c.header != "" {
 					require.Contains(t, answer, "\r\n"+c.header+": "+c.value+"\r\n")
 				}
-				if c.status != 426 {
-					require.Equal(t, c.status, next(t, statuses))
-				}
+				require.Equal(t, c.status, next(t, statuses), "it has a token, so it is a client's")
 				require.Empty(t, statuses)
 			})
 		})
@@ -602,4 +600,41 @@ func TestALogHandlerThatWaitsHoldsUpNoOtherDenial(t *testing.T) {
 	}
 	close(release)
 	logged.wantSuccess(t)
+}
+
+// A proxy that does not pass on the headers of an upgrade makes a plain request of it.
+func TestClientWithoutAnUpgradeIsReportedAndAStrangerIsNot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logged
+		statuses := make(chan int, 9)
+		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(log.handler())}, OnDeny: func(status int) { statuses <- status }})
+		for _, query := range []string{"", "room=5", "x-cryo-sid=1"} {
+			status, _, _ := knock(t, l, query, http.Header{})
+			require.Equal(t, 426, status)
+		}
+		synctest.Wait()
+		require.Empty(t, statuses)
+		require.Empty(t, log.text())
+
+		for range 3 {
+			status, _, _ := knock(t, l, queryOf(1, token), http.Header{})
+			require.Equal(t, 426, status)
+			require.Equal(t, 426, next(t, statuses))
+		}
+		require.Equal(t, 1, strings.Count(log.text(), "\n"), "once a second")
+		require.Contains(t, log.text(), "pass on the headers Upgrade and Connection")
+		require.NotContains(t, log.text(), token)
+	})
+}
+
+func TestDenialsAreLoggedOnceASecondForEachStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logged
+		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(log.handler())}})
+		for range 5 {
+			knock(t, l, queryOf(1, "wrong"), upgrade())
+		}
+		knock(t, l, queryOf(1, token), http.Header{})
+		require.Equal(t, 2, strings.Count(log.text(), "\n"), "a flood of one kind does not hide another")
+	})
 }

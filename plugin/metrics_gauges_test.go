@@ -217,3 +217,72 @@ func TestInputGaugesReturnToZero(t *testing.T) {
 		})
 	}
 }
+
+func TestAgeOfTheOldestUnacknowledgedMessageIsReported(t *testing.T) {
+	atBothInputs(t, "max_batch_count: 1", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		age := func() time.Duration {
+			synctest.Wait()
+			return time.Duration(e.metrics.value("cryo_oldest_unacknowledged_ns"))
+		}
+		first := send(peer, "first")
+		a := e.arrival()
+		time.Sleep(time.Minute)
+		send(peer, "second")
+		b := e.arrival()
+		require.InDelta(t, time.Minute, age(), float64(6*time.Second), "sampled every 5 s")
+
+		a.fail(errOutput)
+		a = e.arrival()
+		time.Sleep(time.Minute)
+		require.InDelta(t, 2*time.Minute, age(), float64(7*time.Second), "it is older than its redelivery")
+
+		a.deliver()
+		first.wantAcked(t, "delivered")
+		time.Sleep(5 * time.Second)
+		require.InDelta(t, time.Minute, age(), float64(12*time.Second), "of the second one")
+		b.deliver()
+		time.Sleep(5 * time.Second)
+		require.Zero(t, age())
+	})
+}
+
+func TestAgeOfTheOldestPartOfAStreamCountsFromItsFirstDelivery(t *testing.T) {
+	atBothInputs(t, "", func(t *testing.T, e *engine, p *pipeline, peer *cryo.Session) {
+		sendStream(peer, "", "a line")
+		for begin := time.Now(); time.Since(begin) < time.Minute; {
+			e.arrival().fail(errOutput)
+		}
+		require.InDelta(t, time.Minute, e.metrics.value("cryo_oldest_unacknowledged_ns"), float64(40*time.Second))
+		require.Greater(t, e.metrics.value("cryo_oldest_unacknowledged_ns"), int64(30*time.Second), "though it is redelivered again and again")
+		p.kill()
+		require.Zero(t, e.metrics.value("cryo_oldest_unacknowledged_ns"))
+	})
+}
+
+func TestAgesOfInputCopiesDoNotAddUp(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("broker: { copies: 2, inputs: [ "+listenInput+" ] }", toProbe)
+		send(e.dial(), "a")
+		send(e.dial(), "b")
+		e.want("a", "b")
+		time.Sleep(time.Minute)
+		require.InDelta(t, time.Minute, e.metrics.value("cryo_oldest_unacknowledged_ns"), float64(6*time.Second))
+	})
+}
+
+func TestSessionsWhoseReadsArePausedAreCounted(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(with(listenInput, "max_buffer_bytes: 3000"), toProbe)
+		client := e.dial()
+		for range 9 {
+			send(client, strings.Repeat("x", 1000))
+		}
+		e.dial() // sends nothing
+		time.Sleep(6 * time.Second)
+		require.Equal(t, int64(1), e.metrics.value("cryo_sessions_paused"))
+		deliver := e.deliverAll()
+		time.Sleep(6 * time.Second)
+		require.Len(t, deliver(), 9)
+		require.Zero(t, e.metrics.value("cryo_sessions_paused"))
+	})
+}

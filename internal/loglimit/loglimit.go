@@ -2,6 +2,7 @@
 package loglimit
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,4 +26,18 @@ func (l *Limit) Allow() (suppressed int64, ok bool) {
 		return 0, false
 	}
 	return l.suppressed.Swap(0), true
+}
+
+// ByValue allows one log line per second for each value, such as an HTTP status. There must be few
+// values, and a peer must not choose them. The zero value is ready to use. Its methods may be called
+// from any goroutine.
+type ByValue struct{ limits sync.Map } // the values are of type *Limit
+
+// Allow is that of [Limit], for a value.
+func (b *ByValue) Allow(value int) (suppressed int64, ok bool) {
+	limit, known := b.limits.Load(value)
+	if !known {
+		limit, _ = b.limits.LoadOrStore(value, New())
+	}
+	return limit.(*Limit).Allow()
 }

@@ -32,3 +32,19 @@ func TestAllowPermitsOneLineASecondAndCountsTheRest(t *testing.T) {
 		require.False(t, ok)
 	})
 }
+
+func TestValuesAreLimitedSeparately(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var limits loglimit.ByValue
+		for _, value := range []int{401, 503} {
+			_, ok := limits.Allow(value)
+			require.True(t, ok, "the first line of a value")
+			_, ok = limits.Allow(value)
+			require.False(t, ok)
+		}
+		time.Sleep(time.Second)
+		n, ok := limits.Allow(503)
+		require.True(t, ok)
+		require.EqualValues(t, 1, n)
+	})
+}
