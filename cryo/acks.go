@@ -94,6 +94,7 @@ type ackTable struct {
 	wrapped  bool                // all numbers of the range were used once
 	slots    []*outFrame         // length 0 or a power of two; at most half are not nil
 	waiting  int                 // number of slots that are not nil
+	empty    chan struct{}       // closed when waiting is 0; nil unless whenEmpty waits
 	timedOut map[uint32]struct{} // numbers of cancelled calls, whose answers are late; may be nil
 	ended    error               // the session's cause of end; nothing is registered once it is set
 }
@@ -270,14 +271,40 @@ func (t *ackTable) findLocked(number uint32) *outFrame {
 	return f
 }
 
-// completeLocked removes a frame. A large table is released when it is empty.
+// completeLocked removes a frame. A large table is released when it becomes empty.
 func (t *ackTable) completeLocked(f *outFrame, err error) {
 	t.failLocked(f, err)
 	*t.slot(f.Ack) = nil
-	if t.waiting--; t.waiting == 0 && len(t.slots) > maxIdleSlots {
-		t.slots = nil
+	if t.waiting--; t.waiting == 0 {
+		t.emptiedLocked()
 	}
 	f.call.leave()
+}
+
+func (t *ackTable) emptiedLocked() {
+	if len(t.slots) > maxIdleSlots {
+		t.slots = nil
+	}
+	if t.empty != nil {
+		close(t.empty)
+		t.empty = nil
+	}
+}
+
+// whenEmpty returns a channel that is closed when no frame is in the table.
+func (t *ackTable) whenEmpty() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	empty := t.empty
+	if empty == nil {
+		empty = make(chan struct{})
+	}
+	if t.waiting == 0 {
+		close(empty)
+	} else {
+		t.empty = empty
+	}
+	return empty
 }
 
 // failLocked records the error of a frame; nil is ignored.

@@ -448,13 +448,13 @@ const shutdownReason = "server is shutting down"
 // without a close handshake, and returns without waiting for handlers that still run. Connections
 // that are not upgraded are left to the HTTP server.
 func (s *Server) Shutdown(ctx context.Context) error {
-	return s.closeAll(ctx, func(session *Session) error { return session.close(ctx, closeRestart, shutdownReason) })
+	return s.closeAll(ctx, 0, func(session *Session) error { return session.close(ctx, closeRestart, shutdownReason) })
 }
 
 // Drain is Shutdown with [Session.Drain] in place of Close: received messages can be settled
 // first. When the context is done, sessions may still be open and drain; call Shutdown then.
 func (s *Server) Drain(ctx context.Context) error {
-	return s.closeAll(ctx, func(session *Session) error {
+	return s.closeAll(ctx, 0, func(session *Session) error {
 		err := session.drain(ctx, closeRestart, shutdownReason)
 		if ctx.Err() == nil {
 			return nil // or the session ended by itself
@@ -463,9 +463,30 @@ func (s *Server) Drain(ctx context.Context) error {
 	})
 }
 
-// closeAll denies new clients, and returns when end has returned for each session and all slots
-// are free.
-func (s *Server) closeAll(ctx context.Context, end func(*Session) error) error {
+// DrainOver is Drain with the sessions one after the other, spread evenly over a period, so that their
+// clients do not all connect again in the same second. New clients are denied from the start. Until its
+// turn, a session goes on as before. What was sent on it before is acknowledged, or has failed, before
+// it is closed: bound sends by their contexts, and send nothing else on a session that is [Session.Draining].
+// When the context is done, the sessions whose turn has not come are open as before.
+func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
+	return s.closeAll(ctx, period, func(session *Session) error {
+		err := session.settle(ctx, ErrClosed)
+		if err == nil {
+			err = session.awaitAcks(ctx)
+		}
+		if err == nil {
+			err = session.close(ctx, closeRestart, shutdownReason)
+		}
+		if ctx.Err() == nil {
+			return nil // or the session ended by itself
+		}
+		return err
+	})
+}
+
+// closeAll denies new clients, calls end for each session, spread over a period, and returns when all
+// of these calls have returned and all slots are free.
+func (s *Server) closeAll(ctx context.Context, period time.Duration, end func(*Session) error) error {
 	s.mu.Lock()
 	s.closed = true
 	s.idleLocked()
@@ -476,12 +497,18 @@ func (s *Server) closeAll(ctx context.Context, end func(*Session) error) error {
 		}
 	}
 	s.mu.Unlock()
+	var err error
 	closed := make(chan error, len(sessions))
-	for _, session := range sessions {
+	begin, begun := time.Now(), 0
+	for i, session := range sessions {
+		turn := begin.Add(time.Duration(float64(period) * float64(i) / float64(len(sessions))))
+		if err = sleepUntil(ctx, turn); err != nil {
+			break
+		}
+		begun++
 		go func() { closed <- end(session) }()
 	}
-	var err error
-	for range sessions {
+	for range begun {
 		err = cmp.Or(err, <-closed)
 	}
 	if err != nil {
@@ -489,6 +516,23 @@ func (s *Server) closeAll(ctx context.Context, end func(*Session) error) error {
 	}
 	select {
 	case <-s.idle:
+		return nil
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+}
+
+// sleepUntil waits until a time, which may have passed. It returns the context's error if that is done
+// first.
+func sleepUntil(ctx context.Context, t time.Time) error {
+	wait := time.Until(t)
+	if wait <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
 		return nil
 	case <-ctx.Done():
 		return contextError(ctx)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
+	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
 // handlers are those of a server, whose OnSession returns when it may.
@@ -138,6 +139,100 @@ func TestAServerDrainsAllItsSessions(t *testing.T) {
 		busy.WriteClose(1012, "")
 		drain.wantSuccess(t)
 		require.Error(t, messages[1].Ack())
+	})
+}
+
+func TestSessionsAreDrainedOneAfterTheOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 5
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		begin := time.Now()
+		ended := make(chan time.Duration, n)
+		for i := range uint64(n) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			s := next(t, sessions)
+			go func() {
+				m, err := s.Receive(context.Background())
+				if err == nil {
+					_ = m.Ack()
+				}
+			}()
+			go func() {
+				time.Sleep(500 * time.Millisecond) // until after the first turn
+				if s.Err() == nil {
+					peer.WriteFrames(cryotest.Text(1, ""))
+					peer.WantFrame("it goes on as before", cryotest.Acked(1))
+				}
+				peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+				ended <- time.Since(begin)
+				peer.WriteClose(1012, "")
+			}()
+		}
+		drain := start(func() error { return server.DrainOver(t.Context(), n*time.Second) })
+		drain.wantBlocked(t)
+		status, _, _ := knock(t, l, queryOf(9, token), upgrade())
+		require.Equal(t, 503, status)
+		drain.wantSuccess(t)
+		for i := range time.Duration(n) {
+			require.Equal(t, max(i*time.Second, 500*time.Millisecond), <-ended)
+		}
+	})
+}
+
+func TestDrainOverWaitsForWhatWasReceivedAndSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		peer := join(t, l, 1)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		peer.WriteFrames(cryotest.Text(1, ""))
+		received := receive(t, s)
+		sent := start(func() error { return s.SendText(t.Context(), "sent") })
+		frame := peer.WantType("the message", wire.UTF8)
+		drain := start(func() error { return server.DrainOver(t.Context(), time.Minute) })
+		drain.wantBlocked(t)
+		require.True(t, s.Draining())
+		require.NoError(t, received.Ack())
+		peer.WantFrame("ACK", cryotest.Acked(1))
+		time.Sleep(time.Hour)
+		drain.wantBlocked(t)
+		require.NoError(t, s.Err(), "the message may still be acknowledged")
+		peer.Ack(frame)
+		sent.wantSuccess(t)
+		peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+		peer.WriteClose(1012, "")
+		drain.wantSuccess(t)
+	})
+}
+
+func TestDrainOverEndsWithItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		var open []*cryo.Session
+		for i := range uint64(2) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			s := next(t, sessions)
+			sending := start(func() error { return s.SendText(context.Background(), "never acknowledged") })
+			peer.WantType("the message", wire.UTF8)
+			defer func() { require.ErrorIs(t, sending.result(t), cryo.ErrClosed) }()
+			open = append(open, s)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 29*time.Second)
+		defer cancel()
+		begin := time.Now()
+		require.ErrorIs(t, server.DrainOver(ctx, time.Minute), context.DeadlineExceeded)
+		require.Equal(t, 29*time.Second, time.Since(begin))
+		draining := 0
+		for _, s := range open {
+			require.NoError(t, s.Err())
+			if s.Draining() {
+				draining++
+			}
+		}
+		require.Equal(t, 1, draining, "the turn of the other one has not come")
+		require.NoError(t, server.Shutdown(t.Context()))
 	})
 }
 

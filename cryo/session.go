@@ -412,6 +412,17 @@ func (s *Session) settle(ctx context.Context, cause error) error {
 	return s.incoming.awaitSettled(ctx, s.ctx)
 }
 
+// awaitAcks waits until all that this end has sent is answered or cancelled. It returns the cause if the
+// session ends first.
+func (s *Session) awaitAcks(ctx context.Context) error {
+	select {
+	case <-s.acks.whenEmpty():
+		return s.Err()
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+}
+
 // Draining reports whether the session drains, or has drained, by Drain or because it has
 // expired; see [Upgrade]. It may still be open, so that responses to received messages can be sent
 // before these are settled. Send other messages on another session.
