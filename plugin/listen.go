@@ -31,6 +31,10 @@ type listener struct {
 	users  []*serverComponent // empty while the listener starts or closes; the first one authorizes clients and reports the listener's metrics
 	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
 
+	draining context.Context    //nolint:containedctx // done when the listener closes: drains end
+	undrain  context.CancelFunc // ends draining
+	drains   sync.WaitGroup
+
 	ending chan struct{} // closed with refusing
 	served chan struct{} // closed when run has returned
 
@@ -62,6 +66,10 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return files.current(), nil },
 			MinVersion:         tls.VersionTLS12,
 		}
+	}
+	ln.draining, ln.undrain = context.WithCancel(context.Background())
+	if settings.DrainPeriod > 0 && shutdownDelay.Load() == nil {
+		log.With(fieldDrainPeriod, settings.DrainPeriod).Warn("The field has no effect in this program: it calls neither SetShutdownDelay nor DrainListeners of the plugin")
 	}
 	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
@@ -104,6 +112,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	if err != nil {
 		ln.inputs.close()
 		ln.metrics.close()
+		ln.undrain()
 		return nil, err
 	}
 	go ln.run(socket)
@@ -132,6 +141,8 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
 	ln.refuse()
+	ln.undrain()
+	ln.drains.Wait()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
 	err := ln.server.Shutdown(ctx)

@@ -85,6 +85,10 @@ func listenFields() []*service.ConfigField {
 			Description("The maximum size of the request line and headers of a client's HTTP request, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory, and 4 KiB more, for up to `handshake_timeout`: see `max_sessions`.").
 			Advanced(),
 		heartbeatField(),
+		drainPeriodField.config().
+			Description("The time over which sessions are closed when the process stops, so that their clients do not all connect again in the same second. It is the last part of the engine's `shutdown_delay`, which must be at least as long. When it begins, the listener closes its socket, so that no further client can connect, and handshakes in progress get status 503. Then one session after the other is closed: its messages in flight are acknowledged first, and so is what was sent to it, while those that wait for their turn go on as before. 0s: all sessions are closed together, when their pipelines have stopped. An output without another listener for its clients has fewer and fewer of them meanwhile, so its messages may find none. A pipeline that is replaced or removed closes all sessions together.").
+			Default("0s").
+			Advanced(),
 	)
 }
 
@@ -106,6 +110,7 @@ type listenSettings struct {
 	HandshakeTimeout      time.Duration `field:"handshake_timeout"`
 	MaxHeaderBytes        int           `field:"max_header_bytes"`
 	HeartbeatInterval     time.Duration `field:"heartbeat_interval"`
+	DrainPeriod           time.Duration `field:"drain_period"`
 }
 
 // differences returns the names of the fields in which two settings differ. It does not return
@@ -140,6 +145,10 @@ func listenSettingsFromParsed(conf *service.ParsedConfig, processors *authorizeP
 	s.HandshakeTimeout = handshakeTimeoutField.read(r)
 	s.MaxHeaderBytes = maxHeaderBytesField.read(r)
 	s.HeartbeatInterval = heartbeatIntervalField.read(r)
+	s.DrainPeriod = drainPeriodField.read(r)
+	if r.err == nil {
+		r.err = checkDrainPeriod(s.DrainPeriod)
+	}
 	s.tlsSettings = readTLSSettings(r)
 	s.proxySettings = readProxySettings(r)
 	lifetimeSettings, lasting := readLifetime(r)

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"net/http"
 	"os"
 	"os/signal"
+	"reflect"
 	"syscall"
 	"time"
 
@@ -15,7 +17,8 @@ import (
 // them. The engine waits for three quarters of it, without telling the outputs.
 const ackFraction = 4
 
-// stopper cancels the sends of the outputs cryo when the process stops.
+// stopper does what the engine does not when the process stops: /ready responds with 503, listeners close
+// their sessions over time, and sends of the outputs cryo are cancelled.
 type stopper struct {
 	resources      *service.Resources
 	delay, timeout time.Duration // shutdown_delay and shutdown_timeout
@@ -27,6 +30,7 @@ func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
 	if s.delay, err = durationOf(conf, "shutdown_delay"); err == nil {
 		s.timeout, err = durationOf(conf, "shutdown_timeout")
 	}
+	plugin.SetShutdownDelay(s.delay)
 	return err
 }
 
@@ -54,7 +58,29 @@ func (s *stopper) watch() {
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 		<-signals
+		s.endReadiness()
+		plugin.DrainListeners(s.resources)
 		time.Sleep(s.delay + s.timeout/ackFraction)
 		plugin.CancelSends(s.resources)
 	}()
+}
+
+// endReadiness makes /ready respond with 503, so that a balancer selects another instance from the
+// beginning of shutdown_delay on. The engine itself goes on responding with 200, and has no public
+// function for it: the one that its components use is found by reflection, and if there is none, nothing
+// changes.
+func (s *stopper) endReadiness() {
+	unwrap := reflect.ValueOf(s.resources.XUnwrapper()).MethodByName("Unwrap")
+	if !unwrap.IsValid() || unwrap.Type().NumIn() != 0 || unwrap.Type().NumOut() != 1 {
+		return
+	}
+	manager, ok := unwrap.Call(nil)[0].Interface().(interface {
+		RegisterEndpoint(path, description string, handler http.HandlerFunc)
+	})
+	if !ok {
+		return
+	}
+	manager.RegisterEndpoint("/ready", "Returns 503, because the process is stopping.", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "The process is stopping.", http.StatusServiceUnavailable)
+	})
 }

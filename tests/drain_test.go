@@ -1,0 +1,74 @@
+package tests
+
+import (
+	"net"
+	"net/http"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
+)
+
+const drainingPipeline = `
+input:
+  cryo_server:
+    address: 127.0.0.1:0
+    tokens: [ '${CRYO_TOKEN}' ]
+    drain_period: 3s
+output:
+  drop: {}
+shutdown_delay: ${DELAY}
+`
+
+func TestStoppingProcessClosesItsSessionsOneAfterTheOther(t *testing.T) {
+	p, service := runServing(t, drainingPipeline, "DELAY=4s")
+	address := p.Listening()
+	sessions := make([]*cryo.Session, 6)
+	for i := range sessions {
+		sessions[i] = testkit.Dial(t, address)
+	}
+	wantReady(t, service, http.StatusOK, "")
+	time.Sleep(200 * time.Millisecond) // a stop that follows the start at once drains nothing
+	p.Signal(syscall.SIGTERM)
+	wantReady(t, service, http.StatusServiceUnavailable, "stopping")
+	testkit.WantDelivered(t, testkit.Dial(t, address), "before the drain begins, also of a new client")
+
+	p.WantLog("Draining: no further client can connect", "sessions=7", "period=3s")
+	_, err := net.Dial("tcp", address)
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		assert.Equal(c, "0", scrape(t, service)[`cryo_listening{label="",path="root.input"}`])
+	})
+	ends, delivered := 0, 0
+	for open := sessions; len(open) > 0; ends++ {
+		var left []*cryo.Session
+		for _, s := range open {
+			if s.SendText(t.Context(), "as before") == nil {
+				delivered++
+				left = append(left, s)
+			} else {
+				var closed *cryo.PeerClosedError
+				require.ErrorAs(t, s.Err(), &closed)
+				require.Equal(t, 1012, closed.Code)
+			}
+		}
+		if len(left) == len(open) {
+			ends--
+		}
+		open = left
+	}
+	require.Greater(t, ends, 1, "they do not end together")
+	require.Positive(t, delivered)
+	p.WantExit(0)
+}
+
+func TestDrainPeriodThatDoesNotFitIsRefused(t *testing.T) {
+	p := runConfig(t, drainingPipeline, "DELAY=2s")
+	p.WantLog("field drain_period is 3s, but shutdown_delay of the configuration is 2s")
+	p.WantExit(1)
+}
