@@ -115,6 +115,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		ln.undrain()
 		return nil, err
 	}
+	log.With("address", socket.Addr()).Info(listening)
 	go ln.run(socket)
 	return ln, nil
 }

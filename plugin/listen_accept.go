@@ -118,6 +118,9 @@ func (a *acceptor) Close() error {
 	return a.Listener.Close()
 }
 
+// listening is the log message of an open socket.
+const listening = "Listening for Cryo clients"
+
 // open opens the listener's socket. It returns nil without an error once the listener accepts no
 // more clients.
 func (ln *listener) open() (net.Listener, error) {
@@ -134,9 +137,6 @@ func (ln *listener) open() (net.Listener, error) {
 	ln.socket = &acceptor{Listener: socket, log: ln.acceptLog, short: ln.short, over: ln.shortageOver, closed: make(chan struct{})}
 	ln.address, ln.failure, ln.down = socket.Addr(), nil, make(chan struct{})
 	ln.metrics.listens(true)
-	if log, ok := ln.openLog.allow(); ok {
-		log.With("address", socket.Addr()).Info("Listening for Cryo clients")
-	}
 	return ln.socket, nil
 }
 
@@ -208,6 +208,11 @@ func (ln *listener) reopen(wait time.Duration) (net.Listener, time.Duration) {
 		}
 		wait = min(max(2*wait, minReopenWait), maxAcceptWait)
 		socket, err := ln.open()
+		if socket != nil {
+			if log, ok := ln.openLog.allow(); ok {
+				log.With("address", socket.Addr()).Info(listening)
+			}
+		}
 		if err == nil {
 			return socket, wait
 		}
