@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -30,6 +31,7 @@ type listener struct {
 	// Guarded by the registry's mutex.
 	users  []*serverComponent // empty while the listener starts or closes; the first one authorizes clients and reports the listener's metrics
 	closed chan struct{}      // closed when the listener has started or failed to start, or when it has released its address
+	kept   *time.Timer        // closes the listener; nil unless it waits for a component
 
 	draining context.Context    //nolint:containedctx // done when the listener closes: drains end
 	undrain  context.CancelFunc // ends draining

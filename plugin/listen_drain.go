@@ -28,6 +28,7 @@ func SetShutdownDelay(delay time.Duration) { shutdownDelay.Store(&delay) }
 // their sessions one after the other, so that both are done when the engine's shutdown_delay is over. It
 // returns immediately. Call it when shutdown_delay begins, after SetShutdownDelay.
 func DrainListeners(res *service.Resources) {
+	listenersOf(res).setKeeping(false)
 	if delay := shutdownDelay.Load(); delay != nil {
 		listenersOf(res).drain(*delay)
 	}

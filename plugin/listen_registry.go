@@ -21,6 +21,7 @@ type listeners struct {
 	listen func(network, address string) (net.Listener, error)
 
 	mu     sync.Mutex
+	keeps  bool // whether listeners without components wait for others; see KeepListeners
 	byAddr map[string]*listener
 	tested map[string]*serverComponent // the first component that was tested, by address
 }
@@ -64,6 +65,9 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 		return ln, nil, err
 	}
 	if len(ln.users) == 0 {
+		if l.adopt(ln, c) {
+			return ln, nil, nil
+		}
 		return nil, ln.closed, nil
 	}
 	if err = ln.users[0].checkSettings(c); err != nil {
@@ -127,6 +131,10 @@ func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent,
 	l.mu.Lock()
 	ln.users = slices.DeleteFunc(ln.users, func(user *serverComponent) bool { return user == c })
 	last := len(ln.users) == 0
+	keep := last && l.keeps
+	if keep {
+		l.keep(ln) // before the messages of in are handed over: an input that adopts the listener meanwhile gets them
+	}
 	if last {
 		ln.authorizeWith(nil)
 	} else {
@@ -135,14 +143,19 @@ func (l *listeners) leave(ctx context.Context, ln *listener, c *serverComponent,
 	}
 	l.mu.Unlock()
 	if in != nil {
-		ln.inputs.remove(in, last)
+		ln.inputs.remove(in, last && !keep)
 	}
-	if !last {
+	if !last || keep {
 		return nil
 	}
+	return l.close(ctx, ln)
+}
+
+// close closes a listener without components, and makes its address available.
+func (l *listeners) close(ctx context.Context, ln *listener) error {
 	err := ln.close(ctx)
 	l.mu.Lock()
-	delete(l.byAddr, c.settings.Address)
+	delete(l.byAddr, ln.settings.Address)
 	l.mu.Unlock()
 	close(ln.closed)
 	return err

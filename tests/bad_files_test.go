@@ -39,6 +39,8 @@ func TestBadFileEndsNoWatchedPipeline(t *testing.T) {
 			path := testkit.WriteFile(t, "pipeline.yaml", receiving)
 			p := launch(t, []string{"CRYO_CONNECT_HTTP_ADDRESS=127.0.0.1:0"}, mode, "-w", path) // --set would fill an empty file
 			s := testkit.Dial(t, p.Listening())
+			wantActive := func() { p.WantLog("Input type cryo_server is now active") }
+			wantActive()
 			write := func(config string) { require.NoError(t, os.WriteFile(path, []byte(config), 0o600)) }
 			replace := func(config string) {
 				other := filepath.Join(t.TempDir(), "other")
@@ -55,17 +57,25 @@ func TestBadFileEndsNoWatchedPipeline(t *testing.T) {
 			testkit.WantDelivered(t, s, "replaced by renaming")
 			require.NoError(t, s.Err(), "the session outlived all of it")
 
-			// Good files are noticed afterwards, however they are written.
+			// Good files are noticed afterwards, however they are written, and keep the session.
 			write(receiving)
-			testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "written")
+			wantActive()
+			testkit.WantDelivered(t, s, "written")
 			replace(receiving)
-			testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "replaced")
+			wantActive()
+			testkit.WantDelivered(t, s, "replaced")
+			require.NoError(t, s.Err(), "the session outlived that, too")
 			require.NoError(t, os.Remove(path))
 			if mode == "streams" {
 				p.WantLog("Removed stream")
+				p.WantLog("Listener closed")
 			}
 			write(receiving)
-			testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "written again")
+			wantActive()
+			if mode == "streams" {
+				s = testkit.Dial(t, p.Listening())
+			}
+			testkit.WantDelivered(t, s, "written again")
 			p.Interrupt()
 		})
 	}
@@ -112,7 +122,9 @@ func TestEngineEndsAPipelineBeforeItBuildsTheNext(t *testing.T) {
 	require.NoError(t, os.WriteFile(path, []byte(unbuildable), 0o600))
 	p.WantLog("Failed to apply updated config", "no-ca.pem")
 	<-s.Done()
-	require.Positive(t, p.Count(func(line string) bool { return strings.Contains(line, "Listener closed") }), mended)
+	testkit.Eventually(t, func(c *assert.CollectT) {
+		assert.Positive(c, p.Count(func(line string) bool { return strings.Contains(line, "Listener closed") }), mended)
+	})
 	require.NoError(t, os.WriteFile(path, []byte(receiving), 0o600))
 	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "the next good file is applied")
 	p.Interrupt()

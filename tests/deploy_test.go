@@ -184,11 +184,19 @@ func TestComposeFileIsConsistent(t *testing.T) {
 			// It runs the one file that it mounts.
 			require.Len(t, s.Volumes, 1)
 			file := s.Volumes[0].Source
-			require.Equal(t, []string{"run", s.Volumes[0].Target}, s.Command)
+			last := len(s.Command) - 1
+			require.Equal(t, []string{"run", s.Volumes[0].Target}, []string{s.Command[0], s.Command[last]})
 			config := testkit.ReadFile(t, file)
+			times := config
+			for i := 1; i < last; i += 2 {
+				require.Equal(t, "--set", s.Command[i])
+				if delay, ok := strings.CutPrefix(s.Command[i+1], "shutdown_delay="); ok {
+					times += "\nshutdown_delay: " + delay + "\n"
+				}
+			}
 			grace, err := time.ParseDuration(s.StopGrace)
 			require.NoError(t, err)
-			require.Greater(t, grace, shutdown(t, config))
+			require.Greater(t, grace, shutdown(t, times))
 
 			for key, value := range s.Environment {
 				if !strings.HasPrefix(key, "AWS_") {
@@ -310,7 +318,7 @@ func TestKubernetesManifestIsConsistent(t *testing.T) {
 		t.Setenv(key, value)
 	}
 	wantLinted(t, nil, file)
-	p := launch(t, nil, "run", "--set", "http.address="+api, "--set", "shutdown_delay=0s", file)
+	p := launch(t, nil, "run", "--set", "http.address="+api, "--set", "shutdown_delay=0s", "--set", "input.cryo_server.drain_period=0s", file)
 	address := p.Listening()
 	var paths []string
 	for _, probe := range []struct{ HTTPGet struct{ Path, Port string } }{container.StartupProbe, container.LivenessProbe, container.ReadinessProbe} {

@@ -69,6 +69,9 @@ func main() {
 		service.CLIOptOnStreamStart(func(*service.RunningStreamSummary) error {
 			plugin.RequireFiles() // of configurations that replace running ones
 			watcher.start()
+			if watcher.requested || api.requested {
+				plugin.KeepListeners(stop.resources)
+			}
 			stop.watch()
 			return nil
 		}),

@@ -1,0 +1,58 @@
+package plugin
+
+import (
+	"context"
+	"time"
+
+	"github.com/redpanda-data/benthos/v4/public/service"
+)
+
+// Keeping a listener while its pipeline is replaced. The engine ends the old pipeline, with all its
+// components, before it builds the new one.
+
+// keepTimeout is how long a listener without components waits for another one.
+const keepTimeout = 5 * time.Second
+
+// KeepListeners lets the listeners that are made with these resources stay open for 5 s after their last
+// component has closed. A component with the same settings that starts meanwhile, as one of a changed
+// pipeline does, has their sessions and what these have sent. Call it in a process that replaces pipelines
+// while it runs. DrainListeners ends that, so that a process that stops closes its listeners at once.
+func KeepListeners(res *service.Resources) { listenersOf(res).setKeeping(true) }
+
+func (l *listeners) setKeeping(keeps bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keeps = keeps
+}
+
+// keep closes a listener without components after keepTimeout, unless a component adopts it. The
+// messages of its sessions wait: they are neither acknowledged nor rejected. The mutex must be held.
+func (l *listeners) keep(ln *listener) {
+	ln.kept = time.AfterFunc(keepTimeout, func() {
+		l.mu.Lock()
+		expired := ln.kept != nil
+		ln.kept = nil
+		l.mu.Unlock()
+		if expired { // otherwise it was adopted, or is closed by adopt
+			_ = l.close(context.Background(), ln)
+		}
+	})
+}
+
+// adopt makes a component the first one of a listener that is kept. If their settings differ, it closes
+// the listener and returns false. The mutex must be held.
+func (l *listeners) adopt(ln *listener, c *serverComponent) bool {
+	if ln.kept == nil {
+		return false // it starts or closes
+	}
+	ln.kept.Stop()
+	ln.kept = nil
+	if len(ln.settings.differences(c.settings)) > 0 {
+		go func() { _ = l.close(context.Background(), ln) }() // in at most closeTime; c waits for it
+		return false
+	}
+	ln.users = []*serverComponent{c}
+	ln.authorizeWith(c)
+	ln.metrics.reportAs(c.meter)
+	return true
+}

@@ -1,0 +1,112 @@
+package plugin
+
+import (
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cryo-connect/cryo-connect/cryo"
+)
+
+func TestSessionsStayWhenOnlyThePipelineChanges(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		e.wantReceives(t, client, "before")
+		p.stop()
+		waiting := send(client, "while there is no pipeline")
+		time.Sleep(4 * time.Second)
+		waiting.wantPending(t, "neither acknowledged nor rejected")
+
+		e.run(listenInput, toProbe, "mapping: root = content().uppercase()")
+		e.want("WHILE THERE IS NO PIPELINE")[0].deliver()
+		waiting.wantAcked(t, "by the changed pipeline")
+		time.Sleep(time.Minute)
+		require.NoError(t, client.Err())
+		require.Equal(t, int64(1), e.metrics.value("cryo_sessions"))
+		require.Equal(t, int64(1), e.metrics.value("cryo_listening"))
+		e.dial()
+		require.Zero(t, e.log.count("Listener closed"))
+	})
+}
+
+func TestSessionsOfAnOutputStayWhenOnlyThePipelineChanges(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(fromFeed, listenOutput)
+		client := e.dial()
+		p.stop()
+		e.run(fromFeed, listenOutput)
+		e.wantSends(t, client, "of the new output")
+	})
+}
+
+func TestKeptListenerClosesWhenNoPipelineFollows(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		p.stop()
+		e.wantDenied(cryo.DialOptions{Token: token}, 503)
+		waiting := send(client, "m")
+		time.Sleep(6 * time.Second)
+		require.ErrorIs(t, waiting.result(t), net.ErrClosed, "its sender can send it again")
+		e.wantRefused(t)
+		require.Empty(t, e.shared.byAddr)
+		require.Zero(t, e.metrics.value("cryo_sessions"))
+
+		e.run(listenInput, toProbe)
+		e.wantReceives(t, e.dial(), "it listens again")
+	})
+}
+
+func TestKeptListenerWithOtherSettingsIsReplaced(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		p.stop()
+		e.run(with(listenInput, "max_sessions: 5"), toProbe)
+		synctest.Wait()
+		require.Error(t, client.Err())
+		e.wantReceives(t, e.dial(), "of the new listener")
+		require.Equal(t, 1, e.log.count("Listener closed"))
+	})
+}
+
+func TestStoppingProcessKeepsNoListener(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		e.shared.setKeeping(false)
+		p.stop()
+		var closed *cryo.PeerClosedError
+		require.ErrorAs(t, client.Err(), &closed)
+		require.Equal(t, 1012, closed.Code)
+	})
+}
+
+// A hard stop leaves messages without a result: the changed pipeline may deliver them again.
+func TestMessagesOfAKilledPipelineGoToTheNext(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		m := send(e.dial(), "m")
+		e.arrival()
+		p.kill()
+		e.run(listenInput, toProbe)
+		e.want("m")[0].deliver()
+		m.wantAcked(t, "delivered by the second")
+	})
+}
