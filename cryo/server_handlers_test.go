@@ -174,8 +174,10 @@ func TestSessionsAreDrainedOneAfterTheOther(t *testing.T) {
 		status, _, _ := knock(t, l, queryOf(9, token), upgrade())
 		require.Equal(t, 503, status)
 		drain.wantSuccess(t)
-		for i := range time.Duration(n) {
-			require.Equal(t, max(i*time.Second, 500*time.Millisecond), <-ended)
+		turn := time.Duration(0)
+		for range n {
+			require.Equal(t, max(turn, 500*time.Millisecond), <-ended)
+			turn += time.Second
 		}
 	})
 }

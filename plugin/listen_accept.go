@@ -44,8 +44,7 @@ var shortages = map[syscall.Errno]struct{ kind, hint string }{
 
 // shortageOf returns the kind of a shortage and advice; kind is empty if the error is none.
 func shortageOf(err error) (kind, hint string) {
-	var number syscall.Errno
-	if errors.As(err, &number) {
+	if number, ok := errors.AsType[syscall.Errno](err); ok {
 		return shortages[number].kind, shortages[number].hint
 	}
 	return "", ""

@@ -62,7 +62,7 @@ func (ln *listener) drain(wait time.Duration) {
 		return
 	}
 	ln.refuse()
-	ln.log.With("address", ln.settings.Address, "sessions", len(ln.server.Sessions()), "period", ln.settings.DrainPeriod).
+	ln.log.With("address", ln.address, "sessions", len(ln.server.Sessions()), "period", ln.settings.DrainPeriod).
 		Info("Draining: no further client can connect, and sessions are closed one after the other")
 	_ = ln.server.DrainOver(ln.draining, ln.settings.DrainPeriod) // close ends what is left
 }

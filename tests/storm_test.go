@@ -195,7 +195,7 @@ func TestStormOfClientsHarmsNobodyAndIsLoggedOnceASecond(t *testing.T) {
 	close(s.opened)
 	var senders sync.WaitGroup
 	for session := range s.opened {
-		defer session.CloseNow() //nolint:errcheck // always nil
+		t.Cleanup(func() { _ = session.CloseNow() })
 		senders.Go(func() {
 			if err := session.SendText(context.Background(), "I am connected"); err != nil {
 				t.Error(err)

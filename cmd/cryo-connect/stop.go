@@ -74,9 +74,9 @@ func (s *stopper) endReadiness() {
 	if !unwrap.IsValid() || unwrap.Type().NumIn() != 0 || unwrap.Type().NumOut() != 1 {
 		return
 	}
-	manager, ok := unwrap.Call(nil)[0].Interface().(interface {
+	manager, ok := reflect.TypeAssert[interface {
 		RegisterEndpoint(path, description string, handler http.HandlerFunc)
-	})
+	}](unwrap.Call(nil)[0])
 	if !ok {
 		return
 	}
