@@ -64,7 +64,7 @@ var sameValues = map[string]string{
 	"max_connects_per_second": "max_in_flight", "max_messages_per_second": "max_in_flight", "max_bytes_per_second": "max_in_flight",
 	"auto_replay_nacks": "include_metadata", "proxy_protocol": "include_metadata",
 	"connect_timeout": "ack_timeout", "heartbeat_interval": "ack_timeout", "handshake_timeout": "ack_timeout",
-	"max_session_age": "ack_timeout", "session_expiry_grace": "ack_timeout",
+	"max_session_age": "ack_timeout", "session_expiry_grace": "ack_timeout", "drain_period": "ack_timeout",
 }
 
 // anyValues are values of every type.

@@ -46,6 +46,7 @@ func TestComponentsSharingAnAddressMustAgree(t *testing.T) {
 		"trusted_proxies: [ 10.0.0.0/8 ], forwarded_header: forwarded":               "trusted_proxies, forwarded_header",
 		"allowed_origins: [], session_metadata: { headers: [ x ] }":                  "session_metadata, allowed_origins",
 		"max_header_bytes: 1, handshake_timeout: 1s":                                 "handshake_timeout, max_header_bytes",
+		"drain_period: 1s":                                                           "drain_period",
 		"max_connects_per_second: 5, max_messages_per_second: 6":                     "max_connects_per_second, max_messages_per_second",
 		"trusted_proxies: [ 10.0.0.0/8 ], proxy_protocol: true":                      "trusted_proxies, proxy_protocol",
 		"max_bytes_per_second: 7":                                                    "max_bytes_per_second",
