@@ -200,11 +200,11 @@ func TestOutputIsNotConnectedWhileItsListenerCannotBeOpened(t *testing.T) {
 // A socket that fails whenever it is opened must not flood the log.
 func TestListenerThatFailsAgainAndAgainWaitsInBetween(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
-		listen, opened := e.shared.listen, 0
+		listen := e.shared.listen
+		var opened atomic.Int64
 		e.shared.listen = func(network, address string) (net.Listener, error) {
-			opened++
 			l, err := listen(network, address)
-			if err != nil || opened > 60 {
+			if opened.Add(1) > 60 || err != nil {
 				return l, err
 			}
 			fail := make(chan error, 1)
@@ -213,10 +213,10 @@ func TestListenerThatFailsAgainAndAgainWaitsInBetween(t *testing.T) {
 		}
 		e.run(listenInput, toProbe)
 		time.Sleep(30 * time.Second)
-		require.Less(t, opened, 40, "a second apart")
+		require.Less(t, opened.Load(), int64(40), "a second apart")
 		require.LessOrEqual(t, e.log.count("ERROR Listener failed"), 31)
 		require.LessOrEqual(t, e.log.count("INFO Listening for"), 31)
-		require.Equal(t, int64(opened), e.metrics.value("cryo_listener_errors{kind=socket}"), "each is counted")
+		require.Equal(t, opened.Load(), e.metrics.value("cryo_listener_errors{kind=socket}"), "each is counted")
 
 		time.Sleep(time.Minute)
 		e.wantReceives(t, e.dial(), "it listens again")

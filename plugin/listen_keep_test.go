@@ -59,7 +59,9 @@ func TestKeptListenerClosesWhenNoPipelineFollows(t *testing.T) {
 		time.Sleep(6 * time.Second)
 		require.ErrorIs(t, waiting.result(t), net.ErrClosed, "its sender can send it again")
 		e.wantRefused(t)
+		e.shared.mu.Lock()
 		require.Empty(t, e.shared.byAddr)
+		e.shared.mu.Unlock()
 		require.Zero(t, e.metrics.value("cryo_sessions"))
 
 		e.run(listenInput, toProbe)

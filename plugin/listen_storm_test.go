@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,15 +29,16 @@ func TestListenerReopensWhileComponentsStartAndStop(t *testing.T) {
 }
 
 func listenStorm(t *testing.T, e *engine, rng *rand.Rand) {
-	var socket chan error // breaks the last socket that was opened
+	var socket atomic.Pointer[chan error] // breaks the last socket that was opened
 	listen := e.shared.listen
 	e.shared.listen = func(network, address string) (net.Listener, error) {
 		l, err := listen(network, address)
 		if err != nil {
 			return nil, err
 		}
-		socket = make(chan error, 1)
-		return &brokenListener{l, socket}, nil
+		fail := make(chan error, 1)
+		socket.Store(&fail)
+		return &brokenListener{l, fail}, nil
 	}
 	var all sync.WaitGroup
 	delivered := make(chan struct{})
@@ -55,9 +57,11 @@ func listenStorm(t *testing.T, e *engine, rng *rand.Rand) {
 	for range 60 {
 		switch rng.IntN(6) {
 		case 0:
-			select {
-			case socket <- errAccept:
-			default: // there is none, or it is broken
+			if fail := socket.Load(); fail != nil {
+				select {
+				case *fail <- errAccept:
+				default: // it is broken
+				}
 			}
 		case 1:
 			running = append(running, e.start(listenInput, toProbe))
