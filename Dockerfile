@@ -4,7 +4,7 @@
 #
 #   docker build --tag cryo-connect .
 #
-# docs/deployment.md says how to run it.
+# docs/operations/deployment.md says how to run it.
 
 FROM golang:1.26-bookworm AS build
 WORKDIR /src
@@ -24,7 +24,7 @@ ARG VERSION="" COMMIT="" DATE=""
 LABEL org.opencontainers.image.title="cryo-connect" \
       org.opencontainers.image.description="Redpanda Connect's engine with inputs and outputs for the Cryo protocol" \
       org.opencontainers.image.source="https://github.com/cryo-connect/cryo-connect" \
-      org.opencontainers.image.documentation="https://github.com/cryo-connect/cryo-connect/blob/main/docs/deployment.md" \
+      org.opencontainers.image.documentation="https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/deployment.md" \
       org.opencontainers.image.licenses="Apache-2.0 AND MIT AND LicenseRef-Redpanda-Community-License" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$COMMIT" \

@@ -21,7 +21,7 @@ import (
 )
 
 // A misbehaviour is what a peer does that it should not, after its handshake, and
-// what becomes of its session. docs/guarantees.md has the table for people.
+// what becomes of its session. docs/development/fault-matrix.md has the table for people.
 type misbehaviour struct {
 	does string
 	how  func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer)
@@ -39,7 +39,7 @@ func TestMisbehaviour(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = misbehaviourBound
 	opts.StreamIdleTimeout = time.Minute
-	page, err := os.ReadFile("../docs/guarantees.md")
+	page, err := os.ReadFile("../docs/development/fault-matrix.md")
 	require.NoError(t, err)
 	for _, m := range slices.Concat(malformedFrames(t), brokenWebSocket(), floods(), strangeNumbers(), strangeStreams()) {
 		t.Run(m.does, func(t *testing.T) {

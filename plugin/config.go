@@ -25,7 +25,7 @@ const cryoText = "Cryo is a small protocol over WebSocket. Both ends send messag
 const metricsText = `
 == Metrics
 
-In addition to the engine's metrics of a component, there are metrics with the prefix ` + "`cryo_`" + `: sessions, messages and bytes by type, unacknowledged messages, acknowledgement latency, rejections, late acknowledgements and streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/metrics.md[The list^] describes them, and which to watch.
+In addition to the engine's metrics of a component, there are metrics with the prefix ` + "`cryo_`" + `: sessions, messages and bytes by type, unacknowledged messages, acknowledgement latency, rejections, late acknowledgements and streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/metrics.md[The list^] describes them, and which to watch.
 `
 
 // Each field has a rule: a function that converts its value to the setting, or returns an

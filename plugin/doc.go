@@ -10,5 +10,5 @@
 // or listen*.go); input_*.go and output_*.go contain the four components. The fields of each
 // part and their rules are in the part's *_config.go.
 //
-//go:generate go run ../internal/docsgen ../docs/components
+//go:generate go run ../internal/docsgen ../docs/reference/components
 package plugin

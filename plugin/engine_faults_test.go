@@ -48,7 +48,7 @@ func TestEngineMixesUpContexts(t *testing.T) {
 	require.Equal(t, "keep", string(content))
 	require.Equal(t, "drop", batches[0][0].Context().Value(nameKey{}),
 		"The engine is fixed: after a filter a message has its own context. So inputs could trust a BatchError again and redeliver "+
-			"only what it names, outputs could return one, and the limits that the reference and docs/guarantees.md name could go. "+
+			"only what it names, outputs could return one, and the limits that the reference and docs/development/fault-matrix.md name could go. "+
 			"Check split, group_by, archive and select_parts too, and the exceptions of the property test")
 }
 
@@ -163,7 +163,7 @@ func TestEnginePanicsWhenATracingMapDeletesRoot(t *testing.T) {
 		"the engine is mended: inputs and outputs need not guard extract_tracing_map and inject_tracing_map against a deleted root")
 }
 
-// The next three are exceptions of the property test, and for docs/engine-faults.md.
+// The next three are exceptions of the property test, and for docs/development/engine-faults.md.
 
 func TestEngineDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -219,7 +219,7 @@ func TestEngineReadUntilLooksAtTheFirstMessageOfABatch(t *testing.T) {
 			texts := e.deliverAll()
 			p := e.run(`read_until: { check: 'content() == "m5"', input: { `+with(listenInput, fields)+" } }", toSerial)
 			time.Sleep(time.Minute)
-			require.Len(t, texts(), want, "the engine is mended: docs/guarantees.md and the reference need no max_batch_count: 1 for read_until")
+			require.Len(t, texts(), want, "the engine is mended: docs/development/fault-matrix.md and the reference need no max_batch_count: 1 for read_until")
 			select {
 			case <-p.ended:
 				require.Equal(t, 6, want, "it ends at m5")
@@ -235,7 +235,7 @@ func TestEngineFallbackWaitsForAnOutputThatIsNotConnected(t *testing.T) {
 		e.run(fromOnce, "fallback: [ "+dialOutput+", probe: {} ]")
 		f := e.produce("m")
 		time.Sleep(time.Hour)
-		f.wantPending(t, "the engine is mended: docs/bridges.md need not wrap the output cryo in drop_on")
+		f.wantPending(t, "the engine is mended: docs/guides/bridges.md need not wrap the output cryo in drop_on")
 		e.wantNoArrival("not to be connected is no error")
 	})
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -243,7 +243,7 @@ func TestEngineFallbackWaitsForAnOutputThatIsNotConnected(t *testing.T) {
 		f := e.produce("m")
 		begin := time.Now()
 		e.arrival().deliver()
-		require.Equal(t, 35*time.Second, time.Since(begin), "as in docs/bridges.md")
+		require.Equal(t, 35*time.Second, time.Since(begin), "as in docs/guides/bridges.md")
 		f.wantDelivered(t, "by the second output")
 	})
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // What clients do that come wrongly, and servers that answer wrongly; what peers
-// do once they have a session is in cryo's TestMisbehaviour. docs/guarantees.md
+// do once they have a session is in cryo's TestMisbehaviour. docs/development/fault-matrix.md
 // has the table for people.
 
 func TestInvalidClientsGetNoSession(t *testing.T) {
@@ -101,10 +101,10 @@ func TestInvalidClientsGetNoSession(t *testing.T) {
 	}
 }
 
-// requireDocumented requires a row of docs/guarantees.md about a peer.
+// requireDocumented requires a row of docs/development/fault-matrix.md about a peer.
 func requireDocumented(t *testing.T, does string) {
 	t.Helper()
-	page, err := os.ReadFile("../docs/guarantees.md")
+	page, err := os.ReadFile("../docs/development/fault-matrix.md")
 	require.NoError(t, err)
 	require.Contains(t, string(page), "`"+does+"`", "its table has the result")
 }

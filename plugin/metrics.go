@@ -15,7 +15,7 @@ import (
 )
 
 // The metrics of the components, in addition to those of the engine. They are described in
-// docs/metrics.md, and config/grafana contains a dashboard; a test checks both. Values of labels
+// docs/operations/metrics.md, and config/grafana contains a dashboard; a test checks both. Values of labels
 // never come from a peer, so that the number of time series is bounded. Frequent events are
 // counted once per batch.
 const (

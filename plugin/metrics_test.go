@@ -33,7 +33,7 @@ func namesIn(t *testing.T, file, pattern string) []string {
 func TestEveryMetricIsDocumentedAndInTheDashboard(t *testing.T) {
 	names := namesIn(t, "metrics.go", `"(cryo_[a-z_]+)"`)
 	require.NotEmpty(t, names)
-	require.Equal(t, names, namesIn(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/metrics.md")
+	require.Equal(t, names, namesIn(t, "../docs/operations/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "in the table of docs/operations/metrics.md")
 	require.Equal(t, names, namesIn(t, "../config/grafana/cryo-connect.json", `\b(cryo_[a-z_]+?)(?:_bucket)?\b`), "in the dashboard")
 }
 

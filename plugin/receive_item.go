@@ -110,7 +110,7 @@ type delivery struct {
 // metadata if withMetadata is true. All messages share one context, in which the engine finds
 // the store of synchronous responses. The context contains nothing about individual messages,
 // because the engine restores contexts by position after each batched processor
-// (docs/engine-faults.md), so that a message may get the context of another. The messages are
+// (docs/development/engine-faults.md), so that a message may get the context of another. The messages are
 // elements of one slice, which saves an allocation for each.
 func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBatch) {
 	stored, responses := service.NewMessage(nil).WithSyncResponseStore()

@@ -18,7 +18,7 @@ import (
 )
 
 // Clients that take what they are sent slowly, or not at all. What becomes of
-// them is told in docs/guarantees.md.
+// them is told in docs/development/fault-matrix.md.
 
 // A slow client acknowledges each message after ten seconds, the others at once.
 func TestBroadcastKeepsASlowClientWithinMaxInFlight(t *testing.T) {

@@ -115,7 +115,7 @@ func TestMissingFileFailsTheStartAndNotLint(t *testing.T) {
 var unbuildable = strings.Replace(receiving, "drop: {}", "http_client: { url: 'http://127.0.0.1:1', tls: { enabled: true, root_cas_file: no-ca.pem } }", 1)
 
 func TestEngineEndsAPipelineBeforeItBuildsTheNext(t *testing.T) {
-	const mended = "the engine is mended: docs/operations.md and docs/engine-faults.md need not warn of files that can't be built"
+	const mended = "the engine is mended: docs/operations/running.md and docs/development/engine-faults.md need not warn of files that can't be built"
 	path := testkit.WriteFile(t, "pipeline.yaml", receiving)
 	p := launch(t, nil, "run", "-w", "--set", "http.enabled=false", path)
 	s := testkit.Dial(t, p.Listening())

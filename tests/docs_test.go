@@ -21,7 +21,7 @@ import (
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	pages := make(map[string]string)
-	for _, pattern := range []string{"../*.md", "*.md", "../config/*.md", "../docs/*.md", "../docs/*/*.md", "../docs/components/*/*.md"} {
+	for _, pattern := range []string{"../*.md", "*.md", "../config/*.md", "../docs/*.md", "../docs/*/*.md", "../docs/reference/components/*/*.md"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
@@ -98,7 +98,7 @@ func main() {}
 
 func fragment(ctx context.Context, token string, currentToken func(context.Context) (string, error), deliver func([]byte)) error {
 `
-	for _, path := range []string{"../README.md", "../docs/library.md"} {
+	for _, path := range []string{"../README.md", "../docs/development/library.md"} {
 		fragments := blocks(testkit.ReadFile(t, path), "go")
 		require.NotEmpty(t, fragments, path)
 		for _, fragment := range fragments {
@@ -159,9 +159,9 @@ func declared(t *testing.T, dir string) map[string]bool {
 	return names
 }
 
-// Every name of code in docs/architecture.md must be declared in cryo or plugin.
+// Every name of code in docs/development/architecture.md must be declared in cryo or plugin.
 func TestArchitecturePageNamesExistingCode(t *testing.T) {
-	page := testkit.ReadFile(t, "../docs/architecture.md")
+	page := testkit.ReadFile(t, "../docs/development/architecture.md")
 	names := declared(t, "../cryo")
 	for name := range declared(t, "../plugin") {
 		names[name] = true
@@ -174,16 +174,16 @@ func TestArchitecturePageNamesExistingCode(t *testing.T) {
 		if name == strings.ToLower(name) && !names[name] || strings.HasPrefix(name, "service.") {
 			continue // a package, a component, a field or a file; a name of the engine
 		}
-		require.True(t, names[name], "docs/architecture.md names %s, which does not exist", name)
+		require.True(t, names[name], "docs/development/architecture.md names %s, which does not exist", name)
 		found++
 	}
 	require.Greater(t, found, 30)
 }
 
-// The tables of docs/architecture.md must name each file of cryo and plugin once: whoever
+// The tables of docs/development/architecture.md must name each file of cryo and plugin once: whoever
 // reads the page finds every file. A pattern such as *_config.go names several.
 func TestArchitecturePageNamesEachFileOnce(t *testing.T) {
-	page := testkit.ReadFile(t, "../docs/architecture.md")
+	page := testkit.ReadFile(t, "../docs/development/architecture.md")
 	for _, dir := range []string{"cryo", "plugin"} {
 		_, table, found := strings.Cut(page, "\n### "+dir+"/\n")
 		require.True(t, found, dir)
@@ -204,7 +204,7 @@ func TestArchitecturePageNamesEachFileOnce(t *testing.T) {
 					by = append(by, pattern)
 				}
 			}
-			require.Len(t, by, 1, "docs/architecture.md must name %s once", file)
+			require.Len(t, by, 1, "docs/development/architecture.md must name %s once", file)
 		}
 	}
 }
@@ -229,10 +229,10 @@ func TestCIRunsExistingTests(t *testing.T) {
 	}
 }
 
-// Each row of docs/guarantees.md, or the head of its table, must cite a test. A citation
+// Each row of docs/development/fault-matrix.md, or the head of its table, must cite a test. A citation
 // can have the test's file, as a link, and the names of subtests.
-func TestGuaranteesCiteExistingTests(t *testing.T) {
-	page := testkit.ReadFile(t, "../docs/guarantees.md")
+func TestFaultMatrixCitesExistingTests(t *testing.T) {
+	page := testkit.ReadFile(t, "../docs/development/fault-matrix.md")
 	in := make(map[string][]string)   // the files of a test
 	code := make(map[string][]string) // the files' contents by directory
 	for _, pattern := range []string{"*_test.go", "*/*_test.go", "../cryo/*_test.go", "../plugin/*_test.go", "../cmd/*/*_test.go", "../internal/*/*_test.go"} {
@@ -246,7 +246,7 @@ func TestGuaranteesCiteExistingTests(t *testing.T) {
 			}
 		}
 	}
-	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)((?:/[^`]+)?)`(?:\\]\\(\\.\\./([^)]+)\\))?")
+	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)((?:/[^`]+)?)`(?:\\]\\(\\.\\./\\.\\./([^)]+)\\))?")
 	for _, n := range named.FindAllStringSubmatch(page, -1) {
 		name, subtests, file := n[1], n[2], n[3]
 		require.NotEmpty(t, in[name], "no test is called %s", name)

@@ -14,7 +14,7 @@ import (
 )
 
 // Several instances behind a load balancer, with Kafka between them
-// (docs/scaling.md).
+// (docs/guides/scaling.md).
 
 // plenty is a buffer that no test fills.
 const plenty = 10_000

@@ -16,7 +16,7 @@ import (
 // logLine matches the time, which has whole seconds, and the message of a line.
 var logLine = regexp.MustCompile(`^time="([^"]+)" level=\w+ msg="((?:[^"\\]|\\.)*)"`)
 
-// ofTheEngine are the beginnings of lines that the engine writes without a limit (docs/operations.md).
+// ofTheEngine are the beginnings of lines that the engine writes without a limit (docs/operations/running.md).
 var ofTheEngine = []string{"Failed to send message to ", "Failed to connect to "}
 
 // wantLimitedLines wants each message of ours at most once a second.

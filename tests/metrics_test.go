@@ -132,8 +132,8 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 		}
 	}
 	slices.Sort(ours)
-	assert.Equal(t, slices.Compact(ours), metricNames(t, "../docs/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "docs/metrics.md lists every metric")
-	assert.Subset(t, all, metricNames(t, "../docs/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/metrics.md names existing metrics of the engine")
+	assert.Equal(t, slices.Compact(ours), metricNames(t, "../docs/operations/metrics.md", "(?m)^\\| `(cryo_[a-z_]+)` \\|"), "docs/operations/metrics.md lists every metric")
+	assert.Subset(t, all, metricNames(t, "../docs/operations/metrics.md", "`((?:input|output)_[a-z_]+)`"), "docs/operations/metrics.md names existing metrics of the engine")
 	for _, query := range dashboardQueries(t) {
 		assert.Subset(t, all, metricsOf(query), "the dashboard uses exported metrics: %s", query)
 	}

@@ -36,7 +36,7 @@ func buildElsewhere(t *testing.T, source string) (path string) {
 }
 
 func TestDocumentedProgramsBuildOutsideTheRepository(t *testing.T) {
-	doc := testkit.ReadFile(t, "../docs/own-build.md")
+	doc := testkit.ReadFile(t, "../docs/development/own-build.md")
 	programs := regexp.MustCompile("(?s)```go\n(package main\n.*?)```").FindAllStringSubmatch(doc, -1)
 	require.Len(t, programs, 2)
 
@@ -51,7 +51,7 @@ func TestDocumentedProgramsBuildOutsideTheRepository(t *testing.T) {
 	buildElsewhere(t, programs[1][1])
 }
 
-// The table of docs/own-build.md is compared with the headers of the linked packages.
+// The table of docs/development/own-build.md is compared with the headers of the linked packages.
 func TestDocumentedLicencesMatchTheLinkedPackages(t *testing.T) {
 	const bundles = "github.com/redpanda-data/connect/v4/public/components/"
 	community := func(pkg string) (packages []string) { // one for each file
@@ -74,7 +74,7 @@ func TestDocumentedLicencesMatchTheLinkedPackages(t *testing.T) {
 		require.Empty(t, community(free), free)
 	}
 	source := testkit.ReadFile(t, "../cmd/cryo-connect/main.go")
-	_, table, _ := strings.Cut(testkit.ReadFile(t, "../docs/own-build.md"), "| linked | licence")
+	_, table, _ := strings.Cut(testkit.ReadFile(t, "../docs/development/own-build.md"), "| linked | licence")
 	for _, bundle := range regexp.MustCompile(bundles+`(\w+)"`).FindAllStringSubmatch(source, -1) {
 		require.Contains(t, table, "`"+bundle[1]+"`", "the table lists the linked bundle")
 	}

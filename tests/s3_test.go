@@ -230,7 +230,7 @@ func TestObjectIsDeletedWhenItsStreamIsAcknowledged(t *testing.T) {
 
 	// The store is down for a while. Objects that could not be read or deleted stay for
 	// the next run. (Whether the input logs the failed read depends on how the
-	// connection ends: see docs/bridges.md.)
+	// connection ends: see docs/guides/bridges.md.)
 	p = run()
 	s = server.Session(t)
 	st := accept(s)

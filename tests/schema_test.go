@@ -48,7 +48,7 @@ func TestJSONSchemaHasEveryFieldOfTheComponents(t *testing.T) {
 			require.False(t, *component.AdditionalProperties, "the schema rejects a misspelt field")
 
 			// The reference pages are generated from the same specifications.
-			fields := metricNames(t, "../docs/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `(.+)`$")
+			fields := metricNames(t, "../docs/reference/components/"+c.kind+"s/"+c.name+".md", "(?m)^### `(.+)`$")
 			require.NotEmpty(t, fields)
 			for _, field := range fields {
 				component.wantField(t, field)

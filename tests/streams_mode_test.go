@@ -135,7 +135,7 @@ func TestStreamThatCannotConnectIsRemovedAndReplacedWithinATimeout(t *testing.T)
 	require.NoError(t, err)
 	req.SetBasicAuth(operator, password)
 	_, err = testkit.Do(http.DefaultTransport, req)
-	require.ErrorIs(t, err, context.DeadlineExceeded, "the engine is mended: docs/operations.md and docs/engine-faults.md need no ?timeout")
+	require.ErrorIs(t, err, context.DeadlineExceeded, "the engine is mended: docs/operations/running.md and docs/development/engine-faults.md need no ?timeout")
 	wantUnsettled(sent)
 	testkit.Eventually(t, func(c *assert.CollectT) {
 		require.Equal(c, http.StatusNotFound, asOperator(c, http.MethodGet, "http://"+api+"/streams/orders", "", password).Status)

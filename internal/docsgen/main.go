@@ -1,7 +1,7 @@
 // Command docsgen writes the reference pages of the components, one Markdown file each,
 // from the specifications with which they are registered:
 //
-//	docsgen docs/components
+//	docsgen docs/reference/components
 //
 // "go generate ./..." runs it; CI fails if the pages differ.
 package main

@@ -6,7 +6,7 @@
 //
 // The same loads are benchmarks for go test -bench and benchstat. In the tables
 // every load runs in a process of its own, against an efficient peer in another
-// one, over the loopback interface. See docs/performance.md.
+// one, over the loopback interface. See docs/development/performance.md.
 package main
 
 import (

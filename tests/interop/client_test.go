@@ -184,7 +184,7 @@ func TestClientReceivesARejection(t *testing.T) {
 	c.wantDone(good)
 }
 
-// The sender of a rejection cannot prevent this; docs/interop.md warns of it.
+// The sender of a rejection cannot prevent this; docs/reference/interop.md warns of it.
 func TestClientThatDoesNotCatchARejectionExits(t *testing.T) {
 	t.Parallel()
 	g := testkit.NewWebService(t)

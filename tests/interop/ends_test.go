@@ -100,7 +100,7 @@ func TestServerFloodArrivesInOrder(t *testing.T) {
 	p.wantNoMessage()
 }
 
-// Why docs/interop.md says that a resolved promise alone proves nothing: the package
+// Why docs/reference/interop.md says that a resolved promise alone proves nothing: the package
 // resolves the sends of a session that has ended.
 func TestServerResolvesSendsOnAnEndedSession(t *testing.T) {
 	t.Parallel()
@@ -146,7 +146,7 @@ func TestServerResolvesACancelledStreamOnlyWhileSending(t *testing.T) {
 	p.wantNoMessage()
 }
 
-// Why docs/interop.md says that a stream that nobody awaits counts as delivered.
+// Why docs/reference/interop.md says that a stream that nobody awaits counts as delivered.
 func TestStreamThatNobodyAwaitsIsAcknowledgedAndKept(t *testing.T) {
 	t.Parallel()
 	data := numbers(120_000, 0)

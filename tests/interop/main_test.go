@@ -1,5 +1,5 @@
 // Package interop_test runs the cryo-connect binary against the published Cryo packages
-// for Node, in both roles, and compares the library and docs/protocol.md with recorded
+// for Node, in both roles, and compares the library and docs/development/protocol.md with recorded
 // sessions of these packages.
 //
 // The tests with Node need the packages: CRYO_NODE_MODULES is the path of a node_modules

@@ -15,7 +15,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-const protocolDoc = "../../docs/protocol.md"
+const protocolDoc = "../../docs/development/protocol.md"
 
 var (
 	examplePattern = regexp.MustCompile("(?s)```frame\n([^\n]*)\n([0-9a-f \n]*)\n```")
@@ -24,7 +24,7 @@ var (
 	layoutPattern  = regexp.MustCompile(`(?m)^\| (\d+) \| ([A-Z0-9_]+) \| (number u32)?`)
 )
 
-// Each example of docs/protocol.md is a frame that a published package has sent, and the
+// Each example of docs/development/protocol.md is a frame that a published package has sent, and the
 // library parses it into the described fields.
 func TestProtocolExamplesAreRealFrames(t *testing.T) {
 	t.Parallel()

@@ -73,7 +73,7 @@ func TestServerSendsNoFrameOf4MiB(t *testing.T) {
 	t.Parallel()
 	n := server(t, 0, quiet)
 	input(t, n, "", toLines)
-	// The reason for the limit in docs/interop.md: this frame, and every later one, waits
+	// The reason for the limit in docs/reference/interop.md: this frame, and every later one, waits
 	// for ever.
 	large := n.tell(command{"do": "binary", "size": 4<<20 - 13})
 	after := n.tell(command{"do": "text", "text": "after it"})
