@@ -6,53 +6,108 @@ import (
 	"time"
 )
 
-// growing is a table of loads with growing cost.
+// growing is a table and a plot of loads with growing cost.
 type growing struct {
-	what  string
-	loads []load
+	name   string // of the plot's file
+	title  string
+	axis   string // what grows
+	tick   func(float64) string
+	points []point
+	panels []panel
 }
 
+// point is a load of a plot, on a line of that name.
+type point struct {
+	load
+	line string
+	at   float64 // the value of what grows
+}
+
+// panel is a diagram of a plot.
+type panel struct {
+	title string
+	of    func(point, result) float64
+}
+
+var (
+	ratePanel   = panel{"messages per second", func(_ point, r result) float64 { return r.Rate }}
+	bytesPanel  = panel{"MB per second", func(p point, r result) float64 { return r.Rate * float64(p.unit) / 1e6 }}
+	cpuPanel    = panel{"CPU time of both ends, µs per message", func(_ point, r result) float64 { return r.CPU }}
+	memoryPanel = panel{"resident memory, MiB", func(_ point, r result) float64 { return r.Peak }}
+)
+
 func growths() []growing {
-	outstanding := growing{what: "messages outstanding, of 1 KiB"}
+	outstanding := growing{
+		name: "outstanding", title: "More unacknowledged messages", axis: "unacknowledged messages, 1 KiB each",
+		tick: numberText, panels: []panel{ratePanel, cpuPanel},
+	}
 	for _, n := range []int{1, 4, 16, 64, 256, 1024, 4096} {
 		name := fmt.Sprintf("outstanding-%d", n)
 		yaml := fmt.Sprintf(`{ url: ws://ADDRESS, token: TOKEN, max_in_flight: %d }`, n)
-		outstanding.loads = append(outstanding.loads,
-			cryoInput(name, yaml, kib, n),
-			cryoOutput(name, kib, min(n, batch), n))
+		outstanding.add(n, cryoInput(name, yaml, kib, n), cryoOutput(name, kib, min(n, batch), n))
 	}
-	payload := growing{what: "payload"}
+	payload := growing{
+		name: "payload", title: "Larger messages", axis: "payload",
+		tick: func(v float64) string { return bytesText(int(v), " ") }, panels: []panel{bytesPanel, cpuPanel},
+	}
 	for _, n := range []int{16, 256, 4 * kib, 64 * kib, kib * kib, 16 * kib * kib} {
-		name := "payload-" + bytesText(n)
+		name := "payload-" + bytesText(n, "")
 		// As many as make some 64 MiB: a component that large ones pass is set up so.
 		window := min(window, max(4, 64*kib*kib/n))
 		yaml := fmt.Sprintf(`{ url: ws://ADDRESS, token: TOKEN, max_in_flight: %d, max_buffer_bytes: 134217728 }`, window)
-		payload.loads = append(payload.loads,
-			cryoInput(name, yaml, n, window),
-			cryoOutput(name, n, min(window, batch), window))
+		payload.add(n, cryoInput(name, yaml, n, window), cryoOutput(name, n, min(window, batch), window))
 	}
-	sessions := growing{what: "sessions, with 1024 messages outstanding together, or one each"}
+	sessions := growing{
+		name: "sessions", title: "More sessions", axis: "sessions of an input cryo_server",
+		tick: numberText, panels: []panel{ratePanel, memoryPanel},
+	}
+	together, each := "1,024 unacknowledged messages in all, at least one per session", "64 unacknowledged messages per session"
 	for _, n := range []int{1, 10, 100, 1000, 10_000} {
-		sessions.loads = append(sessions.loads, serverInput(fmt.Sprintf("sessions-%d", n), n, max(window, n)))
+		sessions.points = append(sessions.points, point{serverInput(fmt.Sprintf("sessions-%d", n), n, max(window, n)), together, float64(n)})
 	}
-	sessions.loads = append(sessions.loads, serverInput("sessions-100-with-64-each", 100, 100*64))
-	together := growing{what: "messages a batch, with 1024 outstanding"}
+	sessions.points = append(sessions.points, point{serverInput("sessions-100-with-64-each", 100, 100*64), each, 100})
+	batches := growing{
+		name: "batch", title: "Larger batches", axis: "messages per batch, 1,024 unacknowledged",
+		tick: numberText, panels: []panel{ratePanel, cpuPanel},
+	}
 	for _, n := range []int{1, 4, 16, 64, 256} {
 		name := fmt.Sprintf("batch-%d", n)
 		yaml := fmt.Sprintf(`{ url: ws://ADDRESS, token: TOKEN, max_batch_count: %d }`, n)
-		together.loads = append(together.loads, cryoInput(name, yaml, kib, window), cryoOutput(name, kib, n, window))
+		batches.add(n, cryoInput(name, yaml, kib, window), cryoOutput(name, kib, n, window))
 	}
-	return []growing{outstanding, payload, sessions, together}
+	return []growing{outstanding, payload, sessions, batches}
 }
 
-func bytesText(n int) string {
+// add adds an input and an output.
+func (g *growing) add(at int, in, out load) {
+	g.points = append(g.points, point{in, "input cryo", float64(at)}, point{out, "output cryo", float64(at)})
+}
+
+func (g growing) loads() []load {
+	all := make([]load, len(g.points))
+	for i, p := range g.points {
+		all[i] = p.load
+	}
+	return all
+}
+
+// numberText returns a number below a million, with a comma after the thousands.
+func numberText(v float64) string {
+	if n := int(v); n >= 1000 {
+		return fmt.Sprintf("%d,%03d", n/1000, n%1000)
+	}
+	return fmt.Sprint(int(v))
+}
+
+// bytesText returns a number of bytes with a unit after the separator.
+func bytesText(n int, separator string) string {
 	switch {
 	case n >= kib*kib:
-		return fmt.Sprintf("%dMiB", n/kib/kib)
+		return fmt.Sprintf("%d%sMiB", n/kib/kib, separator)
 	case n >= kib:
-		return fmt.Sprintf("%dKiB", n/kib)
+		return fmt.Sprintf("%d%sKiB", n/kib, separator)
 	default:
-		return fmt.Sprintf("%dB", n)
+		return fmt.Sprintf("%d%sB", n, separator)
 	}
 }
 
@@ -60,23 +115,35 @@ func bytesText(n int) string {
 func allLoads() []load {
 	all := slices.Clone(loads)
 	for _, g := range growths() {
-		all = append(all, g.loads...)
+		all = append(all, g.loads()...)
 	}
 	return all
 }
 
-func printGrowth(rounds int, duration time.Duration) error {
+// printGrowth measures the loads of all plots, and the latency. If path is not empty, it writes the
+// results there, and draws the plots beside them.
+func printGrowth(rounds int, duration time.Duration, path string) error {
 	fmt.Printf("%s\n", machine())
+	results := growthResults{Machine: machine(), Loads: make(map[string]result)}
 	for _, g := range growths() {
-		all, err := inTurn(g.loads, rounds, duration)
+		all, err := inTurn(g.loads(), rounds, duration)
 		if err != nil {
 			return err
 		}
-		fmt.Printf("\n| %s | messages a second | MB/s | CPU of both ends, µs a message | allocations a message | MiB resident |\n|---|--:|--:|--:|--:|--:|\n", g.what)
-		for _, l := range g.loads {
+		fmt.Printf("\n| %s: %s | messages per second | MB/s | CPU of both ends, µs per message | allocations per message | MiB resident |\n|---|--:|--:|--:|--:|--:|\n", g.title, g.axis)
+		for _, l := range g.loads() {
 			m := all[l.name]
-			r := m.median(rate)
-			fmt.Printf("| %s | %.0f | %.0f | %.2f | %.1f | %.0f |\n", l.name, r, r*float64(l.unit)/1e6, m.median(cpu), m.median(allocs), m.median(peak))
+			r := result{Rate: m.median(rate), CPU: m.median(cpu), Allocs: m.median(allocs), Peak: m.median(peak)}
+			results.Loads[l.name] = r
+			fmt.Printf("| %s | %.0f | %.0f | %.2f | %.1f | %.0f |\n", l.name, r.Rate, r.Rate*float64(l.unit)/1e6, r.CPU, r.Allocs, r.Peak)
+		}
+	}
+	if path != "" {
+		if err := results.write(path); err != nil {
+			return err
+		}
+		if err := drawResults(path); err != nil {
+			return err
 		}
 	}
 	return printLatency(rounds, duration)

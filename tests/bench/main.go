@@ -3,6 +3,11 @@
 //
 //	go run ./tests/bench
 //	go run ./tests/bench -growth
+//	go run ./tests/bench -growth -results docs/images/growth.json
+//	go run ./tests/bench -results docs/images/growth.json
+//
+// The third one stores its results, and draws the plots of docs/development/performance.md beside
+// them. The last one draws stored results again, without measuring.
 //
 // The same loads are benchmarks for go test -bench and benchstat. In the tables
 // every load runs in a process of its own, against an efficient peer in another
@@ -25,7 +30,8 @@ func main() {
 	}
 	rounds := flag.Int("rounds", 5, "how often everything is measured, in turn")
 	duration := flag.Duration("time", 300*time.Millisecond, "how long each load is measured in a round, about")
-	growth := flag.Bool("growth", false, "print how cost grows with what is outstanding, large, many or together; and the latency at half the rate")
+	growth := flag.Bool("growth", false, "print how cost grows with unacknowledged messages, payload, sessions and batches; and the latency at half the rate")
+	results := flag.String("results", "", "the file of the results of -growth, and the plots beside it: written with -growth; without it, the plots are drawn again")
 	one := flag.String("load", "", "measure this load alone, once, and print the result as JSON")
 	profile := flag.String("cpuprofile", "", "write a CPU profile of the one load there")
 	flag.Parse()
@@ -34,7 +40,9 @@ func main() {
 	case *one != "":
 		err = printOne(*one, *duration, *profile)
 	case *growth:
-		err = printGrowth(*rounds, *duration)
+		err = printGrowth(*rounds, *duration, *results)
+	case *results != "":
+		err = drawResults(*results)
 	default:
 		err = printTable(*rounds, *duration)
 	}

@@ -14,10 +14,10 @@ import (
 
 // result is the result of one run of a load.
 type result struct {
-	Rate   float64 // messages a second
-	CPU    float64 // of both processes, in µs a message
-	Allocs float64 // of the subject, including the engine, a message
-	Peak   float64 // maximum resident MiB of the subject
+	Rate   float64 `json:"rate"`             // messages a second
+	CPU    float64 `json:"cpu"`              // of both processes, in µs a message
+	Allocs float64 `json:"allocs,omitempty"` // of the subject, including the engine, a message
+	Peak   float64 `json:"peak,omitempty"`   // maximum resident MiB of the subject
 }
 
 // measure runs a load for about a duration, after runs that determine the number of
