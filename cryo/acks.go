@@ -82,7 +82,7 @@ func (f *outFrame) is(bits uint32) bool { return f.state.Load()&bits != 0 }
 // frame that an answer is for. A frame is in the table from its registration until it is
 // complete: when it is both written and answered, or its call is cancelled, or the session
 // ends. The last bits of a number select its slot; a number is skipped while its slot is in
-// use: see docs/development/performance.md, "What was found".
+// use: see docs/development/performance.md, "Design notes".
 //
 // Lock order: a stream's mutex may be held while this one is locked; the writer's must not
 // be.

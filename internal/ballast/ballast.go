@@ -3,7 +3,7 @@
 //
 // By default it runs when as much has been allocated as is in use. A few busy sessions use
 // little and allocate much, so that it would run many times a second: see
-// docs/development/performance.md, "How to get the speed".
+// docs/development/performance.md, "Balance CPU time and memory".
 package ballast
 
 import (

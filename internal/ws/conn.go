@@ -4,7 +4,7 @@
 // gorilla's own reader and writer serve any message from any goroutine in any number of
 // frames, and allocate for it. This package writes each message as one frame into the buffer
 // of the next write to the network, and reads it into its final memory: see
-// docs/development/performance.md, "What was found".
+// docs/development/performance.md, "Design notes".
 package ws
 
 import (
