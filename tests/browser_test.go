@@ -121,6 +121,18 @@ func (p *page) sendFile(name string, content []byte) {
 	p.do(chromedp.SetUploadFiles("#file", []string{path}, chromedp.ByQuery))
 }
 
+// picture makes the documentation's picture of the page, which must be below 100 KB. It is stored with
+// CRYO_PICTURES=1 only, because session ids are random.
+func (p *page) picture(path string) {
+	p.t.Helper()
+	var png []byte
+	p.do(chromedp.EmulateViewport(640, 480), chromedp.CaptureScreenshot(&png))
+	require.Less(p.t, len(png), 100_000)
+	if os.Getenv("CRYO_PICTURES") == "1" {
+		require.NoError(p.t, os.WriteFile(path, png, 0o644))
+	}
+}
+
 const (
 	pending   = "sending …"
 	delivered = "✓ delivered"
@@ -165,6 +177,7 @@ func TestBrowsersExchangeMessagesThroughAPipeline(t *testing.T) {
 	browser.wantLine("sent", "photo.jpg", pending)
 	require.NoError(t, st.Ack())
 	browser.wantLine("sent", "photo.jpg", delivered)
+	browser.picture("../docs/images/browser.png")
 
 	var sum string
 	browser.do(chromedp.Evaluate(`fetch(document.querySelector("#log a").href)
