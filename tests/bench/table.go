@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"runtime"
+	"strings"
 	"time"
 )
 
@@ -82,6 +84,12 @@ func printTable(rounds int, duration time.Duration) error {
 	return nil
 }
 
+// machine describes the machine, with the model of its processors on Linux, and the date.
 func machine() string {
-	return fmt.Sprintf("%d cores, %s %s, %s.", runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, runtime.Version())
+	info, _ := os.ReadFile("/proc/cpuinfo") // of other systems: nothing
+	_, model, _ := strings.Cut(string(info), "model name\t: ")
+	if model, _, _ = strings.Cut(model, "\n"); model != "" {
+		model += ", "
+	}
+	return fmt.Sprintf("%s%d cores, %s %s, %s; %s", model, runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, runtime.Version(), time.Now().Format("2 January 2006"))
 }
