@@ -335,7 +335,7 @@ func (s *Server) denyUnknown(session *Session, remote string) {
 	}
 	if suppressed, ok := s.denials.Allow(http.StatusRequestTimeout); ok {
 		s.opts.Logger.Warn("A client has not completed the Cryo handshake", "remote", remote, "session", session.id,
-			"missing", "ENDPOINT_INFO, an acknowledgement of the server's, or data",
+			"missing", "ENDPOINT_INFO, an acknowledgement, or data",
 			"timeout", s.opts.HandshakeTimeout, "suppressed", suppressed)
 	}
 }

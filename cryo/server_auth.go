@@ -97,7 +97,7 @@ func retrySeconds(mean int) string {
 }
 
 // noUpgrade is the cause of 426 for a client of Cryo, which always requests an upgrade.
-const noUpgrade = "the request is no upgrade to WebSocket: a proxy between the client and this server must use HTTP/1.1 and pass on the headers Upgrade and Connection"
+const noUpgrade = "the request is not a WebSocket upgrade: a proxy between the client and this server must use HTTP/1.1 and forward the Upgrade and Connection headers"
 
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {
 	if !denied.stranger {

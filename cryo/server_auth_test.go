@@ -622,7 +622,7 @@ func TestClientWithoutAnUpgradeIsReportedAndAStrangerIsNot(t *testing.T) {
 			require.Equal(t, 426, next(t, statuses))
 		}
 		require.Equal(t, 1, strings.Count(log.text(), "\n"), "once a second")
-		require.Contains(t, log.text(), "pass on the headers Upgrade and Connection")
+		require.Contains(t, log.text(), "forward the Upgrade and Connection headers")
 		require.NotContains(t, log.text(), token)
 	})
 }

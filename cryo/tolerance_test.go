@@ -158,7 +158,7 @@ func TestMissedHandshakeIsLoggedAndCounted(t *testing.T) {
 				require.Equal(t, 408, next(t, denied))
 				require.Empty(t, sessions)
 				log.want(t, "level=WARN", "A client has not completed the Cryo handshake", "remote=", "session=18446744073709551574",
-					"missing=\"ENDPOINT_INFO, an acknowledgement of the server's, or data\"", "timeout=3s")
+					"missing=\"ENDPOINT_INFO, an acknowledgement, or data\"", "timeout=3s")
 			})
 		})
 	}

@@ -71,7 +71,7 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	}
 	ln.draining, ln.undrain = context.WithCancel(context.Background())
 	if settings.DrainPeriod > 0 && shutdownDelay.Load() == nil {
-		log.With(fieldDrainPeriod, settings.DrainPeriod).Warn("The field has no effect in this program: it calls neither SetShutdownDelay nor DrainListeners of the plugin")
+		log.With(fieldDrainPeriod, settings.DrainPeriod).Warn("Field drain_period has no effect: this program must call plugin.SetShutdownDelay and plugin.DrainListeners")
 	}
 	opts := &cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{
@@ -130,7 +130,7 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Has(paramToken) {
 			ln.metrics.denied(http.StatusNotFound)
 			if log, ok := ln.pathLog.allow(); ok {
-				log.With("remote", r.RemoteAddr, "status", http.StatusNotFound, "path", ln.settings.Path).Warn("Denied a client: the path of its URL is not the listener's")
+				log.With("remote", r.RemoteAddr, "status", http.StatusNotFound, "expected_path", ln.settings.Path).Warn("Denied a client: the path of its URL differs from the field path")
 			}
 		}
 		http.NotFound(w, r)
@@ -178,7 +178,7 @@ func (ln *listener) disconnected(s *cryo.Session) {
 		}
 	case errors.Is(s.Err(), cryo.ErrTakenOver):
 		if log, ok := ln.takenOverLog.allow(); ok {
-			log.With("session", s.ID(), "remote", identityOf(s).metadata[metaRemoteAddress]).Info("Closed a session: its client, or another one with the same session id, has connected again")
+			log.With("session", s.ID(), "remote", identityOf(s).metadata[metaRemoteAddress]).Info("Session taken over: a client connected with the same session id")
 		}
 	}
 }

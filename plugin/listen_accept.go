@@ -59,11 +59,11 @@ func withListenHint(err error) error {
 	var name *net.DNSError
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		hint = "another process listens there: end it, or use another port"
+		hint = "another process listens there: stop it, or use another port"
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		hint = "this machine has no such address: use one of its own, or 0.0.0.0 for all of them"
 	case errors.Is(err, syscall.EACCES):
-		hint = "the process must not use this port: use one from 1024 on, or grant CAP_NET_BIND_SERVICE"
+		hint = "the process is not permitted to use this port: use one from 1024 up, or grant CAP_NET_BIND_SERVICE"
 	case errors.As(err, &name):
 		hint = "use a name that this machine can resolve, or an IP address"
 	default:
@@ -191,7 +191,7 @@ func (ln *listener) failed(err error) bool {
 	ln.metrics.failed(kindSocket)
 	ln.metrics.listens(false)
 	if log, ok := ln.failLog.allow(); ok {
-		log.With("address", ln.address, "error", err).Error("Listener failed: listening again; sessions stay connected")
+		log.With("address", ln.address, "error", err).Error("Listener failed: reopening its address; sessions stay connected")
 	}
 	return true
 }

@@ -71,7 +71,7 @@ func TestInputReopensTheListenerWhenAcceptingFails(t *testing.T) {
 		time.Sleep(time.Second)
 
 		require.Len(t, listened, 1)
-		e.log.want(t, "ERROR Listener failed: listening again")
+		e.log.want(t, "ERROR Listener failed: reopening its address")
 		require.Equal(t, 1, e.log.count("ERROR "))
 		require.Equal(t, int64(1), e.metrics.value("input_connection_lost"), "so /ready has reported it")
 		require.Equal(t, int64(2), e.metrics.value("input_connection_up"))
@@ -188,7 +188,7 @@ func TestOutputIsNotConnectedWhileItsListenerCannotBeOpened(t *testing.T) {
 		f := e.produce("m")
 		f.wantPending(t, "so /ready reports it")
 		require.Equal(t, int64(1), e.metrics.value("output_connection_lost"))
-		e.log.want(t, "Failed to connect to cryo_server", "end it, or use another port")
+		e.log.want(t, "Failed to connect to cryo_server", "stop it, or use another port")
 
 		refuse.Store(false)
 		require.NoError(t, receiveTexts(t, client, "m")[0].Ack())
@@ -350,7 +350,7 @@ func TestHTTPServerErrorsAreLoggedAtTheRightLevel(t *testing.T) {
 	log := serverLog(service.NewLoggerFromSlog(book.logger()), func() { panics++ })
 	log.Print("http: panic serving 10.0.0.1:1: boom\ngoroutine 1 [running]:")
 	log.Print("http: TLS handshake error from 10.0.0.1:1: EOF")
-	book.want(t, "ERROR Panic during the handshake of a client")
+	book.want(t, "ERROR Panic in the handshake with a client")
 	book.want(t, "DEBUG Malformed HTTP request or TLS handshake")
 	require.Equal(t, 1, panics)
 }

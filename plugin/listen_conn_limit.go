@@ -69,7 +69,7 @@ func (l *connLimit) changed(c net.Conn, state http.ConnState) {
 		if oldest := l.add(c); oldest != nil {
 			_ = oldest.Close()
 			if log, ok := l.log.allow(); ok {
-				log.With("remote", oldest.RemoteAddr(), "limit", l.limit).Warn("Too many connections without a session: closed the oldest of the address with the most")
+				log.With("remote", oldest.RemoteAddr(), "limit", l.limit).Warn("Too many connections without a session: closed the oldest one from the busiest address")
 			}
 		}
 	case http.StateHijacked, http.StateClosed:

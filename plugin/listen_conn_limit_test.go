@@ -54,7 +54,7 @@ func TestClientCanConnectDespiteManyIdleConnections(t *testing.T) {
 			for i, c := range silent {
 				require.Equal(t, i > over, answers(t, c), "the client and %d silent ones were too many, so the first %d are closed", over, over+1)
 			}
-			e.log.want(t, "WARN Too many connections without a session: closed the oldest of the address with the most", "limit=1024")
+			e.log.want(t, "WARN Too many connections without a session: closed the oldest one from the busiest address", "limit=1024")
 			require.NoError(t, s.Close(t.Context(), ""))
 		})
 	}

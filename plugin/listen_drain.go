@@ -63,6 +63,6 @@ func (ln *listener) drain(wait time.Duration) {
 	}
 	ln.refuse()
 	ln.log.With("address", ln.address, "sessions", len(ln.server.Sessions()), "period", ln.settings.DrainPeriod).
-		Info("Draining: no further client can connect, and sessions are closed one after the other")
+		Info("Draining: no client can connect, and sessions are closed one by one")
 	_ = ln.server.DrainOver(ln.draining, ln.settings.DrainPeriod) // close ends what is left
 }

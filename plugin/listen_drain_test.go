@@ -166,6 +166,6 @@ func TestDrainPeriodMustFitIntoShutdownDelay(t *testing.T) {
 func TestDrainPeriodInAProgramThatDoesNotDrainIsLogged(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "drain_period: 10s"), toProbe)
-		e.log.want(t, "WARN The field has no effect in this program", "drain_period=10s")
+		e.log.want(t, "WARN Field drain_period has no effect", "drain_period=10s")
 	})
 }

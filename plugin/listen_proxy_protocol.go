@@ -81,7 +81,7 @@ func (c *proxiedConn) RemoteAddr() net.Addr {
 			return
 		}
 		if log, ok := c.log.allow(); ok {
-			log.With("remote", address, "error", err).Warn("Closing a connection of a trusted proxy: it has not sent a valid PROXY header")
+			log.With("remote", address, "error", err).Warn("Closing a connection from a trusted proxy: it sent no valid PROXY protocol header")
 		}
 	})
 	return address

@@ -27,7 +27,7 @@ const (
 	inMemory       = "192.0.2.1:50000" // address of clients in memory
 	signatureOfV2  = "\r\n\r\n\x00\r\nQUIT\n"
 	behindProxies  = "trusted_proxies: [ 192.0.2.1, 10.0.0.0/8 ], proxy_protocol: true"
-	noProxyHeader  = "WARN Closing a connection of a trusted proxy: it has not sent a valid PROXY header"
+	noProxyHeader  = "WARN Closing a connection from a trusted proxy: it sent no valid PROXY protocol header"
 	v1Header       = "PROXY TCP4 203.0.113.7 192.0.2.2 4711 80\r\n"
 	localV2        = 0x20
 	proxyV2        = 0x21
@@ -228,7 +228,7 @@ func TestClientConnectsDespiteManyConnectionsOfAProxyWithoutAHeader(t *testing.T
 		client, err := e.tryDialThrough(v1Header, nil)
 		require.NoError(t, err)
 		e.wantReceives(t, client, "delivered")
-		e.log.want(t, "WARN Too many connections without a session: closed the oldest of the address with the most", "remote="+inMemory)
+		e.log.want(t, "WARN Too many connections without a session: closed the oldest one from the busiest address", "remote="+inMemory)
 		require.Zero(t, e.log.count(noProxyHeader), "they were closed for another reason")
 	})
 }

@@ -83,7 +83,7 @@ func serverLog(log *service.Logger, panicked func()) *stdlog.Logger {
 		if cause, ok := strings.CutPrefix(line, "http: panic serving "); ok {
 			panicked()
 			if log, ok := panics.allow(); ok {
-				log.With("error", cause).Error("Panic during the handshake of a client: report it as a bug")
+				log.With("error", cause).Error("Panic in the handshake with a client: please report it as a bug")
 			}
 		} else if log, ok := clients.allow(); ok {
 			log.With("error", line).Debug("Malformed HTTP request or TLS handshake")

@@ -26,7 +26,7 @@ func (f *sessionFeed) acceptStreams() {
 		cancel()
 		if err != nil && f.session.Err() == nil {
 			if log, ok := f.pullLog.allow(); ok {
-				log.With("session", f.id, "error", err).Warn("Cannot pull streams of a session: its streams are pushed")
+				log.With("session", f.id, "error", err).Warn("Cannot pull streams from a session: falling back to push")
 			}
 		}
 	}

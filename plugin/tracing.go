@@ -99,7 +99,7 @@ const tracerName = "redpanda-connect"
 func (t *tracing) failed(field string, err error) {
 	if log, ok := t.log.allow(); ok {
 		// The text may repeat a value of any size.
-		log.With("field", field, "error", fmt.Sprintf("%.1000v", err)).Warn("Message has no span")
+		log.With("field", field, "error", fmt.Sprintf("%.1000v", err)).Warn("Message has no span: the tracing mapping failed")
 	}
 }
 

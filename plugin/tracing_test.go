@@ -219,7 +219,7 @@ func TestErrorOfATracingMappingIsTruncated(t *testing.T) {
 		e.run(with(listenInput, "extract_tracing_map: 'root = this.trace.keys()'"), toProbe)
 		e.deliverAll()
 		send(e.dial(), `{"trace":"`+strings.Repeat("x", 1<<20)+`"}`).wantAcked(t, "delivered")
-		e.log.want(t, "WARN Message has no span", "expected object value, got string")
+		e.log.want(t, "WARN Message has no span: the tracing mapping failed", "expected object value, got string")
 		for _, line := range e.log.all() {
 			require.Less(t, len(line), 2000)
 		}

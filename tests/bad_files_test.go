@@ -143,7 +143,7 @@ func TestWatchedPipelineWhoseAddressIsTakenIsRetriedAndReplaced(t *testing.T) {
 		testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "before")
 		require.NoError(t, os.WriteFile(path, []byte(elsewhere), 0o600))
 		for range 2 {
-			p.WantLog("Failed to connect to cryo_server", "field address: ", "address already in use: another process listens there: end it, or use another port")
+			p.WantLog("Failed to connect to cryo_server", "field address: ", "address already in use: another process listens there: stop it, or use another port")
 		}
 		require.NoError(t, end())
 	}

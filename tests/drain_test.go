@@ -38,7 +38,7 @@ func TestStoppingProcessClosesItsSessionsOneAfterTheOther(t *testing.T) {
 	wantReady(t, service, http.StatusServiceUnavailable, "stopping")
 	testkit.WantDelivered(t, testkit.Dial(t, address), "before the drain begins, also of a new client")
 
-	p.WantLog("Draining: no further client can connect", "sessions=7", "period=3s")
+	p.WantLog("Draining: no client can connect", "sessions=7", "period=3s")
 	_, err := net.Dial("tcp", address)
 	require.ErrorIs(t, err, syscall.ECONNREFUSED)
 	testkit.Eventually(t, func(c *assert.CollectT) {

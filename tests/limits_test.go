@@ -76,7 +76,7 @@ func TestLimitsApplyToClientsBehindATCPProxy(t *testing.T) {
 
 	_, err = cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token})
 	require.Error(t, err, "without a header")
-	p.WantLog("Closing a connection of a trusted proxy: it has not sent a valid PROXY header", `remote="127.0.0.1:`)
+	p.WantLog("Closing a connection from a trusted proxy: it sent no valid PROXY protocol header", `remote="127.0.0.1:`)
 	require.NoError(t, s.Err())
 	p.Interrupt()
 }

@@ -226,7 +226,7 @@ func TestStormOfClientsHarmsNobodyAndIsLoggedOnceASecond(t *testing.T) {
 	for _, status := range []int{401, 404, 426} {
 		require.True(t, hasStatus(kinds, status), "%d is logged: %v", status, kinds)
 	}
-	require.Contains(t, kinds, `level=info msg="Closed a session: its client, or another one with the same session id, has connected again`)
+	require.Contains(t, kinds, `level=info msg="Session taken over: a client connected with the same session id`)
 	p.Interrupt()
 }
 
