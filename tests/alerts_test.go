@@ -73,7 +73,7 @@ func TestAlertsFireAsTheirUnitTestsExpect(t *testing.T) {
 	}
 }
 
-func TestEveryAlertIsTestedAndLinksToOperations(t *testing.T) {
+func TestEveryAlertIsTestedAndLinksToTroubleshooting(t *testing.T) {
 	fires, silent := make(map[string]bool), make(map[string]bool)
 	alert := regexp.MustCompile(`^ALERTS\{alertname="(\w+)",alertstate="firing"\}$`)
 	for _, test := range alertTests(t) {
@@ -87,7 +87,7 @@ func TestEveryAlertIsTestedAndLinksToOperations(t *testing.T) {
 			}
 		}
 	}
-	headings := anchors(testkit.ReadFile(t, "../docs/operations/running.md"))
+	headings := anchors(testkit.ReadFile(t, troubleshootingPage))
 	known := make(map[string]bool)
 	for _, rule := range alertRules(t) {
 		require.False(t, known[rule.Alert], "two alerts have the name %s", rule.Alert)
@@ -98,10 +98,10 @@ func TestEveryAlertIsTestedAndLinksToOperations(t *testing.T) {
 		require.Contains(t, []string{"critical", "warning", "info"}, rule.Labels["severity"], rule.Alert)
 		require.NotEmpty(t, rule.Annotations.Summary, rule.Alert)
 		require.NotEmpty(t, rule.Annotations.Description, rule.Alert)
-		heading, found := strings.CutPrefix(rule.Annotations.Runbook, "https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/running.md#")
+		heading, found := strings.CutPrefix(rule.Annotations.Runbook, "https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/troubleshooting.md#")
 		require.True(t, found && headings[heading], "%s links to %q", rule.Alert, rule.Annotations.Runbook)
 	}
-	for _, file := range []string{testkit.ReadFile(t, rulesFile), testkit.ReadFile(t, "../docs/operations/running.md")} {
+	for _, file := range []string{testkit.ReadFile(t, rulesFile), testkit.ReadFile(t, "../docs/operations/metrics.md"), testkit.ReadFile(t, troubleshootingPage)} {
 		for _, name := range find(file, `\b(Cryo[A-Z]\w+)`) {
 			require.True(t, known[name], "there is no alert %s", name)
 		}
