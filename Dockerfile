@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
 
-# The binary cryo-connect alone in an image, run as nobody in particular:
+# An image with the binary cryo-connect, which runs as an unprivileged user:
 #
 #   docker build --tag cryo-connect .
 #
-# docs/operations/deployment.md says how to run it.
+# docs/operations/deployment.md describes how to run it.
 
 FROM golang:1.26-bookworm AS build
 WORKDIR /src
@@ -12,13 +12,13 @@ COPY go.mod go.sum ./
 RUN --mount=type=cache,target=/go/pkg/mod go mod download
 COPY . .
 ARG VERSION="" COMMIT="" DATE=""
-# Static, so that it runs in an image that has no C library.
+# Static, because the image has no C library.
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache/go-build \
     CGO_ENABLED=0 go build -trimpath -buildvcs=false \
     -ldflags "-s -w -X main.releaseVersion=$VERSION -X main.releaseCommit=$COMMIT -X main.releaseDate=$DATE" \
     -o /out/cryo-connect ./cmd/cryo-connect
 
-# Certificates of the public CAs, time zones, /tmp and a user without rights; no shell.
+# Certificates of the public CAs, time zones, /tmp and an unprivileged user; no shell.
 FROM gcr.io/distroless/static-debian12:nonroot
 ARG VERSION="" COMMIT="" DATE=""
 LABEL org.opencontainers.image.title="cryo-connect" \
@@ -32,11 +32,11 @@ LABEL org.opencontainers.image.title="cryo-connect" \
 COPY LICENSE /licenses/LICENSE
 COPY --from=build /out/cryo-connect /cryo-connect
 USER 65532:65532
-# Metrics and health are for scrapers and probes, which are outside of the container.
+# Scrapers and probes are outside the container.
 ENV CRYO_CONNECT_HTTP_ADDRESS=0.0.0.0:4195
-# Metrics and health; Cryo clients of a pipeline that listens, at the examples' port.
+# 4195: metrics and health. 8080: Cryo clients of the examples.
 EXPOSE 4195 8080
-# Lives, and not: is connected. A container that is started anew because the far side is away helps nobody.
+# Not /ready: a restart does not bring back a server that is down.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD [ "/cryo-connect", "probe" ]
 ENTRYPOINT [ "/cryo-connect" ]
 CMD [ "run", "/etc/cryo-connect/config.yaml" ]
