@@ -111,7 +111,9 @@ func TestTroubleshootingListsEveryWarningAndErrorOfTheLog(t *testing.T) {
 
 func TestTroubleshootingQuotesErrorsOfTheProgram(t *testing.T) {
 	program := programTexts(t)
-	for _, text := range quotations(t, "Errors in a configuration") {
-		require.True(t, program.has(text), "the program has no error %q", text)
+	for _, section := range []string{"An output does not deliver", "Errors in a configuration"} {
+		for _, text := range quotations(t, section) {
+			require.True(t, program.has(text), "the program has no error %q", text)
+		}
 	}
 }
