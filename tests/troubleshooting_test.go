@@ -6,6 +6,7 @@ import (
 	gotoken "go/token"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -45,7 +46,7 @@ func programTexts(t *testing.T) texts {
 					found.all = append(found.all, formatVerb.ReplaceAllString(textOf(n), "…"))
 				case *ast.CallExpr:
 					method, ok := n.Fun.(*ast.SelectorExpr)
-					if ok && len(n.Args) > 0 && strings.Contains(" Warn Error report ", " "+method.Sel.Name+" ") {
+					if ok && len(n.Args) > 0 && slices.Contains([]string{"Warn", "Error", "report"}, method.Sel.Name) {
 						if text := textOf(n.Args[0]); strings.Trim(text, "…") != "" {
 							found.logs[text] = true
 						}
