@@ -1,6 +1,7 @@
 package cryo
 
 import (
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -47,7 +48,7 @@ func (t *throttle) limit(messages, bytes int) {
 	t.messages, t.bytes = bucket{messages, now}, bucket{bytes, now}
 	switch {
 	case messages > 0:
-		t.others.rate = max(minOthers, othersPerMessage*min(messages, 1<<50))
+		t.others.rate = max(minOthers, othersPerMessage*min(messages, math.MaxInt/othersPerMessage))
 	case bytes > 0:
 		t.others.rate = max(minOthers, bytes/bytesPerOther)
 	default:
