@@ -210,6 +210,43 @@ func TestClientsAreServedInTurnForMessagesThatOutgrowAMebibyte(t *testing.T) {
 	})
 }
 
+// A client on a slow line needs more than a minute for a large message. Another one always has a message
+// that has waited for longer, and receives others meanwhile.
+func TestClientWithManySessionsEndsNoSessionOfAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrowd(t, identified["by its owner"], 2*wire.MaxPayload, 3)
+		for _, s := range c.sessions {
+			acknowledgeMessages(t, s)
+		}
+		rests := [][]byte{c.announce(t, 0, wire.MaxPayload)}
+		slow := join(t, c.listener, 200)
+		slow.ClientHandshake()
+		s := next(t, c.accepted)
+		b := bytesOf(t, slow, cryotest.Binary(1, string(make([]byte, wire.MaxPayload))))
+		const pieces = 300
+		stop := make(chan struct{})
+		var sending sync.WaitGroup
+		keepsSending(&sending, stop, slow, b[:len(b)-pieces], b[len(b)-pieces:][:1]) // a byte every second
+		synctest.Wait()
+		rests = append(rests, c.announce(t, 1, wire.MaxPayload), c.announce(t, 2, wire.MaxPayload))
+		for i := range 5 {
+			time.Sleep(50 * time.Second)
+			require.NoError(t, s.Err(), "after %d messages of the other client", i)
+			sendsWhenRead(c.peers[i%3], rests[i%3]) // one is complete, and the next one waits
+			synctest.Wait()
+			rests[i%3] = c.announce(t, i%3, wire.MaxPayload)
+		}
+		m, err := s.Receive(t.Context())
+		require.NoError(t, err)
+		require.Len(t, m.Payload, wire.MaxPayload)
+		close(stop)
+		for _, s := range append(c.sessions, s) {
+			cut(s)
+		}
+		sending.Wait()
+	})
+}
+
 func TestAsManySessionsEndAsOthersWaitForAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const holders, waiting = 6, 3

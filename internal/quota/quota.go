@@ -53,7 +53,6 @@ func (q *Quota) ShareOf(g *Group) *Share {
 // Group is a holder: several shares of a Quota, or one. A new one is empty. Its fields are guarded
 // by the quota's mutex.
 type Group struct {
-	_        *byte // no tiny allocation, which could keep weak pointers to the group alive
 	held     int64 // held by all shares of the group
 	leaving  int64 // part of held that is released, because Starved was true
 	requests []*Request
@@ -233,9 +232,11 @@ func (s *Share) Usage() (held, free int64) {
 	return s.held, s.q.limit - s.q.used
 }
 
-// Starved reports whether a group has waited for a period for what this share holds: it is of the
-// same group, or the limit is reached. It returns true for as many shares as suffice for each such
-// group, and once for each of them. A holder to which it returns true must release its share.
+// Starved reports whether a group has waited for a period for what this share holds: the share is
+// one of that group, or the limit is reached and the group holds nothing. A group that holds capacity
+// can wait for itself, and must not end what others hold. Starved returns true for as many shares as
+// suffice for each such group, and once for each of them. A holder to which it returns true must
+// release its share.
 func (s *Share) Starved(period time.Duration) bool {
 	s.q.mu.Lock()
 	defer s.q.mu.Unlock()
@@ -246,7 +247,8 @@ func (s *Share) Starved(period time.Duration) bool {
 	for turn := s.q.waiting.Front(); turn != nil; turn = turn.Next() {
 		g := turn.Value.(*Group)
 		r := g.requests[0]
-		if time.Since(r.since) >= period && (free <= 0 || g == s.group) && !s.q.allows(g.held-g.leaving, free, r.n) {
+		concerned := g == s.group || free <= 0 && g.held == g.leaving
+		if concerned && time.Since(r.since) >= period && !s.q.allows(g.held-g.leaving, free, r.n) {
 			s.leaving = true
 			s.group.leaving += s.held
 			s.q.leaving += s.held

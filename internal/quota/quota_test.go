@@ -190,6 +190,30 @@ func TestStarvedReportsNoHolderThatAnotherGroupDoesNotWaitFor(t *testing.T) {
 	})
 }
 
+// A client could otherwise end the messages of others by many sessions that send large ones: as long
+// as each of its own is complete within the period, one of them always waits for longer.
+func TestStarvedReportsNoHolderWhileAGroupThatHoldsCapacityWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const period = time.Minute
+		q := quota.NewStrict(20, eightTimes)
+		group := new(quota.Group)
+		a, b, other := q.ShareOf(group), q.ShareOf(group), q.Share()
+		require.True(t, a.TryAcquire(10))
+		require.True(t, other.TryAcquire(15))
+		r := b.Request(10)
+		time.Sleep(time.Hour)
+		require.False(t, other.Starved(period))
+		require.True(t, a.Starved(period))
+		require.False(t, other.Starved(period), "what is released suffices")
+		other.Force(10)
+		require.True(t, other.Starved(period), "the group will hold nothing, and nothing will be free")
+		a.Release(10)
+		require.False(t, granted(r))
+		other.Release(25)
+		require.True(t, granted(r))
+	})
+}
+
 func TestStrictQuotaLeavesSomeForOthers(t *testing.T) {
 	q := quota.NewStrict(90, eightTimes)
 	group := new(quota.Group)
