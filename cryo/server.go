@@ -466,13 +466,13 @@ func (s *Server) Drain(ctx context.Context) error {
 // DrainOver is Drain with the sessions one after the other, spread evenly over a period, so that their
 // clients do not all connect again in the same second. New clients are denied from the start. Until its
 // turn, a session goes on as before. What was sent on it before is acknowledged, or has failed, before
-// it is closed: bound sends by their contexts, and send nothing else on a session that is [Session.Draining].
+// it is closed: bound sends and streams by their contexts, and send nothing else on a session that is [Session.Draining].
 // When the context is done, the sessions whose turn has not come are open as before.
 func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 	return s.closeAll(ctx, period, func(session *Session) error {
 		err := session.settle(ctx, ErrClosed)
 		if err == nil {
-			err = session.awaitAcks(ctx)
+			err = session.awaitSends(ctx)
 		}
 		if err == nil {
 			err = session.close(ctx, closeRestart, shutdownReason)

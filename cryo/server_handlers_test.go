@@ -208,6 +208,41 @@ func TestDrainOverWaitsForWhatWasReceivedAndSent(t *testing.T) {
 	})
 }
 
+func TestDrainOverWaitsForStreamsThatAreSent(t *testing.T) {
+	for name, end := range map[string]func(st *cryo.OutgoingStream, peer *cryotest.Peer) error{
+		"finished": func(st *cryo.OutgoingStream, peer *cryotest.Peer) error {
+			go func() { peer.Ack(peer.WantType("TX_FINISH", wire.TxFinish)) }()
+			return st.Finish()
+		},
+		"abandoned": func(st *cryo.OutgoingStream, _ *cryotest.Peer) error {
+			_ = st.Close()
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+				peer := join(t, l, 1)
+				peer.ClientHandshake()
+				s := next(t, sessions)
+				go func() { peer.Ack(peer.WantType("TX_START", wire.TxStart)) }()
+				st, err := s.OpenStream(t.Context(), nil)
+				require.NoError(t, err)
+				drain := start(func() error { return server.DrainOver(t.Context(), time.Minute) })
+				drain.wantBlocked(t)
+				time.Sleep(time.Hour)
+				_, err = st.Write([]byte("goes on"))
+				require.NoError(t, err)
+				peer.WantType("the chunk", wire.TxChunk)
+				require.NoError(t, end(st, peer))
+				peer.WantClose("the end, without BYE", 1012, "server is shutting down")
+				peer.WriteClose(1012, "")
+				drain.wantSuccess(t)
+			})
+		})
+	}
+}
+
 func TestDrainOverEndsWithItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})

@@ -413,15 +413,20 @@ func (s *Session) settle(ctx context.Context, cause error) error {
 	return s.incoming.awaitSettled(ctx, s.ctx)
 }
 
-// awaitAcks waits until all that this end has sent is answered or cancelled. It returns the cause if the
+// awaitSends waits until all that this end has sent is answered or cancelled. It returns the cause if the
 // session ends first.
-func (s *Session) awaitAcks(ctx context.Context) error {
-	select {
-	case <-s.acks.whenEmpty():
-		return s.Err()
-	case <-ctx.Done():
-		return contextError(ctx)
+func (s *Session) awaitSends(ctx context.Context) error {
+	// Between TX_START and TX_FINISH, no frame of a stream waits for an answer.
+	for _, whenEmpty := range []func() <-chan struct{}{s.outgoing.whenEmpty, s.acks.whenEmpty} {
+		select {
+		case <-whenEmpty():
+		case <-s.ctx.Done():
+			return s.Err()
+		case <-ctx.Done():
+			return contextError(ctx)
+		}
 	}
+	return s.Err()
 }
 
 // Draining reports whether the session drains, or has drained, by Drain or because it has
