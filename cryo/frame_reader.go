@@ -67,6 +67,7 @@ type frameReader struct {
 	sid     uint64
 	limit   *receiveLimit
 	isOurs  func(number uint32) bool // reports whether this end has issued the number
+	onData  func()                   // called for each data frame and TX_START, before it may have to wait
 	head    [wire.MaxHeader]byte
 	control [32]byte // a payload that is no data, if it is as small
 }
@@ -100,14 +101,19 @@ func (r *frameReader) next(in *received) error {
 		return r.conn.Discard()
 	case in.Type == wire.Ack, in.Type == wire.Error && r.isOurs(in.Ack):
 		return r.readControl(in) // counted by the caller, unless it answers a frame
-	case !in.Type.IsData():
-		if in.Type == wire.TxStart && r.limit.wants(&in.Frame) {
+	case in.Type == wire.TxStart:
+		r.onData()
+		if r.limit.wants(&in.Frame) {
 			r.limit.awaitRates(&in.Frame, 0)
 		} else {
 			r.limit.awaitOther(0)
 		}
 		return r.readControl(in)
+	case !in.Type.IsData():
+		r.limit.awaitOther(0)
+		return r.readControl(in)
 	}
+	r.onData()
 	if err := r.readData(in); err != nil || in.decision == admitted {
 		return err
 	}

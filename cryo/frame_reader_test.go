@@ -44,7 +44,7 @@ func readerOf(c net.Conn, bound int) *frameReader {
 	conn.Start(func([]byte) {}, func(int, bool) {})
 	limit := newReceiveLimit(conn, newReceiveBuffer(bound), make(chan struct{}),
 		func() bool { return false }, func(*wire.Frame) bool { return true }, func(*wire.Frame) bool { return false })
-	return &frameReader{conn: conn, limit: limit, isOurs: func(uint32) bool { return false }}
+	return &frameReader{conn: conn, limit: limit, isOurs: func(uint32) bool { return false }, onData: func() {}}
 }
 
 func TestReadingAFrameAllocatesItsPayloadOnly(t *testing.T) {

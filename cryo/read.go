@@ -16,7 +16,7 @@ import (
 // (backpressure), and in waitForWriter.
 func (s *Session) read() {
 	defer s.finish()
-	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, isOurs: s.acks.issued}
+	r := frameReader{conn: s.conn, sid: s.id, limit: s.limit, isOurs: s.acks.issued, onData: s.dataBegun}
 	var in received
 	for {
 		s.waitForWriter()
@@ -256,6 +256,15 @@ func (s *Session) handleEndpointInfo(f *wire.Frame) {
 		s.outgoing.stopAll(ErrStreamsUnsupported)
 	}
 	s.setPeerKnown()
+}
+
+// dataBegun records that the peer speaks Cryo when it begins to send data, which may take longer than
+// HandshakeTimeout to arrive, or have to wait. The peer's acknowledgement of ENDPOINT_INFO may be
+// behind it. Reading goroutine.
+func (s *Session) dataBegun() {
+	if !s.isEnding() {
+		s.setPeerKnown()
+	}
 }
 
 // setPeerKnown records that the peer speaks Cryo: it has sent ENDPOINT_INFO, acknowledged ours,

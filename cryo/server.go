@@ -88,7 +88,7 @@ type ServerOptions struct {
 	ExpiryGrace time.Duration
 	// HandshakeTimeout bounds the time from the upgrade until the client has completed the
 	// Cryo handshake: it has sent ENDPOINT_INFO, acknowledged the server's, which is sent
-	// after a second at the latest, or sent data. A client that has not is disconnected,
+	// after a second at the latest, or begun to send data. A client that has not is disconnected,
 	// with a line in the log. Default 10 s. The HTTP server's timeouts bound the time before
 	// the upgrade.
 	HandshakeTimeout time.Duration

@@ -105,6 +105,39 @@ func TestFirstDataOfAClientIsAHandshake(t *testing.T) {
 	}
 }
 
+// The acknowledgement of the server's ENDPOINT_INFO is behind the data then.
+func TestDataThatIsReadLateIsAHandshake(t *testing.T) {
+	const size = 20_000
+	for name, opts := range map[string]cryo.SessionOptions{
+		"exceeds a rate":     {MaxBytesPerSecond: 1000},
+		"waits for capacity": {MaxBufferBytes: 1000},
+		"arrives piecemeal":  {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				opts.HeartbeatInterval = time.Hour
+				_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: opts})
+				first := join(t, l, 1)
+				first.ClientHandshake()
+				holder := next(t, sessions)
+				first.WriteFrames(cryotest.Binary(1, string(make([]byte, 1000))))
+				held := receive(t, holder)
+
+				peer := join(t, l, sid)
+				peer.Read()
+				b := bytesOf(t, peer, cryotest.Binary(1, string(make([]byte, size))))
+				sends(t, peer, b[:size/2])
+				synctest.Wait()
+				s := next(t, sessions)
+				time.Sleep(time.Minute)
+				require.NoError(t, held.Ack())
+				sends(t, peer, b[size/2:])
+				require.Len(t, receive(t, s).Payload, size)
+			})
+		})
+	}
+}
+
 func types(frames []wire.Frame) (types []wire.Type) {
 	for _, f := range frames {
 		types = append(types, f.Type)
