@@ -125,12 +125,15 @@ func (r *frameReader) next(in *received) error {
 }
 
 // readControl reads a frame that must not wait for capacity, with at most maxControl bytes of
-// its payload.
+// its payload. The rest is ignored, but counts, unless it was counted with data that is not admitted.
 func (r *frameReader) readControl(in *received) (err error) {
 	if in.Type.HasPayload() {
 		if in.Payload, err = r.conn.ReadHead(r.control[:0], maxControl); err != nil {
 			return err
 		}
+	}
+	if ignored := r.conn.Left(); ignored > 0 && in.decision == admitted {
+		r.limit.awaitOther(ignored)
 	}
 	if err := r.conn.Discard(); err != nil {
 		return err

@@ -322,6 +322,30 @@ func TestMessageInFragmentsIsPaidByTheNextOne(t *testing.T) {
 	})
 }
 
+func TestIgnoredBytesOfAnyFrameCount(t *testing.T) {
+	const ignored = 10_000
+	for name, f := range map[string]wire.Frame{
+		"ENDPOINT_INFO": cryotest.EndpointInfo(1),
+		"ACK":           cryotest.Acked(1),
+		"TX_FINISH":     txFinish(1, 7),
+		"TX_START":      txStart(1, 7, -1, strings.Repeat("x", 2048)),
+		"TX_CANCEL":     txCancel(1, 7),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, peer := accepted(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{HeartbeatInterval: 1 << 50, MaxBytesPerSecond: 1000}})
+				time.Sleep(time.Second)
+				b := raw(end{}, 0x82, append(encoded(t, peer, f), make([]byte, ignored)...))
+				sends(t, peer, b)
+				peer.WriteFrames(cryotest.Text(2, ""))
+				begin := time.Now()
+				receive(t, s)
+				require.GreaterOrEqual(t, time.Since(begin), 9*time.Second)
+			})
+		})
+	}
+}
+
 func TestThrottledSessionKeepsNoOtherWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
