@@ -467,7 +467,8 @@ func (s *Server) Drain(ctx context.Context) error {
 // clients do not all connect again in the same second. New clients are denied from the start. Until its
 // turn, a session goes on as before. What was sent on it before is acknowledged, or has failed, before
 // it is closed: bound sends and streams by their contexts, and send nothing else on a session that is [Session.Draining].
-// When the context is done, the sessions whose turn has not come are open as before.
+// There is no wait for the turn of a session that has ended. When the context is done, the sessions whose
+// turn has not come are open as before.
 func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 	return s.closeAll(ctx, period, func(session *Session) error {
 		err := session.settle(ctx, ErrClosed)
@@ -502,7 +503,7 @@ func (s *Server) closeAll(ctx context.Context, period time.Duration, end func(*S
 	begin, begun := time.Now(), 0
 	for i, session := range sessions {
 		turn := begin.Add(time.Duration(float64(period) * float64(i) / float64(len(sessions))))
-		if err = sleepUntil(ctx, turn); err != nil {
+		if err = sleepUntil(ctx, turn, session.done); err != nil {
 			break
 		}
 		begun++
@@ -522,9 +523,9 @@ func (s *Server) closeAll(ctx context.Context, period time.Duration, end func(*S
 	}
 }
 
-// sleepUntil waits until a time, which may have passed. It returns the context's error if that is done
-// first.
-func sleepUntil(ctx context.Context, t time.Time) error {
+// sleepUntil waits until a time, which may have passed, or until enough is closed. It returns the context's
+// error if that is done first.
+func sleepUntil(ctx context.Context, t time.Time, enough <-chan struct{}) error {
 	wait := time.Until(t)
 	if wait <= 0 {
 		return nil
@@ -533,6 +534,8 @@ func sleepUntil(ctx context.Context, t time.Time) error {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+		return nil
+	case <-enough:
 		return nil
 	case <-ctx.Done():
 		return contextError(ctx)

@@ -182,6 +182,28 @@ func TestSessionsAreDrainedOneAfterTheOther(t *testing.T) {
 	})
 }
 
+func TestDrainOverWaitsForNoSessionThatHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		var peers []*cryotest.Peer
+		for i := range uint64(10) {
+			peer := join(t, l, 1+i)
+			peer.ClientHandshake()
+			next(t, sessions)
+			peers = append(peers, peer)
+		}
+		begin := time.Now()
+		drain := start(func() error { return server.DrainOver(t.Context(), time.Hour) })
+		drain.wantBlocked(t)
+		time.Sleep(time.Second)
+		for _, peer := range peers {
+			peer.Conn().Cut()
+		}
+		drain.wantSuccess(t)
+		require.Less(t, time.Since(begin), 2*time.Second)
+	})
+}
+
 func TestDrainOverWaitsForWhatWasReceivedAndSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
