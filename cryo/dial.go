@@ -64,7 +64,7 @@ type DialOptions struct {
 	// NetDial opens the network connection, and must return when the context is done.
 	// Default: TCP. The host is resolved for each attempt, and its addresses, IPv6 and IPv4 in turn, are
 	// dialled at intervals of up to 250 ms until one answers (RFC 8305); each has at least half of
-	// the ConnectTimeout. At most 64 addresses are dialled.
+	// what the lookup leaves of the ConnectTimeout. At most 64 addresses are dialled.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
