@@ -2,13 +2,20 @@ package plugin
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Guards: faults of the engine that this package works around. Each test fails when
@@ -52,7 +59,7 @@ func TestEngineMixesUpContexts(t *testing.T) {
 			"Check split, group_by, archive and select_parts too, and the exceptions of the property test")
 }
 
-// What TestEngineMixesUpContexts costs where no component of ours has a say: an
+// The effect of TestEngineMixesUpContexts where no component of ours has a say: an
 // output's batching merges three deliveries, and the error goes to the one whose message
 // was filtered.
 func TestEngineWithBatchingFailsTheWrongDeliveryAfterAFilter(t *testing.T) {
@@ -151,6 +158,33 @@ func TestEngineScannersLoseDataWithoutAnError(t *testing.T) {
 	}
 }
 
+func TestEngineScannersReturnPartialRecordsBeforeTheError(t *testing.T) {
+	for scanner, fields := range map[string]map[string]any{
+		"lines":    {},
+		"skip_bom": {"into": map[string]any{"lines": map[string]any{}}},
+	} {
+		creator, err := makeScanner(service.GlobalEnvironment().Clone(), map[string]any{scanner: fields})
+		require.NoError(t, err)
+		source := io.MultiReader(strings.NewReader("one\ntwo\nthr"), iotest.ErrReader(io.ErrUnexpectedEOF))
+		s, err := creator.Create(io.NopCloser(source), func(context.Context, error) error { return nil }, service.NewScannerSourceDetails())
+		require.NoError(t, err)
+		var texts []string
+		for {
+			batch, _, err := s.NextBatch(t.Context())
+			if err != nil {
+				require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+				break
+			}
+			text, err := batch[0].AsBytes()
+			require.NoError(t, err)
+			texts = append(texts, strings.TrimSpace(string(text)))
+		}
+		require.Equal(t, []string{"one", "two", "thr"}, texts, "the engine is mended: the scan of a truncated stream need not drop a record, with "+scanner)
+		require.NoError(t, s.Close(t.Context()))
+		require.NoError(t, creator.Close(t.Context()))
+	}
+}
+
 func TestEnginePanicsWhenATracingMapDeletesRoot(t *testing.T) {
 	spec := service.NewConfigSpec().Field(service.NewExtractTracingSpanMappingField())
 	parsed, err := spec.ParseYAML("extract_tracing_map: root = deleted()", nil)
@@ -161,6 +195,83 @@ func TestEnginePanicsWhenATracingMapDeletesRoot(t *testing.T) {
 	feed.batches <- &produced{batchOf("message"), make(chan error, 1)}
 	require.Panics(t, func() { _, _, _ = in.ReadBatch(context.Background()) },
 		"the engine is mended: inputs and outputs need not guard extract_tracing_map and inject_tracing_map against a deleted root")
+}
+
+func TestEngineGivesABatchTheSpanOfItsFirstMessage(t *testing.T) {
+	previous := otel.GetTextMapPropagator()
+	otel.SetTextMapPropagator(propagation.TraceContext{})
+	defer otel.SetTextMapPropagator(previous)
+	spec := service.NewConfigSpec().Field(service.NewExtractTracingSpanMappingField())
+	parsed, err := spec.ParseYAML("extract_tracing_map: root = this", nil)
+	require.NoError(t, err)
+	feed := &feed{make(chan *produced, 1)}
+	in, err := parsed.WrapBatchInputExtractTracingSpanMapping("feed", feed)
+	require.NoError(t, err)
+	var texts []string
+	for n := range 2 {
+		texts = append(texts, fmt.Sprintf(`{"traceparent":"00-%032d-0000000000000001-01"}`, n+1))
+	}
+	feed.batches <- &produced{batchOf(texts...), make(chan error, 1)}
+	batch, _, err := in.ReadBatch(t.Context())
+	require.NoError(t, err)
+	first, second := trace.SpanContextFromContext(batch[0].Context()), trace.SpanContextFromContext(batch[1].Context())
+	require.True(t, first.IsValid())
+	require.Equal(t, first.TraceID(), second.TraceID(), "the engine is mended: inputs need not extract the span of each message by itself")
+}
+
+func TestEngineCountsGaugesFromZero(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, toProbe)
+		gauge := e.feeds.Metrics().NewGauge("engine_fault")
+		gauge.Incr(1)
+		gauge.Incr(1)
+		require.Equal(t, int64(1), e.metrics.value("engine_fault"), "the engine is mended: gauges need not only use Set")
+	})
+}
+
+const lossyWait = 100 * time.Millisecond
+
+// lossyOutput is an output that loses its connection once, with all messages in flight.
+type lossyOutput struct{ connected, writing, concurrent atomic.Int64 }
+
+func (o *lossyOutput) Connect(context.Context) error { o.connected.Add(1); return nil }
+func (o *lossyOutput) Close(context.Context) error   { return nil }
+
+func (o *lossyOutput) Write(context.Context, *service.Message) error {
+	if o.connected.Load() < 2 {
+		time.Sleep(lossyWait)
+		return service.ErrNotConnected
+	}
+	o.concurrent.Store(max(o.concurrent.Load(), o.writing.Add(1)))
+	time.Sleep(lossyWait)
+	o.writing.Add(-1)
+	return nil
+}
+
+// In real time: batches wait for a mutex, which stops virtual time.
+func TestEngineSendsBatchesThatWaitedForAConnectionOneByOne(t *testing.T) {
+	defer checkLeaks(t)
+	e := newEngine(t)
+	out := &lossyOutput{}
+	require.NoError(t, e.env.RegisterOutput("lossy", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.Output, int, error) {
+		return out, 3, nil
+	}))
+	defer e.start(fromOnce, "lossy: {}").stop()
+	e.produceEach(batchOf("1", "2", "3")).wantFailed(t, map[int]string{})
+	require.Equal(t, int64(1), out.concurrent.Load(), "the engine is mended: docs/development/engine-faults.md need not recommend batching")
+}
+
+func TestEngineSequentialFailFastBrokerForgetsTheRestOfABatch(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, "broker: { pattern: fan_out_sequential_fail_fast, outputs: [ probe: {}, probe: {} ] }")
+		f := e.produce("a", "b")
+		e.arrival().failSome(errOutput, "a")
+		err := next(t, f.verdict)
+		partial, ok := errors.AsType[*service.BatchError](err)
+		require.True(t, ok, "the engine is mended: the error is one of the whole batch")
+		require.Equal(t, 1, partial.IndexedErrors(), "only a")
+		e.wantNoArrival("the second output never has b")
+	})
 }
 
 // The next three are exceptions of the property test, and for docs/development/engine-faults.md.
