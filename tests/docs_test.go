@@ -229,8 +229,8 @@ func TestCIRunsExistingTests(t *testing.T) {
 	}
 }
 
-// Each row of docs/development/fault-matrix.md, or the head of its table, must cite a test. A citation
-// can have the test's file, as a link, and the names of subtests.
+// The tests that pages cite must exist. Each row of docs/development/fault-matrix.md, or the head of
+// its table, must cite one. A citation can have the test's file, as a link, and the names of subtests.
 func TestFaultMatrixCitesExistingTests(t *testing.T) {
 	page := testkit.ReadFile(t, "../docs/development/fault-matrix.md")
 	in := make(map[string][]string)   // the files of a test
@@ -244,6 +244,11 @@ func TestFaultMatrixCitesExistingTests(t *testing.T) {
 			for _, f := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllStringSubmatch(content, -1) {
 				in[f[1]] = append(in[f[1]], file)
 			}
+		}
+	}
+	for path, page := range documents(t) {
+		for _, name := range regexp.MustCompile("`((?:Test|Fuzz)[A-Z]\\w+)`").FindAllStringSubmatch(page, -1) {
+			require.NotEmpty(t, in[name[1]], "%s: no test is called %s", path, name[1])
 		}
 	}
 	named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)((?:/[^`]+)?)`(?:\\]\\(\\.\\./\\.\\./([^)]+)\\))?")
