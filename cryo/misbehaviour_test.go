@@ -20,8 +20,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// A misbehaviour is what a peer does that it should not, after its handshake, and
-// what becomes of its session. docs/development/fault-matrix.md has the table for people.
+// misbehaviour is a fault of a peer after its handshake, and its effect on the session: a row of
+// "Peers with a session" in docs/development/fault-matrix.md.
 type misbehaviour struct {
 	does string
 	how  func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer)

@@ -55,7 +55,7 @@ func TestEngineMixesUpContexts(t *testing.T) {
 	require.Equal(t, "keep", string(content))
 	require.Equal(t, "drop", batches[0][0].Context().Value(nameKey{}),
 		"The engine is fixed: after a filter a message has its own context. So inputs could trust a BatchError again and redeliver "+
-			"only what it names, outputs could return one, and the limits that the reference and docs/development/fault-matrix.md name could go. "+
+			"only what it names, outputs could return one, and the limits that the reference and docs/guarantees.md name could go. "+
 			"Check split, group_by, archive and select_parts too, and the exceptions of the property test")
 }
 
@@ -330,7 +330,7 @@ func TestEngineReadUntilLooksAtTheFirstMessageOfABatch(t *testing.T) {
 			texts := e.deliverAll()
 			p := e.run(`read_until: { check: 'content() == "m5"', input: { `+with(listenInput, fields)+" } }", toSerial)
 			time.Sleep(time.Minute)
-			require.Len(t, texts(), want, "the engine is mended: docs/development/fault-matrix.md and the reference need no max_batch_count: 1 for read_until")
+			require.Len(t, texts(), want, "the engine is mended: docs/development/engine-faults.md and the reference need no max_batch_count: 1 for read_until")
 			select {
 			case <-p.ended:
 				require.Equal(t, 6, want, "it ends at m5")

@@ -22,9 +22,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// What clients do that come wrongly, and servers that answer wrongly; what peers
-// do once they have a session is in cryo's TestMisbehaviour. docs/development/fault-matrix.md
-// has the table for people.
+// Clients that violate the protocol before they have a session, and servers that respond with errors:
+// the rows of "Clients without a session" and "Servers that are dialled" in
+// docs/development/fault-matrix.md. Peers with a session are in cryo's TestMisbehaviour.
 
 func TestInvalidClientsGetNoSession(t *testing.T) {
 	authorized := "authorization=" + url.QueryEscape("Bearer "+token)

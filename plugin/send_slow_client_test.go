@@ -17,8 +17,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// Clients that take what they are sent slowly, or not at all. What becomes of
-// them is told in docs/development/fault-matrix.md.
+// Clients that read or acknowledge slowly, or not at all: "Slow clients" in
+// docs/development/fault-matrix.md.
 
 // A slow client acknowledges each message after ten seconds, the others at once.
 func TestBroadcastKeepsASlowClientWithinMaxInFlight(t *testing.T) {
