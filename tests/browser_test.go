@@ -36,6 +36,12 @@ type page struct {
 // browse opens the page, with the address of a server.
 func browse(t *testing.T, pageURL, server string) *page {
 	t.Helper()
+	return openBrowser(t, hash(pageURL, server))
+}
+
+// openBrowser opens a URL in a browser of its own.
+func openBrowser(t *testing.T, address string) *page {
+	t.Helper()
 	browser := ""
 	for _, name := range []string{"chromium", "chromium-browser", "google-chrome", "chrome"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -62,7 +68,7 @@ func browse(t *testing.T, pageURL, server string) *page {
 	})
 	require.NoError(t, chromedp.Run(ctx)) // starts it, for as long as ctx lives
 	p := &page{t, ctx}
-	p.do(chromedp.Navigate(hash(pageURL, server)))
+	p.do(chromedp.Navigate(address))
 	return p
 }
 
