@@ -31,7 +31,7 @@ func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
 	wantLinted(t, nil, files...)
 	for _, file := range files {
 		content := testkit.ReadFile(t, file)
-		require.True(t, strings.HasPrefix(content, "# Shows: "), "%s: the first line describes the example", file)
+		require.True(t, strings.HasPrefix(content, "# "), "%s: the first line describes the example", file)
 		require.Contains(t, index, "("+strings.TrimPrefix(file, "../config/")+")", "config/README.md lists it")
 		var config any
 		require.NoError(t, yaml.Unmarshal([]byte(content), &config))
