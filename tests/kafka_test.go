@@ -57,13 +57,19 @@ func (k *kafka) client(t *testing.T, opts ...kgo.Opt) *kgo.Client {
 	return client
 }
 
+// stored returns the number of records of a topic, in all partitions.
+func (k *kafka) stored(topic string) int {
+	n := 0
+	for _, p := range k.PartitionInfos(topic) {
+		n += int(p.HighWatermark)
+	}
+	return n
+}
+
 // records returns the records of a topic, in all partitions.
 func (k *kafka) records(t *testing.T, topic string) []*kgo.Record {
 	t.Helper()
-	want := 0
-	for _, p := range k.PartitionInfos(topic) {
-		want += int(p.HighWatermark)
-	}
+	want := k.stored(topic)
 	ctx := testkit.Context(t)
 	client := k.client(t, kgo.ConsumeTopics(topic))
 	defer client.Close()
