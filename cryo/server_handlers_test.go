@@ -295,6 +295,32 @@ func TestDrainOverEndsWithItsContext(t *testing.T) {
 	})
 }
 
+// A stop ends the sends that a drain waits for, and soon after the drain itself.
+func TestEndOfADrainInterruptsNoCloseHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
+		peer := join(t, l, 1)
+		peer.ClientHandshake()
+		s := next(t, sessions)
+		sendCtx, cancelSend := context.WithCancel(t.Context())
+		sending := start(func() error { return s.SendText(sendCtx, "never acknowledged") })
+		peer.WantType("the message", wire.UTF8)
+		ctx, cancel := context.WithCancel(t.Context())
+		drain := start(func() error { return server.DrainOver(ctx, time.Minute) })
+		drain.wantBlocked(t)
+		cancelSend()
+		require.ErrorIs(t, sending.result(t), context.Canceled)
+		synctest.Wait()
+		cancel()
+		require.ErrorIs(t, drain.result(t), context.Canceled)
+		shutdown := start(func() error { return server.Shutdown(t.Context()) })
+		peer.WantClose("the close frame of a connection that is open", 1012, "server is shutting down")
+		shutdown.wantBlocked(t)
+		peer.WriteClose(1012, "")
+		shutdown.wantSuccess(t)
+	})
+}
+
 func TestNegativeOptionsAreErrors(t *testing.T) {
 	negative := map[string]cryo.SessionOptions{
 		"HeartbeatInterval is -1s":    {HeartbeatInterval: -time.Second},
