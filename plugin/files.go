@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -22,6 +23,10 @@ const (
 	// written, its last line may be a part of a token.
 	writeTime = 100 * time.Millisecond
 
+	// pauseTime is the longest pause in writing a file of lines in place. A last line without an end
+	// counts as complete after it.
+	pauseTime = 5 * time.Second
+
 	// maxFile is the maximum size of a file, in bytes.
 	maxFile = 1 << 20
 )
@@ -34,6 +39,7 @@ type watchedFiles[T any] struct {
 	what     string // for log lines
 	paths    []string
 	interval time.Duration // minimum time between two reads; 0: each call of current reads
+	lines    bool          // a last line without an end may be a part of one; see isIncomplete
 	load     func(contents [][]byte) (T, error)
 	log      *service.Logger
 
@@ -41,7 +47,10 @@ type watchedFiles[T any] struct {
 	loaded T
 	sums   [][sha256.Size]byte // hashes of the contents that loaded is from
 	read   time.Time
-	failed string // the last error, which is logged only once; empty if there was none
+	file   os.FileInfo         // identity of the file when it was loaded; only with lines
+	seen   [][sha256.Size]byte // hashes of contents that may be incomplete …
+	seenAt time.Time           // … and the time of their first read
+	failed string              // the last error, which is logged only once; empty if there was none
 }
 
 // watchFiles loads the files. The errors of load must not contain secrets.
@@ -53,6 +62,12 @@ func watchFiles[T any](what string, paths []string, interval time.Duration, log 
 		f.loaded, err = load(contents)
 	}
 	return f, err
+}
+
+// expectLines declares the content of the only file to be lines; see isIncomplete. Call it before current.
+func (f *watchedFiles[T]) expectLines() {
+	f.lines = true
+	f.file, _ = os.Stat(f.paths[0])
 }
 
 // current returns what was last loaded from the files. If they have changed, it loads them first.
@@ -79,12 +94,15 @@ func (f *watchedFiles[T]) refresh() {
 	if err == nil {
 		loaded, err = f.load(contents)
 	}
-	if err == nil && f.isBeingWritten(sums) {
+	if err == nil && (f.isBeingWritten(sums) || f.isIncomplete(contents, sums)) {
 		return
 	}
 	switch {
 	case err == nil:
 		f.loaded, f.sums, f.failed = loaded, sums, ""
+		if f.lines {
+			f.file, _ = os.Stat(f.paths[0])
+		}
 		f.log.Info("Reloaded " + f.what)
 	case err.Error() != f.failed:
 		f.failed = err.Error()
@@ -97,6 +115,21 @@ func (f *watchedFiles[T]) isBeingWritten(sums [][sha256.Size]byte) bool {
 	time.Sleep(writeTime)
 	_, now, err := readFiles(f.paths)
 	return err != nil || !slices.Equal(now, sums)
+}
+
+// isIncomplete reports whether the last line of a file that has changed in place may be a part of one.
+// A file that was renamed over the previous one is complete.
+func (f *watchedFiles[T]) isIncomplete(contents [][]byte, sums [][sha256.Size]byte) bool {
+	if !f.lines || bytes.HasSuffix(contents[0], []byte("\n")) {
+		return false
+	}
+	if file, err := os.Stat(f.paths[0]); err == nil && !os.SameFile(file, f.file) {
+		return false
+	}
+	if !slices.Equal(sums, f.seen) {
+		f.seen, f.seenAt = sums, time.Now()
+	}
+	return time.Since(f.seenAt) < pauseTime
 }
 
 func readFiles(paths []string) (contents [][]byte, sums [][sha256.Size]byte, err error) {

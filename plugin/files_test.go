@@ -174,6 +174,31 @@ func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
 	})
 }
 
+func TestPartOfALineOfATokensFileIsNoToken(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "tokens")
+	replaceFile(t, file, "first-s3cret\n")
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
+		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+		for _, part := range []string{"other-s3cret\nthi", "other-s3cret\nthird-s3cret"} {
+			time.Sleep(pauseTime - time.Second)
+			write(part)
+			e.wantDenied(cryo.DialOptions{Token: part[len("other-s3cret\n"):]}, 401)
+			end(e.join("first-s3cret", 1))
+		}
+		time.Sleep(pauseTime)
+		end(e.join("third-s3cret", 2))
+		e.wantDenied(cryo.DialOptions{Token: "first-s3cret"}, 401)
+
+		time.Sleep(filesInterval)
+		write("fourth-s3cret\n")
+		end(e.join("fourth-s3cret", 3))
+		time.Sleep(filesInterval)
+		replaceFile(t, file, "fifth-s3cret")
+		end(e.join("fifth-s3cret", 4))
+	})
+}
+
 func TestUnusableTokenFileIsAnErrorAtStart(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct{ name, content, problem string }{

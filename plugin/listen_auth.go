@@ -164,6 +164,7 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting l
 			r.err = fmt.Errorf("field %s: %w", fieldTokensFile, withoutToken(err, fieldTokens))
 			return s, nil
 		}
+		file.expectLines()
 		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, file.current()(u) })
 	case mapping == nil:
 		checkToken := cryo.Tokens(s.Tokens...)
