@@ -98,6 +98,24 @@ func TestStoppingProcessKeepsNoListener(t *testing.T) {
 	})
 }
 
+func TestStoppingProcessClosesAKeptListener(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		p.stop()
+		require.NoError(t, client.Err())
+		e.shared.setKeeping(false)
+		synctest.Wait()
+		var closed *cryo.PeerClosedError
+		require.ErrorAs(t, client.Err(), &closed)
+		require.Equal(t, 1012, closed.Code)
+		e.run(listenInput, toProbe)
+		e.wantReceives(t, e.dial(), "of a new listener")
+	})
+}
+
 // A hard stop leaves messages without a result: the changed pipeline may deliver them again.
 func TestMessagesOfAKilledPipelineGoToTheNext(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
