@@ -226,12 +226,6 @@ func (ln *listener) session(id uint64) (*cryo.Session, bool) {
 	return s, ok && !isEnding(s)
 }
 
-// isOwner reports whether a message with this owner, as in the metadata, may be sent to a session.
-// Without session_owner, no session has an owner, and that of a message is of another listener.
-func (ln *listener) isOwner(s *cryo.Session, owner string) bool {
-	return ln.settings.SessionOwner == "" || identityOf(s).owner == owner
-}
-
 // isEnding reports whether a session has begun to end, or has expired: then only the messages
 // that it has received are still in flight.
 func isEnding(s *cryo.Session) bool { return s.Err() != nil || s.Draining() }

@@ -96,12 +96,15 @@ func (n *namedSessions) find(ln *listener, messages []int) (found []group, missi
 	const notConnected, notOwner = -1, -2
 	for _, i := range messages {
 		name := n.names[i]
+		if ln.settings.SessionOwner == "" {
+			name.owner = "" // no session has an owner, and that of the message is of another listener
+		}
 		at, known := groups[name]
 		if !known {
 			switch s, ok := ln.session(name.id); {
 			case !ok:
 				at = notConnected
-			case !ln.isOwner(s, name.owner):
+			case identityOf(s).owner != name.owner:
 				at = notOwner
 				if log, ok := n.log.allow(); ok {
 					log.With("session", name.id, "field", fieldSessionOwner).Warn("Message not sent to a session: it has another owner than the message")

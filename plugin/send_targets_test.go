@@ -164,3 +164,22 @@ func TestOwnersAreNotComparedWithoutTheField(t *testing.T) {
 		wantReply(t, client, e.produceBatch(service.MessageBatch{m}))
 	})
 }
+
+// A pipeline may send what clients of a listener with owners have sent to a session of one without.
+func TestMessagesOfSeveralOwnersReachASessionWithoutOneInOrder(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run(fromOnce, with(listenOutput, "send_to: session, session_id: '7'"))
+		client := e.dialAs(7)
+		batch := batchOf("1", "2", "3", "4")
+		for i, owner := range []string{"ann", "bob", "ann", ""} {
+			if owner != "" {
+				batch[i].MetaSetMut(metaSessionOwner, owner)
+			}
+		}
+		f := e.produceBatch(batch)
+		for _, m := range receiveTexts(t, client, "1", "2", "3", "4") {
+			require.NoError(t, m.Ack())
+		}
+		f.wantDelivered(t, "acknowledged")
+	})
+}
