@@ -468,7 +468,8 @@ func (s *Server) Drain(ctx context.Context) error {
 // turn, a session goes on as before. What was sent on it before is acknowledged, or has failed, before
 // it is closed: bound sends and streams by their contexts, and send nothing else on a session that is [Session.Draining].
 // There is no wait for the turn of a session that has ended. When the context is done, the sessions whose
-// turn has not come are open as before, and the others drain or close: call Shutdown then.
+// turn has not come are open as before, and those that are being closed have their close timeout: DrainOver
+// waits for these.
 func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 	return s.closeAll(ctx, period, func(session *Session) error {
 		err := session.settle(ctx, ErrClosed)
@@ -476,7 +477,7 @@ func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 			err = session.awaitSends(ctx)
 		}
 		if err == nil {
-			err = session.beginClose(ctx, closeRestart, shutdownReason)
+			err = session.close(context.WithoutCancel(ctx), closeRestart, shutdownReason)
 		}
 		if ctx.Err() == nil {
 			return nil // or the session ended by itself

@@ -339,21 +339,13 @@ func (s *Session) CloseForRetry(ctx context.Context, reason string) error {
 
 // close is Close with a close code. BYE is sent with closeGraceful only.
 func (s *Session) close(ctx context.Context, code int, reason string) error {
-	err := s.beginClose(ctx, code, reason)
-	if err != nil {
-		_ = s.conn.Close()
-		<-s.done
-	}
-	return err
-}
-
-// beginClose is close whose context bounds the wait only: it leaves the close handshake to go on.
-func (s *Session) beginClose(ctx context.Context, code int, reason string) error {
 	s.sendClose(ErrClosed, code, reason, ctx.Done())
 	select {
 	case <-s.done:
 		return nil
 	case <-ctx.Done():
+		_ = s.conn.Close()
+		<-s.done
 		return contextError(ctx)
 	}
 }

@@ -145,10 +145,10 @@ func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
 	ln.refuse()
 	ln.undrain()
-	ln.drains.Wait()
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
-	err := ln.server.Shutdown(ctx)
+	err := ln.server.Shutdown(ctx) // also ends the sessions that a drain is closing
+	ln.drains.Wait()
 	err = errors.Join(err, ln.http.Close()) // closes the connections that are not sessions
 	<-ln.served
 	ln.log.With("address", ln.address).Info("Listener closed")

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
+	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
 // withShutdownDelay sets the engine's shutdown_delay for a test.
@@ -116,6 +117,28 @@ func TestStopEndsADrain(t *testing.T) {
 		stuck.wantAcked(t, "delivered")
 		stopped.wantAcked(t, "stopped")
 		wantOpen(t, 0, sessions)
+	})
+}
+
+// The turn of a session may come immediately before the stop: it has as much time for the close
+// handshake as one that the stop closes.
+func TestStopDoesNotCutSessionsThatADrainIsClosing(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		withShutdownDelay(t, 10*time.Second)
+		p := e.run(with(listenInput, "drain_period: 10s"), toProbe)
+		peer := e.unreadClient(t)
+		peer.WriteFrames(cryotest.Text(2, "in flight"))
+		a := e.arrival()
+		e.shared.drain(10 * time.Second)
+		time.Sleep(time.Second)
+		a.deliver()
+		synctest.Wait()
+		time.AfterFunc(3*time.Second, func() { peer.WriteClose(1012, "") })
+		begin := time.Now()
+		p.stop()
+		require.Equal(t, 3*time.Second, time.Since(begin))
+		peer.WantFrame("the acknowledgement", cryotest.Acked(2))
+		peer.WantClose("the last frame", 1012, "server is shutting down")
 	})
 }
 
