@@ -16,18 +16,38 @@ const keepTimeout = 5 * time.Second
 // KeepListeners lets the listeners that are made with these resources stay open for 5 s after their last
 // component has closed. A component with the same settings that starts meanwhile, as one of a changed
 // pipeline does, has their sessions and what these have sent. Call it in a process that replaces pipelines
-// while it runs. DrainListeners ends that, and closes those that wait for a component, so that a process that
-// stops closes its listeners at once.
+// while it runs. DrainListeners and CloseListeners end that: call the second before the process exits.
 func KeepListeners(res *service.Resources) { listenersOf(res).setKeeping(true) }
 
+// CloseListeners closes the listeners that wait for a component, and returns when they have closed their
+// sessions, which takes 10 s at most. Call it when the pipelines have ended, before the process exits:
+// otherwise the exit loses what clients have not received yet.
+func CloseListeners(res *service.Resources) { listenersOf(res).closeKept() }
+
+// setKeeping sets whether listeners without components wait for others. If not, those that wait close.
 func (l *listeners) setKeeping(keeps bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.keeps = keeps
 	for _, ln := range l.byAddr {
-		if !keeps && ln.kept != nil {
-			l.endKeeping(ln)
+		if ln.kept != nil && !keeps {
+			ln.kept.Reset(0)
 		}
+	}
+}
+
+func (l *listeners) closeKept() {
+	l.setKeeping(false)
+	l.mu.Lock()
+	var closing []<-chan struct{}
+	for _, ln := range l.byAddr {
+		if len(ln.users) == 0 && ln.server != nil { // it does not start
+			closing = append(closing, ln.closed)
+		}
+	}
+	l.mu.Unlock()
+	for _, closed := range closing {
+		<-closed
 	}
 }
 
@@ -39,17 +59,10 @@ func (l *listeners) keep(ln *listener) {
 		expired := ln.kept != nil
 		ln.kept = nil
 		l.mu.Unlock()
-		if expired { // otherwise it was adopted, or endKeeping closes it
+		if expired { // otherwise it was adopted, or is closed by adopt
 			_ = l.close(context.Background(), ln)
 		}
 	})
-}
-
-// endKeeping closes a listener that is kept, in the background and in at most closeTime. The mutex must be held.
-func (l *listeners) endKeeping(ln *listener) {
-	ln.kept.Stop()
-	ln.kept = nil
-	go func() { _ = l.close(context.Background(), ln) }()
 }
 
 // adopt makes a component the first one of a listener that is kept. If their settings differ, it closes
@@ -58,12 +71,12 @@ func (l *listeners) adopt(ln *listener, c *serverComponent) bool {
 	if ln.kept == nil {
 		return false // it starts or closes
 	}
-	if len(ln.settings.differences(c.settings)) > 0 {
-		l.endKeeping(ln) // c waits for it
-		return false
-	}
 	ln.kept.Stop()
 	ln.kept = nil
+	if len(ln.settings.differences(c.settings)) > 0 {
+		go func() { _ = l.close(context.Background(), ln) }() // in at most closeTime; c waits for it
+		return false
+	}
 	ln.users = []*serverComponent{c}
 	ln.authorizeWith(c)
 	ln.metrics.reportAs(c.meter)

@@ -98,22 +98,30 @@ func TestStoppingProcessKeepsNoListener(t *testing.T) {
 	})
 }
 
-func TestStoppingProcessClosesAKeptListener(t *testing.T) {
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.shared.setKeeping(true)
-		defer e.shared.setKeeping(false)
-		p := e.run(listenInput, toProbe)
-		client := e.dial()
-		p.stop()
-		require.NoError(t, client.Err())
-		e.shared.setKeeping(false)
-		synctest.Wait()
-		var closed *cryo.PeerClosedError
-		require.ErrorAs(t, client.Err(), &closed)
-		require.Equal(t, 1012, closed.Code)
-		e.run(listenInput, toProbe)
-		e.wantReceives(t, e.dial(), "of a new listener")
-	})
+func TestKeptListenerClosesWhenTheProcessStops(t *testing.T) {
+	for name, stop := range map[string]func(*listeners){
+		"as shutdown_delay begins":      func(l *listeners) { l.setKeeping(false) },
+		"when the pipelines have ended": (*listeners).closeKept,
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEngine(t, func(t *testing.T, e *engine) {
+				e.shared.setKeeping(true)
+				p := e.run(listenInput, toProbe)
+				client := e.dial()
+				p.stop()
+				require.NoError(t, client.Err())
+				stop(e.shared)
+				if name == "as shutdown_delay begins" {
+					synctest.Wait()
+				}
+				var closed *cryo.PeerClosedError
+				require.ErrorAs(t, client.Err(), &closed)
+				require.Equal(t, 1012, closed.Code)
+				e.shared.closeKept() // nothing is left to wait for
+				e.wantRefused(t)
+			})
+		})
+	}
 }
 
 // A hard stop leaves messages without a result: the changed pipeline may deliver them again.

@@ -68,3 +68,20 @@ func TestSessionsOutliveAChangeOfThePipelineBehindThem(t *testing.T) {
 		})
 	}
 }
+
+// The listener of a stream that was deleted waits for another one.
+func TestStopClosesSessionsOfAListenerThatWaits(t *testing.T) {
+	api := testkit.ReserveAddress(t)
+	path := testkit.WriteFile(t, "pipeline.yaml", reloaded(filepath.Join(t.TempDir(), "messages.txt"), "root = content()", "100"))
+	p := launch(t, nil, append(withAPI(api), path)...)
+	s := testkit.Dial(t, p.Listening())
+	testkit.WantDelivered(t, s, "before")
+	resp := asOperator(t, http.MethodDelete, "http://"+api+"/streams/pipeline?timeout=30s", "", password)
+	require.Equal(t, http.StatusOK, resp.Status, resp.Body)
+	require.NoError(t, s.Err())
+	p.Interrupt()
+	<-s.Done()
+	var closed *cryo.PeerClosedError
+	require.ErrorAs(t, s.Err(), &closed)
+	require.Equal(t, 1012, closed.Code)
+}

@@ -76,4 +76,5 @@ func main() {
 			return nil
 		}),
 	)
+	stop.complete()
 }

@@ -65,6 +65,14 @@ func (s *stopper) watch() {
 	}()
 }
 
+// complete closes the listeners that have been kept for a pipeline that did not follow, or because the
+// stop came before watch could notice it. Call it when the engine has ended.
+func (s *stopper) complete() {
+	if s.resources != nil { // not set by commands that run no pipelines
+		plugin.CloseListeners(s.resources)
+	}
+}
+
 // endReadiness makes /ready respond with 503, so that a balancer selects another instance from the
 // beginning of shutdown_delay on. The engine itself goes on responding with 200, and has no public
 // function for it: the one that its components use is found by reflection, and if there is none, nothing
