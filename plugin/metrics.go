@@ -2,8 +2,6 @@ package plugin
 
 import (
 	"errors"
-	"maps"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -469,7 +467,8 @@ func (g *gauge) close() {
 	g.closed = true
 }
 
-// maxGauge is one component's part of a gauge that shows the maximum of the parts.
+// maxGauge is one component's part of a gauge that shows the maximum of the parts. They are not
+// negative, and a part that is 0 is not stored: the engine does not close all components that it makes.
 type maxGauge struct {
 	metric *service.MetricGauge
 	level  *level
@@ -486,14 +485,15 @@ func (m meter) newMaxGauge(name string) *maxGauge {
 func (g *maxGauge) set(n int64) {
 	g.level.mu.Lock()
 	defer g.level.mu.Unlock()
-	g.level.parts[g] = n
-	g.metric.Set(slices.Max(slices.Collect(maps.Values(g.level.parts))))
+	if g.level.parts[g] = n; n == 0 {
+		delete(g.level.parts, g)
+	}
+	maximum := int64(0)
+	for _, part := range g.level.parts {
+		maximum = max(maximum, part)
+	}
+	g.metric.Set(maximum)
 }
 
 // close removes the component's part. Call set no more.
-func (g *maxGauge) close() {
-	g.set(0)
-	g.level.mu.Lock()
-	defer g.level.mu.Unlock()
-	delete(g.level.parts, g)
-}
+func (g *maxGauge) close() { g.set(0) }

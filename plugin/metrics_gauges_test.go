@@ -270,6 +270,20 @@ func TestAgesOfInputCopiesDoNotAddUp(t *testing.T) {
 	})
 }
 
+// The engine does not close an input when it fails to build the rest of a pipeline, again and again.
+func TestInputsThatAreNeverClosedLeaveNothingInAGauge(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		conf, res := e.parse("input cryo_server", "")
+		for range 3 {
+			_, err := dependencies{}.serverInput(conf, res)
+			require.NoError(t, err)
+		}
+		key := meterOf(res).component
+		key.name = metricOldest
+		require.Empty(t, meterOf(res).levels.level(key).parts)
+	})
+}
+
 func TestSessionsWhoseReadsArePausedAreCounted(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_buffer_bytes: 3000"), toProbe)
