@@ -35,7 +35,7 @@ type dialer struct {
 	connectedBefore bool           // accessed only by connected
 	endLogs         sync.WaitGroup // tracks the goroutine that logs the end of the session
 	endLog          limitedLog
-	lossLogged      bool // whether the last end was logged; written by that goroutine
+	lateLoss        *time.Timer // logs the last end, if it was not logged at once; written by that goroutine
 
 	lastLogged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
 	awaitLog   limitedLog
@@ -65,16 +65,17 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 // connected is the client's OnSession. It logs that the session is connected. It also logs its
 // loss, as soon as the session begins to end, because the engine may notice the loss much
 // later, and the close timeout may delay Done. A server may end each session at once: losses are
-// logged once a second, and a reconnection only if the loss before it was logged, so that the last
-// of these lines is true.
+// logged once a second, others a second late and only if no session has followed, and a reconnection
+// only if the loss before it was logged. So the last of these lines is true after a second.
 func (d *dialer) connected(s *cryo.Session) {
 	log := d.log.With("url", d.logURL, "session", s.ID())
 	switch {
 	case !d.connectedBefore:
 		log.Info("Connected")
-	case d.lossLogged:
+	case d.lateLoss == nil || !d.lateLoss.Stop():
 		log.Info("Reconnected")
 	}
+	d.lateLoss = nil
 	d.metrics.connected(d.connectedBefore)
 	d.connectedBefore = true
 	d.endLogs.Go(func() {
@@ -95,17 +96,19 @@ func (d *dialer) logEnd(err error) {
 		d.log.With("url", d.logURL).Info("Session closed")
 		return
 	}
-	var log *service.Logger
-	if log, d.lossLogged = d.endLog.allow(); !d.lossLogged {
-		return
+	if log, ok := d.endLog.allow(); ok {
+		d.logLoss(log, err)
+	} else {
+		d.lateLoss = time.AfterFunc(time.Second, func() { d.logLoss(d.log, err) })
 	}
-	log = log.With("url", d.logURL)
-	var closed *cryo.PeerClosedError
-	switch {
-	case errors.As(err, &closed): // for example, because the server restarts
-		log.With("error", err).Info("Disconnected")
-	default:
-		log.With("error", err).Warn("Disconnected")
+}
+
+func (d *dialer) logLoss(log *service.Logger, err error) {
+	log = log.With("url", d.logURL, "error", err)
+	if _, closed := errors.AsType[*cryo.PeerClosedError](err); closed { // for example, because the server restarts
+		log.Info("Disconnected")
+	} else {
+		log.Warn("Disconnected")
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -282,4 +284,38 @@ func TestFailedAttemptNamesTheFieldToChange(t *testing.T) {
 			e.log.want(t, "Failed to connect to cryo", want)
 		})
 	}
+}
+
+func TestLastConnectionLineIsTrueIfLossesFollowEachOther(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		server := e.serve()
+		e.run(fromFeed, dialOutput)
+		end(server.session())
+		for suppressed := false; !suppressed; {
+			synctest.Wait()
+			logged := e.log.count("Disconnected")
+			e.produce("m")
+			require.NoError(t, receive(t, server.session()).Ack())
+			synctest.Wait()
+			e.net.cut()
+			synctest.Wait()
+			suppressed = e.log.count("Disconnected") == logged
+		}
+		last := func() string {
+			for _, line := range slices.Backward(e.log.all()) {
+				if strings.Contains(line, "connected") {
+					return line
+				}
+			}
+			return ""
+		}
+		require.Contains(t, last(), "INFO Reconnected")
+		time.Sleep(time.Second)
+		synctest.Wait()
+		require.Contains(t, last(), "WARN Disconnected", "it has nothing to write, and so is not connected")
+		e.produce("m")
+		require.NoError(t, receive(t, server.session()).Ack())
+		synctest.Wait()
+		require.Contains(t, last(), "INFO Reconnected")
+	})
 }
