@@ -152,7 +152,7 @@ func (ln *listener) shortageOver() {
 
 // run accepts clients until the listener accepts no more. When the socket fails, run marks the
 // listener as down, and opens another one. The inputs then report that they are not connected until
-// it is open, so that the engine's /ready shows it. Sessions are not affected.
+// it is open, so that the engine's /ready shows it. Sessions stay connected, and their messages wait.
 func (ln *listener) run(socket net.Listener) {
 	defer close(ln.served)
 	for wait := time.Duration(0); socket != nil; {

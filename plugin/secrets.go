@@ -174,11 +174,12 @@ func withoutToken(err error, field string) error {
 
 // isInDirectory reports whether a path begins with a directory that exists, such as ./ or /run.
 func isInDirectory(path string) bool {
-	end := strings.IndexByte(path[min(1, len(path)):], '/') + 1 // the first slash behind the first character
-	if end == 0 {
+	root := len(path) - len(strings.TrimLeft(path, "/")) // any text that begins with a slash is in the root
+	end := strings.IndexByte(path[root:], '/')
+	if end < 0 {
 		return false
 	}
-	info, err := os.Stat(path[:end])
+	info, err := os.Stat(path[:root+end])
 	return err == nil && info.IsDir()
 }
 
