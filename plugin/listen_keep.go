@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"net"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -71,14 +72,34 @@ func (l *listeners) adopt(ln *listener, c *serverComponent) bool {
 	if ln.kept == nil {
 		return false // it starts or closes
 	}
-	ln.kept.Stop()
-	ln.kept = nil
 	if len(ln.settings.differences(c.settings)) > 0 {
-		go func() { _ = l.close(context.Background(), ln) }() // in at most closeTime; c waits for it
+		l.closeNow(ln)
 		return false
 	}
+	ln.kept.Stop()
+	ln.kept = nil
 	ln.users = []*serverComponent{c}
 	ln.authorizeWith(c)
 	ln.metrics.reportAs(c.meter)
 	return true
+}
+
+// keptOnPort returns a listener that is kept on the port of an address, which may be the same address
+// in another spelling, or nil. The mutex must be held.
+func (l *listeners) keptOnPort(address string) *listener {
+	_, port, _ := net.SplitHostPort(address)
+	for other, ln := range l.byAddr {
+		if _, p, _ := net.SplitHostPort(other); ln.kept != nil && p == port {
+			return ln
+		}
+	}
+	return nil
+}
+
+// closeNow closes a listener that is kept, in at most closeTime: its field closed tells when. The mutex
+// must be held.
+func (l *listeners) closeNow(ln *listener) {
+	ln.kept.Stop()
+	ln.kept = nil
+	go func() { _ = l.close(context.Background(), ln) }()
 }

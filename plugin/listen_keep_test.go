@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"net"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -81,6 +82,26 @@ func TestKeptListenerWithOtherSettingsIsReplaced(t *testing.T) {
 		require.Error(t, client.Err())
 		e.wantReceives(t, e.dial(), "of the new listener")
 		require.Equal(t, 1, e.log.count("Listener closed"))
+	})
+}
+
+func TestKeptListenerGivesItsPortToAnotherAddress(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		listen := e.shared.listen
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			return listen(network, strings.Replace(address, "0.0.0.0:", "192.0.2.2:", 1))
+		}
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, toProbe)
+		client := e.dial()
+		p.stop()
+		begin := time.Now()
+		e.run(strings.Replace(listenInput, somewhere, "0.0.0.0:80", 1), toProbe)
+		require.Error(t, client.Err())
+		e.wantReceives(t, e.dial(), "of the new listener")
+		require.Zero(t, time.Since(begin))
+		require.Zero(t, e.log.count("ERROR "))
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 
@@ -61,7 +62,12 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	address := c.settings.Address
 	ln = l.byAddr[address]
 	if ln == nil {
-		ln, err = l.start(c)
+		if ln, err = l.start(c); errors.Is(err, syscall.EADDRINUSE) {
+			if kept := l.keptOnPort(address); kept != nil {
+				l.closeNow(kept)
+				return nil, kept.closed, nil
+			}
+		}
 		return ln, nil, err
 	}
 	if len(ln.users) == 0 {
