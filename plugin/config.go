@@ -298,6 +298,9 @@ var registerLintMethod = sync.OnceFunc(func() {
 // configuration, discards it, and reports the error, unless a field has reported it already.
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
 	lintRules[name] = func(value any) error {
+		if stopping.Load() {
+			return errors.New("the process is stopping: it accepts no other configuration")
+		}
 		text, err := yaml.Marshal(value)
 		if err != nil {
 			return err
@@ -326,6 +329,13 @@ var filesRequired atomic.Bool
 // machine. Call it when the pipelines of a process have started: the engine lints a changed
 // configuration before it ends the running pipeline, and builds the new one afterwards.
 func RequireFiles() { filesRequired.Store(true) }
+
+var stopping atomic.Bool
+
+// RefuseConfigurations makes lint refuse the Cryo components of all configurations, for the rest of the
+// process. Call it when the process stops and its pipelines still run, as in the engine's
+// shutdown_delay: one that replaces another then would not drain, and would make /ready respond with 200.
+func RefuseConfigurations() { stopping.Store(true) }
 
 // readMapping reads an optional field that is a Bloblang mapping. It returns nil if the field
 // is not set. The engine's lint reports syntax errors.

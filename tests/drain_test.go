@@ -3,6 +3,8 @@ package tests
 import (
 	"net"
 	"net/http"
+	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -71,4 +73,20 @@ func TestDrainPeriodThatDoesNotFitIsRefused(t *testing.T) {
 	p := runConfig(t, drainingPipeline, "DELAY=2s")
 	p.WantLog("field drain_period is 3s, but shutdown_delay of the configuration is 2s")
 	p.WantExit(1)
+}
+
+// A pipeline that replaced another one now would not drain, and would be ready.
+func TestStoppingProcessAcceptsNoOtherConfiguration(t *testing.T) {
+	api := testkit.ReserveAddress(t)
+	config := strings.ReplaceAll(drainingPipeline, "${DELAY}", "4s")
+	path := testkit.WriteFile(t, "pipeline.yaml", config)
+	p := launch(t, []string{"CRYO_TOKEN=" + token, "CRYO_CONNECT_HTTP_ADDRESS=" + api}, "run", "-w", path)
+	p.Listening()
+	time.Sleep(200 * time.Millisecond) // a stop that follows the start at once drains nothing
+	p.Signal(syscall.SIGTERM)
+	wantReady(t, "http://"+api, http.StatusServiceUnavailable, "stopping")
+	require.NoError(t, os.WriteFile(path, []byte(strings.Replace(config, "drop: {}", "drop: {} # changed", 1)), 0o600))
+	p.WantLog("the process is stopping: it accepts no other configuration")
+	wantReady(t, "http://"+api, http.StatusServiceUnavailable, "stopping")
+	p.WantExit(0)
 }

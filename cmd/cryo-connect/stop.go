@@ -58,6 +58,7 @@ func (s *stopper) watch() {
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 		<-signals
+		plugin.RefuseConfigurations()
 		s.endReadiness()
 		plugin.DrainListeners(s.resources)
 		time.Sleep(s.delay + s.timeout/ackFraction)
