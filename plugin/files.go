@@ -93,9 +93,9 @@ func (f *watchedFiles[T]) refresh() {
 	var loaded T
 	if err == nil {
 		loaded, err = f.load(contents)
-	}
-	if err == nil && (f.isBeingWritten(sums) || f.isIncomplete(contents, sums)) {
-		return
+		if (err == nil || err.Error() != f.failed) && f.isBeingWritten(sums) || err == nil && f.isIncomplete(contents, sums) {
+			return
+		}
 	}
 	switch {
 	case err == nil:

@@ -199,6 +199,34 @@ func TestPartOfALineOfATokensFileIsNoToken(t *testing.T) {
 	})
 }
 
+// A shell empties a file before it writes it.
+func TestFileThatIsBeingWrittenLogsNoError(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "tokens")
+	replaceFile(t, file, "first-s3cret\n")
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
+		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+		time.Sleep(filesInterval)
+		write("")
+		go func() {
+			time.Sleep(writeTime / 2)
+			write("other-s3cret\n")
+		}()
+		end(e.join("first-s3cret", 1))
+		time.Sleep(filesInterval)
+		end(e.join("other-s3cret", 2))
+		require.Zero(t, e.log.count("ERROR "))
+		write("")
+		for n := 1; n <= 3; n++ {
+			time.Sleep(filesInterval)
+			begin := time.Now()
+			end(e.join("other-s3cret", 2))
+			require.Equal(t, n == 1, time.Since(begin) > 0, "a client waits once")
+		}
+		require.Equal(t, 1, e.log.count("ERROR Cannot reload tokens_file"))
+	})
+}
+
 func TestUnusableTokenFileIsAnErrorAtStart(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct{ name, content, problem string }{
