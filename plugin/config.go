@@ -18,14 +18,21 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
+// The descriptions are GitHub Markdown. docsURL begins the links to the pages of documentation,
+// because the descriptions are also shown outside of this repository.
+const docsURL = "https://github.com/cryo-connect/cryo-connect/blob/main/docs/"
+
 // cryoText begins the description of every component.
-const cryoText = "Cryo is a small protocol over WebSocket. Both ends send messages of text or bytes, and the receiver acknowledges each of them; files and large data are sent as named streams. A connection between a client and a server is called a session. "
+const cryoText = "Cryo is a protocol over WebSocket: each text or binary message is acknowledged by its receiver, and large data is sent as named streams. A connection between a client and a server is called a session.\n\n"
+
+// reconnectText is part of the description of each component that dials.
+const reconnectText = "After a lost connection it reconnects with the same session id: see [Reconnecting](" + docsURL + "reference/delivery.md#reconnecting)."
 
 // metricsText ends the description of every component.
 const metricsText = `
-== Metrics
+## Metrics
 
-In addition to the engine's metrics of a component, there are metrics with the prefix ` + "`cryo_`" + `: sessions, messages and bytes by type, unacknowledged messages, acknowledgement latency, rejections, late acknowledgements and streams. https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/metrics.md[The list^] describes them, and which to watch.
+Metrics with the prefix ` + "`cryo_`" + ` count sessions, messages and bytes, acknowledgements and their latency, rejections and streams. [Metrics](` + docsURL + `operations/metrics.md) lists them, and which to watch.
 `
 
 // Each field has a rule: a function that converts its value to the setting, or returns an

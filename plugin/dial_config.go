@@ -59,6 +59,7 @@ var (
 	heartbeatIntervalField = positiveDuration(fieldHeartbeatInterval)
 )
 
+// dialFields returns the common fields of a component that dials.
 func dialFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		urlField.config().
@@ -66,24 +67,30 @@ func dialFields() []*service.ConfigField {
 			Example("ws://localhost:8080").
 			Example("wss://cryo.example.com/feed"),
 		tokenField.config().
-			Description("The secret that the server authenticates the client by, without the word `Bearer`. It may be an xref:configuration:interpolation.adoc#bloblang-queries[interpolation] without a message, which is evaluated for each attempt to connect, such as `${! env(\"TOKEN\") }` or `${! file(path: \"/run/token\", no_cache: true).string().trim() }`; if that fails, so does the attempt. A session that is connected keeps the token that it began with. Cryo sends it in the query of the URL: use `wss://` on untrusted networks, and check the access logs of proxies. No log line, error or metric of this component contains it, or a part of `headers` and `query_parameters`: a text of the server is repeated only if it consists of words and a few numbers and contains none of them, otherwise its length is."),
+			Description("The token that authenticates this client, without the word `Bearer`. An [interpolation](https://docs.redpanda.com/redpanda-connect/configuration/interpolation/) is evaluated for each attempt to connect, and a connected session keeps its token. Cryo sends the token in the query of the URL, so use `wss://` on untrusted networks."),
 		tokenFileField.config().
-			Description("The path of a file with the token, such as a mounted secret; a line break at its end is ignored. It cannot be used with `token`. When the content has changed, the next attempt to connect uses the new token. If the file cannot be read, is empty or contains an invalid token, an error is logged, and the previous token stays in use; at the start, it is an error.").
+			Description("The path of a file with the token, instead of `token`. A changed file is read at the next attempt to connect. If it cannot be read or is invalid, an error is logged, and the previous token stays in use; at the start, the component fails.").
 			Default(""),
+		service.NewTLSToggledField(fieldTLS).
+			Description("Settings of `wss://`, such as certificate authorities and client certificates, with `enabled: true`. Without them, the certificate authorities of the system apply. Changed files are read at the next attempt to connect; if they are invalid, an error is logged, and the previous ones stay in use."),
+	}
+}
+
+// dialOptionFields returns the advanced fields of a component that dials.
+func dialOptionFields() []*service.ConfigField {
+	return []*service.ConfigField{
 		queryParametersField.config().
-			Description("Additional query parameters of the URL, such as a tenant or a room. The values may be interpolated, as that of `token`.").
+			Description("Query parameters that are added to the URL, such as a tenant. Values may be interpolated, as in `token`.").
 			Advanced(),
 		headersField.config().
-			Description("Additional headers of the HTTP request that opens the WebSocket, for proxies and gateways. The values may be interpolated, as that of `token`.").
+			Description("Headers that are added to the HTTP request that opens the WebSocket, for proxies and gateways. Values may be interpolated, as in `token`.").
 			Advanced(),
-		service.NewTLSToggledField(fieldTLS).
-			Description("Settings for `wss://`, such as custom certificate authorities and client certificates, with `enabled: true`. Without them, `wss://` uses the system's certificate authorities. When files have changed, the next attempt to connect uses the new ones; if these are invalid, an error is logged, and the previous ones stay in use."),
 		proxyURLField.config().
-			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Special characters of its user and password must be percent-encoded, such as `#` as `%23`. Empty: the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
+			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Percent-encode special characters of its user and password, such as `#` as `%23`. If empty, the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
-			Description("The timeout of an attempt to connect, from the name lookup to the end of the handshake. If the name has several addresses, up to 64 are tried, IPv6 and IPv4 in turn: the next one begins after 250 ms at most while the others go on, so that dead ones do not use up the time. After the end of a session, the next attempt begins within 1 s, at random, so that the clients of a server that restarts do not return at the same moment. After a failed attempt, the wait grows from 250 ms to 10 s. It is 30 s if the token was denied, and at most 5 minutes if the server sends `Retry-After`.").
+			Description("The timeout of an attempt to connect, from the name lookup to the end of the handshake. All addresses of the name share it. The waits between attempts are fixed: see [Reconnecting](" + docsURL + "reference/delivery.md#reconnecting).").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),
@@ -92,7 +99,7 @@ func dialFields() []*service.ConfigField {
 
 func heartbeatField() *service.ConfigField {
 	return heartbeatIntervalField.config().
-		Description("The interval between WebSocket pings. If nothing is received within three intervals, and no data is transferred to the peer, the connection is closed. On a slow line, 4 KiB of a large message per interval are enough to keep it open.").
+		Description("The interval between WebSocket pings. A connection is closed if nothing is received for three intervals and no data is transferred to the peer. On a slow line, 4 KiB of a large message per interval keep it open.").
 		Default("15s").
 		Advanced()
 }

@@ -14,20 +14,53 @@ func inputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and receives its messages.").
-		Description(cryoText+"This input is a Cryo client: it connects to a server, such as one made with the npm package `cryo-server`. When the connection is lost, it reconnects with the same session id: immediately, then after waits that double up to ten seconds (after a denied token: 30 s). While there is no connection, failed messages are not redelivered.\n"+receiveDelivery+receiveMetadata+receiveResponses+receivePerformance+extractionText+metricsText).
+		Description(cryoText+"This input is a Cryo client: it connects to a server, such as one made with the npm package `cryo-server`. "+reconnectText+"\n"+receiveDelivery+receiveMetadata+receiveResponses+receivePerformance+extractionText+metricsText).
 		Fields(dialFields()...).
 		Fields(receiveFields(false)...).
+		Fields(receiveOptionFields()...).
 		Field(maxBufferField(false)).
+		Fields(dialOptionFields()...).
 		LintRule(lintMapping("input cryo")).
-		Example("From a Cryo server to files", "Messages from a Cryo server are appended to a file; each is acknowledged when it is written.", `
+		Example("Write to Kafka", "Messages from a Cryo server are written to a topic. Each is acknowledged when the brokers have stored it.", `
+input:
+  cryo:
+    url: wss://cryo.example.com/feed
+    token: '${CRYO_TOKEN}'
+output:
+  redpanda:
+    seed_brokers: [ localhost:9092 ]
+    topic: events
+    key: ${! @cryo_session_id }
+`).
+		Example("Reject invalid messages", "A message that is not JSON is rejected: its sender receives an error. All others are appended to a file.", `
 input:
   cryo:
     url: ws://localhost:8080
     token: '${CRYO_TOKEN}'
+    auto_replay_nacks: false
+    max_batch_count: 1 # rejects exactly the messages that fail
+pipeline:
+  processors:
+    - mapping: root = content().parse_json()
+output:
+  reject_errored:
+    file:
+      path: messages.jsonl
+      codec: lines
+`).
+		Example("Store streams as files", "Each stream becomes a file, which is named by a hash of the stream's name.", `
+input:
+  cryo:
+    url: ws://localhost:8080
+    token_file: /run/secrets/cryo-token
+    message_types: [ stream ]
+    streams:
+      scanner:
+        to_the_end: {}
 output:
   file:
-    path: messages.txt
-    codec: lines
+    path: streams/${! @cryo_stream_name.hash("sha256").encode("hex") }
+    codec: all-bytes
 `)
 }
 

@@ -12,18 +12,70 @@ func serverInputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and receives their messages.").
-		Description(cryoText+"This input is a Cryo server: clients, such as those made with the npm package `cryo-client-node`, or web pages, connect to the pipeline, and it receives their messages.\n"+receiveDelivery+receiveMetadata+identityText+eventMetadataText+eventsText+receiveResponses+receivePerformance+extractionText+metricsText).
+		Description(cryoText+"This input is a Cryo server: web pages and other clients, such as those made with the npm package `cryo-client-node`, connect to it.\n"+receiveDelivery+receiveMetadata+identityText+eventsText+receiveResponses+receivePerformance+extractionText+metricsText).
 		Fields(listenFields()...).
 		Fields(receiveFields(true)...).
+		Fields(receiveOptionFields()...).
+		Fields(listenOptionFields()...).
 		LintRule(lintMapping("input cryo_server")).
-		Example("From clients to a file", "Messages of Cryo clients are appended to a file; each is acknowledged when it is written.", `
+		Example("Write to Kafka", "Messages of Cryo clients are written to a topic. Each is acknowledged when the brokers have stored it.", `
 input:
   cryo_server:
     address: 0.0.0.0:8080
     tokens: [ '${CRYO_TOKEN}' ]
 output:
+  redpanda:
+    seed_brokers: [ localhost:9092 ]
+    topic: events
+    key: ${! @cryo_session_id }
+`).
+		Example("Authorize clients by JWT", "Clients connect by TLS with a JWT, whose claims become metadata. A session ends when its token expires, and a client with a renewed token replaces its session.", `
+input:
+  cryo_server:
+    address: 0.0.0.0:8443
+    tls:
+      cert_file: /etc/cryo/tls.crt
+      key_file: /etc/cryo/tls.key
+    authorize: |
+      let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
+      root = if $claims.aud == "cryo" { { "user": $claims.sub, "exp": $claims.exp } } else { false }
+    session_expires: root = this.authorized.exp.not_null()
+    session_owner: root = this.authorized.user
+pipeline:
+  processors:
+    - mapping: |
+        root.user = @cryo_auth_user
+        root.text = content().string()
+output:
   file:
-    path: messages.txt
+    path: messages.jsonl
+    codec: lines
+`).
+		Example("Answer requests", "Each message is posted to an HTTP service, whose response is sent to the client before its message is acknowledged.", `
+input:
+  cryo_server:
+    address: 0.0.0.0:8080
+    tokens: [ '${CRYO_TOKEN}' ]
+    max_batch_count: 1 # a request that fails is repeated alone
+output:
+  http_client:
+    url: http://localhost:8081/
+    verb: POST
+    propagate_response: true
+`).
+		Example("Split CSV streams", "Each row of a CSV stream becomes a JSON message. The stream is acknowledged when all rows are delivered.", `
+input:
+  cryo_server:
+    address: 0.0.0.0:8080
+    tokens: [ '${CRYO_TOKEN}' ]
+    message_types: [ stream ]
+    streams:
+      scanner:
+        csv: {}
+      max_bytes: 0
+output:
+  file:
+    path: rows.jsonl
     codec: lines
 `)
 }

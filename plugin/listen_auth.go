@@ -69,25 +69,19 @@ var (
 	})
 )
 
+// authorizationPage is the page about fields that decide which clients connect.
+const authorizationPage = docsURL + "reference/authorization.md"
+
+// admissionFields returns the common fields that determine which clients are admitted.
 func admissionFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		tokensField.config().
-			Description("The tokens that are accepted: a client must send one of them. Either this, `tokens_file` or `authorize` is required."),
+			Description("The accepted tokens: a client must send one of them. Exactly one of `tokens`, `tokens_file` and `authorize` must be set."),
 		tokensFileField.config().
-			Description("The path of a file with the tokens that are accepted, one per line, such as a mounted secret. Empty lines are ignored. When the content has changed, the file is reloaded when the next client connects, at most once per second. To change it, write a new file and rename it over the old one, as Kubernetes does. A file that is written in place is not loaded while its content changes within 100 ms; if the writing pauses for longer, a part of a token is accepted until the file is complete. If it cannot be read, or contains no token or an invalid one, an error is logged, and the previous tokens stay in use; at the start, it is an error. A session whose token was removed stays connected until it ends.").
+			Description("The path of a file with the accepted tokens, one per line. To change it, rename a new file over it; it is reloaded when the next client connects, at most once per second. [Tokens in a file](" + authorizationPage + "#tokens-in-a-file) explains invalid files and removed tokens.").
 			Default(""),
 		service.NewBloblangField(fieldAuthorize).
-			Description(fmt.Sprintf(`A mapping that authorizes a client. Its input is an object with `+"`this.token`"+`, `+"`this.session_id`"+`, `+"`this.remote_address`"+`, `+"`this.query`"+` and `+"`this.headers`"+` (the first value of each name; header names are in lower case and include host; the query does not contain the token), and `+"`this.client_certificate`"+`: an object with `+"`common_name`"+`, `+"`dns_names`"+`, `+"`uris`"+` and `+"`serial_number`"+` if the client has a certificate (`+"`tls.client_ca_file`"+`), otherwise null. With `+"`authorize_processors`"+`, it also has `+"`this.answer`"+`.
-
-The result `+"`true`"+` accepts the client, and `+"`false`"+` denies it. An object accepts it as well, and its fields become metadata of all messages of the session: the field `+"`tenant`"+` becomes `+"`cryo_auth_tenant`"+`. Strings are unchanged; numbers, booleans and times become text, arrays and nested objects become JSON (`+"`@cryo_auth_roles.parse_json()`"+` reads them), and null is left out. The metadata from a client, including `+"`session_metadata`"+`, is limited to %d fields and %d bytes per session: a client that exceeds it is denied with status 431. A client with control characters in the metadata, such as line breaks, is denied with status 400.
-
-All other results deny the client: an error, no assignment, an object whose fields are all null, an object with an integer of 2^53 or more that may have lost digits (see below), and an object that merely returns the input: one with a field `+"`token`"+`, or that contains, at any depth, an object with the request's token in a field `+"`token`"+`, its whole query or all its headers, as from `+"`root = this`"+`, `+"`root = this.query`"+` or `+"`root = this.without(\"token\")`"+`. Any other object accepts the client, whatever its fields contain: `+"`root.allowed = false`"+` denies nobody, and `+"`root.room = this.query.room`"+` denies only clients without a room. So check first, and return an object only after that, as the fourth example does. `+"`root = true`"+` accepts everybody.
-
-If the mapping fails, the log shows its line and, for a JWT, the reason: malformed, wrong signature or algorithm, an extension in its header, unknown key, expired, not valid yet, or for another audience or issuer. The rest of the error may contain a part of the token and is redacted; `+"`cryo-connect blobl`"+` shows it for a token of your own.
-
-A client that reconnects before the loss of its old connection is detected replaces that connection if it has the same session id and token, and the same client certificate if it has one. With another token or certificate, such as a renewed one, it is denied until the loss is detected, which takes up to three times `+"`heartbeat_interval`"+`, unless `+"`session_owner`"+` names the same owner. The token only has to be valid when the client connects, unless `+"`session_expires`"+` limits the session.
-
-The method `+"`parse_jwt_jwks`"+` verifies JWTs with the public keys of an identity provider, which it fetches (the last example): `+"https://github.com/cryo-connect/cryo-connect/blob/main/docs/operations/running.md#jwts-with-rotating-keys[more about it^]"+`. The methods for JWTs with one key, such as `+"`parse_jwt_hs256`"+`, are part of the binary `+"`cryo-connect`"+`; a custom build needs Redpanda Connect's package `+"`public/components/crypto`"+`. They return all numbers as floating-point, so integers of 2^53 and more lose digits: issue them as text, or verify the token and then read `+"`this.token.split(\".\").index(1).decode(\"base64rawurl\").parse_json(use_number: true)`"+`. `+"`parse_jwt_jwks`"+` keeps all digits.`, maxIdentityFields, maxIdentityBytes)).
+			Description("A mapping that accepts a client (`true` or an object) or denies it (`false` and all other results). Its input has `token`, `session_id`, `remote_address`, `query`, `headers` and `client_certificate`. The fields of an object become metadata of all messages of the session: `tenant` becomes `cryo_auth_tenant`.\n\nAny object accepts the client, so check first: [Authorization](" + authorizationPage + "#the-mapping-authorize) has the rules.").
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
 			Example(`root = if this.client_certificate != null { { "device": this.client_certificate.common_name } } else { false }`).
@@ -96,6 +90,12 @@ let claims = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())
 root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room } } else { false }`).
 			Example(`root = this.token.parse_jwt_jwks(keys: "https://login.example.com/.well-known/jwks.json", audience: "cryo", issuer: "https://login.example.com/").without("aud", "iat", "nbf")`).
 			Optional(),
+	}
+}
+
+// admissionOptionFields returns the advanced fields that determine which clients are admitted.
+func admissionOptionFields() []*service.ConfigField {
+	return []*service.ConfigField{
 		authorizeProcessorsField(),
 		service.NewObjectField(fieldSessionMetadata,
 			metadataQueryField.config().
@@ -107,10 +107,10 @@ root = if $claims.aud == "cryo" { { "user": $claims.sub, "room": this.query.room
 				Default([]any{}).
 				Example([]string{"User-Agent"}),
 		).
-			Description("The parts of a client's request that become metadata of all its messages: the first value of each name, if there is one. They are untrusted, unless `authorize` checks them. A client is denied with status 400 if a value contains control characters, such as line breaks, because outputs that send metadata as headers would fail.").
+			Description("The parts of a client's request that become metadata of all its messages; the first value of each name counts. They are untrusted, unless `authorize` checks them. A client is denied with status 400 if a value contains control characters.").
 			Advanced(),
 		allowedOriginsField.config().
-			Description("The origins (header Origin) of web pages that may connect: scheme, host and, unless it is the default, port. `null` is a page from a file or a sandbox. `*` is any origin; that is safe, because browsers do not add the token by themselves. An empty list denies all web pages. Clients that are not browsers do not send this header, and are not checked.").
+			Description("The origins of web pages that may connect: scheme, host and, unless it is the default, port. `*` is any origin, `null` is a page from a file or a sandbox, and an empty list denies all web pages. Clients that send no `Origin` header are not checked.").
 			Default([]any{anyOrigin}).
 			Example([]string{"https://app.example.com", "http://localhost:3000"}).
 			Advanced(),

@@ -34,13 +34,7 @@ const (
 
 func authorizeProcessorsField() *service.ConfigField {
 	return service.NewProcessorListField(fieldAuthorizeProcessors).
-		Description(fmt.Sprintf(`Processors that run for each client before the mapping `+"`authorize`"+`, which is required with them. Use them to ask an HTTP service, a cache or a database. They receive one message, whose content is the input of `+"`authorize`"+` as an object, including the token. The content of their result is `+"`this.answer`"+` in `+"`authorize`"+`: an object or another value if it is JSON, otherwise text.
-
-Only `+"`authorize`"+` accepts a client. So check the answer there: `+"`root = this.answer`"+` accepts a client if the answer is `+"`true`"+` or any object, even `+"`{\"allowed\":false}`"+`, and its fields become metadata.
-
-If the processors delete the message, the client is denied with status 401. If they fail, do not finish within `+"`%s`"+`, or return several messages, the client is denied with status 503, so that it tries again later. The log shows the cause, except for texts that may contain a part of the token. To the processor `+"`http`"+`, each status except 2xx is a failure. If a service denies clients with a status, set `+"`successful_on: [ 401, 403 ]`"+`, and check `+"`@http_status_code`"+` in a processor `+"`mapping`"+`. The processor `+"`cached`"+` caches failures as answers, unless it has `+"`skip_on: errored()`"+`.
-
-The processors run for up to %d clients at the same time. The clients of one IPv4 address or IPv6 /64 network have at most as many of these runs as are free for others, so half of them. Further clients wait, within `+"`%s`"+`; sessions are not affected. The engine's own log lines and traces of the processors may contain the token, and these lines are not limited: the processor `+"`http`"+` logs each failure at level ERROR, with the URL that it has requested and the response.`, fieldHandshakeTimeout, maxAuthorizing, fieldHandshakeTimeout)).
+		Description("Processors that run for each client before `authorize`, such as `http` or `cache`; `authorize` is then required. They receive the input of `authorize`, and their result is `this.answer` there. If they fail, or do not finish within `" + fieldHandshakeTimeout + "`, the client is denied with status 503: see [Processors](" + authorizationPage + "#processors).").
 		Default([]any{}).
 		Example([]any{
 			map[string]any{"http": map[string]any{"url": "http://accounts:8000/authorize", "verb": "POST", "timeout": "3s", "retries": 0}},

@@ -47,46 +47,54 @@ var (
 	maxHeaderBytesField        = positiveInt(fieldMaxHeaderBytes, 16<<10)
 )
 
+// listenFields returns the common fields of a component that listens.
 func listenFields() []*service.ConfigField {
-	fields := []*service.ConfigField{
+	return append([]*service.ConfigField{
 		addressField.config().
-			Description("The address to listen on: host and port, or `:port` for all network interfaces. Inputs and outputs with the same address, of one pipeline or of several in streams mode, share one listener and its clients, and must have the same settings for it. Clients are assigned to several inputs in turn.").
+			Description("The host and port to listen on; `:port` means all network interfaces. Inputs and outputs with the same address share one listener and its clients, in streams mode also those of several pipelines; all settings of the listener must be equal. Several inputs receive clients in turn.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080"),
 		pathField.config().
-			Description("The path of the URL that clients connect to. Other paths return 404. Behind a reverse proxy, the path of the request that the proxy sends: without a prefix that it strips.").
+			Description("The path of the URL that clients connect to; other paths return 404. Behind a reverse proxy that strips a prefix, use the path without it.").
 			Default("/"),
 		listenTLSField(),
+	}, append(admissionFields(), lifetimeFields()...)...)
+}
+
+// listenOptionFields returns the remaining fields of a component that listens, most of which are
+// advanced.
+func listenOptionFields() []*service.ConfigField {
+	fields := []*service.ConfigField{
+		maxSessionsField.config().
+			Description("The maximum number of sessions; further clients are denied with status 503. As many connections, but at least 1,024, may be open without a session: see [Connections](" + docsURL + "reference/limits.md#connections)."),
 	}
-	fields = append(fields, admissionFields()...)
-	fields = append(fields, lifetimeFields()...)
+	fields = append(fields, admissionOptionFields()...)
+	fields = append(fields, lifetimeOptionFields()...)
 	fields = append(fields, proxyFields()...)
 	return append(fields,
-		maxSessionsField.config().
-			Description("The maximum number of sessions. Further clients are denied with status 503. The same number of connections, but at least 1,024, may be open without a session; a further connection closes the oldest of them from the address (or IPv6 /64 network) with the most, so that peers without a token cannot block clients."),
 		maxSessionsPerAddressField.config().
-			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network. Further clients are denied with status 429. 0: no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the proxy's address.").
+			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network; further clients are denied with status 429. 0 means no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the address of the proxy.").
 			Advanced(),
 		maxConnectsPerSecondField.config().
-			Description("The maximum number of clients that are accepted in a second, and at once. Further clients are denied with status 503. Only authorized clients count, so peers without a token cannot block clients; while the maximum is reached, clients are denied before they are authorized. 0: no limit.").
+			Description("The maximum number of clients that are accepted per second, and at once; further clients are denied with status 503. Only authorized clients count. 0 means no limit.").
 			Advanced(),
 		maxMessagesPerSecondField.config().
-			Description("The maximum number of messages and streams that a session receives in a second. Beyond it, reads are paused (backpressure), which slows the client down: nothing is rejected, and no session ends. The number applies from the start of a session, so its first message is received up to a second divided by the number later, and after an idle second the number is received at once. Other frames, such as pings, messages that are rejected because no input receives them, and chunks of streams and fragments of less than 1 KiB, are limited by themselves, to four times the number, and 100 at least; acknowledgements of what this process sends are not limited. 0: no limit. If this process also sends on the session, the client's acknowledgements are behind the messages that it has sent before, so they may be late: its session is closed only when they are missing for ten times `ack_timeout`.").
+			Description("The maximum number of messages and streams that a session receives per second. A faster client is slowed down by backpressure; nothing is rejected. 0 means no limit; [Rates]("+docsURL+"reference/limits.md#rates) has the details.").
 			Advanced(),
 		maxBytesPerSecondField.config().
-			Description("The maximum number of bytes that a session receives in a second, in the contents of messages and streams, each message and chunk counted with 64 bytes at least. It works like `max_messages_per_second`; if that is 0, other frames are limited to one for each 256 bytes, and 100 at least. A message is received after the time that it takes at this rate, so it may be larger. 0: no limit.").
+			Description("The maximum number of bytes that a session receives per second; each message and chunk counts as 64 bytes at least. It works like `max_messages_per_second`. 0 means no limit.").
 			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
-			Description("The timeout for TLS and the HTTP request of a client, and before that for the header of `proxy_protocol`, and again for Cryo's handshake on the open WebSocket. That is complete when the client has sent ENDPOINT_INFO, has acknowledged the one that is sent to it after a second, or has sent its first message or stream: the published client for browsers sends no ENDPOINT_INFO when it reconnects. A client that does none of these is disconnected with close code 4001, logged at WARN with its address, and counted in `cryo_sessions_denied` with the status 408. Keep the timeout well above one second.").
+			Description("The timeout of TLS and the HTTP request of a client, and again of Cryo's handshake on the open WebSocket. A client that exceeds the latter is disconnected with close code 4001. Keep the timeout well above one second.").
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().
-			Description("The maximum size of the request line and headers of a client's HTTP request, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory, and 4 KiB more, for up to `handshake_timeout`: see `max_sessions`.").
+			Description("The maximum number of bytes of the request line and headers of a client, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory, and 4 KiB more.").
 			Advanced(),
 		heartbeatField(),
 		drainPeriodField.config().
-			Description("The time over which sessions are closed when the process stops, so that their clients do not all connect again in the same second. It is the last part of the engine's `shutdown_delay`, which must be at least as long. When it begins, the listener closes its socket, so that no further client can connect, and handshakes in progress get status 503. Then one session after the other is closed: its messages in flight are acknowledged first, and so is what was sent to it, while those that wait for their turn go on as before. 0s: all sessions are closed together, when their pipelines have stopped. An output without another listener for its clients has fewer and fewer of them meanwhile, so its messages may find none. A pipeline that is replaced or removed closes all sessions together.").
+			Description("The time over which sessions are closed when the process stops, so that clients do not reconnect in the same second. It is the last part of `shutdown_delay`, which must be at least as long. With 0s, all sessions are closed together: see [Draining]("+docsURL+"reference/delivery.md#draining).").
 			Default("0s").
 			Advanced(),
 	)

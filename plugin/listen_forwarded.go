@@ -37,16 +37,16 @@ var (
 func proxyFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		trustedProxiesField.config().
-			Description("The reverse proxies that are trusted to report the address of a client: IP addresses, or networks such as `10.0.0.0/8`. The reported address, of an HTTP header or of `proxy_protocol`, is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. Other addresses are not believed, so do not add networks from which clients connect directly.").
+			Description("The addresses or networks of reverse proxies that are trusted to report the address of a client, in `forwarded_header` or by `proxy_protocol`. The reported address is used in `cryo_remote_address`, `authorize`, `max_sessions_per_address` and the log. Do not add networks from which clients connect directly.").
 			Default([]any{}).
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
 			Advanced(),
 		forwardedHeaderField.config().
-			Description("The header in which the trusted proxies report the address of a client. Each of them must set this header: a proxy may pass on the other one from a client unchanged.").
+			Description("The header in which the trusted proxies report the address of a client. Every trusted proxy must set it, because a proxy may pass on the other header from a client unchanged.").
 			Default(headerXForwardedFor).
 			Advanced(),
 		proxyProtocolField.config().
-			Description("Whether the trusted proxies send a header of the PROXY protocol, version 1 or 2, before the first byte of a client, and before TLS. It is for TCP load balancers, which send no HTTP header. Each connection of a trusted proxy must begin with it, including health checks; those of other addresses must not. If the address in it is that of a trusted proxy too, `forwarded_header` applies as well.").
+			Description("Whether the trusted proxies begin each connection with a PROXY protocol header, version 1 or 2, as TCP load balancers do. Their health checks must send it too, and connections from other addresses must not. If the address in it is that of a trusted proxy, `forwarded_header` applies as well.").
 			Advanced(),
 	}
 }

@@ -30,29 +30,30 @@ var (
 	maxSessionAgeField      = durationOrZero(fieldMaxSessionAge)
 )
 
+// lifetimeFields returns the common fields about the lifetime of sessions.
 func lifetimeFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewBloblangField(fieldSessionExpires).
-			Description(`A mapping to the time at which the session of a client expires, such as that of its token. Its input is that of ` + "`authorize`" + `, and in addition ` + "`this.authorized`" + `: the result of ` + "`authorize`" + `, or true with ` + "`tokens`" + `. The result is a number of seconds since 1970, as in the claim ` + "`exp`" + ` of a JWT, a timestamp, or text in the format of RFC 3339. Null and no assignment mean that the session does not expire: add ` + "`.not_null()`" + ` to deny clients without a time. All other results and errors deny the client with status 401, and so does a time that has passed.
-
-An expired session ends after ` + "`session_expiry_grace`" + `. It receives no more messages, streams that are incomplete are cancelled, and the outputs no longer send to it. Messages in flight can still be acknowledged, for up to 30 s; then the session is closed with the reason ` + "`session expired`" + `. So what is not acknowledged by then is sent again by its sender: the client on its next session, an output as after any lost session. The client may connect again with a renewed token, while the old one is denied with status 401.`).
+			Description("A mapping to the time at which a session expires: Unix seconds, a timestamp or RFC 3339 text. Its input is that of `authorize`, with the result of `authorize` as `this.authorized`. With null the session does not expire; see [Expiry](" + authorizationPage + "#expiry).").
 			Example(`root = this.authorized.exp`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET")).exp.not_null()`).
 			Optional(),
+	}
+}
+
+// lifetimeOptionFields returns the advanced fields about the lifetime and the owners of sessions.
+func lifetimeOptionFields() []*service.ConfigField {
+	return []*service.ConfigField{
 		sessionExpiryGraceField.config().
-			Description("The time from `session_expires` to the end of the session. Within it, a client can connect with a renewed token, see `session_owner`; it also tolerates clocks that differ. A token that has expired is denied nevertheless.").
+			Description("The time from `session_expires` to the end of the session. It lets clients connect with a renewed token first, and tolerates clocks that differ. A new connection with the expired token is denied nevertheless.").
 			Default("0s").
 			Advanced(),
 		maxSessionAgeField.config().
-			Description("The maximum duration of a session, for example to limit static tokens or to spread clients over instances. Between nine tenths and all of it, at random so that sessions that began together do not end together, the session ends in the same way as an expired one. The close code asks the client to connect again at once. 0s: no limit.").
+			Description("The maximum duration of a session. The session ends at a random point between nine tenths of it and all of it, so that sessions do not end together; its client should reconnect. 0s means no limit.").
 			Default("0s").
 			Advanced(),
 		service.NewBloblangField(fieldSessionOwner).
-			Description(`A mapping to the name of the client's user or device, with the same input as ` + "`session_expires`" + `. A client that connects with the id of a session whose loss is not yet detected replaces it if it has the same owner, even with another token or certificate; a client with another owner is denied. The result is text or a number. Null, no assignment and empty text mean that the token and the certificate decide, as described at ` + "`authorize`" + `. All other results and errors deny the client with status 401.
-
-The name must be what ` + "`authorize`" + ` has verified, such as the claim ` + "`sub`" + ` of a JWT. A client that chooses its owner, as with ` + "`root = this.query.user`" + `, can end the sessions of others. All sessions with one owner are one client for the quotas of ` + "`max_in_flight`, `streams.max_open` and `max_buffer_bytes`" + `; so name a user or a device, and not a group of many.
-
-An output with ` + "`send_to: session`" + ` sends to a session only messages of its owner: see ` + "`session_id`" + `. For that, the SHA-256 hash of the owner is in the metadata ` + "`cryo_session_owner`" + ` of all messages.`).
+			Description("A mapping to the user or device that owns the session, with the input of `session_expires`. A client that returns with the same session id and owner replaces its old connection, even with a renewed token. Use only what `authorize` has verified: see [Owners](" + authorizationPage + "#owners).").
 			Example(`root = this.authorized.sub`).
 			Example(`root = this.client_certificate.common_name`).
 			Optional().

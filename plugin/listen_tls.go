@@ -38,13 +38,13 @@ var (
 func listenTLSField() *service.ConfigField {
 	return service.NewObjectField(fieldTLS,
 		certFileField.config().
-			Description("The path of a PEM file with the server's certificate and the intermediate ones. Empty: no TLS.").
+			Description("The path of a PEM file with the server's certificate, followed by the intermediate ones. If empty, there is no TLS.").
 			Default(""),
 		keyFileField.config().
 			Description("The path of a PEM file with the private key of the certificate.").
 			Default(""),
 		clientCAFileField.config().
-			Description("The path of a PEM file with the certificates of authorities. If set, clients must have a certificate that one of these has signed, in addition to their token.").
+			Description("The path of a PEM file with certificate authorities. If set, clients need a certificate signed by one of them, in addition to their token.").
 			Default("").
 			Advanced(),
 		clientAuthField.config().
@@ -56,7 +56,7 @@ func listenTLSField() *service.ConfigField {
 			Default("tls12").
 			Advanced(),
 	).
-		Description("With a certificate and its key, clients connect by `wss://`; without, by `ws://`. Changed files are reloaded when the next client connects, at most once per second, without a restart; sessions stay connected. If the new files are invalid, an error is logged, the previous ones stay in use, and the new ones are tried again.")
+		Description("The certificates of `wss://`; without them, clients connect by `ws://`. Changed files are reloaded when the next client connects, at most once per second; sessions stay connected. If they are invalid, an error is logged, and the previous ones stay in use.")
 }
 
 type tlsSettings struct {

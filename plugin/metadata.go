@@ -35,12 +35,12 @@ const (
 )
 
 const identityText = `
-All messages also carry the identity of their session:
+A message of a client also carries:
 
 - ` + "`cryo_remote_address`" + `: the network address of the client
-- ` + "`cryo_session_owner`" + `: the SHA-256 hash, in hexadecimal, of the owner that ` + "`session_owner`" + ` returns, if the session has one. An output ` + "`cryo_server`" + ` with ` + "`send_to: session`" + ` compares it
-- ` + "`cryo_auth_…`" + `: the fields of the object that the mapping ` + "`authorize`" + ` returns
-- ` + "`cryo_query_…` and `cryo_header_…`" + `: the query parameters and headers listed in ` + "`session_metadata`" + `
+- ` + "`cryo_session_owner`: the SHA-256 hash, in hexadecimal, of the result of `session_owner`" + `
+- ` + "`cryo_auth_…`: the fields of the object that `authorize`" + ` returns
+- ` + "`cryo_query_…` and `cryo_header_…`: the query parameters and headers in `session_metadata`" + `
 `
 
 // identity is the id of a session and the metadata that its messages share. It is read-only.

@@ -13,25 +13,26 @@ func outputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Connects to a Cryo server and sends it messages.").
-		Description(cryoText+`This output is a Cryo client: it connects to a server, such as one made with the npm package `+"`cryo-server`"+`. When the connection is lost, it reconnects with the same session id: immediately while a batch is in flight, otherwise with the next message. Failed attempts are repeated after waits that double up to ten seconds (after a denied token: 30 s).
+		Description(cryoText+"This output is a Cryo client: it connects to a server, such as one made with the npm package `cryo-server`. "+reconnectText+`
 
-== Delivery
+## Delivery
 
-A message is delivered when the server has acknowledged it. It has failed when the server rejects it, when it is not acknowledged within `+"`ack_timeout`"+`, or when it cannot be sent. A stream has failed when the server cancels it, which a server also does if it closes the connection before it has received the whole stream.
+A message is delivered when the server acknowledges it. It fails if the server rejects it, or does not acknowledge it within `+"`ack_timeout`"+`. A stream also fails if the server cancels it.
 
-A lost connection alone is not a failure: a batch in flight waits for the next connection, and only its unacknowledged messages are sent again there. The output waits for connections until `+"`ack_timeout`"+` after the first loss; then the remaining messages have failed. They have also failed when 10 connections were lost with the batch, because the batch may be the cause. A batch that arrives while there is no connection waits for one without a time limit, because none of it was sent.
+After a lost connection, unacknowledged messages are sent again on the next one, until `+"`ack_timeout`"+` after the loss. A batch that arrives without a connection waits for one without a time limit.
 
-When cryo-connect receives SIGTERM or SIGINT, the server has a quarter of `+"`shutdown_timeout`"+` (5 s of 20 s, after `+"`shutdown_delay`"+`) to acknowledge what is in flight. Then the sends are cancelled: their messages have failed, and their senders may send them again. The connection is closed within another 5 s. Raise `+"`shutdown_timeout`"+` if the server needs longer. An output around this one treats a cancelled send like any other failure: `+"`drop_on`"+` with `+"`error: true`"+` drops the message, `+"`fallback`"+` passes it to its next output, and `+"`retry`"+` keeps it until the engine stops by force, as does a `+"`broker`"+` that copies it to all its outputs.
+On SIGTERM or SIGINT, the server has a quarter of `+"`shutdown_timeout`"+` to acknowledge; then the messages in flight fail.
 `+sendResultsText+`
-Data that the server sends on this session is rejected: to receive, use the input `+"`cryo`"+`.
+Messages from the server are rejected on this session. To receive, use the input `+"`cryo`"+`.
 `+sendMetadata+sendPerformance+injectionText+metricsText).
 		Fields(dialFields()...).
 		Fields(sendFields(
-			" After the loss of a connection, the output waits for other connections up to this time: see [Delivery](#delivery). `/ready` may report the loss with that delay.",
-			", also after a lost connection that is replaced within `ack_timeout`",
+			" After the loss of a connection, the output waits for another one for this long, and `/ready` may report the loss with that delay.",
+			"",
 		)...).
+		Fields(dialOptionFields()...).
 		LintRule(lintMapping("output cryo")).
-		Example("From Kafka to a Cryo server", "Records of a topic are sent to a Cryo server; offsets are committed when the server acknowledges.", `
+		Example("Read from Kafka", "Records of a topic are sent to a Cryo server. Their offsets are committed when the server acknowledges them.", `
 input:
   redpanda:
     seed_brokers: [ localhost:9092 ]
@@ -41,6 +42,37 @@ output:
   cryo:
     url: wss://cryo.example.com
     token: '${CRYO_TOKEN}'
+`).
+		Example("Send files as streams", "Each file is sent as a stream with the file's name. `retry` repeats files that the server rejects, which the input `file` does not.", `
+input:
+  file:
+    paths: [ ./outbox/* ]
+    scanner:
+      to_the_end: {}
+output:
+  retry:
+    output:
+      cryo:
+        url: wss://cryo.example.com
+        token: '${CRYO_TOKEN}'
+        message_type: stream
+        stream:
+          name: ${! @path.filepath_split().index(1) }
+        max_in_flight: 4 # files in flight stay in memory
+`).
+		Example("Batch lines", "Lines are sent in batches of up to 100, which wait for at most 10 ms. `token_file` is read again for each attempt to connect.", `
+input:
+  stdin:
+    scanner:
+      lines: {}
+output:
+  cryo:
+    url: wss://cryo.example.com
+    token_file: /run/secrets/cryo-token
+    message_type: utf8
+    batching:
+      count: 100
+      period: 10ms
 `)
 }
 

@@ -11,27 +11,24 @@ func serverOutputSpec() *service.ConfigSpec {
 		Beta().
 		Categories("Network").
 		Summary("Listens for Cryo clients and sends them messages.").
-		Description(cryoText+`This output is a Cryo server: clients, such as those made with the npm package `+"`cryo-client-node`"+`, or web pages, connect to the pipeline, and it sends them messages.
+		Description(cryoText+`This output is a Cryo server: web pages and other clients, such as those made with the npm package `+"`cryo-client-node`"+`, connect to it. To receive from the same clients, add an input `+"`cryo_server`"+` with the same address and settings; without it, their messages are rejected.
 
-To receive from the same clients, use an input `+"`cryo_server`"+` with the same address and the same settings. Without such an input, messages from clients are rejected.
+## Delivery
 
-== Delivery
+`+"`send_to`"+` determines when a message is delivered:
 
-To one session (`+"`send_to: session`"+`), a message is delivered when the client has acknowledged it. It has failed when the client rejects it, or does not acknowledge it within `+"`ack_timeout`"+`. After a timeout the session is also closed, so that a client that does not acknowledge delays others once, and not with each message. The close code is 1013 (try again later), after which the published client for browsers connects again.
+- `+"`session`"+`: when the client acknowledges it.
+- `+"`any`"+`: when one client acknowledges it. If its session ends first, the message is sent to another one, ten at most.
+- `+"`all` and `match`"+`: when each session has acknowledged or rejected it, or has ended, and at least one has acknowledged it. Delivery to a single session is at most once.
 
-To all sessions (`+"`all`"+`), or to those that match (`+"`match`"+`), a message is delivered when each of these sessions has acknowledged or rejected it, or has ended. A session that does not acknowledge within `+"`ack_timeout`"+` is closed; the message is not sent again to all. So delivery is at most once for sessions that end, or reject the message. A slow session delays the others by at most `+"`ack_timeout`"+` (by ten times that if the transfer of a large message takes so long), and not at all while it is fewer than `+"`max_in_flight`"+` batches behind. A stream may take `+"`ack_timeout`"+` for each of its steps; when one session has received all of it, the others have the same time again, plus `+"`ack_timeout`"+`. A message that no session acknowledges has failed.
-
-To one session in turn (`+"`any`"+`), a message is delivered when one session has acknowledged it. If its session ends first, the message is sent to another one; so it may be processed twice, and a stream is sent again from the beginning. A session that does not acknowledge within `+"`ack_timeout`"+` is closed, and its messages are sent to others: set it above the maximum time that a client needs for a message. A message has failed when a client rejects it, or cancels its stream, which a client also does if it closes its session before it has received the whole stream, or when 10 sessions in a row have not acknowledged it. While all sessions have `+"`max_in_flight_per_session`"+` unacknowledged messages, the pipeline waits.
-
-A session whose reads are paused (`+"`max_buffer_bytes`"+`) may have acknowledged in time, so it is not closed after a timeout. The message counts as not acknowledged by it: a message to several sessions is delivered if another one has acknowledged it; any other message has failed, or is sent to another session (`+"`any`"+`).
-
-A message for which no client is connected fails after `+"`ack_timeout`"+` with `+"`no_session: wait`"+`. The other messages of its batch are sent immediately, but the batch fails with it. So an input that makes batches sends them again and again, until the missing client connects. To avoid that, use `+"`no_session: drop`"+`, batches of one, or an input `+"`cryo`"+` or `+"`cryo_server`"+`, which redelivers only the failed message.
+A message fails if no session acknowledges it; with `+"`session` and `any`"+`, also if its client rejects it. A session that does not acknowledge within `+"`ack_timeout`"+` is closed; see [Targets](`+deliveryPage+`#targets). Without a session, `+"`no_session`"+` applies.
 `+sendResultsText+sendMetadata+sendPerformance+injectionText+metricsText).
 		Fields(listenFields()...).
 		Fields(targetFields()...).
 		Fields(sendFields("", ", to each session")...).
+		Fields(listenOptionFields()...).
 		LintRule(lintMapping("output cryo_server")).
-		Example("Rooms", "Each message is sent to the clients in its room, which is the query parameter `room` of their URL.", `
+		Example("Send to rooms", "A message that is posted to `/rooms/NAME` is sent to the clients whose URL has the query parameter `room=NAME`.", `
 input:
   http_server:
     path: /rooms/{room}
@@ -43,8 +40,22 @@ output:
       query_parameters: [ room ]
     send_to: match
     match: root = @cryo_session.cryo_query_room == @room
+    no_session: drop # for an empty room
 `).
-		Example("Back to the sender", "Each message is sent back to its client, in upper case.", `
+		Example("Distribute work", "Each line is a job for one of the connected clients. A client acknowledges a job when it is done; the job of a client that disconnects is sent to another one.", `
+input:
+  stdin:
+    scanner:
+      lines: {}
+output:
+  cryo_server:
+    address: 0.0.0.0:8080
+    tokens: [ '${CRYO_TOKEN}' ]
+    send_to: any
+    max_in_flight_per_session: 1
+    ack_timeout: 10m # longer than any job takes
+`).
+		Example("Reply to the sender", "Each message is sent back to its client, in upper case.", `
 input:
   cryo_server:
     address: 0.0.0.0:8080

@@ -21,12 +21,10 @@ var keySets jwks.Sources
 func init() {
 	spec := bloblang.NewPluginSpec().
 		Category("JSON Web Tokens").
-		Description(fmt.Sprintf(`Verifies a JWT with the public keys of a JSON Web Key Set, and returns its claims. Integers keep all their digits. A token that is expired (`+"`exp`"+`) or not valid yet (`+"`nbf`"+`) is an error, as is one that is signed with an algorithm without a public key, or whose header has an extension (`+"`crit`, `b64`"+`). The algorithms are RS, PS and ES with 256, 384 and 512 bits, and EdDSA.
-
-A key set of a URL is fetched when it is first used, again when it is older than %[1]v, and for a token that is signed with an unknown key, three times at once and then every 10 seconds at most. So a new key is accepted immediately if it has an id (`+"`kid`"+`) of its own, otherwise after %[1]v, and a withdrawn one for at most %[1]v. If the server of the key set cannot be reached, the keys are used for up to %[2]v. A fetch takes 5 seconds at most, and uses the proxy of the environment (HTTPS_PROXY).`, jwks.MaxAge, jwks.MaxStale)).
-		Param(bloblang.NewAnyParam("keys").Description("The URL of the key set, which must be https unless it is a loopback address, and must not be made from a token; or the key set itself, as an object or as JSON.")).
-		Param(bloblang.NewStringParam("audience").Description("The audience of the token: the claim aud, or one of its elements.").Optional()).
-		Param(bloblang.NewStringParam("issuer").Description("The issuer of the token: the claim iss.").Optional()).
+		Description(fmt.Sprintf("Verifies a JWT with the public keys of a JSON Web Key Set (JWKS), and returns its claims. Integers keep all their digits. An expired token (`exp`), one that is not valid yet (`nbf`), and one that is not signed with RS, PS, ES (256, 384 or 512 bits) or EdDSA are errors.\n\nKeys of a URL are fetched when they are first used, when they are older than %v, and when a token names an unknown key. If they cannot be fetched, they stay in use for up to %v. A fetch takes at most 5 seconds, and uses the proxy of the environment (HTTPS_PROXY).", jwks.MaxAge, jwks.MaxStale)).
+		Param(bloblang.NewAnyParam("keys").Description("The URL of the key set, or the key set itself as an object or JSON. A URL must be https, unless it is a loopback address; never make it from a token.")).
+		Param(bloblang.NewStringParam("audience").Description("The required audience: the claim `aud`, or one of its elements.").Optional()).
+		Param(bloblang.NewStringParam("issuer").Description("The required issuer: the claim `iss`.").Optional()).
 		Example("Claims of a token for one audience.", `root = this.token.parse_jwt_jwks(keys: "https://login.example.com/.well-known/jwks.json", audience: "cryo")`)
 	bloblang.MustRegisterMethodV2(jwksMethod, spec, newJWKSMethod)
 }

@@ -26,25 +26,12 @@ const (
 	eventOverhead = 256 // bytes that a message occupies in the receive buffer in addition to its content
 )
 
-const eventMetadataText = `
-Session events (` + "`session` in `message_types`" + `) have no content and no ` + "`cryo_ack_id`" + `. Their ` + "`cryo_message_type` is `session`" + `, and they carry in addition:
-
-- ` + "`cryo_session_event`" + `: ` + "`connected` or `disconnected`" + `
-- ` + "`cryo_session_cause`" + `: why the session has ended, as text; only with ` + "`disconnected`" + `
-`
-
 const eventsText = `
-== Sessions
+## Session events
 
-With ` + "`session` in `message_types`" + `, the pipeline also receives an event when a client has connected and when it has disconnected, for example to track presence. The order is:
+With ` + "`session` in `message_types`" + `, the pipeline receives a message without content when a client connects and when it disconnects. Its ` + "`cryo_message_type` is `session`, and `cryo_session_event` is `connected` or `disconnected`; `cryo_session_cause`" + ` is the cause of a disconnection.
 
-- ` + "`connected`" + ` is delivered before the first message of the session.
-- ` + "`disconnected`" + ` follows when all messages of the session have been processed; those that have failed may be redelivered after it.
-- If a client reconnects with the same session id, even before the loss of its old connection is detected, ` + "`disconnected`" + ` is delivered first, and then ` + "`connected`" + `.
-
-Events are delivered at least once. When an input stops and another one of the same listener takes over its sessions, ` + "`connected`" + ` is repeated for each of them. When the last input stops, or the process ends, there is no ` + "`disconnected`" + ` for the connected sessions. So presence that is stored outside of the process must be cleared at the start, or expire.
-
-Events are never dropped, except those that the outputs fail to deliver with ` + "`auto_replay_nacks: false`" + `. They count as messages in flight, but do not wait for ` + "`max_in_flight`" + `; there is at most one per session. Events that wait for the pipeline count against ` + "`max_buffer_bytes`" + `. When as many sessions as ` + "`max_sessions`" + ` have ended and still wait for the pipeline, new clients are denied with status 503.
+` + "`connected` precedes the first message of its session. `disconnected`" + ` follows when all messages of the session have been processed. Events are delivered at least once, but a process that ends emits no ` + "`disconnected`" + `, so clear stored presence at the start, or let it expire. [Session events](` + deliveryPage + `#session-events) has the details.
 `
 
 // sessionEvent is the owner of an item that holds a session event.

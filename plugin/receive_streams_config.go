@@ -32,8 +32,8 @@ const (
 var (
 	streamNamesField = listOf(fieldStreams+"."+fieldNames, anyList)
 	flowControlField = oneOfDescribed(fieldStreams+"."+fieldFlowControl, map[string]string{
-		flowPush: "The sender sends at the speed of the network.",
-		flowPull: "Each chunk is requested, which costs a round trip. `cryo-server` supports it; `cryo-client-node` does not, and stops working.",
+		flowPush: "The sender sends at the speed of the network. The flow control of TCP applies.",
+		flowPull: "Each chunk is requested, which costs a round trip. Do not use it with `cryo-client-node`, which stops working.",
 	}, flowPush, flowPull)
 	streamMaxBytesField    = wholeNumber(fieldStreams+"."+fieldMaxBytes, 0, maxNumber, 64<<20)
 	streamMaxOpenField     = positiveInt(fieldStreams+"."+fieldMaxOpen, defaultMaxOpen)
@@ -43,25 +43,25 @@ var (
 func streamsField() *service.ConfigField {
 	return service.NewObjectField(fieldStreams,
 		streamNamesField.config().
-			Description("The exact names of the streams to receive. Other streams are acknowledged, counted (`cryo_messages_filtered`) and dropped. Empty: all streams are received.").
+			Description("The exact names of the streams to receive. Other streams are acknowledged, counted in `cryo_messages_filtered` and dropped. If empty, all streams are received.").
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
-			Description("How a stream is split into messages: one for the whole stream (`to_the_end`), or one per line (`lines`), CSV row (`csv`), file of an archive (`tar`), number of bytes (`chunker`), and so on; `decompress` decompresses the stream first. With a scanner that splits it, a stream of any length needs little memory.").
+			Description("The scanner that splits a stream into messages: one for the whole stream (`to_the_end`), or one per line (`lines`), CSV row (`csv`), file of an archive (`tar`) or number of bytes (`chunker`). With a scanner that splits it, a stream of any length needs little memory.").
 			Default(map[string]any{"to_the_end": map[string]any{}}).
 			LintRule(lintMapping(scannerRule)),
 		flowControlField.config().
-			Description("Whether the sender pushes the chunks of a stream, or sends them on request. The flow control of TCP applies in both cases.").
+			Description("Whether the sender pushes the chunks of a stream, or sends them on request.").
 			Default(flowPush).
 			Advanced(),
 		streamMaxBytesField.config().
-			Description("The maximum number of bytes of a stream, and of each of its messages. A stream that exceeds it is cancelled. Messages can be larger than their stream: compressed data (`decompress`) and sparse files of an archive (`tar`) can expand to a thousand times its size, and rows of `csv` repeat the names of their columns. A stream is read on when its messages in flight are no larger together. 0: no limit; use that only with a scanner that splits streams, without these two. A record, such as a row, is limited to 64 MiB then, and so are the messages in flight."),
+			Description("The maximum number of bytes of a stream, of each of its messages, and of its messages in flight. A stream that exceeds it is cancelled. 0 means no limit, for scanners that split streams: see [Streams]("+docsURL+"reference/limits.md#streams)."),
 		streamMaxOpenField.config().
-			Description("The maximum number of streams that are received concurrently, of all sessions. Senders of further streams wait. One session may have at most 256 streams. If several sessions can be connected, the quota of one client (see `max_in_flight`) is half of the streams that others do not use, and at least one. With a scanner that buffers whole streams, this times `max_bytes` bounds the memory."),
+			Description("The maximum number of streams that the component receives concurrently; senders of further streams wait. With the scanner `to_the_end`, it times `max_bytes` bounds the memory."),
 		streamIdleTimeoutField.config().
-			Description("The time after which a stream is cancelled if none of its data is received. Time spent waiting for the pipeline does not count.").
+			Description("The time without data after which a stream is cancelled. Time spent waiting for the pipeline does not count.").
 			Default("60s"),
 	).
-		Description("How to receive streams: named sequences of bytes of any length, for files and large data.")
+		Description("Settings of received streams: named sequences of bytes of any length, for files and large data.")
 }
 
 // streamConfig holds the settings of received streams.

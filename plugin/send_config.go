@@ -25,27 +25,21 @@ const (
 
 // sendResultsText continues the section about delivery in the description of each output.
 const sendResultsText = `
-A batch is delivered when all its messages are. All messages that can be sent are sent, and their acknowledgements awaited, first. If a message is not delivered, the whole batch fails with one error, which contains the number of failed messages and the first cause. The error does not identify messages, because after processors that filter or split, the engine would attribute it to another message, and the failed one would be lost. The consequence depends on the input:
-
-- Inputs ` + "`cryo`" + ` and ` + "`cryo_server`" + `: each message of a failed batch is redelivered once, alone. After that, only messages that fail alone are redelivered.
-- Other inputs: the whole batch is sent again, until all of it is delivered. Where failures of messages are part of normal operation, let such an input make batches of one, so that only the failed message is repeated.
-- The output's own ` + "`batching`" + `, without ` + "`processors`" + `: only the failed messages, or the input's batches that contain them, are returned to the input. With ` + "`processors`" + `, a rejected message fails its whole batch.
-
-No output can prevent the engine from attributing a failure to another message, so that a message is lost, behind an input that makes batches (other than the inputs of this plugin) in these cases: ` + "`split`" + `, ` + "`group_by`" + ` or ` + "`group_by_value`" + ` makes several batches of one and only some of them fail; or there is a filter before ` + "`reject_errored`" + ` or ` + "`switch`" + ` around the output, or ` + "`error_handling.strict`" + ` is used with a filter. Let the input make batches of one, or use an input of this plugin.
+A batch with an undelivered message fails as a whole, after all its messages have been sent. The inputs ` + "`cryo` and `cryo_server`" + ` then redeliver each message alone; other inputs repeat the batch. The output's own ` + "`batching`, without `processors`" + `, returns only the failed messages. See [Failed sends](` + deliveryPage + `#failed-sends).
 `
 
 const sendMetadata = `
-== Metadata
+## Metadata
 
-Messages that were received from Cryo are sent with the same type: with ` + "`message_type: auto`" + `, the metadata ` + "`cryo_message_type`" + ` determines whether bytes and streams remain what they were, and ` + "`cryo_stream_name`" + ` is the name of a stream. No other metadata is sent, because Cryo has no headers: data for the other end must be part of the content.
+Cryo has no headers, so no metadata is sent: data for the receiver must be part of the content. Messages that were received from Cryo keep their type, from the metadata ` + "`cryo_message_type`" + `, and streams keep their name, from ` + "`cryo_stream_name`" + `.
 `
 
 const sendPerformance = `
-== Performance
+## Performance
 
-The messages of a batch are sent together, and their acknowledgements are awaited together. So the throughput is limited by the batch size times ` + "`max_in_flight`" + `, divided by the time to the acknowledgement: single messages, 64 in flight and 10 ms allow 6,400 messages a second. Inputs that return single messages benefit most from ` + "`batching`" + `, with a ` + "`count`" + ` and a short ` + "`period`" + ` (such as 10ms), which is the maximum wait of an incomplete batch.
+The messages of a batch are sent together, and their acknowledgements are awaited together. The throughput is at most the batch size times ` + "`max_in_flight`" + `, divided by the time to the acknowledgement: single messages, 64 in flight and 10 ms allow 6,400 messages per second. Behind inputs of single messages, set ` + "`batching` with a `count` and a short `period`" + ` such as 10ms.
 
-If the order matters, set ` + "`max_in_flight: 1`" + `, with the limits described there, and use larger batches. The streams of a batch are sent one after the other; after one that has timed out, the rest are sent concurrently.
+For order, set ` + "`max_in_flight: 1`" + ` and use larger batches. The streams of a batch are sent one after the other; after one that has timed out, the rest are sent concurrently.
 `
 
 var (
@@ -64,12 +58,11 @@ var (
 )
 
 // sendFields returns the fields that both outputs have. lost is appended to the description of
-// ack_timeout. order qualifies what the description of max_in_flight says about the order of
-// messages.
+// ack_timeout. order qualifies the description of max_in_flight about the order of messages.
 func sendFields(lost, order string) []*service.ConfigField {
 	return []*service.ConfigField{
 		sendMessageTypeField.config().
-			Description("The type of Cryo message to send: `utf8` (text), `binary`, `stream` (a named stream per message), or `auto`: the type with which the message was received from Cryo, otherwise `utf8` if it is valid UTF-8, otherwise `binary`. Messages of more than 16 MiB can only be sent as a `stream`. To send a whole batch as one stream, use the processor `archive` under `batching`.").
+			Description("The type of message to send: `utf8` (text), `binary` or `stream`. `auto` keeps the type of messages that were received from Cryo; of others it sends valid UTF-8 as `utf8`, and the rest as `binary`. Messages of more than 16 MiB must be sent as a `stream`.").
 			Default(messageTypeAuto).
 			Example(`${! if meta("content_type") == "text/plain" { "utf8" } else { "binary" } }`),
 		service.NewObjectField(fieldStream,
@@ -81,12 +74,12 @@ func sendFields(lost, order string) []*service.ConfigField {
 				Description("The number of bytes of a stream per frame, at most 16 MiB (16777216).").
 				Advanced(),
 		).
-			Description("Settings of messages that are sent as a `stream`."),
+			Description("Settings of messages that are sent as a `stream`. To send a batch as one stream, use the processor `archive` under `batching`."),
 		ackTimeoutField.config().
-			Description("The timeout for the acknowledgement of a message, or of each step of a stream. After it the message has failed, although the peer may still receive it, and again if it is sent again. Time during which a slow line still transfers the message does not count, if at least 4 KiB are transferred in half of the timeout; but after ten times the timeout the message fails in any case." + lost).
+			Description("The time in which a message, or each step of a stream, must be acknowledged; after it, the message has failed. Time in which a slow line transfers the message does not count, up to ten times the timeout." + lost).
 			Default("30s"),
 		sendMaxInFlightField.config().
-			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order in which the output receives them" + order + ". But a message that is rejected or times out, and is sent again by its input, follows messages that the pipeline has read in the meantime. To keep the order even then, use an input `cryo` or `cryo_server` with `max_in_flight: 1`. Messages in flight stay in memory, so use a low value for large ones."),
+			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order of the pipeline" + order + ": see [Order](" + deliveryPage + "#order). Messages in flight stay in memory, so use a low value for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 		injectTracingField(),
 	}

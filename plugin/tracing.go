@@ -27,34 +27,30 @@ const (
 const extractTrace = `root = if this.trace.type().or("") == "object" { this.trace } else { {} }`
 
 const extractionText = `
-== Tracing
+## Tracing
 
-With ` + "`extract_tracing_map`" + `, the spans of the pipeline continue those of the sender. Cryo has no headers, so the sender must put the trace context, such as ` + "`traceparent`" + `, into the content, in a place that both ends have agreed on. For example,
+With ` + "`extract_tracing_map`" + `, the spans of the pipeline continue those of the sender. Cryo has no headers, so the sender must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping reads it from the field ` + "`trace`" + ` of a JSON object, and begins a new trace for all other messages:
 
 ` +
 	"```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
 
-reads it from the field ` + "`trace`" + ` of a JSON object, and begins a new trace for all other messages. The condition is important: without it, a message whose field ` + "`trace`" + ` is not an object would have no span. The names of streams and sessions are not suitable for a trace context.
-
-If the mapping fails, or returns a value that is not an object, the message has no span, and is otherwise unchanged. A warning is logged, at most once per second, unless the mapping returns null or deletes ` + "`root`" + `, which means that the message has no span.
+If the mapping fails, or returns a value that is not an object, the message has no span, and a rate-limited warning is logged.
 `
 
 const injectionText = `
-== Tracing
+## Tracing
 
-With ` + "`inject_tracing_map`" + `, the receiver can continue the spans of the pipeline. Cryo has no headers, so the mapping must put the trace context, such as ` + "`traceparent`" + `, into the content, in a place that both ends have agreed on. For example,
+With ` + "`inject_tracing_map`" + `, the receiver can continue the spans of the pipeline. Cryo has no headers, so the mapping must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping writes it into the field ` + "`trace`" + ` of a JSON object, and leaves other content unchanged:
 
 ` +
 	"```yaml\ninject_tracing_map: root.trace = if root.type() == \"object\" { this }\n```" + `
 
-writes it into the field ` + "`trace`" + ` of a JSON object, and leaves other content unchanged. The condition is important: without it, text and bytes would be replaced with an object that contains only the field.
-
-If the mapping fails, or deletes ` + "`root`" + `, the message is sent unchanged. A failure is logged as a warning, at most once per second.
+If the mapping fails, the message is sent unchanged, and a rate-limited warning is logged.
 `
 
 func extractTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldExtractTracing).
-		Description("A mapping that returns the trace context of a message, an object with keys such as `traceparent`. An empty object begins a new trace; with null or `deleted()`, the message has no span. See [Tracing](#tracing).").
+		Description("A mapping that returns the trace context of a message, an object with keys such as `traceparent`. An empty object begins a new trace; with null or `deleted()` the message has no span, and nothing is logged. See [Tracing](#tracing).").
 		Example(extractTrace).
 		Optional().
 		Advanced()
@@ -62,7 +58,7 @@ func extractTracingField() *service.ConfigField {
 
 func injectTracingField() *service.ConfigField {
 	return service.NewBloblangField(fieldInjectTracing).
-		Description("A mapping that writes the trace context into a message: `this` is an object with keys such as `traceparent`, and `root` is the message. See [Tracing](#tracing).").
+		Description("A mapping that writes the trace context into a message: `this` is an object with keys such as `traceparent`, and `root` is the message. With `deleted()` the message is sent unchanged. See [Tracing](#tracing).").
 		Example(`root.trace = if root.type() == "object" { this }`).
 		Optional().
 		Advanced()

@@ -24,6 +24,29 @@ func TestEachPageHasEverySection(t *testing.T) {
 	}
 }
 
+// A page is for looking things up: what is longer belongs to a page that it links to.
+func TestSectionsAndFieldsAreShort(t *testing.T) {
+	pages, err := render()
+	require.NoError(t, err)
+	for name, content := range pages {
+		page, fields, _ := strings.Cut(string(content), "\n## Fields\n")
+		for section := range strings.SplitSeq(page, "\n## ") {
+			title, text, _ := strings.Cut(section, "\n")
+			if title == "Delivery" || title == "Metadata" || title == "Performance" {
+				assert.LessOrEqual(t, len(strings.Fields(text)), 150, "%s: %s", name, title)
+			}
+		}
+		for field := range strings.SplitSeq(fields, "\n### ") {
+			title, text, _ := strings.Cut(strings.TrimPrefix(field, "\n### "), "\n")
+			text, _, _ = strings.Cut(text, "\n```")
+			text, _, _ = strings.Cut(text, "\n| value |")
+			if !strings.HasPrefix(title, "`tls.") { // those of the engine
+				assert.LessOrEqual(t, len(strings.Fields(text)), 90, "%s: %s", name, title)
+			}
+		}
+	}
+}
+
 func TestFieldsShowTypeDefaultAndMarks(t *testing.T) {
 	pages, err := render()
 	require.NoError(t, err)
