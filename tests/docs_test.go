@@ -90,9 +90,15 @@ func TestGoInREADMEAndLibraryPageCompiles(t *testing.T) {
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net/http"
+	"os"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
+
+var _ = []any{errors.Is, io.Copy, http.Serve, os.Open} // fragments may use these packages
 
 func main() {}
 
