@@ -66,7 +66,7 @@ func listenFields() []*service.ConfigField {
 func listenOptionFields() []*service.ConfigField {
 	fields := []*service.ConfigField{
 		maxSessionsField.config().
-			Description("The maximum number of sessions; further clients are denied with status 503. As many connections, but at least 1,024, may be open without a session: see [Connections](" + docsURL + "reference/limits.md#connections)."),
+			Description("The maximum number of sessions; further clients are denied with status 503. The same number of connections, at least 1,024, may be open without a session: see [Connections](" + docsURL + "reference/limits.md#connections)."),
 	}
 	fields = append(fields, admissionOptionFields()...)
 	fields = append(fields, lifetimeOptionFields()...)

@@ -49,7 +49,7 @@ func lifetimeOptionFields() []*service.ConfigField {
 			Default("0s").
 			Advanced(),
 		maxSessionAgeField.config().
-			Description("The maximum duration of a session. The session ends at a random point between nine tenths of it and all of it, so that sessions do not end together; its client should reconnect. 0s means no limit.").
+			Description("The maximum duration of a session. The session ends at a random point in the last tenth of it, so that sessions do not end together; its client should reconnect. 0s means no limit.").
 			Default("0s").
 			Advanced(),
 		service.NewBloblangField(fieldSessionOwner).

@@ -90,7 +90,7 @@ const receiveResponses = `
 
 A synchronous response of the pipeline is sent to the sender of its message, on the same session and before the acknowledgement. It comes from the output or processor ` + "`sync_response`, or from `http_client` with `propagate_response: true`" + `. If the sender does not acknowledge it within ` + "`ack_timeout`" + `, the message is rejected.
 
-A response has the type of its message; a response to a message of a stream is a stream with the same name. Keep the metadata ` + "`cryo_session_id`, `cryo_ack_id` and `cryo_tx_id`" + `, by which the input finds the message of a response. Do not merge messages before a response, by ` + "`archive` or the `batching`" + ` of an output. [Responses](` + deliveryPage + `#responses) has the details.
+A response has the type of its message; a response to a message of a stream is a stream with the same name. Keep the metadata ` + "`cryo_session_id`, `cryo_ack_id` and `cryo_tx_id`" + `, which identify the message of a response. Do not use ` + "`archive`, or the `batching`" + ` of an output, before a response: they merge responses. [Responses](` + deliveryPage + `#responses) has the details.
 `
 
 const receivePerformance = `
@@ -98,7 +98,7 @@ const receivePerformance = `
 
 The input delivers the messages that are waiting, in batches of up to ` + "`max_batch_count`" + `; it never waits for a batch to fill. The throughput is at most ` + "`max_in_flight`" + ` divided by the latency of the outputs: 1,024 messages and 100 ms allow about 10,000 messages per second.
 
-Give an output with ` + "`batching` a `period`, and a `count` below `max_in_flight`, with `cryo_server`" + ` below three quarters of it. Otherwise a batch can wait for messages that wait for its acknowledgement. With ` + "`http_client`, set `max_batch_count: 1`" + `: that output posts the messages of a batch one after the other, but up to 64 batches concurrently.
+An output with ` + "`batching` needs a `period`, and a `count` below `max_in_flight` (for `cryo_server`" + `, below three quarters of it). Otherwise a batch can wait for messages that wait for its acknowledgement. With ` + "`http_client`, set `max_batch_count: 1`" + `: that output posts the messages of a batch one after the other, but up to 64 batches concurrently.
 
 A sender that waits for each acknowledgement sends one message per latency of the pipeline. Memory is bounded by ` + "`max_buffer_bytes`" + `; with the scanner ` + "`to_the_end`, streams need up to `streams.max_open` times `streams.max_bytes`" + ` more.
 `
@@ -106,7 +106,7 @@ A sender that waits for each acknowledgement sends one message per latency of th
 var (
 	acknowledgeField = oneOfDescribed(fieldAcknowledge, map[string]string{
 		acknowledgeDelivered: "When the outputs of the pipeline have delivered the message.",
-		acknowledgeReceived:  "When the pipeline has received the message. Messages that are in flight when the process ends are lost. Use it only for senders that cannot wait, such as `cryo-server`, which ignores acknowledgements after 2.5 s.",
+		acknowledgeReceived:  "When the pipeline has received the message. Messages in flight at the end of the process are lost. For senders that cannot wait, such as `cryo-server`.",
 	}, acknowledgeDelivered, acknowledgeReceived)
 	receiveMaxInFlightField = positiveInt(fieldMaxInFlight, 1024)
 	maxBatchCountField      = positiveInt(fieldMaxBatchCount, 64)

@@ -27,7 +27,7 @@ const (
 )
 
 const eventsText = `
-## Session events
+## Sessions
 
 With ` + "`session` in `message_types`" + `, the pipeline receives a message without content when a client connects and when it disconnects. Its ` + "`cryo_message_type` is `session`, and `cryo_session_event` is `connected` or `disconnected`; `cryo_session_cause`" + ` is the cause of a disconnection.
 

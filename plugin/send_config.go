@@ -37,7 +37,7 @@ Cryo has no headers, so no metadata is sent: data for the receiver must be part 
 const sendPerformance = `
 ## Performance
 
-The messages of a batch are sent together, and their acknowledgements are awaited together. The throughput is at most the batch size times ` + "`max_in_flight`" + `, divided by the time to the acknowledgement: single messages, 64 in flight and 10 ms allow 6,400 messages per second. Behind inputs of single messages, set ` + "`batching` with a `count` and a short `period`" + ` such as 10ms.
+The messages of a batch are sent together, and their acknowledgements are awaited together. The throughput is at most the batch size times ` + "`max_in_flight`" + `, divided by the latency of acknowledgements: single messages, 64 in flight and 10 ms allow 6,400 messages per second. Behind inputs of single messages, set ` + "`batching` with a `count` and a short `period`" + ` such as 10ms.
 
 For order, set ` + "`max_in_flight: 1`" + ` and use larger batches. The streams of a batch are sent one after the other; after one that has timed out, the rest are sent concurrently.
 `
