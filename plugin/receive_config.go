@@ -82,7 +82,7 @@ If a batch of several messages fails, each of them is redelivered once, alone, b
 
 A stream is acknowledged when all its messages are delivered. It is cancelled if one of them is rejected, or if the scanner fails.
 
-Some components of the engine lose messages behind any input: ` + "`dedupe`, `buffer`, `batched`" + ` and some brokers. See [Components to avoid](` + deliveryPage + `#components-to-avoid) and [failed batches](` + deliveryPage + `#failed-batches).
+Some components of the engine lose messages behind any input: ` + "`dedupe`, `buffer`, `batched`" + ` and some brokers. See [the list](` + docsURL + `guarantees.md#engine-components-that-lose-messages) and [failed batches](` + deliveryPage + `#failed-batches).
 `
 
 const receiveResponses = `
