@@ -19,7 +19,7 @@ var (
 	// ErrPeerTimeout: nothing was received from the peer for two heartbeat intervals, not
 	// even a pong, and no backlog moved; see HeartbeatInterval in [SessionOptions].
 	ErrPeerTimeout = errors.New("peer timeout")
-	// ErrReceiveTimeout: a message took more than a minute to be received, while others
+	// ErrReceiveTimeout: a message took more than a minute to be received, or would have, while others
 	// waited for the capacity that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
 	ErrReceiveTimeout = errors.New("receive timeout: a large message takes over a minute while others wait, send it as a stream")

@@ -50,6 +50,7 @@ type keepalive struct {
 	keepaliveTimer    *time.Timer // nil at a listening end
 	keepaliveInterval time.Duration
 	pingNumber        uint32 // number of the last ping
+	receivedAtPing    int64  // bytes received until then, or until the last unsolicited pong
 }
 
 func (k *keepalive) start() {
@@ -125,7 +126,6 @@ func (k *keepalive) pinged(number uint32) {
 	if !k.dialing {
 		return
 	}
-	k.conn.ResetReceived()
 	now := time.Now()
 	// Pings that arrived while reads were paused are read late, and all at the same time.
 	every := now.Sub(k.lastPing)
@@ -136,7 +136,7 @@ func (k *keepalive) pinged(number uint32) {
 	if regular {
 		k.keepaliveInterval = min(every/2, maxKeepaliveInterval)
 	}
-	k.pingNumber = number
+	k.pingNumber, k.receivedAtPing = number, k.conn.Received()
 	if !k.stopped {
 		k.keepaliveTimer.Reset(k.keepaliveInterval)
 	}
@@ -146,15 +146,18 @@ func (k *keepalive) pinged(number uint32) {
 // was received that pings may be behind it. cryo-server ends sessions without pongs. A
 // listening end sends none: cryo-client-node answers a pong with a ping.
 func (k *keepalive) sendKeepalive() {
-	unseen := k.conn.Received() >= pingsBehind || k.paused()
+	paused, received := k.paused(), k.conn.Received()
 	k.mu.Lock()
 	number := k.pingNumber
+	unseen := paused || received-k.receivedAtPing >= pingsBehind
+	if unseen {
+		k.receivedAtPing = received
+	}
 	if !k.stopped {
 		k.keepaliveTimer.Reset(k.keepaliveInterval)
 	}
 	k.mu.Unlock()
 	if unseen {
-		k.conn.ResetReceived()
 		k.pong(number)
 	}
 }

@@ -153,10 +153,10 @@ func trickle(t *testing.T, clients []*cryotest.Peer, sessions []*cryo.Session, r
 	return alive
 }
 
-func TestLargeMessageThatStarvesOthersForAMinuteEndsItsSession(t *testing.T) {
+func TestSlowLargeMessageThatDelaysOthersEndsItsSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
-		require.Equal(t, 2, trickle(t, clients, sessions, rests, 49*time.Second), "of a minute")
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 19*time.Second), "half of the message came immediately")
 		require.Equal(t, 1, trickle(t, clients, sessions, rests, cryo.DefaultHeartbeatInterval+time.Second), "one ends, and releases its capacity")
 		<-third
 		require.Len(t, receive(t, sessions[2]).Payload, large)
@@ -176,14 +176,58 @@ func TestLargeMessageThatStarvesOthersForAMinuteEndsItsSession(t *testing.T) {
 func TestShortWaitEndsNoSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests := slow(t, 2)
-		require.Equal(t, 2, trickle(t, clients, sessions, rests, 10*time.Minute))
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 10*time.Minute-3*time.Second))
 		third := begins(t, clients[2])
-		require.Equal(t, 2, trickle(t, clients, sessions, rests, 30*time.Second))
+		require.Equal(t, 2, trickle(t, clients, sessions, rests, 4*time.Second), "at a heartbeat")
 		sends(t, clients[0], rests[0])
 		<-third
 		require.Len(t, receive(t, sessions[0]).Payload, large)
 		require.Len(t, receive(t, sessions[2]).Payload, large)
 		require.NoError(t, sessions[1].Err())
+	})
+}
+
+// A minute suffices for the rest at this rate.
+func TestLargeMessageThatTakesLessThanAMinuteIsReceivedWhileOthersWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clients, sessions, rests, third := crowded(t)
+		for len(rests[0]) > 0 {
+			for c := range rests {
+				n := min(large/2/48, len(rests[c]))
+				sends(t, clients[c], rests[c][:n])
+				rests[c] = rests[c][n:]
+			}
+			time.Sleep(time.Second)
+		}
+		<-third
+		for _, s := range sessions {
+			require.Len(t, receive(t, s).Payload, large)
+		}
+	})
+}
+
+func TestLargeMessageOfWhichNothingComesEndsItsSessionAtAHeartbeat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrowd(t, eachItsOwner, 2*wire.MaxPayload, 2)
+		for i := range c.peers {
+			c.announce(t, i, wire.MaxPayload)
+		}
+		s, other := c.other(t, 200)
+		begin := time.Now()
+		sending := start(func() error { return other.SendBinary(t.Context(), make([]byte, wire.MaxPayload)) })
+		m, err := s.Receive(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, m.Ack())
+		sending.wantSuccess(t)
+		require.LessOrEqual(t, time.Since(begin), 5*time.Second+cryo.DefaultHeartbeatInterval)
+		ended := 0
+		for _, s := range c.sessions {
+			if s.Err() != nil {
+				require.ErrorIs(t, s.Err(), cryo.ErrReceiveTimeout)
+				ended++
+			}
+		}
+		require.Equal(t, 1, ended)
 	})
 }
 
@@ -393,7 +437,7 @@ func TestFragmentedMessageContinuesBeyondItsSessionsShare(t *testing.T) {
 func TestEvictedSessionReleasesItsMemoryImmediately(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients, sessions, rests, third := crowded(t)
-		trickle(t, clients, sessions, rests, 49*time.Second)
+		trickle(t, clients, sessions, rests, 19*time.Second)
 		ended := -1
 		for ended < 0 {
 			trickle(t, clients, sessions, rests, time.Second)

@@ -22,8 +22,10 @@ const (
 	rejectAfter  = 10 * time.Second
 	recheckEvery = time.Second
 	// receiveTimeout bounds the time to receive a large payload while other payloads wait
-	// for the capacity that is reserved for it.
+	// for the capacity that is reserved for it. A payload that will exceed it at its rate is
+	// slow after slowAfter.
 	receiveTimeout = time.Minute
+	slowAfter      = 5 * time.Second
 )
 
 // receiveBuffer bounds the memory of received data. A server's sessions share it.
@@ -143,6 +145,8 @@ type receiveLimit struct {
 
 	largeMu     sync.Mutex
 	largeStart  time.Time     // start of reading a large payload; zero while none is read
+	largeFrom   int64         // bytes received before that
+	largeSize   int64         // announced bytes that were to be read then
 	largeTotal  time.Duration // time spent reading earlier large payloads
 	interrupted bool          // the reading of a large payload is interrupted
 }
@@ -405,6 +409,7 @@ func (l *receiveLimit) beginLarge() {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()
 	l.largeStart = time.Now()
+	l.largeFrom, l.largeSize = l.conn.Received()-int64(l.conn.Buffered()), int64(l.conn.Left())
 }
 
 // endLarge marks the end of reading a large payload, and ends its interruption. It does nothing
@@ -444,16 +449,23 @@ func (l *receiveLimit) largeReadTime() time.Duration {
 	return l.largeTotal + time.Since(l.largeStart)
 }
 
-// starvesOthers reports whether another payload has waited for receiveTimeout for the capacity
-// that is reserved for a payload which this session has been reading for as long. It returns
-// true for as many sessions as suffice for those that wait, which must then end. Heartbeat's
+// starvesOthers reports whether another payload has waited for slowAfter for the capacity that is
+// reserved for a payload which this session reads, and which takes more than receiveTimeout. It
+// returns true for as many sessions as suffice for those that wait, which must then end. Heartbeat's
 // goroutine.
 func (l *receiveLimit) starvesOthers() bool {
+	return l.slow() && (l.incoming.Starved(slowAfter) || l.slot.Starved(slowAfter))
+}
+
+// slow reports whether a large payload is being read that takes more than receiveTimeout, or will at
+// the rate at which it has arrived.
+func (l *receiveLimit) slow() bool {
 	l.largeMu.Lock()
-	from := l.largeStart
-	l.largeMu.Unlock()
-	if from.IsZero() || time.Since(from) < receiveTimeout {
+	defer l.largeMu.Unlock()
+	if l.largeStart.IsZero() {
 		return false
 	}
-	return l.incoming.Starved(receiveTimeout) || l.slot.Starved(receiveTimeout)
+	elapsed := time.Since(l.largeStart)
+	due := float64(l.largeSize) * elapsed.Seconds() / receiveTimeout.Seconds()
+	return elapsed >= receiveTimeout || elapsed >= slowAfter && float64(l.conn.Received()-l.largeFrom) < due
 }

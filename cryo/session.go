@@ -52,9 +52,9 @@ type SessionOptions struct {
 	// 1 MiB, and a larger one as 16 MiB, one at a time. Of these, all sessions of a server with the
 	// same Owner or, without one, with the same token, certificate and address, may hold one
 	// message, or up to eight times the free capacity, and clients are served in turn. A session
-	// that has received such a message for more than a minute ends with ErrReceiveTimeout, at its next
-	// heartbeat, if another one has waited for it as long: one of the same client, or of a client that
-	// receives no such message.
+	// whose message takes more than a minute, or will at the rate of its first 5 s or more, ends with
+	// ErrReceiveTimeout at its next heartbeat, if another one has waited for 5 s: one of the same
+	// client, or of a client that receives no such message.
 	// When a send waits for its acknowledgement, which may be behind unread data, reads
 	// continue after 10 s: until the session holds no more than the free capacity,
 	// messages without capacity are rejected, and chunks without it end their stream with

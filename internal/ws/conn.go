@@ -126,12 +126,9 @@ func (c *Conn) Drained() bool { return c.t.drained() }
 // LastRead returns the time of the last read from the network. Reading goroutine.
 func (c *Conn) LastRead() time.Time { return c.t.readAt }
 
-// Received returns the number of bytes received since ResetReceived. It may be called from any
+// Received returns the number of bytes received from the network. It may be called from any
 // goroutine.
 func (c *Conn) Received() int64 { return c.t.got.Load() }
-
-// ResetReceived resets the count of Received. It may be called from any goroutine.
-func (c *Conn) ResetReceived() { c.t.got.Store(0) }
 
 // DiscardAll reads and drops all data until the connection ends. Reading goroutine.
 func (c *Conn) DiscardAll() { c.t.discard() }
