@@ -92,17 +92,22 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"os"
+	"os/signal"
+	"syscall"
+	"time"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-var _ = []any{errors.Is, io.Copy, http.Serve, os.Open} // fragments may use these packages
+var _ = []any{errors.Is, io.Copy, net.Dial, http.Serve, os.Open, signal.Notify, syscall.SIGTERM, time.Now} // fragments may use these packages
 
 func main() {}
 
-func fragment(ctx context.Context, token string, currentToken func(context.Context) (string, error), deliver func([]byte)) error {
+func fragment(ctx context.Context, token string, currentToken func(context.Context) (string, error), deliver func([]byte),
+	receiveStreams func(*cryo.Session), client *cryo.Client, source *os.File) error {
 `
 	for _, path := range []string{"../README.md", "../docs/development/library.md"} {
 		fragments := blocks(testkit.ReadFile(t, path), "go")
