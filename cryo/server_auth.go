@@ -54,11 +54,14 @@ type AdmissionError struct {
 func (e *AdmissionError) Error() string { return e.Message }
 
 // Tokens returns an Authorize function that accepts clients with one of the tokens, compared in
-// constant time. Without tokens it denies all clients.
+// constant time. It ignores empty tokens, such as that of an unset environment variable, so that clients
+// without a token are always denied. Without tokens it denies all clients.
 func Tokens(tokens ...string) func(*Upgrade) error {
-	sums := make([][sha256.Size]byte, len(tokens))
-	for i, t := range tokens {
-		sums[i] = sha256.Sum256([]byte(t))
+	sums := make([][sha256.Size]byte, 0, len(tokens))
+	for _, t := range tokens {
+		if t != "" {
+			sums = append(sums, sha256.Sum256([]byte(t)))
+		}
 	}
 	return func(u *Upgrade) error {
 		got, known := sha256.Sum256([]byte(u.Token)), 0

@@ -233,6 +233,7 @@ func TestAllClientsAreDeniedByDefault(t *testing.T) {
 	for name, authorize := range map[string]func(*cryo.Upgrade) error{
 		"no Authorize": nil,
 		"no tokens":    cryo.Tokens(),
+		"empty tokens": cryo.Tokens("", ""),
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
