@@ -64,7 +64,7 @@ func main() {
 		),
 		service.CLIOptSetMainSchemaFrom(schema),
 		service.CLIOptOnConfigParse(func(conf *service.ParsedConfig) error {
-			return cmp.Or(api.checkConfig(conf), stop.configure(conf))
+			return cmp.Or(api.checkConfig(conf), stop.configure(conf), plugin.CheckListeners(conf))
 		}),
 		service.CLIOptOnStreamStart(func(*service.RunningStreamSummary) error {
 			plugin.RequireFiles() // of configurations that replace running ones

@@ -1,0 +1,33 @@
+package tests
+
+import (
+	"testing"
+
+	"github.com/cryo-connect/cryo-connect/internal/testkit"
+)
+
+// Whichever component opened the listener first would decide who may connect, and for how long.
+func TestComponentsThatDifferInTheSettingsOfTheirListenerDoNotStart(t *testing.T) {
+	const (
+		input = `{ cryo_server: { address: "127.0.0.1:0", authorize: 'root = this.token == "a"', session_expires: 'root = now()' } }`
+		other = `{ cryo_server: { address: "127.0.0.1:0", authorize: 'root = this.token == "a"' } }`
+	)
+	for name, config := range map[string]string{
+		"input and output": "input: " + input + "\noutput: " + other,
+		"two inputs":       "input: { broker: { inputs: [ " + input + ", " + other + " ] } }\noutput: { drop: {} }",
+		"a resource":       "input: " + input + "\noutput: { fallback: [ { resource: clients } ] }\noutput_resources: [ { label: clients, " + other[2:len(other)-2] + " } ]",
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := runConfig(t, config)
+			p.WantExit(1)
+			p.WantLog("share the listener on 127.0.0.1:0, but differ in session_expires: make these fields equal, or use different addresses")
+		})
+	}
+}
+
+func TestComponentsWithTheSameSettingsStart(t *testing.T) {
+	const component = `{ cryo_server: { address: "127.0.0.1:0", tokens: [ ` + token + ` ] } }`
+	p := runConfig(t, "input: "+component+"\noutput: { switch: { cases: [ { check: 'false', output: "+component+" }, { output: { drop: {} } } ] } }")
+	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "of an address with one listener")
+	p.Interrupt()
+}
