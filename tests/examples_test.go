@@ -28,6 +28,8 @@ func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
 		return err
 	}))
 	require.NotEmpty(t, files)
+	t.Setenv("CRYO_TOKEN", token)
+	t.Setenv("CRYO_NEXT_TOKEN", token)
 	wantLinted(t, nil, files...)
 	for _, file := range files {
 		content := testkit.ReadFile(t, file)
