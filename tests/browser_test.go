@@ -253,7 +253,7 @@ func TestBrowserPageFollowsTheProtocol(t *testing.T) {
 	finish := peer.WantType("its end", wire.TxFinish)
 	peer.WriteFrames(wire.Frame{Type: wire.TxCancel, Ack: 11, Tx: finish.Tx})
 	peer.WantFrame("it is cancelled", cryotest.Acked(11))
-	browser.wantLine("sent", "file", "not delivered: the server refused the stream")
+	browser.wantLine("sent", "file", "not delivered: the server cancelled the stream")
 
 	peer.WriteFrames(cryotest.Bye(12, "bye"))
 	peer.WantFrame("BYE is acknowledged", cryotest.Acked(12))
