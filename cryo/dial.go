@@ -119,7 +119,7 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	case u.Hostname() == "":
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:
-		return nil, nil, errors.New("the URL must have no user and password: set the token instead")
+		return nil, nil, errors.New("the URL must not contain a user or password: set the token instead")
 	case !validPort(u):
 		return nil, nil, errors.New("the URL's port must be from 1 to 65535")
 	case queryErr != nil: // queryErr repeats a part of the query
@@ -144,9 +144,9 @@ func validPort(u *url.URL) bool {
 func checkQuery(query url.Values) error {
 	switch {
 	case query.Has(paramAuthorization):
-		return fmt.Errorf("the parameter %s is made from the token: it must not be set in the query", paramAuthorization)
+		return fmt.Errorf("the query parameter %s is set from the token: remove it from the query", paramAuthorization)
 	case query.Has(paramSessionID):
-		return fmt.Errorf("the parameter %s is made from the session's id: it must not be set in the query", paramSessionID)
+		return fmt.Errorf("the query parameter %s is set from the session id: remove it from the query", paramSessionID)
 	}
 	return nil
 }

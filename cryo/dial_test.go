@@ -34,9 +34,9 @@ func TestCheckURL(t *testing.T) {
 		"ws:example.com":                  "the URL has no host",
 		"ws://":                           "the URL has no host",
 		"ws://:8080":                      "the URL has no host",
-		"ws://user:pass@example.com":      "the URL must have no user and password: set the token instead",
-		"ws://example.com?authorization=Bearer+x": "the parameter authorization is made from the token: it must not be set in the query",
-		"ws://example.com?x-cryo-sid=1":           "the parameter x-cryo-sid is made from the session's id: it must not be set in the query",
+		"ws://user:pass@example.com":      "the URL must not contain a user or password: set the token instead",
+		"ws://example.com?authorization=Bearer+x": "the query parameter authorization is set from the token: remove it from the query",
+		"ws://example.com?x-cryo-sid=1":           "the query parameter x-cryo-sid is set from the session id: remove it from the query",
 		"ws://example.com:port?key=s3cret":        `not a URL: invalid port ":port" after host`,
 		"ws://example.com:65535":                  "",
 		"ws://example.com:65536":                  "the URL's port must be from 1 to 65535",
@@ -107,8 +107,8 @@ func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
 
 func TestParametersThatDialSetsCannotBeSetByQuery(t *testing.T) {
 	for name, problem := range map[string]string{
-		"authorization": "dialling: the parameter authorization is made from the token: it must not be set in the query",
-		"x-cryo-sid":    "dialling: the parameter x-cryo-sid is made from the session's id: it must not be set in the query",
+		"authorization": "dialling: the query parameter authorization is set from the token: remove it from the query",
+		"x-cryo-sid":    "dialling: the query parameter x-cryo-sid is set from the session id: remove it from the query",
 	} {
 		for _, values := range [][]string{{"s3cret"}, {}} {
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{
@@ -164,7 +164,7 @@ func TestHandshakeErrorDistinguishesTheTwoKindsOf401(t *testing.T) {
 	const refused = "HTTP/1.1 401 Unauthorized\r\nContent-Type: text/html\r\n\r\n<html><body><h1>401 Unauthorized</h1><p>Upgrade request for 127.0.0.1:5000 was refused. "
 	synctest.Test(t, func(t *testing.T) {
 		err := dialAnswer(t, refused+"The session already exists.</p></body></html>")
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: "+
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: "+
 			"Upgrade request for 127.0.0.1:5000 was refused. The session already exists.")
 		require.ErrorIs(t, err, cryo.ErrSessionExists)
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
@@ -174,7 +174,7 @@ func TestHandshakeErrorDistinguishesTheTwoKindsOf401(t *testing.T) {
 		require.NotErrorIs(t, err, cryo.ErrSessionExists)
 
 		err = dialAnswer(t, "HTTP/1.1 401 Unauthorized\r\n\r\n")
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized")
 		require.ErrorIs(t, err, cryo.ErrUnauthorized)
 
 		err = dialAnswer(t, "HTTP/1.1 503 Service Unavailable\r\n\r\nThe session already exists, says who?")
@@ -219,7 +219,7 @@ func TestDenialIsReportedEvenIfItsBodyIsTruncated(t *testing.T) {
 							return client, err
 						},
 					})
-					problem := "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized"
+					problem := "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized"
 					if sentence != "" {
 						problem += ": " + sentence
 					}
@@ -237,7 +237,7 @@ func TestDenialMessagesAreTruncated(t *testing.T) {
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: answer(t, func(*http.Request) string {
 			return "HTTP/1.1 403 Forbidden\r\n\r\n" + strings.Repeat("€", 1000)
 		}).Dial})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 403 Forbidden: "+strings.Repeat("€", 66))
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 403 Forbidden: "+strings.Repeat("€", 66))
 	})
 }
 

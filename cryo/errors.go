@@ -22,7 +22,7 @@ var (
 	// ErrReceiveTimeout: a message took more than a minute to be received, or would have, while others
 	// waited for the capacity that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
-	ErrReceiveTimeout = errors.New("receive timeout: a large message takes over a minute while others wait, send it as a stream")
+	ErrReceiveTimeout = errors.New("receive timeout: a large message took more than a minute while others waited: send it as a stream")
 	// ErrExpired: the session of a server has expired, or reached its maximum age; see Expires
 	// of [Upgrade], and MaxSessionAge of [ServerOptions].
 	ErrExpired = errors.New("session expired")
@@ -65,7 +65,7 @@ type HandshakeError struct {
 }
 
 func (e *HandshakeError) Error() string {
-	msg := fmt.Sprintf("the server answered the upgrade with %d %s", e.StatusCode, http.StatusText(e.StatusCode))
+	msg := fmt.Sprintf("the server responded to the upgrade with %d %s", e.StatusCode, http.StatusText(e.StatusCode))
 	if e.Message != "" {
 		msg += ": " + e.Message
 	}
@@ -109,9 +109,9 @@ type ProtocolError struct {
 
 func (e *ProtocolError) Error() string {
 	if e.Err != nil {
-		return "the peer broke the protocol: " + e.Err.Error()
+		return "protocol violation: " + e.Err.Error()
 	}
-	return "the peer broke the protocol: " + e.Problem
+	return "protocol violation: " + e.Problem
 }
 
 func (e *ProtocolError) Unwrap() error { return e.Err }

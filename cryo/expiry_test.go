@@ -166,7 +166,7 @@ func TestClientWhoseTokenHasExpiredIsDenied(t *testing.T) {
 					},
 				})
 				_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-				require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: The token has expired.")
+				require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: The token has expired.")
 				require.ErrorIs(t, err, cryo.ErrUnauthorized)
 				require.Equal(t, http.StatusUnauthorized, next(t, statuses))
 			})

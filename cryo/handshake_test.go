@@ -62,7 +62,7 @@ func TestClientWithoutEndpointInfoIsDisconnected(t *testing.T) {
 		peer := join(t, l, sid)
 		begin := time.Now()
 		peer.WantEndpointInfo("the server's ENDPOINT_INFO")
-		peer.WantClose("the end", 4001, "the peer broke the protocol: no ENDPOINT_INFO, acknowledgement of ours, or data within 3s")
+		peer.WantClose("the end", 4001, "protocol violation: no ENDPOINT_INFO, ACK or data received within 3s")
 		require.Equal(t, 3*time.Second, time.Since(begin))
 		require.Empty(t, sessions)
 		_, known := server.Session(sid)
@@ -109,7 +109,7 @@ func TestClientThatLeavesImmediatelyIsAnnounced(t *testing.T) {
 func TestAnotherVersionEndsTheSession(t *testing.T) {
 	info := cryotest.EndpointInfo(0)
 	info.Version = 2
-	const reason = "the peer broke the protocol: protocol version 2, only 1 is known"
+	const reason = "protocol violation: unsupported protocol version 2: only 1 is supported"
 
 	t.Run("of a client", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -290,7 +290,7 @@ func TestEndDuringTheHandshakeIsNoMissedHandshake(t *testing.T) {
 		})
 		peer := join(t, l, sid)
 		peer.WriteBytes([]byte("half"))
-		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 		time.Sleep(4 * time.Second) // the client does not close
 		log.want(t, "Closing a session because of a protocol violation")
 		require.Empty(t, denied)

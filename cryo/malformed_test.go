@@ -21,7 +21,7 @@ import (
 // an intact close handshake.
 func wantProtocolError(t *testing.T, s *cryo.Session, peer *cryotest.Peer, code int, problem string) {
 	t.Helper()
-	const broke = "the peer broke the protocol: "
+	const broke = "protocol violation: "
 	reason := broke + problem
 	if code != 4001 {
 		reason = strings.TrimPrefix(problem, "websocket: ") // WebSocket's own codes, and words

@@ -94,7 +94,7 @@ func (m *misbehaviour) play(t *testing.T, end end, s *cryo.Session, peer *cryote
 		wantNoMessage(t, s)
 	case m.code == websocket.CloseProtocolError:
 		peer.WantClose("the end", m.code, strings.TrimPrefix(m.problem, "websocket: "))
-		require.EqualError(t, s.Err(), "session ended: the peer broke the protocol: "+m.problem)
+		require.EqualError(t, s.Err(), "session ended: protocol violation: "+m.problem)
 	case m.code != 0:
 		wantProtocolError(t, s, peer, m.code, m.problem)
 	default:
@@ -172,7 +172,7 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		{"sends ping with a byte too much", id + "fb" + "00000001" + "70696e67ff", "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
 		{"sends a message for a foreign session", "0000000000000001" + "fa" + "00000001", "UTF8DATA frame for the foreign session 1"},
 		{"acknowledges for a foreign session", "0000000000000001" + "fd" + "40000001", "ACK frame for the foreign session 1"},
-		{"says another version in the middle", id + "ff" + "00000001" + "00000002" + "0000000000000001", "protocol version 2, only 1 is known"},
+		{"says another version in the middle", id + "ff" + "00000001" + "00000002" + "0000000000000001", "unsupported protocol version 2: only 1 is supported"},
 	} {
 		frame, err := hex.DecodeString(c.frame)
 		require.NoError(t, err)
@@ -438,7 +438,7 @@ func strangeStreams() []misbehaviour {
 	}
 	return []misbehaviour{
 		{
-			does: "opens a stream under a number that is open", problem: "TX_START for the stream 5, which is open",
+			does: "opens a stream under a number that is open", problem: "TX_START for the stream 5, which is already open",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txStart(2, 5, -1, "again"))

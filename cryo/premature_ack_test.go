@@ -69,7 +69,7 @@ func TestPrematureAnswerEndsTheSession(t *testing.T) {
 				want := strings.ReplaceAll(c.want, "%d", fmt.Sprint(end.first+1))
 				synctest.Wait()
 				sending.wantBlocked(t)
-				require.EqualError(t, s.Err(), "session ended: the peer broke the protocol: "+want)
+				require.EqualError(t, s.Err(), "session ended: protocol violation: "+want)
 
 				peer.Conn().ReadOn()
 				peer.WantType("the large message", wire.Binary)

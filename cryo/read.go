@@ -247,7 +247,7 @@ func (s *Session) handleStream(in *received) {
 
 func (s *Session) handleEndpointInfo(f *wire.Frame) {
 	if f.Version != wire.Version {
-		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("protocol version %d, only %d is known", f.Version, wire.Version)})
+		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("unsupported protocol version %d: only %d is supported", f.Version, wire.Version)})
 		return
 	}
 	s.writer.acknowledge([]uint32{f.Ack})

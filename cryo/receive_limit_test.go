@@ -246,7 +246,7 @@ func TestInvalidHeaderEndsTheSessionBeforeItsPayload(t *testing.T) {
 			b := bytesOf(t, &cryotest.Peer{SID: f.SID}, f)
 			b[14+8] = byte(kind)
 			sends(t, peer, b[:14+13])
-			peer.WantClose("the end", 4001, "the peer broke the protocol: "+problem)
+			peer.WantClose("the end", 4001, "protocol violation: "+problem)
 			require.Error(t, s.Err())
 			sends(t, peer, b[14+13:]) // which is discarded
 			sends(t, peer, raw(end{}, 0x88, nil))

@@ -132,7 +132,7 @@ func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	}
 	t, err := newTarget(rawURL, &opts.DialOptions)
 	if err != nil {
-		return nil, fmt.Errorf("making a client: %w", err)
+		return nil, fmt.Errorf("creating a client: %w", err)
 	}
 	opts.DialOptions = opts.DialOptions.withDefaults()
 	opts.Header = opts.Header.Clone()
@@ -391,7 +391,7 @@ func (c *Client) Send(ctx context.Context, messages []OutMessage) error {
 		}
 		if lost == maxLostSessions {
 			for _, i := range left {
-				errs[i] = fmt.Errorf("%d sessions in a row have ended without acknowledging the message, the last: %w", maxLostSessions, errs[i])
+				errs[i] = fmt.Errorf("%d sessions in a row ended without acknowledging the message; last error: %w", maxLostSessions, errs[i])
 			}
 			break
 		}

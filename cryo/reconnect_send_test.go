@@ -147,7 +147,7 @@ func TestAMessageThatEndsEverySessionFailsAfterTen(t *testing.T) {
 		errs := errsOf(t, sending.result(t))
 		require.NoError(t, errs[0])
 		for _, err := range errs[1:] {
-			require.EqualError(t, err, "10 sessions in a row have ended without acknowledging the message, the last: session ended: closed by this end")
+			require.EqualError(t, err, "10 sessions in a row ended without acknowledging the message; last error: session ended: closed by this end")
 			require.ErrorIs(t, err, net.ErrClosed)
 		}
 		require.Equal(t, 10, g.attempts())

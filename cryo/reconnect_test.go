@@ -215,14 +215,14 @@ func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 	}
 	prepare := func(context.Context, *cryo.DialOptions) error { return errors.New("called") }
 	for problem, opts := range map[string]cryo.ClientOptions{
-		"the parameter x-cryo-sid is made from the session's id: it must not be set in the query": {DialOptions: cryo.DialOptions{Query: url.Values{"x-cryo-sid": {"1"}}}},
-		"the parameter authorization is made from the token: it must not be set in the query":     {DialOptions: cryo.DialOptions{Query: url.Values{"authorization": {"s3cret"}}}},
+		"the query parameter x-cryo-sid is set from the session id: remove it from the query": {DialOptions: cryo.DialOptions{Query: url.Values{"x-cryo-sid": {"1"}}}},
+		"the query parameter authorization is set from the token: remove it from the query":   {DialOptions: cryo.DialOptions{Query: url.Values{"authorization": {"s3cret"}}}},
 	} {
 		_, err := cryo.NewClient(memoryURL, &opts)
-		require.EqualError(t, err, "making a client: "+problem)
+		require.EqualError(t, err, "creating a client: "+problem)
 	}
 	_, err := cryo.NewClient("http://cryo.test?secret=s3cret", nil)
-	require.EqualError(t, err, `making a client: the scheme is "http", it must be ws or wss`)
+	require.EqualError(t, err, `creating a client: the scheme is "http", it must be ws or wss`)
 
 	c, err := cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: cryo.DialOptions{NetDial: dialled}, BeforeDial: prepare})
 	require.NoError(t, err)
@@ -620,7 +620,7 @@ func TestEndedWaitReturnsTheLastAttemptsErrorToo(t *testing.T) {
 		_, err := c.Await(ctx)
 		require.Equal(t, 20*time.Second, time.Since(begin))
 		require.EqualError(t, err, "waiting for a session with ws://cryo.test/path: context deadline exceeded; "+
-			"the last attempt: dialling ws://cryo.test/path: the server answered the upgrade with 401 Unauthorized: wrong")
+			"the last attempt: dialling ws://cryo.test/path: the server responded to the upgrade with 401 Unauthorized: wrong")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.ErrorIs(t, err, cryo.ErrUnauthorized)
 	})
@@ -728,7 +728,7 @@ func TestFailedAttemptsOfAwaitAreLogged(t *testing.T) {
 		sending.wantSuccess(t)
 		require.Len(t, lines.all(), 3, "one an attempt, however many wait for it")
 		for _, line := range lines.all() {
-			require.Contains(t, line, `level=WARN msg="Connecting failed, retrying" error="dialling ws://cryo.test/path: the server answered the upgrade with 401 Unauthorized: wrong (next attempt after 30s)"`)
+			require.Contains(t, line, `level=WARN msg="Connecting failed, retrying" error="dialling ws://cryo.test/path: the server responded to the upgrade with 401 Unauthorized: wrong (next attempt after 30s)"`)
 		}
 	})
 	lines = &lineLog{}
@@ -905,7 +905,7 @@ func TestBeforeDialChangesHeadersAndQueryOfOneAttempt(t *testing.T) {
 			time.Sleep(time.Minute)
 		}
 		_, err := c.Connect(t.Context())
-		require.ErrorContains(t, err, "the parameter authorization is made from the token")
+		require.ErrorContains(t, err, "the query parameter authorization is set from the token")
 		require.NotContains(t, err.Error(), "s3cret")
 	})
 }

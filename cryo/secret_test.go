@@ -105,7 +105,7 @@ func TestNoErrorRepeatsATokenThatIsBrokenIntoLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\nnot abc\n  def ghi" })
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "abc def"})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: (redacted: a body of 17 bytes)")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: (redacted: a body of 17 bytes)")
 	})
 }
 
@@ -139,7 +139,7 @@ func TestDenialTruncatedWithinTheTokenIsRedacted(t *testing.T) {
 			l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n" + page })
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: secret})
 			if kept > 0 {
-				require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: (redacted: a body of 1024 bytes)", "%d", kept)
+				require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: (redacted: a body of 1024 bytes)", "%d", kept)
 			}
 		}
 	})
@@ -190,7 +190,7 @@ func TestTextWithAShortTokenIsLeftOut(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\n" + tt.page })
 				_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: tt.token})
-				require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: "+strings.ReplaceAll(tt.want, "%d", fmt.Sprint(min(len(tt.page), 1024))))
+				require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: "+strings.ReplaceAll(tt.want, "%d", fmt.Sprint(min(len(tt.page), 1024))))
 			})
 		})
 	}
@@ -255,7 +255,7 @@ func TestValuesOfTheQueryAndOfHeadersAreNotRepeated(t *testing.T) {
 			_, err := cryo.Dial(t.Context(), memoryURL+"/?tenant=acme-corporation", &cryo.DialOptions{
 				NetDial: l.Dial, Query: url.Values{"key": {"abcdefgh"}}, Header: http.Header{"Authorization": {"Basic mnopqrstuv"}},
 			})
-			require.EqualError(t, err, fmt.Sprintf("dialling ws://cryo.test/: the server answered the upgrade with 403 Forbidden: (redacted: a body of %d bytes)", len(text)))
+			require.EqualError(t, err, fmt.Sprintf("dialling ws://cryo.test/: the server responded to the upgrade with 403 Forbidden: (redacted: a body of %d bytes)", len(text)))
 		}
 	})
 }
@@ -286,7 +286,7 @@ func TestPasswordsAreNotRepeated(t *testing.T) {
 					options.NetDial = proxy.Dial
 				}
 				_, err := cryo.Dial(t.Context(), memoryURL, &options)
-				require.ErrorContains(t, err, "the server answered the upgrade with ")
+				require.ErrorContains(t, err, "the server responded to the upgrade with ")
 				require.NotContains(t, err.Error(), "swordfish")
 			}
 		}

@@ -168,7 +168,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 		opts = *options
 	}
 	if err := opts.validate(); err != nil {
-		return nil, fmt.Errorf("making a server: %w", err)
+		return nil, fmt.Errorf("creating a server: %w", err)
 	}
 	opts = opts.withDefaults()
 	connects := rate.NewLimiter(rate.Inf, 1)
@@ -238,7 +238,7 @@ func (s *Server) handOut(session *Session, u *Upgrade) {
 	returned = true
 }
 
-var errHandlerPanicked = errors.New("OnSession has panicked")
+var errHandlerPanicked = errors.New("OnSession panicked")
 
 // open upgrades the request and starts the session.
 func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
@@ -326,7 +326,7 @@ func (s *Server) handshake(session *Session, remote string) {
 
 // denyUnknown ends the session of a client that has not completed the handshake in time.
 func (s *Server) denyUnknown(session *Session, remote string) {
-	err := &ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO, acknowledgement of ours, or data within %v", s.opts.HandshakeTimeout)}
+	err := &ProtocolError{Problem: fmt.Sprintf("no ENDPOINT_INFO, ACK or data received within %v", s.opts.HandshakeTimeout)}
 	if !session.closeWith(err, closeClientError, err.Error()) {
 		return // it is ending, for another reason
 	}

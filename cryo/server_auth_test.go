@@ -336,7 +336,7 @@ func TestAdmissionErrorIsSentToTheClient(t *testing.T) {
 				OnDeny: func(status int) { statuses <- status },
 			})
 			_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with "+words+": The tenant has no more credit.")
+			require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with "+words+": The tenant has no more credit.")
 			require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 			require.Contains(t, lines.text(), "authorizing: tenant 5: The tenant has no more credit.")
 			require.Equal(t, words[:3], strconv.Itoa(next(t, statuses)))
@@ -351,7 +351,7 @@ func TestFullServerDeniesClients(t *testing.T) {
 		first.ClientHandshake()
 		join(t, l, 2) // in its handshake, which counts
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: token})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 503 Service Unavailable: The server has reached its limit of sessions.")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 503 Service Unavailable: The server has reached its limit of sessions.")
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 
 		first.Conn().Cut()
@@ -413,7 +413,7 @@ func TestSessionIDBelongsToItsToken(t *testing.T) {
 		s := next(t, sessions)
 
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "another", SessionID: sid})
-		require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 401 Unauthorized: The session already exists.")
+		require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 401 Unauthorized: The session already exists.")
 		require.ErrorIs(t, err, cryo.ErrSessionExists)
 		require.NotErrorIs(t, err, cryo.ErrUnauthorized)
 		require.NoError(t, s.Err())
@@ -487,7 +487,7 @@ func TestSessionsOfAnAddressAreLimited(t *testing.T) {
 		denied := func(address string, id uint64) {
 			t.Helper()
 			_, err := from(address, id)
-			require.EqualError(t, err, "dialling ws://cryo.test: the server answered the upgrade with 429 Too Many Requests: This address has reached its limit of sessions.")
+			require.EqualError(t, err, "dialling ws://cryo.test: the server responded to the upgrade with 429 Too Many Requests: This address has reached its limit of sessions.")
 		}
 		first := welcome("192.0.2.1:1", 1)
 		welcome("192.0.2.1:2", 2)

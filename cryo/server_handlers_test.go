@@ -356,11 +356,11 @@ func TestNegativeOptionsAreErrors(t *testing.T) {
 			_, err := cryo.Dial(t.Context(), memoryURL, &dial)
 			require.EqualError(t, err, "dialling: "+what+rule)
 			_, err = cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: dial})
-			require.EqualError(t, err, "making a client: "+what+rule)
+			require.EqualError(t, err, "creating a client: "+what+rule)
 		}
 		if serves {
 			_, err := cryo.NewServer(&server)
-			require.EqualError(t, err, "making a server: "+what+rule)
+			require.EqualError(t, err, "creating a server: "+what+rule)
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {
@@ -390,7 +390,7 @@ func TestASessionEndsWithThePanicOfOnSession(t *testing.T) {
 		})
 		peer := join(t, l, sid)
 		peer.WriteFrames(cryotest.EndpointInfo(0))
-		require.EqualError(t, next(t, ended).Err(), "session ended: OnSession has panicked")
+		require.EqualError(t, next(t, ended).Err(), "session ended: OnSession panicked")
 		require.Empty(t, server.Sessions())
 		require.NoError(t, server.Shutdown(t.Context()))
 	})

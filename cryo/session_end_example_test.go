@@ -153,7 +153,7 @@ func ExampleNewServer() {
 	_, err := cryo.NewServer(&cryo.ServerOptions{MaxSessions: -1})
 	fmt.Println(err)
 	// Output:
-	// making a server: MaxSessions is -1: it must be positive, or 0 for its default
+	// creating a server: MaxSessions is -1: it must be positive, or 0 for its default
 }
 
 // A server that stops lets what it has received be settled for a while, and closes then.

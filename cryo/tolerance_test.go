@@ -187,7 +187,7 @@ func TestMissedHandshakeIsLoggedAndCounted(t *testing.T) {
 				peer := join(t, l, sid)
 				peer.WriteFrames(frames...)
 				peer.WantEndpointInfo("the server's ENDPOINT_INFO")
-				peer.WantClose("the end", 4001, "the peer broke the protocol: no ENDPOINT_INFO, acknowledgement of ours, or data within 3s")
+				peer.WantClose("the end", 4001, "protocol violation: no ENDPOINT_INFO, ACK or data received within 3s")
 				require.Equal(t, 408, next(t, denied))
 				require.Empty(t, sessions)
 				log.want(t, "level=WARN", "A client has not completed the Cryo handshake", "remote=", "session=18446744073709551574",
@@ -334,7 +334,7 @@ func TestViolationIsLoggedOnce(t *testing.T) {
 	atBothEnds(t, opts, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteBytes([]byte("half"))
 		peer.WriteBytes([]byte("half"))
-		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 		log.want(t, "level=WARN", "Closing a session because of a protocol violation", "session=18446744073709551574", "shorter than session id and type")
 		_ = peer.WS.Close()
 		wantEnded(t, s)
@@ -351,7 +351,7 @@ func TestViolationsAtAServerAreLoggedOnceASecond(t *testing.T) {
 			peer.ClientHandshake()
 			next(t, sessions)
 			peer.WriteBytes([]byte("half"))
-			peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+			peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 			require.NoError(t, peer.WS.Close())
 			synctest.Wait()
 		}
@@ -376,7 +376,7 @@ func TestViolationCancelsStreamsBeforeTheCloseFrame(t *testing.T) {
 		peer.WriteFrames(txChunk(5, 2, "def"), cryotest.Text(9, "too late"))
 		peer.WantIdle("the close frame waits", instant)
 		peer.Ack(cancel)
-		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 		_ = peer.WS.Close()
 		wantEnded(t, s)
 		require.ErrorContains(t, wantRest(t, st, "abc"), "unexpected EOF after 4 bytes")
@@ -430,7 +430,7 @@ func TestCloseFrameOfAViolationWaitsForNoLongerThanHalfOfTheCloseTimeout(t *test
 		begin := time.Now()
 		peer.WriteBytes([]byte("half"))
 		peer.WantType("the stream is cancelled", wire.TxCancel)
-		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 		require.Equal(t, 2*time.Second, time.Since(begin))
 		wantEnded(t, s)
 		require.Equal(t, 4*time.Second, time.Since(begin))
@@ -507,7 +507,7 @@ func TestSecondViolationDoesNotShortenTheWaitForCancels(t *testing.T) {
 		peer.WriteBytes([]byte("third"))
 		peer.WantIdle("the close frame waits", 100*time.Millisecond)
 		peer.Ack(cancel)
-		peer.WantClose("the end", 4001, "the peer broke the protocol: malformed frame of 4 bytes: shorter than session id and type")
+		peer.WantClose("the end", 4001, "protocol violation: malformed frame of 4 bytes: shorter than session id and type")
 	})
 }
 

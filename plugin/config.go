@@ -306,7 +306,7 @@ var registerLintMethod = sync.OnceFunc(func() {
 func lintByBuilding(name string, spec func() *service.ConfigSpec, build func(*service.ParsedConfig, *service.Resources) error) {
 	lintRules[name] = func(value any) error {
 		if stopping.Load() {
-			return errors.New("the process is stopping: it accepts no other configuration")
+			return errors.New("the process is stopping: no further configuration is accepted")
 		}
 		text, err := yaml.Marshal(value)
 		if err != nil {

@@ -189,11 +189,11 @@ func withTestHint(err error) error {
 	case urlHint(err) != "":
 		return fmt.Errorf("%w (%s)", err, urlHint(err))
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("%w (unreachable: nothing listens there)", err)
+		return fmt.Errorf("%w (unreachable: no process listens on that address)", err)
 	case errors.As(err, &name):
 		return fmt.Errorf("%w (check the host of the field %s)", err, fieldURL)
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.As(err, &network) && network.Timeout():
-		return fmt.Errorf("%w (unreachable: check the address, and firewalls on the way)", err)
+		return fmt.Errorf("%w (unreachable: check the address and any firewall in between)", err)
 	default:
 		return err
 	}

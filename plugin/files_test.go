@@ -146,7 +146,7 @@ func TestTokensFileIsReadWhenClientsConnect(t *testing.T) {
 			}
 		}
 		require.Equal(t, 1, e.log.count(failure, "error=the file has no token"), "logged once")
-		require.Equal(t, 1, e.log.count(failure, "error=line 2 begins or ends with white space"))
+		require.Equal(t, 1, e.log.count(failure, "error=line 2 begins or ends with whitespace"))
 		for _, line := range e.log.all() {
 			require.NotContains(t, line, "s3cret")
 		}
@@ -231,7 +231,7 @@ func TestUnusableTokenFileIsAnErrorAtStart(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct{ name, content, problem string }{
 		{"empty", "\n\n", "the file"},
-		{"spaces", " s3cret\n", "begins or ends with white space"},
+		{"spaces", " s3cret\n", "begins or ends with whitespace"},
 		{"large", strings.Repeat("s3cret\n", 200_000), "is larger than 1 MiB"},
 		{"missing", "", "no such file or directory"},
 	} {
@@ -318,7 +318,7 @@ func TestFailedInterpolationOfATokenIsRedacted(t *testing.T) {
 		`env(name: "KEY_OF_THE_TEST", no_cache: true).parse_json()`:              "field token: evaluating the interpolation failed; the error is redacted, because it may contain a secret",
 		`throw(env(name: "KEY_OF_THE_TEST", no_cache: true))`:                    "the error is redacted",
 		`env(name: "KEY_OF_THE_TEST", no_cache: true).number()`:                  "the error is redacted",
-		`env(name: "KEY_OF_THE_TEST", no_cache: true) + "\n"`:                    "field token begins or ends with white space",
+		`env(name: "KEY_OF_THE_TEST", no_cache: true) + "\n"`:                    "field token begins or ends with whitespace",
 		`env(name: "NO_SUCH_VARIABLE", no_cache: true)`:                          "field token: the interpolation returned nothing",
 		`env(name: "KEY_OF_THE_TEST", no_cache: true).trim_prefix("key-s3cret")`: "field token: the interpolation returned nothing",
 		`file(path: "nowhere/at/all", no_cache: true)`:                           "open nowhere/at/all: no such file or directory",

@@ -218,20 +218,20 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 	}{
 		{"speaks no HTTP", reply("what?\r\n\r\n"), "malformed HTTP"},
 		{"hangs up", reply(""), "EOF"},
-		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server answered the upgrade with 200 OK: hi"},
+		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server responded to the upgrade with 200 OK: hi"},
 		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "timed out after 5s"},
 		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(wire.Frame)) {
 			info := cryotest.EndpointInfo(0)
 			info.Version = 2
 			say(info)
-		}), "protocol version 2, only 1 is known"},
+		}), "unsupported protocol version 2: only 1 is supported"},
 		{
 			"sends half a frame", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.BinaryMessage, []byte("half")) }),
-			"error=session ended: the peer broke the protocol: malformed frame of 4 bytes",
+			"error=session ended: protocol violation: malformed frame of 4 bytes",
 		},
 		{
 			"sends text", shaken(func(ws *websocket.Conn) { _ = ws.WriteMessage(websocket.TextMessage, []byte("{}")) }),
-			"error=session ended: the peer broke the protocol: text message",
+			"error=session ended: protocol violation: text message",
 		},
 		{
 			"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),

@@ -200,7 +200,7 @@ func TestDialIsRetriedEverySecondWhileTheLostSessionExists(t *testing.T) {
 		second := time.Second
 		require.Equal(t, []time.Duration{second, second, second, second}, server.waits())
 		require.Len(t, server.ids, 1, "always the same id")
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Session already exists (if that is the previous connection of this component, the server removes it within seconds)"))
+		require.Equal(t, 4, e.log.count("the server responded to the upgrade with 401 Unauthorized: Session already exists (if that is the previous connection of this component, the server removes it within seconds)"))
 	})
 }
 
@@ -209,7 +209,7 @@ func TestRejectedTokenIsRetriedEveryHalfMinute(t *testing.T) {
 		server.session()
 		half := 30 * time.Second
 		require.Equal(t, []time.Duration{half, half, half, half}, server.waits())
-		require.Equal(t, 4, e.log.count("the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)"))
+		require.Equal(t, 4, e.log.count("the server responded to the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)"))
 	})
 }
 

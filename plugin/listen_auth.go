@@ -156,7 +156,7 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting l
 		r.err = fmt.Errorf("the fields %s cannot be used together", strings.Join(given, " and "))
 		return s, nil
 	case len(s.Processors) > 0 && mapping == nil:
-		r.err = fmt.Errorf("the field %s requires the field %s, which decides about their answer", fieldAuthorizeProcessors, fieldAuthorize)
+		r.err = fmt.Errorf("the field %s requires the field %s, which decides based on their result", fieldAuthorizeProcessors, fieldAuthorize)
 		return s, nil
 	case s.TokensFile != "":
 		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, log.With("file", s.TokensFile), tokensOfFile)

@@ -48,7 +48,7 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 // client with an IP address.
 func checkProxyHeader(h *proxyproto.Header) error {
 	if _, isTCP := h.SourceAddr.(*net.TCPAddr); !isTCP && !h.Command.IsLocal() {
-		return fmt.Errorf("the header has an address of type %v in place of TCP", h.TransportProtocol)
+		return fmt.Errorf("the header has an address of type %v instead of TCP", h.TransportProtocol)
 	}
 	return nil
 }

@@ -48,8 +48,8 @@ func TestSecretThatYAMLDoesNotReadAsTextIsRefused(t *testing.T) {
 
 func TestSecretWithTracesOfItsSourceIsRefused(t *testing.T) {
 	for value, sentence := range map[string]string{
-		`"s3cret\n"`: "begins or ends with white space", `"s3cret\r\n"`: "begins or ends with white space", `' s3cret'`: "begins or ends with white space",
-		`"\ts3cret"`: "begins or ends with white space", `'s3cret '`: "begins or ends with white space", `'s3cret\n'`: `ends with \n`,
+		`"s3cret\n"`: "begins or ends with whitespace", `"s3cret\r\n"`: "begins or ends with whitespace", `' s3cret'`: "begins or ends with whitespace",
+		`"\ts3cret"`: "begins or ends with whitespace", `'s3cret '`: "begins or ends with whitespace", `'s3cret\n'`: `ends with \n`,
 		`"s3cret\nmore"`: "contains an invisible character", `"s3\tcret"`: "contains an invisible character", `"s3\0cret"`: "contains an invisible character",
 		`"s3\x7Fcret"`: "contains an invisible character", `"\uFEFFs3cret"`: "contains an invisible character", `"s3\u200Bcret"`: "contains an invisible character",
 	} {

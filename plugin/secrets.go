@@ -105,7 +105,7 @@ func checkSecret(what, text string) error {
 	invisible := func(r rune) bool { return !unicode.IsGraphic(r) }
 	switch {
 	case strings.TrimSpace(text) != text:
-		return fmt.Errorf("%s begins or ends with white space, such as a line break: remove it from the file or the environment variable", what)
+		return fmt.Errorf("%s begins or ends with whitespace, such as a line break: remove it from the file or the environment variable", what)
 	case strings.HasSuffix(text, `\n`): // the engine's spelling of a line break in an environment variable
 		return fmt.Errorf(`%s ends with \n, a line break of the environment variable: remove it there`, what)
 	case !utf8.ValidString(text):

@@ -291,7 +291,7 @@ func TestOutputRetriesARejectedTokenWithinAckTimeout(t *testing.T) {
 				e.net.cut()
 				begin := time.Now()
 				if !tt.delivered {
-					require.ErrorContains(t, next(t, f.verdict), "no other session connected within ack_timeout (20s): dialling ws://"+somewhere+": the server answered the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)")
+					require.ErrorContains(t, next(t, f.verdict), "no other session connected within ack_timeout (20s): dialling ws://"+somewhere+": the server responded to the upgrade with 401 Unauthorized: Invalid token (check the field token; retrying in 30s)")
 					require.Equal(t, 20*time.Second, time.Since(begin))
 					f = e.produce("m")
 				}
@@ -416,7 +416,7 @@ func TestFailedAttemptIsLoggedOnceForAllWaitingBatches(t *testing.T) {
 		require.Greater(t, attempts, 4)
 		lines := 0
 		for _, line := range e.log.all() {
-			if strings.Contains(line, "Reconnecting failed") && strings.Contains(line, "error=dialling ws://"+somewhere+": the server answered the upgrade with 503") {
+			if strings.Contains(line, "Reconnecting failed") && strings.Contains(line, "error=dialling ws://"+somewhere+": the server responded to the upgrade with 503") {
 				lines++
 				_, suppressed, _ := strings.Cut(line, "suppressed=")
 				suppressed, _, _ = strings.Cut(suppressed, " ")

@@ -74,7 +74,7 @@ func TestCheckReportsEachFailureOnOneLine(t *testing.T) {
 			"nobody listens", `
 input: { cryo: { url: "ws://${NOBODY}", token: "${CRYO_TOKEN}" } }
 output: { drop: {} }`,
-			[]string{"a.yaml: input: failed: … " + nobody + ": connect: connection refused (unreachable: nothing listens there)", "a.yaml: output: ok"},
+			[]string{"a.yaml: input: failed: … " + nobody + ": connect: connection refused (unreachable: no process listens on that address)", "a.yaml: output: ok"},
 		},
 		{
 			"the token is wrong", `

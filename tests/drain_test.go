@@ -86,7 +86,7 @@ func TestStoppingProcessAcceptsNoOtherConfiguration(t *testing.T) {
 	p.Signal(syscall.SIGTERM)
 	wantReady(t, "http://"+api, http.StatusServiceUnavailable, "stopping")
 	require.NoError(t, os.WriteFile(path, []byte(strings.Replace(config, "drop: {}", "drop: {} # changed", 1)), 0o600))
-	p.WantLog("the process is stopping: it accepts no other configuration")
+	p.WantLog("the process is stopping: no further configuration is accepted")
 	wantReady(t, "http://"+api, http.StatusServiceUnavailable, "stopping")
 	p.WantExit(0)
 }

@@ -95,7 +95,7 @@ func TestSecretThatYAMLChangesIsRefusedUnprinted(t *testing.T) {
 			"cryo: { url: '" + server.URL() + "', token: '${SOME_TOKEN}' }", lineBreak + "\n", "field token ends with ",
 		},
 		"line break in double quotes": {
-			"cryo: { url: '" + server.URL() + `', token: "${SOME_TOKEN}" }`, lineBreak + "\n", "field token begins or ends with white space",
+			"cryo: { url: '" + server.URL() + `', token: "${SOME_TOKEN}" }`, lineBreak + "\n", "field token begins or ends with whitespace",
 		},
 		"line break without quotes": {
 			"cryo_server: { address: '127.0.0.1:0', tokens: [ ${SOME_TOKEN} ] }", lineBreak + "\n", "field tokens: element 1 ends with ",

@@ -75,7 +75,7 @@ func (a *streamsAPI) checkConfig(conf *service.ParsedConfig) error {
 	}
 	authenticated, err := conf.FieldBool("http", "basic_auth", "enabled")
 	if err == nil && !authenticated {
-		err = errors.New("--api lets everybody who reaches the HTTP server run commands: set enabled, username and password_hash of http.basic_auth, or omit --api")
+		err = errors.New("--api lets anyone who can reach the HTTP server run commands: set enabled, username and password_hash of http.basic_auth, or omit --api")
 	}
 	return err
 }
