@@ -57,7 +57,7 @@ func TestSlowTransferDoesNotCountTowardsTheTimeout(t *testing.T) {
 	})
 }
 
-func TestTheTransferOfAMessageTakesTenTimesTheTimeoutAtMost(t *testing.T) {
+func TestTransferIsLimitedToTenTimesTheTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(7 << 10)

@@ -55,7 +55,7 @@ func withCertificate(t *testing.T, token, host string, change func(*x509.Certifi
 	return err
 }
 
-func TestNoErrorRepeatsTheTokenOfACertificate(t *testing.T) {
+func TestCertificateErrorsDoNotContainTheToken(t *testing.T) {
 	const secret = "s3cret-0123456789"
 	base32 := base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString([]byte(secret))
 	for name, tt := range map[string]struct {

@@ -95,7 +95,7 @@ func dropPackets(t *testing.T, address, port string) {
 	t.Cleanup(func() { _ = c.Close() })
 }
 
-func TestServerBehindDeadAddressesIsReached(t *testing.T) {
+func TestServerBehindUnreachableAddressesIsReached(t *testing.T) {
 	target, sessions := serveTCP(t)
 	_, port, err := net.SplitHostPort(strings.TrimPrefix(target, "ws://"))
 	require.NoError(t, err)

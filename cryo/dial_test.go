@@ -66,7 +66,7 @@ func TestCheckURL(t *testing.T) {
 	}
 }
 
-func TestDialAsksForTheUpgradeAsTheProtocolWantsIt(t *testing.T) {
+func TestDialSendsTheUpgradeRequestOfTheProtocol(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := cryotest.NewServer(t)
 		var (
@@ -332,7 +332,7 @@ func TestDialFailsWithoutAServer(t *testing.T) {
 	require.NotContains(t, err.Error(), "authorization")
 }
 
-func TestDialIsBoundedWhereverItHangs(t *testing.T) {
+func TestDialTimesOutInEachPhase(t *testing.T) {
 	hangs := map[string]func(ctx context.Context, network, address string) (net.Conn, error){
 		"connecting": func(ctx context.Context, _, _ string) (net.Conn, error) {
 			<-ctx.Done()

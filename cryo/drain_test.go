@@ -200,7 +200,7 @@ func TestShutdownCancelsStreamsBeforeItCloses(t *testing.T) {
 	})
 }
 
-func TestDrainClosesWhenAllThatWasReceivedIsSettled(t *testing.T) {
+func TestDrainClosesWhenAllReceivedMessagesAreSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		_, _, whole := fourStreams(t, s, peer)
 		peer.WriteFrames(cryotest.Text(1, "a"), cryotest.Text(2, "b"), cryotest.Text(3, "c"), cryotest.Error(4, "d"))
@@ -420,7 +420,7 @@ func TestTheEndWaitsForTheFinishOfAStreamThatIsAcknowledged(t *testing.T) {
 	}
 }
 
-func TestAFinishThatNeverComesDelaysByeByHalfOfCloseTimeout(t *testing.T) {
+func TestMissingFinishDelaysByeByHalfOfCloseTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		acknowledgedAhead(t, s, peer)
 		time.Sleep(time.Second)

@@ -21,7 +21,7 @@ import (
 
 // The ends of a session, met by something else.
 
-func TestDrainDiscardsALargeMessageThatIsComingIn(t *testing.T) {
+func TestDrainDiscardsAnIncompleteLargeMessage(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.Binary, Ack: 5, Payload: make([]byte, 3<<20)})
 		require.NoError(t, err)
@@ -92,7 +92,7 @@ func TestBothHandlersMayEndTheirSession(t *testing.T) {
 }
 
 // What is acknowledged while a session drains, its sender sees acknowledged, and nothing else.
-func TestSendersAgreeWithADrainedSessionAboutWhatIsDelivered(t *testing.T) {
+func TestSendersAgreeWithADrainedSessionOnDeliveredMessages(t *testing.T) {
 	for i := range 30 {
 		opts := cryo.SessionOptions{MaxBufferBytes: []int{4 << 10, 1 << 20}[i%2], CloseTimeout: time.Minute}
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: opts})

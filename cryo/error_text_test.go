@@ -12,7 +12,7 @@ import (
 
 // What replaces invalid bytes is larger than they are. Large payloads may take no more than
 // was reserved for them while they came in.
-func TestALargeErrorWithInvalidTextTakesNoMoreThanItsSize(t *testing.T) {
+func TestLargeErrorWithInvalidTextUsesNoMoreThanItsSize(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		for _, tt := range []struct{ sent, want string }{
 			{strings.Repeat("a\xff", 10), strings.Repeat("a\uFFFD", 10)},

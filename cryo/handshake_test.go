@@ -185,7 +185,7 @@ func TestMessagesBeforeTheHandshakeIsAcknowledgedAreReceived(t *testing.T) {
 	})
 }
 
-func TestDialDoesNotInsistOnTheServersEndpointInfo(t *testing.T) {
+func TestDialDoesNotRequireTheServersEndpointInfo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		peer, dial := dialling(t, cryo.DialOptions{})
 		peer.WantEndpointInfo("the client's ENDPOINT_INFO")
@@ -279,7 +279,7 @@ func diallingTo(t *testing.T, opts cryo.DialOptions, s **cryo.Session) (*cryotes
 	return server.NextPeer(), dial
 }
 
-func TestEndDuringTheHandshakeIsNoMissedHandshake(t *testing.T) {
+func TestSessionThatEndsDuringTheHandshakeIsNotATimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log lines
 		denied := make(chan int, 1)

@@ -111,7 +111,7 @@ func TestBlackHoleIsDetectedWhileSending(t *testing.T) {
 	})
 }
 
-func TestSlowLineIsNoPeerTimeout(t *testing.T) {
+func TestSlowConnectionDoesNotTimeOut(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{HeartbeatInterval: 10 * time.Second}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		// Our pings wait behind the message, so the peer answers none for more
 		// than four minutes.
@@ -127,7 +127,7 @@ func TestSlowLineIsNoPeerTimeout(t *testing.T) {
 	})
 }
 
-func TestAVerySlowLineIsNoPeerTimeout(t *testing.T) {
+func TestVerySlowConnectionDoesNotTimeOut(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		peer.Conn().ReadSlowly(7 << 10)
@@ -140,7 +140,7 @@ func TestAVerySlowLineIsNoPeerTimeout(t *testing.T) {
 	})
 }
 
-func TestSlowlyReceivedMessageIsNoPeerTimeout(t *testing.T) {
+func TestSlowlyReceivedMessageDoesNotTimeOut(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		message := cryotest.Binary(1, string(make([]byte, 500_000)))
 		message.SID = sid
@@ -191,7 +191,7 @@ func TestPausedReadsDoNotCountTowardsThePeerTimeout(t *testing.T) {
 }
 
 // The first ping to a peer that is gone may only make its kernel report it.
-func TestWhileReadsArePausedThereAreTwoWebSocketPingsAnInterval(t *testing.T) {
+func TestPausedReadsSendTwoWebSocketPingsPerInterval(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		begin := time.Now()
 		var pings []time.Duration

@@ -125,7 +125,7 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 }
 
 // A log handler may take as long as the session needs to log once more.
-func TestALogHandlerMayWaitForTheSessionToReadOn(t *testing.T) {
+func TestLogHandlerMayBlockUntilTheSessionReadsAgain(t *testing.T) {
 	var (
 		peer *cryotest.Peer
 		done = make(chan struct{})

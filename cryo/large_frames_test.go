@@ -409,7 +409,7 @@ func TestOneMessageInFragmentsAtATimeOutgrowsAMebibyte(t *testing.T) {
 
 // What has some of its memory must not wait for what its own session is to settle, or
 // those that wait for that memory would, too.
-func TestFragmentedMessageContinuesBeyondItsSessionsShare(t *testing.T) {
+func TestFragmentedMessageContinuesBeyondItsSessionsQuota(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bound = 1 << 20
 		_, l, accepted := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{MaxBufferBytes: bound}})

@@ -67,7 +67,7 @@ func tooLong(t *testing.T) []byte {
 	return append(frame, make([]byte, cryo.MaxPayload+100)...)
 }
 
-func TestALengthBeyondAllBoundsEndsTheSession(t *testing.T) {
+func TestExcessiveFrameLengthEndsTheSession(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		header := raw(end, 0x82, make([]byte, 1<<16))[:10]
 		binary.BigEndian.PutUint64(header[2:], 1<<63)

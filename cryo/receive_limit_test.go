@@ -279,7 +279,7 @@ func TestGarbageCollectedSessionReleasesItsReceiveBuffer(t *testing.T) {
 }
 
 // A client may open any number of sessions.
-func TestSessionsOfOneOwnerHaveOneShareOfTheReceiveBuffer(t *testing.T) {
+func TestSessionsOfOneOwnerHaveOneQuotaOfTheReceiveBuffer(t *testing.T) {
 	server, l, sessions := serve(t, cryo.ServerOptions{
 		SessionOptions: cryo.SessionOptions{MaxBufferBytes: 90_000},
 		Authorize:      func(u *cryo.Upgrade) error { u.Owner = []string{"ann", "bob"}[u.SessionID/100]; return nil },

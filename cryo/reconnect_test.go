@@ -288,7 +288,7 @@ func TestLongSessionResetsTheBackoff(t *testing.T) {
 	})
 }
 
-func TestClientsWhoseSessionsEndTogetherComeBackSpread(t *testing.T) {
+func TestReconnectsOfClientsThatDisconnectTogetherAreSpread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 100
 		server, _, _ := serve(t, cryo.ServerOptions{OnSession: func(*cryo.Session, *cryo.Upgrade) {}})
@@ -644,7 +644,7 @@ func TestContextCausedByARetryErrorEndsTheWait(t *testing.T) {
 	})
 }
 
-func TestConnectWaitsUntilTheLastSessionIsOver(t *testing.T) {
+func TestConnectWaitsUntilThePreviousSessionHasEnded(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		_, peer := connectClient(t, c, g, server)
 		time.Sleep(time.Second)

@@ -33,7 +33,7 @@ func trySend(t *testing.T, r *rand.Rand, peer *cryotest.Peer, b []byte) error {
 
 // However sessions end, and whatever their application does meanwhile, nothing of what they
 // share stays reserved, and all their calls return.
-func TestNothingStaysReservedHoweverSessionsEnd(t *testing.T) {
+func TestEverySessionEndReleasesItsReservations(t *testing.T) {
 	cryo.Poison(true)
 	defer cryo.Poison(false)
 	for _, limit := range []int64{1, 100, 64 << 10, 1 << 20} {

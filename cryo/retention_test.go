@@ -73,7 +73,7 @@ func TestAnErrorIsNotAnsweredWithAnError(t *testing.T) {
 	})
 }
 
-func TestMessageReleasesItsReservationWhateverItsPayload(t *testing.T) {
+func TestMessageWithAReplacedPayloadReleasesItsReservation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: bounded()})
 		peer.WriteFrames(cryotest.Text(0, strings.Repeat("x", 1000)))

@@ -49,7 +49,7 @@ func wantNoSecret(t *testing.T, err error, secret string) {
 	}
 }
 
-func TestNoErrorRepeatsTheToken(t *testing.T) {
+func TestErrorsDoNotContainTheToken(t *testing.T) {
 	const upgraded = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 	answers := map[string]string{
 		"in a denial":            "HTTP/1.1 401 Unauthorized\r\n\r\n<p>The token «%s» is wrong.</p>",
@@ -85,7 +85,7 @@ func TestNoErrorRepeatsTheToken(t *testing.T) {
 	}
 }
 
-func TestNoErrorRepeatsTheRequest(t *testing.T) {
+func TestErrorsDoNotContainTheRequest(t *testing.T) {
 	for _, secret := range secrets {
 		synctest.Test(t, func(t *testing.T) {
 			l := answer(t, func(r *http.Request) string { return "HTTP/1.1 404 Not Found\r\n\r\nnothing at " + r.RequestURI })
@@ -101,7 +101,7 @@ func TestNoErrorRepeatsTheRequest(t *testing.T) {
 	}
 }
 
-func TestNoErrorRepeatsATokenThatIsBrokenIntoLines(t *testing.T) {
+func TestErrorsDoNotContainATokenSplitAcrossLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := answer(t, func(*http.Request) string { return "HTTP/1.1 401 Unauthorized\r\n\r\nnot abc\n  def ghi" })
 		_, err := cryo.Dial(t.Context(), memoryURL, &cryo.DialOptions{NetDial: l.Dial, Token: "abc def"})
@@ -109,7 +109,7 @@ func TestNoErrorRepeatsATokenThatIsBrokenIntoLines(t *testing.T) {
 	})
 }
 
-func TestNoProxysErrorRepeatsTheToken(t *testing.T) {
+func TestProxyErrorsDoNotContainTheToken(t *testing.T) {
 	for _, secret := range secrets {
 		via := connectProxy(t, "HTTP/1.1 403 no "+secret+" here\r\n\r\n")
 		_, err := cryo.Dial(t.Context(), "ws://cryo.test", &cryo.DialOptions{Token: secret, Proxy: http.ProxyURL(via)})
@@ -145,7 +145,7 @@ func TestDenialTruncatedWithinTheTokenIsRedacted(t *testing.T) {
 	})
 }
 
-func TestNoTextOfTheServerRepeatsTheToken(t *testing.T) {
+func TestTextFromTheServerDoesNotExposeTheToken(t *testing.T) {
 	words := "you said " + url.QueryEscape(token) + ", that is " + token
 	redacted := fmt.Sprintf("(redacted: %d bytes)", len(words))
 	for name, end := range map[string]func(*cryotest.Peer){
@@ -173,7 +173,7 @@ func TestNoTextOfTheServerRepeatsTheToken(t *testing.T) {
 	}
 }
 
-func TestTextWithAShortTokenIsLeftOut(t *testing.T) {
+func TestTextWithAShortTokenIsOmitted(t *testing.T) {
 	const leftOut = "(redacted: a body of %d bytes)"
 	for _, tt := range []struct{ token, page, want string }{
 		{"t", "The message is too late", leftOut},
@@ -207,7 +207,7 @@ func TestExistingSessionIsDetectedIfTheTokenIsPartOfTheMessage(t *testing.T) {
 	}
 }
 
-func TestNoWordThatThePeerHasCutWithinTheTokenRepeatsIt(t *testing.T) {
+func TestWordTruncatedWithinTheTokenIsRedacted(t *testing.T) {
 	cut := func(size, kept int) string { return strings.Repeat(".", size-kept) + token[:kept] }
 	for name, end := range map[string]func(*cryotest.Peer){
 		"BYE":   func(peer *cryotest.Peer) { peer.WriteFrames(cryotest.Bye(9, cut(123, 16))) },

@@ -535,7 +535,7 @@ func TestFullDeniesClients(t *testing.T) {
 	})
 }
 
-func TestDenialsLeftOutOfTheLogAreCounted(t *testing.T) {
+func TestSuppressedDenialsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := &logged{}
 		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(lines.handler())}})
@@ -572,7 +572,7 @@ func TestDenyingALongTokenIsCheap(t *testing.T) {
 	})
 }
 
-func TestALogHandlerThatWaitsHoldsUpNoOtherDenial(t *testing.T) {
+func TestBlockedLogHandlerDoesNotDelayOtherDenials(t *testing.T) {
 	logging, release := make(chan struct{}, 2), make(chan struct{})
 	log := slog.New(onLog{slog.DiscardHandler, func() {
 		logging <- struct{}{}
@@ -604,7 +604,7 @@ func TestALogHandlerThatWaitsHoldsUpNoOtherDenial(t *testing.T) {
 }
 
 // A proxy that does not pass on the headers of an upgrade makes a plain request of it.
-func TestClientWithoutAnUpgradeIsReportedAndAStrangerIsNot(t *testing.T) {
+func TestRequestWithoutAnUpgradeIsReportedOnlyFromCryoClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logged
 		statuses := make(chan int, 9)
@@ -628,7 +628,7 @@ func TestClientWithoutAnUpgradeIsReportedAndAStrangerIsNot(t *testing.T) {
 	})
 }
 
-func TestDenialsAreLoggedOnceASecondForEachStatus(t *testing.T) {
+func TestDenialsAreLoggedOncePerSecondForEachStatus(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logged
 		_, l, _ := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{Logger: slog.New(log.handler())}})

@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-func TestTheLargestNumberOfSessionsIsABoundToo(t *testing.T) {
+func TestHugeSessionLimitDoesNotOverflow(t *testing.T) {
 	for _, limit := range []int{math.MaxInt, math.MaxInt/2 + 1} {
 		synctest.Test(t, func(t *testing.T) {
 			_, l, sessions := serve(t, cryo.ServerOptions{MaxSessions: limit})

@@ -142,7 +142,7 @@ func TestAServerDrainsAllItsSessions(t *testing.T) {
 	})
 }
 
-func TestSessionsAreDrainedOneAfterTheOther(t *testing.T) {
+func TestSessionsAreDrainedOneByOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 5
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
@@ -372,7 +372,7 @@ func TestNegativeOptionsAreErrors(t *testing.T) {
 	})
 }
 
-func TestAServerWithoutOptionsDeniesEverybody(t *testing.T) {
+func TestServerWithoutOptionsDeniesAllClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, err := cryo.NewServer(nil)
 		require.NoError(t, err)

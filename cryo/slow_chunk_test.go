@@ -14,7 +14,7 @@ import (
 )
 
 // A chunk, or a message before it, may take a slow line longer than a stream may be idle.
-func TestAStreamIsNotIdleWhileALargeFrameComesIn(t *testing.T) {
+func TestStreamIsNotIdleWhileALargeFrameIsReceived(t *testing.T) {
 	for name, before := range map[string]bool{"its own chunk": false, "a message before it": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -208,7 +208,7 @@ func TestIdleStreamIsCancelled(t *testing.T) {
 	})
 }
 
-func TestAStreamMayHaveAnIdleTimeoutOfItsOwn(t *testing.T) {
+func TestStreamMayHaveItsOwnIdleTimeout(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	for name, c := range map[string]struct{ set, want time.Duration }{

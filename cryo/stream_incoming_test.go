@@ -59,7 +59,7 @@ func TestAStreamMayBeReadInPieces(t *testing.T) {
 	})
 }
 
-func TestReadingNothingLetsThePeerSend(t *testing.T) {
+func TestReadIntoAnEmptySliceLetsThePeerSend(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(7, 3, -1, ""))
 		st := acceptStream(t, s)

@@ -381,7 +381,7 @@ func TestPulledFileThatChangesItsSizeFailsTheStream(t *testing.T) {
 }
 
 // A receiver would close the session: it takes the TX_START for one of CAMP.
-func TestNameThatAPullingPeerTakesForCAMPIsNotSent(t *testing.T) {
+func TestNameThatAPullingPeerMistakesForCAMPIsNotSent(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		setFlow(peer, wire.FlowPull)
 		err := s.SendStream(t.Context(), strings.NewReader("abc"), &cryo.StreamOptions{Name: "name\x00"})

@@ -346,7 +346,7 @@ func TestIgnoredBytesOfAnyFrameCount(t *testing.T) {
 	}
 }
 
-func TestThrottledSessionKeepsNoOtherWaiting(t *testing.T) {
+func TestThrottledSessionDoesNotDelayOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
 			HeartbeatInterval: 1 << 50, MaxBufferBytes: 100_000, MaxMessagesPerSecond: 10, MaxBytesPerSecond: 20_000,
@@ -418,7 +418,7 @@ func TestAcknowledgementBehindThrottledMessagesIsReadAfterThem(t *testing.T) {
 	})
 }
 
-func TestThrottledSessionsReadOnAtOnceWhenDataIsNotWanted(t *testing.T) {
+func TestThrottledSessionReadsImmediatelyWhenDataIsDiscarded(t *testing.T) {
 	opts := quiet
 	opts.MaxMessagesPerSecond = 1
 	for what, stop := range map[string]func(t *testing.T, s *cryo.Session, peer *cryotest.Peer){
@@ -493,7 +493,7 @@ func TestThrottledSessionIsReported(t *testing.T) {
 	})
 }
 
-func TestClientGainsNothingByConnectingAgain(t *testing.T) {
+func TestReconnectingDoesNotRaiseTheRate(t *testing.T) {
 	const rate, bytesRate = 100, 50_000
 	for name, opts := range map[string]cryo.SessionOptions{"messages": {MaxMessagesPerSecond: rate}, "bytes": {MaxBytesPerSecond: bytesRate}} {
 		t.Run(name, func(t *testing.T) {

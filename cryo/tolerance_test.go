@@ -386,7 +386,7 @@ func TestViolationCancelsStreamsBeforeTheCloseFrame(t *testing.T) {
 }
 
 // cryo-server acknowledges TX_CANCEL while a last chunk may still wait.
-func TestByeWaitsUntilNothingMoreComesOfCancelledStreams(t *testing.T) {
+func TestByeWaitsForTheLastFramesOfCancelledStreams(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		incoming(t, s, peer, 1, 5)
 		closing := start(func() error { return s.Close(t.Context(), "") })
@@ -481,7 +481,7 @@ func TestDrainOfAServerSendsACodeAfterWhichClientsReturn(t *testing.T) {
 }
 
 // Not every peer stops when its stream is cancelled.
-func TestTakenOverSessionSendsTheCloseFrameThoughItsStreamsGoOn(t *testing.T) {
+func TestTakenOverSessionSendsTheCloseFrameDespiteOpenStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		old := join(t, l, sid)

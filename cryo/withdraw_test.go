@@ -224,7 +224,7 @@ func TestEverySendIsDoneAtTheEnd(t *testing.T) {
 
 // Against the clock: sends are started, cancelled, acknowledged, rejected and cut off at any
 // time.
-func TestEverySendIsDoneWhateverItsResult(t *testing.T) {
+func TestEverySendCompletes(t *testing.T) {
 	for range 10 {
 		client, server := overTCP(t)
 		var going sync.WaitGroup

@@ -205,7 +205,7 @@ func TestNothingIsQueuedBehindTheEnd(t *testing.T) {
 	require.Nil(t, q.closing, "it is written once")
 }
 
-func TestAPingIsNotQueuedBehindOneThatIsUnwritten(t *testing.T) {
+func TestPingIsNotQueuedBehindAnUnwrittenOne(t *testing.T) {
 	w := busyWriter()
 	for range 3 {
 		w.ping(true)

@@ -286,7 +286,7 @@ func TestFailedAttemptNamesTheFieldToChange(t *testing.T) {
 	}
 }
 
-func TestLastConnectionLineIsTrueIfLossesFollowEachOther(t *testing.T) {
+func TestLastConnectionLogLineIsAccurateAfterRepeatedLosses(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		server := e.serve()
 		e.run(fromFeed, dialOutput)

@@ -429,7 +429,7 @@ func TestRenewedCertificateWithTheSameTimeAndSizeIsServed(t *testing.T) {
 	})
 }
 
-func TestTokenFileThatIsAPipeDelaysNothing(t *testing.T) {
+func TestTokenFileThatIsAPipeCausesNoDelay(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no named pipes in the file system")
 	}

@@ -198,7 +198,7 @@ func TestOutputIsNotConnectedWhileItsListenerCannotBeOpened(t *testing.T) {
 }
 
 // A socket that fails whenever it is opened must not flood the log.
-func TestListenerThatFailsAgainAndAgainWaitsInBetween(t *testing.T) {
+func TestListenerThatFailsRepeatedlyBacksOff(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		listen := e.shared.listen
 		var opened atomic.Int64

@@ -111,7 +111,7 @@ func TestProcessorsReceiveTheInputOfAuthorize(t *testing.T) {
 	})
 }
 
-func TestClientMayComeBackWhenProcessorsFail(t *testing.T) {
+func TestClientMayReconnectWhenProcessorsFail(t *testing.T) {
 	const secret = "tenant1:s3cr3tpassword"
 	for processor, log := range map[string]string{
 		`{ mapping: 'root = throw("not " + this.token.slice(8))' }`:                                        "authorize_processors failed: the error is redacted",
@@ -353,7 +353,7 @@ func TestProcessorsWithAnUnknownResourceFailTheStart(t *testing.T) {
 	require.ErrorContains(t, err, "nowhere")
 }
 
-func TestAnswerThatRepeatsTheRequestIsDenied(t *testing.T) {
+func TestResponseThatEchoesTheRequestIsDenied(t *testing.T) {
 	const echo = `{ noop: {} }`
 	for authorize, log := range map[string]string{
 		`root = this`:                                                    "the field token",

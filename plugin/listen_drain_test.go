@@ -161,7 +161,7 @@ func TestDrainWaitsForTheAcknowledgementsOfAnOutput(t *testing.T) {
 	})
 }
 
-func TestListenerWithoutADrainPeriodGoesOnUntilTheStop(t *testing.T) {
+func TestListenerWithoutADrainPeriodAcceptsClientsUntilTheStop(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		withShutdownDelay(t, time.Minute)
 		p := e.run(listenInput, toProbe)

@@ -85,7 +85,7 @@ func TestKeptListenerWithOtherSettingsIsReplaced(t *testing.T) {
 	})
 }
 
-func TestKeptListenerGivesItsPortToAnotherAddress(t *testing.T) {
+func TestKeptListenerReleasesItsPortForAnotherAddress(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		listen := e.shared.listen
 		e.shared.listen = func(network, address string) (net.Listener, error) {

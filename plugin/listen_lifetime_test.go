@@ -251,7 +251,7 @@ func TestUnacknowledgedMessageIsSentAgainAfterTheExpiry(t *testing.T) {
 	})
 }
 
-func TestExpiryIsATimeOrDeniesTheClient(t *testing.T) {
+func TestExpiryThatIsNotATimeDeniesTheClient(t *testing.T) {
 	const (
 		never   = time.Duration(0)
 		notTime = "field session_expires: the mapping must return a time: a number of seconds since 1970"
@@ -311,7 +311,7 @@ func TestExpiryIsATimeOrDeniesTheClient(t *testing.T) {
 	}
 }
 
-func TestOwnerIsTextOrDeniesTheClient(t *testing.T) {
+func TestOwnerThatIsNotTextDeniesTheClient(t *testing.T) {
 	for mapping, c := range map[string]struct {
 		owned  bool   // a client with another token takes over
 		denied string // words of the log

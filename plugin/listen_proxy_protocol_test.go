@@ -74,7 +74,7 @@ func (e *engine) tryDialThrough(header string, requestHeaders http.Header) (*cry
 	return s, err
 }
 
-func TestClientAddressIsThatOfThePROXYHeader(t *testing.T) {
+func TestClientAddressComesFromThePROXYHeader(t *testing.T) {
 	forwarded := http.Header{"X-Forwarded-For": {"198.51.100.1"}}
 	for _, tt := range []struct {
 		name, header string

@@ -134,7 +134,7 @@ func TestTokensOfAKeySetAuthorizeClients(t *testing.T) {
 	})
 }
 
-func TestClientMayComeBackWhenTheKeySetCannotBeFetched(t *testing.T) {
+func TestClientMayReconnectWhenTheKeySetCannotBeFetched(t *testing.T) {
 	p := newIdentityProvider(t).serve(t)
 	p.down.Store(true)
 	conf, err := specs()["input cryo_server"].ParseYAML("{ address: '"+somewhere+"', authorize: "+mapped(`root = this.token.parse_jwt_jwks("`+p.url+`/?secret=s3cret")`)+" }", nil)

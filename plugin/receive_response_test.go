@@ -125,7 +125,7 @@ func (e *engine) batched(fields string, texts []string, processors ...string) (c
 	return clients, sent
 }
 
-func TestEachClientOfABatchGetsItsOwnResponse(t *testing.T) {
+func TestEachClientOfABatchReceivesItsOwnResponse(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		clients, sent := e.batched("", []string{"a", "b", "c"}, numbersOfBatch)
 		for i, c := range clients {

@@ -34,7 +34,7 @@ func wantSecretRefused(t *testing.T, value, sentence string) {
 	}
 }
 
-func TestSecretThatYAMLDoesNotReadAsTextIsRefused(t *testing.T) {
+func TestSecretThatYAMLDoesNotReadAsTextIsRejected(t *testing.T) {
 	for value, kind := range map[string]string{
 		"4815162342": "a number", "007123": "a number", "0x1F2": "a number", "1e55": "a number", ".inf": "a number",
 		"100000000000000000000": "a number", "true": "a boolean", "FALSE": "a boolean", "2026-11-30": "a date",
@@ -46,7 +46,7 @@ func TestSecretThatYAMLDoesNotReadAsTextIsRefused(t *testing.T) {
 	}
 }
 
-func TestSecretWithTracesOfItsSourceIsRefused(t *testing.T) {
+func TestSecretWithArtefactsOfItsSourceIsRejected(t *testing.T) {
 	for value, sentence := range map[string]string{
 		`"s3cret\n"`: "begins or ends with whitespace", `"s3cret\r\n"`: "begins or ends with whitespace", `' s3cret'`: "begins or ends with whitespace",
 		`"\ts3cret"`: "begins or ends with whitespace", `'s3cret '`: "begins or ends with whitespace", `'s3cret\n'`: `ends with \n`,
@@ -57,7 +57,7 @@ func TestSecretWithTracesOfItsSourceIsRefused(t *testing.T) {
 	}
 }
 
-func TestQuotedSecretIsUsedAsItIs(t *testing.T) {
+func TestQuotedSecretIsUnchanged(t *testing.T) {
 	for _, secret := range []string{
 		"4815162342", "007123", "true", "null", "~", "2026-11-30", "abc #def", "#x", "&abc", "*abc", `pa\nss`, `pa"ss`, `back\slash`, "a: b", "[a]", "{a}", "% @`", "two  spaces", "ä€",
 	} {

@@ -197,7 +197,7 @@ func TestCheckWithoutAConfigurationFails(t *testing.T) {
 }
 
 // The flags of run, before and behind the command.
-func TestCheckTakesTheFlagsOfRun(t *testing.T) {
+func TestCheckAcceptsTheFlagsOfRun(t *testing.T) {
 	server := testkit.Serve(t)
 	files := map[string]string{
 		"a.yaml":         "input: { feed: { url: \"${FROM_FILE}\" } }\noutput: { label: out, cryo: { url: nowhere, token: \"${CRYO_TOKEN}\" } }",

@@ -27,7 +27,7 @@ output:
 shutdown_delay: ${DELAY}
 `
 
-func TestStoppingProcessClosesItsSessionsOneAfterTheOther(t *testing.T) {
+func TestStoppingProcessClosesItsSessionsOneByOne(t *testing.T) {
 	p, service := runServing(t, drainingPipeline, "DELAY=4s")
 	address := p.Listening()
 	sessions := make([]*cryo.Session, 6)
@@ -69,7 +69,7 @@ func TestStoppingProcessClosesItsSessionsOneAfterTheOther(t *testing.T) {
 	p.WantExit(0)
 }
 
-func TestDrainPeriodThatDoesNotFitIsRefused(t *testing.T) {
+func TestDrainPeriodThatExceedsShutdownDelayIsRejected(t *testing.T) {
 	p := runConfig(t, drainingPipeline, "DELAY=2s")
 	p.WantLog("field drain_period is 3s, but shutdown_delay of the configuration is 2s")
 	p.WantExit(1)

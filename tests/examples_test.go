@@ -41,7 +41,7 @@ func TestEveryExamplePassesLintAndIsListed(t *testing.T) {
 	}
 }
 
-// Single quotes are the form that preserves the most tokens (TestTokensFromTheEnvironmentArriveAsTheyAre).
+// Single quotes are the form that preserves the most tokens (TestTokensFromTheEnvironmentAreUnchanged).
 // Variables of Compose itself are no configuration.
 func TestTokensFromTheEnvironmentAreInSingleQuotes(t *testing.T) {
 	otherwise := regexp.MustCompile(`(?m)^.*[^'\n]\$\{[A-Z_]*TOKEN\b.*$`)

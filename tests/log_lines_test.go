@@ -40,7 +40,7 @@ func wantLimitedLines(t *testing.T, lines []string) {
 	}
 }
 
-func TestMessagesThatKeepFailingLogALineASecond(t *testing.T) {
+func TestRepeatedFailuresLogOneLinePerSecond(t *testing.T) {
 	const failing = 1024 // max_in_flight
 	rejects := testkit.Serve(t)
 	go func() {

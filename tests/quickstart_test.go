@@ -42,7 +42,7 @@ func endQuickstart(t *testing.T, p *testkit.Process) {
 	p.WantLog("Listener closed")
 }
 
-func TestQuickstartPrintsWhatIsInTheFile(t *testing.T) {
+func TestQuickstartPrintsTheContentOfTheFile(t *testing.T) {
 	p, address, file := quickstart(t)
 	for range 2 {
 		line := p.Take("an acknowledged message", func(line string) bool { return strings.HasPrefix(line, acknowledgedMessage) })
@@ -69,7 +69,7 @@ func TestQuickstartSendsToKafkaIfBrokersAreSet(t *testing.T) {
 
 // The default port is on the loopback interface, below the ports that systems give to outgoing
 // connections, and not that of another example.
-func TestQuickstartHasAPortOfItsOwn(t *testing.T) {
+func TestQuickstartUsesItsOwnPort(t *testing.T) {
 	defaults := regexp.MustCompile(`\$\{QUICKSTART_ADDRESS:([^}]+)\}`).FindAllStringSubmatch(testkit.ReadFile(t, "../config/quickstart.yaml"), -1)
 	require.Len(t, defaults, 2, "the server's address, and the client's")
 	require.Equal(t, defaults[0], defaults[1])

@@ -78,7 +78,7 @@ output:
 	wantNoSecret(t, strings.Join(p.All(), "\n"))
 }
 
-func TestSecretThatYAMLChangesIsRefusedUnprinted(t *testing.T) {
+func TestSecretThatYAMLChangesIsRejectedWithoutLoggingIt(t *testing.T) {
 	const digits, lineBreak = "4815162342", "s3cret-with-a-line-break"
 	server := testkit.Serve(t)
 	for name, tt := range map[string]struct{ fields, token, words string }{

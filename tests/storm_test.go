@@ -149,7 +149,7 @@ var (
 	statusOfLine  = regexp.MustCompile(` status=\d+`)
 )
 
-func TestStormOfClientsHarmsNobodyAndIsLoggedOnceASecond(t *testing.T) {
+func TestFloodOfClientsDisruptsNoSessionAndIsLoggedOncePerSecond(t *testing.T) {
 	n := 2000
 	if testkit.LongTests() {
 		n = 10_000

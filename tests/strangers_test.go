@@ -54,7 +54,7 @@ func wantServing(t *testing.T, address string, status int) {
 	})
 }
 
-func TestStrangersFindNoWayToRunAnything(t *testing.T) {
+func TestUnauthenticatedRequestsCannotRunAnything(t *testing.T) {
 	stream := testkit.WriteFile(t, "idle.yaml", idle)
 	resources := testkit.WriteFile(t, "resources.yaml", "cache_resources: [ { label: known, memory: {} } ]\n")
 	root := testkit.WriteFile(t, "root.yaml", "logger: { level: DEBUG }\n")
@@ -100,7 +100,7 @@ func TestStrangersFindNoWayToRunAnything(t *testing.T) {
 	}
 }
 
-func TestAPIWithoutAuthenticationIsRefusedAtStart(t *testing.T) {
+func TestAPIWithoutAuthenticationIsRejectedAtStart(t *testing.T) {
 	stream := testkit.WriteFile(t, "idle.yaml", idle)
 	address := testkit.ReserveAddress(t)
 	for name, c := range map[string]struct {

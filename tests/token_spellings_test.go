@@ -28,7 +28,7 @@ var preservedTokens = []string{
 	"%41%20", "a+b/c==", "a&b=c", "<b>&amp;", "ünïcödé 🔑", strings.Repeat("long ", 800) + "token",
 }
 
-func TestTokensFromTheEnvironmentArriveAsTheyAre(t *testing.T) {
+func TestTokensFromTheEnvironmentAreUnchanged(t *testing.T) {
 	type upgrade struct{ token, header, query string }
 	arrived := make(chan map[int]upgrade, 1)
 	arrived <- make(map[int]upgrade)
@@ -76,7 +76,7 @@ func TestTokensFromTheEnvironmentArriveAsTheyAre(t *testing.T) {
 	p.Kill() // inputs that never connected delay the engine's shutdown
 }
 
-func TestTokensThatQuotesDoNotPreserveAreRefusedUnprinted(t *testing.T) {
+func TestTokensThatQuotesDoNotPreserveAreRejectedWithoutLogging(t *testing.T) {
 	commands := [][]string{{"lint"}, {"check"}, {"run", "--set", "http.enabled=false"}, {"streams", "--set", "http.enabled=false"}}
 	fields := []string{
 		"cryo: { url: 'ws://127.0.0.1:9', token: '${CRYO_TOKEN:default}' }",

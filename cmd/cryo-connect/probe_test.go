@@ -23,7 +23,7 @@ func TestProbeFailsUnlessTheStatusIsSuccess(t *testing.T) {
 	require.ErrorIs(t, probe(t.Context(), service.URL+"/ping"), syscall.ECONNREFUSED)
 }
 
-func TestProbeAsksThisMachineByDefault(t *testing.T) {
+func TestProbeRequestsLocalhostByDefault(t *testing.T) {
 	for address, want := range map[string]string{
 		"127.0.0.1:4195": "http://127.0.0.1:4195/ping",
 		"0.0.0.0:4195":   "http://127.0.0.1:4195/ping",

@@ -284,7 +284,7 @@ func TestRedirectsDoNotLeaveHTTPS(t *testing.T) {
 	require.ErrorContains(t, check(source, good.sign(t, `{}`)), "redirect from https to http")
 }
 
-func TestFailedFetchRepeatsNoSecret(t *testing.T) {
+func TestFailedFetchExposesNoSecret(t *testing.T) {
 	good := newKey(t, "1", jose.ES256)
 	const query = "/keys?api-key=s3cret-0123456789"
 	for name, reply := range map[string]string{

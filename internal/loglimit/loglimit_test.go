@@ -10,7 +10,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/loglimit"
 )
 
-func TestAllowPermitsOneLineASecondAndCountsTheRest(t *testing.T) {
+func TestAllowPermitsOneLinePerSecondAndCountsTheRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limit := loglimit.New()
 		for _, suppressed := range []int64{0, 99, 99} {

@@ -33,7 +33,7 @@ func TestPlainTextIsRepeated(t *testing.T) {
 	}
 }
 
-func TestTextThatMayHoldASecretIsRedacted(t *testing.T) {
+func TestTextThatMayContainASecretIsRedacted(t *testing.T) {
 	s := redact.New(secret, "correct horse", "s3c", "4815162342")
 	for _, text := range []string{
 		"nothing at /?authorization=Bearer+x", "a=b", "100%", "back\\slash", "Tom & Jerry", "Q29ycmVjdA", "deadbeef42cafe", "it is correct, horse", "s3c",
@@ -51,7 +51,7 @@ func TestWithoutSecretsEveryTextIsPlain(t *testing.T) {
 	}
 }
 
-func TestNoTextThatIsRepeatedHoldsAToken(t *testing.T) {
+func TestRedactedTextContainsNoToken(t *testing.T) {
 	repeated := 0
 	for seed := range uint64(20_000) {
 		rng := rand.New(rand.NewPCG(21, seed))

@@ -79,7 +79,7 @@ func connect(t *testing.T, d *hostDialer) (address string, err error) {
 	return c.(*countedConn).address, nil
 }
 
-func TestDeadAddressesDelayAConnectionLittle(t *testing.T) {
+func TestUnreachableAddressesDelayAConnectionLittle(t *testing.T) {
 	for _, tt := range []struct {
 		ips  []string
 		want string
@@ -120,7 +120,7 @@ func TestDeadAddressesDelayAConnectionLittle(t *testing.T) {
 	}
 }
 
-func TestHostWithoutALivingAddressCannotBeDialled(t *testing.T) {
+func TestDialFailsIfNoAddressOfTheHostResponds(t *testing.T) {
 	for _, tt := range []struct {
 		ips  []string
 		want error

@@ -147,7 +147,7 @@ func TestServerResolvesACancelledStreamOnlyWhileSending(t *testing.T) {
 }
 
 // Why docs/reference/interop.md says that a stream that nobody awaits counts as delivered.
-func TestStreamThatNobodyAwaitsIsAcknowledgedAndKept(t *testing.T) {
+func TestUnawaitedStreamIsAcknowledgedAndRetained(t *testing.T) {
 	t.Parallel()
 	data := numbers(120_000, 0)
 	t.Run("cryo-server", func(t *testing.T) {
