@@ -6,7 +6,7 @@ import "time"
 const maxAckTicks = 20
 
 // AckClock decides when the acknowledgement of a message that was just sent is late. It ticks
-// twice per timeout. Time in which a slow line still transfers data that was queued at the first
+// twice per timeout. Time spent transferring, over a slow connection, data that was queued at the first
 // tick does not count, if at least 4 KiB of it are delivered between two ticks: the transfer of
 // a large message may take longer than the timeout. Less than 4 KiB at the first tick, such as
 // a ping, do not count at all. A peer that receives nothing is late after

@@ -173,7 +173,7 @@ func (t *ackTable) growLocked(n int) {
 type answerResult int
 
 const (
-	answerForeign   answerResult = iota // the number is not one of ours
+	answerForeign   answerResult = iota // the number was not assigned by this end
 	answerUnknown                       // the number is ours, but not in the table
 	answerLate                          // the number's call was cancelled; returned once a number
 	answerAccepted                      // the frame is complete, now or once it is written
@@ -212,7 +212,7 @@ func (t *ackTable) unmatchedLocked(number uint32) answerResult {
 	return answerForeign
 }
 
-// issued reports whether a number is one of ours, in the table or not: an ERROR with it is
+// issued reports whether a number was assigned by this end, in the table or not: an ERROR with it is
 // an answer.
 func (t *ackTable) issued(number uint32) bool {
 	t.mu.Lock()

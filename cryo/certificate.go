@@ -13,8 +13,8 @@ import (
 )
 
 // connectError returns the error of a connection on which no response was received, without the
-// secrets that a certificate may contain: its server chooses the names and dates, and knows the
-// token since an earlier session. Other errors do not repeat texts of the server.
+// secrets that a certificate may contain: its server chooses the names and dates, and may have
+// received the token in an earlier session. Other errors do not repeat texts of the server.
 func connectError(err error, secrets *redact.Secrets) error {
 	const unparsed = "failed to parse certificate from server"
 	if failed, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {

@@ -64,7 +64,7 @@ type DialOptions struct {
 	// NetDial opens the network connection, and must return when the context is done.
 	// Default: TCP. The host is resolved for each attempt, and its addresses, IPv6 and IPv4 in turn, are
 	// dialled at intervals of up to 250 ms until one answers (RFC 8305); each has at least half of
-	// what the lookup leaves of the ConnectTimeout. At most 64 addresses are dialled.
+	// the ConnectTimeout that remains after the lookup. At most 64 addresses are dialled.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -196,7 +196,7 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 	if choose := opts.Proxy; choose != nil {
 		opts.Proxy = func(r *http.Request) (*url.URL, error) {
 			via, err := choose(r)
-			if via != nil { // a proxy, which knows its password, can pretend to be the server
+			if via != nil { // a proxy, which receives its password, can impersonate the server
 				password, _ := via.User.Password()
 				opts.secrets = redact.New(appendSecret(t.secrets(&opts), password)...)
 			}
@@ -284,7 +284,7 @@ const (
 	maxDenialMessage = 200  // bytes of HandshakeError.Message
 )
 
-// handshakeError returns the error of a failed upgrade. It repeats nothing of the server's response
+// handshakeError returns the error of a failed upgrade. It quotes no part of the server's response
 // that may contain a secret.
 func handshakeError(err error, resp *http.Response, secrets *redact.Secrets) error {
 	switch {
@@ -335,7 +335,7 @@ func redirect(location string, secrets *redact.Secrets) string {
 	return redact.Cut(target, maxDenialMessage)
 }
 
-// contentType returns the type of a response's body. It repeats no other than the usual types.
+// contentType returns the content type of a response if it is one of the usual types.
 func contentType(resp *http.Response) string {
 	switch kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";"); kind {
 	case "text/html", "text/plain", "application/json", "application/problem+json":

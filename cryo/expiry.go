@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// expiryDrainTimeout bounds the time in which the messages of an expired session can still be
+// expiryDrainTimeout is the time limit for the messages of an expired session to be
 // settled. It is the time that senders usually wait for an acknowledgement.
 const expiryDrainTimeout = 30 * time.Second
 
@@ -25,9 +25,9 @@ type expiry struct {
 }
 
 // expiryOf returns the expiry of a session that begins now. A client whose token has expired must
-// get another one, so it must not connect again by itself with the old one: code 4000 tells the
+// get another one, so it must not reconnect automatically with the old one: code 4000 informs the
 // published clients that the session is over. A client whose session has reached its maximum age
-// can connect again at once; sessions that began together, as after a restart of the server, must
+// can reconnect immediately; sessions that began together, as after a restart of the server, must
 // not end together.
 func (o *ServerOptions) expiryOf(u *Upgrade) expiry {
 	var e expiry
@@ -73,10 +73,10 @@ func (s *Session) awaitExpiry() {
 }
 
 // expire drains an expired session and closes it. If something else ends the session first, such
-// as a takeover or Close, nothing is left to do: the first cause wins.
+// as a takeover or Close, it does nothing: the first cause wins.
 func (s *Session) expire() {
 	ctx, cancel := context.WithTimeout(s.ctx, expiryDrainTimeout)
 	defer cancel()
-	_ = s.settle(ctx, s.expiry.cause) // what is not settled by then stays unacknowledged, so the client sends it again
+	_ = s.settle(ctx, s.expiry.cause) // messages that are not acknowledged by then are sent again by the client
 	s.sendClose(s.expiry.cause, s.expiry.code, s.expiry.cause.Error(), nil)
 }

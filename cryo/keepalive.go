@@ -111,7 +111,7 @@ func (k *keepalive) setHeartbeat(d time.Duration) {
 }
 
 // alive reports whether, since the last call, anything was received, or some of the backlog
-// at that call was delivered. A large message may occupy a slow line for many heartbeats,
+// at that call was delivered. A large message may occupy a slow connection for many heartbeats,
 // with our pings behind it. Bytes without a backlog are no evidence: they may be in buffers.
 func (k *keepalive) alive() bool {
 	delivered, backlog := k.conn.Progress()

@@ -169,10 +169,10 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		{"sends a TX_START of CAMP", id + "00" + "00000001" + "00000000" + "ffffffffffffffff" + "00" + "6e616d65", "malformed TX_START frame of 30 bytes: it is a frame of another protocol, CAMP"},
 		{"sends a PING_PONG of CAMP", id + "fb" + "706f6e67", "malformed PING_PONG frame of 13 bytes: it is a frame of another protocol, CAMP"},
 		{"sends half a number", id + "fa" + "0000", "malformed UTF8DATA frame of 11 bytes: shorter than its 13 bytes"},
-		{"sends ping with a byte too much", id + "fb" + "00000001" + "70696e67ff", "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
+		{"sends a ping with an extra byte", id + "fb" + "00000001" + "70696e67ff", "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
 		{"sends a message for a foreign session", "0000000000000001" + "fa" + "00000001", "UTF8DATA frame for the foreign session 1"},
 		{"acknowledges for a foreign session", "0000000000000001" + "fd" + "40000001", "ACK frame for the foreign session 1"},
-		{"says another version in the middle", id + "ff" + "00000001" + "00000002" + "0000000000000001", "unsupported protocol version 2: only 1 is supported"},
+		{"announces another version after the handshake", id + "ff" + "00000001" + "00000002" + "0000000000000001", "unsupported protocol version 2: only 1 is supported"},
 	} {
 		frame, err := hex.DecodeString(c.frame)
 		require.NoError(t, err)
@@ -194,7 +194,7 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 			},
 		},
 		misbehaviour{
-			does: "sends messages longer than any frame, without end", problem: "websocket: read limit exceeded", code: websocket.CloseMessageTooBig,
+			does: "sends oversized messages endlessly", problem: "websocket: read limit exceeded", code: websocket.CloseMessageTooBig,
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				message := tooLong(t)
 				go func() {
@@ -206,7 +206,7 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 			},
 		},
 		misbehaviour{
-			does: "sends ENDPOINT_INFO again and again",
+			does: "sends ENDPOINT_INFO repeatedly",
 			how: func(t *testing.T, _ end, _ *cryo.Session, peer *cryotest.Peer) {
 				for i := range uint32(10) {
 					peer.WriteFrames(cryotest.EndpointInfo(i))
@@ -264,7 +264,7 @@ func brokenWebSocket() (rows []misbehaviour) {
 			},
 		},
 		misbehaviour{
-			does: "sends half a message and goes", lost: true,
+			does: "sends half a message and disconnects", lost: true,
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				frame, err := wire.Append(nil, &wire.Frame{SID: sid, Type: wire.UTF8, Payload: []byte("the first half")})
 				require.NoError(t, err)
@@ -332,7 +332,7 @@ func floods() []misbehaviour {
 			},
 		},
 		{
-			does: "sends thousands of TX_START that nobody takes",
+			does: "sends thousands of TX_START that are not accepted",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				flooded(t, peer, 5000, func(i uint32) wire.Frame { return txStart(i, i, -1, strings.Repeat("n", 1000)) })
 				require.Equal(t, 5000-256, peer.Skip(), "256 wait, the others are cancelled")
@@ -343,7 +343,7 @@ func floods() []misbehaviour {
 			},
 		},
 		{
-			does: "storms with the chunks of a stream that was refused",
+			does: "floods with chunks of a rejected stream",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 0)
 				require.NoError(t, st.Close())
@@ -353,7 +353,7 @@ func floods() []misbehaviour {
 			},
 		},
 		{
-			does: "sends more than may be held, and what it waits for is settled",
+			does: "sends more than max_buffer_bytes, then messages are settled",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				settling := start(func() error {
 					for range 1000 {
@@ -379,7 +379,7 @@ func floods() []misbehaviour {
 func strangeNumbers() []misbehaviour {
 	return []misbehaviour{
 		{
-			does: "acknowledges another number than the one that is awaited",
+			does: "acknowledges a number other than the awaited one",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendText(t.Context(), "hello") })
 				text := peer.WantType("the text", wire.UTF8)
@@ -404,7 +404,7 @@ func strangeNumbers() []misbehaviour {
 			},
 		},
 		{
-			does: "refuses what it has acknowledged before",
+			does: "rejects a message that it has acknowledged",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				send := start(func() error { return s.SendText(t.Context(), "hello") })
 				text := peer.WantType("the text", wire.UTF8)
@@ -415,7 +415,7 @@ func strangeNumbers() []misbehaviour {
 			},
 		},
 		{
-			does: "uses a number of its own for many messages",
+			does: "reuses one number for many messages",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				for range 3 {
 					peer.WriteFrames(cryotest.Text(5, "again"))
@@ -438,7 +438,7 @@ func strangeStreams() []misbehaviour {
 	}
 	return []misbehaviour{
 		{
-			does: "opens a stream under a number that is open", problem: "TX_START for the stream 5, which is already open",
+			does: "opens a stream under the number of an open one", problem: "TX_START for the stream 5, which is already open",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txStart(2, 5, -1, "again"))
@@ -446,7 +446,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "sends chunks, ends and fetches of streams that there are not",
+			does: "sends chunks, ends and fetches of unknown streams",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				for _, tx := range []uint32{0, 1, 1 << 31} {
 					peer.WriteFrames(txChunk(tx, 0, "?"), txFinish(2, tx))
@@ -467,7 +467,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "leaves out a chunk",
+			does: "skips a chunk",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txChunk(5, 2, "x"), txChunk(5, 3, "y"), txFinish(2, 5))
@@ -475,7 +475,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "sends chunks behind TX_FINISH",
+			does: "sends chunks after TX_FINISH",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				st := incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txFinish(2, 5), txChunk(5, 1, "x"))
@@ -483,7 +483,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "sends more of a stream than it has announced",
+			does: "sends more of a stream than announced",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteFrames(txStart(1, 5, 3, ""))
 				st := acceptStream(t, s)
@@ -495,7 +495,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "gives a stream a name of 16 MiB",
+			does: "opens a stream with a name of 16 MiB",
 			how: func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 				peer.WriteFrames(txStart(1, 5, -1, strings.Repeat("n", cryo.MaxPayload)))
 				peer.WantFrame("TX_CANCEL", txCancel(end.first, 5))
@@ -514,7 +514,7 @@ func strangeStreams() []misbehaviour {
 			},
 		},
 		{
-			does: "never reads a stream that it has let us begin",
+			does: "never reads a stream that it has accepted",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				st, _ := opening(t, s, peer, &cryo.StreamOptions{StepTimeout: 5 * time.Second})
 				peer.Conn().StopReading()

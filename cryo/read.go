@@ -196,8 +196,8 @@ func (s *Session) handle(in *received) {
 }
 
 // handleAnswer processes an ACK, or an ERROR that may reject one of our frames. It reports
-// whether the number is one of ours. A peer can predict our numbers, but an answer to a frame
-// that was not sent must not complete the send: the sender would reuse the payload's memory
+// whether the number was assigned by this end. A peer can predict our numbers, but an answer to a
+// frame that was not sent must not complete the send: the sender would reuse the payload's memory
 // while it is still to be written.
 func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 	switch s.acks.answer(f.Ack, err) {

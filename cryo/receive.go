@@ -33,7 +33,7 @@ func (s *Session) Receive(ctx context.Context) (*Message, error) {
 
 // Messages returns an iterator over the messages that Receive returns, one at a time. It
 // ends after its only error, which it yields with a nil message: the session's after its
-// end, or the context's. A loop may stop at any message: what was not yielded is left for
+// end, or the context's. A loop may stop at any message: the remaining messages are left for
 // the next call.
 func (s *Session) Messages(ctx context.Context) iter.Seq2[*Message, error] {
 	return each(func() (*Message, error) { return s.Receive(ctx) })

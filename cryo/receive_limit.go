@@ -135,7 +135,7 @@ type receiveLimit struct {
 	belowLimit            *quota.Share // share of bytes that holds nothing: it grants whenever the limit is not reached
 	rates                 throttle
 
-	patience   time.Duration // what was left of acceptPatience at patienceAt
+	patience   time.Duration // remainder of acceptPatience at patienceAt
 	patienceAt time.Time
 
 	rejecting bool                      // data without capacity is rejected without a wait while a local sender waits

@@ -123,7 +123,7 @@ func (e *RetryError) Unwrap() error { return e.Err }
 // errClientClosed is the error of a Client that was closed.
 var errClientClosed error = &causedError{fmt.Errorf("client %w", ErrClosed), net.ErrClosed}
 
-// NewClient makes a Client for a server. It checks the URL and the options, and dials nothing.
+// NewClient creates a Client for a server. It checks the URL and the options, and dials nothing.
 // The Client must be closed if it was used.
 func NewClient(rawURL string, options *ClientOptions) (*Client, error) {
 	var opts ClientOptions

@@ -80,7 +80,7 @@ type ServerOptions struct {
 	// MaxSessionAge bounds the time for which a session is open. Between nine tenths and all of
 	// it, at random so that sessions which began together do not end together, the session ends
 	// as described at Expires of [Upgrade], but with close code 1013 and without BYE, so that a
-	// client which connects again by itself does so at once. Default: no bound.
+	// client that reconnects automatically does so immediately. Default: no bound.
 	MaxSessionAge time.Duration
 	// ExpiryGrace is the time from Expires of [Upgrade] to the end of the session. A client can
 	// use it to connect with a renewed token, and it tolerates clocks that differ. MaxSessionAge
@@ -94,7 +94,7 @@ type ServerOptions struct {
 	HandshakeTimeout time.Duration
 	// CheckOrigin reports whether a browser may connect, by its Origin header. It is called before
 	// Authorize. Default:
-	// always, because a browser does not add Cryo's token by itself, unlike a cookie. Request's
+	// always, because a browser does not add Cryo's token automatically, unlike a cookie. Request's
 	// goroutine, so calls may be concurrent.
 	CheckOrigin func(*http.Request) bool
 }
@@ -160,7 +160,7 @@ func (o ServerOptions) withDefaults() ServerOptions {
 	return o
 }
 
-// NewServer makes a server. All its sessions share MaxBufferBytes. Invalid options are an
+// NewServer creates a server. All its sessions share MaxBufferBytes. Invalid options are an
 // error. A server with nil options denies all clients, because Authorize is not set.
 func NewServer(options *ServerOptions) (*Server, error) {
 	var opts ServerOptions
@@ -175,7 +175,7 @@ func NewServer(options *ServerOptions) (*Server, error) {
 	if opts.MaxConnectsPerSecond > 0 {
 		connects = rate.NewLimiter(rate.Limit(opts.MaxConnectsPerSecond), opts.MaxConnectsPerSecond)
 	}
-	opts.logLimit = loglimit.New() // a client that violates the protocol may return at once
+	opts.logLimit = loglimit.New() // a client that violates the protocol may reconnect immediately
 	opts.unwritten = new(atomic.Int64)
 	return &Server{
 		opts:     opts,
@@ -225,7 +225,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// handOut calls OnSession. If that panics, which the HTTP server recovers, nobody has the
+// handOut calls OnSession. If that panics, which the HTTP server recovers, no caller has the
 // session, so it ends.
 func (s *Server) handOut(session *Session, u *Upgrade) {
 	returned := false
@@ -457,7 +457,7 @@ func (s *Server) Drain(ctx context.Context) error {
 	return s.closeAll(ctx, 0, func(session *Session) error {
 		err := session.drain(ctx, closeRestart, shutdownReason)
 		if ctx.Err() == nil {
-			return nil // or the session ended by itself
+			return nil // or the session ended on its own
 		}
 		return err
 	})
@@ -465,7 +465,7 @@ func (s *Server) Drain(ctx context.Context) error {
 
 // DrainOver is Drain with the sessions one after the other, spread evenly over a period, so that their
 // clients do not all connect again in the same second. New clients are denied from the start. Until its
-// turn, a session goes on as before. What was sent on it before is acknowledged, or has failed, before
+// turn, a session continues as before. Earlier sends are acknowledged, or have failed, before
 // it is closed: bound sends and streams by their contexts, and send nothing else on a session that is [Session.Draining].
 // There is no wait for the turn of a session that has ended. When the context is done, the sessions whose
 // turn has not come are open as before, and those that are being closed have their close timeout: DrainOver
@@ -480,7 +480,7 @@ func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 			err = session.close(context.WithoutCancel(ctx), closeRestart, shutdownReason)
 		}
 		if ctx.Err() == nil {
-			return nil // or the session ended by itself
+			return nil // or the session ended on its own
 		}
 		return err
 	})

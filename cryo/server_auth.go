@@ -37,8 +37,8 @@ type Upgrade struct {
 	Expires time.Time
 	// Owner may be set by Authorize: the name of the client's user or device. A client that
 	// connects with the id of a session that has not ended takes it over if it has the same
-	// Owner, such as with a renewed token. Without an Owner, or beside a session without one,
-	// its token and certificate must be the same. Set Owner only to what was verified: a client
+	// Owner, such as with a renewed token. Without an Owner, or if the existing session has none,
+	// its token and certificate must be the same. Set Owner only to a verified value: a client
 	// that chose it could end the sessions of others.
 	Owner string
 }

@@ -36,7 +36,7 @@ type SessionOptions struct {
 	// a server a Cryo ping too. The session ends with ErrPeerTimeout when, for two
 	// intervals, nothing at all was received and no backlog moved, so that a lost peer
 	// is detected within three. The backlog is the data in the kernel's send buffer, such
-	// as a large message on a slow line; it moves when the peer's kernel acknowledges
+	// as a large message on a slow connection; it moves when the peer's kernel acknowledges
 	// 4 KiB of it, or all, within an interval. On systems other than Linux, and for
 	// connections other than TCP, only a write in progress is known as backlog: a message
 	// that fits the send buffer must be transmitted within two intervals. Time does not
@@ -77,10 +77,10 @@ type SessionOptions struct {
 	// of a second is received after the time that it takes at the rate; of a message in fragments,
 	// the first one is, and the time for the others is added to the wait of the next message.
 	// All other frames, such as pings, data that is rejected or ignored, and chunks and fragments of
-	// less than 1 KiB, are limited by themselves: to four for each message or, without a limit of
+	// less than 1 KiB, have a separate limit: four for each message or, without a limit of
 	// messages, one for each 256 bytes, and to 100 a second at least. Bytes that are ignored count.
-	// Answers to what was sent to the peer are not limited. They are behind the data that it has sent
-	// before, so what is sent to a peer that exceeds a rate may be acknowledged late. Default: no
+	// Answers to frames of this end are not limited. They are behind the data that the peer has sent
+	// before, so a peer that exceeds a rate may acknowledge messages late. Default: no
 	// limit.
 	MaxMessagesPerSecond int
 	MaxBytesPerSecond    int
@@ -296,7 +296,7 @@ type Stats struct {
 }
 
 // Stats returns a snapshot for metrics, and for decisions about a slow peer. After the end it
-// counts what is still unsettled.
+// counts the messages that are still unacknowledged.
 func (s *Session) Stats() Stats {
 	held, _ := s.limit.bytes.Usage()
 	return Stats{

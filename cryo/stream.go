@@ -45,7 +45,7 @@ func (s *Session) OpenStream(ctx context.Context, options *StreamOptions) (*Outg
 // regular file, a [*bytes.Reader], a [*strings.Reader], or an [*io.SectionReader] of one
 // of these; any other returns [ErrNotSeekable]. The source is read as the peer fetches
 // chunks, and the stream fails if its size has changed by then. A name whose fifth byte is 0 or 1
-// can't be sent then: the peer would take it for a frame of CAMP, a successor of Cryo.
+// can't be sent then: the peer would mistake it for a frame of CAMP, a successor to Cryo.
 func (s *Session) SendStream(ctx context.Context, source io.Reader, options *StreamOptions) error {
 	st, err := s.newStream(ctx, options)
 	if err != nil {
@@ -115,7 +115,7 @@ func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingS
 // Streams returns an iterator over the streams that AcceptStream returns. A yielded stream
 // is the caller's, to be acknowledged or closed. The iterator ends after its only error,
 // which it yields with a nil stream: the session's after its end, or the context's. A loop
-// may stop at any stream: what was not yielded is left for the next call.
+// may stop at any stream: the remaining streams are left for the next call.
 func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*IncomingStream, error] {
 	return each(func() (*IncomingStream, error) { return s.AcceptStream(ctx, names...) })
 }

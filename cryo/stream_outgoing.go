@@ -54,7 +54,7 @@ var (
 // finished.
 var ErrStreamClosed = errors.New("the stream is closed")
 
-// StreamOptions are what the sender of a stream can set. A zero value means its
+// StreamOptions are the settings of a sent stream. A zero value means its
 // default, and a negative one is an error.
 type StreamOptions struct {
 	// Name is sent to the receiver: at most 1,024 bytes of UTF-8. Default "anonymous".
@@ -64,7 +64,7 @@ type StreamOptions struct {
 	ChunkBytes int
 	// StepTimeout bounds each single step: the acknowledgement of TX_START, the wait until
 	// earlier chunks are written, the next TX_FETCH if the receiver pulls, and the
-	// acknowledgement of TX_FINISH. Time in which a slow line transfers queued data does not
+	// acknowledgement of TX_FINISH. Time spent transferring queued data over a slow connection does not
 	// count, as with an [AckClock]. A longer step fails with [ErrStepTimeout]. Default: no
 	// timeout but the context.
 	StepTimeout time.Duration

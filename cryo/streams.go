@@ -19,10 +19,10 @@ const (
 	// maxRemembered bounds the acknowledged streams that are remembered, to acknowledge
 	// their TX_FINISH when it is received.
 	maxRemembered = 1024
-	// cancelGrace is the time for which nothing more of cancelled streams must have been
-	// received before the close frame is sent: cryo-server may acknowledge TX_CANCEL while a
-	// last chunk waits in a loop of timers of 5 ms, which becomes endless if the session ends.
-	// On a busy machine these timers are late.
+	// cancelGrace is the time without frames of cancelled streams after which the close frame
+	// is sent: cryo-server may acknowledge TX_CANCEL while a last chunk still waits in a loop
+	// of 5 ms timers. The loop never ends if the session closes first. On a busy machine these
+	// timers are late.
 	cancelGrace = 500 * time.Millisecond
 )
 
@@ -91,7 +91,7 @@ func (in *incomingStreams) handleStart(f *wire.Frame) {
 	}
 }
 
-// reject cancels a stream that was not accepted: none of its chunks is to come.
+// reject cancels a stream that was not accepted: no chunks of it are expected.
 func (in *incomingStreams) reject(tx uint32) {
 	in.s.opts.OnReject(in.s, KindStream)
 	in.s.sendCancel(tx, false)

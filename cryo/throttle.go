@@ -11,14 +11,14 @@ import (
 const (
 	// othersPerMessage and minOthers are the limit of frames that carry no message: pings, frames of
 	// unknown types, answers to nothing, chunks and fragments of less than smallFrame, and data that
-	// is discarded. They are limited by themselves, because the handshake, heartbeats and the ends of
+	// is discarded. They have a separate limit, because the handshake, heartbeats and the ends of
 	// streams must not delay messages: to othersPerMessage for each message of a second or, without a
 	// limit of messages, one for each bytesPerOther of a second, and to minOthers at least.
 	othersPerMessage = 4
 	bytesPerOther    = 256
 	minOthers        = 100
 	smallFrame       = 1 << 10
-	// minCharge is what a message, stream or chunk counts at least, in bytes.
+	// minCharge is the minimum that a message, stream or chunk counts, in bytes.
 	minCharge = 64
 	// unreportedPauses bounds the pauses of a session that are not reported, in total: a session
 	// begins without tokens, so that the first messages of any peer have to wait.
@@ -36,7 +36,7 @@ type throttle struct {
 	others          bucket
 	begin           func()                    // called before the first pause that is reported
 	end             func(time.Duration)       // called after each pause that is reported, with its duration
-	unreported      time.Duration             // what is left of unreportedPauses
+	unreported      time.Duration             // remainder of unreportedPauses
 	began           bool                      // begin was called
 	until           atomic.Pointer[time.Time] // end of the last pause; nil before there was one
 }

@@ -111,7 +111,7 @@ func (q *queue) cost() int {
 	return cost
 }
 
-// newWriter makes the writer of a session. failed is called by the writing goroutine.
+// newWriter creates the writer of a session. failed is called by the writing goroutine.
 func newWriter(conn *ws.Conn, sid uint64, acks *ackTable, failed func(error)) *writer {
 	w := &writer{conn: conn, sid: sid, acks: acks, failed: failed, total: new(atomic.Int64)}
 	w.idle = sync.NewCond(&w.mu)
@@ -347,7 +347,7 @@ func (w *writer) wakeLocked() {
 
 // writeInPlace writes as much of a small frame as the network accepts without waiting: a
 // goroutine would only delay a sender of one message at a time. It returns false if a goroutine
-// must go on, with the rest or with frames that were queued meanwhile.
+// must continue, with the rest or with frames that were queued meanwhile.
 func (w *writer) writeInPlace(q *queue) bool {
 	err := w.gather(q)
 	return w.finishWrite(q, err, err == nil && w.conn.TryFlush())
@@ -459,7 +459,7 @@ func (w *writer) finishWrite(q *queue, err error, flushed bool) (idle bool) {
 }
 
 // gather puts frames into the buffer of the next write to the network. It releases the frames
-// of calls as soon as they are copied: on a slow line the peer may answer the first of many
+// of calls as soon as they are copied: on a slow connection the peer may answer the first of many
 // long before it has received the last. A large payload is written without a copy, and may be
 // answered before its frame is released.
 func (w *writer) gather(q *queue) error {

@@ -35,7 +35,7 @@ type dialer struct {
 	connectedBefore bool           // accessed only by connected
 	endLogs         sync.WaitGroup // tracks the goroutine that logs the end of the session
 	endLog          limitedLog
-	lateLoss        *time.Timer // logs the last end, if it was not logged at once; written by that goroutine
+	lateLoss        *time.Timer // logs the last end, if it was not logged immediately; written by that goroutine
 
 	lastLogged atomic.Pointer[cryo.RetryError] // the last failure that await has logged
 	awaitLog   limitedLog
@@ -64,7 +64,7 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 
 // connected is the client's OnSession. It logs that the session is connected. It also logs its
 // loss, as soon as the session begins to end, because the engine may notice the loss much
-// later, and the close timeout may delay Done. A server may end each session at once: losses are
+// later, and the close timeout may delay Done. A server may end each session immediately: losses are
 // logged once a second, others a second late and only if no session has followed, and a reconnection
 // only if the loss before it was logged. So the last of these lines is true after a second.
 func (d *dialer) connected(s *cryo.Session) {
@@ -113,7 +113,7 @@ func (d *dialer) logLoss(log *service.Logger, err error) {
 }
 
 // connect returns the session. If there is none, it makes one attempt to connect when that is due.
-// The engine logs a failure, and calls Connect again at once: the client waits, not the engine, so
+// The engine logs a failure, and calls Connect again immediately: the client waits, not the engine, so
 // that the end of the context ends the wait.
 func (d *dialer) connect(ctx context.Context) (*cryo.Session, error) {
 	s, err := d.client.Connect(ctx)

@@ -99,7 +99,7 @@ func dialOptionFields() []*service.ConfigField {
 
 func heartbeatField() *service.ConfigField {
 	return heartbeatIntervalField.config().
-		Description("The interval between WebSocket pings. A connection is closed when nothing is received for two intervals and no data is transferred, so a lost peer is detected within three. On a slow line, 4 KiB of a large message per interval keep it open.").
+		Description("The interval between WebSocket pings. A connection is closed when nothing is received for two intervals and no data is transferred, so a lost peer is detected within three. On a slow connection, 4 KiB of a large message per interval keep it open.").
 		Default("15s").
 		Advanced()
 }

@@ -19,7 +19,7 @@ const (
 	// cause them.
 	filesInterval = time.Second
 
-	// writeTime is the time in which a file that is being written in place changes again. Until it is
+	// writeTime is the interval within which a file that is being written in place changes again. Until it is
 	// written, its last line may be a part of a token.
 	writeTime = 100 * time.Millisecond
 
@@ -34,7 +34,7 @@ const (
 	maxFile = 1 << 20
 )
 
-// watchedFiles holds what was loaded from files, and loads it again when their contents have
+// watchedFiles holds a value loaded from files, and reloads it when their contents have
 // changed. It compares contents, because a new file may have the time and the size of the old one.
 // Symbolic links are followed: Kubernetes mounts secrets as links, and replaces all of them at once.
 // Its method may be called from any goroutine.
@@ -83,7 +83,7 @@ func (f *watchedFiles[T]) expectLines() {
 	f.file, _ = os.Stat(f.paths[0])
 }
 
-// current returns what was last loaded from the files. If they have changed, it loads them first.
+// current returns the value of the files. If they have changed, it reloads them first.
 // If that fails, it logs the error, and the previous result stays in use.
 func (f *watchedFiles[T]) current() T {
 	f.mu.Lock()

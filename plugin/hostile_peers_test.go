@@ -67,7 +67,7 @@ func TestInvalidClientsGetNoSession(t *testing.T) {
 			how: upgrading(authorized+"&x-cryo-sid=1", "Sec-WebSocket-Extensions: permessage-deflate\r\n"),
 		},
 		{
-			does: "says nothing after the upgrade", answer: "101 Switching Protocols", after: 2 * time.Second,
+			does: "sends nothing after the upgrade", answer: "101 Switching Protocols", after: 2 * time.Second,
 			how: upgrading(authorized + "&x-cryo-sid=1"),
 		},
 	} {

@@ -34,7 +34,7 @@ var listenerErrorKinds = []string{kindFiles, kindMemory, kindSocket, kindPanic}
 // openFilesHint is advice for when the process has no free file descriptor.
 const openFilesHint = "raise the limit of open files of the process (ulimit -n, LimitNOFILE= of systemd)"
 
-// shortages are the errors of accept that end by themselves, with their kinds and advice.
+// shortages are the temporary errors of accept, with their kinds and advice.
 var shortages = map[syscall.Errno]struct{ kind, hint string }{
 	syscall.EMFILE:  {kindFiles, openFilesHint},
 	syscall.ENFILE:  {kindFiles, "raise the limit of open files of the system (sysctl fs.file-max)"},

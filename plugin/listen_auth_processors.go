@@ -216,7 +216,7 @@ func processorsFailed(ctx context.Context, err error) error {
 	return notNow(fmt.Sprintf("%s failed: %s", fieldAuthorizeProcessors, why))
 }
 
-// notNow returns an error that denies a client with 503: whether it may come in is not known.
+// notNow returns an error that denies a client with 503: it is unknown whether the client is authorized.
 func notNow(cause string) error {
 	return fmt.Errorf("%s: %w", cause, &cryo.AdmissionError{
 		StatusCode: http.StatusServiceUnavailable,

@@ -90,7 +90,7 @@ func listenOptionFields() []*service.ConfigField {
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().
-			Description("The maximum number of bytes of the request line and headers of a client, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory, and 4 KiB more.").
+			Description("The maximum number of bytes of the request line and headers of a client, including the token. A client that exceeds it is denied with status 431. Each connection without a session may use this much memory plus 4 KiB.").
 			Advanced(),
 		heartbeatField(),
 		drainPeriodField.config().

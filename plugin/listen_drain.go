@@ -9,8 +9,8 @@ import (
 )
 
 // Closing the sessions of a listener over time when the process stops. When the engine stops a
-// pipeline, its inputs must not return another message, so sessions can only go on before that: in the
-// engine's shutdown_delay, in which pipelines run as before. drain_period is the last part of it.
+// pipeline, its inputs must not return another message, so sessions can be drained only before that,
+// during the engine's shutdown_delay, while pipelines still run. drain_period is the last part of it.
 
 const fieldDrainPeriod = "drain_period"
 
@@ -19,7 +19,7 @@ var drainPeriodField = durationOrZero(fieldDrainPeriod)
 // shutdownDelay is the engine's shutdown_delay; nil: not known.
 var shutdownDelay atomic.Pointer[time.Duration]
 
-// SetShutdownDelay sets the time for which pipelines go on after DrainListeners: the engine's
+// SetShutdownDelay sets the time for which pipelines continue after DrainListeners: the engine's
 // shutdown_delay. A drain_period that is longer is refused then. Call it before pipelines are made.
 // Without it, drain_period has no effect, and a listener that has one logs that.
 func SetShutdownDelay(delay time.Duration) { shutdownDelay.Store(&delay) }
@@ -64,5 +64,5 @@ func (ln *listener) drain(wait time.Duration) {
 	ln.refuse()
 	ln.log.With("address", ln.address, "sessions", len(ln.server.Sessions()), "period", ln.settings.DrainPeriod).
 		Info("Draining: no client can connect, and sessions are closed one by one")
-	_ = ln.server.DrainOver(ln.draining, ln.settings.DrainPeriod) // close ends what is left
+	_ = ln.server.DrainOver(ln.draining, ln.settings.DrainPeriod) // close ends the remaining sessions
 }

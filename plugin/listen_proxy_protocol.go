@@ -62,7 +62,7 @@ type proxiedConn struct {
 	once sync.Once
 }
 
-// By TCPConn, a session finds its socket, whose kernel reports what the peer has acknowledged.
+// By TCPConn, a session finds its socket, whose kernel reports the bytes that the peer has acknowledged.
 var _ interface {
 	TCPConn() (*net.TCPConn, bool)
 	CloseWrite() error

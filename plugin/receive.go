@@ -65,7 +65,7 @@ func newReceiver(conf receiveConfig, res *service.Resources) *receiver {
 
 // read implements ReadBatch for both inputs. It returns ErrNotConnected once lost is closed and
 // no messages are left. If the sessions share a listener, it does so even while messages are
-// left: lost then means that no client can connect, and the connected ones may go on sending
+// left: lost then means that no client can connect, and the connected ones may continue sending
 // forever.
 func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.MessageBatch, service.AckFunc, error) {
 	if r.last != nil {

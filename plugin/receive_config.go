@@ -66,7 +66,7 @@ Each message carries:
 - ` + "`cryo_session_id`" + `: the id of the session, a decimal number of 64 bits
 - ` + "`cryo_ack_id`" + `: the sender's number of the message, valid on its connection only; not for streams
 
-A message of a stream carries in addition:
+A message of a stream also has:
 
 - ` + "`cryo_stream_name`" + `: the name of the stream, which is untrusted: do not use it as a file path without checks
 - ` + "`cryo_tx_id`" + `: the sender's number of the stream, valid on its connection only
@@ -175,7 +175,7 @@ func receiveOptionFields() []*service.ConfigField {
 			Default(acknowledgeDelivered).
 			Advanced(),
 		ackTimeoutField.config().
-			Description("The time in which the sender of a message must acknowledge a synchronous response. After it, the message is rejected.").
+			Description("The time within which the sender of a message must acknowledge a synchronous response. Otherwise the message is rejected.").
 			Default("30s").
 			Advanced(),
 		includeMetadataField.config().
@@ -193,7 +193,7 @@ func maxBufferField(shared bool) *service.ConfigField {
 		owner = "all sessions"
 	}
 	return maxBufferBytesField.config().
-		Description("The size of the receive buffer of " + owner + ": the bytes of unacknowledged messages, plus 256 bytes per message. When it is full, reads are paused (backpressure), and senders slow down. Large messages use memory in addition: see [Receive buffer](" + docsURL + "reference/limits.md#receive-buffer).").
+		Description("The size of the receive buffer of " + owner + ": the bytes of unacknowledged messages, plus 256 bytes per message. When it is full, reads are paused (backpressure), and senders slow down. Large messages use additional memory: see [Receive buffer](" + docsURL + "reference/limits.md#receive-buffer).").
 		Advanced()
 }
 

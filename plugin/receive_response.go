@@ -20,7 +20,7 @@ import (
 // and the number of the message or stream.
 
 // syncResponse holds the responses to one message, or those to all parts of a stream in a
-// batch, which cannot be told apart.
+// batch, which cannot be distinguished.
 type syncResponse struct {
 	source   *source
 	messages []*service.Message

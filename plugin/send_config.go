@@ -76,7 +76,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 		).
 			Description("Settings of messages that are sent as a `stream`. To send a batch as one stream, use the processor `archive` under `batching`."),
 		ackTimeoutField.config().
-			Description("The time in which a message, or each step of a stream, must be acknowledged; after it, the message has failed. Time in which a slow line transfers the message does not count, up to ten times the timeout." + lost).
+			Description("The time within which a message, or each step of a stream, must be acknowledged. Otherwise the message fails. Time spent transferring the message over a slow connection does not count, up to ten times the timeout." + lost).
 			Default("30s"),
 		sendMaxInFlightField.config().
 			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order of the pipeline" + order + ": see [Order](" + deliveryPage + "#order). Messages in flight stay in memory, so use a low value for large ones."),

@@ -113,7 +113,7 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 }
 
 // evaluate runs the mapping on message i and a session. The mapping reads the message and
-// writes to its view. The view is emptied first, so that the result is only what the mapping
+// writes to its view. The view is emptied first, so that the result contains only the fields that the mapping
 // assigns.
 func (m *matchingSessions) evaluate(i int, s *cryo.Session) (matches bool, err error) {
 	defer catchPanic(&err)

@@ -62,7 +62,7 @@ type namedSessions struct {
 	log   limitedLog
 }
 
-// sessionName is what a message names: the id of a session and, if the message has one, its owner.
+// sessionName is the target that a message names: the id of a session and, if the message has one, its owner.
 // A client chooses its id, so when a session has ended, a client with another owner may have its id.
 // The owner is in the metadata of all messages that are received from the session.
 type sessionName struct {

@@ -99,7 +99,7 @@ func (t *tracing) failed(field string, err error) {
 	}
 }
 
-// testableInput is what the inputs of this plugin implement.
+// testableInput is implemented by the inputs of this plugin.
 type testableInput interface {
 	service.BatchInput
 	service.ConnectionTestable
@@ -163,7 +163,7 @@ func (t *tracing) extract(m *service.Message) (parent propagation.MapCarrier, er
 	return parent, nil
 }
 
-// testableOutput is what the outputs of this plugin implement.
+// testableOutput is implemented by the outputs of this plugin.
 type testableOutput interface {
 	service.BatchOutput
 	service.ConnectionTestable

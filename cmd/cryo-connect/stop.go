@@ -13,8 +13,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/plugin"
 )
 
-// ackFraction is the part of shutdown_timeout in which servers may acknowledge what was sent to
-// them. The engine waits for three quarters of it, without telling the outputs.
+// ackFraction is the part of shutdown_timeout in which servers may acknowledge messages sent to
+// them. The engine waits for three quarters of it before it informs the outputs.
 const ackFraction = 4
 
 // stopper does what the engine does not when the process stops: /ready responds with 503, listeners close
@@ -75,7 +75,7 @@ func (s *stopper) complete() {
 }
 
 // endReadiness makes /ready respond with 503, so that a balancer selects another instance from the
-// beginning of shutdown_delay on. The engine itself goes on responding with 200, and has no public
+// beginning of shutdown_delay on. The engine itself continues to respond with 200, and has no public
 // function for it: the one that its components use is found by reflection, and if there is none, nothing
 // changes.
 func (s *stopper) endReadiness() {

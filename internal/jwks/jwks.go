@@ -123,7 +123,7 @@ func Verify(token string, expected Expected, keys Keys) (map[string]any, error) 
 	if err != nil {
 		return nil, ErrMalformed
 	}
-	// The library knows one extension, b64 (RFC 7797), which changes what is signed. None is for JWTs.
+	// The library supports one extension, b64 (RFC 7797), which changes the signed content. JWTs use none.
 	for _, name := range []jose.HeaderKey{"crit", "b64"} {
 		if _, extended := signed.Signatures[0].Protected.ExtraHeaders[name]; extended {
 			return nil, ErrExtension

@@ -230,7 +230,7 @@ type urlError string
 func (e urlError) Error() string { return string(e) }
 
 // withoutSecrets returns an error without the URL, whose query may be secret. It also leaves out
-// what the server or a proxy has sent, because they may repeat the URL or the proxy's password.
+// text of the server or a proxy, because it may contain the URL or the proxy's password.
 func withoutSecrets(err error) error {
 	if failed, ok := errors.AsType[*url.Error](err); ok {
 		err = failed.Err

@@ -200,7 +200,7 @@ func (s *Share) Force(n int64) {
 	s.addLocked(n)
 }
 
-// addLocked adds to what the share holds.
+// addLocked adds n to the amount that the share holds.
 func (s *Share) addLocked(n int64) {
 	s.held += n
 	s.group.held += n

@@ -214,7 +214,7 @@ func (f *Frame) Check(size int) error {
 	return nil
 }
 
-// IsCAMP reports whether a frame has the layout of CAMP, a successor of Cryo. The first published
+// IsCAMP reports whether a frame has the layout of CAMP, a successor to Cryo. The first published
 // client of CAMP announces itself as one of Cryo, and its messages are the same, but a PING_PONG
 // has no number, and a TX_START has a size of 64 bits and a flow before its name, so that the name
 // would begin with the lower half of the size and the flow. A name of Cryo is mistaken for that if
@@ -250,7 +250,7 @@ func (f *Frame) readFields(b []byte) {
 	switch f.Type {
 	case TxStart:
 		f.Tx = binary.BigEndian.Uint32(b)
-		// The published peers take every negative size for unknown.
+		// The published peers treat every negative size as unknown.
 		f.Size = max(int32(binary.BigEndian.Uint32(b[4:])), -1)
 	case TxChunk:
 		f.Tx = binary.BigEndian.Uint32(b)

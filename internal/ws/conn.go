@@ -153,7 +153,7 @@ func (c *Conn) Progress() (delivered, backlog int64) {
 }
 
 // transport is the network connection below the WebSocket. It reads in large
-// pieces as long as much comes, and collects what is written until flush. One
+// pieces while much data arrives, and buffers writes until flush. One
 // goroutine reads, and one writes. The handshake uses it as a [net.Conn].
 type transport struct {
 	net.Conn
@@ -415,7 +415,7 @@ func recycle(buf *[]byte) {
 }
 
 // socketOf returns the TCP socket of a connection that announces one by a method TCPConn, because it
-// passes on unchanged what is written, such as one that has read a PROXY header. It returns any other
+// passes on data unchanged, such as one that has read a PROXY header. It returns any other
 // connection itself.
 func socketOf(c net.Conn) net.Conn {
 	if over, ok := c.(interface{ TCPConn() (*net.TCPConn, bool) }); ok {

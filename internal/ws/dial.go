@@ -42,7 +42,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 		c, err := netDial(ctx, network, address)
 		if err == nil {
 			// The library watches the context's deadline, but not its cancellation, and
-			// sets deadlines itself, so that it could overwrite one of ours.
+			// sets deadlines itself, so that it could overwrite a deadline of this package.
 			stop = context.AfterFunc(ctx, func() { _ = c.Close() })
 		}
 		return c, err
@@ -91,7 +91,7 @@ func Dial(ctx context.Context, u *url.URL, opts *DialOptions) (*Conn, *http.Resp
 	return newConn(conn, true), nil, nil
 }
 
-// responseError returns an error of an HTTP exchange without what it repeats of the response, in
+// responseError returns an error of an HTTP exchange without the parts of the response that it quotes, in
 // which a server may repeat the request and its secrets.
 func responseError(err error) error {
 	_, isNet := errors.AsType[net.Error](err)

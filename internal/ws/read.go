@@ -219,7 +219,7 @@ func (c *Conn) ReadHead(b []byte, n int) ([]byte, error) {
 	return b, nil
 }
 
-// ReadFull fills b, which is at most what is left of the fragment.
+// ReadFull fills b, which is at most the rest of the fragment.
 func (c *Conn) ReadFull(b []byte) error {
 	n, err := c.t.readFull(b)
 	c.key = mask(b[:n], c.key)
