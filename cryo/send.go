@@ -36,7 +36,7 @@ func (m *OutMessage) check() error {
 	case m.Kind != KindText && m.Kind != KindBinary:
 		return errNotAMessage
 	case len(m.Payload) > MaxPayload:
-		return fmt.Errorf("message of %d bytes is %w: one frame carries at most 16 MiB, larger data travels as a stream", len(m.Payload), ErrTooLarge)
+		return fmt.Errorf("message of %d bytes is %w: one frame carries at most 16 MiB, send larger data as a stream", len(m.Payload), ErrTooLarge)
 	case m.Kind == KindText && !utf8.Valid(m.Payload):
 		return fmt.Errorf("text of %d bytes is %w: send it as binary", len(m.Payload), ErrInvalidUTF8)
 	default:

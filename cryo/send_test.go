@@ -191,7 +191,7 @@ func TestBatchIsSentInOrderAndReturnsErrorsByIndex(t *testing.T) {
 		require.Equal(t, &cryo.RejectedError{Text: "no"}, batch.Errs[2])
 		require.ErrorIs(t, batch.Errs[1], cryo.ErrInvalidUTF8)
 		require.ErrorIs(t, batch.Errs[3], cryo.ErrTooLarge)
-		require.EqualError(t, batch.Errs[3], "message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream")
+		require.EqualError(t, batch.Errs[3], "message of 16777217 bytes is too large: one frame carries at most 16 MiB, send larger data as a stream")
 		require.EqualError(t, batch.Errs[4], "a message to send must be of KindText or KindBinary")
 		require.NoError(t, batch.Errs[5])
 		require.EqualError(t, err, "4 of 6 messages not acknowledged, the first: text of 10 bytes is not valid UTF-8: send it as binary")

@@ -334,7 +334,7 @@ func (s *Server) denyUnknown(session *Session, remote string) {
 		s.opts.OnDeny(http.StatusRequestTimeout)
 	}
 	if suppressed, ok := s.denials.Allow(http.StatusRequestTimeout); ok {
-		s.opts.Logger.Warn("A client has not completed the Cryo handshake", "remote", remote, "session", session.id,
+		s.opts.Logger.Warn("A client did not complete the Cryo handshake", "remote", remote, "session", session.id,
 			"missing", "ENDPOINT_INFO, an acknowledgement, or data",
 			"timeout", s.opts.HandshakeTimeout, "suppressed", suppressed)
 	}

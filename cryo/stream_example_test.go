@@ -80,7 +80,7 @@ func ExampleErrTooLarge() {
 		fmt.Println(err)
 	}
 	// Output:
-	// message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream
+	// message of 16777217 bytes is too large: one frame carries at most 16 MiB, send larger data as a stream
 }
 
 // Data that comes bit by bit. Without Finish the receiver never takes it for

@@ -190,7 +190,7 @@ func TestMissedHandshakeIsLoggedAndCounted(t *testing.T) {
 				peer.WantClose("the end", 4001, "protocol violation: no ENDPOINT_INFO, ACK or data received within 3s")
 				require.Equal(t, 408, next(t, denied))
 				require.Empty(t, sessions)
-				log.want(t, "level=WARN", "A client has not completed the Cryo handshake", "remote=", "session=18446744073709551574",
+				log.want(t, "level=WARN", "A client did not complete the Cryo handshake", "remote=", "session=18446744073709551574",
 					"missing=\"ENDPOINT_INFO, an acknowledgement, or data\"", "timeout=3s")
 			})
 		})

@@ -107,7 +107,7 @@ func (n *namedSessions) find(ln *listener, messages []int) (found []group, missi
 			case identityOf(s).owner != name.owner:
 				at = notOwner
 				if log, ok := n.log.allow(); ok {
-					log.With("session", name.id, "field", fieldSessionOwner).Warn("Message not sent to a session: it has another owner than the message")
+					log.With("session", name.id, "field", fieldSessionOwner).Warn("Message not sent to a session: its owner differs from that of the message")
 				}
 			default:
 				at = len(found)
@@ -132,6 +132,6 @@ func (n *namedSessions) missing(i int) error {
 	case name.owner == "":
 		return fmt.Errorf("session %d has an owner, and the message has no metadata %s", name.id, metaSessionOwner)
 	default:
-		return fmt.Errorf("session %d has another owner than the message (metadata %s)", name.id, metaSessionOwner)
+		return fmt.Errorf("session %d has a different owner than the message (metadata %s)", name.id, metaSessionOwner)
 	}
 }

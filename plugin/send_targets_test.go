@@ -54,8 +54,8 @@ func TestMessageForAnEndedSessionIsNotSentToAnotherOwner(t *testing.T) {
 		e.run(fromOnce, toClaimed("no_session: reject"))
 		request := e.requestOfAnn(t)
 		eve := e.join(claims("eve", time.Hour), 7)
-		e.produceBatch(reply(request)).wantFailed(t, "session 7 has another owner than the message (metadata cryo_session_owner)")
-		e.log.want(t, "WARN Message not sent to a session: it has another owner than the message", "session=7", "field=session_owner")
+		e.produceBatch(reply(request)).wantFailed(t, "session 7 has a different owner than the message (metadata cryo_session_owner)")
+		e.log.want(t, "WARN Message not sent to a session: its owner differs from that of the message", "session=7", "field=session_owner")
 		wantNothing(t, eve)
 		own := send(eve, "request of eve")
 		a := e.arrival()
@@ -115,7 +115,7 @@ func TestMessageWithoutAnOwnerIsSentOnlyToSessionsWithoutOne(t *testing.T) {
 		synctest.Wait()
 
 		guest := e.join(claims("", time.Hour), 7) // empty text is no owner
-		e.produceBatch(reply(request)).wantFailed(t, "session 7 has another owner than the message (metadata cryo_session_owner)")
+		e.produceBatch(reply(request)).wantFailed(t, "session 7 has a different owner than the message (metadata cryo_session_owner)")
 		wantReply(t, guest, e.produceBatch(lost))
 	})
 }

@@ -108,7 +108,7 @@ func TestUnsendableMessageFailsAfterAllOthersAreAcknowledged(t *testing.T) {
 		f.wantFailed(t, map[int]string{
 			1: "text of 1 bytes is not valid UTF-8: send it as binary",
 			2: `field message_type: unknown message type "text": it must be auto, utf8, binary or stream`,
-			3: "message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream",
+			3: "message of 16777217 bytes is too large: one frame carries at most 16 MiB, send larger data as a stream",
 		})
 		wantNothing(t, peer)
 	})

@@ -190,7 +190,7 @@ func TestBatchOfOneFailsWithTheErrorOfItsMessage(t *testing.T) {
 		require.NoError(t, receiveTexts(t, peer, "m")[0].Reject("no"))
 		f.wantFailed(t, `rejected by the peer: "no"`)
 		f = e.produce(strings.Repeat("x", cryo.MaxPayload+1))
-		f.wantFailed(t, "message of 16777217 bytes is too large: one frame carries at most 16 MiB, larger data travels as a stream")
+		f.wantFailed(t, "message of 16777217 bytes is too large: one frame carries at most 16 MiB, send larger data as a stream")
 	})
 }
 
