@@ -160,7 +160,7 @@ func TestQueueDoesNotRetainACancelledPayload(t *testing.T) {
 }
 
 // Where nothing is masked, a large payload is written from where it is.
-func TestACancelledSendIsDoneWhenItsPayloadIsNotInUseAnyMore(t *testing.T) {
+func TestCancelledSendIsDoneWhenItsPayloadIsNoLongerInUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: quiet})
 		peer.Conn().StopReading()

@@ -233,7 +233,7 @@ func TestProcessorsEndWhenTheClientDisconnects(t *testing.T) {
 	})
 }
 
-func TestProcessorsThatIgnoreTheTimeoutDoNotHoldUpTheClient(t *testing.T) {
+func TestProcessorsThatIgnoreTheTimeoutDoNotDelayTheClient(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		book := e.accounts()
 		book.answer = func(context.Context, int) { time.Sleep(time.Hour) }

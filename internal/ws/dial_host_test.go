@@ -79,7 +79,7 @@ func connect(t *testing.T, d *hostDialer) (address string, err error) {
 	return c.(*countedConn).address, nil
 }
 
-func TestUnreachableAddressesDelayAConnectionLittle(t *testing.T) {
+func TestUnreachableAddressesBarelyDelayAConnection(t *testing.T) {
 	for _, tt := range []struct {
 		ips  []string
 		want string
