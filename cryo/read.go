@@ -134,7 +134,7 @@ func (s *Session) reportViolation(err *ProtocolError) {
 	s.report("Closing a session because of a protocol violation", "error", err.Error())
 }
 
-// isEnding reports whether the session has a cause of end: from then on, data is discarded.
+// isEnding reports whether the session is ending: from then on, data is discarded.
 func (s *Session) isEnding() bool {
 	select {
 	case <-s.ctx.Done():

@@ -402,7 +402,7 @@ func (q *queue) close() []item {
 const stallTimeout = 10 * time.Second
 
 // watchForStalls checks for stalls periodically, until the input closes, and calls sample each time.
-// It runs on a goroutine of its own, because a timer in ReadBatch would wake up the network poller for
+// It runs on its own goroutine, because a timer in ReadBatch would wake up the network poller for
 // each single message. paused reports whether reading from any session is paused (backpressure).
 func (q *queue) watchForStalls(paused func() bool, sample func()) {
 	ticker := time.NewTicker(stallTimeout / 10)

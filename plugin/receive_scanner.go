@@ -285,7 +285,7 @@ func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.Batc
 		return nil, err
 	}
 	if algorithm == "pgzip" {
-		// pgzip reads the same format on a goroutine of its own. A panic there cannot be
+		// pgzip reads the same format on its own goroutine. A panic there cannot be
 		// recovered, and the goroutine and its 4 MiB leak if the inner scanner fails early.
 		algorithm = "gzip"
 	}
