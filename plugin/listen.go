@@ -140,7 +140,7 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // close closes the listener after its last component has left: first the socket, so that no client
-// comes, and then the sessions, once their acknowledgements have been written.
+// connects, and then the sessions, once their acknowledgements have been written.
 func (ln *listener) close(ctx context.Context) error {
 	ln.inputs.close()
 	ln.refuse()

@@ -122,7 +122,7 @@ func evaluate[T any](mapping *bloblang.Executor, field string, client map[string
 
 var (
 	errNotATime = errors.New("the mapping must return a time: a number of seconds since 1970, a timestamp, or text in the format of RFC 3339 such as 2030-01-02T15:04:05Z")
-	errTooLate  = errors.New("the mapping must return a time between the years 1970 and 9999; a number is one of seconds, not of milliseconds")
+	errTooLate  = errors.New("the mapping must return a time between the years 1970 and 9999; a number must be in seconds, not in milliseconds")
 	errNotText  = errors.New("the mapping must return text or a number")
 	errInexact  = errors.New("the mapping returned a floating-point number of 2^53 or more, which may have lost digits that distinguish owners; return text")
 )

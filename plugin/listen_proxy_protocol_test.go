@@ -146,7 +146,7 @@ func TestConnectionOfAProxyWithoutAValidHeaderIsClosed(t *testing.T) {
 	}
 }
 
-func TestPROXYHeaderOfAnotherAddressIsNeverBelieved(t *testing.T) {
+func TestPROXYHeaderFromAnUntrustedAddressIsRejected(t *testing.T) {
 	const others = "trusted_proxies: [ 10.0.0.0/8 ], proxy_protocol: true"
 	for name, header := range map[string]string{
 		"version 1":    v1Header,
