@@ -22,7 +22,7 @@ var (
 	// ErrReceiveTimeout: a message took more than a minute to be received, or would have, while others
 	// waited for the capacity that is reserved for it; see MaxBufferBytes in
 	// [SessionOptions].
-	ErrReceiveTimeout = errors.New("receive timeout: a large message took more than a minute while others waited: send it as a stream")
+	ErrReceiveTimeout = errors.New("receive timeout: a large message was received too slowly while others waited: send it as a stream")
 	// ErrExpired: the session of a server has expired, or reached its maximum age; see Expires
 	// of [Upgrade], and MaxSessionAge of [ServerOptions].
 	ErrExpired = errors.New("session expired")
