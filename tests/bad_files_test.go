@@ -133,21 +133,25 @@ func TestEngineEndsAPipelineBeforeItBuildsTheNext(t *testing.T) {
 func TestWatchedPipelineWhoseAddressIsTakenIsRetriedAndReplaced(t *testing.T) {
 	taken := testkit.Listen(t)
 	defer taken.Close()
-	elsewhere := strings.Replace(receiving, "127.0.0.1:0", taken.Addr().String(), 1)
+	address := testkit.ReserveAddress(t)
+	receiving := strings.Replace(receiving, "127.0.0.1:0", address, 1)
+	elsewhere := strings.Replace(receiving, address, taken.Addr().String(), 1)
 	path := testkit.WriteFile(t, "pipeline.yaml", receiving)
 	p := launch(t, nil, "run", "-w", "--set", "http.enabled=false", path)
 	for _, end := range []func() error{
 		func() error { return os.WriteFile(path, []byte(receiving), 0o600) }, // the next good file
 		taken.Close, // or the end of the other process
 	} {
-		testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "before")
+		p.WantLog("Input type cryo_server is now active")
+		testkit.WantDelivered(t, testkit.Dial(t, address), "before")
 		require.NoError(t, os.WriteFile(path, []byte(elsewhere), 0o600))
 		for range 2 {
 			p.WantLog("Failed to connect to cryo_server", "field address: ", "address already in use: another process listens there: stop it, or use another port")
 		}
 		require.NoError(t, end())
 	}
-	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "after")
+	p.WantLog("Input type cryo_server is now active")
+	testkit.WantDelivered(t, testkit.Dial(t, taken.Addr().String()), "after")
 	p.Interrupt()
 }
 

@@ -200,7 +200,7 @@ func TestComposeFileIsConsistent(t *testing.T) {
 
 			for key, value := range s.Environment {
 				if !strings.HasPrefix(key, "AWS_") {
-					require.Contains(t, config, "${"+key+":", "the pipeline does not use the variable")
+					require.Contains(t, config, "${"+key, "the pipeline does not use the variable")
 				}
 				switch key {
 				case "CRYO_ADDRESS":

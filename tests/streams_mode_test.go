@@ -116,18 +116,18 @@ func TestStreamThatCannotConnectIsRemovedAndReplacedWithinATimeout(t *testing.T)
 		err := testkit.Next(t, sent)
 		require.ErrorIs(t, err, net.ErrClosed, "the message is neither acknowledged nor rejected: its sender sends it again")
 	}
+	sent := testkit.Send(testkit.Dial(t, p.Listening()), "which stays with its session after PUT")
 	for _, method := range []string{http.MethodPut, http.MethodDelete} {
-		sent := testkit.Send(testkit.Dial(t, p.Listening()), method)
 		p.WantLog("Failed to connect to cryo")
 		resp := asOperator(t, method, "http://"+api+"/streams/orders?timeout=2s", unreachable, password)
 		require.Equal(t, http.StatusOK, resp.Status, resp.Body)
-		wantUnsettled(sent)
 	}
+	wantUnsettled(sent)
 	require.Equal(t, http.StatusNotFound, asOperator(t, http.MethodGet, "http://"+api+"/streams/orders", "", password).Status)
 
 	// Without a timeout, the engine waits until the caller gives up.
 	require.Equal(t, http.StatusOK, asOperator(t, http.MethodPost, "http://"+api+"/streams/orders", unreachable, password).Status)
-	sent := testkit.Send(testkit.Dial(t, p.Listening()), "m")
+	sent = testkit.Send(testkit.Dial(t, p.Listening()), "m")
 	p.WantLog("Failed to connect to cryo")
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
