@@ -89,12 +89,12 @@ func (f *outFrame) is(bits uint32) bool { return f.state.Load()&bits != 0 }
 type ackTable struct {
 	mu       sync.Mutex
 	base     uint32
-	first    uint32              // offset of the first number within the range
-	next     uint32              // offset of the next number from the first
-	wrapped  bool                // all numbers of the range were used once
-	slots    []*outFrame         // length 0 or a power of two; at most half are not nil
-	waiting  int                 // number of slots that are not nil
-	empty    chan struct{}       // closed when waiting is 0; nil unless whenEmpty waits
+	first    uint32      // offset of the first number within the range
+	next     uint32      // offset of the next number from the first
+	wrapped  bool        // all numbers of the range were used once
+	slots    []*outFrame // length 0 or a power of two; at most half are not nil
+	waiting  int         // number of slots that are not nil
+	empty    emptySignal
 	timedOut map[uint32]struct{} // numbers of cancelled calls, whose answers are late; may be nil
 	ended    error               // the session's cause of end; nothing is registered once it is set
 }
@@ -285,26 +285,37 @@ func (t *ackTable) emptiedLocked() {
 	if len(t.slots) > maxIdleSlots {
 		t.slots = nil
 	}
-	if t.empty != nil {
-		close(t.empty)
-		t.empty = nil
-	}
+	t.empty.send()
 }
 
 // whenEmpty returns a channel that is closed when no frame is in the table.
 func (t *ackTable) whenEmpty() <-chan struct{} {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	empty := t.empty
-	if empty == nil {
-		empty = make(chan struct{})
+	return t.empty.wait(t.waiting == 0)
+}
+
+// emptySignal reports that a table is empty. The table's mutex guards it.
+type emptySignal struct{ waiting chan struct{} } // nil while nothing waits
+
+// wait returns a channel that is closed by the next send, or now if the table is empty already.
+func (e *emptySignal) wait(empty bool) <-chan struct{} {
+	if e.waiting == nil {
+		e.waiting = make(chan struct{})
 	}
-	if t.waiting == 0 {
-		close(empty)
-	} else {
-		t.empty = empty
+	waiting := e.waiting
+	if empty {
+		e.send()
 	}
-	return empty
+	return waiting
+}
+
+// send must be called when the table becomes empty.
+func (e *emptySignal) send() {
+	if e.waiting != nil {
+		close(e.waiting)
+		e.waiting = nil
+	}
 }
 
 // failLocked records the error of a frame; nil is ignored.

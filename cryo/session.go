@@ -106,8 +106,8 @@ type SessionOptions struct {
 	OnThrottle func(*Session, time.Duration)
 
 	secrets   *redact.Secrets // kept out of what is repeated of the peer's texts; nil at a listening end
-	logLimit  *loglimit.Limit // of the sessions of a server; nil at a dialling end
-	unwritten *atomic.Int64   // the same: see writer.total
+	logLimit  *loglimit.Limit // shared by all sessions of a server; nil at a dialling end
+	unwritten *atomic.Int64   // also shared by them, and nil at a dialling end; see writer.total
 }
 
 func (o *SessionOptions) validate() error {

@@ -435,7 +435,7 @@ type outgoingStreams struct {
 	nextTx uint32
 	flow   wire.Flow // the peer's last TX_FLOW
 	open   map[uint32]*OutgoingStream
-	empty  chan struct{} // closed when open is empty; nil unless whenEmpty waits
+	empty  emptySignal
 }
 
 func newOutgoingStreams() *outgoingStreams {
@@ -468,9 +468,8 @@ func (o *outgoingStreams) remove(st *OutgoingStream) {
 	if o.open[st.tx] == st {
 		delete(o.open, st.tx)
 	}
-	if len(o.open) == 0 && o.empty != nil {
-		close(o.empty)
-		o.empty = nil
+	if len(o.open) == 0 {
+		o.empty.send()
 	}
 }
 
@@ -478,16 +477,7 @@ func (o *outgoingStreams) remove(st *OutgoingStream) {
 func (o *outgoingStreams) whenEmpty() <-chan struct{} {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	empty := o.empty
-	if empty == nil {
-		empty = make(chan struct{})
-	}
-	if len(o.open) == 0 {
-		close(empty)
-	} else {
-		o.empty = empty
-	}
-	return empty
+	return o.empty.wait(len(o.open) == 0)
 }
 
 // stopAll ends all streams with a cause.

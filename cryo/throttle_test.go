@@ -54,8 +54,8 @@ type kind int
 const (
 	aMessage   kind = iota
 	inPieces        // a message with empty fragments
-	aChunk          // of the stream
-	strayChunk      // of no stream
+	aChunk          // chunk of an accepted stream
+	strayChunk      // chunk of an unknown stream
 	unknownFrame
 	aPing
 	aWebSocketPing

@@ -15,14 +15,14 @@ import (
 const keepTimeout = 5 * time.Second
 
 // KeepListeners lets the listeners that are made with these resources stay open for 5 s after their last
-// component has closed. A component with the same settings that starts meanwhile, as one of a changed
-// pipeline does, has their sessions and what these have sent. Call it in a process that replaces pipelines
-// while it runs. DrainListeners and CloseListeners end that: call the second before the process exits.
+// component has closed. A component with the same settings that starts within that time, such as one of a
+// changed pipeline, takes over their sessions and unacknowledged messages. Call it in a process that replaces
+// pipelines while it runs. DrainListeners and CloseListeners end it: call CloseListeners before the process exits.
 func KeepListeners(res *service.Resources) { listenersOf(res).setKeeping(true) }
 
 // CloseListeners closes the listeners that wait for a component, and returns when they have closed their
 // sessions, which takes 10 s at most. Call it when the pipelines have ended, before the process exits:
-// otherwise the exit loses what clients have not received yet.
+// otherwise acknowledgements that are not written yet are lost, and clients send those messages again.
 func CloseListeners(res *service.Resources) { listenersOf(res).closeKept() }
 
 // setKeeping sets whether listeners without components wait for others. If not, those that wait close.
@@ -96,8 +96,8 @@ func (l *listeners) keptOnPort(address string) *listener {
 	return nil
 }
 
-// closeNow closes a listener that is kept, in at most closeTime: its field closed tells when. The mutex
-// must be held.
+// closeNow begins to close a listener that is kept, which takes closeTime at most. The channel closed of the
+// listener reports the end. The mutex must be held.
 func (l *listeners) closeNow(ln *listener) {
 	ln.kept.Stop()
 	ln.kept = nil

@@ -35,7 +35,7 @@ func TestSessionsOutliveAChangeOfThePipelineBehindThem(t *testing.T) {
 			p := launch(t, nil, args...)
 			change := func(config string) {
 				t.Helper()
-				p.WantLog("Input type cryo_server is now active") // of the pipeline before
+				p.WantLog("Input type cryo_server is now active") // the previous pipeline
 				if mode != "API" {
 					require.NoError(t, os.WriteFile(path, []byte(config), 0o600))
 					return

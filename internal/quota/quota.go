@@ -265,7 +265,7 @@ type Request struct {
 	n       int64     // of upTo, once it is granted: what was granted
 	since   time.Time // time of the request
 	granted chan struct{}
-	queued  bool // in the group's requests: neither granted nor cancelled. Guarded by the quota's mutex
+	queued  bool // whether it waits in its group's requests; guarded by the quota's mutex
 }
 
 // Request requests n, which is granted as soon as possible. Cancel must be called for a request

@@ -71,8 +71,8 @@ func bufferPool(size int) *sync.Pool {
 type Conn struct {
 	t      *transport
 	masks  bool                       // this end dialled, so only this end masks
-	onPing func(data []byte)          // on the reading goroutine; the data is valid until it returns
-	onMore func(size int, final bool) // on the reading goroutine
+	onPing func(data []byte)          // called on the reading goroutine; data is valid until it returns
+	onMore func(size int, final bool) // called on the reading goroutine
 
 	// Owned by the reading goroutine.
 	text  bool   // the message is text

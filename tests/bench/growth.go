@@ -8,7 +8,7 @@ import (
 
 // growing is a table and a plot of loads with growing cost.
 type growing struct {
-	name   string // of the plot's file
+	name   string // name of the file with the plot
 	title  string
 	axis   string // what grows
 	tick   func(float64) string

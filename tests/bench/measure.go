@@ -16,7 +16,7 @@ import (
 type result struct {
 	Rate   float64 `json:"rate"`             // messages a second
 	CPU    float64 `json:"cpu"`              // of both processes, in µs a message
-	Allocs float64 `json:"allocs,omitempty"` // of the subject, including the engine, a message
+	Allocs float64 `json:"allocs,omitempty"` // allocations per message, including those of the engine
 	Peak   float64 `json:"peak,omitempty"`   // maximum resident MiB of the subject
 }
 

@@ -30,7 +30,7 @@ type credentials struct {
 	tokens, token               string // files: accepted ones, and that of clients
 	authorities, cert, key      string // files
 	mu                          sync.Mutex
-	allTokens, allAuthorities   []string // in the order of their use
+	allTokens, allAuthorities   []string // all that were issued, oldest first
 	pool                        *x509.CertPool
 	renewedTokens, renewedCerts int
 }

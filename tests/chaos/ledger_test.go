@@ -29,7 +29,7 @@ const idDigits = 9
 type unit struct {
 	app       int // index of the sender
 	kind      cryo.Kind
-	sum       string // of the contents, SHA-256 in hexadecimal digits
+	sum       string // SHA-256 of the contents, hexadecimal
 	acked     bool
 	delivered int // how often
 }

@@ -30,13 +30,13 @@ import (
 type process struct {
 	t        *testing.T
 	name     string
-	path     string    // of the configuration
+	path     string    // file with the configuration
 	command  *exec.Cmd // started again and again, by copies
 	pipeline string
 	http     string // address of the engine's HTTP server
 	secrets  func() []string
 	faulty   sync.Mutex // held by a fault: each process has one at a time
-	writes   int        // of the configuration; guarded by faulty
+	writes   int        // number of writes of the configuration; guarded by faulty
 	lines    atomic.Int64
 	leaked   atomic.Bool // a line contained a token
 	restarts atomic.Int64
