@@ -318,26 +318,36 @@ func TestRestartedServerReceivesNoOldAcknowledgement(t *testing.T) {
 
 func TestServerCloseReasonIsLogged(t *testing.T) {
 	t.Parallel()
-	n := server(t, 0, quiet)
-	g := testkit.NewWebService(t)
-	p := input(t, n, "", toService(g))
-	for i, reason := range []string{"", "that was it", strings.Repeat("a long goodbye ", 20), "äöü"} {
-		c := command{"do": "close"}
-		if reason != "" {
-			c["reason"] = reason
-		}
-		n.tell(c)
-		line := p.WantLog("Disconnected", "closed by the peer")
-		if i == 1 {
-			require.Contains(t, line, reason)
-		}
-		n.want("closed")
-		n.want("connected")
+	for name, reason := range map[string]string{
+		"none": "", "short": "that was it", "too long": strings.Repeat("a long goodbye ", 20), "not ASCII": "äöü",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := server(t, 0, quiet)
+			g := testkit.NewWebService(t)
+			p := input(t, n, "", toService(g))
+			c := command{"do": "close"}
+			if reason != "" {
+				c["reason"] = reason
+			}
+			n.tell(c)
+			line := p.WantLog("Disconnected", "closed by the peer")
+			if name == "short" {
+				require.Contains(t, line, reason)
+			}
+			n.want("closed")
+			n.want("connected")
+			id := n.tell(command{"do": "text", "text": "after it"})
+			g.Next().Respond(http.StatusOK)
+			n.wantDone(id)
+		})
 	}
-	id := n.tell(command{"do": "text", "text": "after it"})
-	g.Next().Respond(http.StatusOK)
-	n.wantDone(id)
+}
 
+func TestServerShutdownIsLogged(t *testing.T) {
+	t.Parallel()
+	n := server(t, 0, quiet)
+	p := input(t, n, "", toService(testkit.NewWebService(t)))
 	n.run(command{"do": "destroy"})
 	p.WantLog("Disconnected", "Server shutdown.")
 }
