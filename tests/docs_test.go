@@ -71,6 +71,20 @@ func TestLinksInTheDocumentationResolve(t *testing.T) {
 	}
 }
 
+// A Go of that minor version downloads the patch release of go.mod.
+func TestPagesNameTheGoVersionOfTheModule(t *testing.T) {
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(testkit.ReadFile(t, "../go.mod"))
+	require.NotNil(t, version)
+	named := 0
+	for path, page := range documents(t) {
+		for _, newer := range regexp.MustCompile(`Go ([\d.]+) or newer`).FindAllStringSubmatch(page, -1) {
+			require.Equal(t, version[1], newer[1], path)
+			named++
+		}
+	}
+	require.Positive(t, named)
+}
+
 func TestREADMEHasAtMost120Lines(t *testing.T) {
 	require.LessOrEqual(t, strings.Count(testkit.ReadFile(t, "../README.md"), "\n"), 120)
 }
