@@ -27,14 +27,14 @@
 // acknowledged. [Session.Queue] does not wait: the caller waits for its [Pending], or cancels
 // it. [Session.Messages], [Session.Receive] and [Session.ReceiveBatch] return received
 // messages. [Message.Ack] acknowledges a message, and must be called only once the message is
-// delivered; [Message.Reject] rejects it. The peer may send a message that is neither
-// acknowledged nor rejected again, on another connection.
+// delivered; [Message.Reject] rejects it. A message is settled when it is acknowledged or
+// rejected. The peer may send an unsettled message again, on another connection.
 //
 // Data that is larger than a message, or of unknown length, is sent as a stream.
 // [Session.SendStream] sends a reader, [Session.OpenStream] returns a writer; both are
 // done when the peer has acknowledged the whole stream. [Session.Streams] and
 // [Session.AcceptStream] return readers, whose [IncomingStream.Ack] acknowledges that the
-// whole stream has been delivered. Read returns [io.EOF] only after the sender has finished the
+// whole stream has been delivered, and whose Close rejects it: either settles the stream. Read returns [io.EOF] only after the sender has finished the
 // stream, so that a truncated stream is never mistaken for a complete one.
 //
 // A session is one connection. A [Client] opens one session after the other, with the same
@@ -62,17 +62,23 @@
 //	                                                 data, at any time
 //	Drain           new messages and streams;        Receive, Ack, Reject, sends         everything received is          settled messages
 //	                cancels incomplete streams       until everything is settled         settled, and then as Close
-//	Discard         Receive of messages in the       everything else; the session        immediately                     the messages in the
-//	                queue, and of later ones         does not end                                                        queue, and later ones
+//	Discard         Receive of messages in the       everything else; the session        immediately                     messages in the queue,
+//	                queue, and of later ones         does not end                                                        and later ones
 //	Server.Shutdown new clients; as Close for all    as Close                            the sessions have ended and     all messages if
 //	                sessions                                                             their handlers returned         OnSession is nil
 //	Server.Drain    new clients; as Drain for all    as Drain                            as Shutdown                     as Shutdown
+//
+// [Server.DrainOver] drains one session after another, so that their clients do not all connect
+// again in the same second.
 //
 // When the context is done, Close and Shutdown close the connections without a close
 // handshake; Drain leaves sessions open, for Close. None of them loses received messages: the
 // peer may send unacknowledged ones again on another connection. Received messages count
 // against MaxBufferBytes of a server until they are settled or discarded, even after the end of
 // their session. Unacknowledged sends return the cause of the end.
+//
+// [net/http.Server.Shutdown] neither closes sessions nor waits for them. Call Drain or Shutdown of
+// the Server first, and then Shutdown or Close of the HTTP server.
 //
 // # Limits
 //

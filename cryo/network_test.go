@@ -112,6 +112,26 @@ func TestAConversationOverTCP(t *testing.T) {
 	wantConversation(t, client, next(t, sessions))
 }
 
+func TestShutdownOfTheHTTPServerLeavesSessionsOpen(t *testing.T) {
+	opened := make(chan *cryo.Session, 1)
+	server := newServer(t, cryo.ServerOptions{
+		Authorize: cryo.Tokens(token),
+		OnSession: func(s *cryo.Session, _ *cryo.Upgrade) { opened <- s },
+	})
+	web := httptest.NewServer(server)
+	client, err := cryo.Dial(t.Context(), "ws"+strings.TrimPrefix(web.URL, "http"), &cryo.DialOptions{Token: token})
+	require.NoError(t, err)
+	session := next(t, opened)
+	require.NoError(t, web.Config.Shutdown(t.Context()))
+	require.NoError(t, session.Err())
+	sent := make(chan error, 1)
+	go func() { sent <- client.SendText(t.Context(), "after the shutdown") }()
+	require.NoError(t, receive(t, session).Ack())
+	require.NoError(t, <-sent)
+	require.NoError(t, server.Shutdown(t.Context()))
+	<-client.Done()
+}
+
 // TestAcknowledgementsSurviveUnreadData: closing a socket with unread data
 // resets it, and can take what was written before along.
 func TestAcknowledgementsSurviveUnreadData(t *testing.T) {

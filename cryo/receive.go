@@ -84,12 +84,14 @@ func (s *Session) SetSendOnly(on bool) {
 	}
 }
 
-// Discard drops the messages in the queue and all later ones, without an answer to the peer,
-// and releases their memory, which on a server counts against MaxBufferBytes of all its
-// sessions. Call it after Close, or when the session has ended, if the remaining messages will
-// not be received; a [Server] without OnSession calls it for its sessions when they have
-// ended. It can't be undone. It does not reject messages: a peer that is still connected waits
-// for their acknowledgements; see [Session.SetSendOnly].
+// Discard drops the messages in the queue and all later ones, and releases their memory, which
+// on a server counts against MaxBufferBytes of all its sessions. Call it after Close, or when the
+// session has ended, if the remaining messages will not be received; a [Server] without OnSession
+// calls it for its sessions when they have ended.
+//
+// Dropped messages are neither acknowledged nor rejected, so a peer that is still connected waits
+// for them: use [Session.SetSendOnly] to reject messages instead. Messages that were received
+// before can still be acknowledged. Discard can't be undone.
 func (s *Session) Discard() { s.inbox.discard() }
 
 // rejectQueued rejects the messages in the queue.

@@ -438,9 +438,10 @@ func afterLoss(lost, err error) error {
 	return fmt.Errorf("%w; %w", lost, err)
 }
 
-// Close ends the attempt in flight and all calls that wait for a session, and closes the session
-// as [Session.Close] does. It returns when the goroutines of the Client are gone, and may be
-// called more than once. Its error is the context's. The Client does not dial again.
+// Close ends the attempt in flight, and closes the session as [Session.Close] does. The Client
+// does not dial again: calls that wait for a session return [ErrClosed], and so does Send for each
+// message that is not acknowledged. Close returns when the goroutines of the Client are gone, and
+// may be called more than once. Its error is the context's.
 func (c *Client) Close(ctx context.Context, reason string) error {
 	c.close()
 	c.mu.Lock()

@@ -445,14 +445,17 @@ const shutdownReason = "server is shutting down"
 // goroutines are gone, and OnSession and OnSessionEnd have returned for each of them. Sessions
 // are closed as by [Session.Close], but without BYE and with close code 1012 (service restart),
 // after which clients that reconnect do so. When the context is done, it closes their connections
-// without a close handshake, and returns without waiting for handlers that still run. Connections
-// that are not upgraded are left to the HTTP server.
+// without a close handshake, and returns without waiting for handlers that still run.
+//
+// Shutdown does not stop the HTTP server, and [net/http.Server.Shutdown] neither closes sessions nor
+// waits for them: call it after this Shutdown, for connections that are not upgraded.
 func (s *Server) Shutdown(ctx context.Context) error {
 	return s.closeAll(ctx, 0, func(session *Session) error { return session.close(ctx, closeRestart, shutdownReason) })
 }
 
-// Drain is Shutdown with [Session.Drain] in place of Close: received messages can be settled
-// first. When the context is done, sessions may still be open and drain; call Shutdown then.
+// Drain is Shutdown with [Session.Drain] in place of Close: it waits until the received messages
+// are acknowledged or rejected. When the context is done, sessions may still be open and drain;
+// call Shutdown then.
 func (s *Server) Drain(ctx context.Context) error {
 	return s.closeAll(ctx, 0, func(session *Session) error {
 		err := session.drain(ctx, closeRestart, shutdownReason)
@@ -465,11 +468,12 @@ func (s *Server) Drain(ctx context.Context) error {
 
 // DrainOver is Drain with the sessions one after the other, spread evenly over a period, so that their
 // clients do not all connect again in the same second. New clients are denied from the start. Until its
-// turn, a session continues as before. Earlier sends are acknowledged, or have failed, before
-// it is closed: bound sends and streams by their contexts, and send nothing else on a session that is [Session.Draining].
-// There is no wait for the turn of a session that has ended. When the context is done, the sessions whose
-// turn has not come are open as before, and those that are being closed have their close timeout: DrainOver
-// waits for these.
+// turn, a session continues as before.
+//
+// Unlike Drain, DrainOver also waits until the sends of a session are acknowledged or have failed, before it
+// closes that session: bound sends and streams by their contexts, and send nothing else on a session that is
+// [Session.Draining]. When the context is done, DrainOver waits only for close handshakes that have begun: the
+// other sessions stay open, and those whose turn has come drain. Call Shutdown then.
 func (s *Server) DrainOver(ctx context.Context, period time.Duration) error {
 	return s.closeAll(ctx, period, func(session *Session) error {
 		err := session.settle(ctx, ErrClosed)

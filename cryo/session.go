@@ -29,7 +29,7 @@ const (
 	DefaultCloseTimeout      = 5 * time.Second
 )
 
-// SessionOptions are what both ends of a session can set. A zero value means its
+// SessionOptions are the settings of a session at either end. A zero value means its
 // default, and a negative one is an error.
 type SessionOptions struct {
 	// HeartbeatInterval is the interval between heartbeats: a WebSocket ping, and from
@@ -44,21 +44,26 @@ type SessionOptions struct {
 	HeartbeatInterval time.Duration
 	// MaxBufferBytes bounds the receive buffer: the payloads of unsettled messages and
 	// unread chunks, plus 256 bytes a message and 128 bytes a chunk. When it is full, reads
-	// are paused (backpressure) at the next data frame; frames before it are still read. A
-	// server's sessions share it: each, or all with the same Owner (see [Upgrade]), may hold up
-	// to eight times the free capacity.
-	// Incomplete messages of more than 64 KiB may take as much again, plus two messages;
-	// the next one is read when one of them is complete. A message in fragments counts as
-	// 1 MiB, and a larger one as 16 MiB, one at a time. Of these, all sessions of a server with the
-	// same Owner or, without one, with the same token, certificate and address, may hold one
-	// message, or up to eight times the free capacity, and clients are served in turn. A session
-	// whose message takes more than a minute, or will at the rate of its first 5 s or more, ends with
-	// ErrReceiveTimeout at its next heartbeat, if another one has waited for 5 s: one of the same
-	// client, or of a client that receives no such message.
+	// are paused (backpressure) at the next data frame; frames before it are still read.
+	// Default 32 MiB.
+	//
+	// The sessions of a server share it: each, or all with the same Owner (see [Upgrade]),
+	// may hold up to eight times the free capacity.
+	//
+	// Incomplete messages of more than 64 KiB use memory outside the buffer: as much again, plus
+	// two messages. The next one is read when one of them is complete. A message in fragments counts
+	// as 1 MiB, and a larger one as 16 MiB, one at a time. Each client may hold one message, or up to
+	// eight times the free capacity, and clients are served in turn. A client is all sessions of a
+	// server with the same Owner or, without one, with the same token, certificate and address.
+	//
+	// A session whose message takes more than a minute, or will at the rate of its first 5 s or
+	// more, ends with ErrReceiveTimeout at its next heartbeat, if another one has waited for 5 s:
+	// one of the same client, or of a client that receives no such message.
+	//
 	// When a send waits for its acknowledgement, which may be behind unread data, reads
 	// continue after 10 s: until the session holds no more than the free capacity,
 	// messages without capacity are rejected, and chunks without it end their stream with
-	// ErrBufferFull. Default 32 MiB.
+	// ErrBufferFull.
 	MaxBufferBytes int
 	// CloseTimeout bounds the close handshake: the time to write queued acknowledgements
 	// and to wait until the peer closes. Default 5 s.
@@ -324,8 +329,8 @@ func (s *Session) Stats() Stats {
 // accepted, and no chunk has come. It waits as well for the TX_FINISH of a pulled stream that was
 // acknowledged ahead of that.
 //
-// Messages in the queue can still be received; otherwise call Discard, or they count against
-// the MaxBufferBytes of a server for good.
+// Messages in the queue can still be received; otherwise call [Session.Discard], or they count
+// against the MaxBufferBytes of a server permanently.
 func (s *Session) Close(ctx context.Context, reason string) error {
 	return s.close(ctx, closeGraceful, reason)
 }
@@ -376,7 +381,8 @@ func (s *Session) CloseNow() error {
 	return nil
 }
 
-// Drain waits until all received messages and streams are settled, and then closes the session.
+// Drain waits until all received messages and streams are settled (acknowledged or rejected), and
+// then closes the session.
 // Incomplete streams are cancelled and new ones rejected; later messages are discarded, neither
 // acknowledged nor rejected, so that the peer sends them again on another session. Receive
 // returns messages that were received before, and everything can be sent, such as responses.

@@ -16,6 +16,9 @@ import (
 
 // Defaults and bounds of [StreamOptions].
 const (
+	// DefaultChunkBytes is the default of ChunkBytes, in bytes. Increase ChunkBytes for receivers that
+	// pull chunk by chunk over a connection with a high latency, because they wait for a round trip per chunk.
+	// Larger chunks share the receiver's memory for large messages: see MaxBufferBytes in [SessionOptions].
 	DefaultChunkBytes = 64 << 10
 
 	maxStreamName = 1024 // bytes
