@@ -56,7 +56,7 @@ type SessionOptions struct {
 	// eight times the free capacity, and clients are served in turn. A client is all sessions of a
 	// server with the same Owner or, without one, with the same token, certificate and address.
 	//
-	// A session whose message takes more than a minute, or will at the rate of its first 5 s or
+	// A session whose message takes more than a minute, or would at its rate after 5 s or
 	// more, ends with ErrReceiveTimeout at its next heartbeat, if another one has waited for 5 s:
 	// one of the same client, or of a client that receives no such message.
 	//
