@@ -39,7 +39,9 @@ func (n *memoryNet) Listen(_, address string) (net.Listener, error) {
 
 func (l *memoryListener) Close() error {
 	l.net.mu.Lock()
-	delete(l.net.listening, l.address)
+	if l.net.listening[l.address] == l { // it may be closed again when the next one listens
+		delete(l.net.listening, l.address)
+	}
 	l.net.mu.Unlock()
 	return l.Listener.Close()
 }

@@ -84,14 +84,18 @@ func (l *listeners) adopt(ln *listener, c *serverComponent) bool {
 	return true
 }
 
-// keptOnPort returns a listener that is kept on the port of an address, which may be the same address
-// in another spelling, or nil. The mutex must be held.
-func (l *listeners) keptOnPort(address string) *listener {
+// closingOnPort returns a listener that closes on the port of an address, which may be the same address
+// in another spelling, or nil. One that is kept begins to close. The mutex must be held.
+func (l *listeners) closingOnPort(address string) *listener {
 	_, port, _ := net.SplitHostPort(address)
 	for other, ln := range l.byAddr {
-		if _, p, _ := net.SplitHostPort(other); ln.kept != nil && p == port {
-			return ln
+		if _, p, _ := net.SplitHostPort(other); p != port || len(ln.users) > 0 || ln.server == nil { // it starts
+			continue
 		}
+		if ln.kept != nil {
+			l.closeNow(ln)
+		}
+		return ln
 	}
 	return nil
 }

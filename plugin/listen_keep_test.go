@@ -3,6 +3,7 @@ package plugin
 import (
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -101,6 +102,30 @@ func TestKeptListenerReleasesItsPortForAnotherAddress(t *testing.T) {
 		require.Error(t, client.Err())
 		e.wantReceives(t, e.dial(), "of the new listener")
 		require.Zero(t, time.Since(begin))
+		require.Zero(t, e.log.count("ERROR "))
+	})
+}
+
+// Each of them finds the port in use, the second one while the kept listener closes.
+func TestKeptListenerReleasesItsPortForSeveralComponents(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		listen := e.shared.listen
+		e.shared.listen = func(network, address string) (net.Listener, error) {
+			if strings.HasPrefix(address, "0.0.0.0:") && e.log.count("Listener closed") == 0 {
+				return nil, &net.OpError{Op: "listen", Net: "tcp", Err: syscall.EADDRINUSE}
+			}
+			return listen(network, strings.Replace(address, "0.0.0.0:", "192.0.2.2:", 1))
+		}
+		e.shared.setKeeping(true)
+		defer e.shared.setKeeping(false)
+		p := e.run(listenInput, listenOutput)
+		e.unreadClient(t) // it does not close its end
+		p.stop()
+		moved := strings.Replace(listenInput, somewhere, "0.0.0.0:80", 1)
+		e.run(moved, moved)
+		time.Sleep(closeTime)
+		require.Equal(t, 1, e.log.count("Listener closed"))
+		e.dial()
 		require.Zero(t, e.log.count("ERROR "))
 	})
 }

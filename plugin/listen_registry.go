@@ -63,9 +63,8 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 	ln = l.byAddr[address]
 	if ln == nil {
 		if ln, err = l.start(c); errors.Is(err, syscall.EADDRINUSE) {
-			if kept := l.keptOnPort(address); kept != nil {
-				l.closeNow(kept)
-				return nil, kept.closed, nil
+			if other := l.closingOnPort(address); other != nil {
+				return nil, other.closed, nil
 			}
 		}
 		return ln, nil, err
