@@ -15,7 +15,9 @@ func TestComponentsThatDifferInTheSettingsOfTheirListenerDoNotStart(t *testing.T
 	for name, config := range map[string]string{
 		"input and output": "input: " + input + "\noutput: " + other,
 		"two inputs":       "input: { broker: { inputs: [ " + input + ", " + other + " ] } }\noutput: { drop: {} }",
-		"a resource":       "input: " + input + "\noutput: { fallback: [ { resource: clients } ] }\noutput_resources: [ { label: clients, " + other[2:len(other)-2] + " } ]",
+		"a resource of a resource": "input: { resource: all }\noutput: { drop: {} }\ninput_resources: [ { label: one, " + input[2:len(input)-2] + " }, { label: two, " + other[2:len(other)-2] +
+			" }, { label: all, broker: { inputs: [ { resource: one }, { resource: two } ] } } ]",
+		"a resource": "input: " + input + "\noutput: { fallback: [ { resource: clients } ] }\noutput_resources: [ { label: clients, " + other[2:len(other)-2] + " } ]",
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := runConfig(t, config)
@@ -29,5 +31,18 @@ func TestComponentsWithTheSameSettingsStart(t *testing.T) {
 	const component = `{ cryo_server: { address: "127.0.0.1:0", tokens: [ ` + token + ` ] } }`
 	p := runConfig(t, "input: "+component+"\noutput: { switch: { cases: [ { check: 'false', output: "+component+" }, { output: { drop: {} } } ] } }")
 	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "of an address with one listener")
+	p.Interrupt()
+}
+
+// A configuration may have alternatives, of which the pipeline uses one.
+func TestResourceThatNoComponentUsesDoesNotPreventTheStart(t *testing.T) {
+	p := runConfig(t, `
+input: { resource: one }
+output: { drop: {} }
+input_resources:
+  - { label: one, cryo_server: { address: "127.0.0.1:0", tokens: [ `+token+` ] } }
+  - { label: other, cryo_server: { address: "127.0.0.1:0", tokens: [ another-s3cret ] } }
+`)
+	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "of the resource in use")
 	p.Interrupt()
 }
