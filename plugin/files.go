@@ -131,12 +131,12 @@ func (f *watchedFiles[T]) isBeingWritten(sums [][sha256.Size]byte) bool {
 }
 
 // isIncomplete reports whether the last line of a file that has changed in place may be a part of one.
-// A file that was renamed over the previous one is complete.
+// A file that was renamed over the previous one is complete, and so is one that was written long ago.
 func (f *watchedFiles[T]) isIncomplete(contents [][]byte, sums [][sha256.Size]byte) bool {
 	if !f.lines || bytes.HasSuffix(contents[0], []byte("\n")) {
 		return false
 	}
-	if file, err := os.Stat(f.paths[0]); err == nil && !os.SameFile(file, f.file) {
+	if file, err := os.Stat(f.paths[0]); err == nil && (!os.SameFile(file, f.file) || time.Since(file.ModTime()) >= pauseTime) {
 		return false
 	}
 	if !slices.Equal(sums, f.seen) {

@@ -199,6 +199,20 @@ func TestPartOfALineOfATokensFileIsNoToken(t *testing.T) {
 	})
 }
 
+// The first client may come long after the file was written, and may have a token that was removed.
+func TestPartOfALineThatWasWrittenLongAgoIsAToken(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "tokens")
+	replaceFile(t, file, "first-s3cret\n")
+	inEngine(t, func(t *testing.T, e *engine) {
+		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
+		require.NoError(t, os.WriteFile(file, []byte("other-s3cret"), 0o600))
+		require.NoError(t, os.Chtimes(file, time.Now(), time.Now()))
+		time.Sleep(pauseTime)
+		e.wantDenied(cryo.DialOptions{Token: "first-s3cret"}, 401)
+		end(e.join("other-s3cret", 1))
+	})
+}
+
 // A shell empties a file before it writes it.
 func TestFileThatIsBeingWrittenLogsNoError(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "tokens")
