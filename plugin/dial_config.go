@@ -163,7 +163,7 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions, log *se
 	case tokenFile != "" && !a.token.isEmpty():
 		return nil, nil, fmt.Errorf("the fields %s and %s cannot be used together", fieldToken, fieldTokenFile)
 	case tokenFile != "":
-		if a.tokenFile, err = watchFiles(fieldTokenFile, []string{tokenFile}, 0, log.With("file", tokenFile), tokenOfFile); err != nil {
+		if a.tokenFile, err = watchFiles(fieldTokenFile, []string{tokenFile}, 0, shortageTime, log.With("file", tokenFile), tokenOfFile); err != nil {
 			return nil, nil, fmt.Errorf("field %s: %w", fieldTokenFile, withoutToken(err, fieldToken))
 		}
 	}
@@ -205,7 +205,7 @@ func readDialTLS(conf *service.ParsedConfig, log *service.Logger) (*watchedFiles
 			}
 		}
 	}
-	return watchFiles("TLS files", paths, 0, log, func(contents [][]byte) (*tls.Config, error) {
+	return watchFiles("TLS files", paths, 0, shortageTime, log, func(contents [][]byte) (*tls.Config, error) {
 		if caFile != "" {
 			if _, err := certPool(caFile, contents[0]); err != nil {
 				return nil, err // the engine would trust no authority at all

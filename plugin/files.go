@@ -27,7 +27,9 @@ const (
 	// counts as complete after it.
 	pauseTime = 5 * time.Second
 
-	// shortageTime is the maximum wait for file descriptors before the first read.
+	// shortageTime is the patience of components that are built: with -w, the engine has ended the
+	// previous pipeline before it builds this one, and it does not try again if it cannot read the
+	// configuration either.
 	shortageTime = 30 * time.Second
 
 	// maxFile is the maximum size of a file, in bytes.
@@ -56,18 +58,21 @@ type watchedFiles[T any] struct {
 	failed string              // the last error, which is logged only once; empty if there was none
 }
 
-// watchFiles loads the files. The errors of load must not contain secrets. It waits for shortageTime
-// while file descriptors are missing: with -w, the engine has ended the previous pipeline before it builds
-// this one, and it does not try again if it cannot read the configuration either.
-func watchFiles[T any](what string, paths []string, interval time.Duration, log *service.Logger, load func(contents [][]byte) (T, error)) (*watchedFiles[T], error) {
+// watchFiles loads the files. The errors of load must not contain secrets. While file descriptors are
+// missing, it tries again until patience is over.
+func watchFiles[T any](what string, paths []string, interval, patience time.Duration, log *service.Logger, load func(contents [][]byte) (T, error)) (*watchedFiles[T], error) {
 	f := &watchedFiles[T]{what: what, paths: paths, interval: interval, load: load, log: log, read: time.Now()}
 	contents, sums, err := readFiles(paths)
-	for begin := time.Now(); err != nil && time.Since(begin) < shortageTime; contents, sums, err = readFiles(paths) {
+	for begin := time.Now(); err != nil; contents, sums, err = readFiles(paths) {
 		kind, hint := shortageOf(err)
 		if kind == "" {
 			break
 		}
-		log.With("error", fmt.Errorf("%w: %s", err, hint)).Warn("Cannot read " + what + "; retrying")
+		err = fmt.Errorf("%w: %s", err, hint)
+		if time.Since(begin) >= patience {
+			break
+		}
+		log.With("error", err).Warn("Cannot read " + what + "; retrying")
 		time.Sleep(time.Second)
 	}
 	if err == nil {

@@ -53,7 +53,7 @@ type listener struct {
 // newListener starts a listener with the settings of its first component.
 func newListener(c *serverComponent, listen func(network, address string) (net.Listener, error)) (*listener, error) {
 	settings, log := c.settings, c.log
-	files, err := settings.tlsSettings.watch(log)
+	files, err := settings.tlsSettings.watch(0, log) // the engine calls Connect again
 	if err != nil {
 		return nil, err
 	}

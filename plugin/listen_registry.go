@@ -119,7 +119,7 @@ func (l *listeners) test(c *serverComponent) error {
 	} else if err := first.checkSettings(c); err != nil {
 		return err
 	}
-	if _, err := c.settings.tlsSettings.watch(c.log); err != nil {
+	if _, err := c.settings.tlsSettings.watch(0, c.log); err != nil {
 		return err
 	}
 	socket, err := l.listen("tcp", address)

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/redpanda-data/benthos/v4/public/service/securetls"
@@ -85,8 +86,8 @@ func readTLSSettings(r *settingsReader) tlsSettings {
 	return s
 }
 
-// watch loads the files. It returns nil if the listener does not use TLS.
-func (s tlsSettings) watch(log *service.Logger) (*watchedFiles[*tls.Config], error) {
+// watch loads the files, as watchFiles does. It returns nil if the listener does not use TLS.
+func (s tlsSettings) watch(patience time.Duration, log *service.Logger) (*watchedFiles[*tls.Config], error) {
 	if s.CertFile == "" {
 		return nil, nil
 	}
@@ -94,7 +95,7 @@ func (s tlsSettings) watch(log *service.Logger) (*watchedFiles[*tls.Config], err
 	if s.ClientCAFile != "" {
 		paths = append(paths, s.ClientCAFile)
 	}
-	files, err := watchFiles("TLS files", paths, filesInterval, log.With("cert_file", s.CertFile), s.load)
+	files, err := watchFiles("TLS files", paths, filesInterval, patience, log.With("cert_file", s.CertFile), s.load)
 	if err != nil {
 		return nil, fmt.Errorf("field %s: %w", fieldTLS, err)
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -348,5 +349,21 @@ func TestOnlyTheCertificateOwnerCanTakeOverASession(t *testing.T) {
 		synctest.Wait()
 		require.Error(t, ghost.Err())
 		require.NoError(t, s.Close(context.Background(), ""))
+	})
+}
+
+// The engine calls Connect again. Until it returns, the pipeline cannot stop.
+func TestListenerThatCannotReadItsCertificateDelaysNoStop(t *testing.T) {
+	certFile, keyFile := certificate(t)
+	inEngine(t, func(t *testing.T, e *engine) {
+		var limit unix.Rlimit
+		require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+		require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}))
+		defer func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
+		p := e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
+		begin := time.Now()
+		p.stop()
+		require.Zero(t, time.Since(begin))
+		require.NotZero(t, e.log.count("ERROR Failed to connect", "too many open files: raise the limit"))
 	})
 }

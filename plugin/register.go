@@ -106,7 +106,7 @@ func (d dependencies) serverOutput(conf *service.ParsedConfig, res *service.Reso
 // that Connect loads.
 func (d dependencies) complete(conf *service.ParsedConfig, c *serverComponent) error {
 	if d.lint {
-		_, err := c.settings.tlsSettings.watch(c.log)
+		_, err := c.settings.tlsSettings.watch(shortageTime, c.log)
 		return err
 	}
 	return c.processors.build(conf, c.settings.HandshakeTimeout)
