@@ -163,9 +163,10 @@ func readDialOptions(conf *service.ParsedConfig, opts *cryo.DialOptions, log *se
 	case tokenFile != "" && !a.token.isEmpty():
 		return nil, nil, fmt.Errorf("the fields %s and %s cannot be used together", fieldToken, fieldTokenFile)
 	case tokenFile != "":
-		if a.tokenFile, err = watchFiles(fieldTokenFile, []string{tokenFile}, 0, shortageTime, log.With("file", tokenFile), tokenOfFile); err != nil {
+		if a.tokenFile, err = watchFiles(fieldTokenFile, []string{tokenFile}, 0, shortageTime, log, tokenOfFile); err != nil {
 			return nil, nil, fmt.Errorf("field %s: %w", fieldTokenFile, withoutToken(err, fieldToken))
 		}
+		a.tokenFile.log = log.With("file", tokenFile)
 	}
 	a.tls, err = readDialTLS(conf, log)
 	switch {

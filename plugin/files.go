@@ -3,6 +3,7 @@ package plugin
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -46,7 +47,7 @@ type watchedFiles[T any] struct {
 	interval time.Duration // minimum time between two reads; 0: each call of current reads
 	lines    bool          // a last line without an end may be a part of one; see isIncomplete
 	load     func(contents [][]byte) (T, error)
-	log      *service.Logger
+	log      *service.Logger // has the path only once the file is read: it may be a token in place of it
 
 	mu     sync.Mutex
 	loaded T
@@ -68,11 +69,12 @@ func watchFiles[T any](what string, paths []string, interval, patience time.Dura
 		if kind == "" {
 			break
 		}
-		err = fmt.Errorf("%w: %s", err, hint)
 		if time.Since(begin) >= patience {
+			err = fmt.Errorf("%w: %s", err, hint)
 			break
 		}
-		log.With("error", err).Warn("Cannot read " + what + "; retrying")
+		number, _ := errors.AsType[syscall.Errno](err) // err has the path, which may be a token
+		log.With("error", fmt.Errorf("%w: %s", number, hint)).Warn("Cannot read " + what + "; retrying")
 		time.Sleep(time.Second)
 	}
 	if err == nil {

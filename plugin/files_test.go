@@ -15,7 +15,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -287,6 +289,40 @@ func TestTokenInPlaceOfItsFileIsNotShown(t *testing.T) {
 			require.ErrorContains(t, construct(t, c.kind, c.name, c.fields+path), "open "+path+": no such file or directory")
 		}
 	}
+}
+
+// withoutDescriptors makes the process open no further file until restore is called.
+func withoutDescriptors(t testing.TB) (restore func()) {
+	t.Helper()
+	var limit unix.Rlimit
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}))
+	return func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }
+}
+
+func TestTokenInPlaceOfItsFileIsNotLoggedWithoutDescriptors(t *testing.T) {
+	inEngine(t, func(t *testing.T, e *engine) {
+		res := service.MockResources(service.MockResourcesOptUseLogger(service.NewLoggerFromSlog(e.log.logger())))
+		for component, fields := range map[string]string{
+			"input cryo":        "{ url: ws://h, token_file: s3cret }",
+			"input cryo_server": "{ address: '" + somewhere + "', tokens_file: s3cret }",
+		} {
+			conf, err := specs()[component].ParseYAML(fields, nil)
+			require.NoError(t, err)
+			restore := withoutDescriptors(t)
+			if component == "input cryo" {
+				_, err = dependencies{}.input(conf, res)
+			} else {
+				_, err = dependencies{}.serverInput(conf, res)
+			}
+			restore()
+			require.ErrorContains(t, err, "too many open files: the path is redacted")
+			require.NotContains(t, err.Error(), "s3cret")
+		}
+		require.NotZero(t, e.log.count("WARN Cannot read tokens_file; retrying", "too many open files: raise the limit"))
+		require.NotZero(t, e.log.count("WARN Cannot read token_file; retrying"))
+		require.NotContains(t, fmt.Sprint(e.log.all()), "s3cret")
+	})
 }
 
 func TestInterpolatedTokenIsEvaluatedAtEachAttempt(t *testing.T) {

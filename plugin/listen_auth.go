@@ -159,11 +159,12 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting l
 		r.err = fmt.Errorf("the field %s requires the field %s, which decides based on their result", fieldAuthorizeProcessors, fieldAuthorize)
 		return s, nil
 	case s.TokensFile != "":
-		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, shortageTime, log.With("file", s.TokensFile), tokensOfFile)
+		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, shortageTime, log, tokensOfFile)
 		if err != nil {
 			r.err = fmt.Errorf("field %s: %w", fieldTokensFile, withoutToken(err, fieldTokens))
 			return s, nil
 		}
+		file.log = log.With("file", s.TokensFile)
 		file.expectLines()
 		return s, s.Metadata.admit(lasting, func(u *cryo.Upgrade, _ map[string]any) (map[string]any, error) { return nil, file.current()(u) })
 	case mapping == nil:

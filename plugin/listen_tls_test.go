@@ -19,7 +19,6 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
@@ -356,10 +355,7 @@ func TestOnlyTheCertificateOwnerCanTakeOverASession(t *testing.T) {
 func TestListenerThatCannotReadItsCertificateDelaysNoStop(t *testing.T) {
 	certFile, keyFile := certificate(t)
 	inEngine(t, func(t *testing.T, e *engine) {
-		var limit unix.Rlimit
-		require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-		require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}))
-		defer func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
+		defer withoutDescriptors(t)()
 		p := e.run(with(listenInput, "tls: { cert_file: "+certFile+", key_file: "+keyFile+" }"), toProbe)
 		begin := time.Now()
 		p.stop()
