@@ -29,8 +29,6 @@ type receiver struct {
 	last       *delivery // most recently returned by ReadBatch; the engine may still discard it
 	stopHooked bool      // whether drain is registered to run when the engine stops
 
-	samples int // number of calls of sample, which only watchForStalls makes
-
 	stop     context.CancelFunc // ends all feeds
 	drain    context.CancelFunc // stops accepting streams, because the engine reads no more batches
 	feeds    sync.WaitGroup
@@ -236,7 +234,7 @@ func (r *receiver) logFailure(it *item, err error) {
 		return
 	}
 	if log, ok := r.redeliveryLog.allow(); ok {
-		log.With("session", it.source.id, "failures", it.failures+1, "error", err).Warn("A message has failed repeatedly: redelivering it until it is delivered")
+		it.identify(log).With("failures", it.failures+1, "error", err).Warn("A message has failed repeatedly: redelivering it until it is delivered")
 	}
 }
 
@@ -335,15 +333,8 @@ func isPaused(s *cryo.Session) bool {
 	return stats.Paused && !stats.Throttled
 }
 
-// sampleEvery is the number of calls after which sample looks again: with thousands of sessions it
-// takes time.
-const sampleEvery = 5
-
 // sample sets the gauges that nothing else updates.
 func (r *receiver) sample() {
-	if r.samples++; r.samples%sampleEvery != 0 {
-		return
-	}
 	age := time.Duration(0)
 	if oldest := r.queue.oldest(); !oldest.IsZero() {
 		age = time.Since(oldest)

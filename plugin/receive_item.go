@@ -95,12 +95,25 @@ func (it *item) describe(m *service.Message) {
 	it.source.describe(m)
 }
 
+// identify adds to a logger what identifies the item, but nothing of its content.
+func (it *item) identify(log *service.Logger) *service.Logger {
+	log = log.With("session", it.source.id)
+	if it.message != nil {
+		return log.With("ack_id", it.message.Number())
+	}
+	if stream := it.owner.stream(); stream != nil {
+		return log.With("stream", it.source.session.Redact(stream.Name()), "tx_id", stream.Tx())
+	}
+	return log // a session event
+}
+
 // delivery is a batch that was passed to the pipeline and has not been completed.
 type delivery struct {
 	items     []item
 	responses *service.SyncResponseStore
 
 	// Guarded by the queue's mutex.
+	began        time.Time // when ReadBatch returned the batch
 	hasResult    bool
 	acknowledged bool   // whether the items were acknowledged on receipt
 	retained     []item // items whose responses were unacknowledged at a hard stop

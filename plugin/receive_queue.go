@@ -33,8 +33,6 @@ type queue struct {
 	rest     []item // new items that were received from arrivals, but not returned yet
 	newFirst bool   // whether the next batch takes new items, if there are any, before an item that has failed alone and is due
 
-	stallReported bool // whether the current stall has been logged; accessed only by watchForStalls
-
 	mu           sync.Mutex
 	clients      map[string]*clientQuota // by client, see identity
 	deliveries   map[*delivery]struct{}  // unacknowledged batches in the pipeline
@@ -254,6 +252,7 @@ func (q *queue) addDelivery(d *delivery) {
 	defer q.mu.Unlock()
 	q.deliveries[d] = struct{}{}
 	q.lastProgress = time.Now()
+	d.began = q.lastProgress
 }
 
 // markReceived marks the items of a delivery as acknowledged on receipt. It returns them, or
@@ -375,6 +374,19 @@ func (q *queue) oldest() (oldest time.Time) {
 	return oldest
 }
 
+// longestDelivery returns the first item of the batch that has been in the pipeline for the longest
+// time without a result, and when ReadBatch returned that batch. It returns false if there is none.
+func (q *queue) longestDelivery() (first item, began time.Time, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for d := range q.deliveries {
+		if !d.hasResult && (!ok || d.began.Before(began)) { // a result: responses are not acknowledged yet
+			first, began, ok = d.items[0], d.began, true
+		}
+	}
+	return first, began, ok
+}
+
 func (q *queue) wakeRead() {
 	select {
 	case q.wake <- struct{}{}:
@@ -396,48 +408,4 @@ func (q *queue) close() []item {
 	clear(q.deliveries)
 	slices.SortStableFunc(items, func(a, b item) int { return cmp.Compare(a.sequence, b.sequence) })
 	return items
-}
-
-// stallTimeout is how long a full pipeline may make no progress before a stall is logged.
-const stallTimeout = 10 * time.Second
-
-// watchForStalls checks for stalls periodically, until the input closes, and calls sample each time.
-// It runs on its own goroutine, because a timer in ReadBatch would wake up the network poller for
-// each single message. paused reports whether reading from any session is paused (backpressure).
-func (q *queue) watchForStalls(paused func() bool, sample func()) {
-	ticker := time.NewTicker(stallTimeout / 10)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ticker.C:
-			q.reportStall(paused)
-			sample()
-		case <-q.stopped.Done():
-			return
-		}
-	}
-}
-
-// reportStall logs a warning if the pipeline makes no progress while max_in_flight,
-// max_buffer_bytes or the limit of a stream's messages is reached: an output hangs, is very slow, or
-// has a batching policy that can never fill a batch. Each stall is logged once. It ends only when
-// the limits are no longer reached, because even a slow output makes progress from time to time.
-func (q *queue) reportStall(paused func() bool) {
-	q.mu.Lock()
-	idle := time.Since(q.lastProgress)
-	q.mu.Unlock()
-	used := q.inFlight.Used()
-	stalled := used > 0 && idle >= stallTimeout
-	if stalled == q.stallReported {
-		return
-	}
-	full := q.inFlight.Full() || q.heldBack.Load() > 0 || paused()
-	if q.stallReported = full; !full || !stalled {
-		return
-	}
-	log := q.log.With("in_flight", used, "idle", stallTimeout, fieldMaxInFlight, q.conf.maxInFlight)
-	if q.conf.shared {
-		log = log.With("client_quota", clientLimit(q.conf.maxInFlight))
-	}
-	log.Warn("Pipeline stalled: check whether an output hangs, or waits for a batch that cannot fill (lower its count or byte_size, or set a period)")
 }

@@ -237,7 +237,11 @@ func heapInUse() int64 {
 	return int64(m.HeapAlloc)
 }
 
-const stallLine = "WARN Pipeline stalled"
+const (
+	stallLine     = "WARN Pipeline stalled"
+	slowLine      = "WARN A message has been in flight for a long time"
+	recoveredLine = "INFO Messages are no longer in flight for a long time"
+)
 
 func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -277,6 +281,7 @@ func TestHangingOutputIsReportedOnce(t *testing.T) {
 		}
 		require.Equal(t, 1, e.log.count(append(fields, stallLine)...))
 		require.Equal(t, 1, e.log.count(stallLine))
+		require.Zero(t, e.log.count(slowLine), "the same stall")
 	})
 }
 
@@ -329,5 +334,153 @@ func TestBatchWithAPeriodIsNotReportedAsStalled(t *testing.T) {
 		time.Sleep(time.Hour) // of nothing to do
 		synctest.Wait()
 		require.Zero(t, e.log.count(stallLine))
+	})
+}
+
+// Few messages, so that no limit is reached.
+
+func TestMessageInFlightForAMinuteIsReportedOnce(t *testing.T) {
+	atBothInputsTo(t, "", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		m := send(peer, "hello")
+		a := e.arrival()
+		number, _ := a.batch[0].MetaGet("cryo_ack_id")
+		time.Sleep(minSlowTimeout - time.Second)
+		require.Zero(t, e.log.count(slowLine))
+		time.Sleep(time.Hour)
+		e.log.want(t, slowLine, fmt.Sprintf("session=%d", peer.ID()), "ack_id="+number, "age=1m", "in_flight=1")
+		require.Equal(t, 1, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+		require.Zero(t, e.log.count("hello"), "no content is logged")
+		require.Zero(t, e.log.count(stallLine), "the input can receive more")
+		require.Zero(t, e.log.count(recoveredLine))
+		a.deliver()
+		m.wantAcked(t, "delivered after all")
+		time.Sleep(time.Minute)
+		require.Equal(t, 1, e.log.count(recoveredLine))
+		e.log.want(t, recoveredLine, "lasted=1h0m", "in_flight=0")
+	})
+}
+
+func TestBatchThatNeverFillsIsReportedBelowMaxInFlight(t *testing.T) {
+	atBothInputsTo(t, "", "probe: { batching: { count: 10 } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		sent := sendAll(peer, numbered("m%d", 9)...)
+		time.Sleep(time.Hour)
+		e.wantNoArrival("the batch is not full")
+		require.Equal(t, 1, e.log.count(slowLine, "in_flight=9"), strings.Join(e.log.all(), "\n"))
+		e.log.want(t, "set batching.period")
+		sent = append(sent, send(peer, "the last"))
+		e.arrival().deliver()
+		wantAllAcked(t, sent, "delivered")
+	})
+}
+
+func TestOneMessageThatHangsIsReportedWhileOthersAreDelivered(t *testing.T) {
+	atBothInputsTo(t, "", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		send(peer, "hangs")
+		hangs := e.arrival()
+		for range 60 {
+			m := send(peer, "another")
+			e.arrival().deliver()
+			m.wantAcked(t, "delivered")
+			time.Sleep(time.Minute)
+		}
+		require.Equal(t, 1, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+		hangs.deliver()
+	})
+}
+
+// An output that waits for some minutes by design: see minSlowTimeout.
+func TestBatchesOfSomeMinutesAreReportedAFewTimes(t *testing.T) {
+	atBothInputsTo(t, "", "probe: { batching: { count: 1000, period: 5m } }", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		delivered := e.deliverAll()
+		for range 24 * 60 {
+			send(peer, "one a minute")
+			time.Sleep(time.Minute)
+		}
+		require.Greater(t, len(delivered()), 23*60)
+		require.Equal(t, 3, e.log.count(slowLine), "after one minute, two and four")
+		require.Equal(t, 3, e.log.count(recoveredLine))
+	})
+}
+
+func TestEveryHangOfMoreThanAnHourIsReported(t *testing.T) {
+	atBothInputsTo(t, "", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		const hangs = 20
+		for range hangs {
+			m := send(peer, "hangs")
+			a := e.arrival()
+			time.Sleep(maxSlowTimeout + time.Minute)
+			a.deliver()
+			m.wantAcked(t, "delivered after all")
+			time.Sleep(time.Minute)
+		}
+		require.Equal(t, hangs, e.log.count(slowLine))
+		require.Equal(t, hangs, e.log.count(recoveredLine))
+	})
+}
+
+// What waits in front of the pipeline is not what the pipeline keeps.
+func TestMessagesThatWaitForMaxInFlightAreNotReported(t *testing.T) {
+	atBothInputsTo(t, "max_in_flight: 1", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		var sent []*sending
+		for i := range 30 {
+			sent = append(sent, send(peer, fmt.Sprint(i)))
+		}
+		for range sent {
+			a := e.arrival()
+			time.Sleep(9 * time.Second)
+			a.deliver()
+		}
+		wantAllAcked(t, sent, "delivered within some minutes")
+		require.Zero(t, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+	})
+}
+
+func TestMessageThatFailsAgainAndAgainIsReportedOnlyAsFailing(t *testing.T) {
+	atBothInputsTo(t, "", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		send(peer, "poison")
+		require.Empty(t, e.deliverFor(time.Hour, "poison"))
+		e.log.want(t, "WARN A message has failed repeatedly", fmt.Sprintf("session=%d", peer.ID()), "ack_id=", "failures=")
+		require.Zero(t, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+		hangs := e.arrival()
+		time.Sleep(2 * minSlowTimeout)
+		require.Equal(t, 1, e.log.count(slowLine), "this delivery hangs")
+		hangs.deliver()
+	})
+}
+
+func TestStreamThatTakesLongIsNotReported(t *testing.T) {
+	const name = "stream of " + token
+	atBothInputsTo(t, "streams: { scanner: { lines: {} }, idle_timeout: 5m }", toProbe, func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		st := open(t, peer, name)
+		for range 60 {
+			time.Sleep(time.Minute)
+			write(t, st, "one\n")
+			require.Equal(t, []string{"one"}, e.deliverNext(1))
+		}
+		require.Zero(t, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+		write(t, st, "two\n")
+		hangs := e.arrival()
+		tx, _ := hangs.batch[0].MetaGet("cryo_tx_id")
+		time.Sleep(2 * minSlowTimeout)
+		logged := "(redacted: " // it could be the server's way to repeat the token that it was sent
+		if strings.HasSuffix(t.Name(), "cryo_server") {
+			logged = name // a client's own
+		}
+		e.log.want(t, slowLine, fmt.Sprintf("session=%d", peer.ID()), "stream="+logged, "tx_id="+tx)
+		require.Zero(t, e.log.count("two"), "no content is logged")
+		hangs.deliver()
+	})
+}
+
+// The pipeline has delivered the message.
+func TestMessageWhoseResponseIsAwaitedIsNotReported(t *testing.T) {
+	atBothInputsTo(t, "ack_timeout: 1h", "sync_response: {}", func(t *testing.T, e *engine, _ *pipeline, peer *cryo.Session) {
+		m := send(peer, "question")
+		response := receive(t, peer)
+		time.Sleep(30 * time.Minute)
+		m.wantPending(t, "the response is not acknowledged")
+		require.Zero(t, e.log.count(slowLine), strings.Join(e.log.all(), "\n"))
+		require.NoError(t, response.Ack())
+		m.wantAcked(t, "the response is acknowledged")
 	})
 }
