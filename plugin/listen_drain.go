@@ -36,7 +36,7 @@ func DrainListeners(res *service.Resources) {
 
 // checkDrainPeriod returns an error if the period does not fit into the engine's shutdown_delay.
 func checkDrainPeriod(period time.Duration) error {
-	if delay := shutdownDelay.Load(); delay != nil && period > *delay {
+	if delay := shutdownDelay.Load(); delay != nil && period > max(0, *delay) {
 		return fmt.Errorf("field %s is %v, but shutdown_delay of the configuration is %v: sessions can only be closed one after the other while the pipeline still runs, so set shutdown_delay to at least %v",
 			fieldDrainPeriod, period, *delay, period)
 	}

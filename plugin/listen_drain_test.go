@@ -184,6 +184,8 @@ func TestDrainPeriodMustFitIntoShutdownDelay(t *testing.T) {
 	}
 	withShutdownDelay(t, 10*time.Second)
 	require.NoError(t, construct(t, "input", "cryo_server", "{ "+fields+" }"))
+	withShutdownDelay(t, -time.Second)
+	require.NoError(t, construct(t, "input", "cryo_server", "{ address: ':0', tokens: [ "+token+" ] }"), "no period exceeds it")
 }
 
 func TestDrainPeriodInAProgramThatDoesNotDrainIsLogged(t *testing.T) {

@@ -34,7 +34,7 @@ func checkArgs(t *testing.T, env []string, files map[string]string, args ...stri
 			args[i] = filepath.Join(dir, arg)
 		}
 	}
-	p := launch(t, env, args...)
+	p := launch(t, append([]string{"CRYO_CONNECT_HTTP_ADDRESS=127.0.0.1:0"}, env...), args...)
 	exitCode = p.ExitCode()
 	for _, line := range p.All() {
 		require.NotContains(t, line, token)
@@ -157,6 +157,26 @@ output: { drop: {} }`,
 			[]string{"a.yaml: failed: line 1: … [NOT_SET]"},
 		},
 		{
+			"the times of a stop do not fit", `
+input: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ], drain_period: 3s } }
+output: { drop: {} }
+shutdown_delay: 2s`,
+			[]string{"a.yaml: failed: line 2: field drain_period is 3s, but shutdown_delay of the configuration is 2s"},
+		},
+		{
+			"shutdown_delay is missing", `
+input: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ] } }
+output: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ], drain_period: 3s } }`,
+			[]string{"a.yaml: failed: line 3: field drain_period is 3s, but shutdown_delay of the configuration is 0s"},
+		},
+		{
+			"shutdown_delay is negative", `
+input: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ] } }
+output: { drop: {} }
+shutdown_delay: -2s`,
+			[]string{"a.yaml: failed: field shutdown_delay must not be negative, got -2s"},
+		},
+		{
 			"no YAML", "input: {",
 			[]string{"a.yaml: failed: yaml: "},
 		},
@@ -170,6 +190,44 @@ output: { drop: {} }`,
 				require.Contains(t, lines[i], words)
 			}
 			require.Equal(t, 1, code)
+		})
+	}
+}
+
+// The pipelines run: a warning does not change the exit code.
+func TestCheckWarnsAboutWhatDoesNotPreventARun(t *testing.T) {
+	taken := testkit.Listen(t)
+	defer taken.Close()
+	const listens = "input: { cryo_server: { address: '127.0.0.1:0', tokens: [ a ] } }\n"
+	tested := []string{"a.yaml: input: ok", "a.yaml: output: ok"}
+	for _, c := range []struct {
+		name, config string
+		want         string // the beginning of the warning; empty: none
+	}{
+		{
+			"the address of the HTTP server is taken", listens + "output: { drop: {} }\nhttp: { address: '${TAKEN}' }",
+			"a.yaml: warning: field http.address: listen tcp " + taken.Addr().String() + ": bind: address already in use: ",
+		},
+		{
+			"it is another machine's", listens + "output: { drop: {} }\nhttp: { address: '192.0.2.1:0' }",
+			"a.yaml: warning: field http.address: listen tcp 192.0.2.1:0: bind: cannot assign requested address: ",
+		},
+		{"there is no HTTP server", listens + "output: { drop: {} }\nhttp: { enabled: false, address: '${TAKEN}' }", ""},
+		{
+			"a batch that never fills", listens + "output: { cryo_server: { address: '127.0.0.1:0', tokens: [ a ], batching: { count: 10 } } }",
+			"a.yaml: warning: field output.cryo_server.batching has no period: ",
+		},
+		{"a batch with a period", listens + "output: { cryo_server: { address: '127.0.0.1:0', tokens: [ a ], batching: { count: 10, period: 1s } } }", ""},
+		{"a drain_period that fits", "input: { cryo_server: { address: '127.0.0.1:0', tokens: [ a ], drain_period: 3s } }\noutput: { drop: {} }\nshutdown_delay: 3s", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			lines, code := check(t, []string{"TAKEN=" + taken.Addr().String()}, map[string]string{"a.yaml": c.config}, "a.yaml")
+			require.Zero(t, code, strings.Join(lines, "\n"))
+			if c.want != "" {
+				require.True(t, strings.HasPrefix(lines[0], c.want), lines[0])
+				lines = lines[1:]
+			}
+			require.Equal(t, tested, lines)
 		})
 	}
 }
@@ -232,6 +290,7 @@ func TestCheckAcceptsTheFlagsOfRun(t *testing.T) {
 
 	withTypo := map[string]string{"a.yaml": "input: { generate: { mapping: root = 1, tokem: 1 } }\noutput: { cryo: { url: nowhere } }"}
 	withLists := map[string]string{"a.yaml": "input: { cryo_server: { address: 127.0.0.1:0, tokens: [ \"${CRYO_TOKEN}\" ] } }\npipeline: { processors: [ {} ] }\noutput: { drop: {} }", "test.env": files["test.env"]}
+	withDrain := map[string]string{"a.yaml": "input: { cryo_server: { address: 127.0.0.1:0, tokens: [ a ], drain_period: 3s } }\noutput: { drop: {} }\nshutdown_delay: 3s"}
 	for _, c := range []struct {
 		name  string
 		files map[string]string
@@ -242,6 +301,7 @@ func TestCheckAcceptsTheFlagsOfRun(t *testing.T) {
 		{"an override of an unknown field", files, append(slices.Clone(flags), "--set", "output.cryo.tokem=x"), []string{"with --set: field tokem"}},
 		{"an override without a value", files, append(slices.Clone(flags), "--set", token), []string{"--set: "}},
 		{"an unknown field beside an override", withTypo, set, []string{"with --set: field tokem"}},
+		{"a delay that is too short", withDrain, []string{"-s", "shutdown_delay=2s"}, []string{"with --set: field drain_period is 3s, but shutdown_delay of the configuration is 2s"}},
 		{"an unknown index", withLists, []string{"-e", "test.env", "-s", "input.cryo_server.tokens.1=x"}, []string{"--set input.cryo_server.tokens.1: 1 is not an index"}},
 		{"a missing variable", withLists, []string{"-s", "pipeline.processors.0.mapping=root = 1"}, []string{"[CRYO_TOKEN]"}},
 		{"a missing dotenv file", files, []string{"-e", "none.env"}, []string{"--env-file: open "}},

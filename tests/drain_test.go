@@ -75,6 +75,12 @@ func TestDrainPeriodThatExceedsShutdownDelayIsRejected(t *testing.T) {
 	p.WantExit(1)
 }
 
+func TestNegativeShutdownDelayIsRejected(t *testing.T) {
+	p := runConfig(t, drainingPipeline, "DELAY=-1s")
+	p.WantLog("field shutdown_delay must not be negative, got -1s")
+	p.WantExit(1)
+}
+
 // A pipeline that replaced another one now would not drain, and would be ready.
 func TestStoppingProcessAcceptsNoOtherConfiguration(t *testing.T) {
 	api := testkit.ReserveAddress(t)

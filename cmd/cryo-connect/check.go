@@ -41,7 +41,8 @@ func checkCommand(schema func() *service.ConfigSchema) *cli.Command {
 		ArgsUsage: "config.yaml…",
 		Description: `Lints each configuration, reads the files that its Cryo components name, connects each of its inputs and
 outputs that supports a connection test, and closes the connections. No message is sent, and no received
-message is acknowledged or rejected. Each result is one line; the exit code is 1 if any of them is a failure:
+message is acknowledged or rejected. Each result is one line; the exit code is 1 if any of them is a failure, and
+0 if there are only warnings:
 
   cryo-connect check pipeline.yaml
   cryo-connect check -e .env --set input.label=feed -r "resources/*.yaml" pipeline.yaml`,
@@ -129,7 +130,7 @@ func registerTemplates(env *service.Environment, patterns []string) error {
 			return err
 		}
 		if len(lints) > 0 {
-			return joinLints(lints)
+			return joinLints(lints, inFile)
 		}
 		return env.RegisterTemplateYAML(string(content))
 	})
@@ -223,13 +224,19 @@ type checker struct {
 
 // check lints one configuration, tests its connections and prints the results.
 func (k *checker) check(ctx context.Context, file string) {
-	stream, err := k.build(file)
+	stream, whole, err := k.build(file)
 	if err != nil {
 		for _, err := range unjoin(err) {
 			k.print(file, "failed: %v", err)
 		}
 		k.failed = true
 		return
+	}
+	for _, warning := range whole.endlessBatches() {
+		k.print(file, "warning: %s", warning)
+	}
+	if err := whole.testHTTP(ctx); err != nil {
+		k.print(file, "warning: %v", err)
 	}
 	results, err := stream.ConnectionTest(ctx)
 	if err != nil {
@@ -256,39 +263,50 @@ func byPath(a, b *service.ConnectionTestResult) int {
 }
 
 // build builds the pipeline of a configuration without starting it.
-func (k *checker) build(file string) (*service.Stream, error) {
+func (k *checker) build(file string) (*service.Stream, *configuration, error) {
 	config, err := k.read(file)
-	lookup := lookupEnv
+	lookup, describe := lookupEnv, inFile
 	if err == nil && len(k.overrides) > 0 {
 		config, err = k.override(config)
-		lookup = keepVariable
-	} else if err == nil {
-		err = k.lint(config)
+		lookup, describe = keepVariable, withSet
+	}
+	whole := &configuration{}
+	if err == nil && whole.add(k.schema, config, lookup) == nil { // lint reports the error
+		var delay time.Duration
+		delay, err = whole.shutdownDelay()
+		plugin.SetShutdownDelay(delay) // for lint
+	}
+	if err == nil {
+		err = k.lint(config, lookup, describe)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	builder := k.schema.Environment().NewStreamBuilder()
 	builder.SetSchema(k.schema)
 	builder.SetLogger(slog.New(slog.DiscardHandler)) // errors are reported as results
 	setLookup(builder, lookup)
 	if err := builder.SetYAML(config); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	setLookup(builder, lookupEnv)
 	for _, file := range k.resources {
 		more, err := k.read(file)
 		if err == nil {
-			err = k.lint(more)
+			err = k.lint(more, lookupEnv, inFile)
 		}
 		if err == nil {
 			err = builder.AddResourcesYAML(more)
 		}
+		if err == nil {
+			err = whole.add(k.schema, more, lookupEnv)
+		}
 		if err != nil {
-			return nil, fmt.Errorf("resource file %s: %w", file, err)
+			return nil, nil, fmt.Errorf("resource file %s: %w", file, err)
 		}
 	}
-	return builder.Build()
+	stream, err := builder.Build()
+	return stream, whole, err
 }
 
 func (*checker) read(file string) (string, error) {
@@ -307,22 +325,27 @@ func setLookup(builder *service.StreamBuilder, lookup lookup) {
 func keepVariable(_ context.Context, name string) (string, bool) { return "${" + name + "}", true }
 
 // lint returns the lint errors of a configuration, joined.
-func (k *checker) lint(config string) error {
-	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookupEnv).LintYAML([]byte(config))
+func (k *checker) lint(config string, lookup lookup, describe func(service.Lint) error) error {
+	lints, err := k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(lookup).LintYAML([]byte(config))
 	if err != nil {
 		return err
 	}
-	return joinLints(lints)
+	return joinLints(lints, describe)
 }
 
 // joinLints returns lint errors as joined errors.
-func joinLints(lints []service.Lint) error {
+func joinLints(lints []service.Lint, describe func(service.Lint) error) error {
 	var errs []error
 	for _, l := range lints {
-		errs = append(errs, fmt.Errorf("line %d: %s", l.Line, l.What))
+		errs = append(errs, describe(l))
 	}
 	return errors.Join(errs...)
 }
+
+func inFile(l service.Lint) error { return fmt.Errorf("line %d: %s", l.Line, l.What) }
+
+// withSet describes a lint error of a configuration with overrides. Its line is not one of the file.
+func withSet(l service.Lint) error { return fmt.Errorf("with --%s: %s", flagSet, l.What) }
 
 // override returns a configuration with the overrides, and without variables. As for run, the result
 // must pass lint, but the file need not.
@@ -353,18 +376,7 @@ func (k *checker) override(config string) (string, error) {
 		}
 	}
 	result, err := yaml.Marshal(&root)
-	if err != nil {
-		return "", err
-	}
-	lints, err = k.schema.NewStreamConfigLinter().SetEnvVarLookupFunc(keepVariable).LintYAML(result)
-	if err != nil {
-		return "", err
-	}
-	var errs []error
-	for _, l := range lints {
-		errs = append(errs, fmt.Errorf("with --%s: %s", flagSet, l.What)) // its line is not one of the file
-	}
-	return string(result), errors.Join(errs...)
+	return string(result), err
 }
 
 // replaceVariables replaces the environment variables in a text. The engine does so only in YAML that

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"os/signal"
@@ -17,6 +18,12 @@ import (
 // them. The engine waits for three quarters of it before it informs the outputs.
 const ackFraction = 4
 
+// The engine's fields about a stop.
+const (
+	shutdownDelay   = "shutdown_delay"
+	shutdownTimeout = "shutdown_timeout"
+)
+
 // stopper does what the engine does not when the process stops: /ready responds with 503, listeners close
 // their sessions over time, and sends of the outputs cryo are cancelled.
 type stopper struct {
@@ -27,19 +34,27 @@ type stopper struct {
 // configure reads the configuration, before any pipeline is made.
 func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
 	s.resources = conf.Resources()
-	if s.delay, err = durationOf(conf, "shutdown_delay"); err == nil {
-		s.timeout, err = durationOf(conf, "shutdown_timeout")
+	if s.delay, err = durationOf(conf.FieldString, shutdownDelay); err == nil {
+		s.timeout, err = durationOf(conf.FieldString, shutdownTimeout)
 	}
 	plugin.SetShutdownDelay(s.delay)
 	return err
 }
 
-// durationOf returns the value of a field of the engine, which takes an empty one for 0.
-func durationOf(conf *service.ParsedConfig, field string) (time.Duration, error) {
-	if text, err := conf.FieldString(field); err != nil || text == "" {
+// durationOf returns the value of a field of the engine, which takes an empty one for 0, and accepts
+// a negative one.
+func durationOf(text func(path ...string) (string, error), field string) (d time.Duration, err error) {
+	value, err := text(field)
+	if err != nil || value == "" {
 		return 0, err
 	}
-	return conf.FieldDuration(field)
+	if d, err = time.ParseDuration(value); err != nil {
+		return 0, fmt.Errorf("field %s: %w", field, err)
+	}
+	if d < 0 {
+		return 0, fmt.Errorf("field %s must not be negative, got %s", field, value)
+	}
+	return d, nil
 }
 
 // engineTime is more than the engine needs to handle signals once the pipelines have started.
