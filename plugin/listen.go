@@ -41,7 +41,7 @@ type listener struct {
 	served chan struct{} // closed when run has returned
 
 	mu       sync.Mutex
-	first    *serverComponent // the first of users, which authorizes clients; nil: the listener closes
+	first    *serverComponent // the first of users, which authorizes clients; nil: the listener closes, or is kept
 	socket   net.Listener     // the last one that was opened
 	address  net.Addr         // the actual address of socket, whose port differs from the configured one if that is 0
 	failure  error            // why the listener is down; nil if it is not
@@ -183,7 +183,7 @@ func (ln *listener) disconnected(s *cryo.Session) {
 	}
 }
 
-// authorizeWith sets the component that authorizes clients, or nil if the listener closes.
+// authorizeWith sets the component that authorizes clients, or nil if the listener closes or is kept.
 func (ln *listener) authorizeWith(c *serverComponent) {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
@@ -196,8 +196,12 @@ func (ln *listener) authorize(u *cryo.Upgrade) error {
 	ln.mu.Lock()
 	c := ln.first
 	if c == nil {
+		cause := "no pipeline uses the listener: it is being replaced, or stops"
+		if ln.refusing {
+			cause = "the listener closes"
+		}
 		ln.mu.Unlock()
-		return notNow("the listener closes")
+		return notNow(cause)
 	}
 	c.processors.running.Add(1)
 	ln.mu.Unlock()

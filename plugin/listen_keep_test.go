@@ -57,6 +57,8 @@ func TestKeptListenerClosesWhenNoPipelineFollows(t *testing.T) {
 		client := e.dial()
 		p.stop()
 		e.wantDenied(cryo.DialOptions{Token: token}, 503)
+		e.log.want(t, "WARN Denied a client", "status=503", "no pipeline uses the listener: it is being replaced, or stops")
+		require.Zero(t, e.log.count("the listener closes"), "a pipeline may follow")
 		waiting := send(client, "m")
 		time.Sleep(6 * time.Second)
 		require.ErrorIs(t, waiting.result(t), net.ErrClosed, "its sender can send it again")
