@@ -43,7 +43,7 @@ output:
     url: wss://cryo.example.com
     token: '${CRYO_TOKEN}'
 `).
-		Example("Send files as streams", "Each file is sent as a stream with the file's name. `retry` repeats files that the server rejects, which the input `file` does not.", `
+		Example("Send files as streams", "Each file is sent as a stream with the file's name. `retry` repeats files that the server rejects, which the `file` input does not.", `
 input:
   file:
     paths: [ ./outbox/* ]

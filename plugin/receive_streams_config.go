@@ -56,7 +56,7 @@ func streamsField() *service.ConfigField {
 		streamMaxBytesField.config().
 			Description("The maximum number of bytes of a stream, of each of its messages, and of its messages in flight. A stream that exceeds it is cancelled. 0 means no limit, for scanners that split streams: see [Streams]("+docsURL+"reference/limits.md#streams)."),
 		streamMaxOpenField.config().
-			Description("The maximum number of streams that the component receives concurrently; senders of further streams wait. With the scanner `to_the_end`, it times `max_bytes` bounds the memory."),
+			Description("The maximum number of streams that the component receives concurrently; senders of further streams wait. With the `to_the_end` scanner, memory is bounded by this value times `max_bytes`."),
 		streamIdleTimeoutField.config().
 			Description("The time without data after which a stream is cancelled. Time spent waiting for the pipeline does not count.").
 			Default("60s"),

@@ -74,7 +74,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 				Description("The number of bytes of a stream per frame, at most 16 MiB (16777216).").
 				Advanced(),
 		).
-			Description("Settings of messages that are sent as a `stream`. To send a batch as one stream, use the processor `archive` under `batching`."),
+			Description("Settings of messages that are sent as a `stream`. To send a batch as one stream, use the `archive` processor under `batching`."),
 		ackTimeoutField.config().
 			Description("The time within which a message, or each step of a stream, must be acknowledged. Otherwise the message fails. Time spent transferring the message over a slow connection does not count, up to ten times the timeout." + lost).
 			Default("30s"),

@@ -29,7 +29,7 @@ const extractTrace = `root = if this.trace.type().or("") == "object" { this.trac
 const extractionText = `
 ## Tracing
 
-With ` + "`extract_tracing_map`" + `, the spans of the pipeline continue those of the sender. Cryo has no headers, so the sender must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping reads it from the field ` + "`trace`" + ` of a JSON object, and begins a new trace for all other messages:
+With ` + "`extract_tracing_map`" + `, the spans of the pipeline continue those of the sender. Cryo has no headers, so the sender must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping reads it from the ` + "`trace`" + ` field of a JSON object, and begins a new trace for all other messages:
 
 ` +
 	"```yaml\nextract_tracing_map: " + extractTrace + "\n```" + `
@@ -40,7 +40,7 @@ If the mapping fails, or returns a value that is not an object, the message has 
 const injectionText = `
 ## Tracing
 
-With ` + "`inject_tracing_map`" + `, the receiver can continue the spans of the pipeline. Cryo has no headers, so the mapping must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping writes it into the field ` + "`trace`" + ` of a JSON object, and leaves other content unchanged:
+With ` + "`inject_tracing_map`" + `, the receiver can continue the spans of the pipeline. Cryo has no headers, so the mapping must write the trace context, such as ` + "`traceparent`" + `, into the content. This mapping writes it into the ` + "`trace`" + ` field of a JSON object, and leaves other content unchanged:
 
 ` +
 	"```yaml\ninject_tracing_map: root.trace = if root.type() == \"object\" { this }\n```" + `
