@@ -24,7 +24,7 @@ import (
 // prevent a client from crashing the process: a panic of a scanner becomes an error of the
 // stream, and a message of a stream is limited to max_bytes. Without that limit, a few kilobytes
 // of compressed data, a sparse file in an archive, or a row of CSV with a quote that is never
-// closed, could become a message that exhausts the memory. The scanner csv is replaced, because the
+// closed, could become a message that exhausts the memory. The csv scanner is replaced, because the
 // engine's loses data without an error.
 
 // scanner is the scanner that is configured for the streams of an input.
@@ -149,7 +149,7 @@ const scannerRule = fieldStreams + "." + fieldScanner
 
 func init() { lintRules[scannerRule] = lintScanner }
 
-// checkChunks rejects chunk sizes for which the scanner chunker would panic, return no message
+// checkChunks rejects chunk sizes for which the chunker scanner would panic, return no message
 // or use too much memory.
 func checkChunks(config any) error {
 	switch c := config.(type) {
@@ -157,7 +157,7 @@ func checkChunks(config any) error {
 		for key, value := range c {
 			chunker, _ := value.(map[string]any)
 			if size, ok := toInt(chunker["size"]); key == scannerChunker && ok && (size < 1 || size > maxChunk) {
-				return fmt.Errorf("field size of the scanner %s must be at least 1 and at most 1 GiB (%d), got %v", scannerChunker, maxChunk, chunker["size"])
+				return fmt.Errorf("field size of the %s scanner must be at least 1 and at most 1 GiB (%d), got %v", scannerChunker, maxChunk, chunker["size"])
 			}
 			if err := checkChunks(value); err != nil {
 				return err
@@ -198,11 +198,11 @@ func scannerHint(err error) string {
 	case errors.Is(err, bufio.ErrTooLong):
 		return " (raise max_buffer_size of the scanner)"
 	case errors.Is(err, csv.ErrBareQuote), errors.Is(err, csv.ErrQuote):
-		return " (if the stream begins with a byte order mark, put the scanner csv into skip_bom; if fields contain quotes that are not doubled, set its lazy_quotes)"
+		return " (if the stream begins with a byte order mark, wrap the csv scanner in skip_bom; if fields contain quotes that are not doubled, set its lazy_quotes)"
 	case errors.Is(err, csv.ErrFieldCount):
-		return " (check custom_delimiter of the scanner csv; with continue_on_error, such a row becomes a message with an error)"
+		return " (check custom_delimiter of the csv scanner; with continue_on_error, such a row becomes a message with an error)"
 	case errors.Is(err, gzip.ErrHeader), errors.Is(err, zlib.ErrHeader):
-		return " (check algorithm of the scanner decompress)"
+		return " (check algorithm of the decompress scanner)"
 	}
 	return ""
 }

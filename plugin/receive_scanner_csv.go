@@ -20,7 +20,7 @@ const (
 	fieldContinueOnError = "continue_on_error"
 )
 
-// csvSpec returns the fields of the engine's scanner csv.
+// csvSpec returns the fields of the engine's csv scanner.
 func csvSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().Fields(
 		service.NewStringField(fieldCustomDelimiter).Default(""),
@@ -30,7 +30,7 @@ func csvSpec() *service.ConfigSpec {
 	)
 }
 
-// csvScanners replaces the engine's scanner csv, which drops data without an error: the earlier
+// csvScanners replaces the engine's csv scanner, which drops data without an error: the earlier
 // values of columns with the same name, and all rows of a file whose lines end with CR, because
 // it reads them as one header. Such a stream fails instead.
 type csvScanners struct {
@@ -89,7 +89,7 @@ func checkHeader(header []string) error {
 		case strings.Contains(name, "\r"):
 			return errors.New("the lines of the CSV end with CR: convert them to LF or CRLF")
 		case name != "" && seen[name]:
-			return fmt.Errorf("the CSV has several columns named %.100q: rename them, or set %s of the scanner %s to false", name, fieldParseHeaderRow, scannerCSV)
+			return fmt.Errorf("the CSV has several columns named %.100q: rename them, or set %s of the %s scanner to false", name, fieldParseHeaderRow, scannerCSV)
 		}
 		seen[name] = true
 	}
@@ -139,7 +139,7 @@ func (s *csvScan) object(fields []string) (map[string]any, error) {
 	for i, value := range fields[:min(len(fields), len(s.header))] {
 		name := s.header[i]
 		if other, ok := object[name]; ok && other != value {
-			return nil, fmt.Errorf("row %d of the CSV has several values in columns without a name: name the columns, or set %s of the scanner %s to false", s.row, fieldParseHeaderRow, scannerCSV)
+			return nil, fmt.Errorf("row %d of the CSV has several values in columns without a name: name the columns, or set %s of the %s scanner to false", s.row, fieldParseHeaderRow, scannerCSV)
 		}
 		object[name] = value
 	}

@@ -134,11 +134,11 @@ func TestErrorOfAScannerNamesTheFieldToChange(t *testing.T) {
 		{"lines: {}", strings.Repeat("x", 100_000), "token too long (raise max_buffer_size of the scanner)"},
 		{"re_match: { pattern: '(?m)^x$' }", strings.Repeat("y", 100_000), "token too long (raise max_buffer_size of the scanner)"},
 		{"decompress: { algorithm: gzip, into: { lines: {} } }", gzipped(t, strings.Repeat("x", 100_000)), "token too long (raise max_buffer_size of the scanner)"},
-		{"csv: {}", "\ufeff\"a\",b\n1,2\n", "put the scanner csv into skip_bom"},
+		{"csv: {}", "\ufeff\"a\",b\n1,2\n", "wrap the csv scanner in skip_bom"},
 		{"csv: {}", "a,b\n1,say \"hello\"\n", "set its lazy_quotes"},
-		{"csv: {}", "a;b\n1,5;2\n", "wrong number of fields (check custom_delimiter of the scanner csv"},
-		{"decompress: { algorithm: gzip }", "not compressed", "invalid header (check algorithm of the scanner decompress)"},
-		{"decompress: { algorithm: zlib }", "not compressed", "invalid header (check algorithm of the scanner decompress)"},
+		{"csv: {}", "a;b\n1,5;2\n", "wrong number of fields (check custom_delimiter of the csv scanner"},
+		{"decompress: { algorithm: gzip }", "not compressed", "invalid header (check algorithm of the decompress scanner)"},
+		{"decompress: { algorithm: zlib }", "not compressed", "invalid header (check algorithm of the decompress scanner)"},
 	} {
 		t.Run(tt.scanner, func(t *testing.T) {
 			inEngine(t, func(t *testing.T, e *engine) {

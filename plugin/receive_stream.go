@@ -297,7 +297,7 @@ func (f *sessionFeed) scannerError(err error) error {
 }
 
 // readerFailed returns the error of the scanner's reader if the messages of a batch carry it,
-// and otherwise nil. The scanner csv with continue_on_error returns such batches again and
+// and otherwise nil. The csv scanner with continue_on_error returns such batches again and
 // again, as if a row were invalid.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
