@@ -209,7 +209,7 @@ func TestLargeMessageThatTakesLessThanAMinuteIsReceivedWhileOthersWait(t *testin
 	})
 }
 
-func TestLargeMessageOfWhichNothingComesEndsItsSessionAtAHeartbeat(t *testing.T) {
+func TestStalledLargeMessageEndsItsSessionAtAHeartbeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCrowd(t, eachItsOwner, 2*wire.MaxPayload, 2)
 		for i := range c.peers {

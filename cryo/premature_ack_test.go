@@ -18,10 +18,10 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-// A peer can foresee our numbers. If it answers a frame that it has not got, a send that
-// took that for its answer would return, and its caller use the payload's memory for
-// something else, which the peer would get.
-func TestPrematureAnswerEndsTheSession(t *testing.T) {
+// A peer can foresee our numbers. If it acknowledged a frame that it has not received,
+// the send would return, and its caller could reuse the payload's memory for something else,
+// which the peer would then receive.
+func TestPrematureResultEndsTheSession(t *testing.T) {
 	for name, c := range map[string]struct {
 		send   func(*testing.T, *cryo.Session, []byte) error
 		answer func(number uint32) wire.Frame

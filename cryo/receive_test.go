@@ -21,7 +21,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestMessagesAreReceivedInOrderAsTheyCame(t *testing.T) {
+func TestMessagesAreReceivedInOrder(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(
 			cryotest.Text(3, "grüße"), cryotest.Binary(1, "\x00\xff"), cryotest.Text(4, ""),

@@ -134,7 +134,7 @@ func (x *scriptedStream) run(t *testing.T) {
 	require.Equal(t, !acknowledged, cancels == 1, "%d TX_CANCEL", cancels)
 }
 
-func TestOfAckAndCloseTheFirstOneCounts(t *testing.T) {
+func TestFirstOfAckAndCloseCounts(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for i := range uint32(200) {
 			st := incoming(t, s, peer, 1, i)

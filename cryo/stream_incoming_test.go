@@ -343,7 +343,7 @@ func TestRepeatedStreamNumberEndsTheSession(t *testing.T) {
 	})
 }
 
-func TestBrokenStreamReadsItsBytesBeforeTheError(t *testing.T) {
+func TestReadReturnsTheBytesOfABrokenStreamBeforeTheError(t *testing.T) {
 	for name, frames := range map[string][]wire.Frame{
 		"a chunk is missing":       {txChunk(5, 2, "x")},
 		"a chunk comes twice":      {txChunk(5, 0, "<")},

@@ -322,7 +322,7 @@ func TestEngineFailFastBrokerBlocksTheThirdFailingOutput(t *testing.T) {
 	})
 }
 
-func TestEngineReadUntilLooksAtTheFirstMessageOfABatch(t *testing.T) {
+func TestEngineReadUntilChecksTheFirstMessageOfABatch(t *testing.T) {
 	for fields, want := range map[string]int{"": 10, "max_batch_count: 1": 6} {
 		inEngine(t, func(t *testing.T, e *engine) {
 			e.run(fromFeed, listenOutput) // while only an output listens, messages wait for an input

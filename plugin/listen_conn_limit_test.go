@@ -120,7 +120,7 @@ func TestFloodOfConnectionsClosesOnlyThoseOfItsAddress(t *testing.T) {
 	}
 }
 
-func TestOldestConnectionOfAddressesWithEquallyManyIsClosed(t *testing.T) {
+func TestOldestConnectionIsClosedIfAddressesHaveEquallyMany(t *testing.T) {
 	limit := newConnLimit(1, service.MockResources().Logger())
 	var conns [minConnections + 10]*addressedConn
 	for i := range conns {

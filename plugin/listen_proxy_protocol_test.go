@@ -106,7 +106,7 @@ func TestClientAddressComesFromThePROXYHeader(t *testing.T) {
 	}
 }
 
-func TestConnectionOfAProxyWithoutAValidHeaderIsClosed(t *testing.T) {
+func TestProxyConnectionWithoutAValidHeaderIsClosed(t *testing.T) {
 	tlvs := func(n int) []byte { return append(slices.Clone(ipv4Block), make([]byte, n)...) }
 	for name, header := range map[string]string{
 		"none":                                "",

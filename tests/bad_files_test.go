@@ -103,7 +103,7 @@ func TestBadRequestEndsNoPipeline(t *testing.T) {
 }
 
 // The first start accepts a file of an input only if it exists, whatever lint says.
-func TestMissingFileFailsTheStartAndNotLint(t *testing.T) {
+func TestMissingFileFailsStartupButNotLint(t *testing.T) {
 	path := testkit.WriteFile(t, "pipeline.yaml", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: ./no-tokens", 1))
 	launch(t, nil, "lint", path).WantExit(0)
 	p := launch(t, nil, "run", "--set", "http.enabled=false", path)

@@ -7,7 +7,7 @@ import (
 )
 
 // Whichever component opened the listener first would decide who may connect, and for how long.
-func TestComponentsThatDifferInTheSettingsOfTheirListenerDoNotStart(t *testing.T) {
+func TestComponentsWithConflictingListenerSettingsDoNotStart(t *testing.T) {
 	const (
 		input = `{ cryo_server: { address: "127.0.0.1:0", authorize: 'root = this.token == "a"', session_expires: 'root = now()' } }`
 		other = `{ cryo_server: { address: "127.0.0.1:0", authorize: 'root = this.token == "a"' } }`

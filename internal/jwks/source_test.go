@@ -209,7 +209,7 @@ func TestKeySetsAreFetchedFromSafeURLsOnly(t *testing.T) {
 	}
 }
 
-func TestKeySetsOfFewURLsAreRemembered(t *testing.T) {
+func TestNumberOfKeySetURLsIsLimited(t *testing.T) {
 	var sources jwks.Sources
 	for i := range 64 {
 		_, err := sources.Source("https://login.example.com/" + strings.Repeat("x", i))
