@@ -224,7 +224,7 @@ func (t *target) dial(ctx context.Context, opts DialOptions) (*Session, error) {
 // as a secret.
 const minSecret = 4
 
-// secrets returns what is sent to the server, and must not appear in errors and log lines.
+// secrets returns the values that are sent to the server and must not appear in errors or log lines.
 func (t *target) secrets(opts *DialOptions) []string {
 	secrets := []string{opts.Token}
 	for _, values := range []map[string][]string{t.query, opts.Query, opts.Header} {

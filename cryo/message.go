@@ -32,8 +32,8 @@ type Message struct {
 	settled     atomic.Bool
 }
 
-// Session returns the session that the message was received on. Ack and Reject use that
-// session or none, because numbers belong to their connection.
+// Session returns the session that the message was received on. Ack and Reject work
+// on that session only, because message numbers belong to a connection.
 func (m *Message) Session() *Session { return m.session }
 
 // Time returns when the message was read from the network.

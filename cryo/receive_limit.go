@@ -457,8 +457,8 @@ func (l *receiveLimit) starvesOthers() bool {
 	return l.slow() && (l.incoming.Starved(slowAfter) || l.slot.Starved(slowAfter))
 }
 
-// slow reports whether a large payload is being read that takes more than receiveTimeout, or will at
-// the rate at which it has arrived.
+// slow reports whether a large payload has taken longer than receiveTimeout to read, or will at its
+// current rate.
 func (l *receiveLimit) slow() bool {
 	l.largeMu.Lock()
 	defer l.largeMu.Unlock()

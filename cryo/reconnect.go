@@ -54,8 +54,8 @@ type ClientOptions struct {
 
 	// OnSession is called with each new session, before a method of the Client returns it,
 	// and OnSessionEnd when Done of that session is closed, before the next one is dialled. The
-	// calls alternate, on a goroutine of the Client that waits for them: start a goroutine
-	// for what takes long, such as receiving. They must not call Connect, Await, Send or
+	// calls alternate, on a goroutine of the Client that waits for them to return: start
+	// another goroutine for long operations, such as receiving. They must not call Connect, Await, Send or
 	// Close of the Client. Default: none.
 	OnSession    func(*Session)
 	OnSessionEnd func(*Session)

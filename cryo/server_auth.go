@@ -186,8 +186,8 @@ func (c *credentials) equal(other *credentials) bool {
 	return c.owned == other.owned && subtle.ConstantTimeCompare(c.sum[:], other.sum[:]) == 1
 }
 
-// credentials returns the client's credentials. With TLS, its certificate counts as well as its
-// token: if certificates identify clients, all of them may have the same token, or none.
+// credentials returns the client's credentials. With TLS, they include its certificate as well as
+// its token: clients that are identified by certificates may all have the same token, or none.
 func (u *Upgrade) credentials() credentials {
 	if u.Owner != "" {
 		return credentials{owned: true, sum: sha256.Sum256([]byte(u.Owner))}

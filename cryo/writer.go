@@ -118,8 +118,8 @@ func newWriter(conn *ws.Conn, sid uint64, acks *ackTable, failed func(error)) *w
 	return w
 }
 
-// enqueue changes the queue, and starts writing if no goroutine writes. It returns false when
-// nothing can be queued any more.
+// enqueue modifies the queue, and starts writing unless a write is in progress. It returns
+// false when nothing more can be queued.
 func (w *writer) enqueue(change func(q *queue)) bool { return w.enqueueKind(false, change) }
 
 // enqueueKind is enqueue for data frames, or for other frames.
@@ -532,7 +532,7 @@ type window struct {
 	used int // bytes of unwritten chunks, with their overhead
 }
 
-// acquire counts a chunk, if it fits into the window or the window is empty.
+// acquire adds a chunk to the window if it fits, or if the window is empty.
 func (w *window) acquire(chunk int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
