@@ -32,7 +32,7 @@ const reconnectText = "After a lost connection it reconnects with the same sessi
 const metricsText = `
 ## Metrics
 
-Metrics with the prefix ` + "`cryo_`" + ` count sessions, messages and bytes, acknowledgements and their latency, rejections and streams. [Metrics](` + docsURL + `operations/metrics.md) lists them, with those to watch.
+Metrics with the prefix ` + "`cryo_`" + ` count sessions, messages and bytes, acknowledgements and their latency, rejections and streams. [Metrics](` + docsURL + `operations/metrics.md) lists them and names the ones to watch.
 `
 
 // Each field has a rule: a function that converts its value to the setting, or returns an

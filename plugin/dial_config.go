@@ -67,12 +67,12 @@ func dialFields() []*service.ConfigField {
 			Example("ws://localhost:8080").
 			Example("wss://cryo.example.com/feed"),
 		tokenField.config().
-			Description("The token that authenticates this client, without the word `Bearer`. An [interpolation](https://docs.redpanda.com/redpanda-connect/configuration/interpolation/) is evaluated for each attempt to connect, and a connected session keeps its token. Cryo sends the token in the query of the URL, so use `wss://` on untrusted networks."),
+			Description("The token that authenticates this client, without the word `Bearer`. An [interpolation](https://docs.redpanda.com/redpanda-connect/configuration/interpolation/) is evaluated for each connection attempt, and a connected session keeps its token. Cryo sends the token in the query of the URL, so use `wss://` on untrusted networks."),
 		tokenFileField.config().
-			Description("The path of a file with the token, instead of `token`. A changed file is read at the next attempt to connect. If it cannot be read or is invalid, an error is logged, and the previous token stays in use; at the start, the component fails.").
+			Description("The path of a file with the token, instead of `token`. A changed file is read at the next connection attempt. If it cannot be read or is invalid, an error is logged, and the previous token stays in use; at startup, the component fails.").
 			Default(""),
 		service.NewTLSToggledField(fieldTLS).
-			Description("Settings of `wss://`, such as certificate authorities and client certificates, with `enabled: true`. Without them, the certificate authorities of the system apply. Changed files are read at the next attempt to connect; if they are invalid, an error is logged, and the previous ones stay in use."),
+			Description("Settings of `wss://`, such as certificate authorities and client certificates, with `enabled: true`. Without them, the certificate authorities of the system apply. Changed files are read at the next connection attempt; if they are invalid, an error is logged, and the previous ones stay in use."),
 	}
 }
 
@@ -90,7 +90,7 @@ func dialOptionFields() []*service.ConfigField {
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
-			Description("The timeout of an attempt to connect, from the name lookup to the end of the handshake. All addresses of the name share it. The waits between attempts are fixed: see [Reconnecting](" + docsURL + "reference/delivery.md#reconnecting).").
+			Description("The timeout of a connection attempt, from the name lookup to the end of the handshake. It covers all addresses that the name resolves to. The delays between attempts are fixed: see [Reconnecting](" + docsURL + "reference/delivery.md#reconnecting).").
 			Default("5s").
 			Advanced(),
 		heartbeatField(),

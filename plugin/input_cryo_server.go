@@ -29,7 +29,7 @@ output:
     topic: events
     key: ${! @cryo_session_id }
 `).
-		Example("Authorize clients by JWT", "Clients connect by TLS with a JWT, whose claims become metadata. A session ends when its token expires, and a client with a renewed token replaces its session.", `
+		Example("Authorize clients by JWT", "Clients connect over TLS with a JWT, whose claims become metadata. A session ends when its token expires, and a client with a renewed token replaces its session.", `
 input:
   cryo_server:
     address: 0.0.0.0:8443

@@ -81,7 +81,7 @@ func admissionFields() []*service.ConfigField {
 			Description("The path of a file with the accepted tokens, one per line. To change it, rename a new file over it; it is reloaded when the next client connects, at most once per second. [Tokens in a file](" + authorizationPage + "#tokens-in-a-file) explains invalid files and removed tokens.").
 			Default(""),
 		service.NewBloblangField(fieldAuthorize).
-			Description("A mapping that accepts a client (`true` or an object) or denies it (`false` and all other results). Its input has `token`, `session_id`, `remote_address`, `query`, `headers` and `client_certificate`. The fields of an object become metadata of all messages of the session: `tenant` becomes `cryo_auth_tenant`.\n\nAny object accepts the client, so check first: [Authorization](" + authorizationPage + "#the-mapping-authorize) has the rules.").
+			Description("A mapping that accepts a client (`true` or an object) or denies it (`false` and all other results). Its input has `token`, `session_id`, `remote_address`, `query`, `headers` and `client_certificate`. The fields of an object become metadata of all messages of the session: `tenant` becomes `cryo_auth_tenant`.\n\nAny object accepts the client, so check first: [Authorization](" + authorizationPage + "#the-authorize-mapping) has the rules.").
 			Example(`root = this.token == env("CRYO_TOKEN").not_empty()`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET").not_empty())`).
 			Example(`root = if this.client_certificate != null { { "device": this.client_certificate.common_name } } else { false }`).
@@ -252,7 +252,7 @@ func describeClient(u *cryo.Upgrade, query url.Values) map[string]any {
 	}
 	parameters := make(map[string]any, len(query))
 	for name, values := range query {
-		if name != paramToken { // an object that the mapping makes from the query must not contain the token
+		if name != paramToken { // an object that the mapping builds from the query must not contain the token
 			parameters[name] = values[0]
 		}
 	}

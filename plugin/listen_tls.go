@@ -49,7 +49,7 @@ func listenTLSField() *service.ConfigField {
 			Default("").
 			Advanced(),
 		clientAuthField.config().
-			Description("Whether clients must have a certificate, with `client_ca_file`.").
+			Description("Whether clients must present a certificate. Applies only with `client_ca_file`.").
 			Default(clientAuthRequire).
 			Advanced(),
 		minVersionField.config().

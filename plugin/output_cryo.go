@@ -60,7 +60,7 @@ output:
           name: ${! @path.filepath_split().index(1) }
         max_in_flight: 4 # files in flight stay in memory
 `).
-		Example("Batch lines", "Lines are sent in batches of up to 100, which wait for at most 10 ms. `token_file` is read again for each attempt to connect.", `
+		Example("Batch lines", "Lines are sent in batches of up to 100, which wait for at most 10 ms. `token_file` is read again for each connection attempt.", `
 input:
   stdin:
     scanner:

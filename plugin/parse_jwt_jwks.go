@@ -23,8 +23,8 @@ func init() {
 		Category("JSON Web Tokens").
 		Description(fmt.Sprintf("Verifies a JWT with the public keys of a JSON Web Key Set (JWKS), and returns its claims. Integers keep all their digits. An expired token (`exp`), one that is not valid yet (`nbf`), and one that is not signed with RS, PS, ES (256, 384 or 512 bits) or EdDSA are errors.\n\nKeys of a URL are fetched when they are first used, when they are older than %v, and when a token names an unknown key. If they cannot be fetched, they stay in use for up to %v. A fetch takes at most 5 seconds, and uses the proxy of the environment (HTTPS_PROXY).", jwks.MaxAge, jwks.MaxStale)).
 		Param(bloblang.NewAnyParam("keys").Description("The URL of the key set, or the key set itself as an object or JSON. A URL must be https, unless it is a loopback address; never make it from a token.")).
-		Param(bloblang.NewStringParam("audience").Description("The required audience: the claim `aud`, or one of its elements.").Optional()).
-		Param(bloblang.NewStringParam("issuer").Description("The required issuer: the claim `iss`.").Optional()).
+		Param(bloblang.NewStringParam("audience").Description("The required audience: the `aud` claim, or one of its elements.").Optional()).
+		Param(bloblang.NewStringParam("issuer").Description("The required issuer: the `iss` claim.").Optional()).
 		Example("Claims of a token for one audience.", `root = this.token.parse_jwt_jwks(keys: "https://login.example.com/.well-known/jwks.json", audience: "cryo")`)
 	bloblang.MustRegisterMethodV2(jwksMethod, spec, newJWKSMethod)
 }

@@ -100,7 +100,7 @@ The input delivers the messages that are waiting, in batches of up to ` + "`max_
 
 An output with ` + "`batching` needs a `period`, and a `count` below `max_in_flight` (for `cryo_server`" + `, below three quarters of it). Otherwise a batch can wait for messages that wait for its acknowledgement. With ` + "`http_client`, set `max_batch_count: 1`" + `: that output posts the messages of a batch one after the other, but up to 64 batches concurrently.
 
-A sender that waits for each acknowledgement sends one message per latency of the pipeline. Memory is bounded by ` + "`max_buffer_bytes`" + `; with the ` + "`to_the_end`" + ` scanner, ` + "streams need up to `streams.max_open` times `streams.max_bytes`" + ` more.
+A sender that waits for each acknowledgement sends only one message per pipeline latency. Memory is bounded by ` + "`max_buffer_bytes`" + `; with the ` + "`to_the_end`" + ` scanner, ` + "streams need up to `streams.max_open` times `streams.max_bytes`" + ` more.
 `
 
 var (

@@ -31,7 +31,7 @@ const eventsText = `
 
 With ` + "`session` in `message_types`" + `, the pipeline receives a message without content when a client connects and when it disconnects. Its ` + "`cryo_message_type` is `session`, and `cryo_session_event` is `connected` or `disconnected`; `cryo_session_cause`" + ` is the cause of a disconnection.
 
-` + "`connected` precedes the first message of its session. `disconnected`" + ` follows when all messages of the session have been processed. Events are delivered at least once, but a process that ends emits no ` + "`disconnected`" + `, so clear stored presence at the start, or let it expire. [Session events](` + deliveryPage + `#session-events) has the details.
+` + "`connected` precedes the first message of its session. `disconnected`" + ` follows when all messages of the session have been processed. Events are delivered at least once, but a process that ends emits no ` + "`disconnected`" + `, so clear stored presence at startup, or let it expire. [Session events](` + deliveryPage + `#session-events) has the details.
 `
 
 // sessionEvent is the owner of an item that holds a session event.

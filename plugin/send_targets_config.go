@@ -31,7 +31,7 @@ var (
 		sendToAll:     "To all connected sessions.",
 		sendToAny:     "To one session in turn, as a work queue. Messages that a session leaves unacknowledged are sent to another one.",
 		sendToSession: "To the session with the id `session_id`.",
-		sendToMatch:   "To all sessions for which the mapping `match` returns `true`, such as those of a room, topic or user.",
+		sendToMatch:   "To all sessions for which the `match` mapping returns `true`, such as those of a room, topic or user.",
 	}, sendToAll, sendToAny, sendToSession, sendToMatch)
 	noSessionField = oneOfDescribed(fieldNoSession, map[string]string{
 		noSessionWait:   "Wait for a session for up to `ack_timeout`; after that the message has failed.",

@@ -165,7 +165,7 @@ func (s *spec) collect(path string, advanced bool, into map[string]field) {
 		case "array":
 			below, kind = name+"[]", "list of "+child.elementType()
 		case "map":
-			below, kind = name+".<name>", "object with values of "+child.elementType()
+			below, kind = name+".<name>", "map of "+child.elementType()
 		}
 		into[name] = field{
 			Type:     kind,

@@ -58,7 +58,7 @@ func TestFieldsShowTypeDefaultAndMarks(t *testing.T) {
 			"### `url`\n\n`string` · required\n",
 			"### `token`\n\n`string` · default `\"\"` · **secret**",
 			"### `connect_timeout`\n\n`string` · default `\"5s\"` · advanced\n",
-			"### `headers`\n\n`object with values of string` · default `{}` · **secret**: set it from the environment, `'${NAME}'` with the single quotes · advanced\n",
+			"### `headers`\n\n`map of string` · default `{}` · **secret**: set it from the environment, `'${NAME}'` with the single quotes · advanced\n",
 			"### `tls.client_certs[].cert`\n\n`string` · default `\"\"` · advanced\n", // like its parent
 			"### `streams`\n\n`object`\n",
 			"| `received` | ",
