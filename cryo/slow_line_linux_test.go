@@ -205,7 +205,7 @@ func TestALargeMessageGetsOverASlowLine(t *testing.T) {
 
 // Small messages wait in the send buffer too, when a line is slower than their sender.
 // With TLS each is larger there than it was here.
-func TestManySmallMessagesGetOverASlowLine(t *testing.T) {
+func TestManySmallMessagesCrossASlowConnection(t *testing.T) {
 	const count = 20_000
 	s, acknowledge := slowEnds["to a raw client"](t, &line{down: slowRate}, true)
 	sent := make([]*cryo.Pending, count)
