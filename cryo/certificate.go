@@ -26,7 +26,7 @@ func connectError(err error, secrets *redact.Secrets) error {
 	return err
 }
 
-// withText returns an error with another text in the place of a part of its text.
+// withText returns an error that has a part of its text replaced.
 func withText(err error, part, text string) error {
 	if part == text {
 		return err
@@ -35,7 +35,7 @@ func withText(err error, part, text string) error {
 }
 
 // verificationText returns the text of an error of crypto/x509, or of the application's
-// verification of a certificate. What may contain a secret is left out.
+// verification of a certificate. Parts that may contain a secret are left out.
 func verificationText(err error, secrets *redact.Secrets) string {
 	wrong, isHost := errors.AsType[x509.HostnameError](err)
 	invalid, isInvalid := errors.AsType[x509.CertificateInvalidError](err)

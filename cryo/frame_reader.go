@@ -23,9 +23,9 @@ const (
 	trustFactor = 16
 )
 
-// chunkBuffer is pooled memory of one chunk of a stream, of the default size or down to half
-// of it. It returns to the pool when the chunk has been read: fresh memory for each chunk
-// would have to be zeroed, and would miss the CPU's caches.
+// chunkBuffer is pooled memory for one chunk of a stream, of at least half the default size. It
+// returns to the pool when the chunk has been read: fresh memory for each chunk would have to be
+// zeroed, and would miss the CPU's caches.
 type chunkBuffer [DefaultChunkBytes]byte
 
 var chunkPool = sync.Pool{New: func() any { return new(chunkBuffer) }}
@@ -43,7 +43,7 @@ func (b *chunkBuffer) release() {
 type received struct {
 	wire.Frame
 	reservation reservation
-	pooled      *chunkBuffer // the payload's memory, if it is of the pool
+	pooled      *chunkBuffer // the payload's memory, if it is from the pool
 	decision    decision     // about data
 }
 
@@ -69,7 +69,7 @@ type frameReader struct {
 	isOurs  func(number uint32) bool // reports whether this end has issued the number
 	onData  func()                   // called for each data frame and TX_START, before it may have to wait
 	head    [wire.MaxHeader]byte
-	control [32]byte // a payload that is no data, if it is as small
+	control [32]byte // a small payload that is not data
 }
 
 // next reads a frame. After a [*ProtocolError], a violation by the peer, the rest of the

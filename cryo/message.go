@@ -11,12 +11,12 @@ import (
 // memory of the message itself, here and in the application.
 const messageOverhead = 256
 
-// Message is a received UTF8DATA, BINARYDATA or ERROR frame. Ack reports to the peer that it
-// was delivered, Reject that it will not be; without either of them the peer may send it
-// again, on another connection. The message counts against MaxBufferBytes until one of them
-// is called, at a server after the end of the session too. The first call counts: another
-// one does nothing and returns nil. All methods may be called from any goroutine. A Message
-// must not be copied, which go vet checks.
+// Message is a received UTF8DATA, BINARYDATA or ERROR frame. Ack reports to the peer that it was
+// delivered, Reject that it will not be; without either of them the peer may send it again, on
+// another connection. The message counts against MaxBufferBytes until one of them is called, on a
+// server even after the end of the session. The first call counts: another one does nothing and
+// returns nil. All methods may be called from any goroutine. A Message must not be copied, which go
+// vet checks.
 type Message struct {
 	// Kind is KindText, KindBinary, or KindError for a message that the peer's
 	// application sent as an error.

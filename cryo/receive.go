@@ -71,9 +71,8 @@ func (s *Session) ReceiveBatch(ctx context.Context, limit int) ([]*Message, erro
 	}
 }
 
-// SetSendOnly makes a session one that only sends, or one that receives again. While
-// it only sends, messages in its queue and those that come are rejected with an ERROR, and
-// streams that are not accepted and new ones with TX_CANCEL; see
+// SetSendOnly makes a session only send, or receive again. While it only sends, queued and new
+// messages are rejected with an ERROR, and unaccepted and new streams with TX_CANCEL; see
 // [SessionOptions.SendOnly].
 func (s *Session) SetSendOnly(on bool) {
 	s.sendOnly.Store(on)
@@ -157,15 +156,15 @@ func errorText(payload []byte) []byte {
 	return []byte(redact.Cut(text.Text(), size))
 }
 
-// Redact returns a text of the peer, such as a payload or a stream's name, as it may be logged:
-// truncated to 1 KiB. In a session that was dialled with a token, headers or a query, the peer may
-// repeat them in any encoding. There a text that is not made of words and a few numbers, or
-// that contains a part of them, is replaced by its length.
+// Redact returns a text from the peer, such as a payload or a stream's name, in a form that may be
+// logged: truncated to 1 KiB. In a session that was dialled with a token, headers or a query, the
+// peer may repeat them in any encoding. There a text that is not made of words and a few numbers,
+// or that contains a part of them, is replaced by its length.
 func (s *Session) Redact(text string) string {
 	return s.opts.secrets.Text(redact.Cut(text, maxErrorText))
 }
 
-// sendOnlyText is the text of the ERROR by which a send-only session rejects messages.
+// sendOnlyText is the text of the ERROR with which a send-only session rejects messages.
 const sendOnlyText = "this session receives no messages"
 
 // rejectUnread rejects a message that the application does not receive.
@@ -182,14 +181,14 @@ func (s *Session) reportBufferFull() {
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 
-// reportThrottled is called once a session, when it first exceeds a rate.
+// reportThrottled is called once per session, when it first exceeds a rate.
 func (s *Session) reportThrottled() {
 	s.report("Reads are paused: the peer sends faster than its limit",
 		"max_messages_per_second", s.opts.MaxMessagesPerSecond, "max_bytes_per_second", s.opts.MaxBytesPerSecond)
 }
 
-// report logs a warning, at most one a second, of all sessions of a server. It logs without a lock
-// held, because a log handler may call the session.
+// report logs a warning, at most one per second for all sessions of a server. It logs without a
+// lock held, because a log handler may call the session.
 func (s *Session) report(message string, attrs ...any) {
 	if suppressed, ok := s.logLimit.Allow(); ok {
 		s.log.Warn(message, append([]any{"session", s.id, "suppressed", suppressed}, attrs...)...)

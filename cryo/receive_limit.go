@@ -21,8 +21,8 @@ const (
 	// such a sender at every recheckEvery.
 	rejectAfter  = 10 * time.Second
 	recheckEvery = time.Second
-	// receiveTimeout bounds the time to receive a large payload while other payloads wait
-	// for the capacity that is reserved for it. A payload that will exceed it at its rate is
+	// receiveTimeout bounds the time to receive a large payload while other payloads wait for the
+	// capacity that is reserved for it. A payload that will exceed it at its current rate counts as
 	// slow after slowAfter.
 	receiveTimeout = time.Minute
 	slowAfter      = 5 * time.Second
@@ -35,14 +35,14 @@ const (
 // size can be received. slot is acquired by one payload in fragments that exceeds 1 MiB: its
 // final size is unknown, so that the largest size is reserved, even beyond the limit of
 // incoming. Together they reserve at most twice MaxBufferBytes and two payloads of 16 MiB, in
-// addition to 64 KiB a session.
+// addition to 64 KiB per session.
 //
 // Two payloads never wait for each other: a payload waits for incoming while it has no
 // reservation. The only other capacity that it waits for and another incomplete payload may
 // have is slot, whose owner waits for no other payload.
 //
-// holder, which may be nil, has the groups of the next session. In each of them all sessions of a
-// client are one holder: a client that opens many has no more than with one.
+// holder, which may be nil, has the groups of the next session. In each of them, all sessions of a
+// client are one holder: a client that opens many sessions gets no more than with one.
 type receiveBuffer struct {
 	bytes, incoming, slot *quota.Quota
 	holder                *holder
@@ -250,12 +250,11 @@ func (l *receiveLimit) count(h *reservation, cost int) {
 }
 
 // acquire reserves n, and waits until it is granted. This is the backpressure: reads are paused
-// meanwhile, and a payload that waits has no reservation in the share that it waits for. The
-// wait ends when the frame can't be received any more. It could last for ever: the answer to a
-// local sender may be behind the unread data, and messages that fill the receive buffer may
-// only be settled after that answer, as a request that is settled after its response. So after
-// rejectAfter, data is rejected while a local sender waits, until the session holds no more
-// than is free.
+// meanwhile, and a payload that waits has no reservation in the share that it waits for. The wait
+// ends when the frame can't be received any more. That could take forever: the answer to a local
+// sender may be behind the unread data, and messages that fill the receive buffer may only be
+// settled after that answer, as a request that is settled after its response. So after rejectAfter,
+// data is rejected while a local sender waits, until the session holds no more than is free.
 func (l *receiveLimit) acquire(share *quota.Share, n int64, f *wire.Frame, p *partial) (waited bool, d decision) {
 	if share.TryAcquire(n) {
 		return false, admitted

@@ -39,9 +39,9 @@ const (
 
 // ClientOptions are the options of a [Client]. A zero value means its default.
 type ClientOptions struct {
-	// DialOptions are the options of each attempt. All sessions have the same id: SessionID,
-	// or a random one that NewClient chooses. Logger also receives the failed attempts for
-	// which Await or Send waited, at most one line a second.
+	// DialOptions are the options of each attempt. All sessions have the same id: SessionID, or a
+	// random one that NewClient chooses. Logger also receives the failed attempts for which Await
+	// or Send waited, at most one line per second.
 	DialOptions
 
 	// BeforeDial is called before each attempt with a copy of DialOptions, which it may change
@@ -108,7 +108,7 @@ type attempt struct {
 	err     error // a *RetryError, or errClientClosed
 }
 
-// RetryError is the failure of an attempt of a [Client] to connect. The next attempt may succeed.
+// RetryError is the failure of a [Client]'s attempt to connect. The next attempt may succeed.
 type RetryError struct {
 	Err   error         // error of Dial or of BeforeDial
 	After time.Duration // time until the next attempt, from the failure on

@@ -267,8 +267,8 @@ func (s *Server) open(w http.ResponseWriter, u *Upgrade, e *entry) *Session {
 	return e.session
 }
 
-// client is whose sessions are one holder of the receive buffer: those of an owner, or those without
-// one that have the same token and certificate, and the same address.
+// client identifies the sessions that are one holder of the receive buffer: those of an owner, or
+// those without an owner that have the same token, certificate and address.
 type client struct {
 	credentials credentials
 	address     netip.Prefix // zero for an owner
@@ -528,8 +528,8 @@ func (s *Server) closeAll(ctx context.Context, period time.Duration, end func(*S
 	}
 }
 
-// sleepUntil waits until a time, which may have passed, or until enough is closed. It returns the context's
-// error if that is done first.
+// sleepUntil waits until a time, which may have passed, or until the channel enough is closed. It
+// returns the context's error if that is done first.
 func sleepUntil(ctx context.Context, t time.Time, enough <-chan struct{}) error {
 	wait := time.Until(t)
 	if wait <= 0 {

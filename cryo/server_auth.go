@@ -43,9 +43,9 @@ type Upgrade struct {
 	Owner string
 }
 
-// AdmissionError is returned by Authorize to deny a client for another reason than its token.
-// The client receives its status and message in place of 401. It may be wrapped: the text of the
-// whole error is only logged.
+// AdmissionError is returned by Authorize to deny a client for a reason other than its token. The
+// client receives its status and message in place of 401. It may be wrapped: the text of the whole
+// error is only logged.
 type AdmissionError struct {
 	StatusCode int    // the HTTP status. Default 403; 503 if the token cannot be checked at the moment
 	Message    string // the text of the response
@@ -82,7 +82,7 @@ type denial struct {
 	reason   string // for the log; empty: message
 	cause    error  // error of Authorize, for the log in place of reason
 	token    string // kept out of the log
-	stranger bool   // no Cryo client: neither counted nor logged
+	stranger bool   // not a Cryo client: neither counted nor logged
 	answered bool   // the response is written already
 	retry    int    // mean of Retry-After in seconds, with 429 and 503; 0: defaultRetry
 }
@@ -99,7 +99,7 @@ func retrySeconds(mean int) string {
 	return strconv.Itoa(mean/2 + rand.IntN(mean+1)) //nolint:gosec // no secret
 }
 
-// noUpgrade is the cause of 426 for a client of Cryo, which always requests an upgrade.
+// noUpgrade is the cause of 426 for a Cryo client, which always requests an upgrade.
 const noUpgrade = "the request is not a WebSocket upgrade: a proxy between the client and this server must use HTTP/1.1 and forward the Upgrade and Connection headers"
 
 func (s *Server) deny(w http.ResponseWriter, r *http.Request, denied *denial) {

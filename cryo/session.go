@@ -42,10 +42,9 @@ type SessionOptions struct {
 	// that fits the send buffer must be transmitted within two intervals. Time does not
 	// count while reads are paused (backpressure). Default 15 s.
 	HeartbeatInterval time.Duration
-	// MaxBufferBytes bounds the receive buffer: the payloads of unsettled messages and
-	// unread chunks, plus 256 bytes a message and 128 bytes a chunk. When it is full, reads
-	// are paused (backpressure) at the next data frame; frames before it are still read.
-	// Default 32 MiB.
+	// MaxBufferBytes bounds the receive buffer: the payloads of unsettled messages and unread
+	// chunks, plus 256 bytes per message and 128 bytes per chunk. When it is full, reads are paused
+	// (backpressure) at the next data frame; frames before it are still read. Default 32 MiB.
 	//
 	// The sessions of a server share it: each, or all with the same Owner (see [Upgrade]),
 	// may hold up to eight times the free capacity.
@@ -75,18 +74,18 @@ type SessionOptions struct {
 	StreamIdleTimeout time.Duration
 	// MaxMessagesPerSecond and MaxBytesPerSecond limit the rates at which a session receives
 	// messages and streams, and bytes of their payloads. While a rate is exceeded, reads are paused
-	// (backpressure), and nothing is rejected. A session never receives more than its rate since its
-	// start, so its first message is received after the time that it takes at the rate; after a
+	// (backpressure), and nothing is rejected. A session never receives more than its rate since
+	// its start, so its first message is received after the time that it takes at the rate; after a
 	// second without messages, one second's worth is received without a wait. A stream is one
-	// message, and a message, stream or chunk has at least 64 bytes. A payload larger than the bytes
-	// of a second is received after the time that it takes at the rate; of a message in fragments,
-	// the first one is, and the time for the others is added to the wait of the next message.
-	// All other frames, such as pings, data that is rejected or ignored, and chunks and fragments of
-	// less than 1 KiB, have a separate limit: four for each message or, without a limit of
-	// messages, one for each 256 bytes, and to 100 a second at least. Bytes that are ignored count.
-	// Answers to frames of this end are not limited. They are behind the data that the peer has sent
-	// before, so a peer that exceeds a rate may acknowledge messages late. Default: no
-	// limit.
+	// message, and a message, stream or chunk has at least 64 bytes. A payload larger than the
+	// bytes of a second is received after the time that it takes at the rate; of a message in
+	// fragments, the first one is, and the time for the others is added to the wait of the next
+	// message. All other frames, such as pings, data that is rejected or ignored, and chunks and
+	// fragments of less than 1 KiB, have a separate limit: four for each message or, without a
+	// limit of messages, one for each 256 bytes, and at least 100 per second. Bytes that are
+	// ignored count. Answers to frames of this end are not limited. They are behind the data that
+	// the peer has sent before, so a peer that exceeds a rate may acknowledge messages late.
+	// Default: no limit.
 	MaxMessagesPerSecond int
 	MaxBytesPerSecond    int
 	// SendOnly rejects received messages with an ERROR and streams with
@@ -316,12 +315,11 @@ func (s *Session) Stats() Stats {
 	}
 }
 
-// Close ends the session: streams that are coming in are cancelled, queued
-// acknowledgements are written, BYE carries the reason (truncated to 123 bytes), and the
-// WebSocket is closed with code 4000. Data that still arrives is discarded until the peer
-// closes too. CloseTimeout and the context bound all of it; then the connection is
-// closed. Close returns when the session's goroutines are gone, and may be
-// called more than once. Its error is the context's.
+// Close ends the session: incoming streams are cancelled, queued acknowledgements are written, BYE
+// carries the reason (truncated to 123 bytes), and the WebSocket is closed with code 4000. Data
+// that still arrives is discarded until the peer closes too. CloseTimeout and the context bound all
+// of it; then the connection is closed. Close returns when the session's goroutines are gone, and
+// may be called more than once. Its error is the context's.
 //
 // BYE waits until the peer has acknowledged each TX_CANCEL and for another 500 ms has sent
 // nothing more of its streams, or for half of CloseTimeout: the published server, while it sends a
@@ -355,9 +353,9 @@ func (s *Session) close(ctx context.Context, code int, reason string) error {
 	}
 }
 
-// sendClose begins the close handshake, unless the session is ending already. It does not wait
-// for the peer to close. When enough is closed, it no longer waits for the acknowledgements of
-// cancelled streams either.
+// sendClose begins the close handshake, unless the session is ending already. It does not wait for
+// the peer to close. When the channel enough is closed, it no longer waits for the acknowledgements
+// of cancelled streams either.
 func (s *Session) sendClose(cause error, code int, reason string, enough <-chan struct{}) {
 	if !s.beginClosing(cause) {
 		return

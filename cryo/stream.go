@@ -87,12 +87,12 @@ func (s *Session) newStream(ctx context.Context, options *StreamOptions) (*Outgo
 	return st, nil
 }
 
-// AcceptStream waits for the next stream that the peer announces with one of the names, or
-// with any name if none is given. The peer sends no data before the first Read. At most 256
-// streams of a session are announced or open: if there are more, the oldest one that is not
-// accepted is cancelled if it has waited for longer than [SessionOptions.StreamIdleTimeout],
-// else the new one. Announced streams are not cancelled otherwise. After the end of the session
-// AcceptStream returns the error of [Session.Err]: streams that were not accepted have no data.
+// AcceptStream waits for the next stream that the peer announces with one of the names, or with any
+// name if none is given. The peer sends no data before the first Read. At most 256 streams of a
+// session are announced or open: if there are more, the oldest one that is not accepted is
+// cancelled if it has waited for longer than [SessionOptions.StreamIdleTimeout], else the new one.
+// Otherwise, announced streams are not cancelled. After the end of the session AcceptStream returns
+// the error of [Session.Err]: streams that were not accepted have no data.
 func (s *Session) AcceptStream(ctx context.Context, names ...string) (*IncomingStream, error) {
 	for {
 		if err := s.Err(); err != nil {
@@ -121,11 +121,11 @@ func (s *Session) Streams(ctx context.Context, names ...string) iter.Seq2[*Incom
 }
 
 // PullStreams asks the peer to send the streams that it opens from then on only on request
-// (TX_FLOW), and waits for its acknowledgement. The peer then announces each stream's size,
-// and sends a chunk when this end fetches it, at the cost of a round trip a chunk. Without
-// PullStreams, streams are pushed: the peer sends chunks as fast as the network and
-// MaxBufferBytes allow. Its error is the peer's rejection, the context's, or the session's end.
-// Do not pull from the published Node client: it stops working.
+// (TX_FLOW), and waits for its acknowledgement. The peer then announces each stream's size, and
+// sends a chunk when this end fetches it, at the cost of a round trip per chunk. Without
+// PullStreams, streams are pushed: the peer sends chunks as fast as the network and MaxBufferBytes
+// allow. Its error is the peer's rejection, the context's, or the session's end. Do not pull from
+// the published Node client: it stops working.
 func (s *Session) PullStreams(ctx context.Context) error {
 	s.incoming.startPulling()
 	if err := s.sendFrame(ctx, wire.Frame{SID: s.id, Type: wire.TxFlow, Flow: wire.FlowPull}); err != nil {

@@ -204,7 +204,7 @@ func (st *IncomingStream) acceptOnce() {
 	st.fetchLocked()
 }
 
-// fetchLocked requests the next chunk of a pulled stream. It never requests a chunk behind the
+// fetchLocked requests the next chunk of a pulled stream. It never requests a chunk beyond the
 // announced size: that breaks the published server.
 func (st *IncomingStream) fetchLocked() {
 	if !st.pull || !st.accepted || st.fetching || st.failed != nil || st.settled != unsettled || st.finishNumber != nil {

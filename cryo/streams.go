@@ -322,8 +322,8 @@ type sentCancel struct {
 	grace  bool // chunks may follow its acknowledgement
 }
 
-// cancel sends TX_CANCEL for a stream of the peer whose chunks may come. It returns false at the
-// end of the session.
+// cancel sends TX_CANCEL for a stream of the peer whose chunks may still arrive. It returns false
+// at the end of the session.
 func (s *Session) cancel(tx uint32) bool { return s.sendCancel(tx, true) }
 
 func (s *Session) sendCancel(tx uint32, grace bool) bool {

@@ -26,10 +26,10 @@ const (
 )
 
 // throttle limits the rates at which a session receives messages, bytes and other frames: reads are
-// paused while a rate is exceeded. A data frame is charged before its payload is read, so that what
-// waits is held by the network alone. A session never receives more messages or bytes than their
-// rate allows since its start, so that a client gains nothing by connecting again. Its methods must
-// be called by the reading goroutine, except recent.
+// paused while a rate is exceeded. A data frame is charged before its payload is read, so that
+// waiting data is held by the network alone. A session never receives more messages or bytes than
+// their rate allows since its start, so that a client gains nothing by connecting again. Its
+// methods must be called by the reading goroutine, except recent.
 type throttle struct {
 	limited         bool
 	messages, bytes bucket
@@ -104,7 +104,7 @@ func (t *throttle) recent() bool {
 	return until != nil && time.Since(*until) < time.Second
 }
 
-// pause is called before a pause of reads, and returns what must be called at its end.
+// pause is called before a pause of reads, and returns the function to call at its end.
 func (t *throttle) pause(now time.Time, wait time.Duration) (resume func(now time.Time)) {
 	until := now.Add(wait)
 	t.until.Store(&until)
@@ -131,7 +131,7 @@ type bucket struct {
 	paid time.Time // time at which all that was charged is paid; up to a second in the past
 }
 
-// charge takes n tokens, and returns the time until the bucket has had them all.
+// charge takes n tokens, and returns the time until the bucket has produced them all.
 func (b *bucket) charge(now time.Time, n int) time.Duration {
 	if b.rate == 0 {
 		return 0

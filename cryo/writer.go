@@ -13,11 +13,11 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// maxUnwritten bounds the memory of unwritten acknowledgements and other small frames, in
-// bytes. Beyond it nothing more is read, because a peer that sends and never reads could
-// let them grow without a bound. While those of all sessions of a server exceed
-// maxUnwrittenTotal, the bound of each is crowdedUnwritten, so that a write of it, where an
-// acknowledgement has nearly four times ackCost, needs no large buffer.
+// maxUnwritten bounds the memory of unwritten acknowledgements and other small frames, in bytes.
+// Beyond it nothing more is read, because a peer that sends and never reads could make them grow
+// without bound. While those of all sessions of a server exceed maxUnwrittenTotal, the bound of
+// each is crowdedUnwritten, so that a write of it, where an acknowledgement has nearly four times
+// ackCost, needs no large buffer.
 const (
 	maxUnwritten      = 1 << 20
 	maxUnwrittenTotal = 64 << 20
