@@ -206,7 +206,7 @@ func durationOrZero(path string) setting[time.Duration] {
 	return durationField(path, "zero or more", func(d time.Duration) bool { return d >= 0 })
 }
 
-// durationField is a field for a duration that is valid. must describes those.
+// durationField is a field for a duration that valid accepts. must describes such durations.
 func durationField(path, must string, valid func(time.Duration) bool) setting[time.Duration] {
 	return newField(path, service.NewDurationField, textRule(func(s string) (time.Duration, error) {
 		d, err := time.ParseDuration(s)

@@ -106,8 +106,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 		ErrorLog:          serverLog(log, func() { ln.metrics.failed(kindPanic) }),
 		ConnState:         newConnLimit(settings.MaxSessions, log).changed,
 	}
-	// A client that is denied has no further request. A peer that sends many and reads no response
-	// would keep the connection, and the memory of its request, for as long as it likes.
+	// A client that is denied sends no further request. A peer that sends many requests and reads
+	// no response could otherwise keep the connection, and the memory of its request, indefinitely.
 	ln.http.SetKeepAlivesEnabled(false)
 	ln.inputs = newListenInputs(settings.Address, log, ln.server.Sessions)
 	socket, err := ln.open()
@@ -122,8 +122,8 @@ func newListener(c *serverComponent, listen func(network, address string) (net.L
 	return ln, nil
 }
 
-// ServeHTTP serves the configured path and returns 404 for all others. That is logged and counted
-// only for Cryo clients, and without the path, which a stranger chooses.
+// ServeHTTP serves the configured path and returns 404 for all others. Such a request is logged and
+// counted only if it is from a Cryo client, and without the path, which anyone can choose.
 func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r.RemoteAddr = ln.settings.clientAddress(r)
 	if r.URL.Path != ln.settings.Path {

@@ -11,14 +11,14 @@ import (
 	"time"
 )
 
-// How a listener keeps accepting clients. A shortage, such as one of file descriptors, is waited
-// for. After any other error the socket is closed, and another one opened.
+// How a listener keeps accepting clients. During a shortage, such as of file descriptors, it waits.
+// After any other error the socket is closed, and another one opened.
 
 const (
 	minAcceptWait = 5 * time.Millisecond   // after the first error of a shortage; doubled with each further one
 	maxAcceptWait = time.Second            // also between two attempts to open a socket
 	minReopenWait = 100 * time.Millisecond // between the first two attempts
-	stableTime    = 10 * time.Second       // after a socket has been open for so long, its failure is the first one
+	stableTime    = 10 * time.Second       // after a socket has been open for this time, its failure counts as the first one
 )
 
 // Values of the label kind of cryo_listener_errors.

@@ -209,7 +209,7 @@ func (s sessionMetadata) admit(lasting lifetime, check func(u *cryo.Upgrade, cli
 	}
 }
 
-// authorizeBy runs the processors and the mapping authorize. It returns the metadata that the
+// authorizeBy runs the processors and the authorize mapping. It returns the metadata that the
 // mapping grants, or an error if the client is denied.
 func authorizeBy(mapping *bloblang.Executor, processors *authorizeProcessors, u *cryo.Upgrade, client map[string]any) (map[string]any, error) {
 	parameters, headers := client["query"].(map[string]any), client["headers"].(map[string]any)

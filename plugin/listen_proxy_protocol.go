@@ -53,16 +53,17 @@ func checkProxyHeader(h *proxyproto.Header) error {
 	return nil
 }
 
-// proxiedConn is a connection of a proxy, which must begin with a header. Until that is read, every
-// method but those of the deadlines and Close waits for it. The HTTP server calls RemoteAddr first, on
-// the goroutine of the connection.
+// proxiedConn is a connection of a proxy, which must begin with a header. Until the header is read,
+// every method except Close and those that set deadlines waits for it. The HTTP server calls
+// RemoteAddr first, on the goroutine of the connection.
 type proxiedConn struct {
 	*proxyproto.Conn
 	log  limitedLog
 	once sync.Once
 }
 
-// By TCPConn, a session finds its socket, whose kernel reports the bytes that the peer has acknowledged.
+// TCPConn lets a session find its socket, whose kernel reports the bytes that the peer has
+// acknowledged.
 var _ interface {
 	TCPConn() (*net.TCPConn, bool)
 	CloseWrite() error

@@ -17,8 +17,8 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// The identity of a session consists of its id and the metadata of its messages. The mapping
-// match also uses it to select sessions.
+// The identity of a session consists of its id and the metadata of its messages. The match mapping
+// also uses it to select sessions.
 
 const (
 	metaSessionID     = "cryo_session_id"

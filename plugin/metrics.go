@@ -495,5 +495,5 @@ func (g *maxGauge) set(n int64) {
 	g.metric.Set(maximum)
 }
 
-// close removes the component's part. Call set no more.
+// close removes the component's part. Do not call set afterwards.
 func (g *maxGauge) close() { g.set(0) }

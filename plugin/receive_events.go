@@ -53,9 +53,9 @@ func (e *sessionEvent) stream() *cryo.IncomingStream { return nil }
 // movable returns false, because the next input emits events of its own.
 func (e *sessionEvent) movable() bool { return false }
 
-// emit delivers a session event to the pipeline and waits for its result, including
-// redeliveries. cause is why the session has ended; it is empty for the event connected. emit
-// returns false if the input closes first.
+// emit delivers a session event to the pipeline and waits for its result, including redeliveries.
+// cause is why the session has ended; it is empty for the connected event. emit returns false if
+// the input closes first.
 func (f *sessionFeed) emit(event, cause string) bool {
 	m := service.NewMessage([]byte{})
 	m.MetaSetMut(metaMessageType, messageTypeSession)
@@ -81,8 +81,8 @@ func (f *sessionFeed) await(done <-chan struct{}) bool {
 	}
 }
 
-// emitConnected emits the event connected, after the events of the previous session with the
-// same id. It returns false if the input closes first.
+// emitConnected emits the connected event, after the events of the previous session with the same
+// id. It returns false if the input closes first.
 func (f *sessionFeed) emitConnected() bool {
 	if !f.emitsEvents {
 		return true
@@ -90,7 +90,7 @@ func (f *sessionFeed) emitConnected() bool {
 	return (f.previous == nil || f.await(f.previous)) && f.emit(sessionConnected, "")
 }
 
-// emitDisconnected emits the event disconnected, after each message of the session has been
+// emitDisconnected emits the disconnected event, after each message of the session has been
 // delivered or has failed. It returns false if the input closes first.
 func (f *sessionFeed) emitDisconnected() bool {
 	if !f.emitsEvents {

@@ -9,9 +9,9 @@ import (
 	"github.com/cryo-connect/cryo-connect/cryo"
 )
 
-// handover is the state that a closing input passes on for one session: its unacknowledged messages,
-// in the order in which they were received, and its unread streams. Messages that the input has
-// not taken from the session yet remain in the session's receive buffer.
+// handover is the state that a closing input passes on for one session: its unacknowledged
+// messages, in the order in which they were received, and its unread streams. Messages that the
+// input has not yet received from the session remain in the session's receive buffer.
 type handover struct {
 	session *cryo.Session
 	items   []item

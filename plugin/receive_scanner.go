@@ -269,7 +269,7 @@ const (
 	fieldInto      = "into"
 )
 
-// decompressSpec returns the fields of the engine's scanner decompress.
+// decompressSpec returns the fields of the engine's decompress scanner.
 func decompressSpec() *service.ConfigSpec {
 	return service.NewConfigSpec().Fields(
 		service.NewStringField(fieldAlgorithm),
@@ -277,8 +277,8 @@ func decompressSpec() *service.ConfigSpec {
 	)
 }
 
-// boundedDecompress creates the engine's scanner decompress, with limits on how many bytes it
-// and its inner scanner read for a message.
+// boundedDecompress creates the engine's decompress scanner, with limits on how many bytes it and
+// its inner scanner read for a message.
 func boundedDecompress(conf *service.ParsedConfig, maxBytes int64) (service.BatchScannerCreator, error) {
 	algorithm, err := conf.FieldString(fieldAlgorithm)
 	if err != nil {
@@ -369,8 +369,8 @@ func tooLarge(maxBytes int64) error {
 	return fmt.Errorf("%w: one of its messages is longer than %d bytes", errTooLong, maxBytes)
 }
 
-// tarScanners replaces the engine's scanner tar, which does not limit the size of a file: a
-// sparse file can have any size.
+// tarScanners replaces the engine's tar scanner, which does not limit the size of a file: a sparse
+// file can have any size.
 type tarScanners struct{ maxBytes int64 }
 
 func (t tarScanners) Create(stream io.ReadCloser, ack service.AckFunc, _ *service.ScannerSourceDetails) (service.BatchScanner, error) {

@@ -122,8 +122,8 @@ func (t *transfer) isSettled() bool {
 	return t.settled
 }
 
-// begin counts a batch of a size until done is called with its result. It returns false, and
-// counts nothing, while earlier batches of the stream leave no capacity for it.
+// begin counts a batch of the given size until done is called with its result. It returns false,
+// and counts nothing, while earlier batches of the stream leave no capacity for it.
 func (t *transfer) begin(size int) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -296,9 +296,9 @@ func (f *sessionFeed) scannerError(err error) error {
 	return fmt.Errorf("scanner: %w%s", err, hint)
 }
 
-// readerFailed returns the error of the scanner's reader if the messages of a batch carry it,
-// and otherwise nil. The csv scanner with continue_on_error returns such batches again and
-// again, as if a row were invalid.
+// readerFailed returns the error of the scanner's reader if the messages of a batch carry it, and
+// otherwise nil. The csv scanner with continue_on_error returns such batches repeatedly, as if a
+// row were invalid.
 func readerFailed(batch service.MessageBatch) error {
 	for _, m := range batch {
 		var row *csv.ParseError
@@ -410,11 +410,11 @@ func sizeOf(batch service.MessageBatch) (size int) {
 	return size
 }
 
-// deliverScanned delivers a scanner's batch of a size to the pipeline, in parts if it exceeds the
-// client's quota. It waits while earlier batches of the stream leave no capacity for it: messages
-// can be much larger than the bytes that they are made of, as rows of CSV with long names of
-// columns, so the receive buffer alone does not bound them. ack is the function that the scanner
-// returned with it. It returns false if the input closes first.
+// deliverScanned delivers a scanner's batch of the given size to the pipeline, in parts if it
+// exceeds the client's quota. It waits while earlier batches of the stream leave no capacity for
+// it: messages can be much larger than the bytes that they are made of, as rows of CSV with long
+// names of columns, so the receive buffer alone does not bound them. ack is the function that the
+// scanner returned with it. It returns false if the input closes first.
 func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, size int, ack service.AckFunc) bool {
 	if len(batch) == 0 {
 		_ = ack(f.stopped, nil)
@@ -444,8 +444,8 @@ func (f *sessionFeed) deliverScanned(t *transfer, batch service.MessageBatch, si
 	return true
 }
 
-// awaitRelease waits until begin counts a batch of a size. It returns false if the input closes
-// first.
+// awaitRelease waits until begin counts a batch of the given size. It returns false if the input
+// closes first.
 func (f *sessionFeed) awaitRelease(t *transfer, size int) bool {
 	f.queue.heldBack.Add(1)
 	defer f.queue.heldBack.Add(-1)

@@ -98,7 +98,7 @@ func secretText(what string, value any) (string, error) {
 	return "", fmt.Errorf("%s must be text, but YAML reads it as %s: put it in single quotes, for example '${TOKEN}'", what, kind)
 }
 
-// checkSecret returns an error if a text has characters that are hardly a part of a secret, but the
+// checkSecret returns an error if a text has characters that are unlikely in a secret, and are
 // usual traces of the file or the environment variable that it comes from. The other end of the
 // connection would only report that the secret is wrong.
 func checkSecret(what, text string) error {

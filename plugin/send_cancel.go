@@ -50,8 +50,8 @@ func (s *sends) bound(ctx context.Context) (bounded context.Context, release fun
 }
 
 // After the sends are cancelled, an output fails this many batches immediately, more than inputs
-// have in flight by default. Each further one waits before it fails, because something repeats
-// them at once, as a buffer does: that must neither use up a processor nor flood the log.
+// have in flight by default. Each further one waits before it fails, because something, such as a
+// buffer, repeats them immediately, which must neither occupy a CPU nor flood the log.
 const (
 	immediateFailures = 1024
 	failureWait       = 100 * time.Millisecond

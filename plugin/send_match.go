@@ -19,7 +19,7 @@ const metaMatchSession = "cryo_session"
 
 var errNoMatch = errors.New("no connected session matches")
 
-// matcher holds the mapping match, which decides whether a message is sent to a session.
+// matcher holds the match mapping, which decides whether a message is sent to a session.
 type matcher struct {
 	mapping *bloblang.Executor
 	log     limitedLog

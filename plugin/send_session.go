@@ -253,9 +253,9 @@ func (l *lateSessions) close(ctx context.Context, session *cryo.Session, late er
 	<-session.Context().Done() // it has begun to end: nothing more is sent on it
 }
 
-// maxPaused is the time for which a session with paused reads may be late, in units of
-// ack_timeout. A client that sends more than is received keeps its reads paused, and so would delay
-// others for ever. After twice that time, it begins anew.
+// maxPaused is the time for which a session with paused reads may be late, in units of ack_timeout.
+// A client that sends more than is received keeps its reads paused, and so would delay others
+// forever. After twice that time, it begins anew.
 const maxPaused = 10
 
 // spares reports whether a session that is late and whose reads are paused is not closed yet.
