@@ -130,7 +130,7 @@ func (ln *listener) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Has(paramToken) {
 			ln.metrics.denied(http.StatusNotFound)
 			if log, ok := ln.pathLog.allow(); ok {
-				log.With("remote", r.RemoteAddr, "status", http.StatusNotFound, "expected_path", ln.settings.Path).Warn("Denied a client: the path of its URL differs from the field path")
+				log.With("remote", r.RemoteAddr, "status", http.StatusNotFound, "expected_path", ln.settings.Path).Warn("Denied a client: the path of its URL differs from the path field")
 			}
 		}
 		http.NotFound(w, r)

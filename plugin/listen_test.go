@@ -52,7 +52,7 @@ func TestOnlyTheConfiguredPathIsServed(t *testing.T) {
 			e.wantDenied(cryo.DialOptions{Token: token}, http.StatusNotFound)
 		}
 		require.Equal(t, int64(3), e.metrics.value("cryo_sessions_denied{status=404}"))
-		require.Equal(t, 1, e.log.count("WARN Denied a client: the path of its URL differs from the field path", "expected_path=/feed", "status=404"), "once a second")
+		require.Equal(t, 1, e.log.count("WARN Denied a client: the path of its URL differs from the path field", "expected_path=/feed", "status=404"), "once a second")
 		s, err := cryo.Dial(t.Context(), "ws://"+somewhere+"/feed", &cryo.DialOptions{Token: token, NetDial: e.net.Dial})
 		require.NoError(t, err)
 		require.NoError(t, s.Close(t.Context(), ""))

@@ -104,7 +104,7 @@ func (m *matchingSessions) matches(i int, s *cryo.Session) bool {
 		return matches
 	}
 	if log, ok := m.log.allow(); ok {
-		log.With("session", s.ID(), "error", err).Warn("Message not sent to a session: cannot evaluate the field match")
+		log.With("session", s.ID(), "error", err).Warn("Message not sent to a session: cannot evaluate the match field")
 	}
 	if m.failed[i] == nil {
 		m.failed[i] = fmt.Errorf("field %s: session %d: %w", fieldMatch, s.ID(), err)

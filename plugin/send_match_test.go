@@ -172,7 +172,7 @@ cryo_server:
 		f.wantDelivered(t, "to the one that matches")
 		wantNothing(t, clients[0])
 		id := fmt.Sprint(clients[0].ID())
-		e.log.want(t, "WARN Message not sent to a session: cannot evaluate the field match", "error=mapping failed: ", "session="+id)
+		e.log.want(t, "WARN Message not sent to a session: cannot evaluate the match field", "error=mapping failed: ", "session="+id)
 		require.ErrorContains(t, next(t, e.produceBatch(said("blue")).verdict), "no connected session matches (field match: session "+id+": mapping failed: ")
 	})
 }
