@@ -16,9 +16,9 @@ const (
 	// session share it, and half of the time between such waits restores it: so reads are paused
 	// for this for at most a second at a time, and in the long run for a third of the time.
 	acceptPatience = time.Second
-	// rejectAfter is the time after which data without capacity is rejected if a local
-	// sender waits for an answer, which may be behind that data. A longer wait checks for
-	// such a sender at every recheckEvery.
+	// rejectAfter is the time after which data without capacity is rejected if a local sender waits
+	// for an answer, which may be behind that data. A longer wait checks for such a sender once per
+	// recheckEvery.
 	rejectAfter  = 10 * time.Second
 	recheckEvery = time.Second
 	// receiveTimeout bounds the time to receive a large payload while other payloads wait for the

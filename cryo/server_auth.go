@@ -29,11 +29,11 @@ type Upgrade struct {
 	// with the wall clock, at least every 15 s, so that it is noticed within that time when the
 	// machine was suspended or its clock was set.
 	//
-	// An expired session ends after [ServerOptions.ExpiryGrace]. As with [Session.Drain],
-	// streams that are incomplete are cancelled and later messages discarded, and received
-	// messages can be settled; but 30 s later at most, the session ends: BYE has the reason
-	// "session expired", and the WebSocket is closed with code 4000. Sends and streams in
-	// flight fail as at any other end. The cause is [ErrExpired].
+	// An expired session ends after [ServerOptions.ExpiryGrace]. As with [Session.Drain], streams
+	// that are incomplete are cancelled and later messages discarded, and received messages can be
+	// settled; but at most 30 s later, the session ends: BYE has the reason "session expired", and
+	// the WebSocket is closed with code 4000. Sends and streams in flight fail as at any other end.
+	// The cause is [ErrExpired].
 	Expires time.Time
 	// Owner may be set by Authorize: the name of the client's user or device. A client that
 	// connects with the id of a session that has not ended takes it over if it has the same

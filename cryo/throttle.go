@@ -9,11 +9,12 @@ import (
 )
 
 const (
-	// othersPerMessage and minOthers are the limit of frames that carry no message: pings, frames of
-	// unknown types, answers to nothing, chunks and fragments of less than smallFrame, and data that
-	// is discarded. They have a separate limit, because the handshake, heartbeats and the ends of
-	// streams must not delay messages: to othersPerMessage for each message of a second or, without a
-	// limit of messages, one for each bytesPerOther of a second, and to minOthers at least.
+	// othersPerMessage and minOthers are the limit of frames that carry no message: pings, frames
+	// of unknown types, answers to nothing, chunks and fragments of less than smallFrame, and data
+	// that is discarded. They have a separate limit, because the handshake, heartbeats and the ends
+	// of streams must not delay messages: per second, othersPerMessage for each message that
+	// MaxMessagesPerSecond allows or, without that limit, one for each bytesPerOther bytes, and at
+	// least minOthers.
 	othersPerMessage = 4
 	bytesPerOther    = 256
 	minOthers        = 100
@@ -123,8 +124,8 @@ func (t *throttle) pause(now time.Time, wait time.Duration) (resume func(now tim
 	}
 }
 
-// bucket is a token bucket that is charged before it is known to have tokens. It holds those of
-// one second at most. In contrast to rate.Limiter, a single charge may exceed them: a message may
+// bucket is a token bucket that is charged before it is known to have tokens. It holds at most
+// those of one second. In contrast to rate.Limiter, a single charge may exceed them: a message may
 // be larger than the bytes of a second.
 type bucket struct {
 	rate int       // tokens per second; 0: no limit

@@ -25,10 +25,10 @@ import (
 const (
 	fieldAuthorizeProcessors = "authorize_processors"
 
-	// maxAuthorizing bounds the clients of a listener for which processors run at the same time. They
-	// need no valid token for that, so those of one address have at most as many runs as are free for
-	// others: the first address half, the next one a quarter. All runs are used by nine addresses
-	// at least, and a client of another address then has the next one that ends.
+	// maxAuthorizing bounds the clients of a listener for which processors run at the same time.
+	// They need no valid token for that, so those of one address have at most as many runs as are
+	// free for others: the first address half, the next one a quarter. It takes at least nine
+	// addresses to use all runs, and a client of another address then has the next one that ends.
 	maxAuthorizing = 256
 )
 

@@ -82,11 +82,11 @@ func listenOptionFields() []*service.ConfigField {
 			Description("The maximum number of messages and streams that a session receives per second. A faster client is slowed down by backpressure; nothing is rejected. 0 means no limit; [Rates]("+docsURL+"reference/limits.md#rates) has the details.").
 			Advanced(),
 		maxBytesPerSecondField.config().
-			Description("The maximum number of bytes that a session receives per second; each message and chunk counts as 64 bytes at least. It works like `max_messages_per_second`. 0 means no limit.").
+			Description("The maximum number of bytes that a session receives per second; each message and chunk counts as at least 64 bytes. It works like `max_messages_per_second`. 0 means no limit.").
 			Advanced(),
 		maxBufferField(true),
 		handshakeTimeoutField.config().
-			Description("The timeout of TLS and the HTTP request of a client, and again of Cryo's handshake on the open WebSocket. A client that exceeds the latter is disconnected with close code 4001. Keep the timeout well above one second.").
+			Description("The timeout for TLS and a client's HTTP request, and then again for the Cryo handshake on the open WebSocket. A client that exceeds the latter is disconnected with close code 4001. Keep the timeout well above one second.").
 			Default("10s").
 			Advanced(),
 		maxHeaderBytesField.config().

@@ -20,9 +20,10 @@ const keepTimeout = 5 * time.Second
 // pipelines while it runs. DrainListeners and CloseListeners end it: call CloseListeners before the process exits.
 func KeepListeners(res *service.Resources) { listenersOf(res).setKeeping(true) }
 
-// CloseListeners closes the listeners that wait for a component, and returns when they have closed their
-// sessions, which takes 10 s at most. Call it when the pipelines have ended, before the process exits:
-// otherwise acknowledgements that are not written yet are lost, and clients send those messages again.
+// CloseListeners closes the listeners that wait for a component, and returns when they have closed
+// their sessions, which takes at most 10 s. Call it when the pipelines have ended, before the
+// process exits: otherwise acknowledgements that are not written yet are lost, and clients send
+// those messages again.
 func CloseListeners(res *service.Resources) { listenersOf(res).closeKept() }
 
 // setKeeping sets whether listeners without components wait for others. If not, those that wait close.
@@ -100,8 +101,8 @@ func (l *listeners) closingOnPort(address string) *listener {
 	return nil
 }
 
-// closeNow begins to close a listener that is kept, which takes closeTime at most. The channel closed of the
-// listener reports the end. The mutex must be held.
+// closeNow begins to close a listener that is kept, which takes at most closeTime. The channel
+// closed of the listener reports the end. The mutex must be held.
 func (l *listeners) closeNow(ln *listener) {
 	ln.kept.Stop()
 	ln.kept = nil

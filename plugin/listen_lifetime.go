@@ -69,7 +69,7 @@ type lifetimeSettings struct {
 	SessionOwner       string        `field:"session_owner"` // source text of the mapping
 }
 
-// lifetime holds the mappings session_expires and session_owner, which may be nil.
+// lifetime holds the session_expires and session_owner mappings, which may be nil.
 type lifetime struct{ expires, owner *bloblang.Executor }
 
 func readLifetime(r *settingsReader) (s lifetimeSettings, l lifetime) {

@@ -18,7 +18,7 @@ func serverOutputSpec() *service.ConfigSpec {
 `+"`send_to`"+` determines when a message is delivered:
 
 - `+"`session`"+`: when the client acknowledges it.
-- `+"`any`"+`: when one client acknowledges it. If its session ends first, the message is sent to another one, ten at most.
+- `+"`any`"+`: when one client acknowledges it. If its session ends first, the message is sent to another one, up to ten in all.
 - `+"`all` and `match`"+`: when each session has acknowledged or rejected it, or has ended, and at least one has acknowledged it. Delivery to a single session is at most once.
 
 A message fails if no session acknowledges it; with `+"`session` and `any`"+`, also if its client rejects it. A session that does not acknowledge within `+"`ack_timeout`"+` is closed; see [Targets](`+deliveryPage+`#targets). Without a session, `+"`no_session`"+` applies.
