@@ -132,7 +132,7 @@ func (s *Server) reportDenied(r *http.Request, denied *denial) {
 	}
 }
 
-// admit decides about a request, and acquires a slot for its session.
+// admit decides whether to admit a request, and acquires a slot for its session.
 func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {

@@ -45,7 +45,7 @@ func lifetimeFields() []*service.ConfigField {
 func lifetimeOptionFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		sessionExpiryGraceField.config().
-			Description("The time from `session_expires` to the end of the session. It lets clients connect with a renewed token first, and tolerates clocks that differ. A new connection with the expired token is denied nevertheless.").
+			Description("The time from `session_expires` to the end of the session. It lets clients connect with a renewed token first, and tolerates clocks that differ. A new connection with the expired token is still denied.").
 			Default("0s").
 			Advanced(),
 		maxSessionAgeField.config().
