@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
@@ -97,8 +99,13 @@ func (tour *tutorial) want(p *testkit.Process) {
 func (tour *tutorial) browse(name string) {
 	tour.t.Helper()
 	address := tour.addresses.Replace(strings.TrimSpace(tour.next("text").content))
-	_, err := url.Parse(address)
+	page, err := url.Parse(address)
 	require.NoError(tour.t, err)
+	testkit.Eventually(tour.t, func(c *assert.CollectT) { // a person opens the page after the server has started
+		conn, err := net.Dial("tcp", page.Host)
+		require.NoError(c, err)
+		require.NoError(c, conn.Close())
+	})
 	tour.t.Run(name, func(t *testing.T) {
 		browser := openBrowser(t, address)
 		browser.wantState("connected")
