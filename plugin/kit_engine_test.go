@@ -102,7 +102,7 @@ func newEngine(t testing.TB) *engine {
 	}
 	must(e.env.RegisterBatchInput("feed", service.NewConfigSpec(), func(_ *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 		e.feeds = res
-		return service.AutoRetryNacksBatched(&feed{e.feed}), nil
+		return retrying{service.AutoRetryNacksBatched(&feed{e.feed})}, nil
 	}))
 	must(e.env.RegisterBatchInput("once", service.NewConfigSpec(), func(_ *service.ParsedConfig, res *service.Resources) (service.BatchInput, error) {
 		e.feeds = res
@@ -404,6 +404,16 @@ func (f *feed) ReadBatch(ctx context.Context) (service.MessageBatch, service.Ack
 	case <-ctx.Done():
 		return nil, nil, ctx.Err()
 	}
+}
+
+// retrying is an input that sends again what fails. The engine's ReadBatch can miss the end of its
+// context, because it is woken up without the lock under which it checks the context, and would then
+// never return. The end of the feed wakes it up reliably.
+type retrying struct{ service.BatchInput }
+
+func (r retrying) ReadBatch(ctx context.Context) (service.MessageBatch, service.AckFunc, error) {
+	defer context.AfterFunc(ctx, func() { _ = r.Close(ctx) })()
+	return r.BatchInput.ReadBatch(ctx)
 }
 
 // produce sends a batch of texts into the pipeline.
