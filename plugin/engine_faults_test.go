@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
@@ -282,6 +283,7 @@ func TestEngineDropOnAttributesAnErrorToTheWrongBatch(t *testing.T) {
 		slow := e.produce("slow")
 		a := e.arrival()
 		require.Error(t, next(t, slow.verdict), "after a second")
+		synctest.Wait() // until drop_on waits for the first one's verdict in the background
 		failing := e.produce("failing")
 		b := e.arrival()
 		b.fail(errOutput) // this verdict is taken for the first one's
