@@ -7,7 +7,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -35,7 +34,7 @@ func TestStoppingProcessClosesItsSessionsOneByOne(t *testing.T) {
 		sessions[i] = testkit.Dial(t, address)
 	}
 	wantReady(t, service, http.StatusOK, "")
-	time.Sleep(200 * time.Millisecond) // a stop that follows the start at once drains nothing
+	p.AwaitStopHandling() // a stop that follows the start at once drains nothing
 	p.Signal(syscall.SIGTERM)
 	wantReady(t, service, http.StatusServiceUnavailable, "stopping")
 	testkit.WantDelivered(t, testkit.Dial(t, address), "before the drain begins, also of a new client")
@@ -88,7 +87,7 @@ func TestStoppingProcessAcceptsNoOtherConfiguration(t *testing.T) {
 	path := testkit.WriteFile(t, "pipeline.yaml", config)
 	p := launch(t, []string{"CRYO_TOKEN=" + token, "CRYO_CONNECT_HTTP_ADDRESS=" + api}, "run", "-w", path)
 	p.Listening()
-	time.Sleep(200 * time.Millisecond) // a stop that follows the start at once drains nothing
+	p.AwaitStopHandling() // a stop that follows the start at once drains nothing
 	p.Signal(syscall.SIGTERM)
 	wantReady(t, "http://"+api, http.StatusServiceUnavailable, "stopping")
 	require.NoError(t, os.WriteFile(path, []byte(strings.Replace(config, "drop: {}", "drop: {} # changed", 1)), 0o600))

@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -33,7 +32,7 @@ output: { cryo: { url: "`+server.URL()+`", token: `+token+` } }
 			client := testkit.Dial(t, p.Listening())
 			sent := testkit.Send(client, "m")
 			testkit.Receive(t, server.Session(t)) // and acknowledges nothing
-			time.Sleep(200 * time.Millisecond)    // a stop that follows the start at once has the engine's limits
+			p.AwaitStopHandling()                 // a stop that follows the start at once has the engine's limits
 			p.Terminate()
 			p.WantLog("send cancelled: the process is stopping")
 			require.ErrorIs(t, testkit.Next(t, sent), net.ErrClosed, "not delivered, so not acknowledged")

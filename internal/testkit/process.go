@@ -2,6 +2,7 @@ package testkit
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -188,6 +189,15 @@ func (p *Process) Terminate() {
 	p.WantExit(0)
 }
 
+// AwaitStopHandling waits until cryo-connect does on a signal what the engine does not: it begins to
+// a tenth of a second after the engine handles signals (cmd/cryo-connect/stop.go).
+func (p *Process) AwaitStopHandling() {
+	p.tb.Helper()
+	p.awaitLaunch()
+	time.Sleep(150 * time.Millisecond)
+	p.awaitIdle()
+}
+
 // awaitLaunch waits until cryo-connect handles signals, which kill it before that. It does so a
 // moment after the line that all pipelines are launched; without that line, as at log level ERROR,
 // after a second.
@@ -201,7 +211,24 @@ func (p *Process) awaitLaunch() {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	time.Sleep(20 * time.Millisecond)
+	p.awaitIdle()
+}
+
+// awaitIdle waits until no thread of the process runs or waits for a processor, for 30 ms at least
+// and, because a pipeline may be busy, for a second at most. A process on a busy machine can need
+// long for the few instructions behind a line that it logs. Only Linux shows the threads.
+func (p *Process) awaitIdle() {
+	for idle, tries := 0, 0; idle < 3 && tries < 100; tries++ {
+		time.Sleep(10 * time.Millisecond)
+		idle++
+		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Cmd.Process.Pid))
+		for _, thread := range threads {
+			stat, _ := os.ReadFile(thread)
+			if _, state, _ := strings.Cut(string(stat), ") "); strings.HasPrefix(state, "R") || strings.HasPrefix(state, "D") {
+				idle = 0
+			}
+		}
+	}
 }
 
 // WantExit waits for the end of the process, with an exit code.
