@@ -39,8 +39,9 @@ func TestNoHookAndNoLogHandlerRunsWithALockHeld(t *testing.T) {
 	)
 	probe := func() {
 		calls.Add(1)
-		for range 1000 {
-			if s.Load().Unlocked() {
+		// Another goroutine may hold a lock, and its thread may wait for a processor for some time.
+		for range 10_000_000 {
+			if locked.Load() > 0 || s.Load().Unlocked() {
 				return
 			}
 			runtime.Gosched()
