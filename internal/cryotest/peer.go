@@ -15,7 +15,7 @@ import (
 
 // Patience is the time that a Peer waits for an expected frame; virtual time under
 // testing/synctest.
-const Patience = 10 * time.Second
+const Patience = time.Minute
 
 // Peer is the other end of a Cryo connection. It sends what the test sends and
 // nothing else, except WebSocket pongs, and fails the test when an expected
