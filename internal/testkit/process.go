@@ -215,10 +215,10 @@ func (p *Process) awaitLaunch() {
 }
 
 // awaitIdle waits until no thread of the process runs or waits for a processor, for 30 ms at least
-// and, because a pipeline may be busy, for a second at most. A process on a busy machine can need
+// and, because a pipeline may be busy, about 200 ms at most. A process on a busy machine can need
 // long for the few instructions behind a line that it logs. Only Linux shows the threads.
 func (p *Process) awaitIdle() {
-	for idle, tries := 0, 0; idle < 3 && tries < 100; tries++ {
+	for idle, tries := 0, 0; idle < 3 && tries < 20; tries++ {
 		time.Sleep(10 * time.Millisecond)
 		idle++
 		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.Cmd.Process.Pid))
