@@ -34,7 +34,7 @@ input:
     max_bytes_per_second: 1000
 output:
   label: server
-  cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 2s }
+  cryo: { url: "${SERVER}", token: "${CRYO_TOKEN}", ack_timeout: 5s }
 `
 
 func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
@@ -154,14 +154,22 @@ func TestEveryMetricIsExportedDocumentedAndCounted(t *testing.T) {
 func scrapeBroadcast(t *testing.T) (exported map[string]string) {
 	t.Helper()
 	p, service := runServing(t, `
-input: { generate: { interval: 1s, mapping: root = "hello" } }
+input: { http_server: { path: /hello } }
 output: { label: chat, cryo_server: { address: "127.0.0.1:0", tokens: [ "${CRYO_TOKEN}" ], send_to: all, no_session: drop } }
 metrics: { prometheus: { use_histogram_timing: true } }
 `)
 	address := p.Listening()
 	a, b := testkit.Dial(t, address), testkit.Dial(t, address)
+	testkit.Eventually(t, func(c *assert.CollectT) { // the output has both sessions
+		assert.Equal(c, "2", scrape(t, service)[`cryo_sessions{label="chat",path="root.output"}`])
+	})
+	posted := testkit.Go(func() error {
+		_, err := testkit.HTTP(http.MethodPost, service+"/hello", "hello")
+		return err
+	})
 	require.NoError(t, testkit.Receive(t, a).Ack())
 	require.NoError(t, testkit.Receive(t, b).Reject("no"))
+	require.NoError(t, testkit.Next(t, posted))
 	testkit.Eventually(t, func(c *assert.CollectT) {
 		exported = scrape(t, service)
 		for series, want := range map[string]string{
