@@ -23,7 +23,9 @@
 // atBothOutputs.
 //
 // Time stands still while a goroutine runs. What must happen immediately has happened after
-// synctest.Wait, which run, dial and the want functions call; an hour of time.Sleep costs nothing.
+// synctest.Wait, which run, dial, wantPending and wantNoArrival call, and whatever reads the log or a
+// metric. The others, such as wantAcked, return while other goroutines still run: a test that then
+// depends on the component's own state calls synctest.Wait. An hour of time.Sleep costs nothing.
 // Pipelines, servers and sessions end with the test, and a goroutine that stays fails it. Compare
 // errors by errors.Is or their type, log lines by level, constant words and fields, times exactly.
 
@@ -73,7 +75,11 @@ type engine struct {
 // inEngine runs a test in virtual time. A test of real sockets uses newEngine, start and checkLeaks.
 func inEngine(t *testing.T, test func(t *testing.T, e *engine)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) { test(t, newEngine(t)) })
+	synctest.Test(t, func(t *testing.T) {
+		e := newEngine(t)
+		e.log.settle, e.metrics.settle = synctest.Wait, synctest.Wait
+		test(t, e)
+	})
 }
 
 // newEngine makes an engine whose environment has our components, and those of the test: the

@@ -14,7 +14,8 @@ import (
 
 // logBook records the log lines of all components and pipelines of a test, at any level.
 type logBook struct {
-	deaf bool // set before use: nothing is recorded
+	deaf   bool   // set before use: nothing is recorded
+	settle func() // set before use: is called before lines are read; nil: none
 
 	mu    sync.Mutex
 	lines []string          // "LEVEL message field=value …"
@@ -36,8 +37,12 @@ func (b *logBook) onLine(words string, do func()) {
 // logger returns a logger that writes to the book.
 func (b *logBook) logger() *slog.Logger { return slog.New(&bookHandler{book: b}) }
 
-// all returns the lines so far.
+// all returns the lines so far. It waits for what must be logged immediately: in virtual time, only the
+// test's own goroutine may call it, count and want. Others use onLine.
 func (b *logBook) all() []string {
+	if b.settle != nil {
+		b.settle()
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return append([]string(nil), b.lines...)

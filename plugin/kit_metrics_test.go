@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 	"sync"
-	"testing/synctest"
 
 	"github.com/redpanda-data/benthos/v4/public/service"
 	"github.com/stretchr/testify/require"
@@ -15,6 +14,8 @@ import (
 // metricsBook is a metrics exporter that records the values of all pipelines of a test. A timer
 // counts nanoseconds.
 type metricsBook struct {
+	settle func() // set before use: is called before a value is read; nil: none
+
 	mu     sync.Mutex
 	values map[string]int64 // "name{key=value}"
 }
@@ -27,8 +28,12 @@ func (b *metricsBook) names() []string {
 }
 
 // value returns the value of a metric, such as "cryo_sessions" or
-// "cryo_messages_sent{message_type=utf8}"; 0 if there is none.
+// "cryo_messages_sent{message_type=utf8}"; 0 if there is none. It waits for what must happen immediately:
+// in virtual time, only the test's own goroutine may call it.
 func (b *metricsBook) value(name string) int64 {
+	if b.settle != nil {
+		b.settle()
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.values[name]
@@ -77,7 +82,6 @@ func (b *metricsBook) Close(context.Context) error { return nil }
 // wantMetrics requires metrics to have these values by now.
 func (e *engine) wantMetrics(why string, want map[string]int64) {
 	e.t.Helper()
-	synctest.Wait()
 	for name, value := range want {
 		require.Equal(e.t, value, e.metrics.value(name), "%s: %s", why, name)
 	}

@@ -3,6 +3,7 @@ package plugin
 import (
 	"net"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -112,8 +113,10 @@ func TestKeptListenerReleasesItsPortForAnotherAddress(t *testing.T) {
 func TestKeptListenerReleasesItsPortForSeveralComponents(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		listen := e.shared.listen
+		var closed atomic.Bool
+		e.log.onLine("Listener closed", func() { closed.Store(true) })
 		e.shared.listen = func(network, address string) (net.Listener, error) {
-			if strings.HasPrefix(address, "0.0.0.0:") && e.log.count("Listener closed") == 0 {
+			if strings.HasPrefix(address, "0.0.0.0:") && !closed.Load() {
 				return nil, &net.OpError{Op: "listen", Net: "tcp", Err: syscall.EADDRINUSE}
 			}
 			return listen(network, strings.Replace(address, "0.0.0.0:", "192.0.2.2:", 1))
