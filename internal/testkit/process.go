@@ -175,7 +175,7 @@ func (p *Process) Signal(signal syscall.Signal) {
 // Interrupt sends SIGINT, as Ctrl-C does, and waits for the end, with exit code 0.
 func (p *Process) Interrupt() {
 	p.tb.Helper()
-	p.awaitLaunch()
+	p.AwaitLaunch()
 	p.Signal(syscall.SIGINT)
 	p.WantExit(0)
 }
@@ -184,7 +184,7 @@ func (p *Process) Interrupt() {
 // code 0.
 func (p *Process) Terminate() {
 	p.tb.Helper()
-	p.awaitLaunch()
+	p.AwaitLaunch()
 	p.Signal(syscall.SIGTERM)
 	p.WantExit(0)
 }
@@ -193,15 +193,15 @@ func (p *Process) Terminate() {
 // a tenth of a second after the engine handles signals (cmd/cryo-connect/stop.go).
 func (p *Process) AwaitStopHandling() {
 	p.tb.Helper()
-	p.awaitLaunch()
+	p.AwaitLaunch()
 	time.Sleep(150 * time.Millisecond)
 	p.awaitIdle()
 }
 
-// awaitLaunch waits until cryo-connect handles signals, which kill it before that. It does so a
+// AwaitLaunch waits until cryo-connect handles signals, which kill it before that. It does so a
 // moment after the line that all pipelines are launched; without that line, as at log level ERROR,
 // after a second.
-func (p *Process) awaitLaunch() {
+func (p *Process) AwaitLaunch() {
 	launched := func(line string) bool {
 		return strings.Contains(line, "Launching a cryo-connect") || strings.Contains(line, "Launching cryo-connect")
 	}

@@ -7,11 +7,9 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -52,11 +50,7 @@ func (p *pipeline) stop() {
 		return
 	}
 	if p.Running() {
-		// Before this line the engine does not handle SIGTERM.
-		launched := func() bool {
-			return slices.ContainsFunc(p.All(), func(line string) bool { return strings.Contains(line, "Launching a cryo-connect instance") })
-		}
-		require.Eventually(p.t, func() bool { return launched() || !p.Running() }, testkit.Patience, 10*time.Millisecond)
+		p.AwaitLaunch()
 		_ = p.Cmd.Process.Signal(syscall.SIGTERM) // it may end by itself at this moment
 	}
 	p.WantExit(0)
