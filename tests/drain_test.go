@@ -27,7 +27,7 @@ shutdown_delay: ${DELAY}
 `
 
 func TestStoppingProcessClosesItsSessionsOneByOne(t *testing.T) {
-	p, service := runServing(t, drainingPipeline, "DELAY=4s")
+	p, service := runServing(t, drainingPipeline, "DELAY=7s")
 	address := p.Listening()
 	sessions := make([]*cryo.Session, 6)
 	for i := range sessions {
@@ -83,7 +83,7 @@ func TestNegativeShutdownDelayIsRejected(t *testing.T) {
 // A pipeline that replaced another one now would not drain, and would be ready.
 func TestStoppingProcessAcceptsNoOtherConfiguration(t *testing.T) {
 	api := testkit.ReserveAddress(t)
-	config := strings.ReplaceAll(drainingPipeline, "${DELAY}", "4s")
+	config := strings.ReplaceAll(drainingPipeline, "${DELAY}", "7s")
 	path := testkit.WriteFile(t, "pipeline.yaml", config)
 	p := launch(t, []string{"CRYO_TOKEN=" + token, "CRYO_CONNECT_HTTP_ADDRESS=" + api}, "run", "-w", path)
 	p.Listening()

@@ -28,7 +28,7 @@ input:
   cryo_server:
     address: "${CLIENTS}"
     tokens: [ "${CRYO_TOKEN}" ]
-    session_expires: root = if this.query.brief == "1" { now().ts_unix() + 2 }
+    session_expires: root = if this.query.brief == "1" { now().ts_unix() + 3 }
     message_types: [ utf8, stream ]
     auto_replay_nacks: false
     max_bytes_per_second: 1000
