@@ -230,21 +230,26 @@ func TestEngineCountsGaugesFromZero(t *testing.T) {
 	})
 }
 
-const lossyWait = 100 * time.Millisecond
+// lossyOutput is an output that loses its connection once, with three messages in flight.
+type lossyOutput struct {
+	connected, lost, writing, concurrent atomic.Int64
 
-// lossyOutput is an output that loses its connection once, with all messages in flight.
-type lossyOutput struct{ connected, writing, concurrent atomic.Int64 }
+	allLost chan struct{} // closed when all three have lost their connection
+}
 
 func (o *lossyOutput) Connect(context.Context) error { o.connected.Add(1); return nil }
 func (o *lossyOutput) Close(context.Context) error   { return nil }
 
 func (o *lossyOutput) Write(context.Context, *service.Message) error {
 	if o.connected.Load() < 2 {
-		time.Sleep(lossyWait)
+		if o.lost.Add(1) == 3 {
+			close(o.allLost)
+		}
+		<-o.allLost
 		return service.ErrNotConnected
 	}
 	o.concurrent.Store(max(o.concurrent.Load(), o.writing.Add(1)))
-	time.Sleep(lossyWait)
+	time.Sleep(100 * time.Millisecond)
 	o.writing.Add(-1)
 	return nil
 }
@@ -253,7 +258,7 @@ func (o *lossyOutput) Write(context.Context, *service.Message) error {
 func TestEngineSendsBatchesThatWaitedForAConnectionOneByOne(t *testing.T) {
 	defer checkLeaks(t)
 	e := newEngine(t)
-	out := &lossyOutput{}
+	out := &lossyOutput{allLost: make(chan struct{})}
 	require.NoError(t, e.env.RegisterOutput("lossy", service.NewConfigSpec(), func(*service.ParsedConfig, *service.Resources) (service.Output, int, error) {
 		return out, 3, nil
 	}))
