@@ -67,6 +67,7 @@ output:
 	p := launch(t, nil, "run", "--log.level", "trace", config)
 	p.Listening()
 	p.WantLog("Failed to connect to cryo: ")
+	wantServing(t, api, http.StatusOK)
 	for _, path := range []string{"/metrics", "/stats", "/debug/config/json", "/debug/config/yaml", "/endpoints"} {
 		resp, err := testkit.HTTP(http.MethodGet, "http://"+api+path, "")
 		require.NoError(t, err)

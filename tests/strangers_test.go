@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -34,14 +35,20 @@ func withAPI(address string) []string {
 	}
 }
 
-// asOperator makes a request with the credentials of withAPI, or with another password.
+// asOperator makes a request with the credentials of withAPI, or with another password, as soon as the
+// server listens.
 func asOperator(t require.TestingT, method, url, body, password string) testkit.Response {
-	req, err := http.NewRequest(method, url, strings.NewReader(body)) //nolint:noctx // the test's end kills the server
-	require.NoError(t, err)
-	req.SetBasicAuth(operator, password)
-	resp, err := testkit.Do(http.DefaultTransport, req)
-	require.NoError(t, err)
-	return resp
+	for deadline := time.Now().Add(testkit.Patience); ; time.Sleep(10 * time.Millisecond) {
+		req, err := http.NewRequest(method, url, strings.NewReader(body)) //nolint:noctx // the test's end kills the server
+		require.NoError(t, err)
+		req.SetBasicAuth(operator, password)
+		resp, err := testkit.Do(http.DefaultTransport, req)
+		if errors.Is(err, syscall.ECONNREFUSED) && time.Now().Before(deadline) {
+			continue
+		}
+		require.NoError(t, err)
+		return resp
+	}
 }
 
 // wantServing waits until the HTTP server responds with a status to a request for /ping.
@@ -74,6 +81,7 @@ func TestUnauthenticatedRequestsCannotRunAnything(t *testing.T) {
 			command := slices.Clone(args)
 			command[slices.Index(command, at)] += address
 			p := launch(t, nil, command...)
+			p.WantLog("Launching ") // all paths are registered
 			wantServing(t, address, http.StatusOK)
 
 			evil := "{ input: { generate: { count: 1, mapping: root = 1 } }, output: { file: { path: '" + proof + "' } } }"
@@ -128,6 +136,7 @@ func TestAPIWithoutAuthenticationIsRejectedAtStart(t *testing.T) {
 func TestAPIWithAuthenticationServesOnlyTheOperator(t *testing.T) {
 	address, proof := testkit.ReserveAddress(t), filepath.Join(t.TempDir(), "proof")
 	p := launch(t, nil, append(withAPI(address), testkit.WriteFile(t, "idle.yaml", idle))...)
+	p.WantLog("Launching ") // all paths are registered
 	wantServing(t, address, http.StatusUnauthorized)
 
 	url := "http://" + address + "/streams/copy"
