@@ -64,14 +64,17 @@ func main() {
 		),
 		service.CLIOptSetMainSchemaFrom(schema),
 		service.CLIOptOnConfigParse(func(conf *service.ParsedConfig) error {
-			return cmp.Or(api.checkConfig(conf), stop.configure(conf), plugin.CheckListeners(conf))
+			if err := cmp.Or(api.checkConfig(conf), stop.configure(conf), plugin.CheckListeners(conf)); err != nil {
+				return err
+			}
+			if watcher.requested || api.requested {
+				plugin.KeepListeners(stop.resources) // a request may replace a pipeline before all have started
+			}
+			return nil
 		}),
 		service.CLIOptOnStreamStart(func(*service.RunningStreamSummary) error {
 			plugin.RequireFiles() // of configurations that replace running ones
 			watcher.start()
-			if watcher.requested || api.requested {
-				plugin.KeepListeners(stop.resources)
-			}
 			stop.watch()
 			return nil
 		}),
