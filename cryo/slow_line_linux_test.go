@@ -138,6 +138,7 @@ var slowEnds = map[string]func(t *testing.T, l *line, secure bool) (s *cryo.Sess
 		e, sessions := serveSessions(t, cryo.SessionOptions{HeartbeatInterval: slowHeartbeat}, secure)
 		peer := cryotest.DialPeer(t, &websocket.Dialer{TLSClientConfig: e.tls}, e.over(t, l), token, sid)
 		peer.ClientHandshake()
+		peer.AnswerPings()
 		return next(t, sessions), func(t *testing.T, n int) { acknowledgeAll(peer, n) }
 	},
 	"to a raw server": func(t *testing.T, l *line, secure bool) (*cryo.Session, func(*testing.T, int)) {
@@ -150,6 +151,7 @@ var slowEnds = map[string]func(t *testing.T, l *line, secure bool) (s *cryo.Sess
 		})
 		peer := server.NextPeer()
 		peer.ServerHandshake()
+		peer.AnswerPings()
 		dialling.wantSuccess(t)
 		return <-s, func(t *testing.T, n int) { acknowledgeAll(peer, n) }
 	},
@@ -167,7 +169,6 @@ var slowEnds = map[string]func(t *testing.T, l *line, secure bool) (s *cryo.Sess
 }
 
 func acknowledgeAll(peer *cryotest.Peer, n int) {
-	peer.AnswerPings()
 	var frames []wire.Frame
 	for range n {
 		frames = append(frames, peer.WantType("all that was sent", wire.Binary))
