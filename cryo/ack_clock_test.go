@@ -28,7 +28,7 @@ func ticks(s *cryo.Session) (n int) {
 	return n
 }
 
-func TestAPeerThatHasReadAllIsLateAfterTheTimeout(t *testing.T) {
+func TestPeerThatHasReadAllIsLateAfterTheTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.Read()
 		_ = s.Queue([]cryo.OutMessage{cryo.Text("all")})
@@ -37,7 +37,7 @@ func TestAPeerThatHasReadAllIsLateAfterTheTimeout(t *testing.T) {
 	})
 }
 
-func TestAPeerThatDoesNotReadIsLateAfterTheTimeout(t *testing.T) {
+func TestPeerThatDoesNotReadIsLateAfterTheTimeout(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		_ = s.Queue([]cryo.OutMessage{cryo.Binary(make([]byte, 2<<20))})
 		synctest.Wait()
@@ -107,7 +107,7 @@ func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 	})
 }
 
-func TestAStreamsStepMayTakeLongerWhileItIsTransferred(t *testing.T) {
+func TestStreamsStepMayTakeLongerWhileItIsTransferred(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{ChunkBytes: 1_500_000, StepTimeout: 30 * time.Second})
 		peer.Conn().ReadSlowly(30_000)

@@ -83,7 +83,7 @@ func TestNumbersWrapAndSkipUnansweredOnes(t *testing.T) {
 
 // Each frame must be released by the writer and settled, in either order. Written and
 // answered settles it, whatever comes first.
-func TestACallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
+func TestCallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
 	no, other := errors.New("no"), errors.New("too late")
 	for name, c := range map[string]struct {
 		steps []string // behind the last of which it is done
@@ -161,7 +161,7 @@ func TestACallIsDoneWhenEachFrameIsReleasedAndCompleted(t *testing.T) {
 	}
 }
 
-func TestAnEmptyTableShrinks(t *testing.T) {
+func TestEmptyTableShrinks(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	for range 2 {
 		c, numbers := written(acks, 10*maxIdleSlots)
@@ -199,7 +199,7 @@ func TestLongUnansweredNumbersKeepTheirSlots(t *testing.T) {
 	require.Zero(t, acks.waiting)
 }
 
-func TestTheEndCompletesEveryFrame(t *testing.T) {
+func TestEndCompletesEveryFrame(t *testing.T) {
 	acks := newAckTable(dialingNumbers, 0)
 	c, numbers := written(acks, 3)
 	require.Equal(t, answerAccepted, acks.answer(numbers[1], nil))

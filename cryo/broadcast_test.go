@@ -41,7 +41,7 @@ func broadcast(ctx context.Context, sessions []*cryo.Session, messages []cryo.Ou
 	return errs
 }
 
-func TestABroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
+func TestBroadcastReturnsWhenEachPeerHasAcknowledged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sessions, peers := audience(t, 1, 2, 3)
 		var errs []error

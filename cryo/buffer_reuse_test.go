@@ -43,8 +43,8 @@ func TestMessageMemoryIsNotReusedByLaterFrames(t *testing.T) {
 	}
 }
 
-// While the receive buffer is full, a large frame is skipped, and has no memory of its
-// own: the frame before it keeps what it has.
+// While the receive buffer is full, a large frame is skipped, and has no
+// memory: the frame before it keeps what it has.
 func TestMessageMemoryIsNotReusedByADiscardedFrame(t *testing.T) {
 	opts := quiet
 	opts.MaxBufferBytes = 2000

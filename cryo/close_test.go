@@ -180,7 +180,7 @@ func TestPeerThatSendsByeAndNeverClosesIsDisconnected(t *testing.T) {
 	})
 }
 
-func TestAPeerMayCloseWithoutBye(t *testing.T) {
+func TestPeerMayCloseWithoutBye(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, ""))
 		m := receive(t, s)
@@ -199,7 +199,7 @@ func TestAPeerMayCloseWithoutBye(t *testing.T) {
 	})
 }
 
-func TestAPeerMayCloseWithoutACode(t *testing.T) {
+func TestPeerMayCloseWithoutACode(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteClose(websocket.CloseNoStatusReceived, "")
 		peer.WantClose("the end", websocket.CloseNormalClosure, "")
@@ -207,7 +207,7 @@ func TestAPeerMayCloseWithoutACode(t *testing.T) {
 	})
 }
 
-func TestAConnectionCanBeLost(t *testing.T) {
+func TestConnectionCanBeLost(t *testing.T) {
 	for name, lose := range map[string]func(*cryotest.Peer){
 		"reset":            func(peer *cryotest.Peer) { peer.Conn().Cut() },
 		"closed":           func(peer *cryotest.Peer) { _ = peer.Conn().Close() },

@@ -173,7 +173,7 @@ func TestWaitForACancelEndsWithTheSession(t *testing.T) {
 	}
 }
 
-func TestTheWaitForACancelEndsWithTheContext(t *testing.T) {
+func TestWaitForACancelEndsWithTheContext(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		incoming(t, s, peer, 1, 0)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -399,7 +399,7 @@ func acknowledgedAhead(t *testing.T, s *cryo.Session, peer *cryotest.Peer) {
 	require.NoError(t, st.Ack())
 }
 
-func TestTheEndWaitsForTheFinishOfAStreamThatIsAcknowledged(t *testing.T) {
+func TestEndWaitsForTheFinishOfAStreamThatIsAcknowledged(t *testing.T) {
 	for name, finish := range map[string]func(*cryo.Session, context.Context, string) error{
 		"Close": (*cryo.Session).Close,
 		"Drain": (*cryo.Session).Drain,

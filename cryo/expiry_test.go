@@ -341,7 +341,7 @@ func TestTakeoverOfAnExpiredSession(t *testing.T) {
 		require.ErrorIs(t, m.Ack(), cryo.ErrTakenOver)
 		newer := next(t, sessions)
 		time.Sleep(time.Minute - instant)
-		require.NoError(t, newer.Err(), "it has a time of its own")
+		require.NoError(t, newer.Err(), "it has its own time")
 		require.False(t, newer.Draining())
 	})
 }

@@ -38,7 +38,7 @@ func recorded(t *testing.T, f wire.Frame) []byte {
 	return conn.taken
 }
 
-// readerOf returns a reader of what a connection gives, with a receive buffer of its own.
+// readerOf returns a reader of what a connection gives, with its own receive buffer.
 func readerOf(c net.Conn, bound int) *frameReader {
 	conn := ws.New(c, false)
 	conn.Start(func([]byte) {}, func(int, bool) {})

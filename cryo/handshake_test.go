@@ -228,7 +228,7 @@ func TestDialEndsWithItsContext(t *testing.T) {
 	})
 }
 
-func TestTheContextOfDialDoesNotBoundTheSession(t *testing.T) {
+func TestContextOfDialDoesNotBoundTheSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		server := cryotest.NewServer(t)
@@ -249,7 +249,7 @@ func TestTheContextOfDialDoesNotBoundTheSession(t *testing.T) {
 	})
 }
 
-func TestASessionThatEndsDuringTheHandshakeFailsDial(t *testing.T) {
+func TestSessionThatEndsDuringTheHandshakeFailsDial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		peer, dial := dialling(t, cryo.DialOptions{})
 		peer.WriteClose(4002, "go away")

@@ -17,7 +17,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestAPingIsAnsweredWithItsNumberAndAPongNever(t *testing.T) {
+func TestPingIsAnsweredWithItsNumberAndPongNever(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Ping(77))
 		peer.WantFrame("the answer", cryotest.Pong(77))
@@ -55,7 +55,7 @@ func TestAnswersToAFloodOfPingsAreBounded(t *testing.T) {
 	})
 }
 
-func TestAServerPingsAndAClientDoesNot(t *testing.T) {
+func TestServerPingsAndClientDoesNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, peer := accepted(t, cryo.ServerOptions{})
 		time.Sleep(15 * time.Second)

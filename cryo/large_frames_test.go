@@ -46,7 +46,7 @@ func begin(t *testing.T, peer *cryotest.Peer, number uint32) (rest []byte) {
 	return b[large/2:]
 }
 
-// eachItsOwner authorizes each session as one of a client of its own.
+// eachItsOwner authorizes each session as one of a separate client.
 func eachItsOwner(u *cryo.Upgrade) error {
 	u.Owner = strconv.FormatUint(u.SessionID, 10)
 	return nil

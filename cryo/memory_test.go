@@ -11,7 +11,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/ws"
 )
 
-// endlessConn gives the same bytes again and again, and takes everything.
+// endlessConn gives the same bytes repeatedly, and takes everything.
 type endlessConn struct {
 	net.Conn
 	bytes []byte

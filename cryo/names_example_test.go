@@ -40,7 +40,7 @@ func ExampleNewSessionID() {
 	// true
 }
 
-// A client with the right token is denied for another reason, with a message of its own.
+// A client with the right token is denied for another reason, with its own message.
 // Value keeps what was found out about the others.
 func ExampleAdmissionError() {
 	server, err := cryo.NewServer(&cryo.ServerOptions{

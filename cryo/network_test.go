@@ -105,7 +105,7 @@ func wantConversation(t *testing.T, client, server *cryo.Session) {
 	require.ErrorIs(t, client.Err(), cryo.ErrClosed)
 }
 
-func TestAConversationOverTCP(t *testing.T) {
+func TestConversationOverTCP(t *testing.T) {
 	target, sessions := serveTCP(t)
 	client, err := cryo.Dial(t.Context(), target, &cryo.DialOptions{Token: token})
 	require.NoError(t, err)

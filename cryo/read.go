@@ -156,7 +156,7 @@ func (s *Session) handle(in *received) {
 		return
 	case wire.Error:
 		// A rejection of one of our frames is never acknowledged: the peer
-		// may have a frame of its own with that number (protocol, "ERROR").
+		// may have its own frame with that number (protocol, "ERROR").
 		if s.handleAnswer(f, &RejectedError{Text: s.Redact(f.Text())}) {
 			return
 		}

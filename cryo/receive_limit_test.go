@@ -128,7 +128,7 @@ func TestNothingIsHeldAfterTheLastSettle(t *testing.T) {
 	}
 }
 
-func TestAFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
+func TestFrameThatWaitsForCapacityHoldsNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: bounded()})
 		first, second := join(t, l, 1), join(t, l, 2)
@@ -191,7 +191,7 @@ func TestReadsPauseForAtMostTenSecondsWhileASenderWaits(t *testing.T) {
 }
 
 // An ERROR with one of our numbers is an answer, and no data.
-func TestARejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
+func TestRejectionIsReadThoughTheReceiveBufferIsFull(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Binary(1000, string(make([]byte, 2000))))
 		m := receive(t, s)

@@ -304,7 +304,7 @@ func TestEndWakesAllReceivers(t *testing.T) {
 	})
 }
 
-func TestANumberBelongsToItsConnection(t *testing.T) {
+func TestNumberBelongsToItsConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := cryotest.NewServer(t)
 		dial := func() (*cryo.Session, *cryotest.Peer) {

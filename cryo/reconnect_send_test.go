@@ -118,7 +118,7 @@ func TestMessageAcknowledgedAtTheEndIsNotResent(t *testing.T) {
 	})
 }
 
-func TestAMessageThatEndsEverySessionFailsAfterTen(t *testing.T) {
+func TestMessageThatEndsEverySessionFailsAfterTen(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		sending := sendBy(c, "good", "poison", "after it")
 		for i := range 11 {
@@ -195,7 +195,7 @@ func TestBatchIsDeliveredAtOneMessageASession(t *testing.T) {
 	})
 }
 
-func TestTheContextBoundsAllOfASend(t *testing.T) {
+func TestContextBoundsAllOfASend(t *testing.T) {
 	enough := errors.New("enough")
 	for name, c := range map[string]struct {
 		prepare func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server)

@@ -455,7 +455,7 @@ func TestRetryAfterIsParsed(t *testing.T) {
 	})
 }
 
-func TestAClientObeysRetryAfter(t *testing.T) {
+func TestClientObeysRetryAfter(t *testing.T) {
 	for name, c := range map[string]struct {
 		answer  string
 		atLeast time.Duration
@@ -567,7 +567,7 @@ func TestManyCallersShareOneAttempt(t *testing.T) {
 	})
 }
 
-func TestACallersContextEndsItsWaitAndNotTheAttempt(t *testing.T) {
+func TestCallersContextEndsItsWaitAndNotTheAttempt(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		stop := errors.New("enough")
 		ctx, cancel := context.WithCancelCause(t.Context())
@@ -662,7 +662,7 @@ func TestConnectWaitsUntilThePreviousSessionHasEnded(t *testing.T) {
 	})
 }
 
-func TestTheHooksSeeEachSessionOnce(t *testing.T) {
+func TestHooksSeeEachSessionOnce(t *testing.T) {
 	var events []string
 	note := func(s *cryo.Session, event string) {
 		select {
@@ -860,7 +860,7 @@ func TestClientCloseSendsBye(t *testing.T) {
 }
 
 // The attempt is over in the moment of Close: nobody loses a session that way.
-func TestAnAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
+func TestAttemptThatSucceedsDuringCloseLeavesNoSession(t *testing.T) {
 	closed := make(chan error, 1)
 	var c *cryo.Client
 	synctest.Test(t, func(t *testing.T) {

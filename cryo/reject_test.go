@@ -47,7 +47,7 @@ func TestErrorsOfThePeersApplicationAreMessages(t *testing.T) {
 	})
 }
 
-func TestASessionThatOnlySendsRejectsMessages(t *testing.T) {
+func TestSessionThatOnlySendsRejectsMessages(t *testing.T) {
 	lines := &logged{}
 	opts := cryo.SessionOptions{SendOnly: true, Logger: slog.New(lines.handler())}
 	atBothEnds(t, opts, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -69,7 +69,7 @@ func TestASessionThatOnlySendsRejectsMessages(t *testing.T) {
 	})
 }
 
-func TestASessionCanStopAndBeginReceiving(t *testing.T) {
+func TestSessionCanStopAndBeginReceiving(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Text(1, "taken"), cryotest.Text(2, "queued"), cryotest.Text(3, "queued"))
 		taken := receive(t, s)

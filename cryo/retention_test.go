@@ -63,7 +63,7 @@ func TestUnreadStreamIsBoundedInASendOnlySession(t *testing.T) {
 	})
 }
 
-func TestAnErrorIsNotAnsweredWithAnError(t *testing.T) {
+func TestErrorIsNotAnsweredWithAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := dialled(t, cryo.DialOptions{SessionOptions: quiet})
 		peer.WriteFrames(cryotest.Error(0, "app says"))

@@ -109,7 +109,7 @@ func TestPeerMayCloseWith1014(t *testing.T) {
 }
 
 // RFC 6455, 5.4 and 5.5.2: a message of 16 MiB in small fragments, with pings between them.
-func TestAMessageMayComeInSmallFragments(t *testing.T) {
+func TestMessageMayComeInSmallFragments(t *testing.T) {
 	const every = 1000 // fragments from ping to ping
 	overRealSockets(t, func(t *testing.T, s *cryo.Session, peer rawPeer) {
 		payload := bytes.Repeat([]byte("0123456789abcdef"), cryo.MaxPayload/16)
@@ -138,7 +138,7 @@ func TestAMessageMayComeInSmallFragments(t *testing.T) {
 }
 
 // RFC 6455, 5.5.3: a pong has the data of the ping that it answers.
-func TestAPongHasTheDataOfThePing(t *testing.T) {
+func TestPongHasTheDataOfThePing(t *testing.T) {
 	overRealSockets(t, func(t *testing.T, s *cryo.Session, peer rawPeer) {
 		for _, data := range []string{"", "there?", "\xff\x00", strings.Repeat("x", 125)} {
 			for _, b := range raw(peer.end, 0x89, []byte(data)) {

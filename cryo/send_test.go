@@ -102,7 +102,7 @@ func TestSendWithAnEndedContextSendsNothing(t *testing.T) {
 	})
 }
 
-func TestALateAcknowledgementSettlesNothingElse(t *testing.T) {
+func TestLateAcknowledgementSettlesNothingElse(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -225,7 +225,7 @@ func TestEndedContextFailsTheRestOfABatch(t *testing.T) {
 	})
 }
 
-func TestTheLargestMessagePasses(t *testing.T) {
+func TestLargestMessagePasses(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		large := bytes.Repeat([]byte("0123456789abcdef"), cryo.MaxPayload/16)
 		send := start(func() error { return s.SendBinary(t.Context(), large) })

@@ -453,7 +453,7 @@ func TestReturningClientTakesOverItsSession(t *testing.T) {
 	})
 }
 
-func TestASessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
+func TestSessionCanBeTakenOverDuringItsHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{})
 		old := join(t, l, sid)

@@ -23,7 +23,7 @@ func TestHugeSessionLimitDoesNotOverflow(t *testing.T) {
 	}
 }
 
-func TestAHookSeesTheValueOfASessionThatIsNotAnnouncedYet(t *testing.T) {
+func TestHookSeesTheValueOfASessionThatIsNotAnnouncedYet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		values := make(chan any, 1)
 		_, l, _ := serve(t, cryo.ServerOptions{

@@ -109,7 +109,7 @@ func TestShutdownWaitsForHandlersNoLongerThanItsContextLasts(t *testing.T) {
 	})
 }
 
-func TestAServerDrainsAllItsSessions(t *testing.T) {
+func TestServerDrainsAllItsSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		busy, lost, idle := join(t, l, 1), join(t, l, 2), join(t, l, 3)
@@ -383,7 +383,7 @@ func TestServerWithoutOptionsDeniesAllClients(t *testing.T) {
 	})
 }
 
-func TestASessionEndsWithThePanicOfOnSession(t *testing.T) {
+func TestSessionEndsWithThePanicOfOnSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ended := make(chan *cryo.Session, 1)
 		server, l, _ := serve(t, cryo.ServerOptions{

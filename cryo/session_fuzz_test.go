@@ -29,7 +29,7 @@ const (
 )
 
 // FuzzSession plays a peer that sends anything: the session serves it or ends,
-// in good time and with an error of its own, and nothing panics or hangs.
+// in good time and with its own error, and nothing panics or hangs.
 func FuzzSession(f *testing.F) {
 	add := func(script []byte) {
 		f.Add(false, script)

@@ -185,7 +185,7 @@ func receiveAll(t *testing.T, s *cryo.Session, n int) {
 	require.NoError(t, cryo.AckBatch(messages))
 }
 
-func TestALargeMessageGetsOverASlowLine(t *testing.T) {
+func TestLargeMessageGetsOverASlowLine(t *testing.T) {
 	run := func(name string, secure bool) func(t *testing.T) {
 		return func(t *testing.T) {
 			t.Parallel()
@@ -222,7 +222,7 @@ func TestManySmallMessagesCrossASlowConnection(t *testing.T) {
 
 // A line on which nothing moves any more is as dead with much in the send buffer as with
 // nothing in it.
-func TestABacklogThatDoesNotMoveIsAPeerTimeout(t *testing.T) {
+func TestBacklogThatDoesNotMoveIsAPeerTimeout(t *testing.T) {
 	for name, secure := range map[string]bool{"TCP": false, "TLS": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -17,7 +17,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestAReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
+func TestReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(7, 3, -1, "grüße"))
 		st := acceptStream(t, s)
@@ -44,7 +44,7 @@ func TestAReceivedStreamIsAcknowledgedStepByStep(t *testing.T) {
 	})
 }
 
-func TestAStreamMayBeReadInPieces(t *testing.T) {
+func TestStreamMayBeReadInPieces(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st := incoming(t, s, peer, 1, 0)
 		peer.WriteFrames(txChunk(0, 1, "abcde"), txChunk(0, 2, "f"), txFinish(2, 0))
@@ -73,7 +73,7 @@ func TestReadIntoAnEmptySliceLetsThePeerSend(t *testing.T) {
 	})
 }
 
-func TestARejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
+func TestRejectedStreamIsCancelledAndNeverAcknowledged(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 7, -1, "unread"))
 		require.NoError(t, acceptStream(t, s).Close())
@@ -120,7 +120,7 @@ func TestCloseEndsAWaitingRead(t *testing.T) {
 	})
 }
 
-func TestAStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
+func TestStreamCannotBeAcknowledgedBeforeItIsReadToItsEnd(t *testing.T) {
 	const unread = "the stream can't be acknowledged before Read has returned io.EOF"
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(txStart(1, 7, -1, ""))
@@ -315,7 +315,7 @@ func TestStreamNamesAreValidAndBounded(t *testing.T) {
 	})
 }
 
-func TestANumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
+func TestNumberMayBeUsedAgainOnceItsStreamIsSettled(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for range 3 {
 			require.NoError(t, incoming(t, s, peer, 1, 5).Close())
@@ -389,7 +389,7 @@ func TestChunksBeforeTheStartIsAcknowledgedBreakAStream(t *testing.T) {
 	})
 }
 
-func TestASessionThatOnlySendsCancelsStreams(t *testing.T) {
+func TestSessionThatOnlySendsCancelsStreams(t *testing.T) {
 	only := quiet
 	only.SendOnly = true
 	atBothEnds(t, only, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {

@@ -155,7 +155,7 @@ func TestConcurrentStreamsAndMessagesBothWays(t *testing.T) {
 }
 
 // A long stream costs no more memory than a short one, at either end.
-func TestALongStreamNeedsBoundedMemory(t *testing.T) {
+func TestLongStreamNeedsBoundedMemory(t *testing.T) {
 	const size = 256 << 20
 	client, server := overTCP(t) // a server doesn't mask what it sends, which takes time
 	before := heapInUse()

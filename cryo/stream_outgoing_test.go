@@ -20,7 +20,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestAStreamIsAnnouncedSentAndFinishedStepByStep(t *testing.T) {
+func TestStreamIsAnnouncedSentAndFinishedStepByStep(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		for tx := range uint32(3) {
 			number := end.first + 2*tx
@@ -42,7 +42,7 @@ func TestAStreamIsAnnouncedSentAndFinishedStepByStep(t *testing.T) {
 	})
 }
 
-func TestAnEmptyStreamHasNoChunksAndNoNameIsAnonymous(t *testing.T) {
+func TestEmptyStreamHasNoChunksAndNoNameIsAnonymous(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		send := start(func() error { return s.SendStream(t.Context(), strings.NewReader(""), nil) })
 		peer.WantFrame("TX_START", txStart(end.first, 0, -1, "anonymous"))
@@ -107,7 +107,7 @@ func TestStreamOptionsAreCheckedBeforeAnythingIsSent(t *testing.T) {
 	})
 }
 
-func TestACancelledStreamStopsAtEachStep(t *testing.T) {
+func TestCancelledStreamStopsAtEachStep(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		cancel := func(tx uint32) {
 			t.Helper()
@@ -147,7 +147,7 @@ func TestACancelledStreamStopsAtEachStep(t *testing.T) {
 	})
 }
 
-func TestACancelNamesTheSendersOwnStream(t *testing.T) {
+func TestCancelNamesTheSendersOwnStream(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		in := incoming(t, s, peer, 1, 0)
 		first, _ := opening(t, s, peer, nil)
@@ -345,7 +345,7 @@ func TestAbandonedStreamSendsNothingMore(t *testing.T) {
 	})
 }
 
-func TestTheContextEndsEachStepOfAStream(t *testing.T) {
+func TestContextEndsEachStepOfAStream(t *testing.T) {
 	cause := errors.New("the pipeline stops")
 	for name, test := range streamSteps {
 		t.Run(name, func(t *testing.T) {
@@ -362,7 +362,7 @@ func TestTheContextEndsEachStepOfAStream(t *testing.T) {
 	}
 }
 
-func TestTheStepTimeoutBoundsEachStepOfAStream(t *testing.T) {
+func TestStepTimeoutBoundsEachStepOfAStream(t *testing.T) {
 	for name, test := range streamSteps {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {

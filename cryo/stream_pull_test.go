@@ -82,7 +82,7 @@ func TestPullingFetchesOneChunkAtATimeAndNeverPastTheEnd(t *testing.T) {
 	})
 }
 
-func TestAPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
+func TestPulledStreamIsFinishedBeforeOrBehindAck(t *testing.T) {
 	for _, ending := range []string{"TX_FINISH, Ack", "TX_FINISH, Reject", "Reject, TX_FINISH"} {
 		t.Run(ending, func(t *testing.T) {
 			atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
@@ -131,7 +131,7 @@ func TestEachTXFinishOfAStreamIsAcknowledgedOnce(t *testing.T) {
 	})
 }
 
-func TestAnEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
+func TestEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		p := pullFrom(t, end, s, peer, 0)
 		p.wantFetch(0, 0)
@@ -144,7 +144,7 @@ func TestAnEmptyStreamIsPulledByAnEmptyRange(t *testing.T) {
 	})
 }
 
-func TestAPulledStreamOfAnotherSizeIsBroken(t *testing.T) {
+func TestPulledStreamOfAnotherSizeIsBroken(t *testing.T) {
 	for name, c := range map[string]struct {
 		size   int32
 		frames []wire.Frame

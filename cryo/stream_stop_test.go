@@ -52,7 +52,7 @@ func TestStreamBeingStoppedIsStillInTheTable(t *testing.T) {
 	require.Eventually(t, func() bool { return st.s.outgoing.find(st.tx) == nil }, 10*time.Second, time.Millisecond)
 }
 
-func TestAChunkOfAStoppedStreamLeavesItsWindow(t *testing.T) {
+func TestChunkOfAStoppedStreamLeavesItsWindow(t *testing.T) {
 	st := busyStream(t)
 	require.ErrorIs(t, st.Close(), ErrStreamClosed)
 	_, err := st.Write([]byte("a chunk"))

@@ -171,7 +171,7 @@ func newStorm(t *testing.T, seed uint64, fast int) *storm {
 	return &storm{t: t, seed: seed, fast: time.Duration(fast), sent: make(map[uint64]*fate), tiny: make(map[tinyKind]int)}
 }
 
-// random gives choices of its own to each goroutine.
+// random returns other choices to each goroutine.
 func (s *storm) random() *rand.Rand { return rand.New(rand.NewPCG(s.seed, s.rngs.Add(1))) }
 
 func (s *storm) options() cryo.SessionOptions {

@@ -114,7 +114,7 @@ func TestDequeuedFrameIsNotWithdrawn(t *testing.T) {
 	}
 }
 
-func TestAWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
+func TestWriterThatFailsReleasesEachFrameOnce(t *testing.T) {
 	w := busyWriter()
 	all := queueCalls(w, 20, 3)
 	all[0].frames[1].Payload = make([]byte, MaxPayload+1) // can't be written
@@ -158,7 +158,7 @@ func TestCancelRemovesNumbersBeforeItWithdrawsFrames(t *testing.T) {
 
 // A send that can't be queued is cancelled with the cause: without one it would have
 // succeeded.
-func TestTheCauseOfAFailedWriteIsReportedBeforeTheQueueIsClosed(t *testing.T) {
+func TestCauseOfAFailedWriteIsReportedBeforeTheQueueIsClosed(t *testing.T) {
 	w := busyWriter()
 	reported := false
 	w.failed = func(error) {

@@ -102,7 +102,7 @@ func mutate(rng *rand.Rand, value string) string {
 	return string(runes)
 }
 
-// engineTypes are the errors of values for which the engine's lint has a sentence of its own.
+// engineTypes are the errors of values for which the engine's lint has its own sentence.
 // Its start has another.
 var engineTypes = []string{"unable to infer", "expected array value", "expected object value", "expected map value", "cannot unmarshal", "yaml: "}
 

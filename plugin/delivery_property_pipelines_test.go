@@ -81,7 +81,7 @@ type generator struct {
 	*rand.Rand
 	spec    *pipelineSpec
 	leaves  int
-	network int // leaves with peers of their own
+	network int // leaves with their own peers
 }
 
 func (g *generator) chance(percent int) bool { return g.IntN(100) < percent }

@@ -250,7 +250,7 @@ func (e *engine) arrival() *arrival {
 	return next(e.t, e.probe.arrivals)
 }
 
-// want waits for messages with these texts, each in a batch of its own. They may arrive in any
+// want waits for messages with these texts, each in its own batch. They may arrive in any
 // order; the result is in the order of the texts.
 func (e *engine) want(texts ...string) []*arrival {
 	e.t.Helper()

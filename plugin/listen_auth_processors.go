@@ -86,7 +86,7 @@ func readProcessorsSource(r *settingsReader) (source []any) {
 	return source
 }
 
-// build builds the processors. It is a step of its own because lint builds components without
+// build builds the processors. It is a separate step because lint builds components without
 // closing them, and processors may open connections.
 func (p *authorizeProcessors) build(conf *service.ParsedConfig, timeout time.Duration) (err error) {
 	p.timeout, p.slots = timeout, quota.New(maxAuthorizing, func(held, free int64) bool { return held < free })

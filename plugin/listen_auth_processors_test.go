@@ -132,7 +132,7 @@ func TestClientMayReconnectWhenProcessorsFail(t *testing.T) {
 				e.log.want(t, "Denied a client", "status=503", "cause=authorizing: "+log)
 				require.Equal(t, int64(1), e.metrics.value("cryo_sessions_denied{status=503}"))
 				for _, line := range e.log.all() {
-					if strings.Contains(line, "Denied a client") { // the processor has lines of its own
+					if strings.Contains(line, "Denied a client") { // the processor has its own lines
 						require.NotContains(t, line, "s3cr3t")
 						require.NotContains(t, line, "password")
 						require.NotContains(t, line, "[token]")

@@ -30,7 +30,7 @@ func TestClientAddressIsTheLastUntrustedHop(t *testing.T) {
 		{"no header", trusted, nil, direct},
 		{"one hop", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7"}}, "203.0.113.7"},
 		{"what the client claims", trusted, http.Header{"X-Forwarded-For": {"10.0.0.9, 198.51.100.1, 203.0.113.7"}}, "203.0.113.7"},
-		{"what the client claims, in a line of its own", trusted, http.Header{"X-Forwarded-For": {"198.51.100.1", "203.0.113.7"}}, "203.0.113.7"},
+		{"what the client claims, in its own line", trusted, http.Header{"X-Forwarded-For": {"198.51.100.1", "203.0.113.7"}}, "203.0.113.7"},
 		{"two hops", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7, 10.0.0.9"}}, "203.0.113.7"},
 		{"two hops, in lines", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7", "10.0.0.9"}}, "203.0.113.7"},
 		{"an unknown hop", trusted, http.Header{"X-Forwarded-For": {"203.0.113.7, 10.0.0.8"}}, "10.0.0.8"},

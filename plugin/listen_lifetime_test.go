@@ -323,7 +323,7 @@ func TestOwnerThatIsNotTextDeniesTheClient(t *testing.T) {
 		`root = ""`:                            {false, ""},
 		`root = deleted()`:                     {false, ""},
 		`root = this.authorized.sub`:           {true, ""},
-		`root = this.token`:                    {false, ""}, // an owner of its own for each token
+		`root = this.token`:                    {false, ""}, // a different owner for each token
 		`root = true`:                          {false, "field session_owner: the mapping must return text or a number"},
 		`root = {}`:                            {false, "field session_owner: the mapping must return text or a number"},
 		`root = now().ts_add_iso8601("PT60S")`: {false, "field session_owner: the mapping must return text or a number"},

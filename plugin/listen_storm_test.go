@@ -19,7 +19,7 @@ import (
 )
 
 // TestListenerReopensWhileComponentsStartAndStop starts and stops components of one
-// address at random, while accepting clients fails again and again.
+// address at random, while accepting clients repeatedly fails.
 func TestListenerReopensWhileComponentsStartAndStop(t *testing.T) {
 	for seed := range uint64(5) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {

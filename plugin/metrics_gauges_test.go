@@ -253,7 +253,7 @@ func TestAgeOfTheOldestPartOfAStreamCountsFromItsFirstDelivery(t *testing.T) {
 			e.arrival().fail(errOutput)
 		}
 		require.InDelta(t, time.Minute, e.metrics.value("cryo_oldest_unacknowledged_ns"), float64(40*time.Second))
-		require.Greater(t, e.metrics.value("cryo_oldest_unacknowledged_ns"), int64(30*time.Second), "though it is redelivered again and again")
+		require.Greater(t, e.metrics.value("cryo_oldest_unacknowledged_ns"), int64(30*time.Second), "though it is redelivered repeatedly")
 		p.kill()
 		require.Zero(t, e.metrics.value("cryo_oldest_unacknowledged_ns"))
 	})
@@ -270,7 +270,7 @@ func TestAgesOfInputCopiesDoNotAddUp(t *testing.T) {
 	})
 }
 
-// The engine does not close an input when it fails to build the rest of a pipeline, again and again.
+// The engine does not close an input when it repeatedly fails to build the rest of a pipeline.
 func TestInputsThatAreNeverClosedLeaveNothingInAGauge(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		conf, res := e.parse("input cryo_server", "")

@@ -97,7 +97,7 @@ func (r *receiver) read(ctx context.Context, lost <-chan struct{}) (service.Mess
 // verdict applies err, the pipeline's result for a delivery. If it is nil, every message of the
 // batch was delivered. An error for a batch of one message applies to that message. An error
 // for a larger batch does not reliably identify the messages that failed
-// (docs/development/engine-faults.md), so each message is redelivered alone and gets a result of its own.
+// (docs/development/engine-faults.md), so each message is redelivered alone and has its own result.
 // Only the first result of a delivery counts, and an error during a hard stop is ignored. During a
 // graceful stop nothing is rejected: the stop may have caused the error, as CancelSends does.
 func (r *receiver) verdict(ctx context.Context, d *delivery, err error) {

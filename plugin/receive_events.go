@@ -50,7 +50,7 @@ func (e *sessionEvent) done(int, error) {
 
 func (e *sessionEvent) stream() *cryo.IncomingStream { return nil }
 
-// movable returns false, because the next input emits events of its own.
+// movable returns false, because the next input emits its own events.
 func (e *sessionEvent) movable() bool { return false }
 
 // emit delivers a session event to the pipeline and waits for its result, including redeliveries.

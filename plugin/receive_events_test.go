@@ -15,7 +15,7 @@ import (
 
 var listenEvents = with(listenInput, "message_types: [ utf8, binary, stream, session ], max_batch_count: 1")
 
-// wantNext waits for the next message, in a batch of its own: an event of a session ("7 connected"),
+// wantNext waits for the next message, in its own batch: an event of a session ("7 connected"),
 // or a message of one ("7: text").
 func (e *engine) wantNext(t *testing.T, want string) *arrival {
 	t.Helper()

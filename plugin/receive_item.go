@@ -28,7 +28,7 @@ type item struct {
 	owner    partOwner        // what the part belongs to: a scanner batch or a session event
 	index    int              // index of the part in owner
 	sequence uint64           // position among all items of the input
-	began    time.Time        // when a part or an event was first queued; zero for a message in a frame, which has a time of its own
+	began    time.Time        // when a part or an event was first queued; zero for a message in a frame, which has its own time
 
 	acknowledged bool // whether the item was acknowledged on receipt
 
@@ -143,7 +143,7 @@ func newDelivery(items []item, withMetadata bool) (*delivery, service.MessageBat
 	return d, batch
 }
 
-// firstPass counts the items of a session that have not had a result of their own yet.
+// firstPass counts the items of a session that do not have their own result yet.
 // Redelivered items that have had one do not count, so that a message that always fails does
 // not delay the session's disconnected event.
 type firstPass struct {
@@ -174,7 +174,7 @@ func (p *firstPass) wait(ctx context.Context) bool {
 	return true
 }
 
-// endFirstPass stops counting items that now have a result of their own.
+// endFirstPass stops counting items that now have their own result.
 func endFirstPass(items []item) {
 	for i := range items {
 		if items[i].failures == 0 {

@@ -77,7 +77,7 @@ func (w *stallWatch) reportStall() {
 
 // reportSlow logs a warning if a batch has been in the pipeline for a long time, whether or not a limit is
 // reached, and its end. The time before ReadBatch returned the batch does not count, nor earlier
-// deliveries of a message that has failed: a message that fails again and again has its own line. A
+// deliveries of a message that has failed: a message that fails repeatedly has its own line. A
 // stall that is logged already is not logged again.
 func (w *stallWatch) reportSlow() {
 	first, began, ok := w.queue.longestDelivery()

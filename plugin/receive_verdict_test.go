@@ -295,7 +295,7 @@ func TestMessageThatEndsEverySessionIsReturnedToTheInput(t *testing.T) {
 	})
 }
 
-// A message that fails again and again meets its neighbours again in an output's batch,
+// A message that fails repeatedly meets its neighbours again in an output's batch,
 // so its waits have jitter.
 func TestPoisonMessageDoesNotBlockTheRestOfAnOutputsBatch(t *testing.T) {
 	const batching = "batching: { count: 8, period: 50ms }"

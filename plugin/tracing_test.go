@@ -115,7 +115,7 @@ func TestSenderSpansContinueInThePipeline(t *testing.T) {
 					m.wantAcked(t, "delivered")
 				}
 				got := e.spans.traces("input_" + name)
-				require.Len(t, got, 2+len(without), "each of the others has a trace of its own")
+				require.Len(t, got, 2+len(without), "each of the others has its own trace")
 				require.Equal(t, []string{traceA, traceB}, got[:2])
 				require.NotContains(t, got[2:], traceA)
 				require.NotContains(t, got[2:], traceB)

@@ -27,7 +27,7 @@ import (
 
 // The page of config/browser, in a headless Chromium.
 
-// page is a tab of a browser of its own.
+// page is a tab of a separate browser.
 type page struct {
 	t   *testing.T
 	ctx context.Context //nolint:containedctx // it is the tab
@@ -39,7 +39,7 @@ func browse(t *testing.T, pageURL, server string) *page {
 	return openBrowser(t, hash(pageURL, server))
 }
 
-// openBrowser opens a URL in a browser of its own.
+// openBrowser opens a URL in a separate browser.
 func openBrowser(t *testing.T, address string) *page {
 	t.Helper()
 	browser := ""

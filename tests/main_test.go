@@ -32,8 +32,8 @@ func launchReading(tb testing.TB, stdin io.Reader, env []string, args ...string)
 	return testkit.Start(tb, cmd)
 }
 
-// example runs a configuration of config/. It listens for Cryo clients on a port of its
-// own, unless env sets CRYO_ADDRESS.
+// example runs a configuration of config/. It listens for Cryo clients on its own
+// port, unless env sets CRYO_ADDRESS.
 func example(tb testing.TB, file string, env ...string) *testkit.Process {
 	tb.Helper()
 	return exampleReading(tb, file, "", env...)

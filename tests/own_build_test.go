@@ -14,7 +14,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// buildElsewhere builds a program in a module of its own that requires this one.
+// buildElsewhere builds a program in its own module that requires this one.
 func buildElsewhere(t *testing.T, source string) (path string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -24,7 +24,7 @@ const (
 	acknowledgedStream  = "acknowledged: readings.csv"
 )
 
-// quickstart runs config/quickstart.yaml as the README does, with a port and a file of its own.
+// quickstart runs config/quickstart.yaml as the README does, with its own port and file.
 func quickstart(t *testing.T, env ...string) (p *testkit.Process, address, file string) {
 	t.Helper()
 	address, file = testkit.ReserveAddress(t), filepath.Join(t.TempDir(), "quickstart.jsonl")

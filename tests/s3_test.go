@@ -22,7 +22,7 @@ import (
 
 const bucket = "bridge"
 
-// s3 is an S3 server, Versity's gateway, in a process of its own. Its buckets are
+// s3 is an S3 server, Versity's gateway, in its own process. Its buckets are
 // directories, and its objects are files in them.
 type s3 struct {
 	t       *testing.T

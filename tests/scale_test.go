@@ -16,7 +16,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
 
-// What many sessions cost. The server is the binary, a process of its own, so that its
+// What many sessions cost. The server is the binary, a separate process, so that its
 // memory is measured without the clients'.
 
 // The limits of the resident memory of an idle session, in bytes, with what the garbage

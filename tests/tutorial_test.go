@@ -18,7 +18,7 @@ import (
 )
 
 // tutorial runs the blocks of docs/tutorial.md in the order of the page, in a directory that looks
-// like a clone of the repository, with addresses of its own.
+// like a clone of the repository, with its own addresses.
 type tutorial struct {
 	t         *testing.T
 	dir       string

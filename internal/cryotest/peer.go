@@ -62,7 +62,7 @@ func (p *Peer) Conn() *Conn {
 	return c
 }
 
-// WriteFrames sends frames, each in a message of its own.
+// WriteFrames sends frames, each in its own message.
 func (p *Peer) WriteFrames(frames ...wire.Frame) {
 	p.tb.Helper()
 	require.NoError(p.tb, p.TryWriteFrames(frames...))

@@ -131,7 +131,7 @@ func TestForgedTokensAreRejected(t *testing.T) {
 		"HMAC with the PEM":              unsigned(`{"alg":"HS256","kid":"a"}`, `{}`, withSecret(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))),
 		"a curve with an RSA key":        unsigned(`{"alg":"ES256","kid":"a"}`, `{}`, func(string) []byte { return make([]byte, 64) }),
 		"an unknown critical header":     unsigned(`{"alg":"RS256","kid":"a","crit":["x"],"x":1}`, `{}`, nothing),
-		"a key of its own":               unsigned(`{"alg":"RS256","kid":"a","jwk":{"kty":"oct","k":"AA"}}`, `{}`, nothing),
+		"its own key":                    unsigned(`{"alg":"RS256","kid":"a","jwk":{"kty":"oct","k":"AA"}}`, `{}`, nothing),
 		"other claims":                   parts[0] + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"bob"}`)) + "." + parts[2],
 		"no signature":                   parts[0] + "." + parts[1] + ".",
 		"two parts":                      parts[0] + "." + parts[1],
@@ -172,7 +172,7 @@ func TestTokensWithExtensionsAreRejected(t *testing.T) {
 	}
 }
 
-func TestAKeyVerifiesOnlyItsAlgorithm(t *testing.T) {
+func TestKeyVerifiesOnlyItsAlgorithm(t *testing.T) {
 	k := newKey(t, "a", jose.RS256)
 	other := k
 	other.algorithm = jose.PS256
@@ -198,7 +198,7 @@ func TestKeysWithOneIDAreDistinguishedByTheirTypes(t *testing.T) {
 	}
 }
 
-func TestATokenNamesItsKeyUnlessThereIsOne(t *testing.T) {
+func TestTokenNamesItsKeyUnlessThereIsOne(t *testing.T) {
 	a, b := newKey(t, "a", jose.ES256), newKey(t, "b", jose.ES256)
 	nameless := a
 	nameless.id = ""

@@ -74,7 +74,7 @@ func check(source *jwks.Source, token string) error {
 	return err
 }
 
-func TestANewKeyIsAcceptedAndAWithdrawnOneIsNot(t *testing.T) {
+func TestNewKeyIsAcceptedAndWithdrawnOneIsNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newKey(t, "1", jose.ES256), newKey(t, "2", jose.ES256)
 		p := &provider{keys: []jose.JSONWebKey{first.public()}}
@@ -96,7 +96,7 @@ func TestANewKeyIsAcceptedAndAWithdrawnOneIsNot(t *testing.T) {
 	})
 }
 
-func TestAWithdrawnKeyIsNotAcceptedAfterALongPause(t *testing.T) {
+func TestWithdrawnKeyIsNotAcceptedAfterALongPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newKey(t, "1", jose.ES256), newKey(t, "2", jose.ES256)
 		p := &provider{keys: []jose.JSONWebKey{first.public()}}

@@ -31,7 +31,7 @@ import (
 // Token is the token of every server that the kit starts, and of every client.
 const Token = "open sesame"
 
-// Listen listens on a port of its own. Use it wherever the test itself listens, and hand
+// Listen listens on its own port. Use it wherever the test itself listens, and hand
 // the listener on; the test closes it.
 func Listen(tb testing.TB) net.Listener {
 	tb.Helper()
@@ -86,7 +86,7 @@ func RandomBytes(n int) []byte {
 	return b
 }
 
-// WriteFile writes a file, such as a configuration, into a directory of its own, and
+// WriteFile writes a file, such as a configuration, into its own directory, and
 // returns its path.
 func WriteFile(tb testing.TB, name, content string) string {
 	tb.Helper()

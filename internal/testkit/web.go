@@ -17,7 +17,7 @@ type Response struct {
 	Body   string
 }
 
-// HTTP makes a request on a connection of its own. The error is that of the connection:
+// HTTP makes a request on its own connection. The error is that of the connection:
 // a program that does not listen yet, for example.
 func HTTP(method, url, body string) (Response, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)

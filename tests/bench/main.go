@@ -10,7 +10,7 @@
 // them. The last one draws stored results again, without measuring.
 //
 // The same loads are benchmarks for go test -bench and benchstat. In the tables
-// every load runs in a process of its own, against an efficient peer in another
+// every load runs in its own process, against an efficient peer in another
 // one, over the loopback interface. See docs/development/performance.md.
 package main
 

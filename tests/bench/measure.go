@@ -113,7 +113,7 @@ func printOne(name string, duration time.Duration, profile string) error {
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-// inProcess measures a load in a process of its own.
+// inProcess measures a load in its own process.
 func inProcess(l load, duration time.Duration) (r result, err error) {
 	self, err := os.Executable()
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// A peer is the other end of a load, in a process of its own: this program, started again
+// A peer is the other end of a load, in its own process: this program, started again
 // with a peerSpec in its environment. It reads commands from its standard input, one a
 // line, and responds to each with a line.
 

@@ -67,7 +67,7 @@ func dropping(p *peer, own service.BatchInput, input string) (*running, error) {
 	return &running{p, do, stop}, nil
 }
 
-// sending measures an output: an input of our own returns batches, and a message is
+// sending measures an output: our own input returns batches, and a message is
 // transferred when its batch is acknowledged.
 func sending(spec peerSpec, batch int, output string) (*running, error) {
 	p, address, err := startPeerFor(spec)
@@ -156,7 +156,7 @@ func runPipeline(count *counter, own service.BatchInput, input, output string) (
 	}, nil
 }
 
-// feed is an input that returns the same messages again and again, so that only the output
+// feed is an input that returns the same messages repeatedly, so that only the output
 // is measured.
 type feed struct {
 	messages  service.MessageBatch

@@ -31,7 +31,7 @@ type process struct {
 	t        *testing.T
 	name     string
 	path     string    // file with the configuration
-	command  *exec.Cmd // started again and again, by copies
+	command  *exec.Cmd // started repeatedly, by copies
 	pipeline string
 	http     string // address of the engine's HTTP server
 	secrets  func() []string

@@ -244,7 +244,7 @@ func (w *world) runApps(random *rand.Rand) {
 	}
 }
 
-// fork returns a generator of its own for another goroutine.
+// fork returns a separate generator for another goroutine.
 func fork(random *rand.Rand) *rand.Rand {
 	return rand.New(rand.NewPCG(random.Uint64(), random.Uint64()))
 }

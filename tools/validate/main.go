@@ -5,7 +5,7 @@
 //	validate compose    compose.yaml    # Compose's loader and schema; variables come from the environment
 //	validate kubernetes manifest.yaml   # strict decoding into the Kubernetes API types
 //
-// It has a module of its own, so that these tools raise no version beneath the
+// It has its own module, so that these tools raise no version beneath the
 // engine. tests/deploy_test.go runs it.
 package main
 
