@@ -139,6 +139,13 @@ func (ln *listener) open() (net.Listener, error) {
 	return ln.socket, nil
 }
 
+// socketAddr returns the address of the last socket that was opened.
+func (ln *listener) socketAddr() net.Addr {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	return ln.address
+}
+
 func (ln *listener) short(kind string) {
 	ln.metrics.failed(kind)
 	ln.metrics.listens(false)

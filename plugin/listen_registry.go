@@ -24,7 +24,13 @@ type listeners struct {
 	mu     sync.Mutex
 	keeps  bool // whether listeners without components wait for others; see KeepListeners
 	byAddr map[string]*listener
-	tested map[string]*serverComponent // the first component that was tested, by address
+	tested map[string]*testedAddress // by address
+}
+
+// testedAddress is an address that was tested.
+type testedAddress struct {
+	first *serverComponent // the first component with the address
+	addr  net.Addr         // the address of its socket; nil if it could not listen
 }
 
 // listenersKey is the key of the listeners in the engine's resources, which all pipelines of a
@@ -32,7 +38,7 @@ type listeners struct {
 type listenersKey struct{}
 
 func newListeners(listen func(network, address string) (net.Listener, error)) *listeners {
-	return &listeners{listen: listen, byAddr: make(map[string]*listener), tested: make(map[string]*serverComponent)}
+	return &listeners{listen: listen, byAddr: make(map[string]*listener), tested: make(map[string]*testedAddress)}
 }
 
 func listenersOf(res *service.Resources) *listeners {
@@ -66,6 +72,7 @@ func (l *listeners) join(c *serverComponent) (ln *listener, closing <-chan struc
 			if other := l.closingOnPort(address); other != nil {
 				return nil, other.closed, nil
 			}
+			err = l.explainInUse(err)
 		}
 		return ln, nil, err
 	}
@@ -114,9 +121,11 @@ func (l *listeners) test(c *serverComponent) error {
 		}
 		return ln.users[0].checkSettings(c)
 	}
-	if first := l.tested[address]; first == nil {
-		l.tested[address] = c
-	} else if err := first.checkSettings(c); err != nil {
+	tested := l.tested[address]
+	if tested == nil {
+		tested = &testedAddress{first: c}
+		l.tested[address] = tested
+	} else if err := tested.first.checkSettings(c); err != nil {
 		return err
 	}
 	if _, err := c.settings.tlsSettings.watch(0, c.log); err != nil {
@@ -124,10 +133,47 @@ func (l *listeners) test(c *serverComponent) error {
 	}
 	socket, err := l.listen("tcp", address)
 	if err != nil {
-		return withListenHint(err)
+		return l.explainInUse(withListenHint(err))
 	}
-	return socket.Close()
+	tested.addr = socket.Addr()
+	for _, other := range l.tested {
+		if other != tested && other.addr != nil && other.addr.String() == tested.addr.String() {
+			err = sharedInUse(syscall.EADDRINUSE, other.first)
+		}
+	}
+	return errors.Join(err, socket.Close())
 }
+
+// explainInUse adds to the error of an address in use which component of this process listens there, if one
+// does: byAddr has addresses as they are written, and one socket may have several spellings. The mutex must
+// be held.
+func (l *listeners) explainInUse(err error) error {
+	op, ok := errors.AsType[*net.OpError](err)
+	if !ok || !errors.Is(err, syscall.EADDRINUSE) {
+		return err
+	}
+	for _, ln := range l.byAddr {
+		if len(ln.users) > 0 && overlap(ln.socketAddr(), op.Addr) {
+			return sharedInUse(op, ln.users[0])
+		}
+	}
+	return err
+}
+
+// sharedInUse is the error of an address that another component of this process uses in another spelling.
+func sharedInUse(err error, other *serverComponent) error {
+	return fmt.Errorf("field %s: %w: %s listens there, as %s: write the address the same way in both components, which then share the listener, or use another port",
+		fieldAddress, err, other.name, other.settings.Address)
+}
+
+// overlap reports whether a socket on one of these addresses prevents one on the other.
+func overlap(a, b net.Addr) bool {
+	x, ok := a.(*net.TCPAddr)
+	y, also := b.(*net.TCPAddr)
+	return ok && also && x.Port == y.Port && (x.IP.Equal(y.IP) || isWildcard(x.IP) || isWildcard(y.IP))
+}
+
+func isWildcard(ip net.IP) bool { return len(ip) == 0 || ip.IsUnspecified() }
 
 // leave removes a component from its listener. in is its receiving half, or nil for an output.
 // The listener closes after the last component has left. Otherwise, the first of the remaining

@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -65,7 +66,9 @@ func TestCheckReportsEachFailureOnOneLine(t *testing.T) {
 	defer taken.Close()
 	other := httptest.NewServer(http.NotFoundHandler())
 	defer other.Close()
-	env := []string{"NOT_CRYO=" + other.Listener.Addr().String(), "SERVER=" + server.URL(), "NOBODY=" + nobody, "TAKEN=" + taken.Addr().String()}
+	_, free, err := net.SplitHostPort(testkit.ReserveAddress(t))
+	require.NoError(t, err)
+	env := []string{"NOT_CRYO=" + other.Listener.Addr().String(), "SERVER=" + server.URL(), "NOBODY=" + nobody, "TAKEN=" + taken.Addr().String(), "FREE=" + free}
 	for _, c := range []struct {
 		name, config string
 		want         []string // a beginning of each line; behind " … " words that follow
@@ -111,6 +114,15 @@ output: { drop: {} }`,
 input: { cryo_server: { address: "${TAKEN}", tokens: [ a ] } }
 output: { cryo_server: { address: "127.0.0.1:0", tokens: [ a ] } }`,
 			[]string{"a.yaml: input: failed: … " + taken.Addr().String() + ": bind: address already in use: another process listens there", "a.yaml: output: ok"},
+		},
+		{
+			"an address has two spellings", `
+input: { cryo_server: { address: "localhost:${FREE}", tokens: [ a ] } }
+output: { cryo_server: { address: "127.0.0.1:${FREE}", tokens: [ a ] } }`,
+			[]string{
+				"a.yaml: input: ok",
+				"a.yaml: output: failed: field address: address already in use: the input cryo_server at … listens there, as localhost:",
+			},
 		},
 		{
 			"two components of a listener disagree", `

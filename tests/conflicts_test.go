@@ -1,7 +1,10 @@
 package tests
 
 import (
+	"net"
 	"testing"
+
+	"github.com/stretchr/testify/require"
 
 	"github.com/cryo-connect/cryo-connect/internal/testkit"
 )
@@ -32,6 +35,24 @@ func TestComponentsWithTheSameSettingsStart(t *testing.T) {
 	p := runConfig(t, "input: "+component+"\noutput: { switch: { cases: [ { check: 'false', output: "+component+" }, { output: { drop: {} } } ] } }")
 	testkit.WantDelivered(t, testkit.Dial(t, p.Listening()), "of an address with one listener")
 	p.Interrupt()
+}
+
+// They do not share a listener, and the error must not blame another process.
+func TestAddressInTwoSpellingsNamesTheComponentThatListensThere(t *testing.T) {
+	_, port, err := net.SplitHostPort(testkit.ReserveAddress(t))
+	require.NoError(t, err)
+	for spelling, other := range map[string]string{
+		"localhost:" + port: "127.0.0.1:" + port,
+		"0.0.0.0:" + port:   "127.0.0.2:" + port,
+	} {
+		t.Run(spelling, func(t *testing.T) {
+			p := runConfig(t, `
+input: { cryo_server: { address: "`+spelling+`", tokens: [ `+token+` ] } }
+output: { cryo_server: { address: "`+other+`", tokens: [ `+token+` ] } }`)
+			p.WantLog("bind: address already in use: the ", "put cryo_server at ", " listens there, as ", "write the address the same way in both components, which then share the listener")
+			p.Interrupt()
+		})
+	}
 }
 
 // A configuration may have alternatives, of which the pipeline uses one.
