@@ -41,6 +41,10 @@ func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
 	return err
 }
 
+// exitTime is the time beyond shutdown_delay and shutdown_timeout in which a stopping process ends. The engine
+// takes one second of it, and complete up to ten.
+const exitTime = 15 * time.Second
+
 // durationOf returns the value of a field of the engine, which takes an empty one for 0, and accepts
 // a negative one.
 func durationOf(text func(path ...string) (string, error), field string) (d time.Duration, err error) {
@@ -67,12 +71,17 @@ const engineTime = 100 * time.Millisecond
 //
 // A second signal ends the engine's shutdown_delay, but not the one here, because the engine may
 // miss it: sends must not be cancelled while the pipelines run.
+//
+// The process exits after exitTime at the latest, with code 1. The engine's own limit begins when the engine
+// has logged the signal, which it never does if standard output is a pipe that nobody reads. Such an exit is
+// safe, as a crash is: what has no result stays unacknowledged.
 func (s *stopper) watch() {
 	go func() {
 		time.Sleep(engineTime)
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 		<-signals
+		time.AfterFunc(s.delay+s.timeout+exitTime, func() { os.Exit(1) }) // first: everything below may log
 		plugin.RefuseConfigurations()
 		s.endReadiness()
 		plugin.DrainListeners(s.resources)
