@@ -2,7 +2,6 @@ package main
 
 import (
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -12,7 +11,8 @@ import (
 // flagWatcher is the engine's flag -w of the commands run and streams.
 const flagWatcher = "watcher"
 
-// collectInterval is the maximum time between two runs of the garbage collector with -w.
+// collectInterval is the maximum time between two runs of the garbage collector with -w. The time of the last
+// run is not considered: it is one of the system's clock, which can change.
 const collectInterval = 5 * time.Second
 
 // fileWatcher makes the engine's -w notice a file that was replaced by renaming another, as editors and
@@ -28,17 +28,14 @@ func (w *fileWatcher) readFlags(c *cli.Context) {
 	w.requested = slices.ContainsFunc(c.Lineage(), func(c *cli.Context) bool { return c.Bool(flagWatcher) })
 }
 
-// start runs the garbage collector in the background when it has not run for a while.
+// start runs the garbage collector in the background.
 func (w *fileWatcher) start() {
 	if !w.requested {
 		return
 	}
 	go func() {
 		for range time.Tick(collectInterval) {
-			var stats debug.GCStats
-			if debug.ReadGCStats(&stats); time.Since(stats.LastGC) >= collectInterval {
-				runtime.GC()
-			}
+			runtime.GC()
 		}
 	}()
 }
