@@ -325,14 +325,19 @@ func (q *queue) release(items []item) {
 func (q *queue) releaseLocked(items []item) {
 	q.lastProgress = time.Now()
 	q.gauge.add(-len(items))
-	for len(items) > 0 {
-		c, n := items[0].source.quota, 1
-		for n < len(items) && items[n].source.quota == c {
-			n++
+	var parts []quota.Part // one for each run of items of a client
+	for i := range items {
+		if c := items[i].source.quota; i > 0 && items[i-1].source.quota == c {
+			parts[len(parts)-1].N++
+		} else {
+			parts = append(parts, quota.Part{Share: c.Share, N: 1})
 		}
-		items = items[n:]
-		c.Release(int64(n))
-		q.removeIdleLocked(c)
+	}
+	q.inFlight.Release(parts)
+	for i := range items {
+		if c := items[i].source.quota; i == 0 || items[i-1].source.quota != c {
+			q.removeIdleLocked(c)
+		}
 	}
 }
 

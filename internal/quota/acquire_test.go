@@ -144,7 +144,7 @@ func againstAModel(t *testing.T, r *rand.Rand, limit int64, fair func(held, free
 	}
 	for range 150 {
 		i := r.IntN(len(shares))
-		switch r.IntN(6) {
+		switch r.IntN(7) {
 		case 0, 1:
 			a := startAcquiring(shares[i], i, 1+r.Int64N(6))
 			synctest.Wait()
@@ -185,6 +185,16 @@ func againstAModel(t *testing.T, r *rand.Rand, limit int64, fair func(held, free
 				shares[i].Force(1)
 				m.held[i]++
 			}
+		case 6: // several at once, some of them in several parts
+			var parts []quota.Part
+			for range r.IntN(2 * len(shares)) {
+				i := r.IntN(len(shares))
+				n := r.Int64N(m.held[i] + 1)
+				parts = append(parts, quota.Part{Share: shares[i], N: n})
+				m.held[i] -= n
+			}
+			q.Release(parts)
+			wantReturned(m.grant())
 		}
 		require.Equal(t, m.used(), q.Used())
 		require.Equal(t, m.used() >= limit || len(m.waiting) > 0, q.Full())

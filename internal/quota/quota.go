@@ -224,6 +224,23 @@ func (s *Share) releaseLocked(n int64) {
 	s.q.grantLocked()
 }
 
+// Part is a part of what a share holds.
+type Part struct {
+	Share *Share
+	N     int64
+}
+
+// Release releases parts of several shares at once: what waits is granted afterwards. Released one by
+// one, they would grant a request of AcquireUpTo piecemeal.
+func (q *Quota) Release(parts []Part) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, p := range parts {
+		p.Share.addLocked(-p.N)
+	}
+	q.grantLocked()
+}
+
 // Usage returns the held capacity of the share, and the free capacity of the quota, which is
 // negative if the limit is exceeded.
 func (s *Share) Usage() (held, free int64) {
