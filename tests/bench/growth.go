@@ -58,7 +58,7 @@ func growths() []growing {
 		payload.add(n, cryoInput(name, yaml, n, window), cryoOutput(name, n, min(window, batch), window))
 	}
 	sessions := growing{
-		name: "sessions", title: "More sessions", axis: "sessions of an input cryo_server",
+		name: "sessions", title: "More sessions", axis: "sessions of a cryo_server input",
 		tick: numberText, panels: []panel{ratePanel, memoryPanel},
 	}
 	together, each := "1,024 unacknowledged messages in all, at least one per session", "64 unacknowledged messages per session"
@@ -173,7 +173,7 @@ func printLatency(rounds int, duration time.Duration) error {
 		p50 = append(p50, micros(r.Latency[len(r.Latency)/2]))
 		p99 = append(p99, micros(r.Latency[len(r.Latency)*99/100]))
 	}
-	fmt.Printf("\nInput cryo → drop at half its rate, %.0f messages a second: from send to acknowledgement %.0f µs at the median, %.0f µs at the 99th percentile.\n",
+	fmt.Printf("\nThe cryo input to drop at half its rate, %.0f messages a second: from send to acknowledgement %.0f µs at the median, %.0f µs at the 99th percentile.\n",
 		median(rates), median(p50), median(p99))
 	return nil
 }
