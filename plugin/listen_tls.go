@@ -57,7 +57,7 @@ func listenTLSField() *service.ConfigField {
 			Default("tls12").
 			Advanced(),
 	).
-		Description("The certificates of `wss://`; without them, clients connect over `ws://`. Changed files are reloaded when the next client connects, at most once per second; sessions stay connected. If they are invalid, an error is logged, and the previous ones stay in use.")
+		Description("The certificates for `wss://`; without them, clients connect over `ws://`. Changed files are reloaded when the next client connects, at most once per second; sessions stay connected. If they are invalid, an error is logged, and the previous ones stay in use.")
 }
 
 type tlsSettings struct {
