@@ -70,7 +70,7 @@ type ServerOptions struct {
 	// MaxConnectsPerSecond limits the rate at which clients are accepted, up to one second's worth
 	// at a time; further clients are denied with 503. Only clients that Authorize accepts count,
 	// so those without a token cannot exhaust it. While it is exhausted, clients are denied
-	// without a call of Authorize. Default: no limit.
+	// without a call to Authorize. Default: no limit.
 	MaxConnectsPerSecond int
 	// Full is called for each authorized client; if it returns true, the client is denied
 	// with 503. It is for applications that keep state of ended sessions, such as messages

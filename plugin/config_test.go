@@ -44,7 +44,7 @@ const (
 )
 
 // encodeProxy is the error of proxy URLs whose password has special characters.
-const encodeProxy = "field proxy_url is not a URL: percent-encode special characters of its user and password, such as # as %23, % as %25, / as %2F and ? as %3F"
+const encodeProxy = "field proxy_url is not a URL: percent-encode special characters in its user name and password, such as # as %23, % as %25, / as %2F and ? as %3F"
 
 func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 	for _, tt := range []struct {

@@ -64,9 +64,10 @@ func dialerFromParsed(conf *service.ParsedConfig, res *service.Resources, opts c
 
 // connected is the client's OnSession. It logs that the session is connected. It also logs its
 // loss, as soon as the session begins to end, because the engine may notice the loss much
-// later, and the close timeout may delay Done. A server may end each session immediately: losses are
-// logged once a second, others a second late and only if no session has followed, and a reconnection
-// only if the loss before it was logged. So the last of these lines is true after a second.
+// later, and the close timeout may delay Done. A server may end each session immediately, so at most
+// one loss a second is logged immediately. A further loss is logged a second late, and only if no
+// session has followed. A reconnection is logged only if the loss before it was. So the last of
+// these lines is true after a second.
 func (d *dialer) connected(s *cryo.Session) {
 	log := d.log.With("url", d.logURL, "session", s.ID())
 	switch {

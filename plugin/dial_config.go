@@ -86,7 +86,7 @@ func dialOptionFields() []*service.ConfigField {
 			Description("Headers that are added to the HTTP request that opens the WebSocket, for proxies and gateways. Values may be interpolated, as in `token`.").
 			Advanced(),
 		proxyURLField.config().
-			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Percent-encode special characters of its user and password, such as `#` as `%23`. If empty, the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
+			Description("The URL of a proxy: `http://`, `https://` or `socks5://`. Percent-encode special characters in its user name and password, such as `#` as `%23`. If empty, the environment variables HTTPS_PROXY, HTTP_PROXY and NO_PROXY apply.").
 			Default("").
 			Advanced(),
 		connectTimeoutField.config().
@@ -244,7 +244,7 @@ func parseProxy(text string) (*url.URL, error) {
 	proxy, err := url.Parse(text)
 	// An @ behind the host is that of a user and password, one of whose characters ends the host.
 	if strings.Contains(text, "@") && (err != nil || strings.Contains(proxy.Path+proxy.RawQuery+proxy.Fragment, "@")) {
-		return nil, fmt.Errorf("field %s is not a URL: percent-encode special characters of its user and password, such as # as %%23, %% as %%25, / as %%2F and ? as %%3F", fieldProxyURL)
+		return nil, fmt.Errorf("field %s is not a URL: percent-encode special characters in its user name and password, such as # as %%23, %% as %%25, / as %%2F and ? as %%3F", fieldProxyURL)
 	}
 	if err == nil && slices.Contains([]string{"http", "https", "socks5", "socks5h"}, proxy.Scheme) && proxy.Hostname() != "" {
 		if port, err := strconv.ParseUint(cmp.Or(proxy.Port(), "1"), 10, 16); err == nil && port > 0 {

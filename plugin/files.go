@@ -44,7 +44,7 @@ const (
 type watchedFiles[T any] struct {
 	what     string // for log lines
 	paths    []string
-	interval time.Duration // minimum time between two reads; 0: each call of current reads
+	interval time.Duration // minimum time between two reads; 0: every call to current reads the files
 	lines    bool          // a last line without an end may be a part of one; see isIncomplete
 	load     func(contents [][]byte) (T, error)
 	log      *service.Logger // has the path only once the file is read: it may be a token in place of it

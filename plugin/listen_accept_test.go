@@ -40,7 +40,7 @@ func (b *brokenListener) Accept() (net.Conn, error) {
 }
 
 // breakable makes the first listener of an engine one that the test can break. It returns a
-// channel for its error, and one that has the time of each call of listen.
+// channel for its error, and one that has the time of each call to listen.
 func breakable(e *engine) (fail chan error, listened chan time.Time) {
 	fail, listened = make(chan error), make(chan time.Time, 100)
 	listen, first := e.shared.listen, true

@@ -156,7 +156,7 @@ func readAdmission(r *settingsReader, processors *authorizeProcessors, lasting l
 		r.err = fmt.Errorf("the fields %s cannot be used together", strings.Join(given, " and "))
 		return s, nil
 	case len(s.Processors) > 0 && mapping == nil:
-		r.err = fmt.Errorf("the field %s requires the field %s, which decides based on their result", fieldAuthorizeProcessors, fieldAuthorize)
+		r.err = fmt.Errorf("the field %s requires the field %s, which evaluates the result of the processors", fieldAuthorizeProcessors, fieldAuthorize)
 		return s, nil
 	case s.TokensFile != "":
 		file, err := watchFiles(fieldTokensFile, []string{s.TokensFile}, filesInterval, shortageTime, log, tokensOfFile)
@@ -331,7 +331,7 @@ func checkGranted(value any, token string, chosen ...map[string]any) error {
 		}
 		for _, part := range chosen {
 			if reflect.DeepEqual(value, part) {
-				return errors.New("authorize returned an object with the whole query or all headers, which the client chooses")
+				return errors.New("authorize returned an object with the whole query or all headers, which the client controls: return single values instead")
 			}
 		}
 		for _, field := range value {
@@ -347,7 +347,7 @@ func checkGranted(value any, token string, chosen ...map[string]any) error {
 		}
 	case float64:
 		if value == math.Trunc(value) && math.Abs(value) >= maxNumber {
-			return fmt.Errorf("authorize returned an integer of 2^53 or more, which may have lost digits: of the methods for JWTs only %s keeps them, and parse_json with use_number: true", jwksMethod)
+			return fmt.Errorf("authorize returned an integer of 2^53 or more, which may have lost digits: parse a JWT with %s, and JSON with parse_json(use_number: true)", jwksMethod)
 		}
 	}
 	return nil

@@ -63,7 +63,7 @@ func expectedClaim(args *bloblang.ParsedParams, name string) (string, error) {
 	case value == nil:
 		return "", nil
 	case *value == "":
-		return "", fmt.Errorf("%s must not be empty: it would not be checked", name)
+		return "", fmt.Errorf("%s must not be empty: omit it if the claim should not be checked", name)
 	default:
 		return *value, nil
 	}

@@ -161,7 +161,7 @@ func (p *firstPass) add(n int) {
 	}
 }
 
-// wait waits until the count is 0. Call it only after the last call of add with a positive
+// wait waits until the count is 0. Call it only after the last call to add with a positive
 // number. It returns false if ctx is done first.
 func (p *firstPass) wait(ctx context.Context) bool {
 	for p.count.Load() > 0 {

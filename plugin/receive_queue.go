@@ -40,10 +40,10 @@ type queue struct {
 	lastProgress time.Time // when the last batch was returned, or the last result applied
 }
 
-// clientQuota is the share of max_in_flight and of the stream slots for the sessions with one
-// owner or, without an owner, with one id. It is kept while such a session feeds the input or has
-// items in flight, so that it outlasts a reconnect. A stream that stays open after its session has
-// ended has items in flight, too.
+// clientQuota is one client's share of max_in_flight and of the stream slots. The sessions of one
+// owner are one client; without an owner, the sessions with one id are. The quota is kept while
+// such a session feeds the input or has items in flight, so that it outlasts a reconnect. A stream
+// that stays open after its session has ended has items in flight, too.
 type clientQuota struct {
 	*quota.Share
 	slots *quota.Share // slots for open streams

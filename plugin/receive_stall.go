@@ -96,6 +96,6 @@ func (w *stallWatch) reportSlow() {
 		w.slow = false
 		w.slowTimeout = min(2*w.slowTimeout, maxSlowTimeout)
 		w.queue.log.With("lasted", w.slowest.Round(time.Second), "in_flight", w.queue.inFlight.Used()).
-			Info("Messages are no longer in flight for a long time")
+			Info("Delayed messages are no longer in flight")
 	}
 }

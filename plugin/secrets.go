@@ -107,7 +107,7 @@ func checkSecret(what, text string) error {
 	case strings.TrimSpace(text) != text:
 		return fmt.Errorf("%s begins or ends with whitespace, such as a line break: remove it from the file or the environment variable", what)
 	case strings.HasSuffix(text, `\n`): // the engine's spelling of a line break in an environment variable
-		return fmt.Errorf(`%s ends with \n, a line break of the environment variable: remove it there`, what)
+		return fmt.Errorf(`%s ends with \n, a line break in the environment variable: remove it from the variable`, what)
 	case !utf8.ValidString(text):
 		return fmt.Errorf("%s is not valid UTF-8", what)
 	case strings.ContainsFunc(text, invisible):
@@ -152,7 +152,7 @@ func (s *interpolated) evaluate() (text string, err error) {
 	case err != nil:
 		return "", fmt.Errorf("%s: evaluating the interpolation failed; the error is redacted, because it may contain a secret", s.what)
 	case text == "" || text == "null":
-		return "", fmt.Errorf("%s: the interpolation returned nothing, as for a variable that is not set", s.what)
+		return "", fmt.Errorf("%s: the interpolation returned nothing, for example because a variable is not set", s.what)
 	}
 	return text, checkSecret(s.what, text)
 }

@@ -240,7 +240,7 @@ func heapInUse() int64 {
 const (
 	stallLine     = "WARN Pipeline stalled"
 	slowLine      = "WARN A message has been in flight for a long time"
-	recoveredLine = "INFO Messages are no longer in flight for a long time"
+	recoveredLine = "INFO Delayed messages are no longer in flight"
 )
 
 func TestBatchThatNeverFillsIsReportedOnce(t *testing.T) {

@@ -67,7 +67,7 @@ func (c *configuration) testHTTP(ctx context.Context) error {
 	}
 	socket, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
 	if err != nil {
-		return fmt.Errorf("field http.address: %w: the pipeline would run, but without metrics and health", err)
+		return fmt.Errorf("field http.address: %w: the pipeline would run, but without metrics and health checks", err)
 	}
 	return socket.Close()
 }
