@@ -134,10 +134,10 @@ func TestCloseDoesNotWaitForCapacity(t *testing.T) {
 
 func TestCloseReasonsAreTruncated(t *testing.T) {
 	for name, c := range map[string]struct{ reason, sent string }{
-		"as long as may be": {strings.Repeat("x", 123), strings.Repeat("x", 123)},
-		"too long":          {strings.Repeat("x", 124), strings.Repeat("x", 123)},
-		"within a rune":     {strings.Repeat("x", 121) + "€", strings.Repeat("x", 121)},
-		"not UTF-8":         {"not \xff text", "not \uFFFD text"},
+		"of the maximum length": {strings.Repeat("x", 123), strings.Repeat("x", 123)},
+		"too long":              {strings.Repeat("x", 124), strings.Repeat("x", 123)},
+		"within a rune":         {strings.Repeat("x", 121) + "€", strings.Repeat("x", 121)},
+		"not UTF-8":             {"not \xff text", "not \uFFFD text"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {

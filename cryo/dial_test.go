@@ -258,20 +258,20 @@ func TestUnrequestedUpgradeIsNotAccepted(t *testing.T) {
 		asked, upgrade, more string
 		problem              string // empty: accepted
 	}{
-		"compression":                        {"", "websocket", "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover; client_no_context_takeover\r\n", extension},
-		"any extension":                      {"", "websocket", "Sec-WebSocket-Extensions: x\r\n", extension},
-		"an extension in a second line":      {"", "websocket", "Sec-WebSocket-Extensions:\r\nSec-WebSocket-Extensions: x\r\n", extension},
-		"an empty list of extensions":        {"", "WebSocket", "Sec-WebSocket-Extensions:\r\n", ""},
-		"a subprotocol":                      {"", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
-		"another subprotocol":                {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
-		"a subprotocol in another case":      {"cryo", "websocket", "Sec-WebSocket-Protocol: Cryo\r\n", subprotocol},
-		"two subprotocols":                   {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: cryo, mqtt\r\n", subprotocol},
-		"a second subprotocol in a line":     {"cryo", "websocket", "Sec-WebSocket-Protocol: cryo\r\nSec-WebSocket-Protocol: chat\r\n", subprotocol},
-		"the subprotocol that was asked for": {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: mqtt\r\n", ""},
-		"no subprotocol, asked for one":      {"cryo", "websocket", "", ""},
-		"two protocols":                      {"", "websocket, h2c", "", protocol},
-		"two protocols in two lines":         {"", "websocket\r\nUpgrade: h2c", "", protocol},
-		"two values of Sec-WebSocket-Accept": {"", "websocket", "Sec-WebSocket-Accept: x\r\n", accept},
+		"compression":                           {"", "websocket", "Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover; client_no_context_takeover\r\n", extension},
+		"any extension":                         {"", "websocket", "Sec-WebSocket-Extensions: x\r\n", extension},
+		"an extension in a second line":         {"", "websocket", "Sec-WebSocket-Extensions:\r\nSec-WebSocket-Extensions: x\r\n", extension},
+		"an empty list of extensions":           {"", "WebSocket", "Sec-WebSocket-Extensions:\r\n", ""},
+		"a subprotocol":                         {"", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"another subprotocol":                   {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"a subprotocol in another case":         {"cryo", "websocket", "Sec-WebSocket-Protocol: Cryo\r\n", subprotocol},
+		"two subprotocols":                      {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: cryo, mqtt\r\n", subprotocol},
+		"a second subprotocol in a second line": {"cryo", "websocket", "Sec-WebSocket-Protocol: cryo\r\nSec-WebSocket-Protocol: chat\r\n", subprotocol},
+		"the subprotocol that was asked for":    {"cryo, mqtt", "websocket", "Sec-WebSocket-Protocol: mqtt\r\n", ""},
+		"no subprotocol, asked for one":         {"cryo", "websocket", "", ""},
+		"two protocols":                         {"", "websocket, h2c", "", protocol},
+		"two protocols in two lines":            {"", "websocket\r\nUpgrade: h2c", "", protocol},
+		"two values of Sec-WebSocket-Accept":    {"", "websocket", "Sec-WebSocket-Accept: x\r\n", accept},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, header := range []string{"Sec-Websocket-Protocol", "sec-websocket-protocol"} {

@@ -17,7 +17,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestPingIsAnsweredWithItsNumberAndPongNever(t *testing.T) {
+func TestPingIsAnsweredWithItsNumberAndPongIsNot(t *testing.T) {
 	atBothEnds(t, cryo.SessionOptions{}, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		peer.WriteFrames(cryotest.Ping(77))
 		peer.WantFrame("the answer", cryotest.Pong(77))

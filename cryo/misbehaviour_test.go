@@ -229,10 +229,10 @@ func brokenWebSocket() (rows []misbehaviour) {
 		{"sends a WebSocket ping that is too long", func(e end) []byte { return raw(e, 0x89, make([]byte, 126)) }, "websocket: len > 125 for control"},
 		{"continues a message that never began", func(e end) []byte { return raw(e, 0x80, []byte("x")) }, "websocket: continuation after FIN"},
 		{"begins a message within another", func(e end) []byte { return append(raw(e, 0x02, []byte("x")), raw(e, 0x82, nil)...) }, "websocket: data before FIN"},
-		{"masks what it should not, or not what it should", func(e end) []byte { e.dialled = !e.dialled; return raw(e, 0x82, nil) }, "websocket: bad MASK"},
-		{"closes with a code that there is not", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xED}) }, "websocket: bad close code 1005"},
+		{"masks frames that must not be masked, or omits the mask", func(e end) []byte { e.dialled = !e.dialled; return raw(e, 0x82, nil) }, "websocket: bad MASK"},
+		{"closes with a code that must not be sent", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xED}) }, "websocket: bad close code 1005"},
 		{"closes with half a code", func(e end) []byte { return raw(e, 0x88, []byte{0x03}) }, "websocket: close frame of one byte"},
-		{"closes with words that are no text", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xE8, 0xFF}) }, "websocket: invalid utf8 payload in close frame"},
+		{"closes with a reason that is not UTF-8", func(e end) []byte { return raw(e, 0x88, []byte{0x03, 0xE8, 0xFF}) }, "websocket: invalid utf8 payload in close frame"},
 	} {
 		rows = append(rows, misbehaviour{
 			does: c.does, problem: c.problem, code: websocket.CloseProtocolError,

@@ -773,7 +773,7 @@ func TestClientCanBeClosedInEveryState(t *testing.T) {
 			g.answer(away, 100)
 			time.Sleep(time.Minute)
 		}},
-		"while it gets a token": {opts: cryo.ClientOptions{BeforeDial: func(ctx context.Context, _ *cryo.DialOptions) error {
+		"while it obtains a token": {opts: cryo.ClientOptions{BeforeDial: func(ctx context.Context, _ *cryo.DialOptions) error {
 			<-ctx.Done()
 			return ctx.Err()
 		}}, before: func(*testing.T, *cryo.Client, *gate, *cryotest.Server) { time.Sleep(time.Second) }},

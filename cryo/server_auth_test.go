@@ -604,7 +604,7 @@ func TestBlockedLogHandlerDoesNotDelayOtherDenials(t *testing.T) {
 }
 
 // A proxy that does not pass on the headers of an upgrade makes a plain request of it.
-func TestRequestWithoutAnUpgradeIsReportedOnlyFromCryoClients(t *testing.T) {
+func TestRequestWithoutAnUpgradeIsReportedOnlyForCryoClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logged
 		statuses := make(chan int, 9)

@@ -204,7 +204,7 @@ func TestDrainOverWaitsForNoSessionThatHasEnded(t *testing.T) {
 	})
 }
 
-func TestDrainOverWaitsForWhatWasReceivedAndSent(t *testing.T) {
+func TestDrainOverWaitsForReceivedAndSentMessages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		peer := join(t, l, 1)

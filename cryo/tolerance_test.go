@@ -455,7 +455,7 @@ func TestTakenOverSessionCancelsStreamsBeforeTheCloseFrame(t *testing.T) {
 }
 
 // The published client for browsers connects again after any code but 4000.
-func TestCloseForRetrySendsACodeAfterWhichClientsReturn(t *testing.T) {
+func TestCloseForRetrySendsACodeAfterWhichClientsReconnect(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		incoming(t, s, peer, 1, 5)
 		closing := start(func() error { return s.CloseForRetry(t.Context(), "late") })
@@ -467,7 +467,7 @@ func TestCloseForRetrySendsACodeAfterWhichClientsReturn(t *testing.T) {
 	})
 }
 
-func TestDrainOfAServerSendsACodeAfterWhichClientsReturn(t *testing.T) {
+func TestDrainOfAServerSendsACodeAfterWhichClientsReconnect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions := serve(t, cryo.ServerOptions{SessionOptions: quiet})
 		peer := join(t, l, sid)

@@ -219,7 +219,7 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 		{"speaks no HTTP", reply("what?\r\n\r\n"), "malformed HTTP"},
 		{"hangs up", reply(""), "EOF"},
 		{"upgrades nothing", reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "the server responded to the upgrade with 200 OK: hi"},
-		{"is silent after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "timed out after 5s"},
+		{"sends nothing after the upgrade", upgraded(func(*websocket.Conn, func(wire.Frame)) {}), "timed out after 5s"},
 		{"speaks another version", upgraded(func(_ *websocket.Conn, say func(wire.Frame)) {
 			info := cryotest.EndpointInfo(0)
 			info.Version = 2
@@ -234,7 +234,7 @@ func TestInvalidServersAreRedialled(t *testing.T) {
 			"error=session ended: protocol violation: text message",
 		},
 		{
-			"goes without a word", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
+			"disconnects without a close frame", shaken(func(ws *websocket.Conn) { _ = ws.Close() }),
 			"error=session ended: connection lost",
 		},
 	} {

@@ -122,7 +122,7 @@ func TestStopEndsADrain(t *testing.T) {
 
 // The turn of a session may come immediately before the stop: it has as much time for the close
 // handshake as one that the stop closes.
-func TestStopDoesNotCutSessionsThatADrainIsClosing(t *testing.T) {
+func TestStopDoesNotDisconnectSessionsThatADrainIsClosing(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		withShutdownDelay(t, 10*time.Second)
 		p := e.run(with(listenInput, "drain_period: 10s"), toProbe)

@@ -100,10 +100,10 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 			_, err := e.net.Listen("tcp", somewhere)
 			require.NoError(e.t, err)
 		}, "timed out after 5s"},
-		{"the token is refused", ws, func(e *engine) {
+		{"the token is rejected", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string { return response("401 Unauthorized", echo(req)) })
 		}, "401 Unauthorized: (redacted: text/html of "},
-		{"the token is refused at length", ws, func(e *engine) {
+		{"the token is rejected with a long text", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string {
 				return response("401 Unauthorized", strings.Repeat("<p>", 290)+echo(req)+strings.Repeat(echo(req), 100))
 			})
@@ -116,24 +116,24 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 		{"the path is wrong", ws + "/wrong", func(e *engine) {
 			e.answer(func(req *http.Request) string { return response("404 Not Found", "No "+req.RequestURI) })
 		}, "404 Not Found: (redacted: text/html of "},
-		{"the server sends elsewhere", ws, func(e *engine) {
+		{"the server redirects", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string {
 				return "HTTP/1.1 302 Found\r\nLocation: http://" + somewhere + req.RequestURI + "\r\nContent-Length: 0\r\n\r\n"
 			})
 		}, "302 Found: redirect to http://" + somewhere + "/"},
-		{"the answer is malformed", ws, func(e *engine) { e.answer(echo) }, "malformed HTTP"},
-		{"the answer's status is malformed", ws, func(e *engine) {
+		{"the response is malformed", ws, func(e *engine) { e.answer(echo) }, "malformed HTTP"},
+		{"the status of the response is malformed", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string { return "HTTP/1.1 " + echo(req) + "\r\n\r\n" })
 		}, "malformed HTTP"},
-		{"the answer's header is malformed", ws, func(e *engine) {
+		{"the header of the response is malformed", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string { return "HTTP/1.1 101 Yes\r\n" + echo(req) + "\r\n\r\n" })
 		}, "malformed MIME header"},
-		{"the answer is no upgrade", ws, func(e *engine) {
+		{"the response is no upgrade", ws, func(e *engine) {
 			e.answer(func(req *http.Request) string {
 				return "HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-Websocket-Accept: " + req.URL.RawQuery + "\r\n\r\n"
 			})
 		}, "bad handshake"},
-		{"the server knows no TLS", wss, func(e *engine) {
+		{"the server does not support TLS", wss, func(e *engine) {
 			e.answer(func(req *http.Request) string { return "" })
 		}, "Failed to connect to cryo"},
 		{"the certificate is not trusted", wss, func(e *engine) {
@@ -152,7 +152,7 @@ func TestFailedDialLeaksNoTokenToLogsOrMetrics(t *testing.T) {
 			e.answer(func(req *http.Request) string { return response("407 Proxy Authentication Required", req.RequestURI) })
 		}, "through the proxy " + somewhere + ": "},
 		{"the proxy is gone", ws + ", proxy_url: 'socks5://user:pr0xy-pass@" + somewhere + "'", func(*engine) {}, "through the proxy " + somewhere + ": "},
-		{"the server says BYE", ws, func(e *engine) {
+		{"the server sends BYE", ws, func(e *engine) {
 			e.serveRaw(func(peer *cryotest.Peer) {
 				peer.ServerHandshake()
 				peer.WriteFrames(cryotest.Bye(1, "go away, "+peer.Request.URL.Query().Get("authorization")))

@@ -133,7 +133,7 @@ func TestEmptyBatchIsDelivered(t *testing.T) {
 			require.NoError(t, e.bareServerOutput("").WriteBatch(t.Context(), nil))
 		})
 	})
-	t.Run("that the engine makes of one that is filtered in parallel", func(t *testing.T) {
+	t.Run("left after parallel filtering", func(t *testing.T) {
 		const filtering = "parallel: { processors: [ { " + filter + " } ] }"
 		for name, output := range map[string]string{"cryo": dialOutput, "cryo_server": with(listenOutput, "no_session: reject")} {
 			t.Run(name, func(t *testing.T) {

@@ -207,7 +207,7 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 			require.Equal(t, 30*time.Second, time.Since(begin))
 		})
 	})
-	t.Run("waits as long as it takes where somebody is only busy", func(t *testing.T) {
+	t.Run("waits beyond ack_timeout while the only worker is busy", func(t *testing.T) {
 		toAll(t, toAnyOfOne+", ack_timeout: 3s", 0, func(t *testing.T, e *engine, _ []*cryo.Session) {
 			f := e.produce(numbered("m%d", 5)...)
 			c := e.dial()
@@ -226,7 +226,7 @@ func TestNoSessionAppliesToAWorkQueueWithoutWorkers(t *testing.T) {
 			require.Zero(t, time.Since(begin))
 		})
 	})
-	t.Run("rejects, what the last one leaves behind too", func(t *testing.T) {
+	t.Run("rejects unacknowledged messages when the last worker disconnects", func(t *testing.T) {
 		toAll(t, toAny+", no_session: reject", 1, func(t *testing.T, e *engine, clients []*cryo.Session) {
 			begin := time.Now()
 			f := e.produce("m")

@@ -26,7 +26,7 @@ var badFiles = []struct {
 	{"a half-written file", receiving[:60], "did not find expected"},
 	{"an empty file", "", "expected object value"},
 	{"an unknown field", strings.Replace(receiving, "tokens", "tokenz", 1), "field tokenz not recognised"},
-	{"a value that the rule of a field refuses", strings.Replace(receiving, "127.0.0.1:0", "127.0.0.1:99999", 1), "field address must be host:port"},
+	{"a value that violates a field's rule", strings.Replace(receiving, "127.0.0.1:0", "127.0.0.1:99999", 1), "field address must be host:port"},
 	{"fields that contradict each other", strings.Replace(receiving, "tokens:", "tls: { cert_file: a.pem }, tokens:", 1), "field tls needs both"},
 	{"a missing TLS file", strings.Replace(receiving, "tokens:", "tls: { cert_file: no-cert.pem, key_file: no-key.pem }, tokens:", 1), "field tls: open no-cert.pem"},
 	{"a missing token file", strings.Replace(receiving, "tokens: [ "+token+" ]", "tokens_file: ./no-tokens", 1), "field tokens_file: open ./no-tokens"},

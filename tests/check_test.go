@@ -207,7 +207,7 @@ shutdown_delay: -2s`,
 }
 
 // The pipelines run: a warning does not change the exit code.
-func TestCheckWarnsAboutWhatDoesNotPreventARun(t *testing.T) {
+func TestCheckWarnsAboutProblemsThatDoNotPreventARun(t *testing.T) {
 	taken := testkit.Listen(t)
 	defer taken.Close()
 	const listens = "input: { cryo_server: { address: '127.0.0.1:0', tokens: [ a ] } }\n"

@@ -38,7 +38,7 @@ func TestComponentsWithTheSameSettingsStart(t *testing.T) {
 }
 
 // They do not share a listener, and the error must not blame another process.
-func TestAddressInTwoSpellingsNamesTheComponentThatListensThere(t *testing.T) {
+func TestAddressConflictNamesTheComponentDespiteAnotherSpelling(t *testing.T) {
 	_, port, err := net.SplitHostPort(testkit.ReserveAddress(t))
 	require.NoError(t, err)
 	for spelling, other := range map[string]string{

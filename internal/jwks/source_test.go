@@ -128,7 +128,7 @@ func TestTokensWithUnknownKeysCauseFewFetches(t *testing.T) {
 	})
 }
 
-func TestOneFetchServesAllWhoWait(t *testing.T) {
+func TestOneFetchServesAllWaiters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		good := newKey(t, "1", jose.ES256)
 		p := &provider{keys: []jose.JSONWebKey{good.public()}, delay: time.Second}

@@ -290,15 +290,15 @@ func TestPayloadAliasesTheFrameButCannotGrowPastIt(t *testing.T) {
 
 func TestTextIsValidUTF8WithoutTrailingNULs(t *testing.T) {
 	tests := map[string]struct{ payload, want string }{
-		"nothing":                     {"", ""},
-		"plain":                       {"grüße 🧊", "grüße 🧊"},
-		"cut by the published peers":  {"\xc3\xa4\x00", "ä"},
-		"several NULs":                {"disconnect\x00\x00\x00", "disconnect"},
-		"only NULs":                   {"\x00\x00", ""},
-		"NULs inside stay":            {"\x00a\x00b", "\x00a\x00b"},
-		"invalid UTF-8":               {"a\xffb", "a\uFFFDb"},
-		"cut within a rune":           {"gr\xc3", "gr\uFFFD"},
-		"cut within a rune, and NULs": {"gr\xc3\x00\x00", "gr\uFFFD"},
+		"nothing":                            {"", ""},
+		"plain":                              {"grüße 🧊", "grüße 🧊"},
+		"truncated by the published peers":   {"\xc3\xa4\x00", "ä"},
+		"several NULs":                       {"disconnect\x00\x00\x00", "disconnect"},
+		"only NULs":                          {"\x00\x00", ""},
+		"NULs inside stay":                   {"\x00a\x00b", "\x00a\x00b"},
+		"invalid UTF-8":                      {"a\xffb", "a\uFFFDb"},
+		"truncated within a rune":            {"gr\xc3", "gr\uFFFD"},
+		"truncated within a rune, with NULs": {"gr\xc3\x00\x00", "gr\uFFFD"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -44,14 +44,14 @@ func faults() map[string]fault {
 		"tiny slices":   {toxics: []string{`"type": "slicer", "attributes": { "average_size": 11, "size_variation": 10 }`}, slow: true},
 		"low bandwidth": {toxics: []string{`"type": "bandwidth", "attributes": { "rate": 100 }`}, slow: true},
 
-		"cuts at random bytes":                   {breaks: breaks(closed, closed, false)},
+		"disconnects at random bytes":            {breaks: breaks(closed, closed, false)},
 		"resets":                                 {breaks: breaks(closed, closed, true)},
 		"black holes":                            {breaks: breaks(swallowed, swallowed, false), silent: true},
 		"half-open, only the server is notified": {breaks: breaks(closed, swallowed, false), silent: true},
 		"half-open, only the client is notified": {breaks: breaks(swallowed, closed, false), silent: true},
 		"data from the client is lost":           {breaks: breaks(swallowed, passed, false), silent: true},
 		"data from the server is lost":           {breaks: breaks(passed, swallowed, false), silent: true},
-		"cuts on a slow line with slices": {
+		"disconnects on a slow line with slices": {
 			toxics: []string{
 				`"type": "latency", "attributes": { "latency": 5, "jitter": 5 }`,
 				`"type": "slicer", "attributes": { "average_size": 500, "size_variation": 499 }`,

@@ -277,15 +277,15 @@ func TestBrowser(t *testing.T) {
 		{"a page pulls", testBrowserPulls},
 		{"a page is pulled from", testBrowserIsPulledFrom},
 		{"a page cancels the reader of a stream", testBrowserCancelsAReader},
-		{"a page returns after a planned restart", testBrowserRestart},
+		{"a page reconnects after a planned restart", testBrowserRestart},
 		{"a page stays through a rolling restart", testBrowserRollingRestart},
-		{"a page returns after a crash", testBrowserCrash},
-		{"a page returns after a lost network", testBrowserNetworkLoss},
-		{"a page returns after a timeout", testBrowserTimeout},
-		{"a page returns when its session was closed because it was late", testBrowserLate},
-		{"a page does not return when it is taken over", testBrowserTakenOver},
-		{"a page does not return when its token has expired", testBrowserExpired},
-		{"a page returns when its session has reached its maximum age", testBrowserMaximumAge},
+		{"a page reconnects after a crash", testBrowserCrash},
+		{"a page reconnects after a lost network", testBrowserNetworkLoss},
+		{"a page reconnects after a timeout", testBrowserTimeout},
+		{"a page reconnects after an acknowledgement timed out", testBrowserLate},
+		{"a page does not reconnect after a takeover", testBrowserTakenOver},
+		{"a page does not reconnect after its token has expired", testBrowserExpired},
+		{"a page reconnects after its session has reached the maximum age", testBrowserMaximumAge},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, b) })
 	}
