@@ -107,7 +107,7 @@ func admissionOptionFields() []*service.ConfigField {
 				Default([]any{}).
 				Example([]string{"User-Agent"}),
 		).
-			Description("The parts of a client's request that become metadata of all its messages; the first value of each name counts. They are untrusted, unless `authorize` checks them. A client is denied with status 400 if a value contains control characters.").
+			Description("The parts of a client's request that become metadata of all its messages. If a name occurs several times, its first value is used. The values are untrusted, unless `authorize` checks them. A client is denied with status 400 if a value contains control characters.").
 			Advanced(),
 		allowedOriginsField.config().
 			Description("The origins of web pages that may connect: scheme, host and, unless it is the default, port. `*` is any origin, `null` is a page from a file or a sandbox, and an empty list denies all web pages. Clients that send no `Origin` header are not checked.").

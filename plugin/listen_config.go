@@ -51,7 +51,7 @@ var (
 func listenFields() []*service.ConfigField {
 	return append([]*service.ConfigField{
 		addressField.config().
-			Description("The host and port to listen on; `:port` means all network interfaces. Inputs and outputs with the same address share one listener and its clients, in streams mode also those of several pipelines; all settings of the listener must be equal. Several inputs receive clients in turn.").
+			Description("The host and port to listen on; `:port` means all network interfaces. Inputs and outputs with the same address, in streams mode also those of different pipelines, share one listener and its clients; their listener settings must be equal. Several inputs receive clients in turn.").
 			Example("0.0.0.0:8080").
 			Example("127.0.0.1:8080"),
 		pathField.config().
@@ -76,7 +76,7 @@ func listenOptionFields() []*service.ConfigField {
 			Description("The maximum number of sessions from one IPv4 address or IPv6 /64 network; further clients are denied with status 429. 0 means no limit. Behind a reverse proxy, set `trusted_proxies`, because otherwise all clients have the address of the proxy.").
 			Advanced(),
 		maxConnectsPerSecondField.config().
-			Description("The maximum number of clients that are accepted per second, and at once; further clients are denied with status 503. Only authorized clients count. 0 means no limit.").
+			Description("The maximum number of clients that are accepted per second, and in one burst; further clients are denied with status 503. Only authorized clients count. 0 means no limit.").
 			Advanced(),
 		maxMessagesPerSecondField.config().
 			Description("The maximum number of messages and streams that a session receives per second. A faster client is slowed down by backpressure; nothing is rejected. 0 means no limit; [Rates]("+docsURL+"reference/limits.md#rates) has the details.").

@@ -42,7 +42,7 @@ func proxyFields() []*service.ConfigField {
 			Example([]string{"10.0.0.0/8", "127.0.0.1", "fd00::/8"}).
 			Advanced(),
 		forwardedHeaderField.config().
-			Description("The header in which the trusted proxies report the address of a client. Every trusted proxy must set it, because a proxy may pass on the other header from a client unchanged.").
+			Description("The header in which the trusted proxies report the address of a client. Every trusted proxy must set this header: a proxy that sets only the other one may pass this one on unchanged, as a client sent it.").
 			Default(headerXForwardedFor).
 			Advanced(),
 		proxyProtocolField.config().

@@ -34,7 +34,7 @@ var (
 func lifetimeFields() []*service.ConfigField {
 	return []*service.ConfigField{
 		service.NewBloblangField(fieldSessionExpires).
-			Description("A mapping to the time at which a session expires: Unix seconds, a timestamp or RFC 3339 text. Its input is that of `authorize`, with the result of `authorize` as `this.authorized`. With null the session does not expire; see [Expiry](" + authorizationPage + "#expiry).").
+			Description("A mapping to the time at which a session expires: Unix seconds, a timestamp or RFC 3339 text. Its input is that of `authorize`, with the result of `authorize` as `this.authorized`. If the mapping returns null, the session does not expire; see [Expiry](" + authorizationPage + "#expiry).").
 			Example(`root = this.authorized.exp`).
 			Example(`root = this.token.parse_jwt_hs256(env("JWT_SECRET")).exp.not_null()`).
 			Optional(),

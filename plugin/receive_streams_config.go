@@ -46,7 +46,7 @@ func streamsField() *service.ConfigField {
 			Description("The exact names of the streams to receive. Other streams are acknowledged, counted in `cryo_messages_filtered` and dropped. If empty, all streams are received.").
 			Default([]any{}),
 		service.NewScannerField(fieldScanner).
-			Description("The scanner that splits a stream into messages: one for the whole stream (`to_the_end`), or one per line (`lines`), CSV row (`csv`), file of an archive (`tar`) or number of bytes (`chunker`). With a scanner that splits it, a stream of any length needs little memory.").
+			Description("The scanner that splits a stream into messages: one for the whole stream (`to_the_end`), or one per line (`lines`), CSV row (`csv`), file of an archive (`tar`) or block of a fixed size (`chunker`). With a scanner that splits it, a stream of any length needs little memory.").
 			Default(map[string]any{"to_the_end": map[string]any{}}).
 			LintRule(lintMapping(scannerRule)),
 		flowControlField.config().
