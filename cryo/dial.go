@@ -115,7 +115,7 @@ func parseURL(rawURL string) (u *url.URL, query url.Values, err error) {
 	query, queryErr := url.ParseQuery(u.RawQuery)
 	switch {
 	case u.Scheme != "ws" && u.Scheme != "wss":
-		return nil, nil, fmt.Errorf("the scheme is %q, it must be ws or wss", u.Scheme)
+		return nil, nil, fmt.Errorf("the scheme is %q: it must be ws or wss", u.Scheme)
 	case u.Hostname() == "":
 		return nil, nil, errors.New("the URL has no host")
 	case u.User != nil:

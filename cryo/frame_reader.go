@@ -95,7 +95,7 @@ func (r *frameReader) next(in *received) error {
 	case err != nil:
 		return &ProtocolError{Err: err}
 	case in.SID != r.sid:
-		return &ProtocolError{Problem: fmt.Sprintf("%v frame for the foreign session %d", in.Type, in.SID)}
+		return &ProtocolError{Problem: fmt.Sprintf("%v frame for another session: %d", in.Type, in.SID)}
 	case !in.Type.Known(): // ignored, as the published peers do
 		r.limit.awaitOther(r.conn.Left())
 		return r.conn.Discard()

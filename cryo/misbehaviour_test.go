@@ -170,8 +170,8 @@ func malformedFrames(t *testing.T) (rows []misbehaviour) {
 		{"sends a PING_PONG of CAMP", id + "fb" + "706f6e67", "malformed PING_PONG frame of 13 bytes: it is a frame of another protocol, CAMP"},
 		{"sends half a number", id + "fa" + "0000", "malformed UTF8DATA frame of 11 bytes: shorter than its 13 bytes"},
 		{"sends a ping with an extra byte", id + "fb" + "00000001" + "70696e67ff", "malformed PING_PONG frame of 18 bytes: neither ping nor pong"},
-		{"sends a message for a foreign session", "0000000000000001" + "fa" + "00000001", "UTF8DATA frame for the foreign session 1"},
-		{"acknowledges for a foreign session", "0000000000000001" + "fd" + "40000001", "ACK frame for the foreign session 1"},
+		{"sends a message for another session", "0000000000000001" + "fa" + "00000001", "UTF8DATA frame for another session: 1"},
+		{"acknowledges for another session", "0000000000000001" + "fd" + "40000001", "ACK frame for another session: 1"},
 		{"announces another version after the handshake", id + "ff" + "00000001" + "00000002" + "0000000000000001", "unsupported protocol version 2: only 1 is supported"},
 	} {
 		frame, err := hex.DecodeString(c.frame)
@@ -438,7 +438,7 @@ func strangeStreams() []misbehaviour {
 	}
 	return []misbehaviour{
 		{
-			does: "opens a stream under the number of an open one", problem: "TX_START for the stream 5, which is already open",
+			does: "opens a stream under the number of an open one", problem: "TX_START for stream 5, which is already open",
 			how: func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 				incoming(t, s, peer, 1, 5)
 				peer.WriteFrames(txStart(2, 5, -1, "again"))

@@ -18,7 +18,7 @@ func ExampleCheckURL() {
 	fmt.Println(cryo.CheckURL("https://cryo.example.com"))
 	// Output:
 	// <nil>
-	// the scheme is "https", it must be ws or wss
+	// the scheme is "https": it must be ws or wss
 }
 
 // A client that connects again uses the id that it had.

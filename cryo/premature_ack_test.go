@@ -29,29 +29,29 @@ func TestPrematureResultEndsTheSession(t *testing.T) {
 	}{
 		"ACK of a message": {
 			func(t *testing.T, s *cryo.Session, data []byte) error { return s.SendBinary(t.Context(), data) },
-			cryotest.Acked, "ACK for the frame %d before it was sent",
+			cryotest.Acked, "ACK for frame %d before it was sent",
 		},
 		"ERROR for a message": {
 			func(t *testing.T, s *cryo.Session, data []byte) error { return s.SendBinary(t.Context(), data) },
-			func(number uint32) wire.Frame { return cryotest.Error(number, "no") }, "ERROR for the frame %d before it was sent",
+			func(number uint32) wire.Frame { return cryotest.Error(number, "no") }, "ERROR for frame %d before it was sent",
 		},
 		"ACK of a stream's start": {
 			func(t *testing.T, s *cryo.Session, data []byte) error {
 				return s.SendStream(t.Context(), bytes.NewReader(data), nil)
 			},
-			cryotest.Acked, "ACK for the frame %d before it was sent",
+			cryotest.Acked, "ACK for frame %d before it was sent",
 		},
 		"TX_CANCEL of a stream": {
 			func(t *testing.T, s *cryo.Session, data []byte) error {
 				return s.SendStream(t.Context(), bytes.NewReader(data), nil)
 			},
-			func(uint32) wire.Frame { return txCancel(1, 0) }, "TX_CANCEL for the stream 0 before its TX_START was sent",
+			func(uint32) wire.Frame { return txCancel(1, 0) }, "TX_CANCEL for stream 0 before its TX_START was sent",
 		},
 		"ACK of a flow": {
 			func(t *testing.T, s *cryo.Session, _ []byte) error {
 				return s.PullStreams(t.Context())
 			},
-			cryotest.Acked, "ACK for the frame %d before it was sent",
+			cryotest.Acked, "ACK for frame %d before it was sent",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -207,7 +207,7 @@ func (s *Session) handleAnswer(f *wire.Frame, err error) bool {
 		}
 		return false
 	case answerPremature:
-		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for the frame %d before it was sent", f.Type, f.Ack)})
+		s.protocolError(&ProtocolError{Problem: fmt.Sprintf("%v for frame %d before it was sent", f.Type, f.Ack)})
 	case answerUnknown:
 		s.incoming.cancelAcknowledged(f.Ack)
 		s.limit.awaitOther(0)
@@ -229,7 +229,7 @@ func (s *Session) handleStream(in *received) {
 	case wire.TxCancel:
 		// The stream is stopped first: no frame of it follows the acknowledgement.
 		if !s.outgoing.handleCancel(f.Tx) {
-			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for the stream %d before its TX_START was sent", f.Tx)})
+			s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_CANCEL for stream %d before its TX_START was sent", f.Tx)})
 			return
 		}
 		s.writer.acknowledge([]uint32{f.Ack})

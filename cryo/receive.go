@@ -177,7 +177,7 @@ func (s *Session) rejectUnread(m *Message, text string) {
 }
 
 func (s *Session) reportBufferFull() {
-	s.report("Receive buffer full: rejecting messages and streams, because a send waits for its acknowledgement behind them",
+	s.report("Receive buffer full: rejecting messages and streams, because a send is waiting for an acknowledgement queued behind them",
 		"max_buffer_bytes", s.opts.MaxBufferBytes)
 }
 

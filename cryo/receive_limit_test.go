@@ -236,8 +236,8 @@ const unknownTx = 4711
 // An error in a header is reported before the payload is received.
 func TestInvalidHeaderEndsTheSessionBeforeItsPayload(t *testing.T) {
 	for problem, f := range map[string]wire.Frame{
-		"BINARYDATA frame for the foreign session 7":        {SID: 7, Type: wire.Binary},
-		"unassigned type 9 frame for the foreign session 7": {SID: 7, Type: 9},
+		"BINARYDATA frame for another session: 7":        {SID: 7, Type: wire.Binary},
+		"unassigned type 9 frame for another session: 7": {SID: 7, Type: 9},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s, peer := accepted(t, cryo.ServerOptions{})

@@ -222,7 +222,7 @@ func TestNewClientChecksItsOptionsAndDoesNotDial(t *testing.T) {
 		require.EqualError(t, err, "creating a client: "+problem)
 	}
 	_, err := cryo.NewClient("http://cryo.test?secret=s3cret", nil)
-	require.EqualError(t, err, `creating a client: the scheme is "http", it must be ws or wss`)
+	require.EqualError(t, err, `creating a client: the scheme is "http": it must be ws or wss`)
 
 	c, err := cryo.NewClient(memoryURL, &cryo.ClientOptions{DialOptions: cryo.DialOptions{NetDial: dialled}, BeforeDial: prepare})
 	require.NoError(t, err)

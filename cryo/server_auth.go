@@ -145,7 +145,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	// Before the cost of Authorize: everything that depends on the request alone, and the rate.
 	id, err := strconv.ParseUint(query.Get(paramSessionID), 10, 64)
 	if err != nil {
-		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."}
+		return nil, nil, &denial{status: http.StatusUnauthorized, message: "The parameter x-cryo-sid must be an unsigned 64-bit decimal number."}
 	}
 	if !s.opts.CheckOrigin(r) {
 		return nil, nil, &denial{status: http.StatusForbidden, message: "This origin is not allowed."}
@@ -173,7 +173,7 @@ func (s *Server) admit(r *http.Request) (*Upgrade, *entry, *denial) {
 	return u, e, denied
 }
 
-var tooFast = &denial{status: http.StatusServiceUnavailable, message: "Too many clients connect at the same time.", retry: connectsRetry}
+var tooFast = &denial{status: http.StatusServiceUnavailable, message: "Too many clients are connecting at the same time.", retry: connectsRetry}
 
 // credentials are a hash of what identifies a client: its owner or, without one, its token and
 // certificate.

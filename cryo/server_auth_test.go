@@ -59,7 +59,7 @@ func TestServerChecksRequestsInOrder(t *testing.T) {
 	const (
 		missing = "The parameter authorization with a Bearer token is missing."
 		denied  = "The token was rejected."
-		badID   = "The parameter x-cryo-sid must be an unsigned decimal number of 64 bits."
+		badID   = "The parameter x-cryo-sid must be an unsigned 64-bit decimal number."
 	)
 	for name, c := range map[string]struct {
 		query    string

@@ -19,7 +19,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/cryotest"
 )
 
-const tooManyConnects = "Too many clients connect at the same time."
+const tooManyConnects = "Too many clients are connecting at the same time."
 
 // queryOf is the query of a client's request.
 func queryOf(id uint64, token string) string {

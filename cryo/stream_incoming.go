@@ -421,9 +421,9 @@ func (st *IncomingStream) addChunk(f *received) bool {
 	case f.decision == unwanted && st.s.isEnding(): // the session has ended, and will cancel the stream
 		st.failLocked(truncated(st.received, st.s.Err()))
 	case !st.accepted, f.decision == unwanted: // unwanted: decided before it was accepted
-		st.failLocked(fmt.Errorf("%w: chunks before TX_START was acknowledged", ErrStreamBroken))
+		st.failLocked(fmt.Errorf("%w: chunk received before TX_START was acknowledged", ErrStreamBroken))
 	case st.finishNumber != nil:
-		st.failLocked(fmt.Errorf("%w: chunks after TX_FINISH", ErrStreamBroken))
+		st.failLocked(fmt.Errorf("%w: chunk received after TX_FINISH", ErrStreamBroken))
 	case f.Seq != st.nextSeq:
 		st.failLocked(fmt.Errorf("%w: chunk %d received, expected %d", ErrStreamBroken, f.Seq, st.nextSeq))
 	case st.size >= 0 && after > st.size:

@@ -335,7 +335,7 @@ func TestRepeatedStreamNumberEndsTheSession(t *testing.T) {
 		st := incoming(t, s, peer, 1, 5)
 		peer.WriteFrames(txChunk(5, 1, "abc"), txStart(2, 5, -1, "again"))
 		peer.Ack(peer.WantType("the open stream is cancelled", wire.TxCancel))
-		peer.WantClose("the protocol is broken", 4001, "protocol violation: TX_START for the stream 5, which is already open")
+		peer.WantClose("the protocol is broken", 4001, "protocol violation: TX_START for stream 5, which is already open")
 		peer.WS.Close()
 		_, ok := errors.AsType[*cryo.ProtocolError](wantEnded(t, s))
 		require.True(t, ok)

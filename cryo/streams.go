@@ -85,7 +85,7 @@ func (in *incomingStreams) handleStart(f *wire.Frame) {
 	}
 	switch outcome {
 	case startRepeated:
-		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for the stream %d, which is already open", f.Tx)})
+		in.s.protocolError(&ProtocolError{Problem: fmt.Sprintf("TX_START for stream %d, which is already open", f.Tx)})
 	case startRejected:
 		in.reject(f.Tx)
 	}

@@ -52,9 +52,9 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		sentence           string
 	}{
 		// Where to dial.
-		{"input", "cryo", `{ url: "localhost:8080" }`, `field url: the scheme is "localhost", it must be ws or wss`},
-		{"input", "cryo", `{ url: "" }`, `field url: the scheme is "", it must be ws or wss`},
-		{"output", "cryo", `{ url: "http://localhost:8080" }`, `field url: the scheme is "http", it must be ws or wss`},
+		{"input", "cryo", `{ url: "localhost:8080" }`, `field url: the scheme is "localhost": it must be ws or wss`},
+		{"input", "cryo", `{ url: "" }`, `field url: the scheme is "": it must be ws or wss`},
+		{"output", "cryo", `{ url: "http://localhost:8080" }`, `field url: the scheme is "http": it must be ws or wss`},
 		{"input", "cryo", `{ url: "ws:///path" }`, "field url: the URL has no host"},
 		{"input", "cryo", `{ url: "ws://:8080" }`, "field url: the URL has no host"},
 		{"output", "cryo", `{ url: "wss://me:pass@localhost" }`, "field url: the URL must not contain a user or password: set the token instead"},
@@ -73,7 +73,7 @@ func TestInvalidConfigurationFailsLintAndStartWithTheSameError(t *testing.T) {
 		{"input", "cryo", `{ url: "ws://h:99999" }`, "field url: the URL's port must be from 1 to 65535"},
 		{"input", "cryo", `{ url: "ws://h:" }`, "field url: the URL's port must be from 1 to 65535"},
 		{"input", "cryo", `{ url: "ws://me:p%zz@h" }`, "field url: not a URL"},
-		{"input", "cryo", `{ url: null }`, `field url: the scheme is "", it must be ws or wss`},
+		{"input", "cryo", `{ url: null }`, `field url: the scheme is "": it must be ws or wss`},
 		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:secret@%zz" }`, encodeProxy},
 		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:sec#ret@h" }`, encodeProxy},
 		{"output", "cryo", `{ ` + dials + `, proxy_url: "http://me:100%@h" }`, encodeProxy},

@@ -196,9 +196,9 @@ func (ln *listener) authorize(u *cryo.Upgrade) error {
 	ln.mu.Lock()
 	c := ln.first
 	if c == nil {
-		cause := "no pipeline uses the listener: it is being replaced, or stops"
+		cause := "no pipeline uses the listener: it is being replaced or stopped"
 		if ln.refusing {
-			cause = "the listener closes"
+			cause = "the listener is closing"
 		}
 		ln.mu.Unlock()
 		return notNow(cause)

@@ -63,7 +63,7 @@ func withListenHint(err error) error {
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		hint = "this machine has no such address: use one of its own, or 0.0.0.0 for all of them"
 	case errors.Is(err, syscall.EACCES):
-		hint = "the process is not permitted to use this port: use one from 1024 up, or grant CAP_NET_BIND_SERVICE"
+		hint = "the process is not permitted to use this port: use port 1024 or higher, or grant CAP_NET_BIND_SERVICE"
 	case errors.As(err, &name):
 		hint = "use a name that this machine can resolve, or an IP address"
 	default:

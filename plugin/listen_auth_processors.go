@@ -121,7 +121,7 @@ func (p *authorizeProcessors) run(ctx context.Context, client map[string]any) er
 	}
 	switch len(results) {
 	case 0:
-		return fmt.Errorf("denied by the field %s, which deleted the message", fieldAuthorizeProcessors)
+		return fmt.Errorf("denied by the processors of the field %s, which deleted the message", fieldAuthorizeProcessors)
 	case 1:
 		err = results[0].GetError()
 	default:

@@ -147,7 +147,7 @@ func TestProcessorsThatDeleteTheMessageDenyTheClient(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(asking("root = true", `{ mapping: 'root = if this.token == "guest" { deleted() }' }`), toProbe)
 		e.wantDenied(cryo.DialOptions{Token: "guest"}, http.StatusUnauthorized)
-		e.log.want(t, "denied by the field authorize_processors, which deleted the message")
+		e.log.want(t, "denied by the processors of the field authorize_processors, which deleted the message")
 		e.dial()
 	})
 }

@@ -147,7 +147,7 @@ func TestClientsOverTheRateAreDenied(t *testing.T) {
 		e.dial()
 		e.dial()
 		denied := e.wantDenied(cryo.DialOptions{Token: token}, http.StatusServiceUnavailable)
-		require.Equal(t, "Too many clients connect at the same time.", denied.Message)
+		require.Equal(t, "Too many clients are connecting at the same time.", denied.Message)
 		require.GreaterOrEqual(t, denied.RetryAfter, 3*time.Second)
 		require.LessOrEqual(t, denied.RetryAfter, 9*time.Second)
 		e.wantMetrics("each is counted", map[string]int64{"cryo_sessions_denied{status=401}": 10, "cryo_sessions_denied{status=503}": 1})

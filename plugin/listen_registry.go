@@ -162,7 +162,7 @@ func (l *listeners) explainInUse(err error) error {
 
 // sharedInUse is the error of an address that another component of this process uses in another spelling.
 func sharedInUse(err error, other *serverComponent) error {
-	return fmt.Errorf("field %s: %w: %s listens there, as %s: write the address the same way in both components, which then share the listener, or use another port",
+	return fmt.Errorf("field %s: %w: %s listens there, as %s: write the address the same way in both components to share the listener, or use another port",
 		fieldAddress, err, other.name, other.settings.Address)
 }
 

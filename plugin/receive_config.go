@@ -63,7 +63,7 @@ const receiveMetadata = `
 Each message carries:
 
 - ` + "`cryo_message_type`: `utf8`, `binary`, `stream` or `error`" + `
-- ` + "`cryo_session_id`" + `: the id of the session, a decimal number of 64 bits
+- ` + "`cryo_session_id`" + `: the id of the session, a 64-bit decimal number
 - ` + "`cryo_ack_id`" + `: the sender's number of the message, valid on its connection only; not for streams
 
 A message of a stream also has:

@@ -149,7 +149,7 @@ func (b *broadcast) boundSlow(ctx context.Context) (bounded context.Context, don
 	bounded, cancel := context.WithCancelCause(ctx)
 	began := time.Now()
 	timer := time.AfterFunc(1<<62, func() {
-		cancel(fmt.Errorf("stream slower than on another session: %w after twice the time of that session plus %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
+		cancel(fmt.Errorf("stream sent more slowly than to another session: %w after twice the time of that session plus %s (%v)", errLate, fieldAckTimeout, b.ackTimeout))
 	})
 	done = sync.OnceFunc(func() { timer.Reset(time.Since(began) + b.ackTimeout) })
 	return bounded, done, func() { timer.Stop(); cancel(nil) }

@@ -204,7 +204,7 @@ func TestSlowReaderOfABroadcastStreamIsEventuallyClosed(t *testing.T) {
 		require.NoError(t, quick.Err())
 		require.Error(t, slowly.result(t), "cut off")
 		require.Error(t, slow.Err())
-		e.log.want(t, "stream slower than on another session: acknowledgement timed out after twice the time of that session plus ack_timeout (30s)", fmt.Sprintf("session=%d", slow.ID()))
+		e.log.want(t, "stream sent more slowly than to another session: acknowledgement timed out after twice the time of that session plus ack_timeout (30s)", fmt.Sprintf("session=%d", slow.ID()))
 	})
 }
 

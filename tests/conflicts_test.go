@@ -49,7 +49,7 @@ func TestAddressConflictNamesTheComponentDespiteAnotherSpelling(t *testing.T) {
 			p := runConfig(t, `
 input: { cryo_server: { address: "`+spelling+`", tokens: [ `+token+` ] } }
 output: { cryo_server: { address: "`+other+`", tokens: [ `+token+` ] } }`)
-			p.WantLog("bind: address already in use: the ", "put cryo_server at ", " listens there, as ", "write the address the same way in both components, which then share the listener")
+			p.WantLog("bind: address already in use: the ", "put cryo_server at ", " listens there, as ", "write the address the same way in both components to share the listener")
 			p.Interrupt()
 		})
 	}

@@ -72,7 +72,7 @@ func TestLimitsApplyToClientsBehindATCPProxy(t *testing.T) {
 		}
 	}
 	require.Positive(t, denied)
-	p.WantLog("Denied a client", `remote="203.0.113.7:4711"`, "Too many clients connect at the same time.")
+	p.WantLog("Denied a client", `remote="203.0.113.7:4711"`, "Too many clients are connecting at the same time.")
 
 	_, err = cryo.Dial(t.Context(), "ws://"+address, &cryo.DialOptions{Token: token})
 	require.Error(t, err, "without a header")

@@ -170,7 +170,7 @@ func parseOverrides(expressions []string) ([]override, error) {
 		}
 		var value yaml.Node
 		if err := yaml.Unmarshal([]byte(text), &value); err != nil || len(value.Content) == 0 {
-			return nil, fmt.Errorf("the value of %s is not YAML", path)
+			return nil, fmt.Errorf("the value of %s is not valid YAML", path)
 		}
 		overrides = append(overrides, override{strings.Split(path, "."), value.Content[0]})
 	}

@@ -18,7 +18,7 @@ func TestPlainTextIsRepeated(t *testing.T) {
 	s := redact.New(secret, "5")
 	for _, text := range []string{
 		"", "Session already exists", "The session already exists.", "The token was rejected.", "The parameter authorization with a Bearer token is missing.",
-		"The parameter x-cryo-sid must be an unsigned decimal number of 64 bits.", "Too much session metadata: 61 fields (limit 64), 900 bytes (limit 8192).",
+		"The parameter x-cryo-sid must be an unsigned 64-bit decimal number.", "Too much session metadata: 61 fields (limit 64), 900 bytes (limit 8192).",
 		"Client sent an HTTP request to an HTTPS server.", "Overloaded: closed sessions are still draining.", "taken over by a newer connection of the same client",
 		"upstream connect error or disconnect/reset before headers. reset reason: connection termination", "no healthy upstream", "404 page not found",
 		"order 17 of 2026-11-30 has no customer", "could not be delivered", "timed out after 30s", "Das Konto ist gelöscht",
