@@ -107,7 +107,7 @@ func TestOnlyDataQueuedAtTheFirstTickDelaysATimeout(t *testing.T) {
 	})
 }
 
-func TestStreamsStepMayTakeLongerWhileItIsTransferred(t *testing.T) {
+func TestStreamStepMayExceedItsTimeoutWhileDataIsTransferred(t *testing.T) {
 	atBothEnds(t, quiet, func(t *testing.T, end end, s *cryo.Session, peer *cryotest.Peer) {
 		st, _ := opening(t, s, peer, &cryo.StreamOptions{ChunkBytes: 1_500_000, StepTimeout: 30 * time.Second})
 		peer.Conn().ReadSlowly(30_000)

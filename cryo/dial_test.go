@@ -422,7 +422,7 @@ func TestProxyMayDenyTheTunnel(t *testing.T) {
 	require.ErrorIs(t, err, noIdea)
 }
 
-func TestProxysUserNeedsNoPassword(t *testing.T) {
+func TestProxyUserNeedsNoPassword(t *testing.T) {
 	for _, user := range []*url.Userinfo{url.User("someone"), url.UserPassword("someone", "pass:word")} {
 		asked := make(chan string, 1)
 		proxy := cryotest.Serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -243,7 +243,7 @@ func TestDrainClosesWhenAllReceivedMessagesAreSettled(t *testing.T) {
 	})
 }
 
-func TestDrainReadsOnWhereReadsWerePaused(t *testing.T) {
+func TestDrainResumesPausedReads(t *testing.T) {
 	atBothEnds(t, smallBuffer, func(t *testing.T, _ end, s *cryo.Session, peer *cryotest.Peer) {
 		m := fill(t, s, peer)
 		require.True(t, s.Stats().Paused)

@@ -326,7 +326,7 @@ func TestExpiryFollowsTheWallClock(t *testing.T) {
 	}
 }
 
-func TestTakeoverOfAnExpiredSession(t *testing.T) {
+func TestExpiredSessionCanBeTakenOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, l, sessions, s, peer := expiring(t, cryo.ServerOptions{})
 		peer.WriteFrames(cryotest.Text(1, "in flight"))
@@ -346,7 +346,7 @@ func TestTakeoverOfAnExpiredSession(t *testing.T) {
 	})
 }
 
-func TestTakeoverWhileAnExpiredSessionCloses(t *testing.T) {
+func TestClosingExpiredSessionIsReplacedByANewOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, l, sessions, s, peer := expiring(t, cryo.ServerOptions{})
 		time.Sleep(time.Minute)

@@ -247,7 +247,7 @@ func TestClientWithManySessionsEndsNoSessionOfAnother(t *testing.T) {
 	})
 }
 
-func TestAsManySlowSessionsEndAsOthersWait(t *testing.T) {
+func TestOneSlowSessionEndsForEachWaitingSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const holders, waiting = 6, 3
 		_, l, accepted := serve(t, cryo.ServerOptions{Authorize: eachItsOwner, SessionOptions: cryo.SessionOptions{MaxBufferBytes: (holders-1)*large + 1000}})

@@ -12,7 +12,7 @@ import (
 	"github.com/cryo-connect/cryo-connect/internal/wire"
 )
 
-func TestNumbersStartAnywhereInTheRangeOfTheirEnd(t *testing.T) {
+func TestNumbersStartAtARandomValueInTheRangeOfTheirSide(t *testing.T) {
 	const mask = 1<<30 - 1
 	seen := make(map[uint32]bool)
 	for range 20 {
@@ -29,7 +29,7 @@ func TestNumbersStartAnywhereInTheRangeOfTheirEnd(t *testing.T) {
 }
 
 // A peer that answers on a new connection what it got on the one before answers nothing.
-func TestAnswersToTheLastConnectionMatchNoFrame(t *testing.T) {
+func TestAnswersToAPreviousConnectionMatchNoFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := quiet
 		opts.CloseTimeout = time.Second

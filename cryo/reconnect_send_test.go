@@ -175,7 +175,7 @@ func TestSessionWithoutASendDoesNotCountAsLost(t *testing.T) {
 	})
 }
 
-func TestBatchIsDeliveredAtOneMessageASession(t *testing.T) {
+func TestBatchIsDeliveredOneMessagePerSession(t *testing.T) {
 	withPeers(t, cryo.ClientOptions{}, func(t *testing.T, c *cryo.Client, g *gate, server *cryotest.Server) {
 		var texts []string
 		for i := range 25 {

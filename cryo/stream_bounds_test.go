@@ -279,7 +279,7 @@ func TestStreamIsNotIdleWhileItsBytesAreUnread(t *testing.T) {
 }
 
 // A pause that ends just before the time-out must not count as idle.
-func TestPauseOfReadsDoesNotCountAsIdle(t *testing.T) {
+func TestPausedReadsDoNotCountAsIdle(t *testing.T) {
 	idle := quiet
 	idle.StreamIdleTimeout = 10 * time.Second
 	idle.MaxBufferBytes = 100_000

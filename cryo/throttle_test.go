@@ -302,7 +302,7 @@ func TestMessageLargerThanTheBytesOfASecondIsReceived(t *testing.T) {
 }
 
 // Pauses within a message would occupy the capacity for large messages that others wait for.
-func TestMessageInFragmentsIsPaidByTheNextOne(t *testing.T) {
+func TestCostOfAFragmentedMessageDelaysTheNextMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, peer := accepted(t, cryo.ServerOptions{SessionOptions: cryo.SessionOptions{
 			HeartbeatInterval: 1 << 50, MaxBytesPerSecond: 1000, MaxBufferBytes: 1 << 30,

@@ -72,7 +72,7 @@ func TestClientThatAcknowledgesEndpointInfoHasASession(t *testing.T) {
 	})
 }
 
-func TestFirstDataOfAClientIsAHandshake(t *testing.T) {
+func TestFirstDataOfAClientCompletesTheHandshake(t *testing.T) {
 	for name, f := range map[string]wire.Frame{
 		"UTF8DATA":   cryotest.Text(1, "early"),
 		"BINARYDATA": cryotest.Binary(1, "early"),
@@ -106,7 +106,7 @@ func TestFirstDataOfAClientIsAHandshake(t *testing.T) {
 }
 
 // The acknowledgement of the server's ENDPOINT_INFO is behind the data then.
-func TestDataThatIsReadLateIsAHandshake(t *testing.T) {
+func TestDataThatIsReadLateCompletesTheHandshake(t *testing.T) {
 	const size = 20_000
 	for name, opts := range map[string]cryo.SessionOptions{
 		"exceeds a rate":     {MaxBytesPerSecond: 1000},

@@ -176,7 +176,7 @@ func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
 	})
 }
 
-func TestPartOfALineOfATokensFileIsNoToken(t *testing.T) {
+func TestPartialLineOfATokensFileIsNotAToken(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "tokens")
 	replaceFile(t, file, "first-s3cret\n")
 	inEngine(t, func(t *testing.T, e *engine) {
@@ -202,7 +202,7 @@ func TestPartOfALineOfATokensFileIsNoToken(t *testing.T) {
 }
 
 // The first client may come long after the file was written, and may have a token that was removed.
-func TestPartOfALineThatWasWrittenLongAgoIsAToken(t *testing.T) {
+func TestPartialLineThatWasWrittenLongAgoIsAToken(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "tokens")
 	replaceFile(t, file, "first-s3cret\n")
 	inEngine(t, func(t *testing.T, e *engine) {

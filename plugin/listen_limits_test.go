@@ -122,7 +122,7 @@ func TestSessionThrottledJustBeforeAckTimeoutIsNotClosed(t *testing.T) {
 }
 
 // A pause because of a limit is not the pipeline's fault.
-func TestThrottledSessionIsNoStalledPipeline(t *testing.T) {
+func TestThrottledSessionIsNotReportedAsAStalledPipeline(t *testing.T) {
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run(with(listenInput, "max_bytes_per_second: 10"), toProbe)
 		client := e.dial()

@@ -164,7 +164,7 @@ func TestSessionsOfOneOwnerShareTheReceiveBuffer(t *testing.T) {
 }
 
 // A client whose messages fail can leave any number of sessions behind that wait for its quota.
-func TestSessionsThatAClientLeavesBehindDenyNoOther(t *testing.T) {
+func TestAbandonedSessionsOfAClientDenyNoOtherClient(t *testing.T) {
 	for name, reconnect := range map[string]func(e *engine, i int) (*cryo.Session, error){
 		"with one id": func(e *engine, _ int) (*cryo.Session, error) {
 			return e.tryDial(cryo.DialOptions{Token: claims("ann", time.Hour), SessionID: 1})

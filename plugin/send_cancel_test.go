@@ -104,7 +104,7 @@ func TestCancelledSendsThatAreRepeatedFailSlowly(t *testing.T) {
 }
 
 // What outputs of the engine make of a cancelled send, as of each other failure.
-func TestOutputsAroundACancelledSend(t *testing.T) {
+func TestWrappedOutputsHandleACancelledSend(t *testing.T) {
 	cancelled := func(t *testing.T, output string, check func(t *testing.T, e *engine, f *produced)) {
 		t.Helper()
 		inEngine(t, func(t *testing.T, e *engine) {

@@ -110,7 +110,7 @@ func TestClientThatAcknowledgesNothingDelaysOthersByOneAckTimeout(t *testing.T) 
 
 // While its reads are paused, a session is not closed at ack_timeout. A client that acknowledges
 // nothing, and can keep them paused, would delay a broadcast for ever.
-func TestClientDoesNotAvoidItsEndByPausedReads(t *testing.T) {
+func TestClientThatKeepsReadsPausedIsEventuallyClosed(t *testing.T) {
 	const settings = "max_buffer_bytes: 100000"
 	broadcasts := func(t *testing.T, e *engine, during func()) {
 		t.Helper()

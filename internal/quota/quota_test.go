@@ -133,7 +133,7 @@ func TestLargestLimitDoesNotOverflow(t *testing.T) {
 	}
 }
 
-func TestStarvedReportsAsManyHoldersAsSuffice(t *testing.T) {
+func TestStarvedReportsNoMoreHoldersThanNeeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period = time.Minute
 		q := quota.New(10, nil)
@@ -172,7 +172,7 @@ func TestStarvedReportsAsManyHoldersAsSuffice(t *testing.T) {
 }
 
 // A group that waits for what it holds itself ends none of the others.
-func TestStarvedReportsNoHolderThatAnotherGroupDoesNotWaitFor(t *testing.T) {
+func TestStarvedReportsOnlyHoldersThatAnotherGroupWaitsFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period = time.Minute
 		q := quota.NewStrict(100, eightTimes)

@@ -42,7 +42,7 @@ func TestProxySkipsABackendThatDoesNotListen(t *testing.T) {
 	}
 }
 
-func TestCutClientsLeaveTheBackendConnected(t *testing.T) {
+func TestBackendStaysConnectedWhenClientsAreDisconnected(t *testing.T) {
 	backend := Listen(t)
 	defer backend.Close()
 	proxy := NewProxy(t, backend.Addr().String())

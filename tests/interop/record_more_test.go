@@ -68,7 +68,7 @@ func TestRecordBrowserStreams(t *testing.T) {
 	tp.finish(t, "browser_streams", recordedBrowser, "Streams of a page both ways, the last one pulled; the page closes.")
 }
 
-func TestRecordBrowserReturn(t *testing.T) {
+func TestRecordBrowserReconnect(t *testing.T) {
 	recording(t)
 	p, s, g := serving(t, "127.0.0.1:0", "", sendingAll)
 	network := newLine(t, p.Listening())
