@@ -79,7 +79,7 @@ func sendFields(lost, order string) []*service.ConfigField {
 			Description("The time within which a message, or each step of a stream, must be acknowledged. Otherwise the message fails. Time spent transferring the message over a slow connection does not count, up to ten times the timeout." + lost).
 			Default("30s"),
 		sendMaxInFlightField.config().
-			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order of the pipeline" + order + ": see [Order](" + deliveryPage + "#order). Messages in flight stay in memory, so use a low value for large ones."),
+			Description("The maximum number of batches in flight; without `batching`, a batch is usually one message. With 1, messages are sent in the order in which the output receives them" + order + ": see [Order](" + deliveryPage + "#order). Messages in flight stay in memory, so use a low value for large ones."),
 		service.NewBatchPolicyField(fieldBatching),
 		injectTracingField(),
 	}
