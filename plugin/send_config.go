@@ -25,7 +25,7 @@ const (
 
 // sendResultsText continues the section about delivery in the description of each output.
 const sendResultsText = `
-A batch with an undelivered message fails as a whole, after all its messages have been sent. The inputs ` + "`cryo` and `cryo_server`" + ` then redeliver each message alone; other inputs redeliver the whole batch. The output's own ` + "`batching`, without `processors`" + `, returns only the failed messages. See [Failed sends](` + deliveryPage + `#failed-sends).
+A batch with an undelivered message fails as a whole, after all its messages have been sent. The inputs ` + "`cryo` and `cryo_server`" + ` then redeliver each message alone; other inputs redeliver the batch. The output's own ` + "`batching`, without `processors`" + `, returns only the failed messages. See [Failed sends](` + deliveryPage + `#failed-sends).
 `
 
 const sendMetadata = `
