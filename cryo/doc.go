@@ -34,8 +34,9 @@
 // [Session.SendStream] sends a reader, [Session.OpenStream] returns a writer; both are
 // done when the peer has acknowledged the whole stream. [Session.Streams] and
 // [Session.AcceptStream] return readers, whose [IncomingStream.Ack] acknowledges that the
-// whole stream has been delivered, and whose Close rejects it: either settles the stream. Read returns [io.EOF] only after the sender has finished the
-// stream, so that a truncated stream is never mistaken for a complete one.
+// whole stream has been delivered, and whose Close rejects it: either settles the stream. Read
+// returns [io.EOF] only after the sender has finished the stream, so that a truncated stream is
+// never mistaken for a complete one.
 //
 // A session is one connection. A [Client] opens one session after the other, with the same
 // session id: [Client.Send] returns when the messages are acknowledged, on any of them;

@@ -27,7 +27,7 @@ shutdown_timeout: 1s
 	unread, log, err := os.Pipe()
 	require.NoError(t, err)
 	defer unread.Close()
-	filler, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", log.Fd()), os.O_WRONLY, 0) // of its own, for the deadline
+	filler, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", log.Fd()), os.O_WRONLY, 0) // opened again, because log.Fd makes log ignore deadlines
 	require.NoError(t, err)
 	defer filler.Close()
 	cmd := testkit.Command(t, "run", "--set", "http.enabled=false", config)

@@ -18,6 +18,10 @@ import (
 // them. The engine waits for three quarters of it before it informs the outputs.
 const ackFraction = 4
 
+// exitTime is the time beyond shutdown_delay and shutdown_timeout in which a stopping process ends. The engine
+// takes one second of it, and complete up to ten.
+const exitTime = 15 * time.Second
+
 // The engine's fields about a stop.
 const (
 	shutdownDelay   = "shutdown_delay"
@@ -40,10 +44,6 @@ func (s *stopper) configure(conf *service.ParsedConfig) (err error) {
 	plugin.SetShutdownDelay(s.delay)
 	return err
 }
-
-// exitTime is the time beyond shutdown_delay and shutdown_timeout in which a stopping process ends. The engine
-// takes one second of it, and complete up to ten.
-const exitTime = 15 * time.Second
 
 // durationOf returns the value of a field of the engine, which takes an empty one for 0, and accepts
 // a negative one.
