@@ -155,13 +155,21 @@ func TestTokensFileIsReadWhenClientsConnect(t *testing.T) {
 	})
 }
 
-// A part of a token must not be accepted.
-func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
+// withTokensFile runs a test of a cryo_server input whose tokens_file has the token first-s3cret. write
+// writes the file in place.
+func withTokensFile(t *testing.T, test func(t *testing.T, e *engine, file string, write func(content string))) {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "tokens")
 	replaceFile(t, file, "first-s3cret\n")
 	inEngine(t, func(t *testing.T, e *engine) {
 		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
-		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+		test(t, e, file, func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) })
+	})
+}
+
+// A part of a token must not be accepted.
+func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
+	withTokensFile(t, func(t *testing.T, e *engine, _ string, write func(content string)) {
 		time.Sleep(filesInterval)
 		write("other-s3cret\nthi")
 		go func() {
@@ -177,11 +185,7 @@ func TestTokensFileThatIsBeingWrittenIsNotRead(t *testing.T) {
 }
 
 func TestPartialLineOfATokensFileIsNotAToken(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "tokens")
-	replaceFile(t, file, "first-s3cret\n")
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
-		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+	withTokensFile(t, func(t *testing.T, e *engine, file string, write func(content string)) {
 		for _, part := range []string{"other-s3cret\nthi", "other-s3cret\nthird-s3cret"} {
 			time.Sleep(pauseTime - time.Second)
 			write(part)
@@ -203,11 +207,8 @@ func TestPartialLineOfATokensFileIsNotAToken(t *testing.T) {
 
 // The first client may come long after the file was written, and may have a token that was removed.
 func TestPartialLineThatWasWrittenLongAgoIsAToken(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "tokens")
-	replaceFile(t, file, "first-s3cret\n")
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
-		require.NoError(t, os.WriteFile(file, []byte("other-s3cret"), 0o600))
+	withTokensFile(t, func(t *testing.T, e *engine, file string, write func(content string)) {
+		write("other-s3cret")
 		require.NoError(t, os.Chtimes(file, time.Now(), time.Now()))
 		time.Sleep(pauseTime)
 		e.wantDenied(cryo.DialOptions{Token: "first-s3cret"}, 401)
@@ -217,11 +218,7 @@ func TestPartialLineThatWasWrittenLongAgoIsAToken(t *testing.T) {
 
 // A shell empties a file before it writes it.
 func TestFileThatIsBeingWrittenLogsNoError(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "tokens")
-	replaceFile(t, file, "first-s3cret\n")
-	inEngine(t, func(t *testing.T, e *engine) {
-		e.run("cryo_server: { address: '"+somewhere+"', tokens_file: "+file+" }", toProbe)
-		write := func(content string) { require.NoError(t, os.WriteFile(file, []byte(content), 0o600)) }
+	withTokensFile(t, func(t *testing.T, e *engine, _ string, write func(content string)) {
 		time.Sleep(filesInterval)
 		write("")
 		go func() {
